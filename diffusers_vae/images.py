@@ -1,0 +1,86 @@
+"""Value ranges, image files and grids: the only place that rescales pixels.
+
+Three ranges are in use: uint8 in [0, 255] in files and data sets, the model range [-1, 1] that models and diffusion
+pipelines take and give, and the unit range [0, 1] inside likelihoods and pictures.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageOps
+from torchvision.utils import make_grid
+
+BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
+
+
+def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1], float, from uint8 pixels in [0, 255] or float pixels in [0, 1]; any shape."""
+    if pixels.dtype == torch.uint8:
+        return pixels.float() / 127.5 - 1
+    return pixels * 2 - 1
+
+
+def to_unit_range(images: torch.Tensor) -> torch.Tensor:
+    """Pixels in [0, 1] from images in [-1, 1]; any shape; nothing is clamped."""
+    return (images + 1) / 2
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Pixels in [0, 255], uint8, from images in [-1, 1], clamped and rounded; any shape."""
+    return (to_unit_range(images.float()).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def read_image(path: str | Path, channels: int) -> torch.Tensor:
+    """uint8 pixels (channels, H, W) of the first frame of an image file, turned upright.
+
+    Transparency is composited over white; palette, CMYK and Lab are converted by colour; 16 bits are scaled to 8.
+
+    Args:
+        path: any file that Pillow opens.
+        channels: 1 (grey) or 3 (RGB).
+
+    Raises:
+        ValueError: naming the file, when it cannot be decoded, claims absurdly many pixels, or has float or 32-bit
+            integer pixels, whose range nothing states.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
+            image = ImageOps.exif_transpose(image)
+            pixels = np.asarray(_to_mode(image, "L" if channels == 1 else "RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = str(error).replace(repr(str(path)), "the file")
+        raise ValueError(f"cannot read the image {path}: {reason}") from error
+    return torch.from_numpy(pixels.copy()).view(*pixels.shape[:2], channels).permute(2, 0, 1)
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit integer" if image.mode == "I" else "float"
+        raise ValueError(f"{kind} pixels have no stated range; convert the file to 8 or 16 bits")
+    if image.mode == "LAB":
+        to_rgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+        image = ImageCms.applyTransform(image, to_rgb)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
+    return image.convert(mode)
+
+
+def to_pil(images: torch.Tensor, columns: int, scale: int = 1) -> Image.Image:
+    """One picture of a batch of images (B, C, H, W) in [-1, 1], row by row in `columns`, with thin white lines.
+
+    `scale` enlarges every pixel, for small images. Of other than 1 or 3 channels, the first is shown.
+    """
+    pixels = to_uint8(images)
+    if pixels.shape[1] not in (1, 3):
+        pixels = pixels[:, :1]
+    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid = make_grid(pixels, nrow=columns, padding=2, pad_value=255)
+    return Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())

@@ -1,0 +1,6 @@
+"""The models. Each takes and gives images in [-1, 1] and has `encode`, `decode`, `forward` as `AutoencoderKL` has."""
+
+from .mlp import MLPVAE
+from .vae import VAE, VAEOutput
+
+__all__ = ["MLPVAE", "VAE", "VAEOutput"]

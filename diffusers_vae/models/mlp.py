@@ -1,0 +1,87 @@
+"""The perceptron autoencoder of the articles, with the interface and ranges of the convolutional one."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+
+from ..images import to_model_range, to_unit_range
+from .vae import VAE, check_batch, check_dtype, posterior_from_moments
+
+
+class MLPVAE(ModelMixin, ConfigMixin):
+    """Encoder and decoder with one hidden layer each, after Kingma & Welling 2014 (Auto-Encoding Variational Bayes).
+
+    Inside, the network works on [0, 1] pixels as in the paper and ends in a sigmoid, so that a Bernoulli likelihood
+    is possible; outside it takes and gives the model range [-1, 1]. Latents have the shape (B, latent_dim, 1, 1).
+    It has no counterpart in diffusers and needs this package to be loaded.
+
+    Args:
+        image_size: side of the images in pixels, or (height, width).
+        in_channels: channels of the images and of the reconstructions.
+        hidden_dim: width of the two hidden layers.
+        latent_dim: number of latent units.
+        scaling_factor: 1 / std of the latents over the training set.
+        shift_factor: mean of the latents over the training set.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 28,
+        in_channels: int = 1,
+        hidden_dim: int = 400,
+        latent_dim: int = 2,
+        scaling_factor: float = 1.0,
+        shift_factor: float | None = None,
+    ):
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_shape = (in_channels, height, width)
+        pixels = in_channels * height * width
+        self.encoder = nn.Sequential(nn.Linear(pixels, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2 * latent_dim))
+        self.decoder = nn.Sequential(nn.Linear(latent_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, pixels))
+
+    @apply_forward_hook
+    def encode(
+        self, x: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """`latent_dist`: the posterior over latents (B, latent_dim, 1, 1), float32, of images `x` in [-1, 1].
+
+        Raises:
+            ValueError: for images that are not floating point of the shape (B, in_channels, height, width).
+        """
+        check_batch(x, self.config.in_channels, "images")
+        if tuple(x.shape[1:]) != self.image_shape:
+            size, got = ("x".join(map(str, shape[-2:])) for shape in (self.image_shape, x.shape))
+            raise ValueError(f"a perceptron takes images of its own size only: image_size is {size}, got {got}")
+        check_dtype(self, x)
+        moments = self.encoder(to_unit_range(x).flatten(1))[:, :, None, None]
+        posterior = posterior_from_moments(moments)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(
+        self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """`sample`: reconstructions (B, in_channels, height, width) in [-1, 1] of latents (B, latent_dim, 1, 1).
+
+        (sample + 1) / 2 is the probability that a pixel is on. `generator` is accepted as in `VAE.decode`.
+        """
+        check_batch(z, self.config.latent_dim, "latents")
+        if z.shape[2:] != (1, 1):
+            raise ValueError(f"latents must have the shape (batch, {z.shape[1]}, 1, 1), got {tuple(z.shape)}")
+        if not torch.is_autocast_enabled(z.device.type):
+            z = z.to(self.dtype)
+        logits = self.decoder(z.flatten(1)).view(-1, *self.image_shape)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()  # a sigmoid in half precision rounds dark pixels to probability 0
+        sample = to_model_range(torch.sigmoid(logits))
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    forward = VAE.forward

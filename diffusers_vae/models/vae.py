@@ -1,0 +1,278 @@
+"""The convolutional KL autoencoder, interchangeable with diffusers' `AutoencoderKL`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.autoencoders.vae import (
+    AutoencoderMixin,
+    Decoder,
+    DecoderOutput,
+    DiagonalGaussianDistribution,
+    Encoder,
+)
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+
+
+@dataclass
+class VAEOutput(BaseOutput):
+    """Reconstructions (B, C, H, W) in [-1, 1] and the posterior that they were decoded from."""
+
+    sample: torch.Tensor
+    latent_dist: DiagonalGaussianDistribution
+
+
+def posterior_from_moments(moments: torch.Tensor) -> DiagonalGaussianDistribution:
+    """q(z|x) in at least float32: in bfloat16 the rate loses digits, in float16 exp(logvar) overflows above 11.1."""
+    if moments.dtype in (torch.float16, torch.bfloat16):
+        moments = moments.float()
+    return DiagonalGaussianDistribution(moments)
+
+
+def check_batch(tensor: torch.Tensor, channels: int, what: str) -> None:
+    """Refuse what is not a floating-point (B, `channels`, H, W) batch, with a ValueError that names the rule."""
+    if not tensor.is_floating_point():
+        hint = "; diffusers_vae.images.to_model_range converts uint8 pixels" if what == "images" else ""
+        raise ValueError(f"{what} must be floating point, got {tensor.dtype}{hint}")
+    if tensor.ndim != 4:
+        raise ValueError(f"{what} must have the shape (batch, channels, height, width), got {tuple(tensor.shape)}")
+    if tensor.shape[1] != channels:
+        raise ValueError(f"{what} must have {channels} channels as in the model's config, got {tensor.shape[1]}")
+
+
+def check_dtype(model: ModelMixin, images: torch.Tensor) -> None:
+    """Refuse images of another floating dtype than the model's, with a ValueError, unless autocast takes care of it."""
+    if images.dtype != model.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise ValueError(f"images must have the model's dtype, {model.dtype}, got {images.dtype}")
+
+
+class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOriginalModelMixin, PeftAdapterMixin):
+    """A KL autoencoder with the constructor, config keys and weights of diffusers' `AutoencoderKL`.
+
+    It saves itself under that name, so a saved `VAE` loads in stock diffusers and a stock `AutoencoderKL` loads here.
+    What differs: moments become float32 before the posterior is built, wrong input is refused with a `ValueError`,
+    and `forward` can return the posterior, so that training is one call of the (wrapped) module.
+
+    Args:
+        in_channels: channels of the images.
+        out_channels: channels of the reconstructions.
+        down_block_types: one diffusers block name per resolution of the encoder.
+        up_block_types: one diffusers block name per resolution of the decoder.
+        block_out_channels: width per resolution; n entries give a spatial compression ratio of 2^(n-1).
+        layers_per_block: residual layers per resolution in the encoder; the decoder has one more.
+        act_fn: activation function.
+        latent_channels: channels of the latents.
+        norm_num_groups: groups of the group norms; must divide every width.
+        sample_size: side in pixels that the model was trained on; the tile size when tiling is enabled.
+        scaling_factor: 1 / std of the latents over the training set.
+        shift_factor: mean of the latents over the training set.
+        latents_mean: per-channel mean, for pipelines that standardise by channel.
+        latents_std: per-channel std, likewise.
+        force_upcast: whether pipelines in float16 run the autoencoder in float32.
+        use_quant_conv: 1x1 convolution on the moments.
+        use_post_quant_conv: 1x1 convolution on the latents before the decoder.
+        mid_block_add_attention: self-attention at the lowest resolution.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = AutoencoderKL._no_split_modules
+    _group_offload_block_modules = AutoencoderKL._group_offload_block_modules
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",),
+        block_out_channels: tuple[int, ...] = (64,),
+        layers_per_block: int = 1,
+        act_fn: str = "silu",
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        sample_size: int = 32,
+        scaling_factor: float = 0.18215,
+        shift_factor: float | None = None,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
+        force_upcast: bool = True,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+    ):
+        super().__init__()
+        blocks = dict(
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            act_fn=act_fn,
+            norm_num_groups=norm_num_groups,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        self.encoder = Encoder(
+            in_channels=in_channels, out_channels=latent_channels, down_block_types=down_block_types, **blocks
+        )
+        self.decoder = Decoder(
+            in_channels=latent_channels, out_channels=out_channels, up_block_types=up_block_types, **blocks
+        )
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+
+        # the names that stock's tiling and slicing read
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_sample_min_size = sample_size
+        side = sample_size[0] if isinstance(sample_size, (list, tuple)) else sample_size
+        self.tile_latent_min_size = int(side / self.spatial_compression_ratio)
+        self.tile_overlap_factor = 0.25
+
+    # Finished in stock, and the same here.
+    set_default_attn_processor = AutoencoderKL.set_default_attn_processor
+    fuse_qkv_projections = AutoencoderKL.fuse_qkv_projections
+    unfuse_qkv_projections = AutoencoderKL.unfuse_qkv_projections
+    blend_v = AutoencoderKL.blend_v
+    blend_h = AutoencoderKL.blend_h
+    tiled_decode = AutoencoderKL.tiled_decode
+    _tiled_encode = AutoencoderKL._tiled_encode
+    _encode = AutoencoderKL._encode
+    _decode = AutoencoderKL._decode
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """Height of the images over height of the latents."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    @apply_forward_hook
+    def encode(
+        self, x: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """`latent_dist`: the posterior over latents (B, latent_channels, h, w), float32, of images `x`.
+
+        Args:
+            x: images (B, in_channels, H, W) in [-1, 1], H and W divisible by `spatial_compression_ratio`, in the
+                model's dtype (any floating dtype under autocast). Named as in stock.
+            return_dict: whether to return an `AutoencoderKLOutput` rather than a tuple.
+
+        Raises:
+            ValueError: for another shape, channel count or dtype.
+        """
+        check_batch(x, self.config.in_channels, "images")
+        height, width = x.shape[-2:]
+        ratio = self.spatial_compression_ratio
+        if height < ratio or width < ratio or height % ratio or width % ratio:
+            raise ValueError(f"image height and width must be divisible by {ratio}, got {height}x{width}")
+        check_dtype(self, x)
+
+        slices = x.split(1) if self.use_slicing and len(x) > 1 else (x,)
+        posterior = posterior_from_moments(torch.cat([self._encode(images) for images in slices]))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(
+        self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """`sample`: reconstructions (B, out_channels, H, W), about [-1, 1], of the unscaled latents `z`.
+
+        Args:
+            z: latents (B, latent_channels, h, w) of any floating dtype: the posterior is float32 in a model of
+                lower precision too. Named as in stock.
+            return_dict: whether to return a `DecoderOutput` rather than a tuple.
+            generator: accepted because pipelines pass it; decoding draws nothing.
+
+        Raises:
+            ValueError: for another shape, channel count or dtype.
+        """
+        check_batch(z, self.config.latent_channels, "latents")
+        if not torch.is_autocast_enabled(z.device.type):
+            z = z.to(self.dtype)
+        slices = z.split(1) if self.use_slicing and len(z) > 1 else (z,)
+        sample = torch.cat([self._decode(latents).sample for latents in slices])
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def tiled_encode(
+        self, x: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """As `encode`, tile by tile, whatever the size of the images."""
+        posterior = posterior_from_moments(self._tiled_encode(x))
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        return_posterior: bool = False,
+    ) -> DecoderOutput | VAEOutput | tuple[torch.Tensor, ...]:
+        """`sample`: reconstructions (B, out_channels, H, W) of the images `sample`.
+
+        With `return_posterior`, the posterior too: that is how training calls the model, since gradients are
+        synchronised between processes, and autocast applied, only by the wrapped module's `forward`.
+
+        Args:
+            sample: images, as for `encode`.
+            sample_posterior: decode a draw from the posterior instead of its mode.
+            return_dict: whether to return an output class rather than a tuple.
+            generator: for the draw.
+            return_posterior: return a `VAEOutput` (or a tuple of two) with the posterior.
+        """
+        posterior = self.encode(sample).latent_dist
+        latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        reconstructions = self.decode(latents).sample
+        if return_posterior:
+            return VAEOutput(reconstructions, posterior) if return_dict else (reconstructions, posterior)
+        return DecoderOutput(sample=reconstructions) if return_dict else (reconstructions,)
+
+    def to_diffusers(self) -> AutoencoderKL:
+        """The stock class around the same modules: parameters are shared, not copied. This is what a pipeline takes."""
+        with torch.device("meta"):
+            stock = AutoencoderKL(**_constructor_arguments(self))
+        return _move_parts(self, stock)
+
+    @classmethod
+    def from_diffusers(cls, stock: AutoencoderKL) -> VAE:
+        """This class around the modules of a stock `AutoencoderKL`: parameters are shared, not copied."""
+        if not isinstance(stock, AutoencoderKL):
+            raise TypeError(f"from_diffusers takes a diffusers AutoencoderKL, got {type(stock).__name__}")
+        with torch.device("meta"):
+            vae = cls(**_constructor_arguments(stock))
+        return _move_parts(stock, vae)
+
+    @classmethod
+    def from_single_file(cls, *args, **kwargs) -> VAE:
+        """As `AutoencoderKL.from_single_file`, which knows the original checkpoints by the stock class's name."""
+        return cls.from_diffusers(AutoencoderKL.from_single_file(*args, **kwargs))
+
+    def to_json_string(self) -> str:
+        """The config as JSON under the stock name: `AutoModel` and `model_index.json` look it up inside diffusers."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = "AutoencoderKL"
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _constructor_arguments(model: VAE | AutoencoderKL) -> dict:
+    return {key: value for key, value in model.config.items() if not key.startswith("_")}
+
+
+def _move_parts(source: VAE | AutoencoderKL, target: VAE | AutoencoderKL) -> VAE | AutoencoderKL:
+    for part in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
+        setattr(target, part, getattr(source, part))
+    for setting in (
+        "use_slicing",
+        "use_tiling",
+        "tile_sample_min_size",
+        "tile_latent_min_size",
+        "tile_overlap_factor",
+        "training",
+    ):
+        setattr(target, setting, getattr(source, setting))
+    return target

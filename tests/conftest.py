@@ -1,0 +1,38 @@
+"""Shared fixtures. Real data sets lie in ../shared/data beside the checkout; tests that need them skip without."""
+
+import gzip
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images, read-only."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the real images in {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def mnist_root(shared_data, tmp_path_factory) -> Path:
+    """A torchvision root with MNIST unpacked."""
+    root = tmp_path_factory.mktemp("mnist")
+    shutil.copytree(shared_data / "MNIST", root / "MNIST", copy_function=shutil.copyfile)
+    for packed in list((root / "MNIST" / "raw").glob("*.gz")):
+        packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+        packed.unlink()
+    return root
+
+
+@pytest.fixture(scope="session")
+def cifar_folder(shared_data, tmp_path_factory) -> Path:
+    """A folder of real RGB 32x32 PNG files: train/<class>/ and test/<class>/."""
+    root = tmp_path_factory.mktemp("cifar")
+    with tarfile.open(shared_data / "cifar10-5k.tar") as archive:
+        archive.extractall(root, filter="data")
+    return root / "cifar10-5k"
