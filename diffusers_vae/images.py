@@ -17,9 +17,15 @@ BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 
 
 def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1], float, from uint8 pixels in [0, 255] or float pixels in [0, 1]; any shape."""
+    """Images in [-1, 1], float, from uint8 pixels in [0, 255] or float pixels in [0, 1]; any shape.
+
+    Raises:
+        ValueError: for pixels of another dtype, whose range nothing states.
+    """
     if pixels.dtype == torch.uint8:
         return pixels.float() / 127.5 - 1
+    if not pixels.is_floating_point():
+        raise ValueError(f"pixels must be uint8 in [0, 255] or floating point in [0, 1], got {pixels.dtype}")
     return pixels * 2 - 1
 
 
@@ -43,24 +49,32 @@ def read_image(path: str | Path, channels: int) -> torch.Tensor:
         channels: 1 (grey) or 3 (RGB).
 
     Raises:
-        ValueError: naming the file, when it cannot be decoded, claims absurdly many pixels, or has float or 32-bit
-            integer pixels, whose range nothing states.
+        ValueError: naming the file, when it cannot be decoded, claims more than `PIL.Image.MAX_IMAGE_PIXELS` (None
+            for no limit), or has float or 32-bit integer pixels, whose range nothing states.
     """
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
+    limit = Image.MAX_IMAGE_PIXELS
     try:
         with Image.open(path) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
+            if limit is not None and image.width * image.height > limit:
+                raise ValueError(f"{image.width}x{image.height} pixels are more than {limit:,}")
             image = ImageOps.exif_transpose(image)
             pixels = np.asarray(_to_mode(image, "L" if channels == 1 else "RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(repr(str(path)), "the file")
+    except MemoryError:
+        raise
+    except Exception as error:  # on a damaged file Pillow's decoders raise nearly anything
+        reason = str(error).replace(repr(str(path)), "").rstrip(" :")
         raise ValueError(f"cannot read the image {path}: {reason}") from error
     return torch.from_numpy(pixels.copy()).view(*pixels.shape[:2], channels).permute(2, 0, 1)
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 and loses transparency
+        values = np.asarray(image)
+        grey = (values.astype(np.float64) / 257).round().astype(np.uint8)
+        alpha = np.where(values == image.info.get("transparency"), 0, 255).astype(np.uint8)
+        image = Image.fromarray(np.stack([grey, alpha], axis=-1))
     if image.mode in ("I", "F"):
         kind = "32-bit integer" if image.mode == "I" else "float"
         raise ValueError(f"{kind} pixels have no stated range; convert the file to 8 or 16 bits")

@@ -24,7 +24,7 @@ def kl_to_standard_normal(posterior: DiagonalGaussianDistribution) -> torch.Tens
     Computed in float32 at least.
     """
     mean, logvar = (t if t.dtype == torch.float64 else t.float() for t in (posterior.mean, posterior.logvar))
-    return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1)
+    return 0.5 * (mean**2 + logvar.expm1() - logvar).flatten(1).sum(1)
 
 
 class Likelihood(Protocol):
@@ -170,6 +170,8 @@ class ObjectiveConfig:
     """Beta on the rate; 1.0 is the true ELBO."""
 
     def __post_init__(self):
+        if self.likelihood not in ("gaussian", "laplace", "bernoulli"):
+            raise ValueError(f"objective.likelihood must be gaussian, laplace or bernoulli, got {self.likelihood!r}")
         if not (self.scale > 0 and math.isfinite(self.scale)):
             raise ValueError(f"objective.scale must be positive and finite, got {self.scale}")
         if not (self.kl_weight >= 0 and math.isfinite(self.kl_weight)):

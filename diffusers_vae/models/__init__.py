@@ -1,6 +1,7 @@
 """The models. Each takes and gives images in [-1, 1] and has `encode`, `decode`, `forward` as `AutoencoderKL` has."""
 
+from .config import ModelConfig
 from .mlp import MLPVAE
 from .vae import VAE, VAEOutput
 
-__all__ = ["MLPVAE", "VAE", "VAEOutput"]
+__all__ = ["MLPVAE", "VAE", "ModelConfig", "VAEOutput"]

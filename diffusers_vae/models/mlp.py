@@ -76,9 +76,7 @@ class MLPVAE(ModelMixin, ConfigMixin):
         check_batch(z, self.config.latent_dim, "latents")
         if z.shape[2:] != (1, 1):
             raise ValueError(f"latents must have the shape (batch, {z.shape[1]}, 1, 1), got {tuple(z.shape)}")
-        if not torch.is_autocast_enabled(z.device.type):
-            z = z.to(self.dtype)
-        logits = self.decoder(z.flatten(1)).view(-1, *self.image_shape)
+        logits = self.decoder(z.to(self.dtype).flatten(1)).view(-1, *self.image_shape)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()  # a sigmoid in half precision rounds dark pixels to probability 0
         sample = to_model_range(torch.sigmoid(logits))

@@ -52,7 +52,8 @@ def check_batch(tensor: torch.Tensor, channels: int, what: str) -> None:
 
 def check_dtype(model: ModelMixin, images: torch.Tensor) -> None:
     """Refuse images of another floating dtype than the model's, with a ValueError, unless autocast takes care of it."""
-    if images.dtype != model.dtype and not torch.is_autocast_enabled(images.device.type):
+    autocast = torch.is_autocast_enabled(images.device.type) and images.dtype != torch.float64  # which it leaves alone
+    if images.dtype != model.dtype and not autocast:
         raise ValueError(f"images must have the model's dtype, {model.dtype}, got {images.dtype}")
 
 
@@ -159,7 +160,7 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
 
         Args:
             x: images (B, in_channels, H, W) in [-1, 1], H and W divisible by `spatial_compression_ratio`, in the
-                model's dtype (any floating dtype under autocast). Named as in stock.
+                model's dtype (under autocast, in any that it casts). Named as in stock.
             return_dict: whether to return an `AutoencoderKLOutput` rather than a tuple.
 
         Raises:
@@ -192,8 +193,7 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
             ValueError: for another shape, channel count or dtype.
         """
         check_batch(z, self.config.latent_channels, "latents")
-        if not torch.is_autocast_enabled(z.device.type):
-            z = z.to(self.dtype)
+        z = z.to(self.dtype)
         slices = z.split(1) if self.use_slicing and len(z) > 1 else (z,)
         sample = torch.cat([self._decode(latents).sample for latents in slices])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
@@ -235,7 +235,7 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
     def to_diffusers(self) -> AutoencoderKL:
         """The stock class around the same modules: parameters are shared, not copied. This is what a pipeline takes."""
         with torch.device("meta"):
-            stock = AutoencoderKL(**_constructor_arguments(self))
+            stock = AutoencoderKL.from_config(self.config)
         return _move_parts(self, stock)
 
     @classmethod
@@ -244,7 +244,7 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
         if not isinstance(stock, AutoencoderKL):
             raise TypeError(f"from_diffusers takes a diffusers AutoencoderKL, got {type(stock).__name__}")
         with torch.device("meta"):
-            vae = cls(**_constructor_arguments(stock))
+            vae = cls.from_config(stock.config)
         return _move_parts(stock, vae)
 
     @classmethod
@@ -259,10 +259,6 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-def _constructor_arguments(model: VAE | AutoencoderKL) -> dict:
-    return {key: value for key, value in model.config.items() if not key.startswith("_")}
-
-
 def _move_parts(source: VAE | AutoencoderKL, target: VAE | AutoencoderKL) -> VAE | AutoencoderKL:
     for part in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
         setattr(target, part, getattr(source, part))
@@ -273,6 +269,9 @@ def _move_parts(source: VAE | AutoencoderKL, target: VAE | AutoencoderKL) -> VAE
         "tile_latent_min_size",
         "tile_overlap_factor",
         "training",
+        "peft_config",  # while an adapter is loaded
+        "_hf_peft_config_loaded",
     ):
-        setattr(target, setting, getattr(source, setting))
+        if hasattr(source, setting):
+            setattr(target, setting, getattr(source, setting))
     return target

@@ -1,0 +1,288 @@
+"""Image sets, as uint8 batches by index: scikit-learn's digits, torchvision's named sets, folders of images."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import tempfile
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.transforms.v2 import functional as transforms
+from tqdm import tqdm
+
+from ..images import read_image
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")
+MEMORY_LIMIT = 2**31
+"""Bytes of uint8 pixels up to which a set is read once and kept in memory."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are brought to one size."""
+
+    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder"] = "digits"
+    """digits: scikit-learn's 1,797 embedded 8x8 digits. folder: image files below `root`. The others: torchvision's."""
+    root: str = "data"
+    """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing."""
+    resolution: int | tuple[int, int] = 32
+    """Side of the images in pixels, or [height, width]."""
+    channels: Literal[1, 3] = 1
+    """1: grey, 3: RGB."""
+    fit: Literal["crop", "pad"] = "crop"
+    """crop: scale the image to cover the resolution, cut the centre. pad: black borders, scaled only if too large."""
+    heldout_fraction: float = 0.1
+    """Held out, at random but always the same, of sets without a test part. A folder's test part is its subfolder
+    test/, val/, valid/, validation/ or heldout/ beside train/."""
+    num_workers: int = 2
+    """Processes that read images, for sets that are too large to be kept in memory."""
+
+    def __post_init__(self):
+        if min(self.size) < 8:
+            raise ValueError(f"data.resolution must be at least 8 pixels a side, got {self.resolution}")
+        if not 0 < self.heldout_fraction < 1:
+            raise ValueError(f"data.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers must be at least 0, got {self.num_workers}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images."""
+        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else tuple(self.resolution)
+
+
+class ImageSet(Protocol):
+    """Images of one size, with or without labels."""
+
+    labels: torch.Tensor | None
+    """(N,) int64 classes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
+        """uint8 pixels (B, C, H, W)."""
+        ...
+
+
+class ArrayImages(torch.utils.data.Dataset):
+    """Images kept in memory: uint8 `pixels` (N, C, H, W) and their labels (N,) or None."""
+
+    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor | None = None):
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
+        return self.pixels[torch.as_tensor(indices)]
+
+
+class FolderImages(torch.utils.data.Dataset):
+    """Image files, read on demand as `config` says."""
+
+    def __init__(self, paths: list[Path], labels: torch.Tensor | None, config: DataConfig):
+        self.paths, self.labels, self.config = paths, labels, config
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
+        """Raises ValueError naming the file that cannot be read."""
+        return torch.stack(
+            [_bring_to_size(read_image(self.paths[i], self.config.channels), self.config) for i in indices]
+        )
+
+
+def load_data(config: DataConfig, progress: bool = False) -> tuple[ImageSet, ImageSet]:
+    """The training and the held-out images.
+
+    Args:
+        config: which images.
+        progress: show a bar while a folder is read.
+
+    Raises:
+        FileNotFoundError: saying which files go where, when they are missing and cannot be downloaded.
+        ValueError: for files that cannot be read, by name.
+    """
+    if config.name == "folder":
+        return _load_folder(config, progress)
+    if config.name == "digits":
+        return _split(*_load_digits(), config)
+    load = _load_cifar10 if config.name == "cifar10" else _load_mnist
+    train, heldout = (_in_memory(*part, config) for part in load(config))
+    return train, heldout
+
+
+def _bring_to_size(pixels: torch.Tensor, config: DataConfig) -> torch.Tensor:
+    height, width = pixels.shape[-2:]
+    target_height, target_width = config.size
+    if (height, width) == config.size:
+        return pixels
+    scales = (target_height / height, target_width / width)
+    scale = max(scales) if config.fit == "crop" else min(1.0, *scales)
+    if scale != 1:
+        size = [max(1, round(height * scale)), max(1, round(width * scale))]
+        pixels = transforms.resize(pixels, size, transforms.InterpolationMode.BICUBIC, antialias=True)
+    return transforms.center_crop(pixels, list(config.size))  # pads with 0 where the image is smaller
+
+
+def _in_memory(pixels: torch.Tensor, labels: torch.Tensor | None, config: DataConfig) -> ArrayImages:
+    if pixels.shape[1] == 1 and config.channels == 3:
+        pixels = pixels.expand(-1, 3, -1, -1)
+    elif pixels.shape[1] == 3 and config.channels == 1:
+        pixels = transforms.rgb_to_grayscale(pixels)
+    fitted = [_bring_to_size(chunk, config) for chunk in pixels.split(4096)]
+    return ArrayImages(torch.cat(fitted), labels)
+
+
+def _heldout_indices(length: int, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Train and held-out indices; the same for every seed of a run, so that runs can be compared."""
+    heldout = max(1, round(length * config.heldout_fraction))
+    if heldout >= length:
+        raise ValueError(f"no image is left to train on: {length} images, {heldout} of them held out")
+    order = np.random.default_rng(0).permutation(length)
+    return np.sort(order[heldout:]), np.sort(order[:heldout])
+
+
+def _split(pixels: torch.Tensor, labels: torch.Tensor, config: DataConfig) -> tuple[ArrayImages, ArrayImages]:
+    parts = _heldout_indices(len(pixels), config)
+    return tuple(_in_memory(pixels[part], labels[part], config) for part in map(torch.from_numpy, parts))
+
+
+def _load_digits() -> tuple[torch.Tensor, torch.Tensor]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))
+    return pixels[:, None], torch.from_numpy(digits.target.astype(np.int64))
+
+
+def _mnist_files(name: str) -> list[str]:
+    if name == "qmnist":
+        parts = [("qmnist-train", "int"), ("qmnist-test", "int")]
+    else:
+        parts = [("train", "ubyte"), ("t10k", "ubyte")]
+    rank = 2 if name == "qmnist" else 1  # QMNIST's labels are a table
+    return [f"{part}-{kind}" for part, dtype in parts for kind in ("images-idx3-ubyte", f"labels-idx{rank}-{dtype}")]
+
+
+def _load_mnist(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """torchvision reads unpacked files only, so packed ones are unpacked elsewhere: the root may be read-only."""
+    kind = {"mnist": datasets.MNIST, "qmnist": datasets.QMNIST, "fashion-mnist": datasets.FashionMNIST}[config.name]
+    # QMNIST's first 10,000 test images are those of MNIST
+    parts = [{"what": "train"}, {"what": "test10k"}] if config.name == "qmnist" else [{"train": True}, {"train": False}]
+    files = _mnist_files(config.name)
+    raw = Path(config.root) / kind.__name__ / "raw"
+    if not all((raw / file).exists() or (raw / f"{file}.gz").exists() for file in files):
+        packed = [f"{file}.gz" for file in files]
+        _download(lambda: [kind(config.root, download=True, **part) for part in parts], raw, packed)
+    with tempfile.TemporaryDirectory() as scratch:
+        unpacked = Path(scratch) / kind.__name__ / "raw"
+        unpacked.mkdir(parents=True)
+        for file in files:
+            if (raw / file).exists():
+                os.symlink((raw / file).resolve(), unpacked / file)
+                continue
+            try:
+                (unpacked / file).write_bytes(gzip.decompress((raw / f"{file}.gz").read_bytes()))
+            except (EOFError, OSError, zlib.error) as error:
+                raise ValueError(f"cannot unpack {raw / file}.gz: {error}") from error
+        try:
+            loaded = [kind(scratch, **part) for part in parts]
+        except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"a file in {raw} is damaged or no IDX file: {error or 'wrong header'}") from error
+        return [
+            (part.data[:, None], (part.targets[:, 0] if part.targets.ndim == 2 else part.targets).long())
+            for part in loaded
+        ]
+
+
+def _load_cifar10(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    root = Path(config.root)
+    packed = root / datasets.CIFAR10.filename
+    with tempfile.TemporaryDirectory() as scratch:
+        if not (root / datasets.CIFAR10.base_folder).exists():
+            if not packed.exists():
+                _download(lambda: datasets.CIFAR10(root, download=True), root, [packed.name])
+            elif not check_integrity(str(packed), datasets.CIFAR10.tgz_md5):
+                raise ValueError(f"{packed} is damaged or not CIFAR-10: its md5 is not {datasets.CIFAR10.tgz_md5}")
+            else:
+                extract_archive(str(packed), scratch)
+                root = Path(scratch)
+        try:
+            loaded = [datasets.CIFAR10(root, train=train) for train in (True, False)]
+        except RuntimeError as error:
+            raise ValueError(f"{root / datasets.CIFAR10.base_folder} is damaged or not CIFAR-10: {error}") from error
+        return [(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)) for part in loaded]
+
+
+def _download(download, folder: Path, files: list[str]) -> None:
+    try:
+        download()
+    except (OSError, RuntimeError) as error:
+        names = ", ".join(files)
+        raise FileNotFoundError(
+            f"the data set is not there and cannot be downloaded ({error}). Put {names} into {folder.resolve()}, or "
+            "point data.root to where they lie in torchvision's layout"
+        ) from error
+
+
+def _load_folder(config: DataConfig, progress: bool) -> tuple[ImageSet, ImageSet]:
+    root = Path(config.root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root must be a folder of images, got {root.resolve()}, which is not a folder")
+    test = next((root / name for name in HELDOUT_FOLDERS if (root / name).is_dir()), None)
+    if test and (root / "train").is_dir():
+        parts = [_files_below(root / "train"), _files_below(test)]
+    else:
+        paths, labels = _files_below(root)
+        parts = [
+            ([paths[i] for i in part], None if labels is None else labels[torch.from_numpy(part)])
+            for part in _heldout_indices(len(paths), config)
+        ]
+    train, heldout = (FolderImages(paths, labels, config) for paths, labels in parts)
+    size = config.size[0] * config.size[1] * config.channels
+    if (len(train) + len(heldout)) * size > MEMORY_LIMIT:
+        return train, heldout
+    return _read_all(train, progress), _read_all(heldout, progress)
+
+
+def _files_below(folder: Path) -> tuple[list[Path], torch.Tensor | None]:
+    """Sorted image files, and as labels the places of their subfolders when all files lie in two or more of these."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not paths:
+        raise FileNotFoundError(f"no image below {folder.resolve()}: none of {', '.join(IMAGE_SUFFIXES)}")
+    classes = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})
+    if len(classes) < 2 or any(path.parent == folder for path in paths):
+        return paths, None
+    return paths, torch.tensor([classes.index(path.relative_to(folder).parts[0]) for path in paths])
+
+
+def _read_all(images: FolderImages, progress: bool) -> ArrayImages:
+    """All images in memory; every file that cannot be read is named in one error, before anything was trained."""
+
+    def read(index: int) -> torch.Tensor | str:
+        try:
+            return images.__getitems__([index])
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        results = list(
+            tqdm(pool.map(read, range(len(images))), "reading images", len(images), unit="img", disable=not progress)
+        )
+    errors = [result for result in results if isinstance(result, str)]
+    if errors:
+        shown = "\n".join(errors[:20] + [f"and {len(errors) - 20} more"] * (len(errors) > 20))
+        raise ValueError(f"{len(errors)} of {len(images)} files cannot be read; remove or mend them:\n{shown}")
+    return ArrayImages(torch.cat(results), images.labels)
