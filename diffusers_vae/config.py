@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
 from .trainer import TrainConfig
 
 
 def train_parser() -> ArgumentParser:
     """The flags of a training run: `--config FILE.yaml`, one per setting, and `--dry_run`."""
-    parser = ArgumentParser(description="Train a KL autoencoder. Later flags and files override earlier ones.")
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        usage="%(prog)s [--config FILE.yaml] [--SECTION.KEY VALUE ...] [--dry_run]",
+        description="Train a KL autoencoder. Later flags and files override earlier ones.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with settings.")
     parser.add_argument("--dry_run", action="store_true", help="Run every phase once, in seconds, and keep nothing.")
     parser.add_class_arguments(TrainConfig, as_group=False, fail_untyped=True)
@@ -21,11 +27,13 @@ def train_parser() -> ArgumentParser:
 def parse_train_config(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
     """The settings, and whether it is a dry run. A wrong key or value ends the process with a message that names it."""
     parser = train_parser()
-    parsed = parser.parse_args(arguments)
     try:
-        settings = parser.instantiate(parsed).as_dict()
-    except ValueError as error:
-        parser.error(str(error))
-    settings.pop("config")
-    dry = settings.pop("dry_run")
-    return TrainConfig(**settings), dry
+        settings = parser.instantiate(parser.parse_args(arguments)).as_dict()
+        settings.pop("config")
+        dry = settings.pop("dry_run")
+        return TrainConfig(**settings), dry
+    except (ArgumentError, ValueError) as error:
+        message = f"error: {error}\n"
+        if "Given value: False" in message:
+            message += 'YAML reads a bare no or off as false: write "no" in quotes.\n'
+        parser.exit(2, message)

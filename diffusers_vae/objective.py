@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from .images import to_unit_range
@@ -97,7 +96,8 @@ class Bernoulli:
         epsilon = torch.finfo(reconstructions.dtype).eps
         probabilities = to_unit_range(reconstructions).clamp(epsilon, 1 - epsilon)
         values = to_unit_range(images)
-        return F.binary_cross_entropy(probabilities, values, reduction="none").flatten(1).sum(1)
+        # written out: F.binary_cross_entropy refuses to run under CUDA autocast
+        return -(values * probabilities.log() + (1 - values) * (-probabilities).log1p()).flatten(1).sum(1)
 
     def constant(self):
         return 0.0
@@ -139,8 +139,11 @@ class VAEObjective:
         """The terms for images and reconstructions (B, C, H, W) in [-1, 1]; float32 at least.
 
         Raises:
-            ValueError: when the shapes differ, or reconstructions are no probabilities for a Bernoulli likelihood.
+            ValueError: when shapes or numbers of images differ, images are integers, or reconstructions are no
+                probabilities for a Bernoulli likelihood.
         """
+        if not images.is_floating_point():
+            raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
         if images.shape != reconstructions.shape:
             raise ValueError(
                 f"images and reconstructions must have one shape, got {tuple(images.shape)} and "
@@ -151,6 +154,8 @@ class VAEObjective:
         images = images.to(reconstructions.dtype)
         error = self.likelihood.error(images, reconstructions)
         rate = kl_to_standard_normal(posterior)
+        if len(rate) != len(images):
+            raise ValueError(f"the posterior must be of the {len(images)} images, got one of {len(rate)}")
         return ObjectiveTerms(
             distortion=error + self.likelihood.constant() * images[0].numel(),
             rate=rate,

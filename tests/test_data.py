@@ -1,0 +1,299 @@
+"""Where images come from and in which order, on the real sets."""
+
+import gzip
+import struct
+import tarfile
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from diffusers_vae.data import ArrayImages, DataConfig, FolderImages, epoch_batches, image_batches, load_data, sources
+from diffusers_vae.images import read_image
+
+
+def contents(folder):
+    return sorted((path.name, path.stat().st_size) for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """torchvision's downloads fail as they do without a network."""
+
+    def fail(*args, **kwargs):
+        raise URLError("no network")
+
+    for module in (datasets.mnist, datasets.cifar):
+        monkeypatch.setattr(module, "download_and_extract_archive", fail)
+
+
+class TestDigits:
+    def test_all_images_in_two_parts(self):
+        train, heldout = load_data(DataConfig(resolution=8))
+        assert (len(train), len(heldout)) == (1617, 180)
+        assert train.pixels.dtype == torch.uint8 and train.pixels.shape[1:] == (1, 8, 8)
+        assert train.pixels.max() == 255 and train.pixels.min() == 0
+        from sklearn.datasets import load_digits
+
+        both = torch.cat([train.pixels, heldout.pixels])
+        ours = sorted(map(bytes, both.view(1797, -1).numpy()))
+        theirs = sorted(map(bytes, (load_digits().images.reshape(1797, -1) * (255 / 16)).round().astype(np.uint8)))
+        assert ours == theirs
+
+    def test_held_out_part_is_always_the_same(self):
+        first, second = (load_data(DataConfig(resolution=8))[1] for _ in range(2))
+        assert torch.equal(first.pixels, second.pixels) and torch.equal(first.labels, second.labels)
+
+    def test_every_class_is_held_out(self):
+        assert set(load_data(DataConfig(resolution=8))[1].labels.tolist()) == set(range(10))
+
+    def test_three_channels_repeat_the_grey_one(self):
+        grey, rgb = (load_data(DataConfig(resolution=8, channels=c))[0].pixels for c in (1, 3))
+        assert torch.equal(rgb, grey.expand(-1, 3, -1, -1))
+
+
+class TestNamedSets:
+    def test_mnist_packed_in_a_read_only_root(self, shared_data):
+        before = contents(shared_data / "MNIST")
+        train, heldout = load_data(DataConfig(name="mnist", root=str(shared_data), resolution=28))
+        assert (len(train), len(heldout)) == (60_000, 10_000)
+        assert train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+        assert heldout.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+        assert train.pixels.double().mean() / 255 == pytest.approx(0.13066, abs=5e-6)
+        assert contents(shared_data / "MNIST") == before
+
+    def test_mnist_unpacked_equals_torchvision(self, mnist_root):
+        train, _ = load_data(DataConfig(name="mnist", root=str(mnist_root), resolution=28))
+        reference = datasets.MNIST(mnist_root, train=True)
+        assert torch.equal(train.pixels[:, 0], reference.data) and torch.equal(train.labels, reference.targets)
+
+    def test_shortened_fashion_mnist(self, shared_data):
+        root = shared_data / "fashion-mnist-10k"
+        train, heldout = load_data(DataConfig(name="fashion-mnist", root=str(root), resolution=28))
+        assert (len(train), len(heldout)) == (10_000, 10_000)
+        assert train.pixels.double().mean() / 255 == pytest.approx(0.28631, abs=5e-6)
+
+    def test_qmnist_layout(self, mnist_root, tmp_path):
+        """QMNIST's files hold a table of labels, and its test part begins with MNIST's 10,000."""
+        reference = datasets.MNIST(mnist_root, train=False)
+        raw = tmp_path / "QMNIST" / "raw"
+        raw.mkdir(parents=True)
+        for part, count in (("train", 300), ("test", 10_100)):
+            rows = np.arange(count) % 10_000
+            images = reference.data.numpy()[rows]
+            table = np.zeros((count, 8), ">i4")
+            table[:, 0] = reference.targets.numpy()[rows]
+            header = struct.pack(">4i", 2051, count, 28, 28)
+            with gzip.open(raw / f"qmnist-{part}-images-idx3-ubyte.gz", "wb", compresslevel=1) as file:
+                file.write(header + images.tobytes())
+            (raw / f"qmnist-{part}-labels-idx2-int").write_bytes(struct.pack(">3i", 0x0C02, count, 8) + table.tobytes())
+        train, heldout = load_data(DataConfig(name="qmnist", root=str(tmp_path), resolution=28))
+        assert (len(train), len(heldout)) == (300, 10_000)
+        assert torch.equal(heldout.pixels[:, 0], reference.data)
+        assert torch.equal(heldout.labels, reference.targets)
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_cifar10(self, packed, cifar_folder, tmp_path, monkeypatch):
+        """Real pixels in CIFAR-10's own batch format; torchvision's sums of the whole set are exchanged for theirs."""
+        import hashlib
+        import pickle
+
+        files = sorted((cifar_folder / "test").rglob("*.png"))[:60]
+        pixels = torch.stack([read_image(file, 3) for file in files])
+        folder = tmp_path / "cifar-10-batches-py"
+        folder.mkdir()
+        sums = {}
+        names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+        for i, name in enumerate(names):
+            rows = pixels[10 * i : 10 * i + 10].flatten(1).numpy()
+            (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": list(range(10))}))
+        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
+        sums = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+        monkeypatch.setattr(datasets.CIFAR10, "train_list", [[name, sums[name]] for name in names[:5]])
+        monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+        meta = {**datasets.CIFAR10.meta, "md5": sums["batches.meta"]}
+        monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
+        root = tmp_path
+        if packed:
+            root = tmp_path / "packed"
+            root.mkdir()
+            with tarfile.open(root / "cifar-10-python.tar.gz", "w:gz") as archive:
+                archive.add(folder, folder.name)
+            packed_sum = hashlib.md5((root / "cifar-10-python.tar.gz").read_bytes()).hexdigest()
+            monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", packed_sum)
+        train, heldout = load_data(DataConfig(name="cifar10", root=str(root), channels=3))
+        assert torch.equal(torch.cat([train.pixels, heldout.pixels]), pixels)
+        assert heldout.labels.tolist() == list(range(10))
+        if packed:
+            assert [path.name for path in root.iterdir()] == ["cifar-10-python.tar.gz"]
+        grey, _ = load_data(DataConfig(name="cifar10", root=str(root), channels=1))
+        assert grey.pixels.shape == (50, 1, 32, 32)
+
+    @pytest.mark.parametrize(
+        ("name", "files"),
+        [
+            ("mnist", ["MNIST/raw", "train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"]),
+            ("qmnist", ["QMNIST/raw", "qmnist-train-images-idx3-ubyte.gz", "qmnist-test-labels-idx2-int.gz"]),
+            ("fashion-mnist", ["FashionMNIST/raw", "train-images-idx3-ubyte.gz"]),
+            ("cifar10", ["cifar-10-python.tar.gz"]),
+        ],
+    )
+    def test_missing_files_are_named(self, name, files, tmp_path, offline):
+        with pytest.raises(FileNotFoundError) as error:
+            load_data(DataConfig(name=name, root=str(tmp_path)))
+        for file in [*files, str(tmp_path)]:
+            assert file in str(error.value)
+
+    def test_damaged_archive_is_named(self, shared_data, tmp_path):
+        raw = tmp_path / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        for file in (shared_data / "MNIST" / "raw").iterdir():
+            (raw / file.name).write_bytes(file.read_bytes())
+        damaged = raw / "t10k-images-idx3-ubyte.gz"
+        damaged.write_bytes(damaged.read_bytes()[:100_000])
+        with pytest.raises(ValueError, match="t10k-images-idx3-ubyte"):
+            load_data(DataConfig(name="mnist", root=str(tmp_path)))
+
+    def test_truncated_idx_file_is_refused(self, mnist_root, tmp_path):
+        raw = tmp_path / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        for file in (mnist_root / "MNIST" / "raw").iterdir():
+            (raw / file.name).write_bytes(file.read_bytes()[: 5_000_000 if "train-images" in file.name else None])
+        with pytest.raises(ValueError, match="MNIST/raw is damaged"):
+            load_data(DataConfig(name="mnist", root=str(tmp_path)))
+
+    def test_damaged_cifar10_archive_is_kept_and_named(self, tmp_path, offline):
+        (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"not an archive")
+        with pytest.raises(ValueError, match=r"cifar-10-python\.tar\.gz is damaged"):
+            load_data(DataConfig(name="cifar10", root=str(tmp_path)))
+        assert (tmp_path / "cifar-10-python.tar.gz").read_bytes() == b"not an archive"
+
+
+class TestFolder:
+    def test_train_and_test_subfolders_with_classes(self, cifar_folder):
+        train, heldout = load_data(DataConfig(name="folder", root=str(cifar_folder), channels=3))
+        assert (len(train), len(heldout)) == (4000, 1000)
+        assert torch.bincount(train.labels).tolist() == [396, 366, 420, 384, 422, 393, 414, 385, 407, 413]
+        first = sorted((cifar_folder / "train" / "airplane").iterdir())[0]
+        assert torch.equal(train.pixels[0], read_image(first, 3))
+
+    def test_flat_folder_is_split(self, cifar_folder):
+        root = cifar_folder / "test" / "frog"
+        train, heldout = load_data(DataConfig(name="folder", root=str(root), channels=3, heldout_fraction=0.25))
+        assert (len(train), len(heldout)) == (84, 28) and train.labels is None
+        everything = torch.cat([train.pixels, heldout.pixels]).flatten(1)
+        assert len(everything.unique(dim=0)) == 112
+
+    def test_read_on_demand_equals_in_memory(self, cifar_folder, monkeypatch):
+        config = DataConfig(name="folder", root=str(cifar_folder / "test"), channels=3, resolution=24)
+        memory, _ = load_data(config)
+        monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
+        disk, _ = load_data(config)
+        assert isinstance(memory, ArrayImages) and isinstance(disk, FolderImages)
+        indices = [5, 3, 700]
+        assert torch.equal(memory.__getitems__(indices), disk.__getitems__(indices))
+        assert torch.equal(memory.labels, disk.labels)
+
+    def test_awkward_files_are_all_named_at_once(self, shared_data):
+        with pytest.raises(ValueError) as error:
+            load_data(DataConfig(name="folder", root=str(shared_data / "awkward"), channels=3))
+        message = str(error.value)
+        refused = ("truncated_jpeg.jpg", "truncated_image.png", "decompression_bomb.gif", "zero_width.gif", ".tiff")
+        assert all(name in message for name in refused)
+        assert "hopper.jpg" not in message
+
+    def test_no_folder_and_no_images(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="not a folder"):
+            load_data(DataConfig(name="folder", root=str(tmp_path / "missing")))
+        (tmp_path / "notes.txt").write_text("no image")
+        with pytest.raises(FileNotFoundError, match="no image below"):
+            load_data(DataConfig(name="folder", root=str(tmp_path)))
+
+    def test_nothing_left_to_train_on(self, tmp_path):
+        Image.new("L", (16, 16)).save(tmp_path / "only.png")
+        with pytest.raises(ValueError, match="no image is left to train on"):
+            load_data(DataConfig(name="folder", root=str(tmp_path)))
+
+
+class TestSize:
+    def image(self, height, width):
+        return torch.arange(height * width).remainder(256).to(torch.uint8).view(1, height, width)
+
+    def test_right_size_is_untouched(self):
+        image = self.image(16, 24)
+        assert torch.equal(sources._bring_to_size(image, DataConfig(resolution=(16, 24))), image)
+
+    def test_pad_keeps_the_pixels_and_adds_black(self):
+        image = self.image(28, 28)
+        padded = sources._bring_to_size(image, DataConfig(fit="pad"))
+        assert torch.equal(padded[:, 2:30, 2:30], image)
+        padded[:, 2:30, 2:30] = 0
+        assert padded.sum() == 0
+
+    @pytest.mark.parametrize("fit", ["crop", "pad"])
+    @pytest.mark.parametrize("size", [(1, 1), (2, 1), (30, 750), (100, 40), (500, 321), (9, 400)])
+    def test_any_size_comes_out_right(self, size, fit):
+        config = DataConfig(resolution=(16, 24), fit=fit)
+        assert sources._bring_to_size(self.image(*size), config).shape == (1, 16, 24)
+
+    def test_crop_keeps_the_aspect_and_the_centre(self):
+        disc = torch.zeros(1, 60, 180, dtype=torch.uint8)
+        disc[:, 20:40, 80:100] = 255
+        fitted = sources._bring_to_size(disc, DataConfig(resolution=30)) > 127
+        rows, columns = fitted[0].any(1).nonzero().flatten(), fitted[0].any(0).nonzero().flatten()
+        assert (rows.min(), rows.max()) == (columns.min(), columns.max()) == (10, 19)
+
+    def test_pad_shrinks_what_is_too_large(self):
+        image = torch.full((1, 64, 128), 255, dtype=torch.uint8)
+        fitted = sources._bring_to_size(image, DataConfig(resolution=32, fit="pad"))
+        assert (fitted[:, 8:24] == 255).all() and fitted[:, :8].sum() == 0
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"resolution": 4}, "at least 8"),
+            ({"heldout_fraction": 0.0}, "between 0 and 1"),
+            ({"num_workers": -1}, "at least 0"),
+        ],
+    )
+    def test_wrong_settings(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            DataConfig(**settings)
+
+
+class TestOrder:
+    def indices(self, batches):
+        return [index for step in batches for micro in step for index in micro.indices if micro.share]
+
+    @pytest.mark.parametrize("length", [1, 7, 64, 100, 131])
+    @pytest.mark.parametrize(("processes", "micro_steps"), [(1, 1), (2, 1), (1, 4), (4, 2)])
+    def test_every_image_once(self, length, processes, micro_steps):
+        ranks = [list(epoch_batches(length, 16, 0, 0, rank, processes, micro_steps)) for rank in range(processes)]
+        assert sorted(index for rank in ranks for index in self.indices(rank)) == list(range(length))
+        for step in zip(*ranks, strict=True):  # every process takes part in every step, with as many forwards
+            assert all(len(micro_batches) == micro_steps for micro_batches in step)
+            assert all(micro.indices for micro_batches in step for micro in micro_batches)
+            assert sum(micro.share for micro_batches in step for micro in micro_batches) == pytest.approx(1)
+
+    def test_images_of_a_step_do_not_depend_on_processes(self):
+        alone = [sorted(self.indices([step])) for step in epoch_batches(100, 16, 3, 5)]
+        shared = zip(*(epoch_batches(100, 16, 3, 5, rank, 2, 2) for rank in range(2)), strict=True)
+        assert [sorted(self.indices(steps)) for steps in shared] == alone
+
+    def test_pure_function_of_seed_and_epoch(self):
+        def order(seed, epoch):
+            return self.indices(epoch_batches(50, 8, seed, epoch))
+
+        assert order(1, 2) == order(1, 2)
+        assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+    def test_image_batches_are_in_order_and_in_model_range(self):
+        images, _ = load_data(DataConfig(resolution=8))
+        batches = list(image_batches(images, 40, 100, torch.device("cpu")))
+        assert [indices[0] for indices, _ in batches] == [0, 40, 80] and len(batches[-1][1]) == 20
+        joined = torch.cat([batch for _, batch in batches])
+        assert joined.min() == -1 and joined.max() == 1
+        assert torch.equal(((joined + 1) * 127.5).round().to(torch.uint8), images.pixels[:100])

@@ -1,0 +1,374 @@
+"""Pixel ranges, image files of every kind, and picture grids."""
+
+import random
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, features
+
+from diffusers_vae.images import read_image, to_model_range, to_pil, to_uint8, to_unit_range
+
+# --- ranges
+
+
+def test_all_256_values_survive_the_round_trip():
+    pixels = torch.arange(256).to(torch.uint8)
+    images = to_model_range(pixels)
+    assert images.dtype == torch.float32
+    assert (images[0], images[255]) == (-1, 1)
+    torch.testing.assert_close(to_unit_range(images), pixels / 255)
+    torch.testing.assert_close(images, to_model_range(pixels / 255))
+    assert torch.equal(to_uint8(images), pixels)
+    assert torch.equal(to_uint8(images.half()), pixels)
+
+
+def test_to_uint8_clamps_and_rounds():
+    levels = torch.tensor([-40.0, -0.1, 0.4, 0.6, 127.4, 127.6, 254.6, 255.1, 600.0])
+    assert to_uint8(levels / 127.5 - 1).tolist() == [0, 0, 0, 1, 127, 128, 255, 255, 255]
+
+
+def test_unit_range_is_not_clamped():
+    images = torch.tensor([-3.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64)
+    assert to_unit_range(images).tolist() == [-1.0, 0.0, 0.5, 1.0, 1.5]
+    assert torch.equal(to_model_range(to_unit_range(images)), images)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.bool])
+def test_pixels_of_unstated_range_are_refused(dtype):
+    with pytest.raises(ValueError, match=rf"uint8 .* or floating point .* got {dtype}"):
+        to_model_range(torch.ones(3, dtype=dtype))
+
+
+# --- files with known pixels
+
+
+def picture(rows, dtype=np.uint8):
+    return Image.fromarray(np.array(rows, dtype))
+
+
+def palette_picture(rows, palette):
+    image = picture(rows)
+    image.putpalette(palette)
+    return image
+
+
+RED_GREEN_BLUE = [255, 0, 0, 0, 255, 0, 0, 0, 255]
+GREY16 = [[0, 257, 1000], [32896, 60000, 65535]]
+GREY16_TO_8 = [[0, 1, 4], [128, 233, 255]]
+COLOURS = [[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[10, 20, 30], [250, 128, 0], [255, 255, 255]]]
+FILES = {  # name: picture, what `save` is told, and the expected pixels: rows of grey values or of (red, green, blue)
+    "1.png": (picture([[0, 1, 0], [1, 0, 1]], bool), {}, [[0, 255, 0], [255, 0, 255]]),
+    "L.png": (picture([[0, 7, 128], [200, 254, 255]]), {}, [[0, 7, 128], [200, 254, 255]]),
+    "L.bmp": (picture([[0, 7, 128], [200, 254, 255]]), {}, [[0, 7, 128], [200, 254, 255]]),
+    "L-transparent.png": (picture([[0, 7, 128]]), {"transparency": 7}, [[0, 255, 128]]),
+    "LA.png": (picture([[[0, 255], [0, 0], [5, 51]]]), {}, [[0, 255, 205]]),
+    "P.png": (
+        palette_picture([[2, 1, 0]], RED_GREEN_BLUE),
+        {},
+        [[[0, 0, 255], [0, 255, 0], [255, 0, 0]]],
+    ),
+    "P-transparent.png": (
+        palette_picture([[2, 1, 0]], RED_GREEN_BLUE),
+        {"transparency": b"\xff\x00\x33"},  # index 1 is transparent, 2 one fifth opaque
+        [[[204, 204, 255], [255, 255, 255], [255, 0, 0]]],
+    ),
+    "RGB.png": (picture(COLOURS), {}, COLOURS),
+    "RGB.webp": (picture(COLOURS), {"lossless": True}, COLOURS),
+    "RGB-transparent.png": (
+        picture([[[0, 0, 0], [0, 255, 52], [9, 9, 9]]]),
+        {"transparency": (0, 255, 52)},
+        [[[0, 0, 0], [255, 255, 255], [9, 9, 9]]],
+    ),
+    "RGBA.png": (
+        picture([[[255, 0, 0, 255], [255, 0, 0, 0], [255, 0, 100, 51]]]),
+        {},
+        [[[255, 0, 0], [255, 255, 255], [255, 204, 224]]],
+    ),
+    "CMYK.tif": (
+        Image.frombytes("CMYK", (4, 1), bytes([0, 0, 0, 0, 0, 255, 255, 0, 255, 255, 0, 0, 0, 0, 0, 255])),
+        {},
+        [[[255, 255, 255], [255, 0, 0], [0, 0, 255], [0, 0, 0]]],
+    ),
+    "I16.png": (picture(GREY16, np.uint16), {}, GREY16_TO_8),
+    "I16.tif": (picture(GREY16, np.uint16), {}, GREY16_TO_8),
+    "I16-big-endian.tif": (picture(GREY16, ">u2"), {}, GREY16_TO_8),
+    "I16-transparent.png": (picture(GREY16, np.uint16), {"transparency": 1000}, [[0, 1, 255], [128, 233, 255]]),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", FILES)
+def test_reads_every_kind_of_pixel(name, channels, tmp_path):
+    image, options, expected = FILES[name]
+    image.save(tmp_path / name, **options)
+    pixels = read_image(tmp_path / name, channels)
+    expected = torch.tensor(expected)
+    if expected.ndim == 2:  # grey
+        expected = expected[..., None].expand(-1, -1, channels)
+    elif channels == 1:  # luma, ITU-R BT.601
+        expected = (expected * torch.tensor([0.299, 0.587, 0.114])).sum(-1, keepdim=True).round()
+    torch.testing.assert_close(pixels, expected.permute(2, 0, 1).to(torch.uint8), rtol=0, atol=0)
+
+
+UPRIGHT = {  # EXIF orientation: how the stored rows and columns are turned upright
+    1: lambda pixels: pixels,
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_turns_images_upright(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.array(COLOURS, np.uint8)
+    Image.fromarray(stored).save(tmp_path / "turned.png", exif=exif)
+    pixels = read_image(tmp_path / "turned.png", 3)
+    assert np.array_equal(pixels.permute(1, 2, 0), UPRIGHT[orientation](stored))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tif", "png", "webp"])
+def test_reads_the_first_frame(suffix, tmp_path):
+    first, second = (Image.new("RGB", (3, 2), colour) for colour in ("red", "blue"))
+    options = {"lossless": True} if suffix == "webp" else {}
+    first.save(tmp_path / f"frames.{suffix}", save_all=True, append_images=[second], **options)
+    with Image.open(tmp_path / f"frames.{suffix}") as image:
+        assert image.n_frames == 2
+    assert read_image(tmp_path / f"frames.{suffix}", 3).flatten(1).T.unique(dim=0).tolist() == [[255, 0, 0]]
+
+
+# --- faults
+
+
+def refusal(path, channels=3):
+    """What follows the path in the message that refuses a file."""
+    with pytest.raises(ValueError, match=re.escape(f"cannot read the image {path}: ")) as caught:
+        read_image(path, channels)
+    return str(caught.value).removeprefix(f"cannot read the image {path}: ")
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "float"), (np.int32, "32-bit integer")])
+def test_pixels_without_a_stated_range_are_refused(dtype, kind, tmp_path):
+    Image.fromarray(np.array([[-3.1, 0.5, 3.1]], dtype)).save(tmp_path / "raw.tif")
+    assert refusal(tmp_path / "raw.tif").startswith(f"{kind} pixels have no stated range")
+
+
+@pytest.mark.parametrize("channels", [0, 2, 4])
+def test_other_channel_counts_are_refused(channels, tmp_path):
+    Image.new("RGBA", (3, 2)).save(tmp_path / "image.png")
+    with pytest.raises(ValueError, match=rf"channels must be 1 \(grey\) or 3 \(RGB\), got {channels}"):
+        read_image(tmp_path / "image.png", channels)
+
+
+def test_files_that_are_no_image_are_refused(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text's.jpg").write_text("no image\n" * 100)
+    for name in ("empty.png", "text's.jpg"):
+        assert refusal(tmp_path / name) == "cannot identify image file"
+    assert refusal(tmp_path / "missing.png").endswith("No such file or directory")
+    assert refusal(tmp_path)
+
+
+FORMATS = ["png", "jpg", "gif", "tif", "bmp", "webp"] + ["avif"] * features.check("avif")
+
+
+@pytest.fixture
+def noise():
+    """A picture that compresses badly, so that a cut goes through its pixels."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 48, 3), np.uint8))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_truncated_files_are_refused(suffix, noise, tmp_path):
+    path = tmp_path / f"cut.{suffix}"
+    noise.save(path)
+    content = path.read_bytes()
+    for part in (0.1, 0.5, 0.8):
+        path.write_bytes(content[: int(part * len(content))])
+        assert refusal(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_damaged_files_are_read_or_refused_by_name(suffix, noise, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # damage can enlarge the claimed size
+    path = tmp_path / f"damaged.{suffix}"
+    noise.save(path)
+    content, chance, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        for _ in range(chance.randint(1, 4)):
+            damaged[chance.randrange(min(len(damaged), 300))] = chance.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            pixels = read_image(path, 3)
+            assert pixels.dtype == torch.uint8
+            assert pixels.ndim == 3
+        except ValueError as error:
+            assert str(error).startswith(f"cannot read the image {path}: ")
+            refused += 1
+    assert refused
+
+
+def claim(path: Path, width: int, height: int) -> Path:
+    """A GIF file of a few bytes that claims a size."""
+    header = b"GIF89a" + struct.pack("<HH", width, height) + bytes([0x80, 0, 0]) + bytes(6)
+    frame = b"," + struct.pack("<HHHH", 0, 0, width, height) + b"\x00" + b"\x02\x02D\x01\x00" + b";"
+    path.write_bytes(header + frame)
+    return path
+
+
+@pytest.fixture
+def little_memory():
+    """At most 16 MB more address space than now, so that a large picture raises a MemoryError."""
+    resource = pytest.importorskip("resource")
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("needs /proc")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(statm.read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [10_000, 65_535])  # Pillow only warns of the first
+def test_decompression_bombs_are_refused_within_memory(side, tmp_path, little_memory):
+    reason = refusal(claim(tmp_path / "bomb.gif", side, side))
+    assert re.search("^10000x10000 pixels are more than|exceeds limit", reason)
+
+
+def test_pixel_limit_can_be_lifted(tmp_path, monkeypatch):
+    Image.new("L", (30, 20)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert refusal(tmp_path / "large.png") == "30x20 pixels are more than 599"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert read_image(tmp_path / "large.png", 1).shape == (1, 20, 30)
+
+
+# --- real awkward files; what is expected of each stands in its folder's CONTENTS.txt
+
+REFUSED = {
+    "10ct_32bit_128.tiff",  # float
+    "CONTENTS.txt",
+    "decompression_bomb.gif",
+    "hopper.heif",  # needs a plug-in
+    "truncated_image.png",
+    "truncated_jpeg.jpg",
+    "zero_width.gif",
+}
+
+
+@pytest.fixture(scope="session")
+def awkward(shared_data):
+    return shared_data / "awkward"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_awkward_files_give_one_image_or_one_named_error(channels, awkward):
+    entry = re.compile(r"^(\S+)\n.*\n  opens as: \S+ \S+ (\d+)x(\d+), \d+ frame\(s\)(; orientation [5-8])?", re.M)
+    sizes = {
+        name: (int(width), int(height)) if turned else (int(height), int(width))
+        for name, width, height, turned in entry.findall((awkward / "CONTENTS.txt").read_text())
+    }
+    refused = set()
+    for path in sorted(awkward.iterdir()):
+        try:
+            pixels = read_image(path, channels)
+        except ValueError as error:
+            assert str(error).startswith(f"cannot read the image {path}: ")
+            refused.add(path.name)
+        else:
+            assert pixels.dtype == torch.uint8
+            assert tuple(pixels.shape) == (channels, *sizes[path.name]), path.name
+    assert refused == REFUSED
+
+
+def stored(path):
+    """The values of an image file as they lie in it."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image).astype(np.int64))
+
+
+def test_awkward_16_bit_files_are_scaled_by_their_depth(awkward):
+    values = stored(awkward / "16bit.cropped.tif")
+    assert (values.min(), values.max()) == (291, 694)
+    assert torch.equal(read_image(awkward / "16bit.cropped.tif", 1)[0].long(), (values / 257).round().long())
+    values = stored(awkward / "i_trns.png")
+    expected = torch.where(values == 255, 255, (values / 257).round().long())  # 255 is its transparent value
+    assert torch.equal(read_image(awkward / "i_trns.png", 1)[0].long(), expected)
+    assert expected.unique().tolist() == [0, 1, 255]
+
+
+def test_awkward_1_bit_file_becomes_black_and_white(awkward):
+    assert read_image(awkward / "1_trns.png", 1).unique().tolist() == [0, 255]
+
+
+def test_awkward_photograph_is_turned_upright(awkward):
+    path = awkward / "Landscape_6.jpg"
+    assert torch.equal(read_image(path, 3).permute(1, 2, 0).long(), stored(path).rot90(-1))
+
+
+def test_awkward_lab_and_cmyk_are_converted_by_colour(awkward):
+    lab, rgb = (read_image(awkward / name, 3).float() for name in ("hopper.Lab.tif", "hopper.jpg"))
+    assert (lab - rgb).abs().mean() < 4  # the same photograph
+    red, green, blue = read_image(awkward / "pil_sample_cmyk.jpg", 3).float().mean((1, 2))
+    assert red < 128  # a dark picture, not its negative
+    assert red > 2 * max(green, blue)
+
+
+@pytest.mark.parametrize("name", ["transparent.png", "transparent.gif", "transparent.webp", "uncompressed_la.png"])
+def test_awkward_transparency_shows_white(name, awkward):
+    with Image.open(awkward / name) as image:
+        alpha = torch.from_numpy(np.array(image.convert("RGBA"))[..., 3])
+    assert 0 < (alpha == 0).sum() < alpha.numel()
+    assert (read_image(awkward / name, 3)[:, alpha == 0] == 255).all()
+
+
+# --- pictures
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("batch", "columns", "scale"), [(6, 3, 1), (5, 2, 3), (4, 4, 1), (3, 8, 2)])
+def test_grid_shows_every_image_between_white_lines(batch, columns, scale, channels):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 255, (batch, channels, 4, 5), generator=generator).to(torch.uint8)
+    height, width = 4 * scale, 5 * scale
+    columns_shown, rows = min(columns, batch), -(-batch // columns)
+    expected = torch.full((3, 2 + rows * (height + 2), 2 + columns_shown * (width + 2)), 255, dtype=torch.uint8)
+    for index, image in enumerate(pixels):
+        top, left = 2 + index // columns * (height + 2), 2 + index % columns * (width + 2)
+        large = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        expected[:, top : top + height, left : left + width] = large
+    grid = to_pil(to_model_range(pixels), columns, scale)
+    assert grid.mode == "RGB"
+    assert np.array_equal(np.asarray(grid), expected.permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("channels", [2, 4, 16])
+def test_grid_of_other_channel_counts_shows_the_first(channels):
+    images = torch.rand(4, channels, 3, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert to_pil(images, 2) == to_pil(images[:, :1], 2)
+    assert to_pil(images, 2) != to_pil(images[:, 1:2], 2)
+
+
+def test_grid_of_one_image_is_the_image():
+    pixels = torch.arange(12).view(1, 1, 3, 4).to(torch.uint8)
+    assert np.array_equal(np.asarray(to_pil(to_model_range(pixels), 8))[..., 0], pixels[0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_grid_takes_model_output_as_it_is(dtype):
+    images = torch.tensor([-7.0, -1.0, 1.0, 7.0], dtype=dtype).view(4, 1, 1, 1).requires_grad_()
+    assert np.asarray(to_pil(images, 4))[2, 2::3, 0].tolist() == [0, 0, 255, 255]

@@ -1,0 +1,125 @@
+"""The rule of the layout: a file imports only from rows above its own."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "diffusers_vae"
+
+# Files of one row never see each other; a package (models, data) counts as one file.
+ROWS = [
+    {"images"},
+    {"models", "objective", "perceptual", "adversarial", "metrics", "data"},
+    {"latents", "evaluation", "pictures", "checkpoint"},
+    {"trainer", "pipelines", "hub"},
+    {"config"},
+    {"cli", "training"},
+]
+ALLOWED_ONLY_IN = {"accelerate": {"trainer", "checkpoint"}, "huggingface_hub": {"hub"}}
+
+
+def files():
+    found = [*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "training").rglob("*.py")]
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def unit_of(file: str) -> str:
+    """The file's name in ROWS: of diffusers_vae/models/vae.py it is models, of training/train_vae.py training."""
+    parts = Path(file).with_suffix("").parts
+    return parts[1] if parts[0] == PACKAGE else parts[0]
+
+
+def imports(file: str, source: str) -> set[str]:
+    """Full dotted names of everything that a file imports, wherever in it: for `from a import b`, a.b."""
+    here = Path(file).with_suffix("").parts  # for `from .` in a module, the package is one level up
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = [*here[: len(here) - node.level]] if node.level else []
+            base += [node.module] if node.module else []
+            found |= {".".join([*base, alias.name]) for alias in node.names}
+    return found
+
+
+def violations(file: str, source: str) -> list[str]:
+    """What is wrong with the imports of a file, one sentence each."""
+    unit, found = unit_of(file), []
+    row_of = {name: row for row, names in enumerate(ROWS) for name in names}
+    if unit not in row_of:
+        return [f"{file} is in no row of the layout"]
+    for name in sorted(imports(file, source)):
+        top, _, rest = name.partition(".")
+        if unit not in ALLOWED_ONLY_IN.get(top, {unit}):
+            found.append(f"{file} imports {top}, which only {sorted(ALLOWED_ONLY_IN[top])} may")
+        if top not in (PACKAGE, "training"):
+            continue
+        target = rest.partition(".")[0] if top == PACKAGE else top
+        public = unit == "training" and target not in row_of  # a script may use the names of __init__.py
+        if target != unit and not public and row_of.get(target, len(ROWS)) >= row_of[unit]:
+            found.append(f"{file} imports {name}, which is not in a row above")
+    return found
+
+
+@pytest.mark.parametrize("file", [file for file in files() if file != f"{PACKAGE}/__init__.py"])
+def test_imports_only_from_rows_above(file):
+    assert violations(file, (ROOT / file).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "allowed"),
+    [
+        ("diffusers_vae/models/vae.py", "from ..images import to_uint8\nfrom .mlp import MLPVAE", True),
+        ("diffusers_vae/models/vae.py", "from ..objective import Gaussian", False),
+        ("diffusers_vae/models/__init__.py", "from .vae import VAE", True),
+        ("diffusers_vae/models/__init__.py", "from .. import objective", False),
+        ("diffusers_vae/objective.py", "def f():\n    from .models import VAE", False),
+        ("diffusers_vae/objective.py", "import diffusers_vae.models.vae", False),
+        ("diffusers_vae/objective.py", "from . import VAE", False),
+        ("diffusers_vae/objective.py", "from diffusers_vae import __version__", False),
+        ("diffusers_vae/images.py", "from .data.sources import Digits", False),
+        ("diffusers_vae/trainer.py", "from accelerate import Accelerator\nfrom .evaluation import evaluate", True),
+        ("diffusers_vae/evaluation.py", "import accelerate.utils", False),
+        ("diffusers_vae/trainer.py", "from huggingface_hub import upload_folder", False),
+        ("diffusers_vae/trainer.py", "import training.train_vae", False),
+        ("training/train_vae.py", "from diffusers_vae.config import parse\nfrom diffusers_vae import VAE", True),
+        ("training/train_vae.py", "from diffusers_vae.cli import main", False),
+        ("diffusers_vae/utils.py", "", False),
+    ],
+)
+def test_the_rule_tells_right_from_wrong(file, source, allowed):
+    assert (violations(file, source) == []) == allowed
+
+
+def test_package_init_holds_only_public_names():
+    tree = ast.parse((ROOT / PACKAGE / "__init__.py").read_text())
+    docstring, *statements = tree.body
+    assert isinstance(docstring, ast.Expr)
+    imported, assigned = set(), {}
+    for statement in statements:
+        if isinstance(statement, ast.ImportFrom):
+            imported |= {alias.asname or alias.name for alias in statement.names}
+        else:
+            assert isinstance(statement, ast.Assign), ast.unparse(statement)
+            assigned[statement.targets[0].id] = ast.literal_eval(statement.value)
+    assert assigned.keys() == {"__version__", "__all__"}
+    assert set(assigned["__all__"]) == imported
+
+
+def test_importing_the_package_is_light():
+    # diffusers loads accelerate where it finds it: what counts is what comes on top
+    code = (
+        "import sys; from diffusers import AutoencoderKL; before = set(sys.modules); import diffusers_vae;"
+        "print(*(set(sys.modules) - before))"
+    )
+    added = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    added = set(added.split())
+    assert f"{PACKAGE}.models.vae" in added
+    heavy = {"accelerate", "jsonargparse", "matplotlib", "sklearn", "datasets"}
+    assert not {name for name in added if name.partition(".")[0] in heavy}
+    assert not {f"{PACKAGE}.{name}" for row in ROWS[2:] for name in row} & added
