@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from PIL import Image
 from sklearn.decomposition import PCA
 
@@ -28,7 +29,7 @@ def _figure(width: float, height: float) -> Figure:
 
 def _render(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.12)
     return Image.open(buffer).convert("RGB")
 
 
@@ -142,9 +143,12 @@ def loss_picture(metrics: Path) -> Image.Image:
                 axes.plot([r["images_seen"] for r in chosen], [r[name] for r in chosen], label=label, **style)
         axes.set_title({"learning_rate": "learning rate"}.get(name, f"{name}, nats per image"), fontsize=10, loc="left")
         axes.set_xlabel("images seen", fontsize=8)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
-        if name != "learning_rate":
+        if name == "learning_rate":
+            axes.set_ylim(bottom=0)
+        else:
             axes.legend(fontsize=8)
             values = [r[name] for r in records if name in r]
             if name != "distortion" and min(values) > 0 and max(values) > 20 * min(values):

@@ -52,8 +52,9 @@ def check_batch(tensor: torch.Tensor, channels: int, what: str) -> None:
 
 def check_dtype(model: ModelMixin, images: torch.Tensor) -> None:
     """Refuse images of another floating dtype than the model's, with a ValueError, unless autocast takes care of it."""
-    autocast = torch.is_autocast_enabled(images.device.type) and images.dtype != torch.float64  # which it leaves alone
-    if images.dtype != model.dtype and not autocast:
+    device = images.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if images.dtype != model.dtype and (not autocast or images.dtype == torch.float64):  # which it leaves alone
         raise ValueError(f"images must have the model's dtype, {model.dtype}, got {images.dtype}")
 
 

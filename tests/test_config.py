@@ -1,0 +1,142 @@
+"""From YAML and flags to settings, and the errors on the way."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diffusers_vae.config import parse_train_config, train_parser
+from diffusers_vae.data import DataConfig
+from diffusers_vae.models import ModelConfig
+from diffusers_vae.objective import ObjectiveConfig
+from diffusers_vae.trainer import OptimizerConfig, RunConfig, TrainConfig
+
+PRESETS = sorted((Path(__file__).parents[1] / "training" / "configs").glob("*.yaml"))
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+class TestPresets:
+    def test_parses_and_writes_to_its_own_folder(self, preset):
+        config, dry = parse_train_config(["--config", str(preset)])
+        assert config.run.output_dir == f"runs/{preset.stem}" and not dry
+
+    def test_says_what_to_expect(self, preset):
+        head = preset.read_text().split("\n\n")[0]
+        for word in ("Purpose:", "Hardware:", "Time:", "Expect:"):
+            assert word in head
+
+
+def test_default_then_file_then_flag(tmp_path):
+    file = write(tmp_path / "a.yaml", "objective: {kl_weight: 0.5, scale: 0.2}\nrun: {seed: 7}\n")
+    config, dry = parse_train_config(["--config", file, "--objective.kl_weight", "0.1", "--dry_run"])
+    assert (config.objective.kl_weight, config.objective.scale, config.run.seed) == (0.1, 0.2, 7)
+    assert config.run.epochs == RunConfig().epochs and dry
+
+
+def test_resolved_config_gives_the_same_run(tmp_path):
+    arguments = ["--model.architecture", "mlp", "--data.resolution", "[8, 16]", "--optimizer.learning_rate", "3e-4"]
+    config, _ = parse_train_config(arguments)
+    config.save(tmp_path / "config.yaml")
+    assert parse_train_config(["--config", str(tmp_path / "config.yaml")])[0] == config
+    stated = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert stated["model"]["hidden_dim"] == 400 and stated["model"]["latent_channels"] is None
+
+
+def test_exponents_are_numbers(tmp_path):
+    file = write(tmp_path / "a.yaml", "optimizer: {learning_rate: 1e-4}\n")
+    assert parse_train_config(["--config", file])[0].optimizer.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("objective: {kl_wait: 3}", ["objective", "kl_wait"]),
+        ("optimiser: {learning_rate: 3}", ["optimiser"]),
+        ("optimizer: {learning_rate: fast}", ["optimizer.learning_rate", "fast"]),
+        ("run: {epochs: 1.5}", ["run.epochs", "1.5"]),
+        ("run: {mixed_precision: no}", ["run.mixed_precision", "quotes"]),
+        ("data: {name: imagenet}", ["data.name", "imagenet", "cifar10"]),
+        ("data: {channels: 4}", ["data.channels", "4"]),
+        ("data: {resolution: 30}", ["data.resolution", "divisible by 4", "30x30"]),
+        ("run: {batch_size: 0}", ["run.batch_size", "at least 1", "0"]),
+        ("objective: {likelihood: bernoulli}", ["bernoulli", "mlp", "unbounded"]),
+        ("model: {architecture: mlp, layers_per_block: 2}", ["model.layers_per_block", "mlp", "hidden_dim"]),
+        ("model: {block_out_channels: [30, 60]}", ["model.block_out_channels", "divisible", "30"]),
+        ("model: {latent_channels: 0}", ["model.latent_channels", "at least 1"]),
+        ("run: [1, 2", ["config"]),
+    ],
+)
+def test_errors_name_the_key_and_the_value(text, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_train_config(["--config", write(tmp_path / "a.yaml", text)])
+    message = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("flag", ["--optimizer.learning_rat", "--nothing"])
+def test_unknown_flags_are_refused(flag, capsys):
+    with pytest.raises(SystemExit):
+        parse_train_config([flag, "1"])
+    assert flag in capsys.readouterr().err
+
+
+def test_missing_file_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse_train_config(["--config", "missing.yaml"])
+    assert "missing.yaml" in capsys.readouterr().err
+
+
+def test_help_describes_every_setting():
+    text = " ".join(train_parser().format_help().split())
+    sections = {
+        "data": DataConfig, "model": ModelConfig, "objective": ObjectiveConfig, "optimizer": OptimizerConfig,
+        "run": RunConfig,
+    }  # fmt: skip
+    for section, cls in sections.items():
+        for name in cls.__dataclass_fields__:
+            assert f"--{section}.{name}" in text
+    assert "Std of the gaussian or scale of the laplace" in text
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimizerConfig(learning_rate=math.nan), "learning_rate"),
+        (lambda: OptimizerConfig(betas=(0.9, 1.0)), "betas"),
+        (lambda: OptimizerConfig(weight_decay=-1), "weight_decay"),
+        (lambda: OptimizerConfig(warmup_images=-1), "warmup_images"),
+        (lambda: OptimizerConfig(max_grad_norm=0), "max_grad_norm"),
+        (lambda: RunConfig(seed=-1), "seed"),
+        (lambda: RunConfig(ema_decay=1.0), "ema_decay"),
+        (lambda: RunConfig(max_images=0), "max_images"),
+    ],
+)
+def test_wrong_values_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+class TestLearningRate:
+    def test_rises_linearly_then_falls_as_a_cosine(self):
+        optimizer = OptimizerConfig(learning_rate=2.0, warmup_images=100)
+        rates = [optimizer.learning_rate_at(seen, 1100) for seen in (49, 99, 100, 600, 1100)]
+        assert rates == pytest.approx([1.0, 2.0, 2.0, 1.0, 0.0])
+
+    def test_constant(self):
+        optimizer = OptimizerConfig(learning_rate=2.0, schedule="constant")
+        assert {optimizer.learning_rate_at(seen, 1000) for seen in (0, 1, 999, 1000)} == {2.0}
+
+    def test_warm_up_longer_than_the_run(self):
+        assert OptimizerConfig(learning_rate=1.0, warmup_images=100).learning_rate_at(9, 10) == pytest.approx(0.1)
+
+
+def test_model_is_required():
+    with pytest.raises(TypeError, match="model"):
+        TrainConfig()

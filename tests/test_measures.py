@@ -1,0 +1,205 @@
+"""Metrics, latent statistics, evaluation and pictures, on tiny real models and real digits."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from diffusers_vae import MLPVAE, VAE, VAEObjective
+from diffusers_vae.data import ArrayImages, DataConfig, load_data
+from diffusers_vae.evaluation import EvaluationConfig, evaluate
+from diffusers_vae.images import to_model_range
+from diffusers_vae.latents import LatentStatistics, measure_latents
+from diffusers_vae.metrics import psnr, ssim
+from diffusers_vae.objective import Bernoulli, Gaussian
+from diffusers_vae.pictures import draw_all, latent_picture, manifold_picture, reconstruction_picture
+
+
+@pytest.fixture(scope="module")
+def digits():
+    _, heldout = load_data(DataConfig(resolution=16))
+    return heldout
+
+
+def tiny_vae(channels=1, **settings):
+    torch.manual_seed(0)
+    return VAE(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        **settings,
+    ).eval()
+
+
+class TestMetrics:
+    def images(self, digits):
+        return to_model_range(digits.pixels[:6])
+
+    def test_psnr_is_minus_ten_log_of_the_error_in_unit_range(self, digits):
+        images = self.images(digits)
+        noisy = (images + 0.2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+        errors = (((images - noisy) / 2) ** 2).double().mean((1, 2, 3))
+        torch.testing.assert_close(psnr(images, noisy).double(), -10 * errors.log10(), rtol=1e-5, atol=0)
+
+    def test_values_outside_the_range_count_as_its_ends(self, digits):
+        images = self.images(digits)
+        assert torch.equal(psnr(images, images * 3 - 0.5), psnr(images, (images * 3 - 0.5).clamp(-1, 1)))
+        assert torch.equal(ssim(images, images * 3 - 0.5), ssim(images, (images * 3 - 0.5).clamp(-1, 1)))
+
+    def test_ssim_of_flat_images_is_the_luminance_term(self):
+        """Without variance only Wang et al.'s l(x, y) remains, equation 6."""
+        a, b = torch.full((1, 1, 16, 16), 0.2), torch.full((1, 1, 16, 16), 0.6)
+        c1 = (0.01 * 2) ** 2
+        expected = (2 * 0.2 * 0.6 + c1) / (0.2**2 + 0.6**2 + c1)
+        assert ssim(a, b).item() == pytest.approx(expected, rel=1e-4)
+
+    def test_one_value_per_image_whatever_its_neighbours(self, digits):
+        images = self.images(digits)
+        reconstructions = images.flip(0)
+        for metric in (psnr, ssim):
+            alone = torch.cat([metric(a[None], b[None]) for a, b in zip(images, reconstructions, strict=True)])
+            torch.testing.assert_close(metric(images, reconstructions), alone)
+        assert ssim(images, images).tolist() == pytest.approx([1] * 6)
+
+
+class TestLatentStatistics:
+    def test_scaled_latents_have_mean_0_and_std_1(self):
+        generator = torch.Generator().manual_seed(0)
+        moments = torch.randn(400, 8, 4, 4, generator=generator) * 3 + 2
+        moments[:, 4:] = moments[:, 4:] / 6
+        statistics = LatentStatistics()
+        for part in moments.split(33):
+            statistics.update(DiagonalGaussianDistribution(part))
+        posterior = DiagonalGaussianDistribution(moments.repeat(600, 1, 1, 1))
+        scaled = (posterior.sample(generator).double() - statistics.mean) * statistics.scaling_factor
+        assert abs(scaled.mean()) < 1e-3 and abs(scaled.std() - 1) < 1e-3
+
+    def test_streamed_equals_at_once_far_from_zero(self):
+        """float32 sums of squares would lose the variance."""
+        moments = torch.full((1000, 2, 1, 1), -30.0)
+        moments[:, 0, 0, 0] = 1000 + torch.linspace(-1, 1, 1000)
+        statistics = LatentStatistics()
+        for part in moments.split(7):
+            statistics.update(DiagonalGaussianDistribution(part))
+        expected = moments[:, 0].double()
+        assert statistics.mean == pytest.approx(expected.mean().item(), rel=1e-12)
+        assert statistics.std == pytest.approx(expected.std(correction=0).item(), rel=1e-5)
+        assert statistics.scaling_factor == 1 / statistics.std
+
+    def test_does_not_depend_on_batches(self, digits):
+        vae = tiny_vae()
+        one, two = (measure_latents(vae, digits, batch_size, 50) for batch_size in (50, 7))
+        assert (one.count, two.count) == (50 * 4 * 8 * 8,) * 2
+        assert one.mean == pytest.approx(two.mean, rel=1e-5) and one.std == pytest.approx(two.std, rel=1e-6)
+
+
+class TestEvaluation:
+    def test_terms_are_those_of_the_objective(self, digits):
+        vae = tiny_vae()
+        objective = VAEObjective(Gaussian(0.5), kl_weight=0.3)
+        report = evaluate(vae, digits, objective, EvaluationConfig(max_images=5, seed=3))
+        images = to_model_range(digits.pixels[:5])
+        with torch.no_grad():
+            posterior = vae.encode(images).latent_dist
+            noise = torch.stack(
+                [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3 + i)) for i in range(5)]
+            )
+            terms = objective(images, vae.decode(posterior.mean + posterior.std * noise).sample, posterior)
+            reconstructions = vae(images).sample
+        assert report.images == 5
+        assert report.distortion == pytest.approx(terms.distortion.mean().item(), rel=1e-6)
+        assert report.rate == pytest.approx(terms.rate.mean().item(), rel=1e-6)
+        assert report.loss == pytest.approx(terms.loss.item(), rel=1e-6)
+        assert report.elbo == pytest.approx(-(report.distortion + report.rate))
+        assert report.bits_per_dim == pytest.approx(-report.elbo / (math.log(2) * 256))
+        assert report.psnr == pytest.approx(psnr(images, reconstructions).mean().item(), rel=1e-5)
+        assert report.ssim == pytest.approx(ssim(images, reconstructions).mean().item(), rel=1e-5)
+        assert "0.5" in report.density and "normal" in report.density
+
+    def test_uneven_batches_change_nothing(self, digits):
+        vae = tiny_vae()
+        reports = [evaluate(vae, digits, VAEObjective(), EvaluationConfig(batch_size=size)) for size in (180, 50)]
+        for name in ("loss", "distortion", "rate", "psnr", "ssim"):
+            one, two = (getattr(report, name) for report in reports)
+            assert one == pytest.approx(two, rel=1e-5), name
+
+    def test_repeats_exactly_and_leaves_the_global_generator_alone(self, digits, tmp_path):
+        vae = tiny_vae()
+        state = torch.get_rng_state()
+        reports = [evaluate(vae, digits, VAEObjective(), EvaluationConfig(max_images=9)) for _ in range(2)]
+        assert reports[0] == reports[1] and torch.equal(torch.get_rng_state(), state)
+        reports[0].save(tmp_path / "evaluation.json")
+        assert json.loads((tmp_path / "evaluation.json").read_text())["psnr"] == reports[0].psnr
+
+    def test_bernoulli_says_that_it_is_no_density(self, digits):
+        report = evaluate(MLPVAE(16, latent_dim=2), digits, VAEObjective(Bernoulli()), EvaluationConfig(max_images=4))
+        assert "no density for grey values" in report.density and report.distortion > 0
+
+    @pytest.mark.parametrize("name", ["every", "max_images", "batch_size"])
+    def test_wrong_settings(self, name):
+        with pytest.raises(ValueError, match=f"evaluation.{name} must be at least 1, got 0"):
+            EvaluationConfig(**{name: 0})
+
+
+class TestPictures:
+    @pytest.fixture
+    def metrics(self, tmp_path):
+        records = [
+            {"kind": "train", "images_seen": 10, "loss": 3.0, "distortion": -4.0, "rate": 2.0, "learning_rate": 0.1},
+            {"kind": "evaluation", "images_seen": 10, "loss": 2.0, "distortion": -5.0, "rate": 2.0},
+        ]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        return tmp_path / "metrics.jsonl"
+
+    @pytest.mark.parametrize("channels", [1, 3, 5])
+    def test_every_channel_count(self, channels, digits, metrics):
+        images = ArrayImages(digits.pixels.expand(-1, channels, -1, -1), digits.labels)
+        pictures = draw_all(tiny_vae(channels), images, metrics, 60, 0)
+        assert set(pictures) == {"reconstructions", "samples", "loss", "latents"}
+        for name, picture in pictures.items():
+            assert picture.mode == "RGB" and np.asarray(picture).std() > 5, name
+
+    def test_two_latent_units_are_drawn_as_they_are(self, digits, metrics):
+        model = MLPVAE(16, latent_dim=2).eval()
+        assert "manifold" in draw_all(model, digits, metrics, 60, 0)
+        unlabelled = ArrayImages(digits.pixels)
+        plain, coloured = (np.asarray(latent_picture(model, images, 60)) for images in (unlabelled, digits))
+        assert len(np.unique(coloured.reshape(-1, 3), axis=0)) > len(np.unique(plain.reshape(-1, 3), axis=0))
+
+    def test_reconstructions_stand_under_their_originals(self, digits):
+        """A model that gives back black for anything leaves every second row black."""
+        model = MLPVAE(16, latent_dim=2).eval()
+        with torch.no_grad():
+            model.decoder[2].weight.zero_()
+            model.decoder[2].bias.fill_(-100)
+        images = to_model_range(digits.pixels[:32])
+        pixels = np.asarray(reconstruction_picture(model, images).convert("L"))
+        body = pixels[int(0.15 * pixels.shape[0]) : -16, int(0.25 * pixels.shape[1]) :]
+        bright = [(band[10:-10] > 200).mean() for band in np.array_split(body, 4)]
+        assert min(bright[0::2]) > 1.5 * max(bright[1::2])
+
+    def test_manifold_spans_the_prior(self):
+        """With an identity-like decoder, the picture darkens from left to right and top to bottom as the units do."""
+        model = MLPVAE(8, latent_dim=2).eval()
+        with torch.no_grad():
+            for parameter in model.decoder.parameters():
+                parameter.zero_()
+            model.decoder[0].weight[:2] = torch.eye(2)
+            model.decoder[0].bias[:2] = 3
+            model.decoder[2].weight[:, 0] = 1
+            model.decoder[2].bias.fill_(-3)
+        pixels = np.asarray(manifold_picture(model, 6).convert("L")).astype(float)
+        body = pixels[int(0.15 * pixels.shape[0]) :]
+        left, right = np.array_split(body, 2, axis=1)
+        assert right[right < 250].mean() > left[left < 250].mean() + 50
+        assert body.shape[0] > 100
+
+    def test_pictures_repeat_exactly(self, digits, metrics):
+        first, second = (draw_all(tiny_vae(), digits, metrics, 60, 0) for _ in range(2))
+        assert all(np.array_equal(np.asarray(first[name]), np.asarray(second[name])) for name in first)
