@@ -87,7 +87,7 @@ class RunConfig:
     epochs: int = 10
     """Passes over the training images."""
     max_images: int | None = None
-    """End after this many images, even if that is before the last epoch."""
+    """End with the step that reaches this many images, if that is before the last epoch."""
     seed: int = 0
     """Of the weights, the order of images and the noise in the latents."""
     batch_size: int = 64
@@ -264,10 +264,8 @@ def train(config: TrainConfig) -> RunResult | None:
                 if images_seen >= next_log or done:
                     sums = interval.take()
                     epoch_sums += sums
-                    log.write(
-                        "train",
-                        progress | _means(sums) | {"learning_rate": learning_rate, "grad_norm": grad_norm.item()},
-                    )
+                    norm = grad_norm.item() if grad_norm.isfinite() else None  # float16 skips such a step
+                    log.write("train", progress | _means(sums) | {"learning_rate": learning_rate, "grad_norm": norm})
                     next_log = (images_seen // run.log_every + 1) * run.log_every
                 if images_seen >= next_evaluation and images_seen < total_images:
                     if accelerator.is_main_process:
@@ -323,12 +321,13 @@ def _begin(config: TrainConfig) -> None:
 def _summary(
     config: TrainConfig, accelerator: Accelerator, model: VAE | MLPVAE, train_length: int, heldout_length: int
 ) -> str:
+    device_batch_size = config.run.batch_size // (accelerator.num_processes * config.run.gradient_accumulation_steps)
     precision = {"no": "float32"}.get(accelerator.mixed_precision, f"{accelerator.mixed_precision} autocast")
     return (
         f"{type(model).__name__} with {model.num_parameters():,} parameters, latents "
         f"{'x'.join(map(str, config.model.latent_shape(config.data.size)))}; {train_length:,} training and "
         f"{heldout_length:,} held-out images of {config.data.name} at {'x'.join(map(str, config.data.size))}; "
-        f"{precision} on {accelerator.num_processes} x {accelerator.device}"
+        f"{precision} on {accelerator.num_processes} x {accelerator.device}, {device_batch_size} images per forward"
     )
 
 
@@ -400,7 +399,9 @@ class _Log:
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps({"kind": kind} | values) + "\n")
-        named = {f"{kind}/{name}": value for name, value in values.items() if name != "images_seen"}
+        named = {
+            f"{kind}/{name}": value for name, value in values.items() if name != "images_seen" and value is not None
+        }
         self.accelerator.log(named, step=values["images_seen"])
 
     def show(self, pictures: dict[str, Image.Image], images_seen: int) -> None:

@@ -1,0 +1,65 @@
+"""What the README tells a newcomer to do is there and works."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from test_vae import make_pipeline
+
+from diffusers_vae import VAE
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.fixture
+def digits_model(tmp_path):
+    """Of the shape that the default preset gives, untrained, where the default run puts it."""
+    torch.manual_seed(0)
+    vae = VAE(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        scaling_factor=1.1,
+        shift_factor=0.2,
+    )
+    vae.save_pretrained(tmp_path / "runs" / "digits" / "model")
+    return vae
+
+
+def test_code_runs_as_it_stands(digits_model, tmp_path, monkeypatch):
+    make_pipeline(digits_model, tmp_path)
+    (tmp_path / "before").rename(tmp_path / "my-pipeline")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in BLOCKS:
+        exec(block, names)
+    assert isinstance(names["pipeline"], DiffusionPipeline) and names["pipeline"].vae.config.shift_factor == 0.2
+    assert names["reconstructions"].shape == names["images"].shape == (4, 1, 32, 32)
+    assert torch.isfinite(names["terms"].loss)
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    (command,) = re.findall(r"^pip install -e .*pytest$", README, re.M)
+    assert command == 'pip install -e ".[dev]" && pytest'
+    done = subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_links_presets_and_files_exist():
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+    for preset in (ROOT / "training" / "configs").glob("*.yaml"):
+        assert f"`{preset.name}`" in README
+    tree = re.search(r"## Files\n\n```\n(.*?)```", README, re.S).group(1)
+    for module in (ROOT / "diffusers_vae").rglob("*.py"):
+        assert module.name == "__init__.py" or module.name in tree, module
