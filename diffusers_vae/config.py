@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from .trainer import TrainConfig
 
@@ -28,7 +29,11 @@ def parse_train_config(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
     """The settings, and whether it is a dry run. A wrong key or value ends the process with a message that names it."""
     parser = train_parser()
     try:
-        settings = parser.instantiate(parser.parse_args(arguments)).as_dict()
+        parsed = parser.parse_args(arguments)
+        for field in fields(TrainConfig):
+            if not isinstance(parsed[field.name], Namespace):
+                raise ValueError(f"{field.name} must hold settings, KEY: VALUE, got {parsed[field.name]}")
+        settings = parser.instantiate(parsed).as_dict()
         settings.pop("config")
         dry = settings.pop("dry_run")
         return TrainConfig(**settings), dry

@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .data import ImageSet, image_batches
@@ -23,9 +24,9 @@ class EvaluationConfig:
     """Images between two evaluations; by default there is one, at the end."""
     max_images: int | None = None
     """At most this many held-out images are measured, and as many training images for the statistics of the latents,
-    always the first ones; by default all."""
-    batch_size: int = 250
-    """Images per forward."""
+    always the same; by default all."""
+    batch_size: int = 64
+    """Images per forward, of pictures too."""
     seed: int = 0
     """Of the noise in the latents and of the samples from the prior."""
 
@@ -66,38 +67,51 @@ class EvaluationReport:
     """Of the draws."""
 
     def save(self, path: Path) -> None:
-        """Write the report as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        """Write the report as JSON; ValueError when a number in it is not finite."""
+        path.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
 
 
 @torch.no_grad()
 def evaluate(
-    model: VAE | MLPVAE, images: ImageSet, objective: VAEObjective, config: EvaluationConfig
+    model: VAE | MLPVAE, image_set: ImageSet, objective: VAEObjective, config: EvaluationConfig
 ) -> EvaluationReport:
-    """The report of `model`, in eval mode, over `images`. The draw for an image depends on the seed and its index."""
-    sums = torch.zeros(5, dtype=torch.float64)
+    """The report of `model`, in eval mode, over the images. The draw for an image depends on the seed and its index.
+
+    Raises:
+        ValueError: when there is no image, or the model is not float32.
+    """
+    if not len(image_set):
+        raise ValueError("there must be at least one image to evaluate, got none")
+    if model.dtype != torch.float32:
+        raise ValueError(f"a model is evaluated in float32, got one in {model.dtype}; convert it with model.float()")
+    sums = torch.zeros(6, dtype=torch.float64)
     count = 0
     generator = torch.Generator()
-    for indices, batch in image_batches(images, config.batch_size, config.max_images, model.device):
-        posterior = model.encode(batch).latent_dist
-        shape = posterior.mean.shape[1:]
-        noise = torch.stack([torch.randn(shape, generator=generator.manual_seed(config.seed + i)) for i in indices])
-        terms = objective(batch, model.decode(posterior.mean + posterior.std * noise.to(batch)).sample, posterior)
+    for indices, images in image_batches(image_set, config.batch_size, config.max_images, model.device):
+        posterior = model.encode(images).latent_dist
+        noise = []
+        for index in indices:
+            generator.manual_seed(int(np.random.SeedSequence([config.seed, index]).generate_state(1)[0]))
+            noise.append(torch.randn(posterior.mean.shape[1:], generator=generator))
+        latents = posterior.mean + posterior.std * torch.stack(noise).to(images)
+        terms = objective(images, model.decode(latents).sample, posterior)
         reconstructions = model.decode(posterior.mode()).sample
-        per_image = (terms.distortion, terms.rate, psnr(batch, reconstructions), ssim(batch, reconstructions))
-        sums += torch.stack([terms.loss.cpu().double() * len(batch)] + [t.cpu().double().sum() for t in per_image])
-        count += len(batch)
-    loss, distortion, rate, mean_psnr, mean_ssim = (sums / count).tolist()
+        similarity = psnr(images, reconstructions), ssim(images, reconstructions)
+        loss = terms.loss.expand(len(images))
+        per_image = torch.stack([loss, terms.distortion, terms.rate, terms.elbo, *similarity])
+        sums += per_image.cpu().double().sum(1)
+        count += len(images)
+    loss, distortion, rate, elbo, mean_psnr, mean_ssim = (sums / count).tolist()
     return EvaluationReport(
         images=count,
         loss=loss,
         distortion=distortion,
         rate=rate,
-        elbo=-(distortion + rate),
-        bits_per_dim=(distortion + rate) / (math.log(2) * batch[0].numel()),
+        elbo=elbo,
+        bits_per_dim=-elbo / (math.log(2) * images[0].numel()),
         density=objective.likelihood.density,
         psnr=mean_psnr,
         ssim=mean_ssim,
-        resolution=tuple(batch.shape[2:]),
+        resolution=tuple(images.shape[2:]),
         seed=config.seed,
     )

@@ -35,7 +35,7 @@ class LatentStatistics:
     @property
     def std(self) -> float:
         """Of the latents."""
-        return (self.sum_of_squares / self.count - self.mean**2) ** 0.5
+        return max(0.0, self.sum_of_squares / self.count - self.mean**2) ** 0.5
 
     @property
     def scaling_factor(self) -> float:
@@ -45,10 +45,10 @@ class LatentStatistics:
 
 @torch.no_grad()
 def measure_latents(
-    model: VAE | MLPVAE, images: ImageSet, batch_size: int, max_images: int | None = None
+    model: VAE | MLPVAE, image_set: ImageSet, batch_size: int, max_images: int | None = None
 ) -> LatentStatistics:
-    """Statistics of the latents of the first `max_images` of `images`, by default all, under `model` in eval mode."""
+    """Statistics of the latents of the first `max_images` images, by default all, under `model` in eval mode."""
     statistics = LatentStatistics()
-    for _, batch in image_batches(images, batch_size, max_images, model.device):
-        statistics.update(model.encode(batch).latent_dist)
+    for _, images in image_batches(image_set, batch_size, max_images, model.device):
+        statistics.update(model.encode(images).latent_dist)
     return statistics

@@ -87,7 +87,7 @@ class Bernoulli:
 
     def error(self, images, reconstructions):
         low, high = reconstructions.detach().aminmax()
-        if not (low >= -1 and high <= 1):
+        if low < -1 or high > 1:  # NaN is for the training loop to report
             raise ValueError(
                 "a Bernoulli likelihood needs reconstructions that are probabilities: in [-1, 1] after the rescaling "
                 f"of images, got values from {low.item():.3g} to {high.item():.3g}. The decoder of VAE is unbounded; "
@@ -165,24 +165,29 @@ class VAEObjective:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is minimised: distortion + kl_weight * rate, both summed over the image, in nats."""
+    """What is minimised: distortion + kl_weight * rate, both summed over the image, in nats. A scale that is left out
+    gets the value named in its description, which the run's config.yaml then states.
+    """
 
     likelihood: Literal["gaussian", "laplace", "bernoulli"] = "gaussian"
     """Density of an image given its reconstruction. bernoulli needs the mlp architecture."""
-    scale: float = 1.0
-    """Std of the gaussian or scale of the laplace, in model range [-1, 1]; 1.0 for bernoulli, which has none."""
+    scale: float | None = None
+    """Std of the gaussian or scale of the laplace, in model range [-1, 1] (0.1); bernoulli has none."""
     kl_weight: float = 1.0
     """Beta on the rate; 1.0 is the true ELBO."""
 
     def __post_init__(self):
         if self.likelihood not in ("gaussian", "laplace", "bernoulli"):
             raise ValueError(f"objective.likelihood must be gaussian, laplace or bernoulli, got {self.likelihood!r}")
-        if not (self.scale > 0 and math.isfinite(self.scale)):
+        if self.likelihood == "bernoulli":
+            if self.scale is not None:
+                raise ValueError(f"a bernoulli likelihood has no scale: leave out objective.scale, got {self.scale}")
+        elif self.scale is None:
+            object.__setattr__(self, "scale", 0.1)
+        elif not (self.scale > 0 and math.isfinite(self.scale)):
             raise ValueError(f"objective.scale must be positive and finite, got {self.scale}")
         if not (self.kl_weight >= 0 and math.isfinite(self.kl_weight)):
             raise ValueError(f"objective.kl_weight must be at least 0 and finite, got {self.kl_weight}")
-        if self.likelihood == "bernoulli" and self.scale != 1.0:
-            raise ValueError(f"a bernoulli likelihood has no scale: objective.scale must be 1.0, got {self.scale}")
 
     def build(self) -> VAEObjective:
         """The objective that these settings describe."""

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from sklearn.decomposition import PCA
 
 from .data import ImageSet, image_batches
 from .images import to_model_range, to_pil
 from .models import MLPVAE, VAE
 
-PAPER = "#ffffff"
-INK = "#222222"
+DPI = 120
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=120, facecolor=PAPER, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -33,74 +34,87 @@ def _render(figure: Figure) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def _framed(picture: Image.Image, title: str, row_labels: list[str] | None = None) -> Image.Image:
-    width = 8.0
-    figure = _figure(width, width * picture.height / picture.width + 0.5)
-    axes = figure.add_subplot()
-    axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axes.set_title(title, fontsize=10, color=INK, loc="left")
-    axes.set_xticks([])
-    rows = len(row_labels or [])
-    axes.set_yticks([(row + 0.5) * picture.height / rows for row in range(rows)], row_labels or [], fontsize=7)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return _render(figure)
+def _titled(picture: Image.Image, title: str, row_labels: Sequence[str] = ()) -> Image.Image:
+    """`picture`, pixel for pixel, under a title and beside one label per row."""
+    font, small, margin = ImageFont.load_default(18), ImageFont.load_default(13), 12
+    left = margin + max((round(small.getlength(label)) + 8 for label in row_labels), default=0)
+    title = "\n".join(textwrap.wrap(title, max(20, picture.width // 9)))
+    _, _, title_width, title_height = ImageDraw.Draw(picture).multiline_textbbox((0, 0), title, font)
+    width = left + max(picture.width, round(title_width)) + margin
+    top = 2 * margin + round(title_height)
+    page = Image.new("RGB", (width, top + picture.height + margin), "white")
+    draw = ImageDraw.Draw(page)
+    draw.multiline_text((left, margin), title, "black", font)
+    for row, label in enumerate(row_labels):
+        place = (left - 8, top + (row + 0.5) * picture.height / len(row_labels))
+        draw.text(place, label, "black", small, anchor="rm")
+    page.paste(picture, (left, top))
+    return page
 
 
-def _enlarge(images: torch.Tensor, target: int = 64) -> int:
-    return max(1, target // images.shape[-1])
+def _grid(images: torch.Tensor, columns: int) -> Image.Image:
+    """Small images enlarged to 64 pixels."""
+    return to_pil(images, columns, max(1, 64 // images.shape[-1]))
+
+
+def _columns(width: int) -> int:
+    """How many images of `width` pixels go side by side on a screen."""
+    return max(2, min(16, 1024 // width))
 
 
 @torch.no_grad()
-def reconstruction_picture(model: VAE | MLPVAE, images: torch.Tensor, columns: int = 16) -> Image.Image:
+def _decode(model: VAE | MLPVAE, latents: torch.Tensor, batch_size: int) -> torch.Tensor:
+    return torch.cat([model.decode(part.to(model.device)).sample.cpu() for part in latents.split(batch_size)])
+
+
+@torch.no_grad()
+def reconstruction_picture(model: VAE | MLPVAE, images: torch.Tensor, batch_size: int) -> Image.Image:
     """Rows of originals, each over the row of its reconstructions, of images (B, C, H, W) in [-1, 1]."""
-    images = images[: max(columns, len(images) // columns * columns)]
-    columns = min(columns, len(images))
-    reconstructions = model.decode(model.encode(images).latent_dist.mode()).sample
-    pairs = zip(images.split(columns), reconstructions.split(columns), strict=True)
+    columns = min(_columns(images.shape[-1]), len(images))
+    images = images[: len(images) // columns * columns]
+    latents = torch.cat([model.encode(part).latent_dist.mode() for part in images.split(batch_size)])
+    reconstructions = _decode(model, latents, batch_size)
+    pairs = zip(images.cpu().split(columns), reconstructions.split(columns), strict=True)
     stacked = torch.cat([torch.cat(pair) for pair in pairs])
     labels = ["original", "reconstruction"] * (len(images) // columns)
-    return _framed(to_pil(stacked, columns, _enlarge(images)), "Held-out images over their reconstructions", labels)
+    return _titled(_grid(stacked, columns), "Held-out images over their reconstructions", labels)
 
 
-@torch.no_grad()
 def sample_picture(
-    model: VAE | MLPVAE, latent_shape: tuple[int, ...], seed: int, count: int = 64, columns: int = 16
+    model: VAE | MLPVAE, latent_shape: tuple[int, ...], batch_size: int, seed: int, count: int = 64
 ) -> Image.Image:
-    """Decoded draws from the prior N(0, I) over latents of `latent_shape`."""
+    """Decoded draws from the prior N(0, I) over latents of `latent_shape`, (channels, height, width)."""
     latents = torch.randn(count, *latent_shape, generator=torch.Generator().manual_seed(seed))
-    samples = model.decode(latents.to(model.device)).sample
+    samples = _decode(model, latents, batch_size)
     title = "Samples from the prior N(0, I)"
     if latent_shape[1] * latent_shape[2] > 1:
         title += (
-            f", each of {latent_shape[1]}x{latent_shape[2]} positions by itself: strokes, not whole images\n"
-            "A diffusion model over the latents is what samples whole images"
+            f", drawn for each of the {latent_shape[1]}x{latent_shape[2]} positions by itself: parts that do not know "
+            "of each other. A diffusion model over the latents is what samples whole images."
         )
-    return _framed(to_pil(samples, columns, _enlarge(samples)), title)
+    return _titled(_grid(samples, _columns(samples.shape[-1])), title)
 
 
-@torch.no_grad()
-def manifold_picture(model: VAE | MLPVAE, side: int = 20) -> Image.Image:
+def manifold_picture(model: VAE | MLPVAE, batch_size: int, side: int = 20) -> Image.Image:
     """2-D latents decoded on a grid, evenly spaced in the prior's probability: Kingma & Welling 2014, figure 4."""
     quantiles = torch.special.ndtri(torch.linspace(0.02, 0.98, side, dtype=torch.float64)).float()
     rows, columns = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
     latents = torch.stack([columns, rows], -1).view(-1, 2, 1, 1)
-    decoded = model.decode(latents.to(model.device)).sample
+    decoded = _decode(model, latents, batch_size)
     low, high = quantiles[0], quantiles[-1]
     title = f"Decoded latents, both units from {low:.2f} to {high:.2f} in equal steps of the prior's probability"
-    return _framed(to_pil(decoded, side), title)
+    return _titled(_grid(decoded, side), title)
 
 
 @torch.no_grad()
-def latent_picture(model: VAE | MLPVAE, images: ImageSet, batch_size: int, max_images: int = 5000) -> Image.Image:
+def latent_picture(model: VAE | MLPVAE, image_set: ImageSet, batch_size: int, max_images: int) -> Image.Image:
     """Posterior means of the first `max_images` images, coloured by label: 2-D latents as they are, others by their
     first two principal components.
     """
     means = torch.cat(
         [
-            model.encode(batch).latent_dist.mode().flatten(1).cpu()
-            for _, batch in image_batches(images, batch_size, max_images, model.device)
+            model.encode(images).latent_dist.mode().flatten(1).cpu()
+            for _, images in image_batches(image_set, batch_size, max_images, model.device)
         ]
     ).numpy()
     if means.shape[1] == 2:
@@ -114,10 +128,10 @@ def latent_picture(model: VAE | MLPVAE, images: ImageSet, batch_size: int, max_i
         )
     figure = _figure(7, 6)
     axes = figure.add_subplot()
-    if images.labels is None:
+    if image_set.labels is None:
         axes.scatter(*points.T, s=6, alpha=0.6, color="tab:blue", linewidths=0)
     else:
-        labels = images.labels[: len(points)].numpy()
+        labels = image_set.labels[: len(points)].numpy()
         for label in sorted(set(labels.tolist())):
             chosen = points[labels == label]
             axes.scatter(*chosen.T, s=6, alpha=0.6, color=f"C{label % 10}", label=str(label), linewidths=0)
@@ -136,41 +150,43 @@ def loss_picture(metrics: Path) -> Image.Image:
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure = _figure(10, 6)
     for axes, name in zip(figure.subplots(2, 2).flat, ("loss", "distortion", "rate", "learning_rate"), strict=True):
-        for kind, style in (("train", {"linewidth": 1}), ("evaluation", {"marker": "o", "linewidth": 1.5})):
+        for kind, label in (("train", "training"), ("evaluation", "held-out")):
             chosen = [record for record in records if record["kind"] == kind and name in record]
-            if chosen:
-                label = "training" if kind == "train" else "held-out"
-                axes.plot([r["images_seen"] for r in chosen], [r[name] for r in chosen], label=label, **style)
-        axes.set_title({"learning_rate": "learning rate"}.get(name, f"{name}, nats per image"), fontsize=10, loc="left")
+            seen, values = ([record[key] for record in chosen] for key in ("images_seen", name))
+            axes.plot(seen, values, linewidth=1.2, marker="o" if kind == "evaluation" else None, label=label)
+            if kind == "train" and name != "learning_rate" and len(values) >= 10:
+                # the first steps are far off and would flatten all that follows
+                later = values[len(values) // 10 :]
+                margin = 0.1 * (max(later) - min(later))
+                axes.set_ylim(min(later) - margin, max(later) + margin)
         axes.set_xlabel("images seen", fontsize=8)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         if name == "learning_rate":
+            axes.set_title("learning rate", fontsize=10, loc="left")
             axes.set_ylim(bottom=0)
         else:
+            axes.set_title(f"{name}, nats per image", fontsize=10, loc="left")
             axes.legend(fontsize=8)
-            values = [r[name] for r in records if name in r]
-            if name != "distortion" and min(values) > 0 and max(values) > 20 * min(values):
-                axes.set_yscale("log")
     return _render(figure)
 
 
 def draw_all(
-    model: VAE | MLPVAE, images: ImageSet, metrics: Path, batch_size: int, seed: int
+    model: VAE | MLPVAE, image_set: ImageSet, metrics: Path, batch_size: int, max_images: int, seed: int
 ) -> dict[str, Image.Image]:
-    """Every picture of a run by name, of `model` in eval mode, the held-out `images` and metrics.jsonl."""
-    count = min(64, len(images))
-    first = to_model_range(images.__getitems__(range(count)).to(model.device))
+    """Every picture of a run by name: of `model` in eval mode, at most `max_images` held-out images, metrics.jsonl."""
+    count = min(4 * _columns(image_set.__getitems__([0]).shape[-1]), len(image_set))
+    images = to_model_range(image_set.__getitems__(range(count)).to(model.device))
     with torch.no_grad():
-        latent_shape = tuple(model.encode(first[:1]).latent_dist.mean.shape[1:])
+        latent_shape = tuple(model.encode(images[:1]).latent_dist.mean.shape[1:])
     pictures = {
-        "reconstructions": reconstruction_picture(model, first),
-        "samples": sample_picture(model, latent_shape, seed),
+        "reconstructions": reconstruction_picture(model, images, batch_size),
+        "samples": sample_picture(model, latent_shape, batch_size, seed, 4 * _columns(images.shape[-1])),
         "loss": loss_picture(metrics),
     }
-    if len(images) > 2:
-        pictures["latents"] = latent_picture(model, images, batch_size)
+    if min(len(image_set), max_images) > 2:
+        pictures["latents"] = latent_picture(model, image_set, batch_size, max_images)
     if latent_shape == (2, 1, 1):
-        pictures["manifold"] = manifold_picture(model)
+        pictures["manifold"] = manifold_picture(model, batch_size)
     return pictures

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 class OptimizerConfig:
     """AdamW, and a learning rate that is a pure function of the images seen."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """The highest that is reached."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the averages of gradient and squared gradient."""
@@ -51,12 +52,14 @@ class OptimizerConfig:
     """Decoupled; with 0, AdamW is Adam."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """After the warm-up; cosine ends at 0 with the last image."""
-    warmup_images: int = 0
+    warmup_images: int = 2000
     """Images over which the learning rate rises linearly from 0."""
     max_grad_norm: float | None = 1.0
     """The gradient is scaled down to this norm; null: never."""
 
     def __post_init__(self):
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"optimizer.schedule must be constant or cosine, got {self.schedule}")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"optimizer.learning_rate must be positive and finite, got {self.learning_rate}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -84,22 +87,22 @@ class RunConfig:
 
     output_dir: str = "runs/digits"
     """Folder of this run; it must not hold another one."""
-    epochs: int = 10
+    epochs: int = 15
     """Passes over the training images."""
     max_images: int | None = None
     """End with the step that reaches this many images, if that is before the last epoch."""
     seed: int = 0
     """Of the weights, the order of images and the noise in the latents."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Images per optimiser step over all processes."""
     gradient_accumulation_steps: int = 1
     """Forwards per optimiser step on each process."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Autocast dtype; null leaves it to `accelerate launch`. Weights, optimiser and EMA are float32 in any case. In
-    YAML, no needs quotes."""
-    ema_decay: float | None = None
+    """Autocast dtype; null leaves it to `accelerate launch`, and config.yaml states what it was. Weights, optimiser
+    and EMA are float32 in any case. In YAML, no needs quotes."""
+    ema_decay: float | None = 0.99
     """Decay of the moving average of the weights, which is what is evaluated and saved; null: none."""
-    log_every: int = 5000
+    log_every: int = 1000
     """Images between two records in metrics.jsonl."""
     tracker: Literal["tensorboard"] | None = "tensorboard"
     """Where metrics and pictures are logged besides the files in output_dir; null: nowhere."""
@@ -109,19 +112,21 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"run.{name} must be at least 1, got {value}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"run.seed must lie in [0, 2^32), got {self.seed}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"run.seed must lie in [0, 2^31), got {self.seed}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"run.ema_decay must lie between 0 and 1 or be null, got {self.ema_decay}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """All settings of a run."""
+    """All settings of a run. Model and objective have no default here, since filled-in settings of one architecture or
+    likelihood do not fit another.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig  # no default: a filled-in one would hold values that another architecture has not
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    model: ModelConfig
+    objective: ObjectiveConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -158,7 +163,7 @@ class RunResult:
     latent_shape: tuple[int, ...]
     """Channels, height and width of the latents of one image."""
     memory: int
-    """Bytes at the end of the run: the highest that the GPU held, or those of the process."""
+    """Bytes: the most that a GPU held during the run, or what the process holds at its end."""
     load_line: str
     """Python that loads the model."""
 
@@ -170,22 +175,26 @@ def train(config: TrainConfig) -> RunResult | None:
 
     Raises:
         FileExistsError: when `run.output_dir` holds a run already.
-        FloatingPointError: when a gradient is not finite, before the step is taken.
-        ValueError: when the batch size cannot be divided among the processes.
+        FloatingPointError: when loss, gradient or result are not finite; before the step is taken if that shows there.
+        ValueError: when config and launcher do not fit each other.
     """
     run = config.run
-    accelerator = Accelerator(mixed_precision=run.mixed_precision, log_with=run.tracker, project_dir=run.output_dir)
+    _check_is_free(run.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=run.mixed_precision,
+        log_with=run.tracker,
+        project_dir=run.output_dir,
+        # the main process measures and draws while the others wait
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+    )
+    _check_launch(accelerator, run)
     _use_all_cores(accelerator)
-    parts = accelerator.num_processes * run.gradient_accumulation_steps
-    if run.batch_size % parts:
-        raise ValueError(
-            "run.batch_size must be divisible by the number of processes times run.gradient_accumulation_steps, "
-            f"{parts}, got {run.batch_size}"
-        )
     with accelerator.local_main_process_first():
         train_images, heldout_images = load_data(config.data, progress=accelerator.is_local_main_process)
     if accelerator.is_main_process:
-        _begin(config)
+        (Path(run.output_dir) / "pictures").mkdir(parents=True, exist_ok=True)
+        stated = replace(config, run=replace(run, mixed_precision=accelerator.mixed_precision))
+        stated.save(Path(run.output_dir) / "config.yaml")
     accelerator.wait_for_everyone()
 
     set_seed(run.seed)
@@ -195,7 +204,9 @@ def train(config: TrainConfig) -> RunResult | None:
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     plain_model = accelerator.unwrap_model(model)
-    ema = _ema(plain_model, run.ema_decay) if run.ema_decay else None
+    ema = None
+    if run.ema_decay:  # the decay rises as 1 - (1 + step)^-0.75, so that short runs do not keep their first weights
+        ema = EMAModel(plain_model.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75)
     objective = config.objective.build()
     total_images = min(run.epochs * len(train_images), run.max_images or sys.maxsize)
     if run.tracker:
@@ -208,11 +219,10 @@ def train(config: TrainConfig) -> RunResult | None:
     bar = tqdm(total=total_images, unit="img", disable=not accelerator.is_local_main_process, dynamic_ncols=True)
     step = images_seen = 0
     next_log, next_evaluation = run.log_every, config.evaluation.every or sys.maxsize
-    interval = _RunningTerms(accelerator)
+    interval, epoch_terms = _RunningTerms(accelerator), _RunningTerms(accelerator)
     with logging_redirect_tqdm(), bar:
         for epoch in range(math.ceil(total_images / len(train_images))):
             model.train()
-            epoch_sums = np.zeros(4)
             batches = partial(
                 epoch_batches,
                 len(train_images),
@@ -237,35 +247,31 @@ def train(config: TrainConfig) -> RunResult | None:
                         )
                         terms = objective(images, reconstructions, posterior)
                         # Gradients are averaged over processes, so that this sums to the mean over the step's images.
-                        weight = micro_batch.share * accelerator.num_processes
-                        # backward divides by what the launcher may have set
-                        accelerator.backward(terms.loss * weight * accelerator.gradient_accumulation_steps)
+                        accelerator.backward(terms.loss * micro_batch.share * accelerator.num_processes)
                     if micro_batch.share:
                         interval.add(terms)
+                        epoch_terms.add(terms)
                 grad_norm = accelerator.clip_grad_norm_(
                     model.parameters(), config.optimizer.max_grad_norm or float("inf")
                 )
-                if accelerator.scaler is None and not grad_norm.isfinite():
-                    raise FloatingPointError(_not_finite(step, terms, Path(run.output_dir)))
+                # The gradient is the same on all processes. In float16 it may overflow: the scaler then skips the step.
+                if not (grad_norm if accelerator.scaler is None else interval.sums.sum()).isfinite():
+                    raise FloatingPointError(_not_finite(step, terms, run.output_dir))
                 optimizer.step()
                 optimizer.zero_grad()
-                if ema:
+                if ema and not optimizer.step_was_skipped:
                     ema.step(plain_model.parameters())
 
                 step += 1
-                seen_before, images_seen = (
-                    images_seen,
-                    min(images_seen + run.batch_size, (epoch + 1) * len(train_images)),
-                )
-                bar.update(images_seen - seen_before)
+                images_seen = min(images_seen + run.batch_size, (epoch + 1) * len(train_images))
+                bar.update(min(images_seen, total_images) - bar.n)
                 interval.show(bar)
                 done = images_seen >= epoch_end
                 progress = {"epoch": epoch + 1, "step": step, "images_seen": images_seen}
-                if images_seen >= next_log or done:
-                    sums = interval.take()
-                    epoch_sums += sums
-                    norm = grad_norm.item() if grad_norm.isfinite() else None  # float16 skips such a step
-                    log.write("train", progress | _means(sums) | {"learning_rate": learning_rate, "grad_norm": norm})
+                if images_seen >= next_log or images_seen >= total_images:
+                    norm = grad_norm.item() if grad_norm.isfinite() else None  # of a step that was skipped
+                    means = _means(interval.take())
+                    log.write("train", progress | means | {"learning_rate": learning_rate, "grad_norm": norm})
                     next_log = (images_seen // run.log_every + 1) * run.log_every
                 if images_seen >= next_evaluation and images_seen < total_images:
                     if accelerator.is_main_process:
@@ -276,8 +282,11 @@ def train(config: TrainConfig) -> RunResult | None:
                     next_evaluation = (images_seen // config.evaluation.every + 1) * config.evaluation.every
                 if done:
                     break
-            log.write("epoch", progress | (means := _means(epoch_sums)))
-            logger.info("epoch %d: %s", epoch + 1, "  ".join(f"{name} {value:.4f}" for name, value in means.items()))
+            means = _means(epoch_terms.take())
+            log.write("epoch", progress | means)
+            if accelerator.is_main_process:
+                text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+                logger.info("epoch %d: %s", epoch + 1, text)
 
     result = None
     if accelerator.is_main_process:
@@ -290,13 +299,14 @@ def train(config: TrainConfig) -> RunResult | None:
 
 def dry_run(config: TrainConfig) -> RunResult | None:
     """Every phase of the run `config` once, in seconds, with two steps and in a folder that is deleted again."""
+    _check_is_free(config.run.output_dir)
     with tempfile.TemporaryDirectory() as scratch:
         few = 2 * config.run.batch_size
         return train(
             replace(
                 config,
                 run=replace(config.run, output_dir=str(Path(scratch) / "run"), max_images=few),
-                evaluation=replace(config.evaluation, max_images=8, every=None),
+                evaluation=replace(config.evaluation, max_images=config.evaluation.batch_size, every=few // 2),
             )
         )
 
@@ -308,14 +318,29 @@ def _use_all_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
 
 
-def _begin(config: TrainConfig) -> None:
-    output_dir = Path(config.run.output_dir)
-    if (output_dir / "config.yaml").exists():
+def _check_is_free(output_dir: str) -> None:
+    if (Path(output_dir) / "config.yaml").exists():
+        state = "a finished" if (Path(output_dir) / "evaluation.json").exists() else "an unfinished"
         raise FileExistsError(
-            f"run.output_dir holds a run already: {output_dir.resolve()}. Choose another run.output_dir or delete it"
+            f"run.output_dir holds {state} run already: {Path(output_dir).resolve()}. Choose another run.output_dir or "
+            "delete it"
         )
-    (output_dir / "pictures").mkdir(parents=True, exist_ok=True)
-    config.save(output_dir / "config.yaml")
+
+
+def _check_launch(accelerator: Accelerator, run: RunConfig) -> None:
+    parts = accelerator.num_processes * run.gradient_accumulation_steps
+    if run.batch_size % parts:
+        raise ValueError(
+            "run.batch_size must be divisible by the number of processes times run.gradient_accumulation_steps, "
+            f"{parts}, got {run.batch_size}"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            "gradient accumulation is set by run.gradient_accumulation_steps, not by the launcher, got "
+            f"{accelerator.gradient_accumulation_steps} there"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed precision on a CPU must be bf16 or no, got fp16")
 
 
 def _summary(
@@ -331,10 +356,6 @@ def _summary(
     )
 
 
-def _ema(model: VAE | MLPVAE, decay: float) -> EMAModel:
-    return EMAModel(model.parameters(), decay=decay, use_ema_warmup=True, power=0.75)
-
-
 @contextmanager
 def _weights_to_keep(model: VAE | MLPVAE, ema: EMAModel | None) -> Iterator[None]:
     """Within, the model is in eval mode with the averaged weights, if there are any."""
@@ -342,19 +363,25 @@ def _weights_to_keep(model: VAE | MLPVAE, ema: EMAModel | None) -> Iterator[None
     if ema:
         ema.store(model.parameters())
         ema.copy_to(model.parameters())
-    yield
-    if ema:
-        ema.restore(model.parameters())
+    try:
+        yield
+    finally:
+        if ema:
+            ema.restore(model.parameters())
 
 
-def _loader(images: ImageSet, batches: Iterable[list[MicroBatch]], config: DataConfig) -> DataLoader:
+def _loader(image_set: ImageSet, batches: Iterable[list[MicroBatch]], config: DataConfig) -> DataLoader:
     """uint8 images of one micro-batch after the other."""
     return DataLoader(
-        images,
+        image_set,
         batch_sampler=(micro_batch.indices for micro_batches in batches for micro_batch in micro_batches),
-        num_workers=config.num_workers if isinstance(images, FolderImages) else 0,
-        collate_fn=lambda pixels: pixels,
+        num_workers=config.num_workers if isinstance(image_set, FolderImages) else 0,
+        collate_fn=_as_read,
     )
+
+
+def _as_read(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels  # already a batch; by name, since a lambda does not reach the workers everywhere
 
 
 class _RunningTerms:
@@ -374,7 +401,7 @@ class _RunningTerms:
 
     def take(self) -> np.ndarray:
         """The sums over all processes."""
-        sums = self.accelerator.reduce(self.sums, "sum").double().cpu().numpy()
+        sums = self.accelerator.reduce(self.sums, "sum").cpu().double().numpy()
         self.sums.zero_()
         return sums
 
@@ -398,7 +425,7 @@ class _Log:
     def write(self, kind: str, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
-                file.write(json.dumps({"kind": kind} | values) + "\n")
+                file.write(json.dumps({"kind": kind} | values, allow_nan=False) + "\n")
         named = {
             f"{kind}/{name}": value for name, value in values.items() if name != "images_seen" and value is not None
         }
@@ -410,28 +437,35 @@ class _Log:
             tracker.log_images(arrays, step=images_seen, dataformats="NHWC")
 
 
-def _not_finite(step: int, terms: ObjectiveTerms, output_dir: Path) -> str:
+def _not_finite(step: int, terms: ObjectiveTerms, output_dir: str) -> str:
     values = {"loss": terms.loss, "distortion": terms.distortion, "rate": terms.rate}
-    bad = [name for name, value in values.items() if not value.isfinite().all()]
+    bad = [name for name, value in values.items() if not value.isfinite().all()] or ["gradient"]
     return (
-        f"training stopped before step {step + 1}: {' and '.join(bad) or 'the gradient'} is not finite. Metrics up to "
-        f"here are in {output_dir}. A lower optimizer.learning_rate, a longer optimizer.warmup_images, a "
-        "optimizer.max_grad_norm or a larger objective.scale make training more stable"
+        f"training stopped before step {step + 1}, not finite: {', '.join(bad)}. Metrics up to here are in "
+        f"{output_dir}. {STABLER}"
     )
+
+
+STABLER = (
+    "More stable are a lower optimizer.learning_rate, a longer optimizer.warmup_images, a lower "
+    "optimizer.max_grad_norm or a larger objective.scale"
+)
 
 
 def _evaluate(
-    config: TrainConfig, model: VAE | MLPVAE, images: ImageSet, log: _Log, progress: dict[str, int]
+    config: TrainConfig, model: VAE | MLPVAE, image_set: ImageSet, log: _Log, progress: dict[str, int]
 ) -> EvaluationReport:
     """Measure and picture `model`; writes evaluation.json and pictures/."""
     output_dir = Path(config.run.output_dir)
-    report = evaluate(model, images, config.objective.build(), config.evaluation)
-    report.save(output_dir / "evaluation.json")
+    settings = config.evaluation
+    report = evaluate(model, image_set, config.objective.build(), settings)
     numbers = {name: value for name, value in asdict(report).items() if isinstance(value, float)}
+    if bad := [name for name, value in numbers.items() if not math.isfinite(value)]:
+        raise FloatingPointError(f"training diverged, not finite on held-out images: {', '.join(bad)}. {STABLER}")
+    report.save(output_dir / "evaluation.json")
     log.write("evaluation", progress | numbers)
-    pictures = draw_all(
-        model, images, output_dir / "metrics.jsonl", config.evaluation.batch_size, config.evaluation.seed
-    )
+    shown = min(5000, settings.max_images or 5000)
+    pictures = draw_all(model, image_set, log.path, settings.batch_size, shown, settings.seed)
     for name, picture in pictures.items():
         picture.save(output_dir / "pictures" / f"{name}.png")
     log.show(pictures, progress["images_seen"])
@@ -447,19 +481,24 @@ def _finish(
     log: _Log,
     progress: dict[str, int],
 ) -> RunResult:
-    """Measure the latents, save the model, and only then what could still fail: evaluation and pictures."""
-    output_dir = Path(config.run.output_dir)
+    """Save the model before anything that could fail, then measure: latents, which go into its config, and images."""
+    folder = Path(config.run.output_dir) / "model"
+    model.save_pretrained(folder)
     statistics = measure_latents(model, train_images, config.evaluation.batch_size, config.evaluation.max_images)
+    if not (math.isfinite(statistics.mean) and 0 < statistics.std < math.inf):
+        raise FloatingPointError(
+            f"training diverged: the latents have mean {statistics.mean} and std {statistics.std}. {STABLER}"
+        )
     model.register_to_config(scaling_factor=statistics.scaling_factor, shift_factor=statistics.mean)
-    model.save_pretrained(output_dir / "model")
+    model.save_config(folder)
     report = _evaluate(config, model, heldout_images, log, progress)
     package, name = ("diffusers", "AutoencoderKL") if isinstance(model, VAE) else ("diffusers_vae", "MLPVAE")
     cuda = accelerator.device.type == "cuda"
     return RunResult(
-        output_dir=output_dir,
+        output_dir=folder.parent,
         report=report,
         parameters=model.num_parameters(),
         latent_shape=config.model.latent_shape(config.data.size),
         memory=torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss,
-        load_line=f'from {package} import {name}; vae = {name}.from_pretrained("{output_dir / "model"}")',
+        load_line=f'from {package} import {name}; vae = {name}.from_pretrained("{folder.as_posix()}")',
     )

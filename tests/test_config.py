@@ -45,6 +45,7 @@ def test_resolved_config_gives_the_same_run(tmp_path):
     config.save(tmp_path / "config.yaml")
     assert parse_train_config(["--config", str(tmp_path / "config.yaml")])[0] == config
     stated = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert stated["objective"]["scale"] == 0.1
     assert stated["model"]["hidden_dim"] == 400 and stated["model"]["latent_channels"] is None
 
 
@@ -66,6 +67,8 @@ def test_exponents_are_numbers(tmp_path):
         ("data: {resolution: 30}", ["data.resolution", "divisible by 4", "30x30"]),
         ("run: {batch_size: 0}", ["run.batch_size", "at least 1", "0"]),
         ("objective: {likelihood: bernoulli}", ["bernoulli", "mlp", "unbounded"]),
+        ("objective: {likelihood: bernoulli, scale: 1.0}", ["bernoulli", "no scale", "1.0"]),
+        ("run: 3", ["run"]),
         ("model: {architecture: mlp, layers_per_block: 2}", ["model.layers_per_block", "mlp", "hidden_dim"]),
         ("model: {block_out_channels: [30, 60]}", ["model.block_out_channels", "divisible", "30"]),
         ("model: {latent_channels: 0}", ["model.latent_channels", "at least 1"]),
@@ -110,6 +113,8 @@ def test_help_describes_every_setting():
     [
         (lambda: OptimizerConfig(learning_rate=math.nan), "learning_rate"),
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), "betas"),
+        (lambda: OptimizerConfig(schedule="linear"), "optimizer.schedule must be constant or cosine, got linear"),
+        (lambda: ModelConfig(architecture="unet"), "model.architecture must be one of vae, mlp, got unet"),
         (lambda: OptimizerConfig(weight_decay=-1), "weight_decay"),
         (lambda: OptimizerConfig(warmup_images=-1), "warmup_images"),
         (lambda: OptimizerConfig(max_grad_norm=0), "max_grad_norm"),
@@ -130,13 +135,23 @@ class TestLearningRate:
         assert rates == pytest.approx([1.0, 2.0, 2.0, 1.0, 0.0])
 
     def test_constant(self):
-        optimizer = OptimizerConfig(learning_rate=2.0, schedule="constant")
+        optimizer = OptimizerConfig(learning_rate=2.0, schedule="constant", warmup_images=0)
         assert {optimizer.learning_rate_at(seen, 1000) for seen in (0, 1, 999, 1000)} == {2.0}
 
     def test_warm_up_longer_than_the_run(self):
         assert OptimizerConfig(learning_rate=1.0, warmup_images=100).learning_rate_at(9, 10) == pytest.approx(0.1)
 
 
-def test_model_is_required():
+def test_digits_preset_is_the_default():
+    digits = next(preset for preset in PRESETS if preset.stem == "digits")
+    assert parse_train_config(["--config", str(digits)]) == parse_train_config([])
+
+
+def test_perceptron_with_bernoulli_needs_nothing_else():
+    config, _ = parse_train_config(["--model.architecture", "mlp", "--objective.likelihood", "bernoulli"])
+    assert (config.model.latent_dim, config.objective.scale) == (20, None)
+
+
+def test_model_and_objective_are_required():
     with pytest.raises(TypeError, match="model"):
         TrainConfig()

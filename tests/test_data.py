@@ -177,8 +177,22 @@ class TestFolder:
         train, heldout = load_data(DataConfig(name="folder", root=str(cifar_folder), channels=3))
         assert (len(train), len(heldout)) == (4000, 1000)
         assert torch.bincount(train.labels).tolist() == [396, 366, 420, 384, 422, 393, 414, 385, 407, 413]
-        first = sorted((cifar_folder / "train" / "airplane").iterdir())[0]
-        assert torch.equal(train.pixels[0], read_image(first, 3))
+        horse = sorted((cifar_folder / "test" / "horse").iterdir())[3]
+        (place,) = (heldout.pixels == read_image(horse, 3)).flatten(1).all(1).nonzero().flatten().tolist()
+        assert heldout.labels[place] == 7
+
+    def test_first_images_are_of_all_classes(self, cifar_folder):
+        """Folders come sorted by class; what is measured on the first images must not be of one class alone."""
+        for part in load_data(DataConfig(name="folder", root=str(cifar_folder), channels=3)):
+            assert len(part.labels[:100].unique()) == 10
+
+    def test_training_folder_alone_keeps_its_labels(self, cifar_folder, tmp_path):
+        (tmp_path / "train").symlink_to(cifar_folder / "test")
+        (tmp_path / ".trash").mkdir()
+        Image.new("L", (16, 16)).save(tmp_path / "train" / "frog" / "._hidden.png")
+        train, heldout = load_data(DataConfig(name="folder", root=str(tmp_path), channels=3))
+        (tmp_path / "train" / "frog" / "._hidden.png").unlink()
+        assert (len(train), len(heldout)) == (900, 100) and len(train.labels.unique()) == 10
 
     def test_flat_folder_is_split(self, cifar_folder):
         root = cifar_folder / "test" / "frog"
@@ -255,6 +269,9 @@ class TestSize:
         ("settings", "message"),
         [
             ({"resolution": 4}, "at least 8"),
+            ({"name": "imagenet"}, r"data\.name must be one of digits, .*, got imagenet"),
+            ({"channels": 4}, r"data\.channels must be one of 1, 3, got 4"),
+            ({"fit": "Crop"}, r"data\.fit must be one of crop, pad, got Crop"),
             ({"heldout_fraction": 0.0}, "between 0 and 1"),
             ({"num_workers": -1}, "at least 0"),
         ],

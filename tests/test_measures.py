@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers_vae import MLPVAE, VAE, VAEObjective
 from diffusers_vae.data import ArrayImages, DataConfig, load_data
 from diffusers_vae.evaluation import EvaluationConfig, evaluate
-from diffusers_vae.images import to_model_range
+from diffusers_vae.images import to_model_range, to_uint8
 from diffusers_vae.latents import LatentStatistics, measure_latents
 from diffusers_vae.metrics import psnr, ssim
 from diffusers_vae.objective import Bernoulli, Gaussian
@@ -46,6 +46,10 @@ class TestMetrics:
         noisy = (images + 0.2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
         errors = (((images - noisy) / 2) ** 2).double().mean((1, 2, 3))
         torch.testing.assert_close(psnr(images, noisy).double(), -10 * errors.log10(), rtol=1e-5, atol=0)
+
+    def test_psnr_of_a_copy_is_finite(self, digits):
+        images = self.images(digits)
+        assert psnr(images, images).tolist() == [100.0] * 6
 
     def test_values_outside_the_range_count_as_its_ends(self, digits):
         images = self.images(digits)
@@ -107,9 +111,8 @@ class TestEvaluation:
         images = to_model_range(digits.pixels[:5])
         with torch.no_grad():
             posterior = vae.encode(images).latent_dist
-            noise = torch.stack(
-                [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3 + i)) for i in range(5)]
-            )
+            seeds = [int(np.random.SeedSequence([3, i]).generate_state(1)[0]) for i in range(5)]
+            noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
             terms = objective(images, vae.decode(posterior.mean + posterior.std * noise).sample, posterior)
             reconstructions = vae(images).sample
         assert report.images == 5
@@ -141,6 +144,22 @@ class TestEvaluation:
         report = evaluate(MLPVAE(16, latent_dim=2), digits, VAEObjective(Bernoulli()), EvaluationConfig(max_images=4))
         assert "no density for grey values" in report.density and report.distortion > 0
 
+    def test_other_precisions_and_no_images_are_refused(self, digits):
+        with pytest.raises(ValueError, match=r"evaluated in float32, got one in torch\.bfloat16"):
+            evaluate(tiny_vae().bfloat16(), digits, VAEObjective(), EvaluationConfig())
+        with pytest.raises(ValueError, match="at least one image"):
+            evaluate(tiny_vae(), ArrayImages(digits.pixels[:0]), VAEObjective(), EvaluationConfig())
+
+    def test_seeds_share_no_noise(self, digits):
+        """The draw for image 1 under seed 0 is not that for image 0 under seed 1."""
+        image = ArrayImages(digits.pixels[:1].repeat(2, 1, 1, 1))
+        one, two = (
+            evaluate(tiny_vae(), image, VAEObjective(), EvaluationConfig(seed=seed)).distortion for seed in (0, 1)
+        )
+        first = evaluate(tiny_vae(), image, VAEObjective(), EvaluationConfig(max_images=1)).distortion
+        other = evaluate(tiny_vae(), image, VAEObjective(), EvaluationConfig(max_images=1, seed=1)).distortion
+        assert len({one, two, first, other}) == 4 and 2 * one - first != pytest.approx(other, rel=1e-9)
+
     @pytest.mark.parametrize("name", ["every", "max_images", "batch_size"])
     def test_wrong_settings(self, name):
         with pytest.raises(ValueError, match=f"evaluation.{name} must be at least 1, got 0"):
@@ -160,16 +179,16 @@ class TestPictures:
     @pytest.mark.parametrize("channels", [1, 3, 5])
     def test_every_channel_count(self, channels, digits, metrics):
         images = ArrayImages(digits.pixels.expand(-1, channels, -1, -1), digits.labels)
-        pictures = draw_all(tiny_vae(channels), images, metrics, 60, 0)
+        pictures = draw_all(tiny_vae(channels), images, metrics, 60, 100, 0)
         assert set(pictures) == {"reconstructions", "samples", "loss", "latents"}
         for name, picture in pictures.items():
             assert picture.mode == "RGB" and np.asarray(picture).std() > 5, name
 
     def test_two_latent_units_are_drawn_as_they_are(self, digits, metrics):
         model = MLPVAE(16, latent_dim=2).eval()
-        assert "manifold" in draw_all(model, digits, metrics, 60, 0)
+        assert "manifold" in draw_all(model, digits, metrics, 60, 100, 0)
         unlabelled = ArrayImages(digits.pixels)
-        plain, coloured = (np.asarray(latent_picture(model, images, 60)) for images in (unlabelled, digits))
+        plain, coloured = (np.asarray(latent_picture(model, images, 60, 100)) for images in (unlabelled, digits))
         assert len(np.unique(coloured.reshape(-1, 3), axis=0)) > len(np.unique(plain.reshape(-1, 3), axis=0))
 
     def test_reconstructions_stand_under_their_originals(self, digits):
@@ -179,10 +198,18 @@ class TestPictures:
             model.decoder[2].weight.zero_()
             model.decoder[2].bias.fill_(-100)
         images = to_model_range(digits.pixels[:32])
-        pixels = np.asarray(reconstruction_picture(model, images).convert("L"))
-        body = pixels[int(0.15 * pixels.shape[0]) : -16, int(0.25 * pixels.shape[1]) :]
-        bright = [(band[10:-10] > 200).mean() for band in np.array_split(body, 4)]
+        pixels = np.asarray(reconstruction_picture(model, images, 10).convert("L"))
+        body = pixels[-12 - 4 * 66 : -12, -12 - 16 * 66 : -12]  # 4 rows and 16 columns of 64 pixels and lines
+        bright = [(row > 200).mean() for row in np.array_split(body, 4)]
         assert min(bright[0::2]) > 1.5 * max(bright[1::2])
+
+    def test_large_images_are_shown_pixel_by_pixel(self):
+        images = torch.linspace(-1, 1, 256).expand(6, 3, 256, 256)
+        page = reconstruction_picture(tiny_vae(3), images, 2)
+        assert page.width < 1200 and page.height > 2 * 258
+        row = np.asarray(page)[page.height - 12 - 258 - 100, :, 0]
+        ramp = np.asarray(to_uint8(images[0, 0, 0]))
+        assert any(np.array_equal(row[start : start + 256], ramp) for start in range(page.width - 256))
 
     def test_manifold_spans_the_prior(self):
         """With an identity-like decoder, the picture darkens from left to right and top to bottom as the units do."""
@@ -194,12 +221,12 @@ class TestPictures:
             model.decoder[0].bias[:2] = 3
             model.decoder[2].weight[:, 0] = 1
             model.decoder[2].bias.fill_(-3)
-        pixels = np.asarray(manifold_picture(model, 6).convert("L")).astype(float)
+        pixels = np.asarray(manifold_picture(model, 16, 6).convert("L")).astype(float)
         body = pixels[int(0.15 * pixels.shape[0]) :]
         left, right = np.array_split(body, 2, axis=1)
         assert right[right < 250].mean() > left[left < 250].mean() + 50
         assert body.shape[0] > 100
 
     def test_pictures_repeat_exactly(self, digits, metrics):
-        first, second = (draw_all(tiny_vae(), digits, metrics, 60, 0) for _ in range(2))
+        first, second = (draw_all(tiny_vae(), digits, metrics, 60, 100, 0) for _ in range(2))
         assert all(np.array_equal(np.asarray(first[name]), np.asarray(second[name])) for name in first)

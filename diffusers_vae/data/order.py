@@ -56,10 +56,10 @@ def epoch_batches(
 
 
 def image_batches(
-    images: ImageSet, batch_size: int, max_images: int | None, device: torch.device
+    image_set: ImageSet, batch_size: int, max_images: int | None, device: torch.device
 ) -> Iterator[tuple[range, torch.Tensor]]:
     """Indices and images (B, C, H, W) in [-1, 1] on `device`, in the set's own order, at most `max_images` of them."""
-    count = len(images) if max_images is None else min(max_images, len(images))
+    count = len(image_set) if max_images is None else min(max_images, len(image_set))
     for start in range(0, count, batch_size):
         indices = range(start, min(start + batch_size, count))
-        yield indices, to_model_range(images.__getitems__(indices).to(device))
+        yield indices, to_model_range(image_set.__getitems__(indices).to(device))

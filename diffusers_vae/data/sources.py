@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -48,6 +49,12 @@ class DataConfig:
     """Processes that read images, for sets that are too large to be kept in memory."""
 
     def __post_init__(self):
+        for name in ("name", "channels", "fit"):
+            choices = get_args(get_type_hints(DataConfig)[name])
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"data.{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)}"
+                )
         if min(self.size) < 8:
             raise ValueError(f"data.resolution must be at least 8 pixels a side, got {self.resolution}")
         if not 0 < self.heldout_fraction < 1:
@@ -62,7 +69,7 @@ class DataConfig:
 
 
 class ImageSet(Protocol):
-    """Images of one size, with or without labels."""
+    """Images of one size, with or without labels, read by the batch; any first part of it is a fair sample."""
 
     labels: torch.Tensor | None
     """(N,) int64 classes."""
@@ -74,7 +81,7 @@ class ImageSet(Protocol):
         ...
 
 
-class ArrayImages(torch.utils.data.Dataset):
+class ArrayImages:
     """Images kept in memory: uint8 `pixels` (N, C, H, W) and their labels (N,) or None."""
 
     def __init__(self, pixels: torch.Tensor, labels: torch.Tensor | None = None):
@@ -87,7 +94,7 @@ class ArrayImages(torch.utils.data.Dataset):
         return self.pixels[torch.as_tensor(indices)]
 
 
-class FolderImages(torch.utils.data.Dataset):
+class FolderImages:
     """Image files, read on demand as `config` says."""
 
     def __init__(self, paths: list[Path], labels: torch.Tensor | None, config: DataConfig):
@@ -146,12 +153,12 @@ def _in_memory(pixels: torch.Tensor, labels: torch.Tensor | None, config: DataCo
 
 
 def _heldout_indices(length: int, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Train and held-out indices; the same for every seed of a run, so that runs can be compared."""
+    """Train and held-out indices, shuffled; the same for every seed of a run, so that runs can be compared."""
     heldout = max(1, round(length * config.heldout_fraction))
     if heldout >= length:
         raise ValueError(f"no image is left to train on: {length} images, {heldout} of them held out")
     order = np.random.default_rng(0).permutation(length)
-    return np.sort(order[heldout:]), np.sort(order[:heldout])
+    return order[heldout:], order[:heldout]
 
 
 def _split(pixels: torch.Tensor, labels: torch.Tensor, config: DataConfig) -> tuple[ArrayImages, ArrayImages]:
@@ -191,7 +198,7 @@ def _load_mnist(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
         unpacked.mkdir(parents=True)
         for file in files:
             if (raw / file).exists():
-                os.symlink((raw / file).resolve(), unpacked / file)
+                shutil.copyfile(raw / file, unpacked / file)  # not every system lets users make links
                 continue
             try:
                 (unpacked / file).write_bytes(gzip.decompress((raw / f"{file}.gz").read_bytes()))
@@ -241,11 +248,12 @@ def _load_folder(config: DataConfig, progress: bool) -> tuple[ImageSet, ImageSet
     root = Path(config.root)
     if not root.is_dir():
         raise FileNotFoundError(f"data.root must be a folder of images, got {root.resolve()}, which is not a folder")
+    training = root / "train" if (root / "train").is_dir() else root
     test = next((root / name for name in HELDOUT_FOLDERS if (root / name).is_dir()), None)
-    if test and (root / "train").is_dir():
-        parts = [_files_below(root / "train"), _files_below(test)]
+    paths, labels = _files_below(training)
+    if test and training != root:
+        parts = [(paths, labels), _files_below(test)]
     else:
-        paths, labels = _files_below(root)
         parts = [
             ([paths[i] for i in part], None if labels is None else labels[torch.from_numpy(part)])
             for part in _heldout_indices(len(paths), config)
@@ -254,35 +262,42 @@ def _load_folder(config: DataConfig, progress: bool) -> tuple[ImageSet, ImageSet
     size = config.size[0] * config.size[1] * config.channels
     if (len(train) + len(heldout)) * size > MEMORY_LIMIT:
         return train, heldout
-    return _read_all(train, progress), _read_all(heldout, progress)
+    return _read_all(train, heldout, progress)
 
 
 def _files_below(folder: Path) -> tuple[list[Path], torch.Tensor | None]:
-    """Sorted image files, and as labels the places of their subfolders when all files lie in two or more of these."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    """Image files in a fixed random order, and as labels the places of their subfolders when all files lie in two or
+    more of these. Hidden files and folders are left out, links are followed.
+    """
+    paths = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [Path(parent) / name for name in names if not name.startswith(".")]
+    paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise FileNotFoundError(f"no image below {folder.resolve()}: none of {', '.join(IMAGE_SUFFIXES)}")
+    paths = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]
     classes = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})
     if len(classes) < 2 or any(path.parent == folder for path in paths):
         return paths, None
     return paths, torch.tensor([classes.index(path.relative_to(folder).parts[0]) for path in paths])
 
 
-def _read_all(images: FolderImages, progress: bool) -> ArrayImages:
+def _read_all(train: FolderImages, heldout: FolderImages, progress: bool) -> tuple[ArrayImages, ArrayImages]:
     """All images in memory; every file that cannot be read is named in one error, before anything was trained."""
 
-    def read(index: int) -> torch.Tensor | str:
+    def read(place: tuple[FolderImages, int]) -> torch.Tensor | str:
         try:
-            return images.__getitems__([index])
+            return place[0].__getitems__([place[1]])
         except ValueError as error:
             return str(error)
 
+    places = [(image_set, index) for image_set in (train, heldout) for index in range(len(image_set))]
     with ThreadPoolExecutor() as pool:
-        results = list(
-            tqdm(pool.map(read, range(len(images))), "reading images", len(images), unit="img", disable=not progress)
-        )
-    errors = [result for result in results if isinstance(result, str)]
+        results = list(tqdm(pool.map(read, places), "reading images", len(places), unit="img", disable=not progress))
+    errors = sorted(result for result in results if isinstance(result, str))
     if errors:
         shown = "\n".join(errors[:20] + [f"and {len(errors) - 20} more"] * (len(errors) > 20))
-        raise ValueError(f"{len(errors)} of {len(images)} files cannot be read; remove or mend them:\n{shown}")
-    return ArrayImages(torch.cat(results), images.labels)
+        raise ValueError(f"{len(errors)} of {len(places)} files cannot be read; remove or mend them:\n{shown}")
+    pixels = torch.cat(results).split([len(train), len(heldout)])
+    return ArrayImages(pixels[0], train.labels), ArrayImages(pixels[1], heldout.labels)

@@ -11,7 +11,7 @@ from .vae import VAE
 _DEFAULTS = {
     "vae": {
         "latent_channels": 4,
-        "block_out_channels": (32, 64, 64),
+        "block_out_channels": (16, 32, 64),
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "mid_block_add_attention": True,
@@ -32,7 +32,7 @@ class ModelConfig:
     latent_channels: int | None = None
     """vae: channels of the latents (4)."""
     block_out_channels: tuple[int, ...] | None = None
-    """vae: width per resolution; n entries make latents 2^(n-1) times smaller per side ([32, 64, 64])."""
+    """vae: width per resolution; n entries make latents 2^(n-1) times smaller per side ([16, 32, 64])."""
     layers_per_block: int | None = None
     """vae: residual layers per resolution; the decoder has one more (1)."""
     norm_num_groups: int | None = None
@@ -47,6 +47,8 @@ class ModelConfig:
     """mlp: number of latent units (20)."""
 
     def __post_init__(self):
+        if self.architecture not in _DEFAULTS:
+            raise ValueError(f"model.architecture must be one of {', '.join(_DEFAULTS)}, got {self.architecture}")
         own = _DEFAULTS[self.architecture]
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
