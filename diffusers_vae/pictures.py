@@ -128,13 +128,14 @@ def latent_picture(model: VAE | MLPVAE, image_set: ImageSet, batch_size: int, ma
         )
     figure = _figure(7, 6)
     axes = figure.add_subplot()
+    size = max(6, min(30, 6000 // len(points)))
     if image_set.labels is None:
-        axes.scatter(*points.T, s=6, alpha=0.6, color="tab:blue", linewidths=0)
+        axes.scatter(*points.T, s=size, alpha=0.6, color="tab:blue", linewidths=0)
     else:
         labels = image_set.labels[: len(points)].numpy()
         for label in sorted(set(labels.tolist())):
             chosen = points[labels == label]
-            axes.scatter(*chosen.T, s=6, alpha=0.6, color=f"C{label % 10}", label=str(label), linewidths=0)
+            axes.scatter(*chosen.T, s=size, alpha=0.6, color=f"C{label % 10}", label=str(label), linewidths=0)
         if labels.max() < 20:
             axes.legend(title="label", markerscale=2.5, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_xlabel(f"{axis} 1")

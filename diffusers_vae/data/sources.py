@@ -33,7 +33,7 @@ class DataConfig:
     """Which images, and how they are brought to one size."""
 
     name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder"] = "digits"
-    """digits: scikit-learn's 1,797 embedded 8x8 digits. folder: image files below `root`. The others: torchvision's."""
+    """digits: scikit-learn's 1,797 embedded 8x8 digits, with a margin of one pixel. folder: image files below `root`. The others: torchvision's."""
     root: str = "data"
     """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing."""
     resolution: int | tuple[int, int] = 32
@@ -171,6 +171,7 @@ def _load_digits() -> tuple[torch.Tensor, torch.Tensor]:
 
     digits = load_digits()
     pixels = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))
+    pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1))  # the strokes touch the border of the 8x8 pixels
     return pixels[:, None], torch.from_numpy(digits.target.astype(np.int64))
 
 
