@@ -33,7 +33,8 @@ class DataConfig:
     """Which images, and how they are brought to one size."""
 
     name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder"] = "digits"
-    """digits: scikit-learn's 1,797 embedded 8x8 digits, with a margin of one pixel. folder: image files below `root`. The others: torchvision's."""
+    """digits: scikit-learn's 1,797 embedded 8x8 digits, with a margin of one pixel. folder: image files below `root`.
+    The others: torchvision's."""
     root: str = "data"
     """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing."""
     resolution: int | tuple[int, int] = 32
