@@ -234,7 +234,7 @@ def test_loss_passes_gradcheck(likelihood):
 
 def part_gradients(model, output):
     """The gradients of a scalar with respect to the parameters of encoder and decoder; None where it has none."""
-    parts = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
+    parts = {"encoder": ("encoder.", "mean.", "logvar.", "quant_conv."), "decoder": ("decoder.", "post_quant_conv.")}
     for part, prefixes in parts.items():
         parameters = [parameter for name, parameter in model.named_parameters() if name.startswith(prefixes)]
         parts[part] = torch.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)

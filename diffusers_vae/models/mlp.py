@@ -44,7 +44,10 @@ class MLPVAE(ModelMixin, ConfigMixin):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_shape = (in_channels, height, width)
         pixels = in_channels * height * width
-        self.encoder = nn.Sequential(nn.Linear(pixels, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 2 * latent_dim))
+        # in this order, so that a seed gives the weights that it gives in the articles' loops
+        self.encoder = nn.Sequential(nn.Linear(pixels, hidden_dim), nn.ReLU())
+        self.mean = nn.Linear(hidden_dim, latent_dim)
+        self.logvar = nn.Linear(hidden_dim, latent_dim)
         self.decoder = nn.Sequential(nn.Linear(latent_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, pixels))
 
     @apply_forward_hook
@@ -61,7 +64,8 @@ class MLPVAE(ModelMixin, ConfigMixin):
             size, got = ("x".join(map(str, shape[-2:])) for shape in (self.image_shape, x.shape))
             raise ValueError(f"a perceptron takes images of its own size only: image_size is {size}, got {got}")
         check_dtype(self, x)
-        moments = self.encoder(to_unit_range(x).flatten(1))[:, :, None, None]
+        hidden = self.encoder(to_unit_range(x).flatten(1))
+        moments = torch.cat([self.mean(hidden), self.logvar(hidden)], 1)[:, :, None, None]
         posterior = posterior_from_moments(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
