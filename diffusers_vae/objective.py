@@ -49,14 +49,14 @@ class Gaussian:
 
     std: float = 1.0
 
-    def error(self, images, reconstructions):
+    def error(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         return ((images - reconstructions) ** 2).flatten(1).sum(1) / (2 * self.std**2)
 
-    def constant(self):
+    def constant(self) -> float:
         return math.log(self.std) + 0.5 * math.log(2 * math.pi)
 
     @property
-    def density(self):
+    def density(self) -> str:
         return f"normal density with std {self.std:g} over pixels in [-1, 1]"
 
 
@@ -66,14 +66,14 @@ class Laplace:
 
     scale: float = 1.0
 
-    def error(self, images, reconstructions):
+    def error(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         return (images - reconstructions).abs().flatten(1).sum(1) / self.scale
 
-    def constant(self):
+    def constant(self) -> float:
         return math.log(2 * self.scale)
 
     @property
-    def density(self):
+    def density(self) -> str:
         return f"Laplace density with scale {self.scale:g} over pixels in [-1, 1]"
 
 
@@ -85,7 +85,7 @@ class Bernoulli:
     `torch.distributions.Bernoulli` does.
     """
 
-    def error(self, images, reconstructions):
+    def error(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         low, high = reconstructions.detach().aminmax()
         if low < -1 or high > 1:  # NaN is for the training loop to report
             raise ValueError(
@@ -99,11 +99,11 @@ class Bernoulli:
         # written out: F.binary_cross_entropy refuses to run under CUDA autocast
         return -(values * probabilities.log() + (1 - values) * (-probabilities).log1p()).flatten(1).sum(1)
 
-    def constant(self):
+    def constant(self) -> float:
         return 0.0
 
     @property
-    def density(self):
+    def density(self) -> str:
         return "Bernoulli probability of pixels in [0, 1], exact for 0 and 1 only: no density for grey values"
 
 

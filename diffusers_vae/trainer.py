@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -412,7 +412,7 @@ class _RunningTerms:
             bar.set_postfix({name: f"{value:.4g}" for name, value in _means(self.sums.tolist()).items()})
 
 
-def _means(sums) -> dict[str, float]:
+def _means(sums: Sequence[float] | np.ndarray) -> dict[str, float]:
     return {name: float(total / sums[3]) for name, total in zip(("loss", "distortion", "rate"), sums, strict=False)}
 
 
@@ -422,7 +422,7 @@ class _Log:
     def __init__(self, accelerator: Accelerator, output_dir: Path):
         self.accelerator, self.path = accelerator, output_dir / "metrics.jsonl"
 
-    def write(self, kind: str, values: dict[str, float]) -> None:
+    def write(self, kind: str, values: dict[str, float | None]) -> None:
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps({"kind": kind} | values, allow_nan=False) + "\n")
