@@ -270,6 +270,7 @@ class TestScript:
         assert "latents 4x8x12" in done.stdout and "AutoencoderKL.from_pretrained" in done.stdout
         assert "img/s" in done.stderr and "loss" in done.stderr and "epoch 1:" in done.stderr
 
+    @pytest.mark.slow
     def test_errors_are_for_people(self, tmp_path):
         (tmp_path / "config.yaml").write_text("")
         done = launch("--dry_run", "--run.output_dir", tmp_path)
