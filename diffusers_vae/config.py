@@ -20,7 +20,9 @@ def train_parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with settings.")
-    parser.add_argument("--dry_run", action="store_true", help="Run every phase once, in seconds, and keep nothing.")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="Read the images, run every other phase once in seconds, keep nothing."
+    )
     parser.add_class_arguments(TrainConfig, as_group=False, fail_untyped=True)
     return parser
 

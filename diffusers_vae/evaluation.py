@@ -35,6 +35,8 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"evaluation.{name} must be at least 1, got {value}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"evaluation.seed must lie in [0, 2^31), got {self.seed}")
 
 
 @dataclass(frozen=True)

@@ -165,8 +165,9 @@ class VAEObjective:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is minimised: distortion + kl_weight * rate, both summed over the image, in nats. A scale that is left out
-    gets the value named in its description, which the run's config.yaml then states.
+    """What is minimised: distortion + kl_weight * rate, both summed over the image, in nats.
+
+    A scale that is left out gets the value named in its description, which the run's config.yaml then states.
     """
 
     likelihood: Literal["gaussian", "laplace", "bernoulli"] = "gaussian"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,15 +152,16 @@ def loss_picture(metrics: Path) -> Image.Image:
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure = _figure(10, 6)
     for axes, name in zip(figure.subplots(2, 2).flat, ("loss", "distortion", "rate", "learning_rate"), strict=True):
+        shown = []
         for kind, label in (("train", "training"), ("evaluation", "held-out")):
             chosen = [record for record in records if record["kind"] == kind and name in record]
             seen, values = ([record[key] for record in chosen] for key in ("images_seen", name))
             axes.plot(seen, values, linewidth=1.2, marker="o" if kind == "evaluation" else None, label=label)
-            if kind == "train" and name != "learning_rate" and len(values) >= 10:
-                # the first steps are far off and would flatten all that follows
-                later = values[len(values) // 10 :]
-                margin = 0.1 * (max(later) - min(later))
-                axes.set_ylim(min(later) - margin, max(later) + margin)
+            shown += values[len(values) // 10 :] if kind == "train" else values
+        if name != "learning_rate" and max(shown) > min(shown):
+            # the first steps of training are far off and would flatten all that follows
+            margin = 0.1 * (max(shown) - min(shown))
+            axes.set_ylim(min(shown) - margin, max(shown) + margin)
         axes.set_xlabel("images seen", fontsize=8)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.tick_params(labelsize=8)
@@ -186,7 +188,7 @@ def draw_all(
         "samples": sample_picture(model, latent_shape, batch_size, seed, 4 * _columns(images.shape[-1])),
         "loss": loss_picture(metrics),
     }
-    if min(len(image_set), max_images) > 2:
+    if min(len(image_set), max_images) > 2 and math.prod(latent_shape) > 1:
         pictures["latents"] = latent_picture(model, image_set, batch_size, max_images)
     if latent_shape == (2, 1, 1):
         pictures["manifold"] = manifold_picture(model, batch_size)

@@ -254,9 +254,14 @@ def train(config: TrainConfig) -> RunResult | None:
                 grad_norm = accelerator.clip_grad_norm_(
                     model.parameters(), config.optimizer.max_grad_norm or float("inf")
                 )
-                # The gradient is the same on all processes. In float16 it may overflow: the scaler then skips the step.
-                if not (grad_norm if accelerator.scaler is None else interval.sums.sum()).isfinite():
-                    raise FloatingPointError(_not_finite(step, terms, run.output_dir))
+                # The gradient is the same on all processes. In float16 it may overflow: the scaler then skips the step
+                # and lowers its scale; below 1 it will not recover.
+                if not (grad_norm + interval.sums.sum()).isfinite() and (
+                    accelerator.scaler is None
+                    or not interval.sums.isfinite().all()
+                    or accelerator.scaler.get_scale() < 1
+                ):
+                    raise FloatingPointError(_not_finite(step, interval.sums, run.output_dir))
                 optimizer.step()
                 optimizer.zero_grad()
                 if ema and not optimizer.step_was_skipped:
@@ -320,7 +325,7 @@ def _use_all_cores(accelerator: Accelerator) -> None:
 
 def _check_is_free(output_dir: str) -> None:
     if (Path(output_dir) / "config.yaml").exists():
-        state = "a finished" if (Path(output_dir) / "evaluation.json").exists() else "an unfinished"
+        state = "a finished" if (Path(output_dir) / "model").exists() else "an unfinished"
         raise FileExistsError(
             f"run.output_dir holds {state} run already: {Path(output_dir).resolve()}. Choose another run.output_dir or "
             "delete it"
@@ -389,7 +394,8 @@ class _RunningTerms:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.sums = torch.zeros(4, device=accelerator.device)
+        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        self.sums = torch.zeros(4, dtype=exact, device=accelerator.device)
         self.shown = time.monotonic()
 
     def add(self, terms: ObjectiveTerms) -> None:
@@ -437,9 +443,10 @@ class _Log:
             tracker.log_images(arrays, step=images_seen, dataformats="NHWC")
 
 
-def _not_finite(step: int, terms: ObjectiveTerms, output_dir: str) -> str:
-    values = {"loss": terms.loss, "distortion": terms.distortion, "rate": terms.rate}
-    bad = [name for name, value in values.items() if not value.isfinite().all()] or ["gradient"]
+def _not_finite(step: int, sums: torch.Tensor, output_dir: str) -> str:
+    names = ("loss", "distortion", "rate")
+    bad = [name for name, value in zip(names, sums, strict=False) if not value.isfinite()]
+    bad = bad or ["gradient, or a term on another process"]
     return (
         f"training stopped before step {step + 1}, not finite: {', '.join(bad)}. Metrics up to here are in "
         f"{output_dir}. {STABLER}"

@@ -221,6 +221,19 @@ class TestFolder:
         assert all(name in message for name in refused)
         assert "hopper.jpg" not in message
 
+    def test_class_named_like_a_part_is_not_taken_for_one(self, cifar_folder, tmp_path):
+        for name, source in (("train", "ship"), ("plane", "airplane")):
+            (tmp_path / name).symlink_to(cifar_folder / "test" / source)
+        with pytest.raises(ValueError, match=r"not clear what to train on in .* got plane, train"):
+            load_data(DataConfig(name="folder", root=str(tmp_path), channels=3))
+
+    def test_links_in_a_circle_are_read_once(self, cifar_folder, tmp_path):
+        for source in ("ship", "frog"):
+            (tmp_path / source).symlink_to(cifar_folder / "test" / source)
+        (tmp_path / "circle").symlink_to(tmp_path)
+        train, heldout = load_data(DataConfig(name="folder", root=str(tmp_path), channels=3))
+        assert len(train) + len(heldout) == 106 + 112
+
     def test_no_folder_and_no_images(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="not a folder"):
             load_data(DataConfig(name="folder", root=str(tmp_path / "missing")))

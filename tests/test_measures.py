@@ -15,7 +15,7 @@ from diffusers_vae.images import to_model_range, to_uint8
 from diffusers_vae.latents import LatentStatistics, measure_latents
 from diffusers_vae.metrics import psnr, ssim
 from diffusers_vae.objective import Bernoulli, Gaussian
-from diffusers_vae.pictures import draw_all, latent_picture, manifold_picture, reconstruction_picture
+from diffusers_vae.pictures import draw_all, latent_picture, loss_picture, manifold_picture, reconstruction_picture
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +152,18 @@ class TestEvaluation:
 
     def test_seeds_share_no_noise(self, digits):
         """The draw for image 1 under seed 0 is not that for image 0 under seed 1."""
-        image = ArrayImages(digits.pixels[:1].repeat(2, 1, 1, 1))
-        one, two = (
-            evaluate(tiny_vae(), image, VAEObjective(), EvaluationConfig(seed=seed)).distortion for seed in (0, 1)
-        )
-        first = evaluate(tiny_vae(), image, VAEObjective(), EvaluationConfig(max_images=1)).distortion
-        other = evaluate(tiny_vae(), image, VAEObjective(), EvaluationConfig(max_images=1, seed=1)).distortion
-        assert len({one, two, first, other}) == 4 and 2 * one - first != pytest.approx(other, rel=1e-9)
+        twice = ArrayImages(digits.pixels[:1].repeat(2, 1, 1, 1))
+
+        def distortion(images, seed):
+            config = EvaluationConfig(max_images=images, seed=seed, batch_size=1)
+            return evaluate(tiny_vae(), twice, VAEObjective(Gaussian(0.1)), config).distortion
+
+        of_image_1_under_seed_0 = 2 * distortion(2, 0) - distortion(1, 0)
+        assert of_image_1_under_seed_0 != pytest.approx(distortion(1, 1), rel=1e-7)
+
+    def test_seed_is_checked_before_it_is_used(self):
+        with pytest.raises(ValueError, match=r"evaluation\.seed must lie in \[0, 2\^31\), got -1"):
+            EvaluationConfig(seed=-1)
 
     @pytest.mark.parametrize("name", ["every", "max_images", "batch_size"])
     def test_wrong_settings(self, name):
@@ -184,7 +189,12 @@ class TestPictures:
         for name, picture in pictures.items():
             assert picture.mode == "RGB" and np.asarray(picture).std() > 5, name
 
-    def test_two_latent_units_are_drawn_as_they_are(self, digits, metrics):
+    def test_one_latent_unit_has_no_plane(self, digits, metrics):
+        pictures = draw_all(MLPVAE(16, latent_dim=1).eval(), digits, metrics, 60, 100, 0)
+        assert set(pictures) == {"reconstructions", "samples", "loss"}
+
+    def test_two_latent_units_are_drawn_as_they_are(self, digits, metrics, monkeypatch):
+        monkeypatch.delattr("diffusers_vae.pictures.PCA")
         model = MLPVAE(16, latent_dim=2).eval()
         assert "manifold" in draw_all(model, digits, metrics, 60, 100, 0)
         unlabelled = ArrayImages(digits.pixels)
@@ -212,20 +222,33 @@ class TestPictures:
         assert any(np.array_equal(row[start : start + 256], ramp) for start in range(page.width - 256))
 
     def test_manifold_spans_the_prior(self):
-        """With an identity-like decoder, the picture darkens from left to right and top to bottom as the units do."""
+        """With a decoder that adds the units, the picture brightens to the right and to the top, as axes do."""
         model = MLPVAE(8, latent_dim=2).eval()
         with torch.no_grad():
             for parameter in model.decoder.parameters():
                 parameter.zero_()
             model.decoder[0].weight[:2] = torch.eye(2)
             model.decoder[0].bias[:2] = 3
-            model.decoder[2].weight[:, 0] = 1
-            model.decoder[2].bias.fill_(-3)
+            model.decoder[2].weight[:, :2] = 1
+            model.decoder[2].bias.fill_(-6)
         pixels = np.asarray(manifold_picture(model, 16, 6).convert("L")).astype(float)
         body = pixels[int(0.15 * pixels.shape[0]) :]
         left, right = np.array_split(body, 2, axis=1)
-        assert right[right < 250].mean() > left[left < 250].mean() + 50
-        assert body.shape[0] > 100
+        upper, lower = np.array_split(body, 2)
+        assert right[right < 250].mean() > left[left < 250].mean() + 20
+        assert upper[upper < 250].mean() > lower[lower < 250].mean() + 20
+
+    def test_loss_curve_shows_held_out_values_far_from_training(self, tmp_path):
+        """Clipped, a held-out loss of 45 would look like one of 60 beside a training loss of 27: overfitting unseen."""
+        panels = []
+        for heldout in (45, 60):
+            train = {"kind": "train", "distortion": 1.0, "rate": 2.0, "learning_rate": 0.1}
+            records = [train | {"images_seen": i, "loss": 30 - 0.1 * i} for i in range(30)]
+            records.append({"kind": "evaluation", "images_seen": 29, "loss": heldout, "distortion": 3, "rate": 3})
+            (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            picture = np.asarray(loss_picture(tmp_path / "metrics.jsonl"))
+            panels.append(picture[: picture.shape[0] // 2, : picture.shape[1] // 2])
+        assert panels[0].shape != panels[1].shape or not np.array_equal(*panels)
 
     def test_pictures_repeat_exactly(self, digits, metrics):
         first, second = (draw_all(tiny_vae(), digits, metrics, 60, 100, 0) for _ in range(2))

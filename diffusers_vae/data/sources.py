@@ -44,8 +44,8 @@ class DataConfig:
     fit: Literal["crop", "pad"] = "crop"
     """crop: scale the image to cover the resolution, cut the centre. pad: black borders, scaled only if too large."""
     heldout_fraction: float = 0.1
-    """Held out, at random but always the same, of sets without a test part. A folder's test part is its subfolder
-    test/, val/, valid/, validation/ or heldout/ beside train/."""
+    """Held out, at random but always the same, of sets without a test part. A folder has one when its images lie in
+    train/ and in one of test/, val/, valid/, validation/, heldout/."""
     num_workers: int = 2
     """Processes that read images, for sets that are too large to be kept in memory."""
 
@@ -250,12 +250,19 @@ def _load_folder(config: DataConfig, progress: bool) -> tuple[ImageSet, ImageSet
     root = Path(config.root)
     if not root.is_dir():
         raise FileNotFoundError(f"data.root must be a folder of images, got {root.resolve()}, which is not a folder")
-    training = root / "train" if (root / "train").is_dir() else root
-    test = next((root / name for name in HELDOUT_FOLDERS if (root / name).is_dir()), None)
-    paths, labels = _files_below(training)
-    if test and training != root:
-        parts = [(paths, labels), _files_below(test)]
+    visible = [path for path in root.iterdir() if not path.name.startswith(".")]
+    named = [path for path in visible if path.name in ("train", *HELDOUT_FOLDERS) and path.is_dir()]
+    if len(named) == 2 and root / "train" in named:
+        parts = [_files_below(root / "train"), _files_below(next(path for path in named if path.name != "train"))]
     else:
+        others = [path for path in visible if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES]
+        if named and len(others) > 1:
+            raise ValueError(
+                f"it is not clear what to train on in {root.resolve()}: its images are either in train/ and one of "
+                f"{', '.join(name + '/' for name in HELDOUT_FOLDERS)}, or in none of these, got "
+                f"{', '.join(sorted(path.name for path in others)[:10])}. Point data.root inside or rename folders"
+            )
+        paths, labels = _files_below(named[0] if named else root)
         parts = [
             ([paths[i] for i in part], None if labels is None else labels[torch.from_numpy(part)])
             for part in _heldout_indices(len(paths), config)
@@ -269,11 +276,15 @@ def _load_folder(config: DataConfig, progress: bool) -> tuple[ImageSet, ImageSet
 
 def _files_below(folder: Path) -> tuple[list[Path], torch.Tensor | None]:
     """Image files in a fixed random order, and as labels the places of their subfolders when all files lie in two or
-    more of these. Hidden files and folders are left out, links are followed.
+    more of these. Hidden files and folders are left out; links are followed, but no folder is read twice.
     """
-    paths = []
+    paths, read = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        if os.path.realpath(parent) in read:
+            folders.clear()
+            continue
+        read.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths += [Path(parent) / name for name in names if not name.startswith(".")]
     paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:

@@ -23,8 +23,10 @@ _DEFAULTS = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model. A field of the other architecture must be left out; one of the own that is left out gets the value
-    named in its description, which the run's config.yaml then states.
+    """Which model.
+
+    A field of the other architecture must be left out; one of the own that is left out gets the value named in its
+    description, which the run's config.yaml then states.
     """
 
     architecture: Literal["vae", "mlp"] = "vae"
