@@ -82,7 +82,7 @@ def reconstruction_picture(model: VAE | MLPVAE, images: torch.Tensor, batch_size
 
 
 def sample_picture(
-    model: VAE | MLPVAE, latent_shape: tuple[int, ...], batch_size: int, seed: int, count: int = 64
+    model: VAE | MLPVAE, latent_shape: tuple[int, ...], batch_size: int, seed: int, count: int
 ) -> Image.Image:
     """Decoded draws from the prior N(0, I) over latents of `latent_shape`, (channels, height, width)."""
     latents = torch.randn(count, *latent_shape, generator=torch.Generator().manual_seed(seed))

@@ -249,8 +249,9 @@ def train(config: TrainConfig) -> RunResult | None:
                         # Gradients are averaged over processes, so that this sums to the mean over the step's images.
                         accelerator.backward(terms.loss * micro_batch.share * accelerator.num_processes)
                     if micro_batch.share:
-                        interval.add(terms)
-                        epoch_terms.add(terms)
+                        sums = _sums(terms)
+                        interval.add(sums)
+                        epoch_terms.add(sums)
                 grad_norm = accelerator.clip_grad_norm_(
                     model.parameters(), config.optimizer.max_grad_norm or float("inf")
                 )
@@ -303,7 +304,7 @@ def train(config: TrainConfig) -> RunResult | None:
 
 
 def dry_run(config: TrainConfig) -> RunResult | None:
-    """Every phase of the run `config` once, in seconds, with two steps and in a folder that is deleted again."""
+    """Every phase of the run `config` once, with all images read, two steps, and a folder that is deleted again."""
     _check_is_free(config.run.output_dir)
     with tempfile.TemporaryDirectory() as scratch:
         few = 2 * config.run.batch_size
@@ -389,8 +390,15 @@ def _as_read(pixels: torch.Tensor) -> torch.Tensor:
     return pixels  # already a batch; by name, since a lambda does not reach the workers everywhere
 
 
+def _sums(terms: ObjectiveTerms) -> torch.Tensor:
+    """Loss, distortion, rate, each summed over the images, and their number."""
+    count = len(terms.rate)
+    loss = terms.loss.detach() * count
+    return torch.stack([loss, terms.distortion.detach().sum(), terms.rate.detach().sum(), torch.full_like(loss, count)])
+
+
 class _RunningTerms:
-    """Sums of loss, distortion, rate and number of images since the last `take`."""
+    """`_sums` since the last `take`."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -398,12 +406,8 @@ class _RunningTerms:
         self.sums = torch.zeros(4, dtype=exact, device=accelerator.device)
         self.shown = time.monotonic()
 
-    def add(self, terms: ObjectiveTerms) -> None:
-        count = len(terms.rate)
-        loss = terms.loss.detach() * count
-        self.sums += torch.stack(
-            [loss, terms.distortion.detach().sum(), terms.rate.detach().sum(), torch.full_like(loss, count)]
-        )
+    def add(self, sums: torch.Tensor) -> None:
+        self.sums += sums
 
     def take(self) -> np.ndarray:
         """The sums over all processes."""

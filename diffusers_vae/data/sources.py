@@ -124,9 +124,7 @@ def load_data(config: DataConfig, progress: bool = False) -> tuple[ImageSet, Ima
     """
     if config.name == "folder":
         return _load_folder(config, progress)
-    if config.name == "digits":
-        return _split(*_load_digits(), config)
-    load = _load_cifar10 if config.name == "cifar10" else _load_mnist
+    load = {"digits": _load_digits, "cifar10": _load_cifar10}.get(config.name, _load_mnist)
     train, heldout = (_in_memory(*part, config) for part in load(config))
     return train, heldout
 
@@ -162,18 +160,15 @@ def _heldout_indices(length: int, config: DataConfig) -> tuple[np.ndarray, np.nd
     return order[heldout:], order[:heldout]
 
 
-def _split(pixels: torch.Tensor, labels: torch.Tensor, config: DataConfig) -> tuple[ArrayImages, ArrayImages]:
-    parts = _heldout_indices(len(pixels), config)
-    return tuple(_in_memory(pixels[part], labels[part], config) for part in map(torch.from_numpy, parts))
-
-
-def _load_digits() -> tuple[torch.Tensor, torch.Tensor]:
+def _load_digits(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     pixels = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))
     pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1))  # the strokes touch the border of the 8x8 pixels
-    return pixels[:, None], torch.from_numpy(digits.target.astype(np.int64))
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    parts = map(torch.from_numpy, _heldout_indices(len(pixels), config))
+    return [(pixels[part, None], labels[part]) for part in parts]
 
 
 def _mnist_files(name: str) -> list[str]:
