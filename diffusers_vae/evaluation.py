@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .data import ImageSet, image_batches
-from .metrics import psnr, ssim
+from .metrics import gather_parts, process_share, psnr, ssim
 from .models import MLPVAE, VAE
 from .objective import VAEObjective
 
@@ -72,12 +72,21 @@ class EvaluationReport:
         """Write the report as JSON; ValueError when a number in it is not finite."""
         path.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
 
+    @classmethod
+    def load(cls, path: Path) -> EvaluationReport:
+        """The report that `save` wrote."""
+        values = json.loads(path.read_text())
+        return cls(**values | {"resolution": tuple(values["resolution"])})
+
 
 @torch.no_grad()
 def evaluate(
     model: VAE | MLPVAE, image_set: ImageSet, objective: VAEObjective, config: EvaluationConfig
 ) -> EvaluationReport:
     """The report of `model`, in eval mode, over the images. The draw for an image depends on the seed and its index.
+
+    Under torch.distributed all processes must call it, with the same model; they share the work, and the report is
+    that of one process.
 
     Raises:
         ValueError: when there is no image, or the model is not float32.
@@ -86,10 +95,10 @@ def evaluate(
         raise ValueError("there must be at least one image to evaluate, got none")
     if model.dtype != torch.float32:
         raise ValueError(f"a model is evaluated in float32, got one in {model.dtype}; convert it with model.float()")
-    sums = torch.zeros(6, dtype=torch.float64)
-    count = 0
+    parts = []
     generator = torch.Generator()
-    for indices, images in image_batches(image_set, config.batch_size, config.max_images, model.device):
+    batches = image_batches(image_set, config.batch_size, config.max_images, model.device, *process_share())
+    for indices, images in batches:
         posterior = model.encode(images).latent_dist
         noise = []
         for index in indices:
@@ -101,19 +110,21 @@ def evaluate(
         similarity = psnr(images, reconstructions), ssim(images, reconstructions)
         loss = terms.loss.expand(len(images))
         per_image = torch.stack([loss, terms.distortion, terms.rate, terms.elbo, *similarity])
-        sums += per_image.cpu().double().sum(1)
-        count += len(images)
-    loss, distortion, rate, elbo, mean_psnr, mean_ssim = (sums / count).tolist()
+        parts.append((indices[0], per_image.cpu().double().T, tuple(images.shape[1:])))
+    parts = gather_parts(parts)
+    of_images = torch.cat([figures for _, figures, _ in parts])
+    channels, height, width = parts[0][2]
+    loss, distortion, rate, elbo, mean_psnr, mean_ssim = (of_images.sum(0) / len(of_images)).tolist()
     return EvaluationReport(
-        images=count,
+        images=len(of_images),
         loss=loss,
         distortion=distortion,
         rate=rate,
         elbo=elbo,
-        bits_per_dim=-elbo / (math.log(2) * images[0].numel()),
+        bits_per_dim=-elbo / (math.log(2) * channels * height * width),
         density=objective.likelihood.density,
         psnr=mean_psnr,
         ssim=mean_ssim,
-        resolution=tuple(images.shape[2:]),
+        resolution=(height, width),
         seed=config.seed,
     )

@@ -6,6 +6,8 @@ pipelines take and give, and the unit range [0, 1] inside likelihoods and pictur
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,14 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (to_unit_range(images.float()).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def check_image(path: str | Path) -> None:
+    """Raise what `read_image` would for a file whose header tells: one that is no image, too large, or of pixels
+    without a stated range. The pixels are not decoded, so damage there goes unnoticed.
+    """
+    with _opened(path):
+        pass
+
+
 def read_image(path: str | Path, channels: int) -> torch.Tensor:
     """uint8 pixels (channels, H, W) of the first frame of an image file, turned upright.
 
@@ -54,19 +64,29 @@ def read_image(path: str | Path, channels: int) -> torch.Tensor:
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
+    with _opened(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        pixels = np.asarray(_to_mode(upright, "L" if channels == 1 else "RGB"))
+    return torch.from_numpy(pixels.copy()).view(*pixels.shape[:2], channels).permute(2, 0, 1)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """The image in a file; whatever is wrong with it, within too, is a ValueError that names the file."""
     limit = Image.MAX_IMAGE_PIXELS
     try:
         with Image.open(path) as image:
             if limit is not None and image.width * image.height > limit:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {limit:,}")
-            image = ImageOps.exif_transpose(image)
-            pixels = np.asarray(_to_mode(image, "L" if channels == 1 else "RGB"))
+            if image.mode in ("I", "F"):
+                kind = "32-bit integer" if image.mode == "I" else "float"
+                raise ValueError(f"{kind} pixels have no stated range; convert the file to 8 or 16 bits")
+            yield image
     except MemoryError:
         raise
     except Exception as error:  # on a damaged file Pillow's decoders raise nearly anything
         reason = str(error).replace(repr(str(path)), "").rstrip(" :")
         raise ValueError(f"cannot read the image {path}: {reason}") from error
-    return torch.from_numpy(pixels.copy()).view(*pixels.shape[:2], channels).permute(2, 0, 1)
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -75,9 +95,6 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
         grey = (values.astype(np.float64) / 257).round().astype(np.uint8)
         alpha = np.where(values == image.info.get("transparency"), 0, 255).astype(np.uint8)
         image = Image.fromarray(np.stack([grey, alpha], axis=-1))
-    if image.mode in ("I", "F"):
-        kind = "32-bit integer" if image.mode == "I" else "float"
-        raise ValueError(f"{kind} pixels have no stated range; convert the file to 8 or 16 bits")
     if image.mode == "LAB":
         to_rgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
         image = ImageCms.applyTransform(image, to_rgb)

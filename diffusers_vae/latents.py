@@ -6,6 +6,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from .data import ImageSet, image_batches
+from .metrics import gather_parts, process_share
 from .models import MLPVAE, VAE
 
 
@@ -27,6 +28,12 @@ class LatentStatistics:
         self.sum += mean.sum().item()
         self.sum_of_squares += (mean**2 + variance).sum().item()
 
+    def add(self, other: LatentStatistics) -> None:
+        """Count in what `other` has counted."""
+        self.count += other.count
+        self.sum += other.sum
+        self.sum_of_squares += other.sum_of_squares
+
     @property
     def mean(self) -> float:
         """Of the latents: the `shift_factor`."""
@@ -47,8 +54,16 @@ class LatentStatistics:
 def measure_latents(
     model: VAE | MLPVAE, image_set: ImageSet, batch_size: int, max_images: int | None = None
 ) -> LatentStatistics:
-    """Statistics of the latents of the first `max_images` images, by default all, under `model` in eval mode."""
+    """Statistics of the latents of the first `max_images` images, by default all, under `model` in eval mode.
+
+    Under torch.distributed all processes must call it, with the same model; they share the work, and the statistics
+    are those of one process.
+    """
+    parts = []
+    for indices, images in image_batches(image_set, batch_size, max_images, model.device, *process_share()):
+        parts.append((indices[0], LatentStatistics()))
+        parts[-1][1].update(model.encode(images).latent_dist)
     statistics = LatentStatistics()
-    for _, images in image_batches(image_set, batch_size, max_images, model.device):
-        statistics.update(model.encode(images).latent_dist)
+    for _, part in gather_parts(parts):
+        statistics.add(part)
     return statistics

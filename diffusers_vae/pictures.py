@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.decomposition import PCA
 
 from .data import ImageSet, image_batches
-from .images import to_model_range, to_pil
+from .images import to_pil
 from .models import MLPVAE, VAE
 
 DPI = 120
@@ -112,12 +112,11 @@ def latent_picture(model: VAE | MLPVAE, image_set: ImageSet, batch_size: int, ma
     """Posterior means of the first `max_images` images, coloured by label: 2-D latents as they are, others by their
     first two principal components.
     """
-    means = torch.cat(
-        [
-            model.encode(images).latent_dist.mode().flatten(1).cpu()
-            for _, images in image_batches(image_set, batch_size, max_images, model.device)
-        ]
-    ).numpy()
+    indices, batches = [], []
+    for chosen, images in image_batches(image_set, batch_size, max_images, model.device):
+        indices += chosen
+        batches.append(model.encode(images).latent_dist.mode().flatten(1).cpu())
+    means = torch.cat(batches).numpy()
     if means.shape[1] == 2:
         points, title, axis = means, "Posterior means of held-out images", "latent unit"
     else:
@@ -133,7 +132,7 @@ def latent_picture(model: VAE | MLPVAE, image_set: ImageSet, batch_size: int, ma
     if image_set.labels is None:
         axes.scatter(*points.T, s=size, alpha=0.6, color="tab:blue", linewidths=0)
     else:
-        labels = image_set.labels[: len(points)].numpy()
+        labels = image_set.labels[indices].numpy()
         for label in sorted(set(labels.tolist())):
             chosen = points[labels == label]
             axes.scatter(*chosen.T, s=size, alpha=0.6, color=f"C{label % 10}", label=str(label), linewidths=0)
@@ -179,8 +178,8 @@ def draw_all(
     model: VAE | MLPVAE, image_set: ImageSet, metrics: Path, batch_size: int, max_images: int, seed: int
 ) -> dict[str, Image.Image]:
     """Every picture of a run by name: of `model` in eval mode, at most `max_images` held-out images, metrics.jsonl."""
-    count = min(4 * _columns(image_set.__getitems__([0]).shape[-1]), len(image_set))
-    images = to_model_range(image_set.__getitems__(range(count)).to(model.device))
+    _, images = next(image_batches(image_set, 64, None, model.device))
+    images = images[: 4 * _columns(images.shape[-1])]
     with torch.no_grad():
         latent_shape = tuple(model.encode(images[:1]).latent_dist.mean.shape[1:])
     pictures = {

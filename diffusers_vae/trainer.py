@@ -6,8 +6,11 @@ import json
 import logging
 import math
 import os
+import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,21 +18,35 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
 from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .data import DataConfig, FolderImages, ImageSet, MicroBatch, epoch_batches, load_data
+from .checkpoint import (
+    find_checkpoint,
+    naming,
+    on_main,
+    read_progress,
+    restore,
+    save_checkpoint,
+    surroundings,
+    whole,
+    whole_folder,
+    write_file,
+)
+from .data import DataConfig, FolderImages, ImageSet, MicroBatch, ReadImages, epoch_batches, load_data, step_noise
 from .evaluation import EvaluationConfig, EvaluationReport, evaluate
 from .images import to_model_range
 from .latents import measure_latents
@@ -86,7 +103,7 @@ class RunConfig:
     """How long, how many at a time, and where to."""
 
     output_dir: str = "runs/digits"
-    """Folder of this run; it must not hold another one."""
+    """Folder of this run. A run that it holds is continued, if it has the same settings."""
     epochs: int = 15
     """Passes over the training images."""
     max_images: int | None = None
@@ -102,16 +119,32 @@ class RunConfig:
     and EMA are float32 in any case. In YAML, no needs quotes."""
     ema_decay: float | None = 0.99
     """Decay of the moving average of the weights, which is what is evaluated and saved; null: none."""
+    checkpoint_every: int = 10_000
+    """Images between two checkpoints, from which the same command continues; there is one at the end, too."""
+    keep_checkpoints: int = 2
+    """How many are kept, the newest; with one alone, there is nothing to fall back on if a disk damages it."""
+    allow_config_change: bool = False
+    """Continue the run in output_dir although settings, or the images, are not those that it was begun with."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When loss or gradient are not finite, no step is taken and the batch is written to output_dir. stop: with an
+    error. skip: go on, and count; 20 in a row stop the run."""
+    deterministic: bool = False
+    """Use algorithms alone that repeat bit by bit. On a CPU all do; on a GPU exact resume needs it, and is slower."""
     log_every: int = 1000
     """Images between two records in metrics.jsonl."""
     tracker: Literal["tensorboard"] | None = "tensorboard"
     """Where metrics and pictures are logged besides the files in output_dir; null: nowhere."""
 
     def __post_init__(self):
-        for name in ("epochs", "max_images", "batch_size", "gradient_accumulation_steps", "log_every"):
+        for name in (
+            "epochs", "max_images", "batch_size", "gradient_accumulation_steps", "checkpoint_every",
+            "keep_checkpoints", "log_every",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"run.{name} must be at least 1, got {value}")
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"run.on_nonfinite must be stop or skip, got {self.on_nonfinite}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"run.seed must lie in [0, 2^31), got {self.seed}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -145,9 +178,13 @@ class TrainConfig:
                 f"does and {self.model.architecture}, whose output is unbounded, does not; use gaussian or laplace"
             )
 
+    def plain(self) -> dict[str, dict[str, Any]]:
+        """All settings as YAML and JSON know them."""
+        return json.loads(json.dumps(asdict(self)))
+
     def save(self, path: Path) -> None:
         """Write all settings as YAML, which gives the same run again."""
-        path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(self))), sort_keys=False))
+        write_file(path, yaml.safe_dump(self.plain(), sort_keys=False))
 
 
 @dataclass(frozen=True)
@@ -155,47 +192,73 @@ class RunResult:
     """What a run leaves behind."""
 
     output_dir: Path
-    """With config.yaml, metrics.jsonl, model/, evaluation.json and pictures/."""
+    """With config.yaml, metrics.jsonl, checkpoints/, model/, evaluation.json and pictures/."""
     report: EvaluationReport
     """Of the model in model/, on the held-out images."""
     parameters: int
     """Number of trained values."""
     latent_shape: tuple[int, ...]
     """Channels, height and width of the latents of one image."""
-    memory: int
-    """Bytes: the most that a GPU held during the run, or what the process holds at its end."""
     load_line: str
     """Python that loads the model."""
+    memory: int | None = None
+    """Bytes: the most that a GPU, or the process, has held; None when the run had finished before."""
+    train_images: int | None = None
+    """How many there are in the set; None likewise."""
+    images_per_second: float | None = None
+    """Of training, all processes together; None when there was only one step to take, or none."""
 
 
-def train(config: TrainConfig) -> RunResult | None:
-    """Train, evaluate and save as `config` says, on the processes that `accelerate launch` started.
+class Interrupted(Exception):
+    """A signal asked the run to stop: its state is on the disk, and the same command continues it."""
 
-    Returns the result on the main process, None on the others.
+
+def train(config: TrainConfig, memory_limit: int | None = None) -> RunResult | None:
+    """Train, evaluate and save as `config` says, on the processes that `accelerate launch` started; continue the run
+    that `run.output_dir` holds.
+
+    Returns the result on the main process, None on the others. `memory_limit` is that of `load_data`.
 
     Raises:
-        FileExistsError: when `run.output_dir` holds a run already.
+        Interrupted: after SIGTERM, SIGINT or SIGUSR1.
+        FileExistsError: when `run.output_dir` holds a run with other settings.
         FloatingPointError: when loss, gradient or result are not finite; before the step is taken if that shows there.
-        ValueError: when config and launcher do not fit each other.
+        OSError: naming what cannot be read or written.
+        ValueError: when config and launcher do not fit each other, or images cannot be read.
     """
     run = config.run
-    _check_is_free(run.output_dir)
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # then several processes are told apart only when it is said
         mixed_precision=run.mixed_precision,
         log_with=run.tracker,
         project_dir=run.output_dir,
-        # the main process measures and draws while the others wait
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+        # the others wait while the main process reads images first, or draws
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     _check_launch(accelerator, run)
     _use_all_cores(accelerator)
+    config = replace(config, run=replace(run, mixed_precision=accelerator.mixed_precision))
+    with _Signals() as signals, _only_run_in(Path(run.output_dir), accelerator):
+        try:
+            return _train(config, accelerator, signals, memory_limit)
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+
+
+def _train(
+    config: TrainConfig, accelerator: Accelerator, signals: _Signals, memory_limit: int | None
+) -> RunResult | None:
+    run, output_dir = config.run, Path(config.run.output_dir)
+    checkpoint, finished = on_main(accelerator, lambda: _find_run(config))
+    if finished:
+        return _finished_result(config) if accelerator.is_main_process else None
     with accelerator.local_main_process_first():
-        train_images, heldout_images = load_data(config.data, progress=accelerator.is_local_main_process)
-    if accelerator.is_main_process:
-        (Path(run.output_dir) / "pictures").mkdir(parents=True, exist_ok=True)
-        stated = replace(config, run=replace(run, mixed_precision=accelerator.mixed_precision))
-        stated.save(Path(run.output_dir) / "config.yaml")
-    accelerator.wait_for_everyone()
+        train_images, heldout_images = load_data(config.data, accelerator.is_local_main_process, memory_limit)
+    on_main(accelerator, lambda: _begin(config, checkpoint, train_images, heldout_images))
 
     set_seed(run.seed)
     model = config.model.build(config.data.channels, config.data.size)
@@ -208,21 +271,47 @@ def train(config: TrainConfig) -> RunResult | None:
     if run.ema_decay:  # the decay rises as 1 - (1 + step)^-0.75, so that short runs do not keep their first weights
         ema = EMAModel(plain_model.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75)
     objective = config.objective.build()
+    latent_shape = config.model.latent_shape(config.data.size)
     total_images = min(run.epochs * len(train_images), run.max_images or sys.maxsize)
-    if run.tracker:
-        accelerator.init_trackers("tensorboard")
-    log = _Log(accelerator, Path(run.output_dir))
-    set_seed(run.seed, device_specific=True)  # every process draws its own noise in the latents
+    if accelerator.num_processes > 1:
+        # DistributedDataParallel orders its buckets by its first backward. Without this one, which leaves no trace, the
+        # first step of a resumed run would sum the gradients of three or more processes in another order.
+        blank = torch.zeros(1, config.data.channels, *config.data.size, device=accelerator.device)
+        accelerator.backward(model(blank, sample_posterior=True).sample.sum())
+        optimizer.zero_grad()
+    set_seed(run.seed, device_specific=True)  # for whatever draws without a generator of its own
+    step = images_seen = skipped = skipped_in_a_row = 0
+    interval, epoch_terms, step_terms = (_RunningTerms(accelerator) for _ in range(3))
+    if checkpoint:
+        restore(checkpoint, accelerator, plain_model, optimizer.optimizer, ema)
+        saved, sums = _progress(checkpoint, accelerator)
+        progress = {name: saved[name] for name in ("epoch", "step", "images_seen")}
+        step, images_seen = progress["step"], progress["images_seen"]
+        skipped, skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
+        interval.put(sums["interval"])
+        epoch_terms.put(sums["epoch"])
+    log = _Log(accelerator, output_dir, images_seen)
+    bad_images = _BadImages(output_dir / "bad_images.txt", (*train_images.errors, *heldout_images.errors))
 
     if accelerator.is_main_process:
         logger.info("%s", _summary(config, accelerator, plain_model, len(train_images), len(heldout_images)))
-    bar = tqdm(total=total_images, unit="img", disable=not accelerator.is_local_main_process, dynamic_ncols=True)
-    step = images_seen = 0
-    next_log, next_evaluation = run.log_every, config.evaluation.every or sys.maxsize
-    interval, epoch_terms = _RunningTerms(accelerator), _RunningTerms(accelerator)
+    next_log, next_evaluation, next_checkpoint = (
+        (images_seen // every + 1) * every
+        for every in (run.log_every, config.evaluation.every or sys.maxsize, run.checkpoint_every)
+    )
+    bar = tqdm(
+        total=total_images,
+        initial=min(images_seen, total_images),
+        unit="img",
+        disable=not accelerator.is_local_main_process,
+        dynamic_ncols=True,
+    )
+    timed_from = None
+    signals.wait = True  # the loop asks after every step
     with logging_redirect_tqdm(), bar:
-        for epoch in range(math.ceil(total_images / len(train_images))):
-            model.train()
+        while images_seen < total_images:
+            epoch, start = divmod(images_seen, len(train_images))
+            epoch_end = min((epoch + 1) * len(train_images), total_images)
             batches = partial(
                 epoch_batches,
                 len(train_images),
@@ -232,89 +321,321 @@ def train(config: TrainConfig) -> RunResult | None:
                 accelerator.process_index,
                 accelerator.num_processes,
                 run.gradient_accumulation_steps,
+                start,
             )
-            loader = iter(_loader(train_images, batches(), config.data))
-            epoch_end = min((epoch + 1) * len(train_images), total_images)
+            loader = iter(_loader(train_images, batches(), config.data, run.seed))
+            model.train()
             for micro_batches in batches():
                 learning_rate = config.optimizer.learning_rate_at(images_seen, total_images)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
+                start = images_seen - epoch * len(train_images)
+                noise = step_noise(latent_shape, micro_batches[0].count, run.seed, epoch, start, accelerator.device)
+                seen: list[_Seen] = []
                 for micro_step, micro_batch in enumerate(micro_batches, 1):
-                    images = to_model_range(next(loader).to(accelerator.device))
+                    read = next(loader).checked()
+                    bad_images.add(read.errors)
+                    share = micro_batch.share * len(read.kept) / len(micro_batch.indices)
+                    if not read.kept:  # every process must take part in the step
+                        read = ReadImages(read.pixels.new_zeros(1, *read.pixels.shape[1:]), [0])
+                    images = to_model_range(read.pixels.to(accelerator.device))
+                    own_noise = noise[[micro_batch.first + place for place in read.kept]]
                     with nullcontext() if micro_step == len(micro_batches) else accelerator.no_sync(model):
                         reconstructions, posterior = model(
-                            images, sample_posterior=True, return_dict=False, return_posterior=True
+                            images, return_dict=False, return_posterior=True, noise=own_noise
                         )
                         terms = objective(images, reconstructions, posterior)
                         # Gradients are averaged over processes, so that this sums to the mean over the step's images.
-                        accelerator.backward(terms.loss * micro_batch.share * accelerator.num_processes)
-                    if micro_batch.share:
-                        sums = _sums(terms)
-                        interval.add(sums)
-                        epoch_terms.add(sums)
+                        accelerator.backward(terms.loss * share * accelerator.num_processes)
+                    if share:
+                        step_terms.add(_sums(terms))
+                        seen.append(_Seen([micro_batch.indices[place] for place in read.kept], read, own_noise, terms))
                 grad_norm = accelerator.clip_grad_norm_(
                     model.parameters(), config.optimizer.max_grad_norm or float("inf")
                 )
-                # The gradient is the same on all processes. In float16 it may overflow: the scaler then skips the step
-                # and lowers its scale; below 1 it will not recover.
-                if not (grad_norm + interval.sums.sum()).isfinite() and (
-                    accelerator.scaler is None
-                    or not interval.sums.isfinite().all()
-                    or accelerator.scaler.get_scale() < 1
-                ):
-                    raise FloatingPointError(_not_finite(step, interval.sums, run.output_dir))
-                optimizer.step()
+                bad, stop = _agree(accelerator, step_terms.sums, grad_norm, signals.asked)
+                # A gradient in float16 may overflow: the scaler then skips the step and lowers its scale; below 1 it
+                # will not recover.
+                overflow = bad == ["gradient"] and accelerator.scaler and accelerator.scaler.get_scale() >= 1
+                if bad and not overflow:
+                    message = _not_finite(config, accelerator, step + 1, skipped, bad, seen, train_images)
+                    if run.on_nonfinite == "stop" or skipped_in_a_row + 1 >= SKIPS_IN_A_ROW:
+                        kept = f"The newest checkpoint is {checkpoint}. " if checkpoint else ""
+                        raise FloatingPointError(f"training stopped before step {message}. {kept}{STABLER}")
+                    if accelerator.is_main_process:
+                        logger.warning("skipped step %s", message)
+                    if accelerator.scaler:
+                        accelerator.scaler.update()
+                    skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+                else:
+                    optimizer.step()
+                    if ema and not optimizer.step_was_skipped:
+                        ema.step(plain_model.parameters())
+                    interval.add(step_terms.sums)
+                    epoch_terms.add(step_terms.sums)
+                    skipped_in_a_row = 0
                 optimizer.zero_grad()
-                if ema and not optimizer.step_was_skipped:
-                    ema.step(plain_model.parameters())
+                step_terms.sums.zero_()
 
                 step += 1
                 images_seen = min(images_seen + run.batch_size, (epoch + 1) * len(train_images))
                 bar.update(min(images_seen, total_images) - bar.n)
                 interval.show(bar)
-                done = images_seen >= epoch_end
+                timed_from = timed_from or (time.monotonic(), images_seen)
                 progress = {"epoch": epoch + 1, "step": step, "images_seen": images_seen}
+                counts = progress | ({"skipped": skipped} if skipped else {})
                 if images_seen >= next_log or images_seen >= total_images:
                     norm = grad_norm.item() if grad_norm.isfinite() else None  # of a step that was skipped
                     means = _means(interval.take())
-                    log.write("train", progress | means | {"learning_rate": learning_rate, "grad_norm": norm})
+                    log.write("train", counts | means | {"learning_rate": learning_rate, "grad_norm": norm})
                     next_log = (images_seen // run.log_every + 1) * run.log_every
-                if images_seen >= next_evaluation and images_seen < total_images:
+                if images_seen >= epoch_end:
+                    means = _means(epoch_terms.take())
+                    log.write("epoch", counts | means)
                     if accelerator.is_main_process:
-                        with _weights_to_keep(plain_model, ema):
-                            _evaluate(config, plain_model, heldout_images, log, progress)
-                    accelerator.wait_for_everyone()
-                    model.train()
+                        text = "  ".join(f"{name} {value:.4f}" for name, value in means.items() if value is not None)
+                        logger.info("epoch %d: %s", epoch + 1, text)
+                if images_seen >= next_evaluation and images_seen < total_images:
+                    averaged = _model_to_keep(config, accelerator, plain_model, ema)
+                    _evaluate(config, accelerator, averaged, heldout_images, log, progress)
+                    del averaged
                     next_evaluation = (images_seen // config.evaluation.every + 1) * config.evaluation.every
-                if done:
+                if images_seen >= next_checkpoint or images_seen >= total_images or stop:
+                    checkpoint = save_checkpoint(
+                        output_dir / "checkpoints",
+                        accelerator,
+                        plain_model,
+                        optimizer.optimizer,
+                        ema,
+                        progress | {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row},
+                        {"interval": interval.sums.tolist(), "epoch": epoch_terms.sums.tolist()},
+                        [output_dir / "config.yaml", output_dir / "data.json", log.path],
+                        run.keep_checkpoints,
+                    )
+                    next_checkpoint = (images_seen // run.checkpoint_every + 1) * run.checkpoint_every
+                if stop:
+                    raise Interrupted(
+                        f"asked to stop ({signals.reason}) after {images_seen:,} of {total_images:,} images; saved as "
+                        f"{checkpoint}. The same command continues"
+                    )
+                if images_seen >= epoch_end:
                     break
-            means = _means(epoch_terms.take())
-            log.write("epoch", progress | means)
-            if accelerator.is_main_process:
-                text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-                logger.info("epoch %d: %s", epoch + 1, text)
 
-    result = None
-    if accelerator.is_main_process:
-        with _weights_to_keep(plain_model, ema):
-            result = _finish(config, accelerator, plain_model, train_images, heldout_images, log, progress)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return result
+    signals.wait = False  # all that follows can be done again from the checkpoint
+    seconds = time.monotonic() - timed_from[0] if timed_from else 0
+    averaged = _model_to_keep(config, accelerator, plain_model, ema)
+    report = _finish(config, accelerator, averaged, train_images, heldout_images, log, progress)
+    if not accelerator.is_main_process:
+        return None
+    if skipped:
+        logger.warning("%d steps were skipped, since loss or gradient were not finite", skipped)
+    if bad_images.known:
+        logger.warning("%d files could not be read and were left out: %s", len(bad_images.known), bad_images.path)
+    return replace(
+        _result(config, report, plain_model),
+        memory=_peak_memory(accelerator.device),
+        train_images=len(train_images),
+        images_per_second=(images_seen - timed_from[1]) / seconds
+        if timed_from and images_seen > timed_from[1]
+        else None,
+    )
 
 
-def dry_run(config: TrainConfig) -> RunResult | None:
-    """Every phase of the run `config` once, with all images read, two steps, and a folder that is deleted again."""
-    _check_is_free(config.run.output_dir)
+def dry_run(config: TrainConfig) -> tuple[RunResult, bool, float | None] | None:
+    """Every phase of the run `config` once, on two batches, in a folder that is deleted again: training, a checkpoint,
+    evaluation, pictures, saving, and the second batch again from the checkpoint.
+
+    Returns, on the main process, the result, whether the resumed run gave the same weights bit by bit, and the
+    seconds that all of the training would take, without evaluation.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        few = 2 * config.run.batch_size
-        return train(
-            replace(
-                config,
-                run=replace(config.run, output_dir=str(Path(scratch) / "run"), max_images=few),
-                evaluation=replace(config.evaluation, max_images=config.evaluation.batch_size, every=few // 2),
-            )
+        folder = Path(broadcast_object_list([scratch])[0]) / "run"
+        batch_size = config.run.batch_size
+        few = replace(
+            config,
+            run=replace(
+                config.run,
+                output_dir=str(folder),
+                max_images=2 * batch_size,
+                checkpoint_every=batch_size,
+                keep_checkpoints=2,
+                allow_config_change=False,
+            ),
+            evaluation=replace(config.evaluation, max_images=config.evaluation.batch_size, every=batch_size),
         )
+        result = train(few, memory_limit=0)  # what two batches need is read on demand
+        weights = folder / "model" / "diffusion_pytorch_model.safetensors"
+        if result:
+            before = load_file(weights)
+            (folder / "evaluation.json").unlink()
+            shutil.rmtree(max((folder / "checkpoints").glob("images-*")))
+        broadcast_object_list([None])
+        again = train(few, memory_limit=0)
+        if not (result and again):
+            return None
+        same = all(torch.equal(before[name], value) for name, value in load_file(weights).items())
+        total = min(config.run.epochs * result.train_images, config.run.max_images or sys.maxsize)
+        return result, same, total / result.images_per_second if result.images_per_second else None
+
+
+class _Signals:
+    """What SIGTERM, SIGINT and SIGUSR1, which clusters and spot machines send, ask for while it is entered.
+
+    The first is noted if `wait` is set, else raises Interrupted; the second ends the process at once.
+    """
+
+    def __init__(self):
+        self.wait, self.reason = False, ""
+        self.process, self.launcher = os.getpid(), os.getppid()
+        # `accelerate launch` with one process passes no signal on: it is gone, and the run would go on without it
+        self.launched = bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys())
+
+    def __enter__(self) -> _Signals:
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+            names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+            self.previous = {getattr(signal, name): signal.signal(getattr(signal, name), self._note) for name in names}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if os.getpid() != self.process:
+            return  # in a process that reads images, which ends with this one
+        self.reason = signal.Signals(number).name
+        for other in self.previous:
+            signal.signal(other, signal.SIG_DFL)
+        if not self.wait:
+            raise Interrupted(f"asked to stop ({self.reason}). The same command continues")
+        os.write(2, f"\n{self.reason}: finishing the step and saving; a second signal stops at once\n".encode())
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process is to stop."""
+        if self.launched and os.getppid() != self.launcher:
+            self.reason = "the launcher has ended"
+        return bool(self.reason)
+
+
+@contextmanager
+def _only_run_in(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Within, no other run can use the folder."""
+    lock = FileLock(output_dir / ".lock")
+
+    def acquire() -> None:
+        with naming(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=15)  # processes that read images outlive a killed run by seconds
+            except Timeout as error:
+                raise OSError("another process is training there") from error
+            except NotImplementedError:
+                logger.warning("%s cannot be locked: take care that no two runs use it", output_dir)
+
+    on_main(accelerator, acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+FREE_SETTINGS = {
+    "data.root", "data.num_workers", "data.on_bad_image", "run.output_dir", "run.checkpoint_every",
+    "run.keep_checkpoints", "run.allow_config_change", "run.on_nonfinite", "run.tracker",
+    "run.gradient_accumulation_steps",
+}  # fmt: skip
+"""A run may be continued with others of these: they change no result, or, like the number of processes, only the order
+in which it is summed."""
+
+
+def _find_run(config: TrainConfig) -> tuple[Path | None, bool]:
+    """The newest whole checkpoint in the output_dir, and whether the run is finished.
+
+    Raises:
+        FileExistsError: when it is another run's.
+    """
+    output_dir = Path(config.run.output_dir)
+    if not ((output_dir / "config.yaml").exists() or (output_dir / "checkpoints").exists()):
+        return None, False
+    checkpoint, damaged = find_checkpoint(output_dir / "checkpoints")
+    for problem in damaged:
+        logger.warning("%s; it is passed over", problem)
+    stated = _settings(yaml.safe_load(((checkpoint or output_dir) / "config.yaml").read_text()))
+    wanted = _settings(config.plain())
+    defaults = _settings(TrainConfig(model=config.model, objective=config.objective).plain())
+    differing = [
+        f"{name}: {old} -> {new}"
+        for name in sorted(wanted.keys() | stated.keys())
+        if name not in FREE_SETTINGS and (old := stated.get(name, defaults.get(name))) != (new := wanted.get(name))
+    ]
+    _refuse_changes(config, "settings", differing)
+    if (output_dir / "evaluation.json").exists() and not differing:
+        logger.info("%s holds this run, finished", output_dir)
+        return checkpoint, True
+    if checkpoint:
+        logger.info("continuing from %s", checkpoint)
+    else:
+        logger.info("%s holds this run without a checkpoint; it starts from the beginning", output_dir)
+    return checkpoint, False
+
+
+def _settings(sections: Any) -> dict[str, Any]:
+    """By their full names."""
+    if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
+        return {"config.yaml": sections}
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+
+
+def _refuse_changes(config: TrainConfig, what: str, differing: list[str]) -> None:
+    if not differing:
+        return
+    listed = "\n".join(f"  {line}" for line in differing)
+    if not config.run.allow_config_change:
+        raise FileExistsError(
+            f"run.output_dir holds a run with other {what}: {Path(config.run.output_dir).resolve()}\n{listed}\nChoose "
+            "another run.output_dir, or continue that run in spite of it with --run.allow_config_change true"
+        )
+    logger.warning("continuing with other %s:\n%s", what, listed)
+
+
+def _begin(config: TrainConfig, checkpoint: Path | None, train_images: ImageSet, heldout_images: ImageSet) -> None:
+    """Bring the files in output_dir to where the run begins or goes on."""
+    output_dir = Path(config.run.output_dir)
+    data = {
+        name: {"images": len(part), "fingerprint": part.fingerprint()}
+        for name, part in (("training", train_images), ("held-out", heldout_images))
+    }
+    if checkpoint:
+        before = json.loads((checkpoint / "data.json").read_text())
+        differing = [f"{name}: {before[name]} -> {data[name]}" for name in data if before[name] != data[name]]
+        _refuse_changes(config, "images", differing)
+    with naming(output_dir):
+        (output_dir / "pictures").mkdir(parents=True, exist_ok=True)
+        (output_dir / "evaluation.json").unlink(missing_ok=True)  # it says that the run is finished
+    config.save(output_dir / "config.yaml")
+    write_file(output_dir / "data.json", json.dumps(data, indent=2) + "\n")
+    write_file(output_dir / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_text() if checkpoint else "")
+
+
+def _progress(checkpoint: Path, accelerator: Accelerator) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """How far the run was, and this process's sums; what processes had that are no more is the main process's."""
+    progress, own = read_progress(checkpoint, accelerator.process_index)
+    before, now = progress["surroundings"], surroundings(accelerator)
+    differing = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    if differing and accelerator.is_main_process:
+        logger.warning(
+            "the order of images and their noise are the same, but sums are rounded differently, so that this run is "
+            "no longer bit-identical to one without interruption: %s",
+            ", ".join(differing),
+        )
+    sums = {name: own.get(name, [0.0] * 4) for name in ("interval", "epoch")}
+    if accelerator.is_main_process:
+        for process in range(accelerator.num_processes, before["processes"]):
+            _, gone = read_progress(checkpoint, process)
+            sums = {name: np.add(sums[name], gone[name]).tolist() for name in sums}
+    return progress, sums
 
 
 def _use_all_cores(accelerator: Accelerator) -> None:
@@ -324,16 +645,20 @@ def _use_all_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
 
 
-def _check_is_free(output_dir: str) -> None:
-    if (Path(output_dir) / "config.yaml").exists():
-        state = "a finished" if (Path(output_dir) / "model").exists() else "an unfinished"
-        raise FileExistsError(
-            f"run.output_dir holds {state} run already: {Path(output_dir).resolve()}. Choose another run.output_dir or "
-            "delete it"
-        )
-
-
 def _check_launch(accelerator: Accelerator, run: RunConfig) -> None:
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        raise ValueError(
+            f"processes must work together by DDP or FSDP2, got {kind.value}"
+            f"{' version 1' if kind == DistributedType.FSDP else ''}; training/configs/accelerate/ has examples"
+        )
+    if accelerator.num_processes == 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            f"the launcher started {os.environ['WORLD_SIZE']} processes that know nothing of each other; check its "
+            "settings with `accelerate env`"
+        )
     parts = accelerator.num_processes * run.gradient_accumulation_steps
     if run.batch_size % parts:
         raise ValueError(
@@ -355,39 +680,50 @@ def _summary(
     device_batch_size = config.run.batch_size // (accelerator.num_processes * config.run.gradient_accumulation_steps)
     precision = {"no": "float32"}.get(accelerator.mixed_precision, f"{accelerator.mixed_precision} autocast")
     return (
-        f"{type(model).__name__} with {model.num_parameters():,} parameters, latents "
+        f"{'VAE' if isinstance(model, VAE) else 'MLPVAE'} with {model.num_parameters():,} parameters, latents "
         f"{'x'.join(map(str, config.model.latent_shape(config.data.size)))}; {train_length:,} training and "
         f"{heldout_length:,} held-out images of {config.data.name} at {'x'.join(map(str, config.data.size))}; "
         f"{precision} on {accelerator.num_processes} x {accelerator.device}, {device_batch_size} images per forward"
     )
 
 
-@contextmanager
-def _weights_to_keep(model: VAE | MLPVAE, ema: EMAModel | None) -> Iterator[None]:
-    """Within, the model is in eval mode with the averaged weights, if there are any."""
-    model.eval()
+def _model_to_keep(
+    config: TrainConfig, accelerator: Accelerator, model: VAE | MLPVAE, ema: EMAModel | None
+) -> VAE | MLPVAE:
+    """A whole copy of the model on every process, in eval mode, with the averaged weights if there are any."""
+    with torch.device("meta"):
+        kept = config.model.build(config.data.channels, config.data.size)
+    state = model.state_dict()
     if ema:
-        ema.store(model.parameters())
-        ema.copy_to(model.parameters())
-    try:
-        yield
-    finally:
-        if ema:
-            ema.restore(model.parameters())
+        state |= {name: p for (name, _), p in zip(model.named_parameters(), ema.shadow_params, strict=True)}
+    kept.to_empty(device=accelerator.device)
+    kept.load_state_dict({name: whole(tensor) for name, tensor in state.items()})
+    return kept.eval().requires_grad_(False)
 
 
-def _loader(image_set: ImageSet, batches: Iterable[list[MicroBatch]], config: DataConfig) -> DataLoader:
-    """uint8 images of one micro-batch after the other."""
+def _loader(image_set: ImageSet, batches: Iterable[list[MicroBatch]], config: DataConfig, seed: int) -> DataLoader:
+    """The images of one micro-batch after the other."""
     return DataLoader(
         image_set,
         batch_sampler=(micro_batch.indices for micro_batches in batches for micro_batch in micro_batches),
         num_workers=config.num_workers if isinstance(image_set, FolderImages) else 0,
         collate_fn=_as_read,
+        generator=torch.Generator().manual_seed(seed),  # otherwise every loader takes a number from the global one
     )
 
 
-def _as_read(pixels: torch.Tensor) -> torch.Tensor:
-    return pixels  # already a batch; by name, since a lambda does not reach the workers everywhere
+def _as_read(read: ReadImages) -> ReadImages:
+    return read  # already a batch; by name, since a lambda does not reach the workers everywhere
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A micro-batch and what came of it, for the dump of a step that is not finite."""
+
+    indices: list[int]
+    read: ReadImages
+    noise: torch.Tensor
+    terms: ObjectiveTerms
 
 
 def _sums(terms: ObjectiveTerms) -> torch.Tensor:
@@ -398,7 +734,7 @@ def _sums(terms: ObjectiveTerms) -> torch.Tensor:
 
 
 class _RunningTerms:
-    """`_sums` since the last `take`."""
+    """`_sums` of this process since the last `take`."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -408,6 +744,9 @@ class _RunningTerms:
 
     def add(self, sums: torch.Tensor) -> None:
         self.sums += sums
+
+    def put(self, sums: list[float]) -> None:
+        self.sums.copy_(torch.tensor(sums, dtype=torch.float64))
 
     def take(self) -> np.ndarray:
         """The sums over all processes."""
@@ -422,39 +761,112 @@ class _RunningTerms:
             bar.set_postfix({name: f"{value:.4g}" for name, value in _means(self.sums.tolist()).items()})
 
 
-def _means(sums: Sequence[float] | np.ndarray) -> dict[str, float]:
-    return {name: float(total / sums[3]) for name, total in zip(("loss", "distortion", "rate"), sums, strict=False)}
+TERMS = ("loss", "distortion", "rate")
+
+
+def _means(sums: Sequence[float] | np.ndarray) -> dict[str, float | None]:
+    """None when every step was skipped."""
+    return {name: float(total / sums[3]) if sums[3] else None for name, total in zip(TERMS, sums, strict=False)}
 
 
 class _Log:
     """metrics.jsonl and the tracker. Records hold nothing that a second run of the same config would not repeat."""
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path):
+    def __init__(self, accelerator: Accelerator, output_dir: Path, images_seen: int):
         self.accelerator, self.path = accelerator, output_dir / "metrics.jsonl"
+        if accelerator.log_with:
+            # what an interrupted run had logged after its checkpoint comes again
+            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": images_seen + 1}})
 
     def write(self, kind: str, values: dict[str, float | None]) -> None:
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
+            with naming(self.path), self.path.open("a") as file:
                 file.write(json.dumps({"kind": kind} | values, allow_nan=False) + "\n")
         named = {
             f"{kind}/{name}": value for name, value in values.items() if name != "images_seen" and value is not None
         }
-        self.accelerator.log(named, step=values["images_seen"])
+        with naming(self.path.parent / "tensorboard"):
+            self.accelerator.log(named, step=values["images_seen"])
 
     def show(self, pictures: dict[str, Image.Image], images_seen: int) -> None:
         for tracker in self.accelerator.trackers:
             arrays = {name: np.asarray(picture)[None] for name, picture in pictures.items()}
-            tracker.log_images(arrays, step=images_seen, dataformats="NHWC")
+            with naming(self.path.parent / "tensorboard"):
+                tracker.log_images(arrays, step=images_seen, dataformats="NHWC")
 
 
-def _not_finite(step: int, sums: torch.Tensor, output_dir: str) -> str:
-    names = ("loss", "distortion", "rate")
-    bad = [name for name, value in zip(names, sums, strict=False) if not value.isfinite()]
-    bad = bad or ["gradient, or a term on another process"]
-    return (
-        f"training stopped before step {step + 1}, not finite: {', '.join(bad)}. Metrics up to here are in "
-        f"{output_dir}. {STABLER}"
-    )
+class _BadImages:
+    """The files that were left out since they could not be read, each listed once."""
+
+    def __init__(self, path: Path, errors: Iterable[str]):
+        self.path = path
+        self.known = set(path.read_text().splitlines()) if path.exists() else set()
+        self.add(errors, warn=False)
+
+    def add(self, errors: Iterable[str], warn: bool = True) -> None:
+        for error in errors:
+            line = " ".join(error.split())
+            if line in self.known:
+                continue
+            self.known.add(line)
+            if warn:
+                logger.warning("%s; left out", line)
+            with naming(self.path), self.path.open("a") as file:
+                file.write(line + "\n")
+
+
+def _agree(
+    accelerator: Accelerator, sums: torch.Tensor, grad_norm: torch.Tensor, asked: bool
+) -> tuple[list[str], bool]:
+    """Which terms of the step are not finite on any process, and whether any was asked to stop."""
+    finite = torch.cat([sums[:3], whole(grad_norm).to(sums).view(1)]).isfinite()
+    if accelerator.num_processes == 1:
+        flags = [not ok for ok in finite.tolist()] + [asked]
+    else:
+        both = torch.cat([~finite, torch.tensor([asked], device=finite.device)])
+        flags = accelerator.reduce(both.int(), "sum").tolist()
+    return [name for name, flag in zip((*TERMS, "gradient"), flags, strict=False) if flag], bool(flags[4])
+
+
+SKIPS_IN_A_ROW = 20
+MAX_DUMPS = 10
+
+
+def _not_finite(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    step: int,
+    skipped: int,
+    bad: list[str],
+    seen: list[_Seen],
+    image_set: ImageSet,
+) -> str:
+    """What is wrong with `step`, in words, after its batch was written to output_dir."""
+    culprits = [
+        image_set.name(index)
+        for micro_batch in seen
+        for index, distortion, rate in zip(
+            micro_batch.indices, micro_batch.terms.distortion, micro_batch.terms.rate, strict=True
+        )
+        if not (distortion + rate).isfinite()
+    ]
+    folder = Path(config.run.output_dir) / "nonfinite"
+    path = folder / f"step-{step:09d}-process-{accelerator.process_index}.safetensors"
+    if seen and skipped < MAX_DUMPS:
+        with naming(path):
+            folder.mkdir(exist_ok=True)
+            tensors = {
+                "indices": torch.cat([torch.tensor(part.indices) for part in seen]),
+                "pixels": torch.cat([part.read.pixels for part in seen]),
+                "noise": torch.cat([part.noise.cpu() for part in seen]),
+                "distortion": torch.cat([part.terms.distortion.detach().cpu() for part in seen]),
+                "rate": torch.cat([part.terms.rate.detach().cpu() for part in seen]),
+            }
+            save_file(tensors, path)
+    culprits = gather_object(culprits)
+    which = f", of {len(culprits)} images: {', '.join(culprits[:3])}{' ...' * (len(culprits) > 3)}" if culprits else ""
+    written = f". Its images are in {path}" if skipped < MAX_DUMPS else ""
+    return f"{step}, not finite: {', '.join(bad)}{which}{written}"
 
 
 STABLER = (
@@ -464,22 +876,31 @@ STABLER = (
 
 
 def _evaluate(
-    config: TrainConfig, model: VAE | MLPVAE, image_set: ImageSet, log: _Log, progress: dict[str, int]
+    config: TrainConfig,
+    accelerator: Accelerator,
+    model: VAE | MLPVAE,
+    image_set: ImageSet,
+    log: _Log,
+    progress: dict[str, int],
 ) -> EvaluationReport:
-    """Measure and picture `model`; writes evaluation.json and pictures/."""
-    output_dir = Path(config.run.output_dir)
+    """Measure `model` on all processes and picture it on the main process."""
     settings = config.evaluation
     report = evaluate(model, image_set, config.objective.build(), settings)
     numbers = {name: value for name, value in asdict(report).items() if isinstance(value, float)}
     if bad := [name for name, value in numbers.items() if not math.isfinite(value)]:
         raise FloatingPointError(f"training diverged, not finite on held-out images: {', '.join(bad)}. {STABLER}")
-    report.save(output_dir / "evaluation.json")
     log.write("evaluation", progress | numbers)
-    shown = min(5000, settings.max_images or 5000)
-    pictures = draw_all(model, image_set, log.path, settings.batch_size, shown, settings.seed)
-    for name, picture in pictures.items():
-        picture.save(output_dir / "pictures" / f"{name}.png")
-    log.show(pictures, progress["images_seen"])
+
+    def draw() -> None:
+        shown = min(5000, settings.max_images or 5000)
+        pictures = draw_all(model, image_set, log.path, settings.batch_size, shown, settings.seed)
+        for name, picture in pictures.items():
+            path = log.path.parent / "pictures" / f"{name}.png"
+            with naming(path):
+                picture.save(path)
+        log.show(pictures, progress["images_seen"])
+
+    on_main(accelerator, draw)
     return report
 
 
@@ -491,25 +912,53 @@ def _finish(
     heldout_images: ImageSet,
     log: _Log,
     progress: dict[str, int],
-) -> RunResult:
-    """Save the model before anything that could fail, then measure: latents, which go into its config, and images."""
-    folder = Path(config.run.output_dir) / "model"
-    model.save_pretrained(folder)
+) -> EvaluationReport:
+    """Save the model before anything that could fail, then measure: latents, which go into its config, and images.
+    evaluation.json comes last: it says that the run is finished.
+    """
+    output_dir = Path(config.run.output_dir)
+
+    def save() -> None:
+        with whole_folder(output_dir / "model") as folder:
+            model.save_pretrained(folder)
+
+    on_main(accelerator, save)
     statistics = measure_latents(model, train_images, config.evaluation.batch_size, config.evaluation.max_images)
     if not (math.isfinite(statistics.mean) and 0 < statistics.std < math.inf):
         raise FloatingPointError(
             f"training diverged: the latents have mean {statistics.mean} and std {statistics.std}. {STABLER}"
         )
     model.register_to_config(scaling_factor=statistics.scaling_factor, shift_factor=statistics.mean)
-    model.save_config(folder)
-    report = _evaluate(config, model, heldout_images, log, progress)
+    on_main(accelerator, save)
+    report = _evaluate(config, accelerator, model, heldout_images, log, progress)
+    on_main(accelerator, lambda: report.save(output_dir / "evaluation.json"))
+    return report
+
+
+def _result(config: TrainConfig, report: EvaluationReport, model: VAE | MLPVAE) -> RunResult:
+    folder = Path(config.run.output_dir) / "model"
     package, name = ("diffusers", "AutoencoderKL") if isinstance(model, VAE) else ("diffusers_vae", "MLPVAE")
-    cuda = accelerator.device.type == "cuda"
     return RunResult(
         output_dir=folder.parent,
         report=report,
         parameters=model.num_parameters(),
         latent_shape=config.model.latent_shape(config.data.size),
-        memory=torch.cuda.max_memory_allocated() if cuda else psutil.Process().memory_info().rss,
         load_line=f'from {package} import {name}; vae = {name}.from_pretrained("{folder.as_posix()}")',
     )
+
+
+def _finished_result(config: TrainConfig) -> RunResult:
+    with torch.device("meta"):
+        model = config.model.build(config.data.channels, config.data.size)
+    return _result(config, EvaluationReport.load(Path(config.run.output_dir) / "evaluation.json"), model)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was held on the GPU, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

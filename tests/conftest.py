@@ -36,3 +36,17 @@ def cifar_folder(shared_data, tmp_path_factory) -> Path:
     with tarfile.open(shared_data / "cifar10-5k.tar") as archive:
         archive.extractall(root, filter="data")
     return root / "cifar10-5k"
+
+
+@pytest.fixture
+def little_memory():
+    """At most 16 MB more address space than now, so that a large picture raises a MemoryError."""
+    resource = pytest.importorskip("resource")
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("needs /proc")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(statm.read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -1,5 +1,6 @@
 """Where images come from and in which order, on the real sets."""
 
+import dataclasses
 import gzip
 import struct
 import tarfile
@@ -11,7 +12,16 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from diffusers_vae.data import ArrayImages, DataConfig, FolderImages, epoch_batches, image_batches, load_data, sources
+from diffusers_vae.data import (
+    ArrayImages,
+    DataConfig,
+    FolderImages,
+    epoch_batches,
+    image_batches,
+    load_data,
+    sources,
+    step_noise,
+)
 from diffusers_vae.images import read_image
 
 
@@ -210,16 +220,71 @@ class TestFolder:
         disk, _ = load_data(config)
         assert isinstance(memory, ArrayImages) and isinstance(disk, FolderImages)
         indices = [5, 3, 700]
-        assert torch.equal(memory.__getitems__(indices), disk.__getitems__(indices))
+        assert torch.equal(memory.__getitems__(indices).pixels, disk.__getitems__(indices).pixels)
+        assert [memory.name(i) for i in indices] == [disk.name(i) for i in indices]
         assert torch.equal(memory.labels, disk.labels)
 
+    BROKEN = ("truncated_jpeg.jpg", "truncated_image.png")  # which only decoding shows
+    REFUSED = ("decompression_bomb.gif", "zero_width.gif", "10ct_32bit_128.tiff")
+
+    def awkward(self, shared_data, **settings):
+        return DataConfig(name="folder", root=str(shared_data / "awkward"), channels=3, **settings)
+
     def test_awkward_files_are_all_named_at_once(self, shared_data):
-        with pytest.raises(ValueError) as error:
-            load_data(DataConfig(name="folder", root=str(shared_data / "awkward"), channels=3))
-        message = str(error.value)
-        refused = ("truncated_jpeg.jpg", "truncated_image.png", "decompression_bomb.gif", "zero_width.gif", ".tiff")
-        assert all(name in message for name in refused)
-        assert "hopper.jpg" not in message
+        with pytest.raises(ValueError, match="5 of 29 files cannot be read") as error:
+            load_data(self.awkward(shared_data))
+        assert all(name in str(error.value) for name in self.BROKEN + self.REFUSED)
+        assert "hopper.jpg" not in str(error.value)
+
+    def test_awkward_files_can_be_left_out(self, shared_data, caplog):
+        train, heldout = load_data(self.awkward(shared_data, on_bad_image="skip"), progress=True)
+        assert len(train) + len(heldout) == 24
+        errors = "\n".join(train.errors + heldout.errors)
+        assert len(train.errors + heldout.errors) == 5 and all(name in errors for name in self.BROKEN + self.REFUSED)
+        assert "5 of 29 files cannot be read and are left out" in caplog.text
+        for part in (train, heldout):  # pixels, labels and names still belong together
+            index = len(part) - 1
+            expected = sources._bring_to_size(read_image(part.name(index), 3), self.awkward(shared_data))
+            assert torch.equal(part.__getitems__([index]).pixels[0], expected)
+
+    def test_headers_of_a_large_set_are_checked_before_training(self, shared_data):
+        with pytest.raises(ValueError, match="3 of 29 files cannot be read") as error:
+            load_data(self.awkward(shared_data), memory_limit=0)
+        assert all(name in str(error.value) for name in self.REFUSED)
+
+    def test_damage_in_a_large_set_is_named_when_it_is_read(self, cifar_folder, tmp_path):
+        for path in (cifar_folder / "test" / "ship").iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        config = DataConfig(name="folder", root=str(tmp_path), channels=3)
+        _, heldout = load_data(config, memory_limit=0)
+        broken = heldout.paths[3]
+        broken.write_bytes(broken.read_bytes()[:800])
+        with pytest.raises(ValueError, match=rf"cannot read the image {broken}: .*data\.on_bad_image skip"):
+            list(image_batches(heldout, 8, None, torch.device("cpu")))
+        _, heldout = load_data(dataclasses.replace(config, on_bad_image="skip"), memory_limit=0)
+        read = heldout.__getitems__([2, 3, 4])
+        assert list(read.kept) == [0, 2] and str(broken) in read.errors[0]
+        (indices, images), *_ = image_batches(heldout, 8, None, torch.device("cpu"))
+        assert indices == [0, 1, 2, 4, 5, 6, 7] and len(images) == 7
+
+    def test_nothing_left_when_no_file_can_be_read(self, tmp_path):
+        for name in "abc":
+            (tmp_path / f"{name}.png").write_bytes(b"no image")
+        with pytest.raises(ValueError, match="no image is left to train on"):
+            load_data(DataConfig(name="folder", root=str(tmp_path), on_bad_image="skip"))
+
+    def test_fingerprint_is_of_the_images_in_their_order(self, cifar_folder, tmp_path):
+        (tmp_path / "moved").symlink_to(cifar_folder / "test")
+        for limit in (0, None):
+            first, moved, fewer = (
+                load_data(DataConfig(name="folder", root=str(root), channels=3), memory_limit=limit)[0].fingerprint()
+                for root in (cifar_folder / "test", tmp_path / "moved", cifar_folder / "test" / "ship")
+            )
+            assert first == moved != fewer
+        digits = load_data(DataConfig(resolution=8))[0]
+        changed = digits.pixels.clone()
+        changed[7, 0, 3, 3] ^= 1
+        assert ArrayImages(changed).fingerprint() != digits.fingerprint()
 
     def test_class_named_like_a_part_is_not_taken_for_one(self, cifar_folder, tmp_path):
         for name, source in (("train", "ship"), ("plane", "airplane")):
@@ -268,6 +333,11 @@ class TestSize:
         config = DataConfig(resolution=(16, 24), fit=fit)
         assert sources._bring_to_size(self.image(*size), config).shape == (1, 16, 24)
 
+    @pytest.mark.parametrize("size", [(1, 200_000), (200_000, 1), (2, 90_000)])
+    def test_strips_are_not_enlarged_whole(self, size, little_memory):
+        """That would take 200,000 x 32 x 32 pixels."""
+        assert sources._bring_to_size(self.image(*size), DataConfig()).shape == (1, 32, 32)
+
     def test_crop_keeps_the_aspect_and_the_centre(self):
         disc = torch.zeros(1, 60, 180, dtype=torch.uint8)
         disc[:, 20:40, 80:100] = 255
@@ -289,6 +359,7 @@ class TestSize:
             ({"fit": "Crop"}, r"data\.fit must be one of crop, pad, got Crop"),
             ({"heldout_fraction": 0.0}, "between 0 and 1"),
             ({"num_workers": -1}, "at least 0"),
+            ({"on_bad_image": "ignore"}, r"data\.on_bad_image must be one of stop, skip, got ignore"),
         ],
     )
     def test_wrong_settings(self, settings, message):
@@ -315,6 +386,39 @@ class TestOrder:
         shared = zip(*(epoch_batches(100, 16, 3, 5, rank, 2, 2) for rank in range(2)), strict=True)
         assert [sorted(self.indices(steps)) for steps in shared] == alone
 
+    @pytest.mark.parametrize(("length", "start"), [(100, 0), (100, 48), (101, 96), (100, 50)])
+    def test_goes_on_where_it_was(self, length, start):
+        whole = self.indices(epoch_batches(length, 16, 3, 1))
+        rest = epoch_batches(length, 16, 3, 1, start=start)
+        assert self.indices(rest) == whole[start:]
+
+    @pytest.mark.parametrize(("processes", "micro_steps"), [(1, 1), (2, 1), (1, 4), (4, 2)])
+    def test_noise_of_an_image_does_not_depend_on_how_a_batch_is_cut(self, processes, micro_steps):
+        def noise_of_images(processes, micro_steps):
+            found = {}
+            for rank in range(processes):
+                for step, micro_batches in enumerate(epoch_batches(37, 16, 3, 5, rank, processes, micro_steps)):
+                    noise = step_noise((2, 3), micro_batches[0].count, 3, 5, 16 * step, torch.device("cpu"))
+                    for micro in micro_batches:
+                        for place, index in enumerate(micro.indices if micro.share else []):
+                            found[index] = noise[micro.first + place]
+            return found
+
+        alone, cut = noise_of_images(1, 1), noise_of_images(processes, micro_steps)
+        assert alone.keys() == cut.keys() == set(range(37))
+        assert all(torch.equal(alone[index], cut[index]) for index in alone)
+        assert len(torch.stack(list(alone.values())).unique(dim=0)) == 37
+
+    def test_noise_is_standard_normal_and_of_seed_epoch_and_place(self):
+        def draw(*place):
+            return step_noise((4, 8, 8), 1000, *place, torch.device("cpu"))
+
+        assert torch.equal(draw(0, 1, 32), draw(0, 1, 32))
+        noise = [draw(*place) for place in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+        correlations = torch.corrcoef(torch.stack(noise).flatten(1)).abs()
+        assert (correlations - torch.eye(4)).max() < 0.01
+        assert noise[0].mean().abs() < 0.01 and (noise[0].std() - 1).abs() < 0.01
+
     def test_pure_function_of_seed_and_epoch(self):
         def order(seed, epoch):
             return self.indices(epoch_batches(50, 8, seed, epoch))
@@ -326,6 +430,8 @@ class TestOrder:
         images, _ = load_data(DataConfig(resolution=8))
         batches = list(image_batches(images, 40, 100, torch.device("cpu")))
         assert [indices[0] for indices, _ in batches] == [0, 40, 80] and len(batches[-1][1]) == 20
+        shares = [image_batches(images, 40, 100, torch.device("cpu"), rank, 2) for rank in range(2)]
+        assert [[indices[0] for indices, _ in share] for share in shares] == [[0, 80], [40]]
         joined = torch.cat([batch for _, batch in batches])
         assert joined.min() == -1 and joined.max() == 1
         assert torch.equal(((joined + 1) * 127.5).round().to(torch.uint8), images.pixels[:100])

@@ -227,20 +227,6 @@ def claim(path: Path, width: int, height: int) -> Path:
     return path
 
 
-@pytest.fixture
-def little_memory():
-    """At most 16 MB more address space than now, so that a large picture raises a MemoryError."""
-    resource = pytest.importorskip("resource")
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        pytest.skip("needs /proc")
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(statm.read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, limits)
-
-
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [10_000, 65_535])  # Pillow only warns of the first
 def test_decompression_bombs_are_refused_within_memory(side, tmp_path, little_memory):

@@ -1,7 +1,7 @@
 """Where images come from, and in which order."""
 
-from .order import MicroBatch, epoch_batches, image_batches
-from .sources import ArrayImages, DataConfig, FolderImages, ImageSet, load_data
+from .order import MicroBatch, epoch_batches, image_batches, step_noise
+from .sources import ArrayImages, DataConfig, FolderImages, ImageSet, ReadImages, load_data
 
 __all__ = [
     "ArrayImages",
@@ -9,7 +9,9 @@ __all__ = [
     "FolderImages",
     "ImageSet",
     "MicroBatch",
+    "ReadImages",
     "epoch_batches",
     "image_batches",
     "load_data",
+    "step_noise",
 ]

@@ -18,6 +18,10 @@ class MicroBatch:
 
     indices: list[int]
     """Into the data set; never empty."""
+    first: int
+    """Place of the first of these images in its optimiser step's batch, in which they lie side by side."""
+    count: int
+    """Images in the optimiser step's batch, over all processes and micro-steps."""
     share: float
     """What these images are of their optimiser step's batch. The shares of all processes and micro-steps sum to 1."""
 
@@ -30,6 +34,7 @@ def epoch_batches(
     rank: int = 0,
     processes: int = 1,
     micro_steps: int = 1,
+    start: int = 0,
 ) -> Iterator[list[MicroBatch]]:
     """One list of `micro_steps` micro-batches per optimiser step, for process `rank`; every image once per epoch.
 
@@ -44,22 +49,53 @@ def epoch_batches(
         rank: this process, from 0.
         processes: how many there are.
         micro_steps: forwards per optimiser step on one process (gradient accumulation).
+        start: images of this epoch that were seen already: where an interrupted run goes on.
     """
     order = np.random.default_rng([seed, epoch]).permutation(length)
-    for start in range(0, length, batch_size):
-        batch = order[start : start + batch_size]
-        parts = np.array_split(batch, processes * micro_steps)[rank::processes]
+    for begin in range(start, length, batch_size):
+        batch = order[begin : begin + batch_size]
+        parts = np.array_split(np.arange(len(batch)), processes * micro_steps)[rank::processes]
         yield [
-            MicroBatch(part.tolist(), len(part) / len(batch)) if len(part) else MicroBatch([int(batch[0])], 0.0)
+            MicroBatch(batch[part].tolist(), int(part[0]), len(batch), len(part) / len(batch))
+            if len(part)
+            else MicroBatch([int(batch[0])], 0, len(batch), 0.0)
             for part in parts
         ]
 
 
+def step_noise(
+    shape: tuple[int, ...], count: int, seed: int, epoch: int, start: int, device: torch.device
+) -> torch.Tensor:
+    """Standard normal noise (count, *shape) for the latents of one optimiser step's batch, drawn on `device`.
+
+    A pure function of (seed, epoch, start), `start` being the images of the epoch before this batch: every process
+    draws that of the whole batch and takes the rows of its images, so that an image's noise depends neither on how
+    many processes there are nor on where a run was interrupted.
+    """
+    state = np.random.SeedSequence([seed, epoch, start]).generate_state(1, np.uint64)
+    generator = torch.Generator(device).manual_seed(int(state[0]) >> 1)
+    return torch.randn(count, *shape, generator=generator, device=device)
+
+
 def image_batches(
-    image_set: ImageSet, batch_size: int, max_images: int | None, device: torch.device
-) -> Iterator[tuple[range, torch.Tensor]]:
-    """Indices and images (B, C, H, W) in [-1, 1] on `device`, in the set's own order, at most `max_images` of them."""
+    image_set: ImageSet,
+    batch_size: int,
+    max_images: int | None,
+    device: torch.device,
+    rank: int = 0,
+    processes: int = 1,
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Indices and images (B, C, H, W) in [-1, 1] on `device`, in the set's own order, of the first `max_images`.
+
+    With several processes, those of every process are whole batches of one process alone: figures per image do not
+    depend on `processes`.
+
+    Raises:
+        ValueError: naming the file that cannot be read, unless the set skips such files; then they are left out.
+    """
     count = len(image_set) if max_images is None else min(max_images, len(image_set))
-    for start in range(0, count, batch_size):
+    for start in range(rank * batch_size, count, processes * batch_size):
         indices = range(start, min(start + batch_size, count))
-        yield indices, to_model_range(image_set.__getitems__(indices).to(device))
+        read = image_set.__getitems__(indices).checked()
+        if read.kept:
+            yield [indices[place] for place in read.kept], to_model_range(read.pixels.to(device))

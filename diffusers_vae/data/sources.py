@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import logging
+import math
 import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, get_args, get_type_hints
+from typing import Literal, Protocol, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -20,12 +23,15 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from ..images import read_image
+from ..images import check_image, read_image
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")
 MEMORY_LIMIT = 2**31
 """Bytes of uint8 pixels up to which a set is read once and kept in memory."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,10 @@ class DataConfig:
     """1: grey, 3: RGB."""
     fit: Literal["crop", "pad"] = "crop"
     """crop: scale the image to cover the resolution, cut the centre. pad: black borders, scaled only if too large."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What a file of a folder that cannot be read does. stop: an error that names it, before training starts if it
+    shows when all are read or, in a set too large for memory, in their headers. skip: left out, counted and listed in
+    bad_images.txt."""
     heldout_fraction: float = 0.1
     """Held out, at random but always the same, of sets without a test part. A folder has one when its images lie in
     train/ and in one of test/, val/, valid/, validation/, heldout/."""
@@ -50,7 +60,7 @@ class DataConfig:
     """Processes that read images, for sets that are too large to be kept in memory."""
 
     def __post_init__(self):
-        for name in ("name", "channels", "fit"):
+        for name in ("name", "channels", "fit", "on_bad_image"):
             choices = get_args(get_type_hints(DataConfig)[name])
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -69,61 +79,140 @@ class DataConfig:
         return (self.resolution, self.resolution) if isinstance(self.resolution, int) else tuple(self.resolution)
 
 
+@dataclass(frozen=True)
+class ReadImages:
+    """What was asked for and could be read."""
+
+    pixels: torch.Tensor
+    """uint8 (B, C, H, W)."""
+    kept: Sequence[int]
+    """Places, in the indices asked for, of the B images."""
+    errors: tuple[str, ...] = ()
+    """Why the others could not be read, with their names."""
+    stop: bool = False
+    """Whether that is to stop the run."""
+
+    def checked(self) -> ReadImages:
+        """These; ValueError naming a file that cannot be read and is not to be skipped. A worker does not raise it
+        itself, since there it would arrive wrapped in a traceback.
+        """
+        if self.errors and self.stop:
+            raise ValueError(
+                f"{self.errors[0]}. Mend or remove it, or leave such files out with data.on_bad_image skip"
+            )
+        return self
+
+
 class ImageSet(Protocol):
     """Images of one size, with or without labels, read by the batch; any first part of it is a fair sample."""
 
     labels: torch.Tensor | None
     """(N,) int64 classes."""
+    errors: tuple[str, ...]
+    """Why files that were found unreadable beforehand are not in the set, with their names."""
 
     def __len__(self) -> int: ...
 
-    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
-        """uint8 pixels (B, C, H, W)."""
+    def __getitems__(self, indices: Sequence[int]) -> ReadImages:
+        """The images at `indices`."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Of an image, for people: its file, or its number."""
+        ...
+
+    def fingerprint(self) -> str:
+        """The same for the same images in the same order, and for others another."""
         ...
 
 
 class ArrayImages:
-    """Images kept in memory: uint8 `pixels` (N, C, H, W) and their labels (N,) or None."""
+    """Images kept in memory: uint8 `pixels` (N, C, H, W), their labels (N,) or None, and the files they came from."""
 
-    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor | None = None):
-        self.pixels, self.labels = pixels, labels
+    def __init__(
+        self,
+        pixels: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        paths: Sequence[Path] = (),
+        errors: tuple[str, ...] = (),
+    ):
+        self.pixels, self.labels, self.paths, self.errors = pixels, labels, paths, errors
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
-        return self.pixels[torch.as_tensor(indices)]
+    def __getitems__(self, indices: Sequence[int]) -> ReadImages:
+        return ReadImages(self.pixels[torch.as_tensor(indices)], range(len(indices)))
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index]) if self.paths else f"image {index}"
+
+    def fingerprint(self) -> str:
+        """Of all pixels."""
+        return hashlib.sha256(self.pixels.contiguous().numpy().data).hexdigest()
 
 
 class FolderImages:
     """Image files, read on demand as `config` says."""
 
-    def __init__(self, paths: list[Path], labels: torch.Tensor | None, config: DataConfig):
-        self.paths, self.labels, self.config = paths, labels, config
+    def __init__(
+        self, paths: list[Path], labels: torch.Tensor | None, config: DataConfig, errors: tuple[str, ...] = ()
+    ):
+        self.paths, self.labels, self.config, self.errors = paths, labels, config, errors
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
-        """Raises ValueError naming the file that cannot be read."""
-        return torch.stack(
-            [_bring_to_size(read_image(self.paths[i], self.config.channels), self.config) for i in indices]
+    def __getitems__(self, indices: Sequence[int]) -> ReadImages:
+        pixels, kept, errors = [], [], []
+        for place, index in enumerate(indices):
+            try:
+                pixels.append(self.read(index))
+                kept.append(place)
+            except ValueError as error:
+                errors.append(str(error))
+        empty = torch.zeros(0, self.config.channels, *self.config.size, dtype=torch.uint8)
+        stop = self.config.on_bad_image == "stop"
+        return ReadImages(torch.stack(pixels) if pixels else empty, kept, tuple(errors), stop)
+
+    def read(self, index: int) -> torch.Tensor:
+        """uint8 pixels (C, H, W); ValueError naming the file that cannot be read."""
+        return _bring_to_size(read_image(self.paths[index], self.config.channels), self.config)
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def fingerprint(self) -> str:
+        """Of the names below the root: reading all files for it would take as long as an epoch."""
+        names = "\0".join(path.relative_to(self.config.root).as_posix() for path in self.paths)
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+
+    def without(self, bad: dict[int, str]) -> FolderImages:
+        """The set without the images at the indices `bad`, which gives the reasons."""
+        good = [index for index in range(len(self)) if index not in bad]
+        return FolderImages(
+            [self.paths[index] for index in good],
+            None if self.labels is None else self.labels[torch.tensor(good, dtype=torch.long)],
+            self.config,
+            (*self.errors, *(bad[index] for index in sorted(bad))),
         )
 
 
-def load_data(config: DataConfig, progress: bool = False) -> tuple[ImageSet, ImageSet]:
+def load_data(config: DataConfig, progress: bool = False, memory_limit: int | None = None) -> tuple[ImageSet, ImageSet]:
     """The training and the held-out images.
 
     Args:
         config: which images.
-        progress: show a bar while a folder is read.
+        progress: show a bar while a folder is read, and say which files are skipped.
+        memory_limit: bytes of pixels up to which the images of a folder are read now and kept, and not on demand; by
+            default `MEMORY_LIMIT`.
 
     Raises:
         FileNotFoundError: saying which files go where, when they are missing and cannot be downloaded.
         ValueError: for files that cannot be read, by name.
     """
     if config.name == "folder":
-        return _load_folder(config, progress)
+        return _load_folder(config, progress, MEMORY_LIMIT if memory_limit is None else memory_limit)
     load = {"digits": _load_digits, "cifar10": _load_cifar10}.get(config.name, _load_mnist)
     train, heldout = (_in_memory(*part, config) for part in load(config))
     return train, heldout
@@ -136,6 +225,11 @@ def _bring_to_size(pixels: torch.Tensor, config: DataConfig) -> torch.Tensor:
         return pixels
     scales = (target_height / height, target_width / width)
     scale = max(scales) if config.fit == "crop" else min(1.0, *scales)
+    # what will be cut off anyway must not be enlarged first: a strip of 1x100000 pixels would take gigabytes
+    needed = [math.ceil(4 * side / scale) for side in config.size]
+    if height > needed[0] or width > needed[1]:
+        pixels = transforms.center_crop(pixels, [min(height, needed[0]), min(width, needed[1])])
+        height, width = pixels.shape[-2:]
     if scale != 1:
         size = [max(1, round(height * scale)), max(1, round(width * scale))]
         pixels = transforms.resize(pixels, size, transforms.InterpolationMode.BICUBIC, antialias=True)
@@ -241,7 +335,7 @@ def _download(download, folder: Path, files: list[str]) -> None:
         ) from error
 
 
-def _load_folder(config: DataConfig, progress: bool) -> tuple[ImageSet, ImageSet]:
+def _load_folder(config: DataConfig, progress: bool, memory_limit: int) -> tuple[ImageSet, ImageSet]:
     root = Path(config.root)
     if not root.is_dir():
         raise FileNotFoundError(f"data.root must be a folder of images, got {root.resolve()}, which is not a folder")
@@ -264,9 +358,15 @@ def _load_folder(config: DataConfig, progress: bool) -> tuple[ImageSet, ImageSet
         ]
     train, heldout = (FolderImages(paths, labels, config) for paths, labels in parts)
     size = config.size[0] * config.size[1] * config.channels
-    if (len(train) + len(heldout)) * size > MEMORY_LIMIT:
-        return train, heldout
-    return _read_all(train, heldout, progress)
+    if (len(train) + len(heldout)) * size > memory_limit:
+        return _scan([train, heldout], lambda part, index: check_image(part.paths[index]), "checking files", progress)[
+            0
+        ]
+    parts, read = _scan([train, heldout], FolderImages.read, "reading images", progress)
+    return tuple(
+        ArrayImages(torch.stack(pixels), part.labels, part.paths, part.errors)
+        for part, pixels in zip(parts, read, strict=True)
+    )
 
 
 def _files_below(folder: Path) -> tuple[list[Path], torch.Tensor | None]:
@@ -291,21 +391,40 @@ def _files_below(folder: Path) -> tuple[list[Path], torch.Tensor | None]:
     return paths, torch.tensor([classes.index(path.relative_to(folder).parts[0]) for path in paths])
 
 
-def _read_all(train: FolderImages, heldout: FolderImages, progress: bool) -> tuple[ArrayImages, ArrayImages]:
-    """All images in memory; every file that cannot be read is named in one error, before anything was trained."""
+def _scan(
+    parts: list[FolderImages], look: Callable[[FolderImages, int], T], title: str, progress: bool
+) -> tuple[list[FolderImages], list[list[T]]]:
+    """The parts without the files at which `look` raises ValueError, and what it returns for the others.
 
-    def read(place: tuple[FolderImages, int]) -> torch.Tensor | str:
+    Raises:
+        ValueError: naming all those files, unless they are to be skipped.
+    """
+
+    def attempt(place: tuple[FolderImages, int]) -> tuple[T | None, str | None]:
         try:
-            return place[0].__getitems__([place[1]])
+            return look(*place), None
         except ValueError as error:
-            return str(error)
+            return None, str(error)
 
-    places = [(image_set, index) for image_set in (train, heldout) for index in range(len(image_set))]
+    places = [(part, index) for part in parts for index in range(len(part))]
     with ThreadPoolExecutor() as pool:
-        results = list(tqdm(pool.map(read, places), "reading images", len(places), unit="img", disable=not progress))
-    errors = sorted(result for result in results if isinstance(result, str))
-    if errors:
-        shown = "\n".join(errors[:20] + [f"and {len(errors) - 20} more"] * (len(errors) > 20))
-        raise ValueError(f"{len(errors)} of {len(places)} files cannot be read; remove or mend them:\n{shown}")
-    pixels = torch.cat(results).split([len(train), len(heldout)])
-    return ArrayImages(pixels[0], train.labels), ArrayImages(pixels[1], heldout.labels)
+        results = list(tqdm(pool.map(attempt, places), title, len(places), unit="img", disable=not progress))
+    errors = sorted(error for _, error in results if error)
+    listed = "\n".join(errors[:20] + [f"and {len(errors) - 20} more"] * (len(errors) > 20))
+    if errors and parts[0].config.on_bad_image == "stop":
+        raise ValueError(
+            f"{len(errors)} of {len(places)} files cannot be read; remove or mend them, or leave them out with "
+            f"data.on_bad_image skip:\n{listed}"
+        )
+    if errors and progress:
+        logger.warning("%d of %d files cannot be read and are left out:\n%s", len(errors), len(places), listed)
+    kept, found = [], []
+    for part in parts:
+        own, results = results[: len(part)], results[len(part) :]
+        kept.append(part.without({index: error for index, (_, error) in enumerate(own) if error}))
+        found.append([value for value, error in own if not error])
+        if not len(kept[-1]):
+            raise ValueError(
+                f"no image is left to {'hold out' if kept[1:] else 'train on'}: none can be read:\n{listed}"
+            )
+    return kept, found

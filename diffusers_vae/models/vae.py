@@ -213,6 +213,7 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
         return_dict: bool = True,
         generator: torch.Generator | None = None,
         return_posterior: bool = False,
+        noise: torch.Tensor | None = None,
     ) -> DecoderOutput | VAEOutput | tuple[torch.Tensor, ...]:
         """`sample`: reconstructions (B, out_channels, H, W) of the images `sample`.
 
@@ -225,9 +226,14 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
             return_dict: whether to return an output class rather than a tuple.
             generator: for the draw.
             return_posterior: return a `VAEOutput` (or a tuple of two) with the posterior.
+            noise: standard normal, of the shape of the latents: decode mean + std * noise instead of a draw. So
+                training decides which noise an image gets, however a batch is cut.
         """
         posterior = self.encode(sample).latent_dist
-        latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        if noise is not None:
+            latents = posterior.mean + posterior.std * noise
+        else:
+            latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         reconstructions = self.decode(latents).sample
         if return_posterior:
             return VAEOutput(reconstructions, posterior) if return_dict else (reconstructions, posterior)

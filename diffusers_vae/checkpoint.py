@@ -1,0 +1,378 @@
+"""The state of a run on disk: written whole or not at all, checked before it is read, restored exactly.
+
+A checkpoint is a folder `images-NNN` of plain files: weights, EMA weights and optimiser state as safetensors; JSON for
+the rest; copies of config.yaml and metrics.jsonl; and a manifest with the size and SHA-256 of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import accelerate
+import diffusers
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+T = TypeVar("T")
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` returns on the main process, on all of them; what goes wrong there is raised on all."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [work(), None]
+        except (FloatingPointError, OSError, ValueError) as error:
+            outcome = [None, error]
+    result, error = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    return result
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within, whatever the file system refuses is an OSError that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(f"cannot write {path}: {reason}") from error
+
+
+def write_file(path: Path, text: str) -> None:
+    """Put `text` in the place of whatever `path` holds, at once and on the disk."""
+    partial = _partial(path)
+    with naming(path):
+        partial.write_text(text)
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to write to, which takes the place of `path` at the end, its files on the disk. After an error
+    there is no trace of it; OSErrors name `path`.
+    """
+    partial, old = _partial(path), path.with_name(f".{path.name}.old")
+    with naming(path):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            for file in partial.rglob("*"):
+                _sync(file)
+            _sync(partial)
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.rename(old)
+            partial.rename(path)
+            _sync(path.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no such thing for folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(
+    folder: Path,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel | None,
+    progress: dict[str, Any],
+    own: dict[str, Any],
+    copies: list[Path],
+    keep: int,
+) -> Path:
+    """Write the state of the run as `folder/images-NNN`, delete all but the newest `keep`, and return its path.
+
+    All processes call it: each writes its own part, and the main process the rest.
+
+    Args:
+        folder: of all checkpoints of the run, on storage that every process sees.
+        accelerator: of the run.
+        model: unwrapped, in training state.
+        optimizer: of its parameters.
+        ema: its moving average.
+        progress: JSON, the same on all processes; with `images_seen`.
+        own: JSON of this process.
+        copies: files to be kept beside it, as they are now.
+        keep: how many checkpoints are kept.
+
+    Raises:
+        FloatingPointError: when the weights are not finite, which would take the place of a good checkpoint.
+        OSError: on all processes, naming the checkpoint, when it cannot be written; those before are untouched.
+    """
+    target = folder / f"images-{progress['images_seen']:012d}"
+    partial = _partial(target)
+
+    def begin() -> None:
+        if bad := [name for name, tensor in tensors["model.safetensors"].items() if not tensor.isfinite().all()]:
+            raise FloatingPointError(
+                f"training diverged after step {progress['step']}: {len(bad)} tensors of the model are not finite, "
+                f"{bad[0]} among them. The checkpoints in {folder} are from before"
+            )
+        with naming(target):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    tensors = {}  # gathered by all processes together, so nothing in between may fail on one of them
+    for name, named in _tensors(model, optimizer, ema).items():
+        tensors[name] = {key: whole(tensor) for key, tensor in named}
+        if accelerator.is_main_process:
+            tensors[name] = {key: tensor.cpu().contiguous() for key, tensor in tensors[name].items()}
+
+    def write() -> dict[str, dict[str, Any]]:
+        """The part of this process, on the disk."""
+        files = {f"process-{accelerator.process_index:05d}.json": own | {"rng": _rng_state(accelerator.device)}}
+        if accelerator.is_main_process:
+            files["progress.json"] = progress | {
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+                "ema_steps": ema.optimization_step if ema else None,
+                "surroundings": surroundings(accelerator),
+            }
+        for name, content in files.items():
+            (partial / name).write_text(json.dumps(content, allow_nan=False))
+        if accelerator.is_main_process:
+            for name, content in tensors.items():
+                save_file(content, partial / name)
+            for path in copies:
+                shutil.copyfile(path, partial / path.name)
+            files |= tensors | {path.name: path for path in copies}
+        for name in files:
+            _sync(partial / name)
+        return {name: _described(partial / name) for name in files}
+
+    def finish(parts: list[dict[str, dict[str, Any]]]) -> None:
+        files = {name: description for part in parts for name, description in part.items()}
+        with naming(target):
+            if missing := [name for name in files if not (partial / name).exists()]:
+                raise OSError(f"{missing[0]} of another machine is not there; run.output_dir must be shared storage")
+            manifest = {"format": FORMAT, "files": files}
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            _sync(partial / MANIFEST)
+            _sync(partial)
+            shutil.rmtree(target, ignore_errors=True)  # a damaged one that was passed over
+            partial.rename(target)
+            _sync(folder)
+        older = [path for path in sorted(folder.glob("images-*")) if path.name < target.name]
+        for path in older[: max(0, len(older) + 1 - keep)]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    try:
+        on_main(accelerator, begin)
+        try:
+            with naming(target):
+                outcome: Any = write()
+        except OSError as error:
+            outcome = error
+        outcomes = gather_object([outcome])
+        for outcome in outcomes:
+            if isinstance(outcome, OSError):
+                raise outcome
+        on_main(accelerator, lambda: finish(outcomes))
+    except BaseException:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint in `folder`, and what is wrong with each newer one. What a save that was cut short
+    left behind is deleted, and named among these.
+
+    Raises:
+        ValueError: when there are checkpoints but none is whole.
+    """
+    damaged = []
+    for partial in sorted(folder.glob(".images-*.partial")):
+        damaged.append(f"{partial} is half-written")
+        shutil.rmtree(partial, ignore_errors=True)
+    found = sorted(folder.glob("images-*"), reverse=True)
+    for path in found:
+        problem = _problem(path)
+        if problem is None:
+            return path, damaged
+        damaged.append(f"{path} is damaged: {problem}")
+    if found:
+        raise ValueError(
+            "no checkpoint is whole; put one back, or delete the folder to start from the beginning:\n"
+            + "\n".join(damaged)
+        )
+    return None, damaged
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["format"] > FORMAT:
+            raise ValueError(
+                f"{path} is of format {manifest['format']}, this version of diffusers_vae reads up to {FORMAT}; "
+                "install a newer one"
+            )
+        files = manifest["files"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, expected in files.items():
+        try:
+            if _described(path / name) != expected:
+                return f"{name} is not as it was written"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
+
+
+def read_progress(path: Path, process: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The progress in the checkpoint `path`, and what process `process` wrote, or {} if it was not there then."""
+    own = path / f"process-{process:05d}.json"
+    return json.loads((path / "progress.json").read_text()), json.loads(own.read_text()) if own.exists() else {}
+
+
+def restore(
+    path: Path, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None
+) -> None:
+    """Bring model, optimiser, EMA, gradient scaler and this process's random states to what the checkpoint holds.
+
+    Raises:
+        ValueError: when it is of another model.
+    """
+    progress, own = read_progress(path, accelerator.process_index)
+    saved = load_file(path / "model.safetensors")
+    state = model.state_dict()
+    if saved.keys() != state.keys() or any(saved[key].shape != state[key].shape for key in saved):
+        raise ValueError(f"{path} holds the weights of another model: names or shapes differ")
+    with torch.no_grad():
+        for key, tensor in state.items():
+            tensor.copy_(_like(saved[key], tensor))
+        if ema:
+            ema.optimization_step = progress["ema_steps"]
+            averages = load_file(path / "ema.safetensors")
+            for (key, _), tensor in zip(model.named_parameters(), ema.shadow_params, strict=True):
+                tensor.copy_(_like(averages[key], tensor))
+    moments = load_file(path / "optimizer.safetensors")
+    parameters = dict(model.named_parameters())
+    index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in moments.items():
+        kind, _, name = key.partition(".")
+        placed = _like(tensor, parameters[name]) if tensor.shape == parameters[name].shape else tensor
+        states.setdefault(index[id(parameters[name])], {})[kind] = placed
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    if accelerator.scaler and progress["scaler"]:
+        accelerator.scaler.load_state_dict(progress["scaler"])
+    if own:
+        _restore_rng(own["rng"], accelerator.device)
+
+
+def surroundings(accelerator: Accelerator) -> dict[str, Any]:
+    """What decides, besides the config, in which order numbers are summed: results are bit-identical where it is the
+    same.
+    """
+    cuda = accelerator.device.type == "cuda"
+    return {
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(accelerator.device) if cuda else str(accelerator.device.type),
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+def _tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None
+) -> dict[str, list[tuple[str, torch.Tensor]]]:
+    """The tensors of each file by name."""
+    parameters = list(model.named_parameters())
+    files = {
+        "model.safetensors": list(model.state_dict().items()),
+        "optimizer.safetensors": [
+            (f"{kind}.{key}", value) for key, p in parameters for kind, value in optimizer.state.get(p, {}).items()
+        ],
+    }
+    if ema:
+        files["ema.safetensors"] = [(key, p) for (key, _), p in zip(parameters, ema.shadow_params, strict=True)]
+    return files
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, whole on every process if it is sharded over them; then all must call this."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Sharded over the processes as `reference` is."""
+    tensor = tensor.to(reference.device)
+    if isinstance(reference, DTensor):
+        return distribute_tensor(tensor, reference.device_mesh, reference.placements)
+    return tensor
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _rng_state(device: torch.device) -> dict[str, Any]:
+    _, key, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": ["MT19937", key.tolist(), *rest],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+    }
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state().cpu().numpy().tobytes().hex()
+    return state
+
+
+def _restore_rng(state: dict[str, Any], device: torch.device) -> None:
+    version, key, gauss = state["python"]
+    random.setstate((version, tuple(key), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if device.type != "cpu" and "device" in state:
+        torch.get_device_module(device).set_rng_state(_bytes(state["device"]))
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
