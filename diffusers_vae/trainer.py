@@ -562,7 +562,11 @@ def _find_run(config: TrainConfig) -> tuple[Path | None, bool]:
     checkpoint, damaged = find_checkpoint(output_dir / "checkpoints")
     for problem in damaged:
         logger.warning("%s; it is passed over", problem)
-    stated = _settings(yaml.safe_load(((checkpoint or output_dir) / "config.yaml").read_text()))
+    path = (checkpoint or output_dir) / "config.yaml"
+    try:
+        stated = _settings(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML, so that it is not known which run the folder holds: {error}") from error
     wanted = _settings(config.plain())
     defaults = _settings(TrainConfig(model=config.model, objective=config.objective).plain())
     differing = [

@@ -6,8 +6,15 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def new_launch():
+    """Accelerate keeps the first precision of a process; every test is a launch of its own."""
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def config_of(output_dir: Path, precision: str) -> TrainConfig:
             tracker=None,
             mixed_precision=precision,
         ),
-        evaluation=EvaluationConfig(every=700, max_images=100),
+        evaluation=EvaluationConfig(every=1100, max_images=100),
     )
 
 

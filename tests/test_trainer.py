@@ -33,12 +33,6 @@ TINY_VAE = ModelConfig(block_out_channels=(8, 8), norm_num_groups=4, mid_block_a
 TINY_MLP = ModelConfig(architecture="mlp", hidden_dim=16, latent_dim=2)
 
 
-@pytest.fixture(autouse=True)
-def new_launch():
-    """Accelerate keeps the first precision of a process; every test is a launch of its own."""
-    AcceleratorState._reset_state(True)
-
-
 def tiny(output_dir, model=TINY_MLP, **run):
     run = {"max_images": 300, "batch_size": 30, "log_every": 90, "tracker": None} | run
     return TrainConfig(

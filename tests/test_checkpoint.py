@@ -1,0 +1,282 @@
+"""The state of a run on disk: whole or not there, found whatever happened to it, restored to the last bit."""
+
+import json
+import os
+import random
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+
+from diffusers_vae.checkpoint import (
+    FORMAT,
+    find_checkpoint,
+    naming,
+    read_progress,
+    restore,
+    save_checkpoint,
+    whole_folder,
+    write_file,
+)
+from diffusers_vae.models import ModelConfig
+
+
+class State:
+    """A tiny model with everything that is trained beside it, some steps from where it began."""
+
+    def __init__(self, seed: int, steps: int = 0):
+        torch.manual_seed(seed)
+        self.accelerator = Accelerator(cpu=True)
+        self.model = ModelConfig(architecture="mlp", hidden_dim=8, latent_dim=2).build(1, (8, 8))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.ema = EMAModel(self.model.parameters(), use_ema_warmup=True, power=0.75)
+        for _ in range(steps):
+            self.step()
+
+    def step(self):
+        images = torch.rand(4, 1, 8, 8) * 2 - 1
+        self.model(images, sample_posterior=True).sample.pow(2).sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.model.parameters())
+
+    def parts(self):
+        return self.accelerator, self.model, self.optimizer, self.ema
+
+    def save(self, folder, images_seen, keep=10):
+        copy = folder.parent / "config.yaml"
+        if not copy.exists():
+            copy.write_text("run: {seed: 0}\n")
+        progress = {"images_seen": images_seen, "step": images_seen}
+        return save_checkpoint(folder, *self.parts(), progress, {"sums": [0.1, 1 / 3]}, [copy], keep)
+
+    def values(self):
+        return [*self.model.parameters(), *self.ema.shadow_params]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class TestRoundTrip:
+    def test_continues_to_the_last_bit(self, folder):
+        """The same draws, the same steps, from a model that was begun otherwise."""
+        first = State(seed=0, steps=3)
+        random.seed(5), np.random.seed(6)
+        path = first.save(folder, 12)
+        drawn = random.random(), np.random.standard_normal(), torch.randn(3).tolist()
+        for _ in range(3):
+            first.step()
+        second = State(seed=1, steps=5)
+        restore(path, *second.parts())
+        assert drawn == (random.random(), np.random.standard_normal(), torch.randn(3).tolist())
+        for _ in range(3):
+            second.step()
+        assert all(torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))
+        for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True):
+            a, b = first.optimizer.state[p], second.optimizer.state[q]
+            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+    def test_numbers_come_back_as_they_were(self, folder):
+        path = State(seed=0, steps=1).save(folder, 12)
+        progress, own = read_progress(path, 0)
+        assert progress["images_seen"] == 12 and own["sums"] == [0.1, 1 / 3]
+        assert read_progress(path, 1)[1] == {}
+        assert (path / "config.yaml").read_text() == "run: {seed: 0}\n"
+
+    def test_nothing_in_it_is_a_pickle(self, folder):
+        path = State(seed=0, steps=1).save(folder, 12)
+        assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json", ".yaml"}
+
+    def test_another_model_is_refused(self, folder):
+        path = State(seed=0, steps=1).save(folder, 12)
+        other = State(seed=0)
+        other.model = ModelConfig(architecture="mlp", hidden_dim=9, latent_dim=2).build(1, (8, 8))
+        with pytest.raises(ValueError, match="weights of another model"):
+            restore(path, *other.parts())
+
+    def test_the_newest_are_kept(self, folder):
+        state = State(seed=0, steps=1)
+        for images_seen in (4, 8, 12, 16):
+            state.save(folder, images_seen, keep=2)
+        assert sorted(path.name for path in folder.iterdir()) == ["images-000000000012", "images-000000000016"]
+        state.save(folder, 20, keep=1)
+        assert [path.name for path in folder.iterdir()] == ["images-000000000020"]
+
+    def test_weights_that_are_not_finite_do_not_take_a_place(self, folder):
+        state = State(seed=0, steps=1)
+        before = state.save(folder, 4, keep=1)
+        with torch.no_grad():
+            state.model.mean.weight[0, 0] = torch.inf
+        with pytest.raises(FloatingPointError, match=r"diverged after step 8: 1 tensors .* mean\.weight"):
+            state.save(folder, 8, keep=1)
+        assert find_checkpoint(folder) == (before, [])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+FILES = [
+    "config.yaml", "ema.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors",
+    "process-00000.json", "progress.json",
+]  # fmt: skip
+
+
+class TestDamage:
+    @pytest.fixture
+    def two(self, folder):
+        state = State(seed=0, steps=1)
+        return state.save(folder, 4), state.save(folder, 8)
+
+    def test_the_newest_is_found(self, two, folder):
+        assert find_checkpoint(folder) == (two[1], [])
+
+    def test_there_may_be_none(self, folder):
+        assert find_checkpoint(folder) == (None, [])
+
+    @pytest.mark.parametrize("name", FILES)
+    @pytest.mark.parametrize(
+        "damage",
+        [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9]), lambda path: path.write_bytes(b"")],
+        ids=["flipped", "missing", "short", "empty"],
+    )
+    def test_a_damaged_one_is_named_and_passed_over(self, name, damage, two, folder):
+        assert {path.name for path in two[1].iterdir()} == set(FILES)
+        if (name, damage) == ("manifest.json", flip):
+            (two[1] / name).write_text((two[1] / name).read_text().replace('"sha256": "', '"sha256": "0', 1))
+        else:
+            damage(two[1] / name)
+        found, (problem,) = find_checkpoint(folder)
+        assert found == two[0]
+        assert problem.startswith(f"{two[1]} is damaged: ")
+        assert name in problem or name == "manifest.json"
+
+    def test_what_a_save_left_half_written_is_named_and_goes(self, two, folder):
+        partial = folder / ".images-000000000012.partial"
+        two[1].rename(partial)
+        (partial / "manifest.json").unlink()
+        assert find_checkpoint(folder) == (two[0], [f"{partial} is half-written"])
+        assert not partial.exists()
+
+    def test_a_damaged_one_does_not_take_the_place_of_a_good_one(self, two, folder):
+        flip(two[1] / "model.safetensors")
+        state = State(seed=0, steps=1)
+        state.save(folder, 6, keep=2)
+        assert {path.name[-1] for path in folder.iterdir()} == {"4", "6", "8"}
+        state.save(folder, 8, keep=2)  # what the run comes to again
+        assert find_checkpoint(folder) == (two[1], []) and len(list(folder.iterdir())) == 2
+
+    def test_when_none_is_whole_nothing_starts_over_silently(self, two, folder):
+        for path in two:
+            flip(path / "model.safetensors")
+        with pytest.raises(ValueError, match="no checkpoint is whole") as error:
+            find_checkpoint(folder)
+        assert all(str(path) in str(error.value) for path in two)
+
+    def test_a_newer_format_is_refused(self, two, folder):
+        manifest = json.loads((two[1] / "manifest.json").read_text())
+        (two[1] / "manifest.json").write_text(json.dumps(manifest | {"format": FORMAT + 1}))
+        with pytest.raises(ValueError, match=rf"format {FORMAT + 1}, .* reads up to {FORMAT}"):
+            find_checkpoint(folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if os.name == "nt" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@contextmanager
+def closed(folder):
+    """Within, `folder` cannot be written to, by root neither."""
+    user = os.geteuid()
+    os.chmod(folder, 0o555)
+    for parent in folder.parents:  # which pytest keeps to its user
+        if "pytest-of-" in str(parent):
+            os.chmod(parent, parent.stat().st_mode | 0o055)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        os.chmod(folder, 0o755)
+
+
+class TestRefusedByTheDisk:
+    def test_full(self, small_disk):
+        """What was saved stays whole, the message names the path, nothing half-written takes room."""
+        folder = small_disk / "checkpoints"
+        state = State(seed=0, steps=1)
+        first = state.save(folder, 4)
+        before = contents(folder)
+        with pytest.raises(OSError, match=r"cannot write .*/images-0000000000\d\d: .*No space left") as error:
+            for images_seen in range(8, 100, 4):
+                state.save(folder, images_seen)
+        assert str(folder) in str(error.value)
+        kept = contents(folder)
+        assert before.items() <= kept.items() and not any(name.startswith(".") for name in kept)
+        assert find_checkpoint(folder)[1] == []
+        for path in folder.iterdir():
+            if path != first:
+                (path / "model.safetensors").unlink()
+        assert find_checkpoint(folder)[0] == first
+
+    @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX users")
+    def test_closed(self, folder):
+        state = State(seed=0, steps=1)
+        first = state.save(folder, 4)
+        with (
+            closed(folder),
+            pytest.raises(OSError, match=r"cannot write .*/images-000000000008: Permission denied"),
+        ):
+            state.save(folder, 8)
+        assert find_checkpoint(folder) == (first, [])
+
+    def test_file_that_is_replaced(self, small_disk):
+        path = small_disk / "config.yaml"
+        write_file(path, "old")
+        with pytest.raises(OSError, match=rf"cannot write {path}: .*No space left"):
+            write_file(path, "new" * 2**17)
+        assert path.read_text() == "old"
+
+
+class TestFolder:
+    def test_takes_the_place_of_the_old_one_whole(self, tmp_path):
+        for text in ("old", "new"):
+            with whole_folder(tmp_path / "model") as folder:
+                (folder / "deep").mkdir()
+                (folder / "deep" / f"{text}.txt").write_text(text)
+        assert contents(tmp_path) == {"model/deep/new.txt": b"new"}
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+    def test_stays_as_it_was_when_something_fails(self, error, tmp_path):
+        with whole_folder(tmp_path / "model") as folder:
+            (folder / "old.txt").write_text("old")
+        with pytest.raises(error), whole_folder(tmp_path / "model") as folder:
+            (folder / "new.txt").write_text("new")
+            raise error
+        assert contents(tmp_path) == {"model/old.txt": b"old"}
+
+    def test_other_errors_pass_through(self, tmp_path):
+        with pytest.raises(ValueError, match="mine"), naming(tmp_path):
+            raise ValueError("mine")

@@ -1,0 +1,280 @@
+"""A run that was interrupted, by whatever, ends as if nothing had happened."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from crash import left_behind
+from test_checkpoint import flip
+from test_trainer import ROOT, SCRIPT, TINY_VAE, launch, records, tiny, weights
+
+from diffusers_vae.checkpoint import find_checkpoint
+from diffusers_vae.data import DataConfig
+from diffusers_vae.evaluation import EvaluationConfig
+from diffusers_vae.trainer import train
+
+
+def interrupted_at(images_seen, run, to):
+    """A copy of a finished run as it was just after the checkpoint at `images_seen`, or before the first for 0."""
+    shutil.copytree(run, to)
+    for path in (to / "checkpoints").iterdir():
+        if int(path.name.removeprefix("images-")) > images_seen:
+            shutil.rmtree(path)
+    (to / "evaluation.json").unlink()
+    shutil.rmtree(to / "model")
+    with (to / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tra')  # cut off, and after the checkpoint
+    return to
+
+
+@pytest.fixture(scope="module", params=["no", "bf16"])
+def finished(request, tmp_path_factory):
+    """A run with accumulation, evaluations and a second epoch, all of whose checkpoints were kept."""
+    AcceleratorState._reset_state(True)
+    config = tiny(
+        tmp_path_factory.mktemp("finished") / "run", TINY_VAE, mixed_precision=request.param, max_images=1800,
+        batch_size=60, gradient_accumulation_steps=2, checkpoint_every=150, keep_checkpoints=100,
+    )  # fmt: skip
+    config = dataclasses.replace(config, evaluation=EvaluationConfig(every=700, max_images=64))
+    train(config)
+    return config
+
+
+def at(config, output_dir, **run):
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(output_dir), **run))
+
+
+class TestSameCommand:
+    @pytest.mark.parametrize("images_seen", [0, 180, 960, 1617, 1857])
+    def test_ends_bit_identical(self, images_seen, finished, tmp_path, caplog):
+        """From the start, within an epoch between two records, at its end, and when only the end was missing."""
+        output_dir = interrupted_at(images_seen, finished.run.output_dir, tmp_path / "run")
+        caplog.set_level("INFO")
+        train(at(finished, output_dir))
+        assert left_behind(output_dir) == left_behind(Path(finished.run.output_dir))
+        words = f"continuing from {output_dir}" if images_seen else "without a checkpoint; it starts from the beginning"
+        assert words in caplog.text
+
+    def test_damaged_checkpoints_are_passed_over(self, finished, tmp_path, caplog):
+        output_dir = interrupted_at(960, finished.run.output_dir, tmp_path / "run")
+        newest, second, third = sorted((output_dir / "checkpoints").iterdir(), reverse=True)[:3]
+        flip(newest / "model.safetensors")
+        (second / "optimizer.safetensors").write_bytes(b"")
+        caplog.set_level("INFO")
+        train(at(finished, output_dir))
+        assert left_behind(output_dir) == left_behind(Path(finished.run.output_dir))
+        for words in (f"{newest} is damaged", f"{second} is damaged", f"continuing from {third}"):
+            assert words in caplog.text
+
+    def test_of_a_finished_run_changes_nothing(self, finished, tmp_path):
+        output_dir = tmp_path / "run"
+        shutil.copytree(finished.run.output_dir, output_dir)
+        before = {path: path.stat().st_mtime_ns for path in output_dir.rglob("*") if path.name != ".lock"}
+        result = train(at(finished, output_dir))
+        assert before == {path: path.stat().st_mtime_ns for path in output_dir.rglob("*") if path.name != ".lock"}
+        assert result.report.psnr == json.loads((output_dir / "evaluation.json").read_text())["psnr"]
+        assert result.parameters > 0 and "AutoencoderKL" in result.load_line
+
+    def test_settings_that_change_no_result_may_differ(self, finished, tmp_path):
+        output_dir = interrupted_at(960, finished.run.output_dir, tmp_path / "run")
+        train(at(finished, output_dir, checkpoint_every=1000, keep_checkpoints=1, on_nonfinite="skip"))
+        reference = weights(finished.run.output_dir)
+        assert all(torch.equal(reference[key], value) for key, value in weights(output_dir).items())
+        assert len(list((output_dir / "checkpoints").iterdir())) == 1
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    AcceleratorState._reset_state(True)
+    config = tiny(tmp_path_factory.mktemp("other") / "run", checkpoint_every=90)
+    train(config)
+    return config
+
+
+class TestAnotherRun:
+    def test_is_never_overwritten(self, run):
+        before = left_behind(Path(run.run.output_dir))
+        other = dataclasses.replace(at(run, run.run.output_dir, seed=3), model=TINY_VAE)
+        with pytest.raises(FileExistsError, match="holds a run with other settings") as error:
+            train(other)
+        lines = [line.strip() for line in str(error.value).splitlines()]
+        assert "run.seed: 0 -> 3" in lines and "model.architecture: mlp -> vae" in lines
+        assert "model.hidden_dim: 16 -> None" in lines and "run.allow_config_change" in str(error.value)
+        assert left_behind(Path(run.run.output_dir)) == before
+
+    def test_unfinished_and_without_a_checkpoint_neither(self, run, tmp_path):
+        (tmp_path / "run").mkdir()
+        run.save(tmp_path / "run" / "config.yaml")
+        with pytest.raises(FileExistsError, match=r"run\.seed: 0 -> 3"):
+            train(at(run, tmp_path / "run", seed=3))
+
+    def test_is_continued_with_other_settings_when_told_to(self, run, tmp_path, caplog):
+        """Longer, at another learning rate."""
+        shutil.copytree(run.run.output_dir, tmp_path / "run")
+        longer = at(run, tmp_path / "run", max_images=600, allow_config_change=True)
+        train(dataclasses.replace(longer, optimizer=dataclasses.replace(longer.optimizer, learning_rate=1e-4)))
+        for words in ("run.max_images: 300 -> 600", "optimizer.learning_rate: 0.002 -> 0.0001"):
+            assert words in caplog.text
+        seen = [record["images_seen"] for record in records(tmp_path / "run", "train")]
+        assert seen == [90, 180, 270, 300, 360, 450, 540, 600]
+        kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert kinds.count("evaluation") == 1
+        rates = [record["learning_rate"] for record in records(tmp_path / "run", "train")]
+        assert max(rates[4:]) < 1e-4 < max(rates[:4])
+
+    def test_other_images_are_refused(self, cifar_folder, tmp_path):
+        images = tmp_path / "images"
+        shutil.copytree(cifar_folder / "test" / "ship", images)
+        data = DataConfig(name="folder", root=str(images), channels=3, resolution=8)
+        config = dataclasses.replace(tiny(tmp_path / "run", TINY_VAE, max_images=90, checkpoint_every=30), data=data)
+        train(config)
+        (tmp_path / "run" / "evaluation.json").unlink()
+        moved = images.rename(tmp_path / "moved")
+        train(dataclasses.replace(config, data=dataclasses.replace(data, root=str(moved))))  # the same images
+        (tmp_path / "run" / "evaluation.json").unlink()
+        next(moved.iterdir()).unlink()
+        with pytest.raises(FileExistsError, match=r"other images.*\n.*training: {'images': 95.* -> .*'images': 9"):
+            train(dataclasses.replace(config, data=dataclasses.replace(data, root=str(moved))))
+
+    @pytest.mark.slow
+    def test_two_at_once_are_kept_apart(self, run, tmp_path):
+        """The lock is another process's, alive."""
+        hold = (
+            "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire();"
+            "print('held', flush=True); time.sleep(60)"
+        )
+        (tmp_path / "run").mkdir()
+        with subprocess.Popen(
+            [sys.executable, "-c", hold, str(tmp_path / "run" / ".lock")], stdout=subprocess.PIPE
+        ) as other:
+            other.stdout.readline()
+            with pytest.raises(OSError, match="another process is training there"):
+                train(at(run, tmp_path / "run"))
+            other.kill()
+        train(at(run, tmp_path / "run"))
+
+    def test_files_that_are_no_yaml_are_named(self, run, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.yaml").write_text("run: [1, 2")
+        with pytest.raises(ValueError, match=r"run/config\.yaml"):
+            train(at(run, tmp_path / "run"))
+
+
+class TestOtherProcesses:
+    @pytest.mark.slow
+    def test_keep_the_order_of_images_and_say_what_changes(self, tmp_path):
+        """Two processes, then one with accumulation, against one all along: equal but for rounding."""
+        arguments = [
+            "--data.resolution", 8, "--model.block_out_channels", "[8,8]", "--model.norm_num_groups", 4,
+            "--run.tracker", "null", "--run.batch_size", 60, "--run.max_images", 1200, "--run.log_every", 240,
+            "--run.checkpoint_every", 100, "--run.keep_checkpoints", 100,
+        ]  # fmt: skip
+        done = launch(*arguments, "--run.output_dir", tmp_path / "two", processes=2)
+        assert done.returncode == 0, done.stderr
+        output_dir = interrupted_at(650, tmp_path / "two", tmp_path / "both")
+        done = launch(*arguments, "--run.output_dir", output_dir, "--run.gradient_accumulation_steps", 2)
+        assert done.returncode == 0, done.stderr
+        assert "processes 2 -> 1" in done.stderr and "no longer bit-identical" in done.stderr
+        done = launch(*arguments, "--run.output_dir", tmp_path / "one")
+        assert done.returncode == 0, done.stderr
+        one, both = weights(tmp_path / "one"), weights(output_dir)
+        for key in one:
+            torch.testing.assert_close(both[key], one[key], rtol=0, atol=1e-4)
+        for kind, count in (("train", 5), ("epoch", 1)):
+            first, second = records(tmp_path / "one", kind), records(output_dir, kind)
+            assert len(first) == len(second) == count
+            for a, b in zip(first, second, strict=True):
+                assert {k: a[k] for k in ("step", "images_seen")} == {k: b[k] for k in ("step", "images_seen")}
+                assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def begin(output_dir, *arguments, launcher=()):
+    """A long run as users start it, waited for until it has saved for the first time."""
+    start = [*launcher] or [sys.executable]
+    flags = ["--run.output_dir", output_dir, "--run.tracker", "null", "--run.checkpoint_every", 32, *arguments]
+    process = subprocess.Popen(
+        [*start, str(SCRIPT), *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"}, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not any((output_dir / "checkpoints").glob("images-*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    return process
+
+
+def group_is_gone(process, seconds):
+    """Whether every process of the launch ended within that time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+class TestSignals:
+    @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+    def test_the_step_is_finished_and_saved(self, name, tmp_path):
+        process = begin(tmp_path / "run")
+        os.kill(process.pid, getattr(signal, name))
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 75, output
+        (newest, *_) = sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)
+        assert f"asked to stop ({name})" in output and f"saved as {newest}" in output
+        assert "Traceback" not in output
+
+    def test_the_second_ends_it_at_once_without_damage(self, tmp_path):
+        """Of a step that takes long, the first signal waits for the end, the second does not."""
+        process = begin(tmp_path / "run", "--run.batch_size", 512)
+        process.send_signal(signal.SIGTERM)
+        output = ""
+        while "a second signal stops at once" not in output:
+            output += process.stdout.read(1) or pytest.fail(output)
+        process.send_signal(signal.SIGTERM)
+        output += process.communicate(timeout=60)[0]
+        assert process.returncode == -signal.SIGTERM and "saved as" not in output, output
+        newest, damaged = find_checkpoint(tmp_path / "run" / "checkpoints")
+        assert newest and not damaged
+
+    def test_when_only_the_launcher_gets_it(self, tmp_path):
+        """`accelerate launch` dies without passing it on; the run sees that and saves."""
+        process = begin(tmp_path / "run", launcher=[sys.executable, "-m", "accelerate.commands.launch"])
+        os.kill(process.pid, signal.SIGTERM)
+        assert "the launcher has ended" in process.communicate(timeout=60)[0]
+        assert group_is_gone(process, 30)
+
+    def test_launcher_of_two_passes_it_on(self, tmp_path):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        process = begin(tmp_path / "run", launcher=launcher)
+        os.kill(process.pid, signal.SIGTERM)
+        assert "asked to stop (SIGTERM)" in process.communicate(timeout=60)[0]
+        assert group_is_gone(process, 30)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs fork")
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("name", ["KILL", "TERM"])
+def test_killed_again_and_again(name, processes, tmp_path):
+    """20 runs, each killed up to 3 times at random moments, within a save too: all bit-identical at the end."""
+    arguments = ["--signal", name, "--processes", processes, "--precision", "bf16" if processes == 2 else "no"]
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("crash.py")), tmp_path, *map(str, arguments)],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "20 of 20 bit-identical" in done.stdout
