@@ -153,11 +153,11 @@ def loss_picture(metrics: Path) -> Image.Image:
     for axes, name in zip(figure.subplots(2, 2).flat, ("loss", "distortion", "rate", "learning_rate"), strict=True):
         shown = []
         for kind, label in (("train", "training"), ("evaluation", "held-out")):
-            chosen = [record for record in records if record["kind"] == kind and name in record]
+            chosen = [record for record in records if record["kind"] == kind and record.get(name) is not None]
             seen, values = ([record[key] for record in chosen] for key in ("images_seen", name))
             axes.plot(seen, values, linewidth=1.2, marker="o" if kind == "evaluation" else None, label=label)
             shown += values[len(values) // 10 :] if kind == "train" else values
-        if name != "learning_rate" and max(shown) > min(shown):
+        if name != "learning_rate" and shown and max(shown) > min(shown):
             # the first steps of training are far off and would flatten all that follows
             margin = 0.1 * (max(shown) - min(shown))
             axes.set_ylim(min(shown) - margin, max(shown) + margin)

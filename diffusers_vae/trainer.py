@@ -349,7 +349,8 @@ def _train(
                         accelerator.backward(terms.loss * share * accelerator.num_processes)
                     if share:
                         step_terms.add(_sums(terms))
-                        seen.append(_Seen([micro_batch.indices[place] for place in read.kept], read, own_noise, terms))
+                        indices = [micro_batch.indices[place] for place in read.kept]
+                        seen.append(_Seen(micro_batch.count, indices, read, own_noise, terms))
                 grad_norm = accelerator.clip_grad_norm_(
                     model.parameters(), config.optimizer.max_grad_norm or float("inf")
                 )
@@ -658,11 +659,6 @@ def _check_launch(accelerator: Accelerator, run: RunConfig) -> None:
             f"processes must work together by DDP or FSDP2, got {kind.value}"
             f"{' version 1' if kind == DistributedType.FSDP else ''}; training/configs/accelerate/ has examples"
         )
-    if accelerator.num_processes == 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(
-            f"the launcher started {os.environ['WORLD_SIZE']} processes that know nothing of each other; check its "
-            "settings with `accelerate env`"
-        )
     parts = accelerator.num_processes * run.gradient_accumulation_steps
     if run.batch_size % parts:
         raise ValueError(
@@ -722,8 +718,9 @@ def _as_read(read: ReadImages) -> ReadImages:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A micro-batch and what came of it, for the dump of a step that is not finite."""
+    """A micro-batch of a step of `count` images and what came of it, for the dump of a step that is not finite."""
 
+    count: int
     indices: list[int]
     read: ReadImages
     noise: torch.Tensor
@@ -868,7 +865,8 @@ def _not_finite(
             }
             save_file(tensors, path)
     culprits = gather_object(culprits)
-    which = f", of {len(culprits)} images: {', '.join(culprits[:3])}{' ...' * (len(culprits) > 3)}" if culprits else ""
+    shown = ", ".join(culprits[:3]) + " ..." * (len(culprits) > 3)
+    which = f", in {len(culprits)} of {seen[0].count} images: {shown}" if culprits else ""
     written = f". Its images are in {path}" if skipped < MAX_DUMPS else ""
     return f"{step}, not finite: {', '.join(bad)}{which}{written}"
 

@@ -1,7 +1,9 @@
 """Shared fixtures. Real data sets lie in ../shared/data beside the checkout; tests that need them skip without."""
 
 import gzip
+import os
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -57,3 +59,15 @@ def little_memory():
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, limits[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if os.name == "nt" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)

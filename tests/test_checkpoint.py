@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -191,18 +190,6 @@ class TestDamage:
         (two[1] / "manifest.json").write_text(json.dumps(manifest | {"format": FORMAT + 1}))
         with pytest.raises(ValueError, match=rf"format {FORMAT + 1}, .* reads up to {FORMAT}"):
             find_checkpoint(folder)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 256 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
-    if os.name == "nt" or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 @contextmanager

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +18,11 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
+from test_checkpoint import closed
 
-from diffusers_vae import MLPVAE, VAE
-from diffusers_vae.data import DataConfig, load_data, sources
+from diffusers_vae import MLPVAE, VAE, trainer
+from diffusers_vae.checkpoint import find_checkpoint
+from diffusers_vae.data import ArrayImages, DataConfig, epoch_batches, load_data, sources
 from diffusers_vae.evaluation import EvaluationConfig, evaluate
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import measure_latents
@@ -53,11 +57,10 @@ def weights(output_dir):
 
 
 def launch(*arguments, processes=1):
-    """A run as users start it; several processes by torchrun, since `accelerate launch` starts one on a CPU."""
-    start = [sys.executable, "-m", "accelerate.commands.launch"]
-    if processes > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1"}
+    """A run as users start it."""
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    start += ["--multi_gpu"] * (processes > 1)  # without GPUs too: otherwise one process is started
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [*start, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=ROOT
     )
@@ -183,6 +186,19 @@ class TestExactness:
         assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["run"]["mixed_precision"] == "bf16"
 
 
+@pytest.fixture
+def nan_at_17(monkeypatch):
+    """The digits as float pixels, of which one is not a number."""
+
+    def load(*arguments):
+        train_images, heldout_images = load_data(*arguments)
+        pixels = train_images.pixels / 255
+        pixels[17, 0, 3, 3] = torch.nan
+        return ArrayImages(pixels, train_images.labels), heldout_images
+
+    monkeypatch.setattr(trainer, "load_data", load)
+
+
 class TestFaults:
     def test_stops_before_a_step_that_is_not_finite(self, tmp_path):
         config = dataclasses.replace(
@@ -191,6 +207,102 @@ class TestFaults:
         with pytest.raises(FloatingPointError, match=r"stopped before step 2, not finite: loss"):
             train(config)
         assert all(math.isfinite(record["loss"]) for record in records(tmp_path / "run", "train"))
+
+    def test_names_the_image_the_terms_and_the_dump(self, tmp_path, nan_at_17):
+        """And keeps the checkpoint before, from which the run goes on without that step when told to."""
+        config = tiny(tmp_path / "run", TINY_VAE, max_images=1617, checkpoint_every=30)
+        config = dataclasses.replace(config, evaluation=EvaluationConfig(max_images=10))  # which 17 is not among
+        with pytest.raises(FloatingPointError) as error:
+            train(config)
+        (dump,) = (tmp_path / "run" / "nonfinite").iterdir()
+        words = r"stopped before step (\d+), not finite: .*gradient, in 1 of 30 images: image 17\. "
+        step = int(re.search(words, str(error.value))[1])
+        assert f"step-{step:09d}" in dump.name and str(dump) in str(error.value)
+        batch = load_file(dump)
+        assert len(batch["indices"]) == 30 and batch["noise"].shape == (30, 4, 4, 4)
+        (place,) = (batch["indices"] == 17).nonzero().flatten().tolist()
+        assert batch["pixels"].isnan().flatten(1).any(1).nonzero().flatten().tolist() == [place]
+        assert batch["distortion"].isnan().nonzero().flatten().tolist() == [place]
+        newest, damaged = find_checkpoint(tmp_path / "run" / "checkpoints")
+        assert newest.name == f"images-{30 * (step - 1):012d}" and not damaged
+        assert f"The newest checkpoint is {newest}" in str(error.value)
+
+        train(dataclasses.replace(config, run=dataclasses.replace(config.run, on_nonfinite="skip")))
+        (epoch,) = records(tmp_path / "run", "epoch")
+        assert epoch["skipped"] == 1 and epoch["images_seen"] == 1617 and math.isfinite(epoch["loss"])
+
+    def test_skipped_steps_change_nothing_and_are_counted(self, tmp_path, nan_at_17, caplog):
+        config = tiny(tmp_path / "run", TINY_VAE, max_images=3234, on_nonfinite="skip", log_every=30)
+        train(dataclasses.replace(config, evaluation=EvaluationConfig(max_images=10)))
+        written = records(tmp_path / "run", "train")
+        skips = [record.get("skipped", 0) for record in written]
+        assert skips[0] == 0 and skips[-1] == 2 and sorted(skips) == skips
+        empty = [record for record in written if record["loss"] is None]
+        assert len(empty) == 2 and all(record["grad_norm"] is None for record in empty)
+        assert caplog.text.count("skipped step") == 2 and "2 steps were skipped" in caplog.text
+        assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+    def test_skipping_ends_when_nothing_else_happens(self, tmp_path):
+        optimizer = OptimizerConfig(learning_rate=1e30, schedule="constant")
+        config = tiny(tmp_path / "run", max_images=1500, on_nonfinite="skip", batch_size=10)
+        with pytest.raises(FloatingPointError, match="before step 21, not finite"):
+            train(dataclasses.replace(config, optimizer=optimizer))
+        assert len(list((tmp_path / "run" / "nonfinite").iterdir())) == 10
+
+    def test_a_full_disk_costs_nothing_that_was_saved(self, tmp_path, small_disk):
+        """With room again, the same command ends as it would have without."""
+        settings = {"max_images": 900, "checkpoint_every": 30, "keep_checkpoints": 100}
+        config = tiny(small_disk / "run", **settings)
+        with pytest.raises(OSError, match=f"cannot write {small_disk}/run/.*: .*No space left on device"):
+            train(config)
+        saved, damaged = find_checkpoint(small_disk / "run" / "checkpoints")
+        assert saved and not damaged
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+        train(config)
+        train(tiny(tmp_path / "run", **settings))
+        first, second = weights(small_disk / "run"), weights(tmp_path / "run")
+        assert all(torch.equal(first[key], second[key]) for key in first)
+        assert (small_disk / "run" / "metrics.jsonl").read_text() == (tmp_path / "run" / "metrics.jsonl").read_text()
+
+    @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX users")
+    def test_a_folder_that_is_closed_is_named(self, tmp_path):
+        (tmp_path / "runs").mkdir()
+        with (
+            closed(tmp_path / "runs"),
+            pytest.raises(OSError, match=f"cannot write {tmp_path}/runs/run: Permission denied"),
+        ):
+            train(tiny(tmp_path / "runs" / "run"))
+
+    @pytest.mark.parametrize("limit", [None, 0], ids=["memory", "on demand"])
+    def test_images_that_cannot_be_read_are_left_out_and_listed(
+        self, shared_data, tmp_path, monkeypatch, limit, caplog
+    ):
+        if limit is not None:
+            monkeypatch.setattr(sources, "MEMORY_LIMIT", limit)
+        data = DataConfig(
+            name="folder", root=str(shared_data / "awkward"), channels=3, resolution=(8, 16), on_bad_image="skip"
+        )
+        config = tiny(tmp_path / "run", TINY_VAE, batch_size=4, epochs=3, max_images=None)
+        train(dataclasses.replace(config, data=data))
+        listed = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
+        names = {Path(line.split(": ")[0].removeprefix("cannot read the image ")).name for line in listed}
+        expected = {"10ct_32bit_128.tiff", "decompression_bomb.gif", "zero_width.gif"}
+        expected |= {"truncated_jpeg.jpg", "truncated_image.png"}
+        assert names == expected and len(listed) == 5
+        assert "5 files could not be read and were left out" in caplog.text
+
+    def test_a_step_of_which_nothing_can_be_read_counts_for_nothing(self, cifar_folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
+        folder = tmp_path / "images"
+        shutil.copytree(cifar_folder / "test" / "ship", folder)
+        data = DataConfig(name="folder", root=str(folder), channels=3, resolution=8, on_bad_image="skip", num_workers=0)
+        images, _ = load_data(data)
+        for index in next(epoch_batches(len(images), 2, 0, 0))[0].indices:  # the two of the first step
+            images.paths[index].write_bytes(images.paths[index].read_bytes()[:700])
+        config = tiny(tmp_path / "run", TINY_VAE, batch_size=2, max_images=4, log_every=2)
+        train(dataclasses.replace(config, data=data))
+        first, second = records(tmp_path / "run", "train")
+        assert first["loss"] is None and first["grad_norm"] == 0 and second["loss"] > 0
 
     def test_a_last_step_that_diverges_is_no_success(self, tmp_path):
         optimizer = OptimizerConfig(learning_rate=1e30, schedule="constant", warmup_images=0)
@@ -252,38 +364,6 @@ class TestScript:
         assert not (tmp_path / "run").exists()
 
     @pytest.mark.slow
-    def test_processes_hold_the_same_weights(self, tmp_path):
-        """Each sees other images, so that without synchronised gradients they would differ after the first step."""
-        script = tmp_path / "script.py"
-        script.write_text(
-            "import os, sys, torch\n"
-            "from diffusers_vae.config import parse_train_config\n"
-            "from diffusers_vae.models import ModelConfig\n"
-            "from diffusers_vae.trainer import train\n"
-            "models, build = [], ModelConfig.build\n"
-            "ModelConfig.build = lambda *arguments: models.append(build(*arguments)) or models[0]\n"
-            "train(parse_train_config(sys.argv[1:])[0])\n"
-            "torch.save(models[0].state_dict(), f'{os.environ[\"RANK\"]}.pt')\n"
-        )
-        arguments = ["--data.resolution", 8, "--model.architecture", "mlp", "--model.hidden_dim", 16]
-        arguments += ["--run.max_images", 640, "--run.ema_decay", "null", "--run.tracker", "null"]
-        arguments += [
-            "--optimizer.warmup_images",
-            0,
-            "--run.gradient_accumulation_steps",
-            2,
-            "--run.output_dir",
-            tmp_path / "run",
-        ]
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), *map(str, arguments)],
-            cwd=tmp_path, env=os.environ | {"ACCELERATE_USE_CPU": "1"}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-        assert all(torch.equal(first[key], second[key]) for key in first)
-
-    @pytest.mark.slow
     def test_two_processes_count_every_image_once(self, tmp_path):
         arguments = ["--run.tracker", "null", "--run.max_images", 1617, "--run.batch_size", 50, "--data.resolution", 8]
         arguments += ["--run.ema_decay", "null", "--model.block_out_channels", "[8,8]", "--model.norm_num_groups", 4]
@@ -293,6 +373,4 @@ class TestScript:
             assert done.stderr.count("epoch 1:") == 1
         one, two = (records(tmp_path / str(processes), "epoch")[0] for processes in (1, 2))
         assert one["images_seen"] == two["images_seen"] == 1617
-        assert one["loss"] == pytest.approx(two["loss"], rel=0.02)  # the noise in the latents differs
-        one, two = (records(tmp_path / str(processes), "train")[-1] for processes in (1, 2))
-        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=0.5)
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
