@@ -36,7 +36,7 @@ def interrupted_at(images_seen, run, to):
     return to
 
 
-@pytest.fixture(scope="module", params=["no", "bf16"])
+@pytest.fixture(scope="module", params=["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def finished(request, tmp_path_factory):
     """A run with accumulation, evaluations and a second epoch, all of whose checkpoints were kept."""
     AcceleratorState._reset_state(True)
@@ -44,7 +44,7 @@ def finished(request, tmp_path_factory):
         tmp_path_factory.mktemp("finished") / "run", TINY_VAE, mixed_precision=request.param, max_images=1800,
         batch_size=60, gradient_accumulation_steps=2, checkpoint_every=150, keep_checkpoints=100,
     )  # fmt: skip
-    config = dataclasses.replace(config, evaluation=EvaluationConfig(every=700, max_images=64))
+    config = dataclasses.replace(config, evaluation=EvaluationConfig(every=1000, max_images=64))
     train(config)
     return config
 
@@ -54,7 +54,7 @@ def at(config, output_dir, **run):
 
 
 class TestSameCommand:
-    @pytest.mark.parametrize("images_seen", [0, 180, 960, 1617, 1857])
+    @pytest.mark.parametrize("images_seen", [0, 960, 1617, 1857])
     def test_ends_bit_identical(self, images_seen, finished, tmp_path, caplog):
         """From the start, within an epoch between two records, at its end, and when only the end was missing."""
         output_dir = interrupted_at(images_seen, finished.run.output_dir, tmp_path / "run")

@@ -156,6 +156,7 @@ class TestExactness:
         first, second = (weights(tmp_path / str(seed)) for seed in (0, 1))
         assert not any(torch.equal(first[key], second[key]) for key in first)
 
+    @pytest.mark.slow
     def test_average_is_that_of_the_warm_up(self, tmp_path):
         """diffusers' decay at its second step is 1 - 2^-0.75; at the first it is 0."""
         optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_images=0)
@@ -168,6 +169,7 @@ class TestExactness:
             torch.testing.assert_close(average[key], decay * w1[key] + (1 - decay) * w2[key], rtol=0, atol=1e-6)
         assert (w1["mean.weight"] - w2["mean.weight"]).abs().max() > 1e-3
 
+    @pytest.mark.slow
     def test_images_read_on_demand_train_the_same(self, tmp_path, cifar_folder, monkeypatch):
         data = DataConfig(name="folder", root=str(cifar_folder / "test" / "ship"), channels=3, resolution=(8, 16))
         for name, limit in (("memory", sources.MEMORY_LIMIT), ("disk", 0)):
@@ -330,6 +332,7 @@ class TestFaults:
 
 
 class TestScript:
+    @pytest.mark.slow
     def test_run_says_where_everything_is(self, tmp_path, cifar_folder):
         """RGB, not square, from a folder."""
         config = tmp_path / "a.yaml"
