@@ -158,6 +158,8 @@ def save_checkpoint(
 
     def write() -> dict[str, dict[str, Any]]:
         """The part of this process, on the disk."""
+        if not partial.exists():
+            raise OSError("it is not there for all processes; run.output_dir must be on storage that they share")
         files = {f"process-{accelerator.process_index:05d}.json": own | {"rng": _rng_state(accelerator.device)}}
         if accelerator.is_main_process:
             files["progress.json"] = progress | {
@@ -180,8 +182,6 @@ def save_checkpoint(
     def finish(parts: list[dict[str, dict[str, Any]]]) -> None:
         files = {name: description for part in parts for name, description in part.items()}
         with naming(target):
-            if missing := [name for name in files if not (partial / name).exists()]:
-                raise OSError(f"{missing[0]} of another machine is not there; run.output_dir must be shared storage")
             manifest = {"format": FORMAT, "files": files}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
             _sync(partial / MANIFEST)

@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
@@ -206,7 +206,7 @@ class RunResult:
     train_images: int | None = None
     """How many there are in the set; None likewise."""
     images_per_second: float | None = None
-    """Of training, all processes together; None when there was only one step to take, or none."""
+    """Of training steps, all processes together; None when there was only one to take, or none."""
 
 
 class Interrupted(Exception):
@@ -291,7 +291,9 @@ def _train(
         interval.put(sums["interval"])
         epoch_terms.put(sums["epoch"])
     log = _Log(accelerator, output_dir, images_seen)
-    bad_images = _BadImages(output_dir / "bad_images.txt", (*train_images.errors, *heldout_images.errors))
+    bad_images = _BadImages(output_dir / "bad_images.txt")
+    if accelerator.is_main_process:
+        bad_images.add((*train_images.errors, *heldout_images.errors), warn=False)
 
     if accelerator.is_main_process:
         logger.info("%s", _summary(config, accelerator, plain_model, len(train_images), len(heldout_images)))
@@ -306,7 +308,7 @@ def _train(
         disable=not accelerator.is_local_main_process,
         dynamic_ncols=True,
     )
-    timed_from = None
+    warm, timed_images, timed_seconds = False, 0, 0.0  # the first step is left out: it sets much up
     signals.wait = True  # the loop asks after every step
     with logging_redirect_tqdm(), bar:
         while images_seen < total_images:
@@ -326,6 +328,7 @@ def _train(
             loader = iter(_loader(train_images, batches(), config.data, run.seed))
             model.train()
             for micro_batches in batches():
+                began = time.monotonic()
                 learning_rate = config.optimizer.learning_rate_at(images_seen, total_images)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
@@ -378,11 +381,14 @@ def _train(
                 optimizer.zero_grad()
                 step_terms.sums.zero_()
 
+                if warm:
+                    timed_images += micro_batches[0].count
+                    timed_seconds += time.monotonic() - began
+                warm = True
                 step += 1
                 images_seen = min(images_seen + run.batch_size, (epoch + 1) * len(train_images))
                 bar.update(min(images_seen, total_images) - bar.n)
                 interval.show(bar)
-                timed_from = timed_from or (time.monotonic(), images_seen)
                 progress = {"epoch": epoch + 1, "step": step, "images_seen": images_seen}
                 counts = progress | ({"skipped": skipped} if skipped else {})
                 if images_seen >= next_log or images_seen >= total_images:
@@ -416,14 +422,13 @@ def _train(
                     next_checkpoint = (images_seen // run.checkpoint_every + 1) * run.checkpoint_every
                 if stop:
                     raise Interrupted(
-                        f"asked to stop ({signals.reason}) after {images_seen:,} of {total_images:,} images; saved as "
-                        f"{checkpoint}. The same command continues"
+                        f"asked to stop ({signals.reason or 'as another process was'}) after {images_seen:,} of "
+                        f"{total_images:,} images; saved as {checkpoint}. The same command continues"
                     )
                 if images_seen >= epoch_end:
                     break
 
     signals.wait = False  # all that follows can be done again from the checkpoint
-    seconds = time.monotonic() - timed_from[0] if timed_from else 0
     averaged = _model_to_keep(config, accelerator, plain_model, ema)
     report = _finish(config, accelerator, averaged, train_images, heldout_images, log, progress)
     if not accelerator.is_main_process:
@@ -436,9 +441,7 @@ def _train(
         _result(config, report, plain_model),
         memory=_peak_memory(accelerator.device),
         train_images=len(train_images),
-        images_per_second=(images_seen - timed_from[1]) / seconds
-        if timed_from and images_seen > timed_from[1]
-        else None,
+        images_per_second=timed_images / timed_seconds if timed_images else None,
     )
 
 
@@ -449,6 +452,7 @@ def dry_run(config: TrainConfig) -> tuple[RunResult, bool, float | None] | None:
     Returns, on the main process, the result, whether the resumed run gave the same weights bit by bit, and the
     seconds that all of the training would take, without evaluation.
     """
+    PartialState(cpu=not torch.accelerator.is_available())
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(broadcast_object_list([scratch])[0]) / "run"
         batch_size = config.run.batch_size
@@ -487,24 +491,25 @@ class _Signals:
 
     def __init__(self):
         self.wait, self.reason = False, ""
-        self.process, self.launcher = os.getpid(), os.getppid()
+        self.launcher = os.getppid()
         # `accelerate launch` with one process passes no signal on: it is gone, and the run would go on without it
         self.launched = bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys())
 
     def __enter__(self) -> _Signals:
         self.previous = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
-            names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-            self.previous = {getattr(signal, name): signal.signal(getattr(signal, name), self._note) for name in names}
+            self.previous = {number: signal.signal(number, self._note) for number in self.numbers()}
         return self
+
+    @staticmethod
+    def numbers() -> list[int]:
+        return [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        if os.getpid() != self.process:
-            return  # in a process that reads images, which ends with this one
         self.reason = signal.Signals(number).name
         for other in self.previous:
             signal.signal(other, signal.SIG_DFL)
@@ -576,7 +581,7 @@ def _find_run(config: TrainConfig) -> tuple[Path | None, bool]:
         if name not in FREE_SETTINGS and (old := stated.get(name, defaults.get(name))) != (new := wanted.get(name))
     ]
     _refuse_changes(config, "settings", differing)
-    if (output_dir / "evaluation.json").exists() and not differing:
+    if (output_dir / "evaluation.json").exists() and (output_dir / "model").exists() and not differing:
         logger.info("%s holds this run, finished", output_dir)
         return checkpoint, True
     if checkpoint:
@@ -708,8 +713,15 @@ def _loader(image_set: ImageSet, batches: Iterable[list[MicroBatch]], config: Da
         batch_sampler=(micro_batch.indices for micro_batches in batches for micro_batch in micro_batches),
         num_workers=config.num_workers if isinstance(image_set, FolderImages) else 0,
         collate_fn=_as_read,
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator().manual_seed(seed),  # otherwise every loader takes a number from the global one
     )
+
+
+def _ignore_signals(worker: int) -> None:
+    """What is sent to all processes of a job is answered by those that train, which need images to end their step."""
+    for number in _Signals.numbers():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_read(read: ReadImages) -> ReadImages:
@@ -799,10 +811,9 @@ class _Log:
 class _BadImages:
     """The files that were left out since they could not be read, each listed once."""
 
-    def __init__(self, path: Path, errors: Iterable[str]):
+    def __init__(self, path: Path):
         self.path = path
         self.known = set(path.read_text().splitlines()) if path.exists() else set()
-        self.add(errors, warn=False)
 
     def add(self, errors: Iterable[str], warn: bool = True) -> None:
         for error in errors:

@@ -275,6 +275,13 @@ class TestFailure:
         assert time.monotonic() - began < 100
 
 
+def test_dry_run_of_two_processes(tmp_path):
+    done = launch("--dry_run", "--run.output_dir", tmp_path / "run", "--data.resolution", 8, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("resumed from a checkpoint: bit-identical") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     done = launch("--run.output_dir", tmp_path / "run", "--run.batch_size", 31, processes=2)
     assert done.returncode != 0

@@ -281,6 +281,17 @@ def test_awkward_files_give_one_image_or_one_named_error(channels, awkward):
     assert refused == REFUSED
 
 
+def test_awkward_files_are_all_in_the_table_of_the_docs(awkward):
+    """With an error for those, and only those, that are refused."""
+    rows = (Path(__file__).parents[1] / "docs" / "images.md").read_text().split("| --- | --- | --- |\n")[1]
+    refused, shown = set(), set()
+    for row in rows.split("\n\n")[0].splitlines():
+        _, outcome, names = row.strip("| ").split(" | ")
+        (refused if "**error**" in outcome else shown).update(re.findall(r"`([^`]+)`", names))
+    assert refused == REFUSED - {"CONTENTS.txt"}
+    assert shown | refused == {path.name for path in awkward.iterdir()} - {"CONTENTS.txt"}
+
+
 def stored(path):
     """The values of an image file as they lie in it."""
     with Image.open(path) as image:

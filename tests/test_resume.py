@@ -84,6 +84,13 @@ class TestSameCommand:
         assert result.report.psnr == json.loads((output_dir / "evaluation.json").read_text())["psnr"]
         assert result.parameters > 0 and "AutoencoderKL" in result.load_line
 
+    def test_of_a_run_whose_model_was_removed_writes_it_again(self, finished, tmp_path):
+        output_dir = tmp_path / "run"
+        shutil.copytree(finished.run.output_dir, output_dir)
+        shutil.rmtree(output_dir / "model")
+        train(at(finished, output_dir))
+        assert left_behind(output_dir) == left_behind(Path(finished.run.output_dir))
+
     def test_settings_that_change_no_result_may_differ(self, finished, tmp_path):
         output_dir = interrupted_at(960, finished.run.output_dir, tmp_path / "run")
         train(at(finished, output_dir, checkpoint_every=1000, keep_checkpoints=1, on_nonfinite="skip"))
@@ -197,12 +204,12 @@ class TestOtherProcesses:
                 assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
-def begin(output_dir, *arguments, launcher=()):
+def begin(output_dir, *arguments, launcher=(), script=SCRIPT):
     """A long run as users start it, waited for until it has saved for the first time."""
     start = [*launcher] or [sys.executable]
     flags = ["--run.output_dir", output_dir, "--run.tracker", "null", "--run.checkpoint_every", 32, *arguments]
     process = subprocess.Popen(
-        [*start, str(SCRIPT), *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        [*start, str(script), *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
         env=os.environ | {"HF_HUB_OFFLINE": "1"}, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -236,6 +243,24 @@ class TestSignals:
         (newest, *_) = sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)
         assert f"asked to stop ({name})" in output and f"saved as {newest}" in output
         assert "Traceback" not in output
+
+    def test_sent_to_all_processes_of_a_job(self, cifar_folder, tmp_path):
+        """To those, too, that read images for the next steps."""
+        script = tmp_path / "script.py"
+        script.write_text(
+            f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+            "from diffusers_vae.data import sources\n"
+            "sources.MEMORY_LIMIT = 0\n"
+            "import train_vae\n"
+            "train_vae.main()\n"
+        )
+        data = ["--data.name", "folder", "--data.root", cifar_folder, "--data.channels", 3, "--data.num_workers", 2]
+        for name in ("SIGTERM", "SIGINT"):
+            process = begin(tmp_path / name, *data, script=script)
+            os.killpg(process.pid, getattr(signal, name))
+            output = process.communicate(timeout=60)[0]
+            assert process.returncode == 75 and "Traceback" not in output, output
+            assert group_is_gone(process, 10)
 
     def test_the_second_ends_it_at_once_without_damage(self, tmp_path):
         """Of a step that takes long, the first signal waits for the end, the second does not."""

@@ -6,6 +6,7 @@ same command continues a run that was interrupted. Exit codes: 0 finished, 75 in
 """
 
 import logging
+import os
 import sys
 
 import torch.distributed
@@ -26,7 +27,8 @@ def main() -> None:
         elif result := train(config):  # on the main process
             describe(result)
     except Interrupted as interruption:
-        print(interruption, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(interruption, file=sys.stderr)
         sys.exit(RESUME_ME)
     except (FloatingPointError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
