@@ -6,8 +6,9 @@ pipelines take and give, and the unit range [0, 1] inside likelihoods and pictur
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from PIL import Image, ImageCms, ImageOps
 from torchvision.utils import make_grid
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
+LARGE = 2**24  # pixels; what is larger takes up to a gigabyte or two
+_ONE_LARGE = threading.Lock()
 
 
 def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
@@ -49,7 +52,9 @@ def check_image(path: str | Path) -> None:
         pass
 
 
-def read_image(path: str | Path, channels: int) -> torch.Tensor:
+def read_image(
+    path: str | Path, channels: int, transform: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
     """uint8 pixels (channels, H, W) of the first frame of an image file, turned upright.
 
     Transparency is composited over white; palette, CMYK and Lab are converted by colour; 16 bits are scaled to 8.
@@ -57,6 +62,8 @@ def read_image(path: str | Path, channels: int) -> torch.Tensor:
     Args:
         path: any file that Pillow opens.
         channels: 1 (grey) or 3 (RGB).
+        transform: applied to the pixels before they are returned. Threads that read images of more than `LARGE` pixels
+            do so one after the other, this included.
 
     Raises:
         ValueError: naming the file, when it cannot be decoded, claims more than `PIL.Image.MAX_IMAGE_PIXELS` (None
@@ -64,10 +71,11 @@ def read_image(path: str | Path, channels: int) -> torch.Tensor:
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
-    with _opened(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        pixels = np.asarray(_to_mode(upright, "L" if channels == 1 else "RGB"))
-    return torch.from_numpy(pixels.copy()).view(*pixels.shape[:2], channels).permute(2, 0, 1)
+    with _opened(path) as image, _ONE_LARGE if image.width * image.height > LARGE else nullcontext():
+        ImageOps.exif_transpose(image, in_place=True)
+        values = np.array(_to_mode(image, "L" if channels == 1 else "RGB"))
+        pixels = torch.from_numpy(values).view(*values.shape[:2], channels).permute(2, 0, 1)
+        return pixels if transform is None else transform(pixels)
 
 
 @contextmanager
@@ -101,7 +109,7 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def to_pil(images: torch.Tensor, columns: int, scale: int = 1) -> Image.Image:

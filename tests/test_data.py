@@ -2,7 +2,10 @@
 
 import dataclasses
 import gzip
+import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 from urllib.error import URLError
 
@@ -246,6 +249,24 @@ class TestFolder:
             index = len(part) - 1
             expected = sources._bring_to_size(read_image(part.name(index), 3), self.awkward(shared_data))
             assert torch.equal(part.__getitems__([index]).pixels[0], expected)
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
+    def test_large_images_do_not_take_the_memory_all_at_once(self, tmp_path):
+        """Eight of 81 million pixels each, read by as many threads as there are."""
+        Image.new("L", (9000, 9000)).save(tmp_path / "0.png", compress_level=1)
+        for number in range(1, 8):
+            shutil.copyfile(tmp_path / "0.png", tmp_path / f"{number}.png")
+        code = (
+            "import resource, sys\n"
+            "from diffusers_vae.data import DataConfig, load_data\n"
+            "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "before = peak()\n"
+            "load_data(DataConfig(name='folder', root=sys.argv[1]))\n"
+            "print((peak() - before) / 81e6 * (1 if sys.platform == 'darwin' else 1024))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+        assert float(done.stdout) < 13  # bytes a pixel: decoded, as float32 and resized take 10
 
     def test_headers_of_a_large_set_are_checked_before_training(self, shared_data):
         with pytest.raises(ValueError, match="3 of 29 files cannot be read") as error:

@@ -292,14 +292,19 @@ class TestSignals:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs fork")
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("name", ["KILL", "TERM"])
-def test_killed_again_and_again(name, processes, tmp_path):
-    """20 runs, each killed up to 3 times at random moments, within a save too: all bit-identical at the end."""
-    arguments = ["--signal", name, "--processes", processes, "--precision", "bf16" if processes == 2 else "no"]
+@pytest.mark.parametrize(
+    ("name", "processes", "trials"),
+    [("KILL", 1, 20), ("TERM", 1, 20), ("KILL", 2, 20), ("TERM", 2, 20), ("KILL", 3, 2)],
+)
+def test_killed_again_and_again(name, processes, trials, tmp_path):
+    """Runs that are killed up to 3 times at random moments, within a save too: all bit-identical at the end. Of three
+    processes, whose gradients can be summed in more than one order, two runs show it.
+    """
+    precision = "bf16" if processes == 2 else "no"
+    arguments = ["--signal", name, "--processes", processes, "--precision", precision, "--trials", trials]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("crash.py")), tmp_path, *map(str, arguments)],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "20 of 20 bit-identical" in done.stdout
+    assert f"{trials} of {trials} bit-identical" in done.stdout

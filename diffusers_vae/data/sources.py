@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar, get_args, get_type_hints
 
@@ -177,7 +178,7 @@ class FolderImages:
 
     def read(self, index: int) -> torch.Tensor:
         """uint8 pixels (C, H, W); ValueError naming the file that cannot be read."""
-        return _bring_to_size(read_image(self.paths[index], self.config.channels), self.config)
+        return read_image(self.paths[index], self.config.channels, partial(_bring_to_size, config=self.config))
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
