@@ -138,6 +138,14 @@ class TestAnotherRun:
         rates = [record["learning_rate"] for record in records(tmp_path / "run", "train")]
         assert max(rates[4:]) < 1e-4 < max(rates[:4])
 
+    def test_is_not_taken_for_finished_when_it_goes_on_and_fails(self, run, tmp_path):
+        shutil.copytree(run.run.output_dir, tmp_path / "run")
+        longer = at(run, tmp_path / "run", max_images=600, allow_config_change=True, checkpoint_every=30)
+        optimizer = dataclasses.replace(longer.optimizer, learning_rate=1e30, max_grad_norm=None)
+        for _ in range(2):
+            with pytest.raises(FloatingPointError):
+                train(dataclasses.replace(longer, optimizer=optimizer))
+
     def test_other_images_are_refused(self, cifar_folder, tmp_path):
         images = tmp_path / "images"
         shutil.copytree(cifar_folder / "test" / "ship", images)

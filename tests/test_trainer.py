@@ -156,6 +156,15 @@ class TestExactness:
         first, second = (weights(tmp_path / str(seed)) for seed in (0, 1))
         assert not any(torch.equal(first[key], second[key]) for key in first)
 
+    def test_accumulated_gradients_are_those_of_the_whole_batch(self, tmp_path):
+        """A whole epoch, with an uneven last batch, of 17."""
+        for steps in (1, 5):
+            train(tiny(tmp_path / str(steps), gradient_accumulation_steps=steps, max_images=1617, batch_size=40))
+        whole, parts = (weights(tmp_path / str(steps)) for steps in (1, 5))
+        assert not torch.equal(whole["encoder.0.weight"], parts["encoder.0.weight"])  # sums of another order
+        for key in whole:
+            torch.testing.assert_close(whole[key], parts[key], rtol=0, atol=2e-5)
+
     @pytest.mark.slow
     def test_average_is_that_of_the_warm_up(self, tmp_path):
         """diffusers' decay at its second step is 1 - 2^-0.75; at the first it is 0."""
@@ -250,6 +259,13 @@ class TestFaults:
         with pytest.raises(FloatingPointError, match="before step 21, not finite"):
             train(dataclasses.replace(config, optimizer=optimizer))
         assert len(list((tmp_path / "run" / "nonfinite").iterdir())) == 10
+
+    def test_skipping_goes_on_while_other_steps_succeed(self, tmp_path, nan_at_17):
+        """One in each of 22 epochs."""
+        config = tiny(tmp_path / "run", max_images=None, epochs=22, on_nonfinite="skip")
+        data = DataConfig(resolution=8, heldout_fraction=0.9)
+        train(dataclasses.replace(config, data=data, evaluation=EvaluationConfig(max_images=10)))
+        assert records(tmp_path / "run", "epoch")[-1]["skipped"] == 22
 
     def test_a_full_disk_costs_nothing_that_was_saved(self, tmp_path, small_disk):
         """With room again, the same command ends as it would have without."""
