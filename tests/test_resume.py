@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from crash import left_behind
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoint import flip
 from test_trainer import ROOT, SCRIPT, TINY_VAE, launch, records, tiny, weights
 
@@ -90,6 +91,17 @@ class TestSameCommand:
         shutil.rmtree(output_dir / "model")
         train(at(finished, output_dir))
         assert left_behind(output_dir) == left_behind(Path(finished.run.output_dir))
+
+    @pytest.mark.slow
+    def test_tracker_shows_no_point_twice(self, tmp_path):
+        config = tiny(
+            tmp_path / "run", max_images=600, checkpoint_every=150, keep_checkpoints=100, tracker="tensorboard"
+        )
+        train(config)
+        interrupted_at(310, tmp_path / "run", tmp_path / "again")
+        train(at(config, tmp_path / "again"))
+        events = EventAccumulator(str(tmp_path / "again" / "tensorboard")).Reload()
+        assert [event.step for event in events.Scalars("train/loss")] == [90, 180, 270, 360, 450, 540, 600]
 
     def test_settings_that_change_no_result_may_differ(self, finished, tmp_path):
         output_dir = interrupted_at(960, finished.run.output_dir, tmp_path / "run")
