@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import random
@@ -24,10 +25,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -150,11 +153,13 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
-    tensors = {}  # gathered by all processes together, so nothing in between may fail on one of them
-    for name, named in _tensors(model, optimizer, ema).items():
-        tensors[name] = {key: whole(tensor) for key, tensor in named}
-        if accelerator.is_main_process:
-            tensors[name] = {key: tensor.cpu().contiguous() for key, tensor in tensors[name].items()}
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for name, named in _tensors(model, optimizer, ema).items():  # together, so nothing here may fail on one process
+        tensors[name] = {}
+        for key, tensor in named:
+            gathered = whole(tensor)
+            if accelerator.is_main_process:
+                tensors[name][key] = gathered.cpu().contiguous()
 
     def write() -> dict[str, dict[str, Any]]:
         """The part of this process, on the disk."""
@@ -182,7 +187,7 @@ def save_checkpoint(
     def finish(parts: list[dict[str, dict[str, Any]]]) -> None:
         files = {name: description for part in parts for name, description in part.items()}
         with naming(target):
-            manifest = {"format": FORMAT, "files": files}
+            manifest = {"format": FORMAT, "files": files, "sha256": _digest(FORMAT, files)}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
             _sync(partial / MANIFEST)
             _sync(partial)
@@ -192,6 +197,8 @@ def save_checkpoint(
         older = [path for path in sorted(folder.glob("images-*")) if path.name < target.name]
         for path in older[: max(0, len(older) + 1 - keep)]:
             shutil.rmtree(path, ignore_errors=True)
+            if path.exists():
+                logger.warning("%s is no longer needed and cannot be deleted", path)
 
     try:
         on_main(accelerator, begin)
@@ -213,16 +220,12 @@ def save_checkpoint(
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in `folder`, and what is wrong with each newer one. What a save that was cut short
-    left behind is deleted, and named among these.
+    """The newest whole checkpoint in `folder`, and what is wrong with each newer one, a save cut short among them.
 
     Raises:
         ValueError: when there are checkpoints but none is whole.
     """
-    damaged = []
-    for partial in sorted(folder.glob(".images-*.partial")):
-        damaged.append(f"{partial} is half-written")
-        shutil.rmtree(partial, ignore_errors=True)
+    damaged = [f"{partial} is half-written" for partial in sorted(folder.glob(".images-*.partial"))]
     found = sorted(folder.glob("images-*"), reverse=True)
     for path in found:
         problem = _problem(path)
@@ -231,23 +234,31 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         damaged.append(f"{path} is damaged: {problem}")
     if found:
         raise ValueError(
-            "no checkpoint is whole; put one back, or delete the folder to start from the beginning:\n"
+            f"no checkpoint is whole in {folder}; put one back, or delete that folder to start from the beginning:\n"
             + "\n".join(damaged)
         )
     return None, damaged
 
 
+def remove_half_written(folder: Path) -> None:
+    """Delete what saves that were cut short left behind."""
+    for partial in folder.glob(".images-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _problem(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] > FORMAT:
-            raise ValueError(
-                f"{path} is of format {manifest['format']}, this version of diffusers_vae reads up to {FORMAT}; "
-                "install a newer one"
-            )
         files = manifest["files"]
+        if manifest["sha256"] != _digest(manifest["format"], files):
+            raise KeyError("sha256")
     except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
         return f"{MANIFEST} is missing or unreadable"
+    if manifest["format"] > FORMAT:
+        raise ValueError(
+            f"{path} is of format {manifest['format']}, this version of diffusers_vae reads up to {FORMAT}; install a "
+            "newer one"
+        )
     for name, expected in files.items():
         try:
             if _described(path / name) != expected:
@@ -257,10 +268,28 @@ def _problem(path: Path) -> str | None:
     return None
 
 
+def _digest(version: int, files: dict[str, dict[str, Any]]) -> str:
+    """Of the manifest itself."""
+    return hashlib.sha256(json.dumps([version, files], sort_keys=True).encode()).hexdigest()
+
+
 def read_progress(path: Path, process: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The progress in the checkpoint `path`, and what process `process` wrote, or {} if it was not there then."""
     own = path / f"process-{process:05d}.json"
     return json.loads((path / "progress.json").read_text()), json.loads(own.read_text()) if own.exists() else {}
+
+
+def check_fits(path: Path, model: nn.Module) -> None:
+    """Raise ValueError, naming a tensor, when the checkpoint `path` is of another model."""
+    with safe_open(path / "model.safetensors", "pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{path} is of another model, with which this one cannot continue: {name} has the shape "
+                f"{saved.get(name)} there and {wanted.get(name)} here. Choose another run.output_dir"
+            )
 
 
 def restore(
@@ -271,11 +300,10 @@ def restore(
     Raises:
         ValueError: when it is of another model.
     """
+    check_fits(path, model)
     progress, own = read_progress(path, accelerator.process_index)
     saved = load_file(path / "model.safetensors")
     state = model.state_dict()
-    if saved.keys() != state.keys() or any(saved[key].shape != state[key].shape for key in saved):
-        raise ValueError(f"{path} holds the weights of another model: names or shapes differ")
     with torch.no_grad():
         for key, tensor in state.items():
             tensor.copy_(_like(saved[key], tensor))

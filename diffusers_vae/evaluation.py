@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -68,15 +67,18 @@ class EvaluationReport:
     seed: int
     """Of the draws."""
 
-    def save(self, path: Path) -> None:
-        """Write the report as JSON; ValueError when a number in it is not finite."""
-        path.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
+    def to_json(self) -> str:
+        """The report as evaluation.json holds it; ValueError when a number in it is not finite."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
     @classmethod
-    def load(cls, path: Path) -> EvaluationReport:
-        """The report that `save` wrote."""
-        values = json.loads(path.read_text())
-        return cls(**values | {"resolution": tuple(values["resolution"])})
+    def from_json(cls, text: str) -> EvaluationReport:
+        """The report that `to_json` gave; ValueError when it is none."""
+        try:
+            values = json.loads(text)
+            return cls(**values | {"resolution": tuple(values["resolution"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no evaluation report: {error}") from error
 
 
 @torch.no_grad()
@@ -112,6 +114,8 @@ def evaluate(
         per_image = torch.stack([loss, terms.distortion, terms.rate, terms.elbo, *similarity])
         parts.append((indices[0], per_image.cpu().double().T, tuple(images.shape[1:])))
     parts = gather_parts(parts)
+    if not parts:
+        raise ValueError("no image to evaluate can be read")
     of_images = torch.cat([figures for _, figures, _ in parts])
     channels, height, width = parts[0][2]
     loss, distortion, rate, elbo, mean_psnr, mean_ssim = (of_images.sum(0) / len(of_images)).tolist()

@@ -63,7 +63,10 @@ def measure_latents(
     for indices, images in image_batches(image_set, batch_size, max_images, model.device, *process_share()):
         parts.append((indices[0], LatentStatistics()))
         parts[-1][1].update(model.encode(images).latent_dist)
+    parts = gather_parts(parts)
+    if not parts:
+        raise ValueError("no image to measure the latents of can be read")
     statistics = LatentStatistics()
-    for _, part in gather_parts(parts):
+    for _, part in parts:
         statistics.add(part)
     return statistics

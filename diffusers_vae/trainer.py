@@ -35,10 +35,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .checkpoint import (
+    check_fits,
     find_checkpoint,
     naming,
     on_main,
     read_progress,
+    remove_half_written,
     restore,
     save_checkpoint,
     surroundings,
@@ -136,6 +138,8 @@ class RunConfig:
     """Where metrics and pictures are logged besides the files in output_dir; null: nowhere."""
 
     def __post_init__(self):
+        if not self.output_dir:
+            raise ValueError("run.output_dir must name a folder, got an empty text")
         for name in (
             "epochs", "max_images", "batch_size", "gradient_accumulation_steps", "checkpoint_every",
             "keep_checkpoints", "log_every",
@@ -209,8 +213,10 @@ class RunResult:
     """Of training steps, all processes together; None when there was only one to take, or none."""
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop: its state is on the disk, and the same command continues it."""
+class Interrupted(BaseException):
+    """A signal asked the run to stop: its state is on the disk, and the same command continues it. As a
+    KeyboardInterrupt, it is no Exception, so that nobody takes it for an error in what was being done.
+    """
 
 
 def train(config: TrainConfig, memory_limit: int | None = None) -> RunResult | None:
@@ -256,6 +262,8 @@ def _train(
     checkpoint, finished = on_main(accelerator, lambda: _find_run(config))
     if finished:
         return _finished_result(config) if accelerator.is_main_process else None
+    if checkpoint and accelerator.is_main_process:
+        logger.info("continuing from %s", checkpoint)
     with accelerator.local_main_process_first():
         train_images, heldout_images = load_data(config.data, accelerator.is_local_main_process, memory_limit)
     on_main(accelerator, lambda: _begin(config, checkpoint, train_images, heldout_images))
@@ -281,13 +289,14 @@ def _train(
         optimizer.zero_grad()
     set_seed(run.seed, device_specific=True)  # for whatever draws without a generator of its own
     step = images_seen = skipped = skipped_in_a_row = 0
+    changes: list[str] = []
     interval, epoch_terms, step_terms = (_RunningTerms(accelerator) for _ in range(3))
     if checkpoint:
         restore(checkpoint, accelerator, plain_model, optimizer.optimizer, ema)
         saved, sums = _progress(checkpoint, accelerator)
         progress = {name: saved[name] for name in ("epoch", "step", "images_seen")}
         step, images_seen = progress["step"], progress["images_seen"]
-        skipped, skipped_in_a_row = saved["skipped"], saved["skipped_in_a_row"]
+        skipped, skipped_in_a_row, changes = saved["skipped"], saved["skipped_in_a_row"], saved["changes"]
         interval.put(sums["interval"])
         epoch_terms.put(sums["epoch"])
     log = _Log(accelerator, output_dir, images_seen)
@@ -357,7 +366,7 @@ def _train(
                 grad_norm = accelerator.clip_grad_norm_(
                     model.parameters(), config.optimizer.max_grad_norm or float("inf")
                 )
-                bad, stop = _agree(accelerator, step_terms.sums, grad_norm, signals.asked)
+                bad, stop = _agree(accelerator, step_terms.sums, grad_norm, signals.asked())
                 # A gradient in float16 may overflow: the scaler then skips the step and lowers its scale; below 1 it
                 # will not recover.
                 overflow = bad == ["gradient"] and accelerator.scaler and accelerator.scaler.get_scale() >= 1
@@ -414,7 +423,7 @@ def _train(
                         plain_model,
                         optimizer.optimizer,
                         ema,
-                        progress | {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row},
+                        progress | {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row, "changes": changes},
                         {"interval": interval.sums.tolist(), "epoch": epoch_terms.sums.tolist()},
                         [output_dir / "config.yaml", output_dir / "data.json", log.path],
                         run.keep_checkpoints,
@@ -430,7 +439,10 @@ def _train(
 
     signals.wait = False  # all that follows can be done again from the checkpoint
     averaged = _model_to_keep(config, accelerator, plain_model, ema)
+    if images_seen >= total_images + run.batch_size and accelerator.is_main_process:
+        logger.warning("%d images were seen already, more than the %d that are asked for", images_seen, total_images)
     report = _finish(config, accelerator, averaged, train_images, heldout_images, log, progress)
+    bad_images.add((*train_images.errors, *heldout_images.errors), warn=False)
     if not accelerator.is_main_process:
         return None
     if skipped:
@@ -453,29 +465,33 @@ def dry_run(config: TrainConfig) -> tuple[RunResult, bool, float | None] | None:
     seconds that all of the training would take, without evaluation.
     """
     PartialState(cpu=not torch.accelerator.is_available())
+    _find_run(config)  # which refuses what the run would refuse
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(broadcast_object_list([scratch])[0]) / "run"
-        batch_size = config.run.batch_size
         few = replace(
             config,
             run=replace(
                 config.run,
                 output_dir=str(folder),
-                max_images=2 * batch_size,
-                checkpoint_every=batch_size,
+                epochs=2,  # of sets of less than a batch
+                max_images=2 * config.run.batch_size,
+                checkpoint_every=1,
                 keep_checkpoints=2,
                 allow_config_change=False,
             ),
-            evaluation=replace(config.evaluation, max_images=config.evaluation.batch_size, every=batch_size),
+            evaluation=replace(config.evaluation, max_images=config.evaluation.batch_size, every=1),
         )
-        result = train(few, memory_limit=0)  # what two batches need is read on demand
-        weights = folder / "model" / "diffusion_pytorch_model.safetensors"
-        if result:
-            before = load_file(weights)
-            (folder / "evaluation.json").unlink()
-            shutil.rmtree(max((folder / "checkpoints").glob("images-*")))
-        broadcast_object_list([None])
-        again = train(few, memory_limit=0)
+        try:
+            result = train(few, memory_limit=0)  # what two batches need is read on demand
+            weights = folder / "model" / "diffusion_pytorch_model.safetensors"
+            if result:
+                before = load_file(weights)
+                (folder / "evaluation.json").unlink()
+                shutil.rmtree(max((folder / "checkpoints").glob("images-*")))
+            broadcast_object_list([None])
+            again = train(few, memory_limit=0)
+        except Interrupted as interruption:
+            raise Interrupted("the dry run was asked to stop; nothing was kept") from interruption
         if not (result and again):
             return None
         same = all(torch.equal(before[name], value) for name, value in load_file(weights).items())
@@ -491,9 +507,13 @@ class _Signals:
 
     def __init__(self):
         self.wait, self.reason = False, ""
-        self.launcher = os.getppid()
+        self.parent = os.getppid()
+        try:
+            command = " ".join(psutil.Process(self.parent).cmdline())
+        except psutil.Error:
+            command = ""
         # `accelerate launch` with one process passes no signal on: it is gone, and the run would go on without it
-        self.launched = bool({"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys())
+        self.launched = any(launcher in command for launcher in ("accelerate", "torchrun", "torch.distributed"))
 
     def __enter__(self) -> _Signals:
         self.previous = {}
@@ -517,10 +537,9 @@ class _Signals:
             raise Interrupted(f"asked to stop ({self.reason}). The same command continues")
         os.write(2, f"\n{self.reason}: finishing the step and saving; a second signal stops at once\n".encode())
 
-    @property
     def asked(self) -> bool:
-        """Whether this process is to stop."""
-        if self.launched and os.getppid() != self.launcher:
+        """Whether this process is to stop, for the `reason` that is then set."""
+        if self.launched and os.getppid() != self.parent:
             self.reason = "the launcher has ended"
         return bool(self.reason)
 
@@ -531,14 +550,23 @@ def _only_run_in(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
     lock = FileLock(output_dir / ".lock")
 
     def acquire() -> None:
+        if output_dir.exists() and not output_dir.is_dir():
+            raise NotADirectoryError(f"run.output_dir must be a folder, got the file {output_dir.resolve()}")
         with naming(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
+        try:
             try:
-                lock.acquire(timeout=15)  # processes that read images outlive a killed run by seconds
-            except Timeout as error:
-                raise OSError("another process is training there") from error
-            except NotImplementedError:
-                logger.warning("%s cannot be locked: take care that no two runs use it", output_dir)
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.info("%s is in use: waiting, in case it is by what is left of a killed run", output_dir)
+                lock.acquire(timeout=15)
+        except Timeout as error:
+            raise OSError(
+                f"another process is training in {output_dir.resolve()}: wait for its end or choose another "
+                "run.output_dir"
+            ) from error
+        except NotImplementedError:
+            logger.warning("%s cannot be locked: take care that no two runs use it", output_dir)
 
     on_main(accelerator, acquire)
     try:
@@ -556,39 +584,65 @@ FREE_SETTINGS = {
 in which it is summed."""
 
 
+RESULTS = ("model", "evaluation.json")
+FILES = (*RESULTS, "bad_images.txt", "data.json", "metrics.jsonl", "nonfinite", "pictures", "tensorboard")
+
+
 def _find_run(config: TrainConfig) -> tuple[Path | None, bool]:
-    """The newest whole checkpoint in the output_dir, and whether the run is finished.
+    """The newest whole checkpoint in the output_dir, and whether the run is finished. Nothing is changed.
 
     Raises:
-        FileExistsError: when it is another run's.
+        FileExistsError: when the folder is another run's, or holds what a new run would overwrite.
+        ValueError: when there are checkpoints, but none that is whole or of this model.
     """
     output_dir = Path(config.run.output_dir)
-    if not ((output_dir / "config.yaml").exists() or (output_dir / "checkpoints").exists()):
-        return None, False
     checkpoint, damaged = find_checkpoint(output_dir / "checkpoints")
     for problem in damaged:
         logger.warning("%s; it is passed over", problem)
-    path = (checkpoint or output_dir) / "config.yaml"
+    config_file = output_dir / "config.yaml"
+    if not (checkpoint or config_file.exists()):
+        if found := [name for name in FILES if (output_dir / name).exists()]:
+            raise FileExistsError(
+                f"run.output_dir holds files that a run would overwrite, and no config.yaml that says whose they are: "
+                f"{', '.join(found)} in {output_dir.resolve()}. Choose another run.output_dir or move them away"
+            )
+        return None, False
+    if all((output_dir / name).exists() for name in RESULTS) and config_file.exists():
+        try:
+            EvaluationReport.from_json((output_dir / "evaluation.json").read_text())
+            if not _differing(config_file, config):
+                return checkpoint, True
+        except ValueError as error:
+            logger.warning("evaluation.json cannot be read (%s); the end of the run is done again", error)
+    _refuse_changes(config, "settings", _differing((checkpoint or output_dir) / "config.yaml", config))
+    if checkpoint:
+        with torch.device("meta"):
+            check_fits(checkpoint, config.model.build(config.data.channels, config.data.size))
+        return checkpoint, False
+    if found := [name for name in RESULTS if (output_dir / name).exists()]:
+        raise FileExistsError(
+            f"run.output_dir holds results, {', '.join(found)}, and no checkpoint from which to continue: "
+            f"{output_dir.resolve()}. Choose another run.output_dir or move them away"
+        )
+    return None, False
+
+
+def _differing(path: Path, config: TrainConfig) -> list[str]:
+    """The settings in the YAML file `path` that are not those of `config` and change the result."""
     try:
         stated = _settings(yaml.safe_load(path.read_text()))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML, so that it is not known which run the folder holds: {error}") from error
     wanted = _settings(config.plain())
-    defaults = _settings(TrainConfig(model=config.model, objective=config.objective).plain())
-    differing = [
+    sections = (("data", DataConfig()), ("optimizer", OptimizerConfig()), ("run", RunConfig()))
+    defaults = wanted | {  # of settings that an older version did not have
+        f"{section}.{name}": value for section, values in sections for name, value in asdict(values).items()
+    }
+    return [
         f"{name}: {old} -> {new}"
         for name in sorted(wanted.keys() | stated.keys())
         if name not in FREE_SETTINGS and (old := stated.get(name, defaults.get(name))) != (new := wanted.get(name))
     ]
-    _refuse_changes(config, "settings", differing)
-    if (output_dir / "evaluation.json").exists() and (output_dir / "model").exists() and not differing:
-        logger.info("%s holds this run, finished", output_dir)
-        return checkpoint, True
-    if checkpoint:
-        logger.info("continuing from %s", checkpoint)
-    else:
-        logger.info("%s holds this run without a checkpoint; it starts from the beginning", output_dir)
-    return checkpoint, False
 
 
 def _settings(sections: Any) -> dict[str, Any]:
@@ -619,12 +673,20 @@ def _begin(config: TrainConfig, checkpoint: Path | None, train_images: ImageSet,
     }
     if checkpoint:
         before = json.loads((checkpoint / "data.json").read_text())
-        differing = [f"{name}: {before[name]} -> {data[name]}" for name in data if before[name] != data[name]]
+        differing = [
+            f"{before[name]['images']} {name} images -> {data[name]['images']}"
+            + ", others or changed" * (before[name]["images"] == data[name]["images"])
+            for name in data
+            if before[name] != data[name]
+        ]
         _refuse_changes(config, "images", differing)
+    remove_half_written(output_dir / "checkpoints")
+    config.save(output_dir / "config.yaml")  # first: it says whose the others are
     with naming(output_dir):
-        (output_dir / "pictures").mkdir(parents=True, exist_ok=True)
+        (output_dir / "pictures").mkdir(exist_ok=True)
         (output_dir / "evaluation.json").unlink(missing_ok=True)  # it says that the run is finished
-    config.save(output_dir / "config.yaml")
+        if not checkpoint:
+            (output_dir / "bad_images.txt").unlink(missing_ok=True)
     write_file(output_dir / "data.json", json.dumps(data, indent=2) + "\n")
     write_file(output_dir / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_text() if checkpoint else "")
 
@@ -633,12 +695,13 @@ def _progress(checkpoint: Path, accelerator: Accelerator) -> tuple[dict[str, Any
     """How far the run was, and this process's sums; what processes had that are no more is the main process's."""
     progress, own = read_progress(checkpoint, accelerator.process_index)
     before, now = progress["surroundings"], surroundings(accelerator)
-    differing = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
-    if differing and accelerator.is_main_process:
+    differing = [name for name in now if before.get(name) != now[name]]
+    progress["changes"] += [f"{name} {before.get(name)} -> {now[name]}" for name in differing]
+    if progress["changes"] and accelerator.is_main_process:
         logger.warning(
-            "the order of images and their noise are the same, but sums are rounded differently, so that this run is "
-            "no longer bit-identical to one without interruption: %s",
-            ", ".join(differing),
+            "the order of images is the same, and their noise on the same kind of device, but sums are rounded "
+            "differently, so that this run is no longer bit-identical to one without interruption: %s",
+            ", ".join(progress["changes"]),
         )
     sums = {name: own.get(name, [0.0] * 4) for name in ("interval", "epoch")}
     if accelerator.is_main_process:
@@ -856,30 +919,34 @@ def _not_finite(
     """What is wrong with `step`, in words, after its batch was written to output_dir."""
     culprits = [
         image_set.name(index)
-        for micro_batch in seen
-        for index, distortion, rate in zip(
-            micro_batch.indices, micro_batch.terms.distortion, micro_batch.terms.rate, strict=True
-        )
+        for part in seen
+        for index, distortion, rate in zip(part.indices, part.terms.distortion, part.terms.rate, strict=True)
         if not (distortion + rate).isfinite()
     ]
     folder = Path(config.run.output_dir) / "nonfinite"
     path = folder / f"step-{step:09d}-process-{accelerator.process_index}.safetensors"
+    where = "not written any more"
     if seen and skipped < MAX_DUMPS:
-        with naming(path):
-            folder.mkdir(exist_ok=True)
-            tensors = {
-                "indices": torch.cat([torch.tensor(part.indices) for part in seen]),
-                "pixels": torch.cat([part.read.pixels for part in seen]),
-                "noise": torch.cat([part.noise.cpu() for part in seen]),
-                "distortion": torch.cat([part.terms.distortion.detach().cpu() for part in seen]),
-                "rate": torch.cat([part.terms.rate.detach().cpu() for part in seen]),
-            }
-            save_file(tensors, path)
-    culprits = gather_object(culprits)
+        tensors = {
+            "indices": torch.cat([torch.tensor(part.indices) for part in seen]),
+            "pixels": torch.cat([part.read.pixels for part in seen]),
+            "noise": torch.cat([part.noise.cpu() for part in seen]),
+            "distortion": torch.cat([part.terms.distortion.detach().cpu() for part in seen]),
+            "rate": torch.cat([part.terms.rate.detach().cpu() for part in seen]),
+        }
+        try:
+            with naming(path):
+                folder.mkdir(exist_ok=True)
+                save_file(tensors, path)
+            where = str(path)
+        except OSError as error:  # what went wrong first must be told all the same
+            where = f"nowhere: {error}"
+    found = gather_object([(culprits, where)])
+    culprits = [name for names, _ in found for name in names]
+    paths = [where for names, where in found if names] or [where for _, where in found]
     shown = ", ".join(culprits[:3]) + " ..." * (len(culprits) > 3)
-    which = f", in {len(culprits)} of {seen[0].count} images: {shown}" if culprits else ""
-    written = f". Its images are in {path}" if skipped < MAX_DUMPS else ""
-    return f"{step}, not finite: {', '.join(bad)}{which}{written}"
+    which = f", in {len(culprits)} of {seen[0].count} images: {shown}" if culprits and seen else ""
+    return f"{step}, not finite: {', '.join(bad)}{which}. Its images are in {', '.join(paths)}"
 
 
 STABLER = (
@@ -944,7 +1011,7 @@ def _finish(
     model.register_to_config(scaling_factor=statistics.scaling_factor, shift_factor=statistics.mean)
     on_main(accelerator, save)
     report = _evaluate(config, accelerator, model, heldout_images, log, progress)
-    on_main(accelerator, lambda: report.save(output_dir / "evaluation.json"))
+    on_main(accelerator, lambda: write_file(output_dir / "evaluation.json", report.to_json()))
     return report
 
 
@@ -961,9 +1028,11 @@ def _result(config: TrainConfig, report: EvaluationReport, model: VAE | MLPVAE) 
 
 
 def _finished_result(config: TrainConfig) -> RunResult:
+    logger.info("%s holds this run, finished", config.run.output_dir)
     with torch.device("meta"):
         model = config.model.build(config.data.channels, config.data.size)
-    return _result(config, EvaluationReport.load(Path(config.run.output_dir) / "evaluation.json"), model)
+    text = (Path(config.run.output_dir) / "evaluation.json").read_text()
+    return _result(config, EvaluationReport.from_json(text), model)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -241,9 +242,10 @@ class TestFailure:
         config = tiny(tmp_path / "run", TINY_VAE, max_images=1617, on_nonfinite="skip", log_every=30)
         config = dataclasses.replace(config, evaluation=EvaluationConfig(max_images=10))
         output = run_in(2, config, "--multi_gpu", script=script)
-        assert output.count("skipped step") == 1 and "image 17" in output and "1 steps were skipped" in output
-        (dump,) = [load_file(path) for path in (tmp_path / "run" / "nonfinite").iterdir() if "-1" in path.name]
-        assert len(dump["indices"]) == 15
+        assert output.count("skipped step") == 1 and "1 steps were skipped" in output
+        named = re.search(r"in 1 of 30 images: image 17\. Its images are in (\S+)", output)[1]
+        assert 17 in load_file(named)["indices"].tolist() and len(load_file(named)["indices"]) == 15
+        assert len(list((tmp_path / "run" / "nonfinite").iterdir())) == 2
 
     def test_an_error_in_one_ends_all_and_is_shown(self, cifar_folder, tmp_path):
         """A file that only one process reads, of a set that is read on demand."""

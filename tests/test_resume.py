@@ -62,8 +62,7 @@ class TestSameCommand:
         caplog.set_level("INFO")
         train(at(finished, output_dir))
         assert left_behind(output_dir) == left_behind(Path(finished.run.output_dir))
-        words = f"continuing from {output_dir}" if images_seen else "without a checkpoint; it starts from the beginning"
-        assert words in caplog.text
+        assert (f"continuing from {output_dir}" in caplog.text) == bool(images_seen)
 
     def test_damaged_checkpoints_are_passed_over(self, finished, tmp_path, caplog):
         output_dir = interrupted_at(960, finished.run.output_dir, tmp_path / "run")
@@ -150,6 +149,68 @@ class TestAnotherRun:
         rates = [record["learning_rate"] for record in records(tmp_path / "run", "train")]
         assert max(rates[4:]) < 1e-4 < max(rates[:4])
 
+    @pytest.mark.parametrize("missing", ["checkpoints", "checkpoints config.yaml"])
+    def test_results_without_a_checkpoint_stay(self, run, tmp_path, missing):
+        """Of a finished run, to save room, say: there is nothing to continue, and nothing is to be overwritten."""
+        shutil.copytree(run.run.output_dir, tmp_path / "run")
+        for name in missing.split():
+            path = tmp_path / "run" / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        before = left_behind(tmp_path / "run")
+        with pytest.raises(FileExistsError, match=r"model, evaluation\.json"):
+            train(at(run, tmp_path / "run", seed=3, allow_config_change=True))
+        assert left_behind(tmp_path / "run") == before
+
+    def test_files_of_somebody_else_stay(self, run, tmp_path):
+        (tmp_path / "run" / "model").mkdir(parents=True)
+        (tmp_path / "run" / "model" / "net.py").write_text("mine")
+        with pytest.raises(FileExistsError, match=r"no config\.yaml that says whose they are: model in"):
+            train(at(run, tmp_path / "run"))
+        assert (tmp_path / "run" / "model" / "net.py").read_text() == "mine"
+
+    def test_another_model_is_refused_before_anything_is_changed(self, run, tmp_path):
+        shutil.copytree(run.run.output_dir, tmp_path / "run")
+        before = left_behind(tmp_path / "run")
+        wider = dataclasses.replace(run.model, hidden_dim=32)
+        other = dataclasses.replace(at(run, tmp_path / "run", allow_config_change=True), model=wider)
+        with pytest.raises(
+            ValueError, match=r"another model.* decoder\.0\.bias has the shape \(16,\) there and \(32,\)"
+        ):
+            train(other)
+        assert left_behind(tmp_path / "run") == before
+
+    def test_results_are_those_of_the_settings_that_they_were_made_with(self, run, tmp_path):
+        """A finished run, measured again with others: then they are the run's."""
+        shutil.copytree(run.run.output_dir, tmp_path / "run")
+        fewer = dataclasses.replace(at(run, tmp_path / "run"), evaluation=EvaluationConfig(max_images=5))
+        first = train(dataclasses.replace(fewer, run=dataclasses.replace(fewer.run, allow_config_change=True)))
+        assert first.report.images == 5 and train(fewer).report == first.report
+        train(at(run, tmp_path / "run"))
+        assert left_behind(tmp_path / "run") == left_behind(Path(run.run.output_dir))
+
+    @pytest.mark.parametrize("text", ["", "{}", '{"psnr"'])
+    def test_a_half_written_evaluation_is_made_again(self, run, tmp_path, text):
+        shutil.copytree(run.run.output_dir, tmp_path / "run")
+        (tmp_path / "run" / "evaluation.json").write_text(text)
+        train(at(run, tmp_path / "run"))
+        assert left_behind(tmp_path / "run") == left_behind(Path(run.run.output_dir))
+
+    def test_latents_may_be_smaller_than_the_default_images_allow(self, tmp_path):
+        config = dataclasses.replace(
+            tiny(tmp_path / "run", TINY_VAE, max_images=4, batch_size=2),
+            data=DataConfig(resolution=128),
+            evaluation=EvaluationConfig(max_images=4),
+        )
+        config = dataclasses.replace(config, model=dataclasses.replace(TINY_VAE, block_out_channels=(4,) * 7))
+        train(config)
+        (tmp_path / "run" / "evaluation.json").unlink()
+        train(config)
+
+    def test_a_file_is_no_folder(self, run, tmp_path):
+        (tmp_path / "run").write_text("mine")
+        with pytest.raises(OSError, match=f"must be a folder, got the file {tmp_path}/run"):
+            train(at(run, tmp_path / "run"))
+
     def test_is_not_taken_for_finished_when_it_goes_on_and_fails(self, run, tmp_path):
         shutil.copytree(run.run.output_dir, tmp_path / "run")
         longer = at(run, tmp_path / "run", max_images=600, allow_config_change=True, checkpoint_every=30)
@@ -169,7 +230,7 @@ class TestAnotherRun:
         train(dataclasses.replace(config, data=dataclasses.replace(data, root=str(moved))))  # the same images
         (tmp_path / "run" / "evaluation.json").unlink()
         next(moved.iterdir()).unlink()
-        with pytest.raises(FileExistsError, match=r"other images.*\n.*training: {'images': 95.* -> .*'images': 9"):
+        with pytest.raises(FileExistsError, match=r"other images.*\n.*\n.*11 held-out images -> 10"):
             train(dataclasses.replace(config, data=dataclasses.replace(data, root=str(moved))))
 
     @pytest.mark.slow
@@ -184,7 +245,7 @@ class TestAnotherRun:
             [sys.executable, "-c", hold, str(tmp_path / "run" / ".lock")], stdout=subprocess.PIPE
         ) as other:
             other.stdout.readline()
-            with pytest.raises(OSError, match="another process is training there"):
+            with pytest.raises(OSError, match=f"another process is training in {tmp_path}/run: wait for its end or"):
                 train(at(run, tmp_path / "run"))
             other.kill()
         train(at(run, tmp_path / "run"))
@@ -282,6 +343,29 @@ class TestSignals:
             assert process.returncode == 75 and "Traceback" not in output, output
             assert group_is_gone(process, 10)
 
+    @pytest.mark.parametrize("on_bad_image", ["stop", "skip"])
+    def test_while_the_end_is_measured(self, on_bad_image, cifar_folder, tmp_path):
+        """The images read then are no bad ones, and the same command does the end again."""
+        script = tmp_path / "script.py"
+        script.write_text(
+            f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+            "from diffusers_vae.data import sources\n"
+            "sources.MEMORY_LIMIT = 0\n"
+            "import train_vae\n"
+            "train_vae.main()\n"
+        )
+        data = ["--data.name", "folder", "--data.root", cifar_folder, "--data.channels", 3]
+        data += ["--data.on_bad_image", on_bad_image, "--run.max_images", 64, "--run.batch_size", 64]
+        process = begin(tmp_path / "run", *data, script=script)
+        while not (tmp_path / "run" / "model").exists():
+            time.sleep(0.01)
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 75 and "asked to stop (SIGTERM)" in output, output
+        assert not (tmp_path / "run" / "evaluation.json").exists()
+        assert not (tmp_path / "run" / "bad_images.txt").exists()
+
     def test_the_second_ends_it_at_once_without_damage(self, tmp_path):
         """Of a step that takes long, the first signal waits for the end, the second does not."""
         process = begin(tmp_path / "run", "--run.batch_size", 512)
@@ -299,7 +383,9 @@ class TestSignals:
         """`accelerate launch` dies without passing it on; the run sees that and saves."""
         process = begin(tmp_path / "run", launcher=[sys.executable, "-m", "accelerate.commands.launch"])
         os.kill(process.pid, signal.SIGTERM)
-        assert "the launcher has ended" in process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=60)[0]
+        newest, damaged = find_checkpoint(tmp_path / "run" / "checkpoints")
+        assert "the launcher has ended" in output and f"saved as {newest}" in output and not damaged
         assert group_is_gone(process, 30)
 
     def test_launcher_of_two_passes_it_on(self, tmp_path):

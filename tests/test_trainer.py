@@ -309,7 +309,22 @@ class TestFaults:
         assert names == expected and len(listed) == 5
         assert "5 files could not be read and were left out" in caplog.text
 
-    def test_a_step_of_which_nothing_can_be_read_counts_for_nothing(self, cifar_folder, tmp_path, monkeypatch):
+    def test_held_out_images_that_cannot_be_read_are_listed_too(self, cifar_folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
+        folder = tmp_path / "images"
+        shutil.copytree(cifar_folder / "test" / "ship", folder)
+        data = DataConfig(name="folder", root=str(folder), channels=3, resolution=8, on_bad_image="skip", num_workers=0)
+        _, heldout = load_data(data)
+        heldout.paths[4].write_bytes(heldout.paths[4].read_bytes()[:700])
+        config = dataclasses.replace(tiny(tmp_path / "run", TINY_VAE, max_images=30), data=data)
+        assert train(config).report.images == len(heldout) - 1
+        assert str(heldout.paths[4]) in (tmp_path / "run" / "bad_images.txt").read_text()
+        for path in heldout.paths:
+            path.write_bytes(path.read_bytes()[:700])
+        with pytest.raises(ValueError, match="no image to evaluate can be read"):
+            train(dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(tmp_path / "none"))))
+
+    def test_a_step_of_which_nothing_can_be_read_is_survived(self, cifar_folder, tmp_path, monkeypatch):
         monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
         folder = tmp_path / "images"
         shutil.copytree(cifar_folder / "test" / "ship", folder)
@@ -345,6 +360,16 @@ class TestFaults:
         assert result.latent_shape == (4, 4, 4) and result.memory > 0
         assert same and seconds == pytest.approx(300 / result.images_per_second)
         assert not (tmp_path / "run").exists() and not result.output_dir.exists()
+
+    def test_dry_run_of_less_than_a_batch_resumes_too(self, tmp_path, caplog):
+        caplog.set_level("INFO")
+        _, same, seconds = dry_run(tiny(tmp_path / "run", batch_size=4000, epochs=1, max_images=None))
+        assert same and seconds > 0 and caplog.text.count("continuing from") == 1
+
+    def test_dry_run_refuses_what_the_run_would_refuse(self, vae_run):
+        config, _ = vae_run
+        with pytest.raises(FileExistsError, match=r"run\.seed: 0 -> 1"):
+            dry_run(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1)))
 
 
 class TestScript:

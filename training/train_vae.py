@@ -44,7 +44,7 @@ def describe_dry_run(config: TrainConfig) -> None:
     describe_size(result)
     print(f"resumed from a checkpoint: {'bit-identical' if same else 'NOT bit-identical, see run.deterministic'}")
     if seconds is not None:
-        print(f"training would take about {seconds / 60:,.1f} min ({result.images_per_second:,.0f} images/s)")
+        print(f"the training steps would take about {seconds / 60:,.1f} min ({result.images_per_second:,.0f} images/s)")
     print("dry run: every phase ran, nothing was kept")
 
 

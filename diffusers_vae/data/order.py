@@ -91,11 +91,13 @@ def image_batches(
     depend on `processes`.
 
     Raises:
-        ValueError: naming the file that cannot be read, unless the set skips such files; then they are left out.
+        ValueError: naming the file that cannot be read, unless the set skips such files; then they are left out, and
+            join its `errors`.
     """
     count = len(image_set) if max_images is None else min(max_images, len(image_set))
     for start in range(rank * batch_size, count, processes * batch_size):
         indices = range(start, min(start + batch_size, count))
         read = image_set.__getitems__(indices).checked()
+        image_set.errors += tuple(error for error in read.errors if error not in image_set.errors)
         if read.kept:
             yield [indices[place] for place in read.kept], to_model_range(read.pixels.to(device))

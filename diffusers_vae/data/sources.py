@@ -110,7 +110,7 @@ class ImageSet(Protocol):
     labels: torch.Tensor | None
     """(N,) int64 classes."""
     errors: tuple[str, ...]
-    """Why files that were found unreadable beforehand are not in the set, with their names."""
+    """Why files were left out so far, with their names."""
 
     def __len__(self) -> int: ...
 
@@ -184,9 +184,12 @@ class FolderImages:
         return str(self.paths[index])
 
     def fingerprint(self) -> str:
-        """Of the names below the root: reading all files for it would take as long as an epoch."""
-        names = "\0".join(path.relative_to(self.config.root).as_posix() for path in self.paths)
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+        """Of names below the root and sizes: reading all files for it would take as long as an epoch."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            name = path.relative_to(self.config.root).as_posix()
+            digest.update(f"{name}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     def without(self, bad: dict[int, str]) -> FolderImages:
         """The set without the images at the indices `bad`, which gives the reasons."""
