@@ -184,7 +184,7 @@ class TrainConfig:
 
     def plain(self) -> dict[str, dict[str, Any]]:
         """All settings as YAML and JSON know them."""
-        return json.loads(json.dumps(asdict(self)))
+        return _plain(asdict(self))
 
     def save(self, path: Path) -> None:
         """Write all settings as YAML, which gives the same run again."""
@@ -610,10 +610,12 @@ def _find_run(config: TrainConfig) -> tuple[Path | None, bool]:
     if all((output_dir / name).exists() for name in RESULTS) and config_file.exists():
         try:
             EvaluationReport.from_json((output_dir / "evaluation.json").read_text())
-            if not _differing(config_file, config):
-                return checkpoint, True
+            readable = True
         except ValueError as error:
             logger.warning("evaluation.json cannot be read (%s); the end of the run is done again", error)
+            readable = False
+        if readable and not _differing(config_file, config):
+            return checkpoint, True
     _refuse_changes(config, "settings", _differing((checkpoint or output_dir) / "config.yaml", config))
     if checkpoint:
         with torch.device("meta"):
@@ -634,15 +636,20 @@ def _differing(path: Path, config: TrainConfig) -> list[str]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML, so that it is not known which run the folder holds: {error}") from error
     wanted = _settings(config.plain())
-    sections = (("data", DataConfig()), ("optimizer", OptimizerConfig()), ("run", RunConfig()))
-    defaults = wanted | {  # of settings that an older version did not have
-        f"{section}.{name}": value for section, values in sections for name, value in asdict(values).items()
-    }
+    sections = {
+        "data": DataConfig(), "optimizer": OptimizerConfig(), "run": RunConfig(), "evaluation": EvaluationConfig(),
+    }  # fmt: skip
+    # of settings that an older version did not have
+    defaults = wanted | _settings(_plain({name: asdict(section) for name, section in sections.items()}))
     return [
         f"{name}: {old} -> {new}"
         for name in sorted(wanted.keys() | stated.keys())
         if name not in FREE_SETTINGS and (old := stated.get(name, defaults.get(name))) != (new := wanted.get(name))
     ]
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(values))  # tuples become lists
 
 
 def _settings(sections: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from crash import left_behind
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -101,6 +102,17 @@ class TestSameCommand:
         train(at(config, tmp_path / "again"))
         events = EventAccumulator(str(tmp_path / "again" / "tensorboard")).Reload()
         assert [event.step for event in events.Scalars("train/loss")] == [90, 180, 270, 360, 450, 540, 600]
+
+    def test_of_an_older_version_that_knew_fewer_settings(self, finished, tmp_path):
+        output_dir = interrupted_at(960, finished.run.output_dir, tmp_path / "run")
+        shutil.rmtree(output_dir / "checkpoints")
+        stated = yaml.safe_load((output_dir / "config.yaml").read_text())
+        for section, name in (("optimizer", "betas"), ("run", "log_every"), ("evaluation", "seed")):
+            del stated[section][name]
+        (output_dir / "config.yaml").write_text(yaml.safe_dump(stated))
+        with pytest.raises(FileExistsError) as error:  # of what is not stated, only what is not the default differs
+            train(at(finished, output_dir))
+        assert [line for line in str(error.value).splitlines() if "->" in line] == ["  run.log_every: 1000 -> 90"]
 
     def test_settings_that_change_no_result_may_differ(self, finished, tmp_path):
         output_dir = interrupted_at(960, finished.run.output_dir, tmp_path / "run")

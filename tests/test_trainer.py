@@ -187,6 +187,13 @@ class TestExactness:
         first, second = weights(tmp_path / "memory"), weights(tmp_path / "disk")
         assert all(torch.equal(first[key], second[key]) for key in first)
 
+    def test_deterministic_algorithms_are_used_when_asked_for(self, tmp_path):
+        try:
+            train(tiny(tmp_path / "run", TINY_VAE, deterministic=True, max_images=60))
+            assert torch.are_deterministic_algorithms_enabled()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
     def test_bfloat16_autocast_keeps_float32_weights(self, tmp_path):
         train(tiny(tmp_path / "run", TINY_VAE, mixed_precision="bf16"))
         assert {value.dtype for value in weights(tmp_path / "run").values()} == {torch.float32}
