@@ -932,7 +932,7 @@ def _not_finite(
     ]
     folder = Path(config.run.output_dir) / "nonfinite"
     path = folder / f"step-{step:09d}-process-{accelerator.process_index}.safetensors"
-    where = "not written any more"
+    where = f"not written, as {MAX_DUMPS} were"
     if seen and skipped < MAX_DUMPS:
         tensors = {
             "indices": torch.cat([torch.tensor(part.indices) for part in seen]),
@@ -945,15 +945,15 @@ def _not_finite(
             with naming(path):
                 folder.mkdir(exist_ok=True)
                 save_file(tensors, path)
-            where = str(path)
+            where = f"in {path}"
         except OSError as error:  # what went wrong first must be told all the same
-            where = f"nowhere: {error}"
+            where = f"not written: {error}"
     found = gather_object([(culprits, where)])
     culprits = [name for names, _ in found for name in names]
     paths = [where for names, where in found if names] or [where for _, where in found]
     shown = ", ".join(culprits[:3]) + " ..." * (len(culprits) > 3)
     which = f", in {len(culprits)} of {seen[0].count} images: {shown}" if culprits and seen else ""
-    return f"{step}, not finite: {', '.join(bad)}{which}. Its images are in {', '.join(paths)}"
+    return f"{step}, not finite: {', '.join(bad)}{which}. Its images are {', '.join(paths)}"
 
 
 STABLER = (

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import begin, group_is_gone, interrupted_at
+from test_resume import begin, group_is_gone, interrupted_at, reading_on_demand
 from test_trainer import ROOT, SCRIPT, TINY_VAE, launch, records, tiny, weights
 
 from diffusers_vae.data import DataConfig
@@ -253,14 +253,7 @@ class TestFailure:
         images.mkdir()
         for path in (cifar_folder / "test" / "ship").iterdir():
             (images / path.name).write_bytes(path.read_bytes())
-        script = tmp_path / "script.py"
-        script.write_text(
-            f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
-            "from diffusers_vae.data import sources\n"
-            "sources.MEMORY_LIMIT = 0\n"
-            "import train_vae\n"
-            "train_vae.main()\n"
-        )
+        script = reading_on_demand(tmp_path)
         config = tiny(tmp_path / "run", TINY_VAE, batch_size=20, max_images=4000, epochs=100)
         data = DataConfig(name="folder", root=str(images), channels=3, resolution=8, num_workers=1)
         config = dataclasses.replace(config, data=data)

@@ -312,6 +312,19 @@ def begin(output_dir, *arguments, launcher=(), script=SCRIPT):
     return process
 
 
+def reading_on_demand(folder):
+    """The training script with no room for images in memory, in `folder`."""
+    script = folder / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "from diffusers_vae.data import sources\n"
+        "sources.MEMORY_LIMIT = 0\n"
+        "import train_vae\n"
+        "train_vae.main()\n"
+    )
+    return script
+
+
 def group_is_gone(process, seconds):
     """Whether every process of the launch ended within that time."""
     deadline = time.monotonic() + seconds
@@ -339,14 +352,7 @@ class TestSignals:
 
     def test_sent_to_all_processes_of_a_job(self, cifar_folder, tmp_path):
         """To those, too, that read images for the next steps."""
-        script = tmp_path / "script.py"
-        script.write_text(
-            f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
-            "from diffusers_vae.data import sources\n"
-            "sources.MEMORY_LIMIT = 0\n"
-            "import train_vae\n"
-            "train_vae.main()\n"
-        )
+        script = reading_on_demand(tmp_path)
         data = ["--data.name", "folder", "--data.root", cifar_folder, "--data.channels", 3, "--data.num_workers", 2]
         for name in ("SIGTERM", "SIGINT"):
             process = begin(tmp_path / name, *data, script=script)
@@ -358,14 +364,7 @@ class TestSignals:
     @pytest.mark.parametrize("on_bad_image", ["stop", "skip"])
     def test_while_the_end_is_measured(self, on_bad_image, cifar_folder, tmp_path):
         """The images read then are no bad ones, and the same command does the end again."""
-        script = tmp_path / "script.py"
-        script.write_text(
-            f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
-            "from diffusers_vae.data import sources\n"
-            "sources.MEMORY_LIMIT = 0\n"
-            "import train_vae\n"
-            "train_vae.main()\n"
-        )
+        script = reading_on_demand(tmp_path)
         data = ["--data.name", "folder", "--data.root", cifar_folder, "--data.channels", 3]
         data += ["--data.on_bad_image", on_bad_image, "--run.max_images", 64, "--run.batch_size", 64]
         process = begin(tmp_path / "run", *data, script=script)
