@@ -25,7 +25,14 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    is_torch_version,
+    set_seed,
+)
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
 from PIL import Image
@@ -725,6 +732,9 @@ def _use_all_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(max(1, cores // accelerator.num_processes))
 
 
+FSDP2_TORCH = "2.15"  # the first that was seen to give the gradients of one process
+
+
 def _check_launch(accelerator: Accelerator, run: RunConfig) -> None:
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
@@ -733,6 +743,11 @@ def _check_launch(accelerator: Accelerator, run: RunConfig) -> None:
         raise ValueError(
             f"processes must work together by DDP or FSDP2, got {kind.value}"
             f"{' version 1' if kind == DistributedType.FSDP else ''}; training/configs/accelerate/ has examples"
+        )
+    if kind == DistributedType.FSDP and not is_torch_version(">=", FSDP2_TORCH):
+        raise ValueError(
+            f"FSDP2 needs torch {FSDP2_TORCH} or later, got {torch.__version__}: 2.7.1 loses gradients of some tensors. "
+            "Update torch, or let the processes work together by DDP"
         )
     parts = accelerator.num_processes * run.gradient_accumulation_steps
     if run.batch_size % parts:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import is_torch_version
 from safetensors.torch import load_file
 from test_resume import begin, group_is_gone, interrupted_at, reading_on_demand
 from test_trainer import ROOT, SCRIPT, TINY_VAE, launch, records, tiny, weights
 
 from diffusers_vae.data import DataConfig
 from diffusers_vae.evaluation import EvaluationConfig
-from diffusers_vae.trainer import OptimizerConfig
+from diffusers_vae.trainer import FSDP2_TORCH, OptimizerConfig
 
 pytestmark = pytest.mark.slow
 CONFIGS = ROOT / "training" / "configs" / "accelerate"
@@ -110,6 +111,8 @@ class TestSameResult:
         """Accelerate offers FSDP on GPUs only; told that it may, it shards over processes on a CPU all the same."""
         if alone.optimizer.schedule == "cosine":
             pytest.skip("one schedule is enough here")
+        if not is_torch_version(">=", FSDP2_TORCH):
+            pytest.skip(f"FSDP2 is refused before torch {FSDP2_TORCH}")
         script = tmp_path / "sharded.py"
         script.write_text(
             f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
