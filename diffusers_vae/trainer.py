@@ -746,8 +746,8 @@ def _check_launch(accelerator: Accelerator, run: RunConfig) -> None:
         )
     if kind == DistributedType.FSDP and not is_torch_version(">=", FSDP2_TORCH):
         raise ValueError(
-            f"FSDP2 needs torch {FSDP2_TORCH} or later, got {torch.__version__}: 2.7.1 loses gradients of some tensors. "
-            "Update torch, or let the processes work together by DDP"
+            f"FSDP2 needs torch {FSDP2_TORCH} or later, got {torch.__version__}: 2.7.1 loses gradients of some "
+            "tensors. Update torch, or let the processes work together by DDP"
         )
     parts = accelerator.num_processes * run.gradient_accumulation_steps
     if run.batch_size % parts:
