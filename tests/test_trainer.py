@@ -216,6 +216,15 @@ def nan_at_17(monkeypatch):
     monkeypatch.setattr(trainer, "load_data", load)
 
 
+@pytest.fixture
+def ships_on_demand(cifar_folder, tmp_path, monkeypatch):
+    """Settings for a copy of real images that is not kept in memory and of which bad ones are skipped."""
+    monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
+    folder = tmp_path / "images"
+    shutil.copytree(cifar_folder / "test" / "ship", folder)
+    return DataConfig(name="folder", root=str(folder), channels=3, resolution=8, on_bad_image="skip", num_workers=0)
+
+
 class TestFaults:
     def test_stops_before_a_step_that_is_not_finite(self, tmp_path):
         config = dataclasses.replace(
@@ -311,11 +320,8 @@ class TestFaults:
         assert names == expected and len(listed) == 5
         assert "5 files could not be read and were left out" in caplog.text
 
-    def test_held_out_images_that_cannot_be_read_are_listed_too(self, cifar_folder, tmp_path, monkeypatch):
-        monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
-        folder = tmp_path / "images"
-        shutil.copytree(cifar_folder / "test" / "ship", folder)
-        data = DataConfig(name="folder", root=str(folder), channels=3, resolution=8, on_bad_image="skip", num_workers=0)
+    def test_held_out_images_that_cannot_be_read_are_listed_too(self, ships_on_demand, tmp_path):
+        data = ships_on_demand
         _, heldout = load_data(data)
         heldout.paths[4].write_bytes(heldout.paths[4].read_bytes()[:700])
         config = dataclasses.replace(tiny(tmp_path / "run", TINY_VAE, max_images=30), data=data)
@@ -326,11 +332,8 @@ class TestFaults:
         with pytest.raises(ValueError, match="no image to evaluate can be read"):
             train(dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(tmp_path / "none"))))
 
-    def test_a_step_of_which_nothing_can_be_read_is_survived(self, cifar_folder, tmp_path, monkeypatch):
-        monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
-        folder = tmp_path / "images"
-        shutil.copytree(cifar_folder / "test" / "ship", folder)
-        data = DataConfig(name="folder", root=str(folder), channels=3, resolution=8, on_bad_image="skip", num_workers=0)
+    def test_a_step_of_which_nothing_can_be_read_is_survived(self, ships_on_demand, tmp_path):
+        data = ships_on_demand
         images, _ = load_data(data)
         for index in next(epoch_batches(len(images), 2, 0, 0))[0].indices:  # the two of the first step
             images.paths[index].write_bytes(images.paths[index].read_bytes()[:700])
