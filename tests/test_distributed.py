@@ -151,6 +151,7 @@ def test_unsynchronised_gradients_would_be_seen(tmp_path):
         "ModelConfig.build = lambda *arguments: models.append(build(*arguments)) or models[-1]\n"
         "train(parse_train_config(sys.argv[1:])[0])\n"
         "torch.save(models[0].state_dict(), f'{os.environ[\"RANK\"]}.pt')\n"
+        "torch.distributed.destroy_process_group()\n"
     )
     config = dataclasses.replace(config_of(tmp_path / "run", "constant", 2))
     config.save(tmp_path / "run.yaml")
@@ -187,6 +188,7 @@ def test_measures_are_those_of_one_process(tmp_path):
         "    found.append([statistics.count, statistics.mean, statistics.std])\n"
         "if accelerator.is_main_process:\n"
         "    print(json.dumps(found))\n"
+        "accelerator.end_training()\n"
     )
 
     def measure(*arguments):

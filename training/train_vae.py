@@ -29,9 +29,15 @@ def main() -> None:
     except Interrupted as interruption:
         if os.environ.get("RANK", "0") == "0":
             print(interruption, file=sys.stderr)
+        leave_group()
         sys.exit(RESUME_ME)
     except (FloatingPointError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    leave_group()
+
+
+def leave_group() -> None:
+    """Without it, a process that ends before the others may abort, since the group's threads still run."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
