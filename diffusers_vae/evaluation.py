@@ -1,47 +1,171 @@
-"""Model and held-out images to numbers."""
+"""Model and held-out images to numbers, with all that is needed to get the same numbers again."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
-from dataclasses import asdict, dataclass
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from typing import Literal
 
 import numpy as np
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_utils import ModelMixin
+from tqdm import tqdm
 
-from .data import ImageSet, image_batches
-from .metrics import gather_parts, process_share, psnr, ssim
-from .models import MLPVAE, VAE
+from .data import DataConfig, ImageSet, image_batches
+from .images import to_model_range, to_uint8
+from .latents import LatentStatistics, PosteriorHealth, total
+from .metrics import frechet_distance, gather_parts, mean_interval, process_share, psnr, ssim
+from .models import posterior_from_moments, weights_hash
 from .objective import VAEObjective
+from .perceptual import LPIPS, InceptionFeatures
+
+FORMAT = 1
+"""Of evaluation.json, which docs/evaluation.md describes."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Measuring and picturing during a run, always with the EMA weights when there are any, in float32."""
+    """Measuring and picturing, in a run always with the EMA weights when there are any."""
 
     every: int | None = None
-    """Images between two evaluations; by default there is one, at the end."""
+    """Images between two evaluations in a run; by default there is one, at the end."""
     max_images: int | None = None
     """At most this many held-out images are measured, and as many training images for the statistics of the latents,
     always the same; by default all."""
     batch_size: int = 64
     """Images per forward, of pictures too."""
     seed: int = 0
-    """Of the noise in the latents and of the samples from the prior."""
+    """Of the noise in the latents, the samples from the prior and the resampling for intervals."""
+    reconstruction: Literal["mode", "sample"] = "mode"
+    """What PSNR, SSIM, LPIPS and rFID are of: the decoded mode of the posterior, or one draw from it."""
+    round_to_8_bit: bool = True
+    """Whether PSNR, SSIM and LPIPS are of reconstructions as a file would hold them. The rFID always is."""
+    draws: int = 1
+    """Draws from the posterior per image. Distortion is their mean; of two or more there is the importance-weighted
+    bound too."""
+    lpips: tuple[Literal["alex", "vgg"], ...] = ()
+    """Networks by whose features images are compared; their weights are downloaded, or lie in `weights`."""
+    rfid: bool = False
+    """Frechet inception distance between the images and their reconstructions; weights likewise."""
+    weights: str | None = None
+    """Folder with alexnet-owt-7be5be79.pth, vgg16-397923af.pth or weights-inception-2015-12-05-6726825d.pth, for
+    machines without a network; by default torch's cache."""
+    projection: Literal["pca", "tsne"] = "pca"
+    """Of latents of more than two dimensions, to picture them."""
 
     def __post_init__(self):
-        for name in ("every", "max_images", "batch_size"):
+        for name in ("every", "max_images", "batch_size", "draws"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"evaluation.{name} must be at least 1, got {value}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"evaluation.seed must lie in [0, 2^31), got {self.seed}")
+        for name, choices in (("reconstruction", ("mode", "sample")), ("projection", ("pca", "tsne"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"evaluation.{name} must be {' or '.join(choices)}, got {getattr(self, name)}")
+        if wrong := [name for name in self.lpips if name not in ("alex", "vgg")]:
+            raise ValueError(f"evaluation.lpips must name alex, vgg or both, got {wrong[0]}")
+
+
+@dataclass(frozen=True)
+class LatentSummary:
+    """The latents of the measured images; see `LatentStatistics`."""
+
+    mean: list[float]
+    """Per channel."""
+    std: list[float]
+    """Per channel."""
+    shift_factor: float
+    """Mean over all channels and positions."""
+    scaling_factor: float
+    """1 / std over all channels and positions."""
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What was measured."""
+
+    name: str
+    """Repository, or folder."""
+    class_name: str
+    """Of which it is in Python."""
+    parameters: int
+    """Number of values."""
+    latent_shape: list[int]
+    """Channels, height and width of the latents of one image."""
+    scaling_factor: float | None
+    """As its config states: in a run, measured on the training images."""
+    shift_factor: float | None
+    """Likewise."""
+    weights_sha256: str
+    """Of all weights with their names, the same however they were saved."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """All that the figures depend on besides the model."""
+
+    data: str | None
+    """Name of the set, or of the folder; None when the images came from elsewhere."""
+    split: str | None
+    """held-out, training or all; None likewise."""
+    images: int
+    """How many were measured."""
+    fingerprint: str
+    """SHA-256 of the set's pixels; of sets too large for memory, of their files' names and sizes."""
+    resolution: list[int]
+    """Height and width of the images."""
+    channels: int
+    """Of the images."""
+    resize: str | None
+    """How files of another size were brought to `resolution`."""
+    value_range: str
+    """Of images and reconstructions where they are compared."""
+    round_to_8_bit: bool
+    """Whether reconstructions were rounded before they were compared."""
+    reconstruction: str
+    """mode or sample of the posterior."""
+    draws: int
+    """From the posterior, per image, for distortion and bounds."""
+    seed: int
+    """Of the draws and of the intervals' resamples."""
+    dtype: str
+    """Of the model; objective and metrics are float32 at least."""
+    device: str
+    """On which it ran."""
+    versions: dict[str, str]
+    """Of the libraries."""
+
+
+@dataclass(frozen=True)
+class PerImage:
+    """The figures of each image."""
+
+    names: list[str]
+    """File or number of each."""
+    figures: dict[str, np.ndarray]
+    """By name, (N,) each."""
+
+    def to_csv(self) -> str:
+        """A line per image."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["image", *self.figures])
+        writer.writerows(zip(self.names, *(values.tolist() for values in self.figures.values()), strict=True))
+        return text.getvalue()
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Means over the images. Distortion, rate, elbo and loss are of one draw from the posterior per image; PSNR and
-    SSIM of the reconstruction from its mode, clamped to [-1, 1] and not rounded.
+    """Means over the images. Distortion, rate, elbo and loss are of draws from the posterior; the other figures of
+    reconstructions as the protocol says, clamped to [-1, 1].
     """
 
     images: int
@@ -54,81 +178,338 @@ class EvaluationReport:
     """KL to the prior, nats per image."""
     elbo: float
     """-(distortion + rate), nats per image."""
+    importance_weighted_bound: float | None
+    """log of the mean of p(image, latents) / q(latents | image) over the draws, nats per image: Burda et al. 2016,
+    equation 8. Nearer to log p(image) than elbo; None of one draw."""
     bits_per_dim: float
     """-elbo / (ln 2 * C * H * W)."""
     density: str
-    """What distortion, elbo and bits_per_dim are the likelihood of."""
+    """What distortion, bounds and bits_per_dim are the likelihood of."""
     psnr: float
     """Peak signal-to-noise ratio, dB."""
     ssim: float
     """Structural similarity."""
-    resolution: tuple[int, int]
-    """Height and width of the images."""
-    seed: int
-    """Of the draws."""
+    lpips_alex: float | None
+    """Learned perceptual image patch similarity, 0 is best; None when it was not asked for."""
+    lpips_vgg: float | None
+    """Likewise."""
+    rfid: float | None
+    """Frechet inception distance between images and reconstructions, of all together; None likewise."""
+    intervals: dict[str, list[float]]
+    """95 % confidence intervals of the figures that are means over the images, by bootstrap over the images."""
+    latents: LatentSummary
+    posterior: PosteriorHealth
+    model: ModelSummary
+    protocol: Protocol
+    per_image: PerImage | None = field(default=None, compare=False, repr=False)
+    """Not in evaluation.json but in evaluation.csv."""
 
     def to_json(self) -> str:
         """The report as evaluation.json holds it; ValueError when a number in it is not finite."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+        values = asdict(replace(self, per_image=None))
+        del values["per_image"]
+        return json.dumps({"format": FORMAT} | values, indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> EvaluationReport:
         """The report that `to_json` gave; ValueError when it is none."""
         try:
             values = json.loads(text)
-            return cls(**values | {"resolution": tuple(values["resolution"])})
-        except (KeyError, TypeError) as error:
+            if values.pop("format") != FORMAT:
+                raise ValueError(f"no evaluation report of format {FORMAT}")
+            kinds = (LatentSummary, PosteriorHealth, ModelSummary, Protocol)
+            parts = zip(("latents", "posterior", "model", "protocol"), kinds, strict=True)
+            return cls(**values | {name: kind(**values[name]) for name, kind in parts})
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"no evaluation report: {error}") from error
+
+
+Judges = tuple[dict[str, LPIPS], InceptionFeatures | None]
+
+
+def load_judges(config: EvaluationConfig, channels: int, size: tuple[int, int]) -> Judges:
+    """The networks that `config` asks for.
+
+    Raises:
+        FileNotFoundError: when weights are not there and cannot be downloaded.
+        ValueError: when they cannot see images of `channels` and `size`.
+    """
+    lpips = {name: LPIPS(name, config.weights) for name in config.lpips}
+    inception = InceptionFeatures(config.weights) if config.rfid else None
+    for network in (*lpips.values(), *([inception] if inception else [])):
+        network.check(channels, size)
+    return lpips, inception
+
+
+def encode(model: ModelMixin, images: torch.Tensor) -> DiagonalGaussianDistribution:
+    """The posterior, in float32, of images (B, C, H, W) in [-1, 1] under any autoencoder of diffusers.
+
+    Raises:
+        ValueError: when the model has none, or takes images of other channels.
+    """
+    channels = getattr(model.config, "in_channels", images.shape[1])
+    if channels != images.shape[1]:
+        raise ValueError(
+            f"the model takes images of {channels} channels, got {images.shape[1]}; data.channels says how images are "
+            "read"
+        )
+    encoded = model.encode(images.to(model.dtype))
+    if not hasattr(encoded, "latent_dist"):
+        raise ValueError(f"a KL autoencoder has encode(...).latent_dist, which {type(model).__name__} has not")
+    return posterior_from_moments(encoded.latent_dist.parameters)
+
+
+def decode(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """Reconstructions in float32 of latents of any floating dtype."""
+    return model.decode(latents.to(model.dtype)).sample.float()
+
+
+def draw(posterior: DiagonalGaussianDistribution, indices: Sequence[int], seed: int, draws: int) -> torch.Tensor:
+    """Standard normal noise (draws, B, C, h, w) for the images `indices`: a pure function of seed, index and place."""
+    generator, noise = torch.Generator(), []
+    for index in indices:
+        generator.manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
+        noise.append([torch.randn(posterior.mean.shape[1:], generator=generator) for _ in range(draws)])
+    return torch.stack([torch.stack(of_draw) for of_draw in zip(*noise, strict=True)]).to(posterior.mean)
+
+
+def log_prior_ratio(posterior: DiagonalGaussianDistribution, latents: torch.Tensor) -> torch.Tensor:
+    """log p(latents) - log q(latents | image) per image (B,), nats; minus its mean over draws is the rate."""
+    ratio = 0.5 * (((latents - posterior.mean) / posterior.std) ** 2 + posterior.logvar - latents**2)
+    return ratio.flatten(1).sum(1)
+
+
+def reconstruct(
+    model: ModelMixin, images: torch.Tensor, indices: Sequence[int], config: EvaluationConfig
+) -> torch.Tensor:
+    """Reconstructions (B, C, H, W), in [-1, 1], of the images `indices`, as `config` says."""
+    posterior = encode(model, images)
+    latents = posterior.mode()
+    if config.reconstruction == "sample":
+        latents = posterior.mean + posterior.std * draw(posterior, indices, config.seed, 1)[0]
+    return _as_compared(decode(model, latents), config)
+
+
+def _as_compared(reconstructions: torch.Tensor, config: EvaluationConfig) -> torch.Tensor:
+    clamped = reconstructions.clamp(-1, 1)
+    return to_model_range(to_uint8(clamped)) if config.round_to_8_bit else clamped
 
 
 @torch.no_grad()
 def evaluate(
-    model: VAE | MLPVAE, image_set: ImageSet, objective: VAEObjective, config: EvaluationConfig
+    model: ModelMixin,
+    image_set: ImageSet,
+    objective: VAEObjective,
+    config: EvaluationConfig,
+    data: DataConfig | None = None,
+    split: str | None = None,
+    name: str = "",
+    progress: bool = False,
 ) -> EvaluationReport:
-    """The report of `model`, in eval mode, over the images. The draw for an image depends on the seed and its index.
+    """The report of `model`, in eval mode, over the images: any autoencoder of diffusers with `encode(...).latent_dist`
+    and `decode(...).sample`. The draws for an image depend on the seed and its index.
 
     Under torch.distributed all processes must call it, with the same model; they share the work, and the report is
-    that of one process.
+    that of one process, bit by bit.
+
+    Args:
+        model: on the device where it is to run, in the dtype in which it is to be measured.
+        image_set: the images.
+        objective: whose terms are measured.
+        config: what is measured, and how.
+        data: where the images came from, and
+        split: which part of it they are, for the protocol.
+        name: of the model, for the report.
+        progress: show a bar.
 
     Raises:
-        ValueError: when there is no image, or the model is not float32.
+        FileNotFoundError: when weights for LPIPS or rFID are not there.
+        ValueError: when there is no image that can be read, or the model does not take such images.
     """
     if not len(image_set):
         raise ValueError("there must be at least one image to evaluate, got none")
-    if model.dtype != torch.float32:
-        raise ValueError(f"a model is evaluated in float32, got one in {model.dtype}; convert it with model.float()")
-    parts = []
-    generator = torch.Generator()
-    batches = image_batches(image_set, config.batch_size, config.max_images, model.device, *process_share())
-    for indices, images in batches:
-        posterior = model.encode(images).latent_dist
-        noise = []
-        for index in indices:
-            generator.manual_seed(int(np.random.SeedSequence([config.seed, index]).generate_state(1)[0]))
-            noise.append(torch.randn(posterior.mean.shape[1:], generator=generator))
-        latents = posterior.mean + posterior.std * torch.stack(noise).to(images)
-        terms = objective(images, model.decode(latents).sample, posterior)
-        reconstructions = model.decode(posterior.mode()).sample
-        similarity = psnr(images, reconstructions), ssim(images, reconstructions)
-        loss = terms.loss.expand(len(images))
-        per_image = torch.stack([loss, terms.distortion, terms.rate, terms.elbo, *similarity])
-        parts.append((indices[0], per_image.cpu().double().T, tuple(images.shape[1:])))
+    if config.rfid and min(len(image_set), config.max_images or 2) < 2:
+        raise ValueError("the FID compares spreads: it needs at least two images, got one")
+    rank, processes = process_share()
+    parts, statistics = [], {}
+    judges: Judges | None = None
+    count = min(len(image_set), config.max_images or len(image_set))
+    with tqdm(total=count, desc="evaluation", unit="img", disable=not progress or rank > 0, leave=False) as bar:
+        for part, indices, images in image_batches(
+            image_set, config.batch_size, config.max_images, model.device, rank, processes
+        ):
+            if judges is None:
+                judges = load_judges(config, images.shape[1], tuple(images.shape[2:]))
+                for network in (*judges[0].values(), *([judges[1]] if judges[1] else [])):
+                    network.to(model.device)
+            posterior = encode(model, images)
+            figures, features = _measure(model, images, posterior, indices, objective, config, judges)
+            statistics.setdefault(part, LatentStatistics()).update(posterior)
+            table = torch.stack([values.double().cpu() for values in figures.values()]).T.numpy()
+            parts.append((indices[0], indices, list(figures), table, features, tuple(images.shape[1:])))
+            bar.set_postfix({term: f"{figures[term].mean():.4g}" for term in ("distortion", "rate")}, refresh=False)
+            bar.update(min(len(indices) * processes, count - bar.n))
     parts = gather_parts(parts)
     if not parts:
         raise ValueError("no image to evaluate can be read")
-    of_images = torch.cat([figures for _, figures, _ in parts])
-    channels, height, width = parts[0][2]
-    loss, distortion, rate, elbo, mean_psnr, mean_ssim = (of_images.sum(0) / len(of_images)).tolist()
+    statistics = total(statistics)
+    indices = [index for part in parts for index in part[1]]
+    table = np.concatenate([part[3] for part in parts])
+    figures = {name: np.ascontiguousarray(table[:, column]) for column, name in enumerate(parts[0][2])}
+    means = {name: float(values.sum() / len(values)) for name, values in figures.items()}
+    loss = means.pop("loss")
+    del figures["loss"]
+    channels, height, width = parts[0][5]
+    rfid = None
+    if config.rfid:
+        rfid = frechet_distance(*(torch.cat([part[4][which] for part in parts]) for which in (0, 1)))
+    described = getattr(model, "config", {})
     return EvaluationReport(
-        images=len(of_images),
+        images=len(indices),
         loss=loss,
-        distortion=distortion,
-        rate=rate,
-        elbo=elbo,
-        bits_per_dim=-elbo / (math.log(2) * channels * height * width),
+        bits_per_dim=-means["elbo"] / (math.log(2) * channels * height * width),
         density=objective.likelihood.density,
-        psnr=mean_psnr,
-        ssim=mean_ssim,
-        resolution=(height, width),
-        seed=config.seed,
+        rfid=rfid,
+        intervals={name: list(mean_interval(values, config.seed)) for name, values in figures.items()},
+        latents=LatentSummary(
+            mean=statistics.latents_mean,
+            std=statistics.latents_std,
+            shift_factor=statistics.mean,
+            scaling_factor=statistics.scaling_factor,
+        ),
+        posterior=statistics.health(),
+        model=ModelSummary(
+            name=name,
+            class_name=type(model).__name__,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            latent_shape=list(statistics.sums.shape[1:]),
+            scaling_factor=described.get("scaling_factor"),
+            shift_factor=described.get("shift_factor"),
+            weights_sha256=weights_hash(model),
+        ),
+        protocol=Protocol(
+            data=None if data is None else data.described,
+            split=split,
+            images=len(indices),
+            fingerprint=image_set.fingerprint(),
+            resolution=[height, width],
+            channels=channels,
+            resize=None if data is None else data.resize,
+            value_range="[-1, 1]",
+            round_to_8_bit=config.round_to_8_bit,
+            reconstruction=config.reconstruction,
+            draws=config.draws,
+            seed=config.seed,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=model.device.type,
+            versions={"python": platform.python_version()}
+            | {package: version(package) for package in ("diffusers-vae", "diffusers", "torch", "torchmetrics")},
+        ),
+        per_image=PerImage([image_set.name(index) for index in indices], figures),
+        **{"importance_weighted_bound": None, "lpips_alex": None, "lpips_vgg": None} | means,
     )
+
+
+def _measure(
+    model: ModelMixin,
+    images: torch.Tensor,
+    posterior: DiagonalGaussianDistribution,
+    indices: list[int],
+    objective: VAEObjective,
+    config: EvaluationConfig,
+    judges: Judges,
+) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
+    """The figures of each image, (B,) by name, and the features of images and reconstructions if asked for."""
+    distortions, log_weights, reconstructions = [], [], None
+    for noise in draw(posterior, indices, config.seed, config.draws):
+        latents = posterior.mean + posterior.std * noise
+        decoded = decode(model, latents)
+        terms = objective(images, decoded, posterior)
+        distortions.append(terms.distortion)
+        log_weights.append(log_prior_ratio(posterior, latents).double() - terms.distortion.double())
+        if reconstructions is None and config.reconstruction == "sample":
+            reconstructions = decoded
+    if reconstructions is None:
+        reconstructions = decode(model, posterior.mode())
+    reconstructions = _as_compared(reconstructions, config)
+    distortion, rate = torch.stack(distortions).mean(0), terms.rate
+    constant = objective.likelihood.constant() * images[0].numel()
+    figures = {
+        "loss": distortion - constant + objective.kl_weight * rate,
+        "distortion": distortion,
+        "rate": rate,
+        "elbo": -(distortion + rate),
+        "psnr": psnr(images, reconstructions),
+        "ssim": ssim(images, reconstructions),
+    }
+    if config.draws > 1:
+        bound = torch.stack(log_weights).logsumexp(0) - math.log(config.draws)
+        figures["importance_weighted_bound"] = bound
+    for name, network in judges[0].items():
+        figures[f"lpips_{name}"] = network(images, reconstructions)
+    inception = judges[1]
+    return figures, inception and (inception(images).cpu(), inception(reconstructions).cpu())
+
+
+HIGHER_IS_BETTER = {
+    "psnr": True, "ssim": True, "elbo": True, "importance_weighted_bound": True,
+    "distortion": False, "lpips_alex": False, "lpips_vgg": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one figure, second model minus first, image by image."""
+
+    mean: float
+    """Over the images."""
+    interval: list[float]
+    """95 % confidence interval of the mean, by bootstrap over the images, in pairs."""
+    second_is_better: float | None
+    """Share of the images where it is; None for figures of which neither more nor less is better."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same images."""
+
+    first: EvaluationReport
+    second: EvaluationReport
+    differences: dict[str, Difference]
+    """By the name of the figure, for means over the images."""
+    most_different: list[int]
+    """Places, in evaluation.csv, of the images whose PSNR differs most, in falling order."""
+
+    def to_json(self) -> str:
+        """The comparison as comparison.json holds it."""
+        values = {
+            "format": FORMAT,
+            "differences": {name: asdict(difference) for name, difference in self.differences.items()},
+            "most_different": [self.first.per_image.names[place] for place in self.most_different],
+            "first": json.loads(self.first.to_json()),
+            "second": json.loads(self.second.to_json()),
+        }
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+
+def compare(first: EvaluationReport, second: EvaluationReport, show: int = 8) -> Comparison:
+    """The difference between two fresh reports (of `evaluate`), paired per image; the `show` images that differ most.
+
+    Raises:
+        ValueError: when they are not of the same images under the same protocol.
+    """
+    protocols = [asdict(report.protocol) | {"density": report.density} for report in (first, second)]
+    differing = [name for name in protocols[0] if protocols[0][name] != protocols[1][name]]
+    if differing:
+        listed = ", ".join(f"{name}: {protocols[0][name]} and {protocols[1][name]}" for name in differing)
+        raise ValueError(f"models are compared under one protocol, got two: {listed}")
+    differences, seed = {}, first.protocol.seed
+    for name in (name for name in first.per_image.figures if name in second.per_image.figures):
+        values = second.per_image.figures[name] - first.per_image.figures[name]
+        better = None
+        if name in HIGHER_IS_BETTER:
+            better = float(np.mean(values > 0 if HIGHER_IS_BETTER[name] else values < 0))
+        differences[name] = Difference(float(values.mean()), list(mean_interval(values, seed)), better)
+    psnr_difference = np.abs(second.per_image.figures["psnr"] - first.per_image.figures["psnr"])
+    order = np.argsort(-psnr_difference, kind="stable")[:show]
+    return Comparison(first, second, differences, order.tolist())

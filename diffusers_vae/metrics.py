@@ -1,10 +1,17 @@
-"""How close reconstructions come to images, one value per image, and the values of all processes together."""
+"""How close reconstructions come to images, one value per image or one of two sets; intervals; and the values of all
+processes together.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from scipy.stats import bootstrap
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from .images import to_unit_range
 
 
 def psnr(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
@@ -20,12 +27,45 @@ def psnr(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
 
 def ssim(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
     """Structural similarity (B,), at most 1, of (B, C, H, W) in [-1, 1] with sides of at least 6; Wang et al. 2004,
-    with their Gaussian window of 11 pixels and std 1.5. Reconstructions are clamped, not rounded.
+    with their Gaussian window of 11 pixels and std 1.5, on pixels in [0, 1]: it compares means, which have no zero in
+    model range. Reconstructions are clamped, not rounded.
     """
-    similarity = structural_similarity_index_measure(
-        reconstructions.clamp(-1, 1), images, data_range=2.0, reduction="none"
-    )
+    pixels, reconstructed = to_unit_range(images), to_unit_range(reconstructions.clamp(-1, 1))
+    similarity = structural_similarity_index_measure(reconstructed, pixels, data_range=1.0, reduction="none")
     return similarity.view(len(images))
+
+
+class _Features(torch.nn.Module):
+    """Features as they come, where torchmetrics expects a network that extracts them."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.num_features = count
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def frechet_distance(of_images: torch.Tensor, of_reconstructions: torch.Tensor) -> float:
+    """Between normals with mean and covariance of the features (N, F): Heusel et al. 2017, equation 6; with those of
+    Inception it is the FID, of reconstructions the rFID. Of N below F + 1, covariances have no full rank; below some
+    10,000 images, it comes out too large.
+    """
+    metric = FrechetInceptionDistance(_Features(of_images.shape[1]))
+    # in double precision the sums do not depend on how the images were batched
+    metric.update(of_images.double(), real=True)
+    metric.update(of_reconstructions.double(), real=False)
+    return metric.compute().item()
+
+
+def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % confidence interval of the mean of `values` (N,): percentile bootstrap, Efron 1979, 1,000 resamples."""
+    if len(values) < 2 or values.min() == values.max():
+        return float(values.min()), float(values.max())
+    batch = max(1, 2**22 // len(values))
+    random = np.random.default_rng(seed)
+    found = bootstrap((values,), np.mean, n_resamples=1000, batch=batch, method="percentile", random_state=random)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def process_share() -> tuple[int, int]:

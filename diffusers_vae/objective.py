@@ -22,8 +22,13 @@ def kl_to_standard_normal(posterior: DiagonalGaussianDistribution) -> torch.Tens
 
     Computed in float32 at least.
     """
+    return rate_per_unit(posterior).flatten(1).sum(1)
+
+
+def rate_per_unit(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
+    """What each latent unit adds to the rate, of the shape of the latents, nats."""
     mean, logvar = (t if t.dtype == torch.float64 else t.float() for t in (posterior.mean, posterior.logvar))
-    return 0.5 * (mean**2 + logvar.expm1() - logvar).flatten(1).sum(1)
+    return 0.5 * (mean**2 + logvar.expm1() - logvar)
 
 
 class Likelihood(Protocol):

@@ -113,7 +113,7 @@ def latent_picture(model: VAE | MLPVAE, image_set: ImageSet, batch_size: int, ma
     first two principal components.
     """
     indices, batches = [], []
-    for chosen, images in image_batches(image_set, batch_size, max_images, model.device):
+    for _, chosen, images in image_batches(image_set, batch_size, max_images, model.device):
         indices += chosen
         batches.append(model.encode(images).latent_dist.mode().flatten(1).cpu())
     means = torch.cat(batches).numpy()
@@ -178,7 +178,7 @@ def draw_all(
     model: VAE | MLPVAE, image_set: ImageSet, metrics: Path, batch_size: int, max_images: int, seed: int
 ) -> dict[str, Image.Image]:
     """Every picture of a run by name: of `model` in eval mode, at most `max_images` held-out images, metrics.jsonl."""
-    _, images = next(image_batches(image_set, 64, None, model.device))
+    _, _, images = next(image_batches(image_set, 64, None, model.device))
     images = images[: 4 * _columns(images.shape[-1])]
     with torch.no_grad():
         latent_shape = tuple(model.encode(images[:1]).latent_dist.mean.shape[1:])

@@ -56,7 +56,7 @@ from .checkpoint import (
     write_file,
 )
 from .data import DataConfig, FolderImages, ImageSet, MicroBatch, ReadImages, epoch_batches, load_data, step_noise
-from .evaluation import EvaluationConfig, EvaluationReport, evaluate
+from .evaluation import EvaluationConfig, EvaluationReport, evaluate, load_judges
 from .images import to_model_range
 from .latents import measure_latents
 from .models import MLPVAE, VAE, ModelConfig
@@ -273,6 +273,7 @@ def _train(
         logger.info("continuing from %s", checkpoint)
     with accelerator.local_main_process_first():
         train_images, heldout_images = load_data(config.data, accelerator.is_local_main_process, memory_limit)
+    load_judges(config.evaluation, config.data.channels, config.data.size)  # which are missed now, not after days
     on_main(accelerator, lambda: _begin(config, checkpoint, train_images, heldout_images))
 
     set_seed(run.seed)
@@ -592,7 +593,16 @@ in which it is summed."""
 
 
 RESULTS = ("model", "evaluation.json")
-FILES = (*RESULTS, "bad_images.txt", "data.json", "metrics.jsonl", "nonfinite", "pictures", "tensorboard")
+FILES = (
+    *RESULTS,
+    "bad_images.txt",
+    "data.json",
+    "evaluation.csv",
+    "metrics.jsonl",
+    "nonfinite",
+    "pictures",
+    "tensorboard",
+)
 
 
 def _find_run(config: TrainConfig) -> tuple[Path | None, bool]:
@@ -987,8 +997,10 @@ def _evaluate(
 ) -> EvaluationReport:
     """Measure `model` on all processes and picture it on the main process."""
     settings = config.evaluation
-    report = evaluate(model, image_set, config.objective.build(), settings)
-    numbers = {name: value for name, value in asdict(report).items() if isinstance(value, float)}
+    name = Path(config.run.output_dir).resolve().name
+    bar = accelerator.is_main_process
+    report = evaluate(model, image_set, config.objective.build(), settings, config.data, "held-out", name, bar)
+    numbers = {key: value for key, value in vars(report).items() if isinstance(value, float)}
     if bad := [name for name, value in numbers.items() if not math.isfinite(value)]:
         raise FloatingPointError(f"training diverged, not finite on held-out images: {', '.join(bad)}. {STABLER}")
     log.write("evaluation", progress | numbers)
@@ -1025,7 +1037,8 @@ def _finish(
             model.save_pretrained(folder)
 
     on_main(accelerator, save)
-    statistics = measure_latents(model, train_images, config.evaluation.batch_size, config.evaluation.max_images)
+    batch_size, max_images = config.evaluation.batch_size, config.evaluation.max_images
+    statistics = measure_latents(model, train_images, batch_size, max_images, accelerator.is_main_process)
     if not (math.isfinite(statistics.mean) and 0 < statistics.std < math.inf):
         raise FloatingPointError(
             f"training diverged: the latents have mean {statistics.mean} and std {statistics.std}. {STABLER}"
@@ -1033,6 +1046,7 @@ def _finish(
     model.register_to_config(scaling_factor=statistics.scaling_factor, shift_factor=statistics.mean)
     on_main(accelerator, save)
     report = _evaluate(config, accelerator, model, heldout_images, log, progress)
+    on_main(accelerator, lambda: write_file(output_dir / "evaluation.csv", report.per_image.to_csv()))
     on_main(accelerator, lambda: write_file(output_dir / "evaluation.json", report.to_json()))
     return report
 

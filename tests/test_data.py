@@ -25,6 +25,7 @@ from diffusers_vae.data import (
     sources,
     step_noise,
 )
+from diffusers_vae.data.order import PARTS
 from diffusers_vae.images import read_image
 
 
@@ -285,7 +286,7 @@ class TestFolder:
         _, heldout = load_data(dataclasses.replace(config, on_bad_image="skip"), memory_limit=0)
         read = heldout.__getitems__([2, 3, 4])
         assert list(read.kept) == [0, 2] and str(broken) in read.errors[0]
-        (indices, images), *_ = image_batches(heldout, 8, None, torch.device("cpu"))
+        (_, indices, images), *_ = image_batches(heldout, 8, None, torch.device("cpu"))
         assert indices == [0, 1, 2, 4, 5, 6, 7] and len(images) == 7
 
     def test_nothing_left_when_no_file_can_be_read(self, tmp_path):
@@ -450,9 +451,21 @@ class TestOrder:
     def test_image_batches_are_in_order_and_in_model_range(self):
         images, _ = load_data(DataConfig(resolution=8))
         batches = list(image_batches(images, 40, 100, torch.device("cpu")))
-        assert [indices[0] for indices, _ in batches] == [0, 40, 80] and len(batches[-1][1]) == 20
+        assert [indices[0] for _, indices, _ in batches] == [0, 40, 80] and len(batches[-1][2]) == 20
         shares = [image_batches(images, 40, 100, torch.device("cpu"), rank, 2) for rank in range(2)]
-        assert [[indices[0] for indices, _ in share] for share in shares] == [[0, 80], [40]]
-        joined = torch.cat([batch for _, batch in batches])
+        assert [[indices[0] for _, indices, _ in share] for share in shares] == [[0, 80], [40]]
+        joined = torch.cat([batch for _, _, batch in batches])
         assert joined.min() == -1 and joined.max() == 1
         assert torch.equal(((joined + 1) * 127.5).round().to(torch.uint8), images.pixels[:100])
+
+    @pytest.mark.parametrize("processes", [1, 2, 3, 7])
+    def test_parts_are_the_same_for_any_number_of_processes(self, processes):
+        images, _ = load_data(DataConfig(resolution=8))
+        seen = {}
+        for rank in range(processes):
+            for part, indices, _ in image_batches(images, 5, 901, torch.device("cpu"), rank, processes):
+                seen.setdefault((part, rank), []).extend(indices)
+        assert len(seen) == PARTS  # no part on two processes
+        in_order = [index for place in sorted(seen) for index in seen[place]]
+        assert in_order == list(range(901))
+        assert {len(indices) for indices in seen.values()} <= {10, 15, 11, 6}

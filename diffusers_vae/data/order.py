@@ -11,6 +11,9 @@ import torch
 from ..images import to_model_range
 from .sources import ImageSet
 
+PARTS = 64
+"""Into which a data set is cut to be measured: enough for as many processes."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -84,20 +87,22 @@ def image_batches(
     device: torch.device,
     rank: int = 0,
     processes: int = 1,
-) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Indices and images (B, C, H, W) in [-1, 1] on `device`, in the set's own order, of the first `max_images`.
+) -> Iterator[tuple[int, list[int], torch.Tensor]]:
+    """Part, indices and images (B, C, H, W) in [-1, 1] on `device`, in the set's own order, of the first `max_images`.
 
-    With several processes, those of every process are whole batches of one process alone: figures per image do not
-    depend on `processes`.
+    A part is a run of whole batches that one process sees, whatever `processes`: figures of an image, and sums over a
+    part, are the same for any number of them. There are at most `PARTS`, so that one sum a part can be kept.
 
     Raises:
         ValueError: naming the file that cannot be read, unless the set skips such files; then they are left out, and
             join its `errors`.
     """
     count = len(image_set) if max_images is None else min(max_images, len(image_set))
-    for start in range(rank * batch_size, count, processes * batch_size):
-        indices = range(start, min(start + batch_size, count))
-        read = image_set.__getitems__(indices).checked()
-        image_set.errors += tuple(error for error in read.errors if error not in image_set.errors)
-        if read.kept:
-            yield [indices[place] for place in read.kept], to_model_range(read.pixels.to(device))
+    starts = range(0, count, batch_size)
+    for part, own in enumerate(np.array_split(starts, min(PARTS, max(1, len(starts))))):
+        for start in own.tolist() if part % processes == rank else ():
+            indices = range(start, min(start + batch_size, count))
+            read = image_set.__getitems__(indices).checked()
+            image_set.errors += tuple(error for error in read.errors if error not in image_set.errors)
+            if read.kept:
+                yield part, [indices[place] for place in read.kept], to_model_range(read.pixels.to(device))

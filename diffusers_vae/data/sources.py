@@ -75,6 +75,19 @@ class DataConfig:
             raise ValueError(f"data.num_workers must be at least 0, got {self.num_workers}")
 
     @property
+    def described(self) -> str:
+        """The set's name, of a folder its own."""
+        return Path(self.root).resolve().name if self.name == "folder" else self.name
+
+    @property
+    def resize(self) -> str:
+        """How images of another size are brought to `resolution`, in words."""
+        how = "bicubic with antialiasing, on 8-bit values"
+        if self.fit == "crop":
+            return f"scaled to cover ({how}), then the centre is cut out"
+        return f"scaled if too large ({how}), then padded with black"
+
+    @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the images."""
         return (self.resolution, self.resolution) if isinstance(self.resolution, int) else tuple(self.resolution)

@@ -1,0 +1,59 @@
+"""From a folder or a repository to a model, whichever diffusers class it is of."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+
+from .mlp import MLPVAE
+from .vae import VAE
+
+
+def load_autoencoder(
+    source: str, subfolder: str | None = None, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> ModelMixin:
+    """The KL autoencoder in `source`, in eval mode: ours, or any of diffusers with `encode(...).latent_dist` and
+    `decode(...).sample`.
+
+    Args:
+        source: a model's folder, a run's (its model/ is taken), a pipeline's (its vae/ is taken), or a repository on
+            the Hub.
+        subfolder: where in `source` the model lies.
+        revision: of the repository.
+        dtype: of the weights.
+
+    Raises:
+        OSError: when there is no model.
+        ValueError: when it is no KL autoencoder of images.
+    """
+    folder = Path(source)
+    if subfolder is None and not (folder / "config.json").exists():
+        subfolder = next((name for name in ("model", "vae") if (folder / name / "config.json").exists()), None)
+    if folder.is_dir() and not (folder / (subfolder or "") / "config.json").exists():
+        raise FileNotFoundError(
+            f"{folder.resolve()} holds no model: neither config.json nor model/config.json (of a run) nor "
+            "vae/config.json (of a pipeline) is there"
+        )
+    try:
+        config = MLPVAE.load_config(source, subfolder=subfolder, revision=revision)
+    except OSError as error:
+        hint = "" if subfolder or folder.is_dir() else " (the autoencoder of a pipeline lies in --subfolder vae)"
+        raise OSError(f"cannot load a model from {source}{hint}: {error}") from error
+    name = config.get("_class_name")
+    kind = {"MLPVAE": MLPVAE, "AutoencoderKL": VAE}.get(name) or getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, ModelMixin) and hasattr(kind, "encode")):
+        raise ValueError(f"{source} must hold an autoencoder of diffusers or of this package, got the class {name}")
+    return kind.from_pretrained(source, subfolder=subfolder, revision=revision, torch_dtype=dtype).eval()
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of all weights with their names, shapes and dtypes, the same however they were saved."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,506 @@
+"""The report's figures against torchmetrics, torch.distributions and cases where the truth is known."""
+
+import dataclasses
+import json
+import math
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from PIL import Image
+from test_measures import tiny_vae
+from torch.distributions import Bernoulli as TorchBernoulli
+from torch.distributions import Independent, MultivariateNormal, Normal
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+from diffusers_vae import MLPVAE, VAEObjective
+from diffusers_vae.data import ArrayImages, DataConfig, load_data
+from diffusers_vae.evaluation import (
+    EvaluationConfig,
+    EvaluationReport,
+    LatentSummary,
+    ModelSummary,
+    Protocol,
+    compare,
+    evaluate,
+    reconstruct,
+)
+from diffusers_vae.images import to_model_range, to_uint8
+from diffusers_vae.latents import LatentStatistics, PosteriorHealth
+from diffusers_vae.metrics import mean_interval, psnr, ssim
+from diffusers_vae.objective import Bernoulli, Gaussian
+from diffusers_vae.perceptual import FILES, LPIPS, InceptionFeatures
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    _, heldout = load_data(DataConfig(resolution=16))
+    return heldout
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Files with the names, keys and shapes of the published weights, at random."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), folder / FILES["alex"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
+    from torch_fidelity import feature_extractor_inceptionv3 as published
+
+    folder = tmp_path_factory.mktemp("weights")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published, "load_state_dict_from_url", lambda *arguments, **settings: {})
+        patch.setattr(published.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        network = published.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data.normal_(0, (2 / parameter[0].numel()) ** 0.5, generator=generator)
+    torch.save(network.state_dict(), folder / FILES["inception"])
+    return folder
+
+
+class LinearVAE(ModelMixin, ConfigMixin):
+    """p(image | latents) has the mean W latents; q(latents | image) is a normal around `gain` times the exact
+    posterior's mean, with `spread` times its std. W's columns are orthogonal, so that the exact posterior is diagonal.
+    """
+
+    @register_to_config
+    def __init__(self, pixels: int = 64, units: int = 3, std: float = 0.5, gain: float = 1.0, spread: float = 1.0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        orthogonal, _ = torch.linalg.qr(torch.randn(pixels, units, generator=generator))
+        self.weight = torch.nn.Parameter(orthogonal * torch.tensor([1.0, 2.0, 3.0])[:units])
+
+    def encode(self, images):
+        precision = 1 + (self.weight**2).sum(0) / self.config.std**2
+        mean = images.flatten(1) @ self.weight / self.config.std**2 / precision
+        logvar = (-precision.log() + 2 * math.log(self.config.spread)).expand_as(mean)
+        moments = torch.cat([self.config.gain * mean, logvar], 1)[:, :, None, None]
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(moments))
+
+    def decode(self, latents):
+        side = math.isqrt(self.config.pixels)
+        return DecoderOutput(sample=(latents.flatten(1) @ self.weight.T).view(-1, 1, side, side))
+
+    def log_likelihood(self, images):
+        covariance = self.weight @ self.weight.T + self.config.std**2 * torch.eye(self.config.pixels)
+        exact = MultivariateNormal(torch.zeros(self.config.pixels).double(), covariance.double())
+        return exact.log_prob(images.flatten(1).double())
+
+
+class TestReferences:
+    def test_terms_are_those_of_the_objective(self, digits):
+        vae = tiny_vae()
+        objective = VAEObjective(Gaussian(0.5), kl_weight=0.3)
+        report = evaluate(vae, digits, objective, EvaluationConfig(max_images=5, seed=3, round_to_8_bit=False))
+        images = to_model_range(digits.pixels[:5])
+        with torch.no_grad():
+            posterior = vae.encode(images).latent_dist
+            seeds = [int(np.random.SeedSequence([3, i]).generate_state(1)[0]) for i in range(5)]
+            noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+            terms = objective(images, vae.decode(posterior.mean + posterior.std * noise).sample, posterior)
+            reconstructions = vae(images).sample
+        assert report.images == 5
+        assert report.distortion == pytest.approx(terms.distortion.mean().item(), rel=1e-6)
+        assert report.rate == pytest.approx(terms.rate.mean().item(), rel=1e-6)
+        assert report.loss == pytest.approx(terms.loss.item(), rel=1e-6)
+        assert report.elbo == pytest.approx(-(report.distortion + report.rate))
+        assert report.bits_per_dim == pytest.approx(-report.elbo / (math.log(2) * 256))
+        assert report.psnr == pytest.approx(psnr(images, reconstructions).mean().item(), rel=1e-5)
+        assert report.ssim == pytest.approx(ssim(images, reconstructions).mean().item(), rel=1e-5)
+        assert "0.5" in report.density and "normal" in report.density
+
+    @pytest.mark.parametrize("likelihood", [Gaussian(0.4), Bernoulli()])
+    def test_elbo_is_a_monte_carlo_estimate_with_torch_distributions(self, likelihood):
+        """Of log p(x|z) + log p(z) - log q(z|x), z drawn by torch: within 4 standard errors."""
+        generator = torch.Generator().manual_seed(0)
+        binary = ArrayImages((torch.rand(3, 1, 8, 8, generator=generator) > 0.5).to(torch.uint8) * 255)
+        torch.manual_seed(2)
+        model = MLPVAE(8, latent_dim=5, hidden_dim=40).eval()
+        with torch.no_grad():
+            model.logvar.bias.sub_(1)
+        report = evaluate(model, binary, VAEObjective(likelihood), EvaluationConfig(draws=2000))
+        torch.manual_seed(3)
+        estimates = []
+        for index in range(3):
+            images = to_model_range(binary.pixels[index : index + 1])
+            with torch.no_grad():
+                found = model.encode(images).latent_dist
+                posterior = Independent(Normal(found.mean[0], found.std[0]), 3)
+                latents = posterior.sample((4000,))
+                decoded = model.decode(latents).sample
+            if isinstance(likelihood, Gaussian):
+                density, value = Normal(decoded, likelihood.std), images
+            else:
+                density, value = TorchBernoulli((decoded + 1) / 2), (images + 1) / 2
+            log_p = Independent(density, 3).log_prob(value.expand_as(decoded))
+            prior = Independent(Normal(torch.zeros(5, 1, 1), 1), 3)
+            estimates.append((log_p + prior.log_prob(latents) - posterior.log_prob(latents)).double())
+        mean = torch.stack(estimates).mean().item()
+        error = math.sqrt(sum(e.var().item() / len(e) for e in estimates)) / 3
+        assert error < 0.3
+        assert report.elbo == pytest.approx(mean, abs=4 * error * math.sqrt(3))
+
+    def test_importance_weighted_bound_is_the_likelihood_of_a_linear_gaussian_model(self):
+        """With the exact posterior each draw gives log p(x), Burda et al. 2016; with another the bound lies between."""
+        _, images = load_data(DataConfig(resolution=8))
+        config = EvaluationConfig(max_images=40, draws=2)
+        exact = LinearVAE()
+        truth = exact.log_likelihood(to_model_range(images.pixels[:40])).mean().item()
+        objective = VAEObjective(Gaussian(0.5))
+        report = evaluate(exact, images, objective, config)
+        assert report.importance_weighted_bound == pytest.approx(truth, abs=1e-3)
+        assert report.elbo == pytest.approx(truth, abs=1)  # its two draws differ
+        off = LinearVAE(gain=0.9, spread=1.5)
+        bounds = []
+        for draws in (2, 20, 2000):
+            report = evaluate(off, images, objective, dataclasses.replace(config, draws=draws))
+            bounds.append(report.importance_weighted_bound)
+            assert report.elbo < bounds[-1]
+        assert bounds[0] < bounds[1] < bounds[2] < truth + 0.05
+        assert bounds[2] == pytest.approx(truth, abs=0.05) and truth - bounds[0] > 0.2
+
+    def test_one_draw_gives_no_bound(self, digits):
+        report = evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=3))
+        assert report.importance_weighted_bound is None and "importance_weighted_bound" not in report.intervals
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("set_name", ["kodak", "bsds500"])
+    def test_figures_are_those_of_torchmetrics_on_photographs(self, set_name, shared_data, inception_weights, tmp_path):
+        """Computed from 8-bit files by torchmetrics' own classes."""
+        folder = shared_data / "kodak"
+        if set_name == "bsds500":
+            with tarfile.open(shared_data / "bsds500-val.tar") as archive:
+                archive.extractall(tmp_path, filter="data")
+            folder = tmp_path / "bsds500" / "val"
+        data = DataConfig(name="folder", root=str(folder), channels=3, resolution=256)
+        _, images = load_data(dataclasses.replace(data, heldout_fraction=0.9 if set_name == "kodak" else 0.3))
+        model = tiny_vae(3)
+        config = EvaluationConfig(rfid=True, weights=str(inception_weights), batch_size=7)
+        report = evaluate(model, images, VAEObjective(), config)
+
+        fid = FrechetInceptionDistance(
+            feature_extractor_weights_path=str(inception_weights / FILES["inception"]), normalize=False
+        )
+        ratios, similarities = [], []
+        for index in range(len(images)):
+            original = images.pixels[index : index + 1]
+            with torch.no_grad():
+                output = model(to_model_range(original)).sample
+            Image.fromarray(to_uint8(output)[0].permute(1, 2, 0).numpy()).save(tmp_path / "file.png")
+            saved = torch.from_numpy(np.array(Image.open(tmp_path / "file.png"))).permute(2, 0, 1)[None]
+            fid.update(original, real=True)
+            fid.update(saved, real=False)
+            ratios.append(PeakSignalNoiseRatio(data_range=255.0)(saved.float(), original.float()))
+            similarities.append(StructuralSimilarityIndexMeasure(data_range=255.0)(saved.float(), original.float()))
+        assert report.psnr == pytest.approx(torch.stack(ratios).mean().item(), rel=1e-5)
+        assert report.ssim == pytest.approx(torch.stack(similarities).mean().item(), rel=1e-4)
+        assert report.rfid == pytest.approx(fid.compute().item(), rel=1e-3) and report.rfid > 0
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_lpips_is_that_of_torchmetrics(self, channels, weights, monkeypatch, tmp_path):
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (3, channels, 40, 40), generator=generator, dtype=torch.uint8)
+        config = EvaluationConfig(lpips=("alex",), weights=str(weights))
+        model = tiny_vae(channels)
+        report = evaluate(model, ArrayImages(pixels), VAEObjective(), config)
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / FILES["alex"]).symlink_to(weights / FILES["alex"])
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        reference = LearnedPerceptualImagePatchSimilarity("alex")
+        images = to_model_range(pixels)
+        with torch.no_grad():
+            reconstructions = to_model_range(to_uint8(model(images).sample))
+        expected = reference(reconstructions.expand(-1, 3, -1, -1), images.expand(-1, 3, -1, -1)).item()
+        assert report.lpips_alex == pytest.approx(expected, rel=1e-5) and report.lpips_vgg is None
+        assert expected > 0 and report.intervals["lpips_alex"][0] < expected < report.intervals["lpips_alex"][1]
+
+
+class TestNetworks:
+    def test_missing_weights_say_which_file_goes_where(self, tmp_path, digits):
+        for network in (lambda: LPIPS("vgg", tmp_path), lambda: InceptionFeatures(tmp_path)):
+            with pytest.raises(FileNotFoundError, match=rf"put \S+\.pth into {re.escape(str(tmp_path))}"):
+                network()
+
+    def test_weights_that_cannot_be_downloaded(self, monkeypatch, tmp_path):
+        def fail(*arguments, **settings):
+            raise OSError("no network")
+
+        monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        monkeypatch.setattr(torch.hub, "set_dir", lambda folder: None)
+        with pytest.raises(FileNotFoundError, match=r"Put alexnet\S+pth into .*checkpoints, or into a folder that"):
+            LPIPS("alex")
+
+    def test_a_file_of_other_things_is_named_and_not_run(self, tmp_path):
+        class Harm:
+            def __reduce__(self):
+                return (Path.touch, (tmp_path / "harm",))
+
+        torch.save({"weight": Harm()}, tmp_path / FILES["inception"])
+        with pytest.raises(ValueError, match=r"inception\S+ does not hold the published weights"):
+            InceptionFeatures(tmp_path)
+        assert not (tmp_path / "harm").exists()
+        torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / FILES["alex"])
+        with pytest.raises(ValueError, match=r"alexnet\S+ does not hold the published weights of alex"):
+            LPIPS("alex", tmp_path)
+
+    def test_images_that_they_cannot_see(self, weights):
+        lpips = LPIPS("alex", weights)
+        with pytest.raises(ValueError, match=r"sides of at least 31 pixels, got 28x30"):
+            lpips(torch.zeros(1, 3, 28, 30), torch.zeros(1, 3, 28, 30))
+        with pytest.raises(ValueError, match="defined for 3 channels, and 1 is repeated to 3, got 5"):
+            lpips(torch.zeros(1, 5, 64, 64), torch.zeros(1, 5, 64, 64))
+
+    def test_the_hub_folder_is_left_as_it_was(self, weights):
+        before = torch.hub.get_dir()
+        LPIPS("alex", weights)
+        assert torch.hub.get_dir() == before
+
+
+class TestReport:
+    def test_uneven_batches_change_nothing(self, digits):
+        vae = tiny_vae()
+        reports = [evaluate(vae, digits, VAEObjective(), EvaluationConfig(batch_size=size)) for size in (180, 50)]
+        for name in ("loss", "distortion", "rate", "psnr", "ssim"):
+            one, two = (getattr(report, name) for report in reports)
+            assert one == pytest.approx(two, rel=1e-5), name
+
+    def test_repeats_exactly_and_leaves_the_global_generator_alone(self, digits):
+        vae = tiny_vae()
+        state = torch.get_rng_state()
+        reports = [evaluate(vae, digits, VAEObjective(), EvaluationConfig(max_images=9)) for _ in range(2)]
+        assert reports[0] == reports[1] and torch.equal(torch.get_rng_state(), state)
+        assert json.loads(reports[0].to_json())["psnr"] == reports[0].psnr
+        assert EvaluationReport.from_json(reports[0].to_json()) == reports[0]
+
+    @pytest.mark.parametrize("text", ["{}", "[]", '{"format": 0}', "", '{"images": 3, "psnr": 20}'])
+    def test_what_is_no_report(self, text):
+        with pytest.raises(ValueError):
+            EvaluationReport.from_json(text)
+
+    def test_csv_holds_the_figures_of_each_image(self, digits):
+        report = evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=4))
+        header, *lines = (line.split(",") for line in report.per_image.to_csv().splitlines())
+        assert header == ["image", "distortion", "rate", "elbo", "psnr", "ssim"]
+        assert [line[0] for line in lines] == [f"image {index}" for index in range(4)]
+        column = header.index("psnr")
+        assert sum(float(line[column]) for line in lines) / 4 == pytest.approx(report.psnr, rel=1e-12)
+
+    def test_intervals_hold_the_mean_of_the_set_they_are_drawn_from(self):
+        """Of 200 samples, about 95 % of the intervals hold the true mean."""
+        random = np.random.default_rng(0)
+        held = 0
+        for seed in range(200):
+            low, high = mean_interval(random.exponential(size=80), seed)
+            held += low < 1 < high
+        assert 0.89 <= held / 200 <= 0.98
+        assert mean_interval(np.array([2.0])) == (2.0, 2.0)
+
+    def test_protocol_says_what_the_figures_depend_on(self, digits):
+        data = DataConfig(resolution=16)
+        config = EvaluationConfig(max_images=4, seed=7, reconstruction="sample", round_to_8_bit=False)
+        protocol = evaluate(tiny_vae(), digits, VAEObjective(), config, data, "held-out").protocol
+        assert (protocol.data, protocol.split, protocol.images, protocol.seed) == ("digits", "held-out", 4, 7)
+        assert protocol.resolution == [16, 16] and protocol.channels == 1 and "bicubic" in protocol.resize
+        assert (protocol.reconstruction, protocol.round_to_8_bit, protocol.dtype) == ("sample", False, "float32")
+        assert protocol.fingerprint == digits.fingerprint() and torch.__version__.startswith(protocol.versions["torch"])
+
+    def test_sample_and_rounding_change_the_reconstructions(self, digits):
+        def figure(**settings):
+            return evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=4, **settings)).psnr
+
+        assert len({figure(), figure(reconstruction="sample"), figure(round_to_8_bit=False)}) == 3
+
+    def test_reconstruct_gives_what_was_measured(self, digits):
+        config = EvaluationConfig(max_images=4, reconstruction="sample")
+        report = evaluate(tiny_vae(), digits, VAEObjective(), config)
+        images = to_model_range(digits.pixels[1:3])
+        with torch.no_grad():
+            found = psnr(images, reconstruct(tiny_vae(), images, [1, 2], config))
+        assert found.tolist() == pytest.approx(report.per_image.figures["psnr"][1:3].tolist(), rel=1e-5)
+
+    def test_bernoulli_says_that_it_is_no_density(self, digits):
+        report = evaluate(MLPVAE(16, latent_dim=2), digits, VAEObjective(Bernoulli()), EvaluationConfig(max_images=4))
+        assert "no density for grey values" in report.density and report.distortion > 0
+
+    def test_no_images_and_too_few_are_refused(self, digits):
+        with pytest.raises(ValueError, match="at least one image"):
+            evaluate(tiny_vae(), ArrayImages(digits.pixels[:0]), VAEObjective(), EvaluationConfig())
+        with pytest.raises(ValueError, match="at least two images"):
+            evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(rfid=True, max_images=1))
+
+    def test_seeds_share_no_noise(self, digits):
+        """The draw for image 1 under seed 0 is not that for image 0 under seed 1."""
+        twice = ArrayImages(digits.pixels[:1].repeat(2, 1, 1, 1))
+
+        def distortion(images, seed):
+            config = EvaluationConfig(max_images=images, seed=seed, batch_size=1)
+            return evaluate(tiny_vae(), twice, VAEObjective(Gaussian(0.1)), config).distortion
+
+        of_image_1_under_seed_0 = 2 * distortion(2, 0) - distortion(1, 0)
+        assert of_image_1_under_seed_0 != pytest.approx(distortion(1, 1), rel=1e-7)
+
+    def test_every_field_is_in_the_documented_schema(self):
+        text = (ROOT / "docs" / "evaluation.md").read_text()
+        for kind in (EvaluationReport, LatentSummary, PosteriorHealth, ModelSummary, Protocol):
+            for field in dataclasses.fields(kind):
+                if field.name != "per_image":
+                    assert f"`{field.name}`" in text, field.name
+
+    @pytest.mark.parametrize("settings", [{"seed": -1}, {"draws": 0}, {"lpips": ("squeeze",)}, {"projection": "umap"}])
+    def test_wrong_settings_name_themselves(self, settings):
+        (name,) = settings
+        with pytest.raises(ValueError, match=rf"evaluation\.{name} must"):
+            EvaluationConfig(**settings)
+
+    @pytest.mark.parametrize("name", ["every", "max_images", "batch_size"])
+    def test_counts_are_at_least_1(self, name):
+        with pytest.raises(ValueError, match=f"evaluation.{name} must be at least 1, got 0"):
+            EvaluationConfig(**{name: 0})
+
+
+class TestAnyAutoencoder:
+    def test_stock_gives_the_figures_of_ours(self, digits):
+        ours = tiny_vae()
+        stock = ours.to_diffusers()
+        config = EvaluationConfig(max_images=6)
+        reports = [evaluate(model, digits, VAEObjective(), config) for model in (ours, stock)]
+        assert reports[0].psnr == reports[1].psnr and reports[0].elbo == reports[1].elbo
+        assert reports[0].model.weights_sha256 == reports[1].model.weights_sha256
+        assert [report.model.class_name for report in reports] == ["VAE", "AutoencoderKL"]
+
+    def test_another_class_of_diffusers(self, digits):
+        torch.manual_seed(0)
+        model = AsymmetricAutoencoderKL(
+            in_channels=1, out_channels=1, down_block_out_channels=(8,), up_block_out_channels=(8,), norm_num_groups=4
+        ).eval()
+        report = evaluate(model, digits, VAEObjective(), EvaluationConfig(max_images=3))
+        assert report.model.class_name == "AsymmetricAutoencoderKL" and math.isfinite(report.elbo)
+
+    def test_one_without_a_posterior_is_refused(self, digits):
+        images = ArrayImages(digits.pixels.expand(-1, 3, -1, -1))
+        model = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).eval()
+        with pytest.raises(ValueError, match=r"latent_dist, which AutoencoderTiny has not"):
+            evaluate(model, images, VAEObjective(), EvaluationConfig(max_images=3))
+
+    def test_other_channels_are_refused(self, digits):
+        with pytest.raises(ValueError, match="takes images of 3 channels, got 1"):
+            evaluate(
+                AutoencoderKL(norm_num_groups=4, block_out_channels=(8,)), digits, VAEObjective(), EvaluationConfig()
+            )
+
+    def test_half_precision_is_measured_and_stated(self, digits):
+        vae, config = tiny_vae(), EvaluationConfig(max_images=6)
+        exact = evaluate(vae, digits, VAEObjective(), config)
+        half = evaluate(vae.to(torch.bfloat16), digits, VAEObjective(), config)
+        assert half.protocol.dtype == "bfloat16" and half.psnr != exact.psnr
+        assert half.psnr == pytest.approx(exact.psnr, rel=1e-2)
+
+
+class TestHealth:
+    def statistics(self, mean, logvar):
+        found = LatentStatistics()
+        for part in torch.cat([mean, logvar], 1).split(33):
+            found.update(DiagonalGaussianDistribution(part))
+        return found
+
+    def test_a_matched_posterior_is_healthy(self):
+        """Means and noise whose variances sum to 1: the aggregate posterior is N(0, I)."""
+        generator = torch.Generator().manual_seed(0)
+        mean = 0.8 * torch.randn(4000, 3, 2, 2, generator=generator)
+        health = self.statistics(mean, torch.full_like(mean, math.log(0.36))).health()
+        assert health.verdict == "healthy" and "nothing to change" in health.advice
+        assert health.units == health.active_units == 12 and health.collapsed_share == 0
+        assert health.aggregate_distance < 0.05
+        expected = 0.5 * (mean**2 + 0.36 - 1 - math.log(0.36)).mean(0)
+        assert health.rate_per_channel == pytest.approx(expected.sum((1, 2)).tolist(), rel=1e-5)
+        assert health.rate_per_position == [pytest.approx(row, rel=1e-5) for row in expected.sum(0).tolist()]
+
+    def test_units_equal_to_the_prior_are_collapsed(self):
+        generator = torch.Generator().manual_seed(0)
+        mean = torch.randn(500, 4, 1, 1, generator=generator)
+        mean[:, 2] = 0
+        logvar = torch.full_like(mean, -2)
+        logvar[:, 2] = 0
+        health = self.statistics(mean, logvar).health()
+        assert health.verdict == "partly collapsed" and health.collapsed_channels == [2]
+        assert health.active_units == 3 and health.collapsed_share == 0.25 and "1 of 4 units" in health.advice
+        health = self.statistics(0 * mean, 0 * mean).health()
+        assert health.verdict == "collapsed" and health.active_units == 0 and health.collapsed_share == 1
+        assert "lower objective.kl_weight" in health.advice
+
+    def test_a_channel_with_some_dead_positions_is_not_collapsed(self):
+        mean = torch.randn(500, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+        mean[:, :, 0] = 0
+        logvar = torch.full_like(mean, -2)
+        logvar[:, :, 0] = 0
+        health = self.statistics(mean, logvar).health()
+        assert health.verdict == "healthy" and health.collapsed_share == 0.25
+
+    def test_far_from_unit_scale_is_exploding(self):
+        mean = 50 * torch.randn(100, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+        health = self.statistics(mean, torch.zeros_like(mean)).health()
+        assert health.verdict == "exploding" and "Raise objective.kl_weight" in health.advice
+
+    def test_distance_is_that_of_the_marginals(self):
+        """All means 3, no noise: every unit is N(3, 0), sqrt(9 + 1) from N(0, 1)."""
+        mean = torch.full((10, 2, 1, 1), 3.0)
+        health = self.statistics(mean, torch.full_like(mean, -30)).health()
+        assert health.aggregate_distance == pytest.approx(math.sqrt(10), rel=1e-4)
+        assert "do not decode to images" in health.advice
+
+
+class TestComparison:
+    def reports(self, digits, **settings):
+        config = EvaluationConfig(max_images=40, **settings)
+        better, worse = MLPVAE(16, latent_dim=2).eval(), MLPVAE(16, latent_dim=2).eval()
+        with torch.no_grad():
+            worse.decoder[2].bias.sub_(5)
+            better.decoder[2].bias.copy_(to_model_range(digits.pixels.float().mean(0) / 255).flatten() * 3)
+        return [evaluate(model, digits, VAEObjective(), config) for model in (worse, better)]
+
+    def test_a_model_with_itself_differs_in_nothing(self, digits):
+        report = self.reports(digits)[0]
+        for difference in compare(report, report).differences.values():
+            assert difference.mean == 0 and difference.interval == [0, 0]
+            assert difference.second_is_better in (0, None)
+
+    def test_differences_are_paired(self, digits):
+        first, second = self.reports(digits)
+        comparison = compare(first, second, show=3)
+        values = second.per_image.figures["psnr"] - first.per_image.figures["psnr"]
+        difference = comparison.differences["psnr"]
+        assert difference.mean == pytest.approx(second.psnr - first.psnr) == pytest.approx(values.mean())
+        assert difference.interval[0] < difference.mean < difference.interval[1]
+        assert difference.second_is_better == (values > 0).mean() and values.mean() > 0
+        assert comparison.differences["distortion"].second_is_better > 0.5
+        assert comparison.differences["rate"].second_is_better is None
+        assert comparison.most_different == np.argsort(-abs(values), kind="stable")[:3].tolist()
+        held = json.loads(comparison.to_json())
+        assert held["differences"]["psnr"]["mean"] == difference.mean
+        assert held["first"]["psnr"] == first.psnr and held["second"]["psnr"] == second.psnr
+
+    def test_reports_of_two_protocols_are_refused(self, digits):
+        first = self.reports(digits)[0]
+        other = self.reports(digits, seed=1)[1]
+        with pytest.raises(ValueError, match="under one protocol, got two: seed: 0 and 1"):
+            compare(first, other)
