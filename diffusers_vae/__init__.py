@@ -1,7 +1,24 @@
 """Train, measure and publish KL autoencoders that load in stock diffusers."""
 
-from .models import MLPVAE, VAE
-from .objective import VAEObjective, kl_to_standard_normal
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .models import MLPVAE, VAE
+    from .objective import VAEObjective, kl_to_standard_normal
 
 __version__ = "0.1.0"
 __all__ = ["MLPVAE", "VAE", "VAEObjective", "kl_to_standard_normal"]
+
+_MODULES = {"MLPVAE": "models", "VAE": "models", "VAEObjective": "objective", "kl_to_standard_normal": "objective"}
+
+
+def __getattr__(name: str):
+    """Public names when they are asked for, so that `diffusers-vae --help` need not wait for torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -148,6 +148,8 @@ class Protocol:
 class PerImage:
     """The figures of each image."""
 
+    indices: list[int]
+    """Of each in the image set."""
     names: list[str]
     """File or number of each."""
     figures: dict[str, np.ndarray]
@@ -405,7 +407,7 @@ def evaluate(
             versions={"python": platform.python_version()}
             | {package: version(package) for package in ("diffusers-vae", "diffusers", "torch", "torchmetrics")},
         ),
-        per_image=PerImage([image_set.name(index) for index in indices], figures),
+        per_image=PerImage(indices, [image_set.name(index) for index in indices], figures),
         **{"importance_weighted_bound": None, "lpips_alex": None, "lpips_vgg": None} | means,
     )
 

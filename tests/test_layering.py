@@ -19,10 +19,11 @@ ROWS = [
     {"hub", "report", "pipelines"},
     {"trainer"},
     {"config"},
+    {"commands"},
     {"cli"},
     {"training"},
 ]
-ALLOWED_ONLY_IN = {"accelerate": {"trainer", "checkpoint"}, "huggingface_hub": {"hub"}}
+ALLOWED_ONLY_IN = {"accelerate": {"trainer", "checkpoint", "commands"}, "huggingface_hub": {"hub"}}
 
 
 def files():

@@ -1,9 +1,10 @@
 """Where images come from, and in which order."""
 
 from .order import MicroBatch, epoch_batches, image_batches, step_noise
-from .sources import ArrayImages, DataConfig, FolderImages, ImageSet, ReadImages, load_data
+from .sources import IMAGE_SUFFIXES, ArrayImages, DataConfig, FolderImages, ImageSet, ReadImages, load_data, load_split
 
 __all__ = [
+    "IMAGE_SUFFIXES",
     "ArrayImages",
     "DataConfig",
     "FolderImages",
@@ -13,5 +14,6 @@ __all__ = [
     "epoch_batches",
     "image_batches",
     "load_data",
+    "load_split",
     "step_noise",
 ]

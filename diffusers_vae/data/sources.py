@@ -235,6 +235,24 @@ def load_data(config: DataConfig, progress: bool = False, memory_limit: int | No
     return train, heldout
 
 
+def load_split(config: DataConfig, split: str | None = None, progress: bool = False) -> tuple[ImageSet, str]:
+    """The images of `split`, held-out, training or all, and which that is: by default held-out, but all of a folder
+    that has no part for it. Errors are those of `load_data`.
+    """
+    if split not in (None, "held-out", "training", "all"):
+        raise ValueError(f"split must be held-out, training or all, got {split}")
+    if split is None:
+        split = "all" if config.name == "folder" and not _is_split(_look_into(config)[2]) else "held-out"
+    train, heldout = load_data(config, progress)
+    if split != "all":
+        return (train if split == "training" else heldout), split
+    labels = None if train.labels is None or heldout.labels is None else torch.cat([train.labels, heldout.labels])
+    paths, errors = [*train.paths, *heldout.paths], (*train.errors, *heldout.errors)
+    if isinstance(train, FolderImages):
+        return FolderImages(paths, labels, config, errors), split
+    return ArrayImages(torch.cat([train.pixels, heldout.pixels]), labels, paths, errors), split
+
+
 def _bring_to_size(pixels: torch.Tensor, config: DataConfig) -> torch.Tensor:
     height, width = pixels.shape[-2:]
     target_height, target_width = config.size
@@ -353,12 +371,8 @@ def _download(download, folder: Path, files: list[str]) -> None:
 
 
 def _load_folder(config: DataConfig, progress: bool, memory_limit: int) -> tuple[ImageSet, ImageSet]:
-    root = Path(config.root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"data.root must be a folder of images, got {root.resolve()}, which is not a folder")
-    visible = [path for path in root.iterdir() if not path.name.startswith(".")]
-    named = [path for path in visible if path.name in ("train", *HELDOUT_FOLDERS) and path.is_dir()]
-    if len(named) == 2 and root / "train" in named:
+    root, visible, named = _look_into(config)
+    if _is_split(named):
         parts = [_files_below(root / "train"), _files_below(next(path for path in named if path.name != "train"))]
     else:
         others = [path for path in visible if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES]
@@ -384,6 +398,19 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int) -> tuple
         ArrayImages(torch.stack(pixels), part.labels, part.paths, part.errors)
         for part, pixels in zip(parts, read, strict=True)
     )
+
+
+def _look_into(config: DataConfig) -> tuple[Path, list[Path], list[Path]]:
+    """The root of a folder of images, what lies in it, and what of that is named as a part of a set."""
+    root = Path(config.root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root must be a folder of images, got {root.resolve()}, which is not a folder")
+    visible = [path for path in root.iterdir() if not path.name.startswith(".")]
+    return root, visible, [path for path in visible if path.name in ("train", *HELDOUT_FOLDERS) and path.is_dir()]
+
+
+def _is_split(named: list[Path]) -> bool:
+    return len(named) == 2 and "train" in (path.name for path in named)
 
 
 def _files_below(folder: Path) -> tuple[list[Path], torch.Tensor | None]:

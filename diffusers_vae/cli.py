@@ -1,0 +1,72 @@
+"""The command line `diffusers-vae`, which needs no torch until a command does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+COMMANDS = {
+    "train": "train a KL autoencoder, or continue a run",
+    "evaluate": "measure an autoencoder: figures, posterior health, pictures, a report to send",
+    "compare": "measure two autoencoders on the same images, in pairs",
+    "reconstruct": "encode and decode image files",
+    "sample": "decode draws from the prior",
+    "push": "publish a run on the Hugging Face Hub",
+    "info": "say what a model or a run is",
+}
+HELP = f"""usage: diffusers-vae COMMAND ... [--debug]
+
+Train, measure and publish KL autoencoders that load in stock diffusers.
+
+{chr(10).join(f"  {name:<12} {text}" for name, text in COMMANDS.items())}
+
+  diffusers-vae COMMAND --help    says what it takes, with an example
+  --debug                         shows where an error came from
+  --version                       shows the version
+
+example: diffusers-vae evaluate runs/digits
+
+Exit codes: 0 done, 1 an error, 2 wrong arguments, 75 interrupted, and the same command continues (train).
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that `arguments`, by default those of the process, name; the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"error: {arguments[0]} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        from . import commands
+
+        return getattr(commands, f"run_{arguments[0]}")(arguments[1:])
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return 128 + signal.SIGINT
+    except Exception as error:
+        expected = isinstance(error, (ArithmeticError, ImportError, OSError, ValueError))
+        if debug or (arguments[0] == "train" and not expected):  # it may not come again for days
+            raise
+        kind = "" if expected else f"{type(error).__name__}: "
+        print(f"error: {kind}{error}{'' if expected else ' (--debug shows where)'}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

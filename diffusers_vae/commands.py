@@ -1,0 +1,442 @@
+"""What each command of `diffusers-vae` does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+import yaml
+from accelerate import PartialState
+from diffusers.models.modeling_utils import ModelMixin
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
+from tqdm import tqdm
+
+from .config import parse_train_config
+from .data import IMAGE_SUFFIXES, DataConfig, ImageSet, load_split
+from .evaluation import EvaluationConfig, EvaluationReport, compare, encode, evaluate, reconstruct
+from .hub import HubConfig, check_can_push, push
+from .images import read_image, to_model_range, to_pil
+from .metrics import psnr
+from .models import load_autoencoder, weights_hash
+from .objective import ObjectiveConfig
+from .pictures import comparison_picture, draw_all, sample_picture
+from .report import comparison_table, report_html, report_table
+from .trainer import Interrupted, RunResult, TrainConfig, dry_run, train
+
+RESUME_ME = 75  # EX_TEMPFAIL in sysexits.h: "the user is invited to try again later"
+
+
+def run_train(arguments: Sequence[str]) -> int:
+    """One training run, as `training/train_vae.py` starts it."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    config, dry = parse_train_config(arguments)
+    try:
+        if dry:
+            _describe_dry_run(config)
+        else:
+            _train_and_push(config)
+    except Interrupted as interruption:
+        if os.environ.get("RANK", "0") == "0":
+            print(interruption, file=sys.stderr)
+        _leave_group()
+        return RESUME_ME
+    _leave_group()
+    return 0
+
+
+def _train_and_push(config: TrainConfig) -> None:
+    if config.hub.push:
+        check_can_push(config.hub)  # before days of training, not after
+    if not (result := train(config)):  # not the main process
+        return
+    _describe(result)
+    if config.hub.push:
+        print(f"published   {push(result.output_dir, config.hub)}")
+
+
+def _leave_group() -> None:
+    """Without it, a process that ends before the others may abort, since the group's threads still run."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _describe_dry_run(config: TrainConfig) -> None:
+    outcome = dry_run(config)
+    if outcome is None:
+        return
+    result, same, seconds = outcome
+    _describe_size(result)
+    print(f"resumed from a checkpoint: {'bit-identical' if same else 'NOT bit-identical, see run.deterministic'}")
+    if seconds is not None:
+        print(f"the training steps would take about {seconds / 60:,.1f} min ({result.images_per_second:,.0f} images/s)")
+    print("dry run: every phase ran, nothing was kept")
+
+
+def _describe_size(result: RunResult) -> None:
+    memory = "" if result.memory is None else f", at most {result.memory / 2**20:,.0f} MiB of memory"
+    print(f"\n{result.parameters:,} parameters, latents {'x'.join(map(str, result.latent_shape))}{memory}")
+
+
+def _describe(result: RunResult) -> None:
+    _describe_size(result)
+    print(report_table(asdict(replace(result.report, per_image=None))))
+    print(f"report      {result.output_dir / 'report.html'}")
+    print(f"evaluation  {result.output_dir / 'evaluation.json'}")
+    print(f"model       {result.output_dir / 'model'}")
+    print(f"load it     {result.load_line}")
+
+
+def run_evaluate(arguments: Sequence[str]) -> int:
+    """Measure one model."""
+    parser = _parser(
+        "evaluate",
+        "MODEL [--data NAME|FOLDER] [--SECTION.KEY VALUE ...]",
+        "Measure an autoencoder: figures in the terminal, and evaluation.json, evaluation.csv, report.html and "
+        "pictures/ in a folder. With `accelerate launch -m diffusers_vae.cli evaluate ...`, on several processes.",
+        "diffusers-vae evaluate runs/digits\n"
+        "  diffusers-vae evaluate stabilityai/sd-vae-ft-mse --data photos/ --data.resolution 256 "
+        "--evaluation.rfid true",
+    )
+    parser.add_argument("model", help=MODEL)
+    _add_measuring(parser)
+    parsed, (model,) = _parse_measuring(parser, arguments, ["model"])
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    model = model.to(parsed.device or state.device)
+    images, split = load_split(parsed.data, parsed.split, state.is_main_process)
+    report = evaluate(
+        model, images, parsed.objective.build(), parsed.evaluation, parsed.data, split, _name(parsed.model), True
+    )
+    if state.is_main_process:
+        out = parsed.out or Path("evaluations") / _name(parsed.model).replace("/", "--")
+        _write_evaluation(Path(out), report, model, images, parsed.evaluation)
+    state.wait_for_everyone()
+    _leave_group()
+    return 0
+
+
+def _write_evaluation(
+    out: Path, report: EvaluationReport, model: ModelMixin, images: ImageSet, config: EvaluationConfig
+) -> None:
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    text = report.to_json()
+    (out / "evaluation.json").write_text(text)
+    (out / "evaluation.csv").write_text(report.per_image.to_csv())
+    print(report_table(json.loads(text)))
+    pictures = draw_all(
+        model, images, None, config.batch_size, min(5000, config.max_images or 5000), config.seed,
+        report.posterior.rate_per_channel, report.posterior.rate_per_position, config.projection,
+    )  # fmt: skip
+    for name, picture in pictures.items():
+        picture.save(out / "pictures" / f"{name}.png")
+    (out / "report.html").write_text(report_html(json.loads(text), pictures, report.model.name))
+    print(f"report      {out / 'report.html'}")
+    print(f"evaluation  {out / 'evaluation.json'}")
+
+
+def run_compare(arguments: Sequence[str]) -> int:
+    """Measure two models in pairs."""
+    parser = _parser(
+        "compare",
+        "FIRST SECOND [--data NAME|FOLDER] [--SECTION.KEY VALUE ...]",
+        "Measure two autoencoders under one protocol, image by image: differences with intervals in the terminal, and "
+        "comparison.json and comparison.png in a folder. Settings that are not given are those of FIRST.",
+        "diffusers-vae compare runs/mine stabilityai/sd-vae-ft-mse --data photos/ --data.resolution 256",
+    )
+    parser.add_argument("first", help=MODEL)
+    parser.add_argument("second", help=MODEL)
+    _add_measuring(parser)
+    parsed, models = _parse_measuring(parser, arguments, ["first", "second"])
+    device = parsed.device or PartialState(cpu=not torch.accelerator.is_available()).device
+    images, split = load_split(parsed.data, parsed.split, True)
+    names = [_name(parsed.first), _name(parsed.second)]
+    reports = [
+        evaluate(model.to(device), images, parsed.objective.build(), parsed.evaluation, parsed.data, split, name, True)
+        for model, name in zip(models, names, strict=True)
+    ]
+    comparison = compare(*reports)
+    out = Path(parsed.out or Path("comparisons") / "--vs--".join(name.replace("/", "--") for name in names))
+    out.mkdir(parents=True, exist_ok=True)
+    text = comparison.to_json()
+    (out / "comparison.json").write_text(text)
+    print(comparison_table(json.loads(text)))
+    shown = [reports[0].per_image.indices[place] for place in comparison.most_different]
+    originals = to_model_range(images.__getitems__(shown).checked().pixels.to(device))
+    with torch.no_grad():
+        first, second = (reconstruct(model, originals, shown, parsed.evaluation) for model in models)
+    captions = [
+        ", ".join(f"{report.per_image.figures['psnr'][place]:.2f}" for report in reports) + " dB"
+        for place in comparison.most_different
+    ]
+    comparison_picture(originals.cpu(), first.cpu(), second.cpu(), names, captions).save(out / "comparison.png")
+    print(f"comparison  {out / 'comparison.json'}")
+    print(f"picture     {out / 'comparison.png'}")
+    return 0
+
+
+def run_reconstruct(arguments: Sequence[str]) -> int:
+    """Image files through the model."""
+    parser = _parser(
+        "reconstruct",
+        "MODEL IMAGE [IMAGE ...] [--out FOLDER]",
+        "Encode and decode image files at their own size, and write what comes back as PNG files. Sides that the model "
+        "cannot take are padded with the border's pixels, and cut again. Files that cannot be read are named, and the "
+        "others done.",
+        "diffusers-vae reconstruct runs/mine photo.jpg more-photos/ --out reconstructions",
+    )
+    parser.add_argument("model", help=MODEL)
+    parser.add_argument("images", nargs="+", help="Image files, or folders of them.")
+    _add_loading(parser)
+    parser.add_argument("--out", type=str, default="reconstructions", help="Folder for the PNG files.")
+    parser.add_argument("--seed", type=int | None, default=None, help="Decode a draw of this seed, not the mode.")
+    parsed = _parse(parser, arguments)
+    device = parsed.device or PartialState(cpu=not torch.accelerator.is_available()).device
+    model = _load(parsed, parsed.model).to(device)
+    files, out, failed, written = _image_files(parsed.images), Path(parsed.out), [], set()
+    out.mkdir(parents=True, exist_ok=True)
+    channels = model.config.in_channels
+    if channels not in (1, 3):
+        raise ValueError(f"image files have 1 or 3 channels, and the model takes {channels}")
+    config = EvaluationConfig(reconstruction="mode" if parsed.seed is None else "sample", seed=parsed.seed or 0)
+    for index, file in enumerate(tqdm(files, unit="img", disable=len(files) == 1)):
+        try:
+            images = to_model_range(read_image(file, channels)[None].to(device))
+            with torch.no_grad():
+                reconstruction = _at_any_size(model, images, index, config)
+        except ValueError as error:
+            failed.append(str(error))
+            continue
+        path = out / f"{file.stem}.png"
+        if path in written:  # of two folders
+            path = out / f"{file.stem}-{index}.png"
+        written.add(path)
+        to_pil(reconstruction, 1).save(path)
+        tqdm.write(f"{path}  PSNR {psnr(images, reconstruction).item():.2f} dB")
+    if failed:
+        listed = "\n".join(failed)
+        raise ValueError(f"{len(failed)} of {len(files)} images could not be reconstructed:\n{listed}")
+    return 0
+
+
+def _image_files(names: Sequence[str]) -> list[Path]:
+    files: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise FileNotFoundError(f"no image below {path.resolve()}: none of {', '.join(IMAGE_SUFFIXES)}")
+            files += found
+        elif path.exists():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"there is no image {path.resolve()}")
+    return files
+
+
+def _at_any_size(model: ModelMixin, images: torch.Tensor, index: int, config: EvaluationConfig) -> torch.Tensor:
+    height, width = images.shape[-2:]
+    ratio = _compression(model)
+    padding = (0, -width % ratio, 0, -height % ratio)
+    padded = torch.nn.functional.pad(images, padding, mode="replicate")
+    return reconstruct(model, padded, [index], config)[..., :height, :width]
+
+
+def _compression(model: ModelMixin) -> int:
+    """By what the sides of images must be divisible."""
+    widths = model.config.get("block_out_channels") or model.config.get("down_block_out_channels") or (1,)
+    return 2 ** (len(widths) - 1)
+
+
+def run_sample(arguments: Sequence[str]) -> int:
+    """Draws from the prior."""
+    parser = _parser(
+        "sample",
+        "MODEL [--count N] [--out FILE]",
+        "Decode draws from the prior N(0, I) into one picture. Models with spatial latents need a diffusion model for "
+        "whole images.",
+        "diffusers-vae sample runs/mnist-mlp-z20 --count 64 --out samples.png",
+    )
+    parser.add_argument("model", help=MODEL)
+    _add_loading(parser)
+    parser.add_argument("--count", type=PositiveInt, default=64, help="How many.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the draws.")
+    parser.add_argument("--out", type=str, default="samples.png", help="The picture.")
+    parsed = _parse(parser, arguments)
+    device = parsed.device or PartialState(cpu=not torch.accelerator.is_available()).device
+    model = _load(parsed, parsed.model).to(device)
+    path = Path(parsed.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sample_picture(model, _latent_shape(model), 16, parsed.seed, parsed.count).save(path)
+    print(f"picture     {path}")
+    return 0
+
+
+def _size(model: ModelMixin) -> tuple[int, int]:
+    """Height and width of images that the model was made for."""
+    size = model.config.get("image_size") or model.config.get("sample_size") or 32
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+@torch.no_grad()
+def _latent_shape(model: ModelMixin) -> tuple[int, ...]:
+    blank = torch.zeros(1, model.config.in_channels, *_size(model), device=model.device)
+    return tuple(encode(model, blank).mean.shape[1:])
+
+
+def run_push(arguments: Sequence[str]) -> int:
+    """Publish a run."""
+    parser = _parser(
+        "push",
+        "RUN REPO_ID [--private true] [--license ID] ...",
+        "Publish a finished run as a model repository on the Hugging Face Hub, in one commit: the model, its card, "
+        "pictures/, evaluation.json and config.yaml. Log in first, with `hf auth login` or HF_TOKEN. After an error, the "
+        "same command goes on.",
+        "diffusers-vae push runs/mnist-vae me/mnist-vae --license apache-2.0",
+    )
+    parser.add_argument("run", type=str, help="Folder of a finished run.")
+    parser.add_argument("target", metavar="REPO_ID", type=str, help="NAMESPACE/NAME of the repository.")
+    parser.add_class_arguments(HubConfig, skip={"push", "repo_id"}, as_group=False)
+    parsed = _parse(parser, arguments)
+    settings = parsed.as_dict()
+    run, repo_id = Path(settings.pop("run")), settings.pop("target")
+    print(f"published   {push(run, HubConfig(push=True, repo_id=repo_id, **settings))}")
+    return 0
+
+
+def run_info(arguments: Sequence[str]) -> int:
+    """What a model is."""
+    parser = _parser(
+        "info",
+        "MODEL",
+        "Say what a model is, how to load it and, of a run, what was measured.",
+        "diffusers-vae info runs/digits",
+    )
+    parser.add_argument("model", help=MODEL)
+    _add_loading(parser)
+    parsed = _parse(parser, arguments)
+    model = _load(parsed, parsed.model)
+    config, shape = model.config, _latent_shape(model)
+    height, width = _size(model)
+    shift = config.get("shift_factor")
+    facts = {
+        "class": config.get("_class_name", type(model).__name__),
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "images": f"{config.in_channels}x{height}x{width}" + ("" if "image_size" in config else " or other sizes"),
+        "latents": f"{'x'.join(map(str, shape))}, {height // shape[1]} times smaller a side",
+        "scaled latents": f"(latents - {shift or 0:.6g}) * {config.get('scaling_factor', 1):.6g}",
+        "weights": f"SHA-256 {weights_hash(model)}",
+    }
+    print("\n".join(f"{name:<16}{value}" for name, value in facts.items()))
+    evaluation = Path(parsed.model) / "evaluation.json"
+    if evaluation.exists():
+        print(report_table(json.loads(evaluation.read_text())))
+    return 0
+
+
+MODEL = "Folder of a model, of a run or of a pipeline, or a repository on the Hub."
+
+
+def _parser(command: str, usage: str, description: str, example: str) -> ArgumentParser:
+    return ArgumentParser(
+        prog=f"diffusers-vae {command}",
+        usage=f"%(prog)s {usage} [--debug]",
+        description=description,
+        epilog=f"example: {example}",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+
+
+def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    try:
+        return parser.instantiate(parser.parse_args(arguments))
+    except (ArgumentError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def _add_loading(parser: ArgumentParser) -> None:
+    parser.add_argument("--subfolder", type=str | None, default=None, help="Where in a repository the model lies.")
+    parser.add_argument("--revision", type=str | None, default=None, help="Of a repository.")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Of the weights."
+    )
+    parser.add_argument("--device", type=str | None, default=None, help="By default a GPU, if there is one.")
+
+
+def _load(parsed: Namespace, source: str) -> ModelMixin:
+    return load_autoencoder(source, parsed.subfolder, parsed.revision, getattr(torch, parsed.dtype))
+
+
+def _add_measuring(parser: ArgumentParser) -> None:
+    _add_loading(parser)
+    parser.add_argument("--out", type=str | None, default=None, help="Folder for the results.")
+    parser.add_argument(
+        "--split",
+        type=Literal["held-out", "training", "all"] | None,
+        default=None,
+        help="Which images; by default the held-out ones, but all of a folder that has no part for them and that the "
+        "model was not trained on.",
+    )
+    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(ObjectiveConfig, "objective")
+    parser.add_class_arguments(EvaluationConfig, "evaluation", skip={"every"})
+
+
+def _parse_measuring(
+    parser: ArgumentParser, arguments: Sequence[str], models: list[str]
+) -> tuple[Namespace, list[ModelMixin]]:
+    """The settings, of which those not given come from the first model's run or config, and the models."""
+    arguments = _with_data(arguments)
+    parsed = _parse(parser, arguments)  # wrong ones are told before a model is loaded
+    loaded = [_load(parsed, parsed[name]) for name in models]
+    known = _settings_of_run(parsed[models[0]])
+    if not known:
+        known = {"data": {"resolution": list(_size(loaded[0])), "channels": loaded[0].config.get("in_channels", 3)}}
+    parsed = _parse(parser, [*(f"--{name}={json.dumps(values)}" for name, values in known.items()), *arguments])
+    own = known["data"] if "objective" in known else {}
+    if parsed.split is None and own.get("name") == parsed.data.name and own.get("root") == parsed.data.root:
+        parsed.split = "held-out"
+    return parsed, loaded
+
+
+def _with_data(arguments: Sequence[str]) -> list[str]:
+    """`--data NAME` and `--data FOLDER` written out."""
+    words = [part for argument in arguments for part in _halves(argument)]
+    for place in [place for place, word in enumerate(words[:-1]) if word == "--data"][::-1]:
+        value = words[place + 1]
+        named = value in get_args(get_type_hints(DataConfig)["name"]) and value != "folder"
+        words[place : place + 2] = ["--data.name", value] if named else ["--data.name", "folder", "--data.root", value]
+    return words
+
+
+def _halves(argument: str) -> list[str]:
+    return ["--data", argument.removeprefix("--data=")] if argument.startswith("--data=") else [argument]
+
+
+def _settings_of_run(source: str) -> dict[str, dict[str, Any]]:
+    """Data, objective and evaluation of the run that a folder, or its model/, is of; empty if there is none."""
+    for folder in (Path(source), Path(source).resolve().parent):
+        file = folder / "config.yaml"
+        if file.is_file() and (folder / "model").is_dir():
+            settings = yaml.safe_load(file.read_text())
+            settings["evaluation"].pop("every", None)
+            return {name: settings[name] for name in ("data", "objective", "evaluation")}
+    return {}
+
+
+def _name(source: str) -> str:
+    """Of a model for people: a repository, or the folder without what all runs call theirs."""
+    path = Path(source)
+    if not path.exists():
+        return source
+    path = path.resolve()
+    return path.parent.name if path.name in ("model", "vae") else path.name
