@@ -244,10 +244,8 @@ def traversal_picture(
     change = "unit set to the values above" if unit else "channel shifted by so many of its standard deviations"
     left_out = f", for the {len(channels)} of {len(rate)} with the largest rate" if len(channels) < len(rate) else ""
     title = f"Latents of an image decoded with one {change} and the others kept{left_out}"
-    decoded = _decode(model, torch.cat(rows), batch_size)
-    return _page(
-        decoded, steps, title, labels, [f"{value:+.3g}" if abs(value) > 1e-3 else "0" for value in values.tolist()]
-    )
+    columns = [f"{value:+.3g}" if abs(value) > 1e-3 else "0" for value in values.tolist()]
+    return _page(_decode(model, torch.cat(rows), batch_size), steps, title, labels, columns)
 
 
 def manifold_picture(model: Autoencoder, batch_size: int, side: int = 20) -> Image.Image:
@@ -332,9 +330,11 @@ def rate_picture(rate_per_channel: Sequence[float], rate_per_position: Sequence[
     left.set_ylim(bottom=min(0, rates.min().item()))
     if len(rates) <= 32:
         left.set_xticks(range(len(rates)), [str(channel + 1) for channel in order.tolist()], fontsize=8)
+        for tick, low in zip(left.get_xticklabels(), silent, strict=True):  # whose bars are too low to be seen
+            tick.set_color("tab:red" if low else "black")
     left.set_xlabel(f"latent {kind}" + (", the largest rate first" if many else ""), fontsize=9)
     left.set_title(
-        f"rate per {kind}, nats per image\n{rates.sum():,.4g} in all; below {SILENT_RATE}: "
+        f"rate per {kind}, nats per image\n{rates.sum():,.4g} in all; below {SILENT_RATE} (red): "
         f"{int(silent.sum())} of {len(rates)}",
         fontsize=10,
         loc="left",
