@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 from matplotlib.transforms import Bbox
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.decomposition import PCA
@@ -28,6 +28,7 @@ from .images import shown_channels, to_pil
 DPI = 120
 PAGE_WIDTH = 1056  # pixels of images side by side: 16 of 64 with lines between them
 AMPLIFICATION = 4  # of differences
+DIFFERENCE = "grey where none, brighter where too bright"
 SILENT_RATE = 0.01  # nats per image; a channel below says next to nothing about it
 TSNE_POINTS = 2000
 VERDICT_COLOURS = {
@@ -110,6 +111,10 @@ def _page(
     return _titled(to_pil(images, columns, max(1, 64 // max(height, width))), title, row_labels, column_labels)
 
 
+def _nats(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def _columns(width: int) -> int:
     """How many images of `width` pixels go side by side on a page."""
     return max(1, min(16, PAGE_WIDTH // max(width, 64)))
@@ -152,8 +157,7 @@ def reconstruction_picture(model: Autoencoder, images: torch.Tensor, batch_size:
     rows = [images, reconstructions, AMPLIFICATION * (reconstructions - images)]
     triples = zip(*(part.split(columns) for part in rows), strict=True)
     labels = ["original", "reconstruction", f"difference x{AMPLIFICATION}"] * (len(images) // columns)
-    title = f"Held-out images, their reconstructions, and {AMPLIFICATION} times the difference: grey for none, bright "
-    title += "where the reconstruction is too bright"
+    title = f"Held-out images, their reconstructions, and {AMPLIFICATION} times the difference: {DIFFERENCE}"
     return _page(torch.cat([torch.cat(triple) for triple in triples]), columns, title, labels)
 
 
@@ -240,7 +244,7 @@ def traversal_picture(
             row = latents.repeat(steps, 1, 1, 1)
             row[:, channel] = values[:, None, None] if unit else row[:, channel] + values[:, None, None] * std[channel]
             rows.append(row)
-            labels.append(f"{'unit' if unit else 'channel'} {channel + 1}\n{rate[channel]:.3g} nats")
+            labels.append(f"{'unit' if unit else 'channel'} {channel + 1}\n{_nats(rate[channel])} nats")
     change = "unit set to the values above" if unit else "channel shifted by so many of its standard deviations"
     left_out = f", for the {len(channels)} of {len(rate)} with the largest rate" if len(channels) < len(rate) else ""
     title = f"Latents of an image decoded with one {change} and the others kept{left_out}"
@@ -325,7 +329,7 @@ def rate_picture(rate_per_channel: Sequence[float], rate_per_position: Sequence[
     silent = rates[order] < SILENT_RATE
     bars = left.bar(range(len(rates)), rates[order], color=["tab:red" if low else "tab:blue" for low in silent])
     if not many:
-        left.bar_label(bars, [f"{rate:.3g}" for rate in rates.tolist()], fontsize=8, padding=2)
+        left.bar_label(bars, [_nats(rate) for rate in rates.tolist()], fontsize=8, padding=2)
         left.margins(y=0.1)
     left.set_ylim(bottom=min(0, rates.min().item()))
     if len(rates) <= 32:
@@ -334,12 +338,13 @@ def rate_picture(rate_per_channel: Sequence[float], rate_per_position: Sequence[
             tick.set_color("tab:red" if low else "black")
     left.set_xlabel(f"latent {kind}" + (", the largest rate first" if many else ""), fontsize=9)
     left.set_title(
-        f"rate per {kind}, nats per image\n{rates.sum():,.4g} in all; below {SILENT_RATE} (red): "
+        f"rate per {kind}, nats per image\n{_nats(rates.sum())} in all; below {SILENT_RATE} (red): "
         f"{int(silent.sum())} of {len(rates)}",
         fontsize=10,
         loc="left",
     )
     left.tick_params(axis="y", labelsize=8)
+    left.yaxis.set_major_formatter(EngFormatter(sep="") if rates.max() >= 1e4 else ScalarFormatter())
     left.grid(axis="y", alpha=0.25)
     left.set_axisbelow(True)
     for axes in right:
@@ -495,8 +500,7 @@ def comparison_picture(
     side = PAGE_WIDTH // 5 // 8 * 8
     height, width = images.shape[-2:]
     parts = [part.float().cpu().clamp(-1, 1) for part in (images, reconstructions_a, reconstructions_b)]
-    title = f"{labels[0]} and {labels[1]}, with {AMPLIFICATION} times the difference: grey for none, bright where the "
-    title += "reconstruction is too bright"
+    title = f"{labels[0]} and {labels[1]}, each with {AMPLIFICATION} times its difference: {DIFFERENCE}"
     if max(height, width) > side:
         size = min(height, side), min(width, side)
         parts = [torch.stack(windows) for windows in zip(*map(partial(_window, size), *parts), strict=True)]
