@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from matplotlib import colormaps
@@ -86,7 +87,10 @@ def _titled(
         place = (left - 8, top + (row + 0.5) * picture.height / len(row_labels))
         draw.multiline_text(place, label, "black", small, anchor="rm", align="right")
     for column, label in enumerate(column_labels):
-        place = (left + (column + 0.5) * picture.width / len(column_labels), top - 4)
+        room = picture.width / len(column_labels)
+        while len(label) > 4 and small.getlength(label) > room:  # of a path, the end is what tells
+            label = "..." + label.removeprefix("...")[1:]
+        place = (left + (column + 0.5) * room, top - 4)
         draw.text(place, label, "black", small, anchor="ms")
     page.paste(picture, (left, top))
     return page
@@ -98,9 +102,10 @@ def _page(
     title: str,
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
+    side: int = 64,
 ) -> Image.Image:
-    """Images (B, C, H, W) in [-1, 1] in a titled grid; small ones are enlarged to 64 pixels, and what is wider than a
-    page all together is made smaller, which the title says.
+    """Images (B, C, H, W) in [-1, 1] in a titled grid; small ones are enlarged to `side` pixels, and what is wider than
+    a page all together is made smaller, which the title says.
     """
     height, width = images.shape[-2:]
     smaller = math.ceil(columns * width / PAGE_WIDTH)
@@ -108,7 +113,7 @@ def _page(
         images = torch.nn.functional.avg_pool2d(images.float(), smaller)
     notes = [shown_channels(images.shape[1]), f"each side at 1/{smaller} of its size" if smaller > 1 else ""]
     title = "; ".join([title, *filter(None, notes)])
-    return _titled(to_pil(images, columns, max(1, 64 // max(height, width))), title, row_labels, column_labels)
+    return _titled(to_pil(images, columns, max(1, side // max(height, width))), title, row_labels, column_labels)
 
 
 def _nats(value: float) -> str:
@@ -268,14 +273,14 @@ def latent_picture(
     model: Autoencoder,
     image_set: ImageSet,
     batch_size: int,
-    max_images: int,
+    max_images: int | None,
     projection: Literal["pca", "tsne"] = "pca",
 ) -> Image.Image:
     """Posterior means of the first `max_images` images, coloured by label: 2-D latents as they are, others by their
     first two principal components, or by t-SNE (van der Maaten & Hinton 2008) of at most 2,000.
     """
     if projection == "tsne":
-        max_images = min(max_images, TSNE_POINTS)
+        max_images = min(max_images or TSNE_POINTS, TSNE_POINTS)
     indices, batches = [], []
     for chosen, images in image_batches(image_set, batch_size, max_images, model.device):
         indices += chosen
@@ -319,19 +324,18 @@ def rate_picture(rate_per_channel: Sequence[float], rate_per_position: Sequence[
     """The rate per channel of the latents, the largest first when they are many, beside that per position, where there
     are several; nats per image.
     """
-    rates = torch.tensor(rate_per_channel, dtype=torch.float64)
-    positions = torch.tensor(rate_per_position, dtype=torch.float64)
-    many = len(rates) > 10
-    order = rates.argsort(descending=True, stable=True) if many else torch.arange(len(rates))
-    figure = _figure(10 if positions.numel() > 1 else 7, 4)
-    left, *right = figure.subplots(1, 2 if positions.numel() > 1 else 1, squeeze=False)[0]
-    kind = "channel" if positions.numel() > 1 else "unit"
+    rates, positions = np.asarray(rate_per_channel, dtype=float), np.asarray(rate_per_position, dtype=float)
+    many, several_positions = len(rates) > 10, positions.size > 1
+    order = np.argsort(-rates, kind="stable") if many else np.arange(len(rates))
+    figure = _figure(10 if several_positions else 7, 4)
+    left, *right = figure.subplots(1, 2 if several_positions else 1, squeeze=False)[0]
+    kind = "channel" if several_positions else "unit"
     silent = rates[order] < SILENT_RATE
     bars = left.bar(range(len(rates)), rates[order], color=["tab:red" if low else "tab:blue" for low in silent])
     if not many:
         left.bar_label(bars, [_nats(rate) for rate in rates.tolist()], fontsize=8, padding=2)
         left.margins(y=0.1)
-    left.set_ylim(bottom=min(0, rates.min().item()))
+    left.set_ylim(bottom=min(0, rates.min()))
     if len(rates) <= 32:
         left.set_xticks(range(len(rates)), [str(channel + 1) for channel in order.tolist()], fontsize=8)
         for tick, low in zip(left.get_xticklabels(), silent, strict=True):  # whose bars are too low to be seen
@@ -454,7 +458,9 @@ def rate_distortion_curve(points: Sequence[tuple[str, float, float, str]]) -> Im
         axes.scatter(*zip(*(point[1:3] for point in chosen), strict=True), s=55, color=colour, label=verdict, zorder=2)
     if max(rates) > 30 * max(min(rates), 1):
         axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(0.12)
+    axes.set_title("Rate and distortion of each model", fontsize=10, loc="left")
     axes.set_xlabel("rate, nats per image", fontsize=9)
     axes.set_ylabel("distortion, nats per image", fontsize=9)
     axes.tick_params(labelsize=8)
@@ -508,7 +514,7 @@ def comparison_picture(
     original, a, b = parts
     cells = torch.stack([original, a, AMPLIFICATION * (a - original), b, AMPLIFICATION * (b - original)], 1)
     headings = ["original", labels[0], "difference", labels[1], "difference"]
-    return _page(cells.flatten(0, 1), 5, title, captions, headings)
+    return _page(cells.flatten(0, 1), 5, title, captions, headings, min(side, 128))
 
 
 def _window(
@@ -525,7 +531,7 @@ def draw_all(
     image_set: ImageSet,
     metrics: Path | None,
     batch_size: int,
-    max_images: int,
+    max_images: int | None,
     seed: int,
     rate_per_channel: Sequence[float] | None = None,
     rate_per_position: Sequence[Sequence[float]] | None = None,
@@ -548,7 +554,7 @@ def draw_all(
         pictures["interpolations"] = interpolation_picture(model, pairs[0::2], pairs[1::2], batch_size)
     if latent_shape == (2, 1, 1):
         pictures["manifold"] = manifold_picture(model, batch_size)
-    if min(len(image_set), max_images) > 2 and math.prod(latent_shape) > 1:
+    if min(len(image_set), max_images or len(image_set)) > 2 and math.prod(latent_shape) > 1:
         pictures["latents"] = latent_picture(model, image_set, batch_size, max_images, projection)
     if rate_per_channel is not None and rate_per_position is not None:
         pictures["rates"] = rate_picture(rate_per_channel, rate_per_position)

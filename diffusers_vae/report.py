@@ -177,7 +177,7 @@ def _data_uri(picture: Image.Image) -> str:
     if buffer.tell() > PNG_BYTES:
         for quality in JPEG_QUALITIES:
             smaller = io.BytesIO()
-            picture.convert("RGB").save(smaller, "JPEG", quality=quality, subsampling=0, optimize=True)
+            picture.convert("RGB").save(smaller, "JPEG", quality=quality, subsampling=0)
             if smaller.tell() <= JPEG_BYTES:
                 break
         if smaller.tell() < buffer.tell():
