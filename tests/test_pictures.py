@@ -274,6 +274,7 @@ class TestCurves:
 
         alive, silent = (rate_picture([2.0, rate, 1.0], [[3.0]]) for rate in (0.5, 0.005))
         assert reds(alive) == 0 and reds(silent) > 0
+        assert reds(rate_picture([0.005, 0.004], [[0.009]])) > 10_000  # bars, too
         spatial = rate_picture([2.0, 0.5], [[1.0, 0.5, 0.5], [0.2, 0.2, 0.1]])
         assert spatial.width > 1.3 * alive.width
 
