@@ -112,14 +112,20 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
+def shown_channels(channels: int) -> str:
+    """What `to_pil` shows of images of so many channels, for titles: nothing to say for 1 (grey) and 3 (RGB)."""
+    if channels in (1, 3):
+        return ""
+    return "channel 1 of 2 as grey" if channels == 2 else f"channels 1-3 of {channels} as red, green, blue"
+
+
 def to_pil(images: torch.Tensor, columns: int, scale: int = 1) -> Image.Image:
     """One picture of a batch of images (B, C, H, W) in [-1, 1], row by row in `columns`, with thin white lines.
 
-    `scale` enlarges every pixel, for small images. Of other than 1 or 3 channels, the first is shown.
+    `scale` enlarges every pixel, for small images. Which channels it shows, and as what, `shown_channels` says.
     """
-    pixels = to_uint8(images)
-    if pixels.shape[1] not in (1, 3):
-        pixels = pixels[:, :1]
+    channels = images.shape[1]
+    pixels = to_uint8(images[:, : 3 if channels >= 3 else 1])
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     grid = make_grid(pixels, nrow=columns, padding=2, pad_value=255)
     return Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, features
 
-from diffusers_vae.images import read_image, to_model_range, to_pil, to_uint8, to_unit_range
+from diffusers_vae.images import read_image, shown_channels, to_model_range, to_pil, to_uint8, to_unit_range
 
 # --- ranges
 
@@ -353,11 +353,18 @@ def test_grid_shows_every_image_between_white_lines(batch, columns, scale, chann
     assert np.array_equal(np.asarray(grid), expected.permute(1, 2, 0))
 
 
-@pytest.mark.parametrize("channels", [2, 4, 16])
-def test_grid_of_other_channel_counts_shows_the_first(channels):
+@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (2, 1), (3, 3), (4, 3), (5, 3), (16, 3)])
+def test_grid_of_n_channels_shows_the_first_as_grey_or_the_first_three_as_colours(channels, shown):
     images = torch.rand(4, channels, 3, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert to_pil(images, 2) == to_pil(images[:, :1], 2)
-    assert to_pil(images, 2) != to_pil(images[:, 1:2], 2)
+    for channel in range(channels):
+        others = images.clone()
+        others[:, channel] *= -1
+        assert (to_pil(others, 2) != to_pil(images, 2)) == (channel < shown)
+    assert to_pil(images, 2) == to_pil(images[:, :shown], 2)
+    said = shown_channels(channels)
+    assert said == {1: "", 2: "channel 1 of 2 as grey", 3: ""}.get(
+        channels, f"channels 1-3 of {channels} as red, green, blue"
+    )
 
 
 def test_grid_of_one_image_is_the_image():

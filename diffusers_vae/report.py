@@ -1,0 +1,185 @@
+"""Figures and pictures to something a person reads: one self-contained HTML page, or a table in a terminal."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import textwrap
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+PNG_BYTES = 400_000  # above, a picture is a JPEG of quality 95 if that is smaller
+JPEG_QUALITIES = (95, 90, 80)  # the first that makes a picture no larger than the limit, or the last
+JPEG_BYTES = 700_000
+
+FIGURES = {
+    "loss": ("loss", "nats/image", "as trained: distortion without its constant + kl_weight * rate"),
+    "distortion": ("distortion", "nats/image", "-log p(image | latents) with its constant; lower is better"),
+    "rate": ("rate", "nats/image", "KL to the prior: what the latents say about an image"),
+    "elbo": ("elbo", "nats/image", "-(distortion + rate), a lower bound of log p(image); higher is better"),
+    "importance_weighted_bound": ("IW bound", "nats/image", "a tighter bound of log p(image), of several draws"),
+    "bits_per_dim": ("bits/dim", "bits", "-elbo per channel of a pixel; below 0 where a density exceeds 1"),
+    "psnr": ("PSNR", "dB", "peak signal-to-noise ratio; higher is better"),
+    "ssim": ("SSIM", "", "structural similarity, 1 for a copy; higher is better"),
+    "lpips_alex": ("LPIPS (alex)", "", "perceptual distance, 0 for a copy; lower is better"),
+    "lpips_vgg": ("LPIPS (vgg)", "", "perceptual distance, 0 for a copy; lower is better"),
+    "rfid": ("rFID", "", "Frechet distance of reconstructions to originals; lower is better"),
+}
+"""Of evaluation.json: label, unit, and what it is. Further numbers are shown under their own names."""
+
+PICTURES = {
+    "reconstructions": (
+        "Reconstructions",
+        "Held-out images, under each its reconstruction from the mode of the posterior, and under that the amplified "
+        "difference: grey where there is none, bright where the reconstruction is too bright, dark where too dark.",
+    ),
+    "samples": (
+        "Samples from the prior",
+        "Latents drawn from N(0, I) and decoded. With many positions, whole images come from a diffusion model over "
+        "the latents, not from this.",
+    ),
+    "traversals": (
+        "Traversals",
+        "One channel of an image's latents changes from left to right, the others are kept. A row in which nothing "
+        "changes is of a channel that the decoder ignores.",
+    ),
+    "interpolations": (
+        "Interpolations",
+        "From left to right on the sphere between the latents of two held-out images.",
+    ),
+    "manifold": ("Manifold", "The decoded plane of the two latent units, evenly spaced in the prior's probability."),
+    "latents": ("Latents", "Posterior means of held-out images in a plane, coloured by label where there are labels."),
+    "rates": (
+        "Rates",
+        "How many nats each channel, and each position, of the latents says about an image on average. Near 0 it says "
+        "nothing: it has collapsed to the prior.",
+    ),
+    "loss": ("Training", "Loss, its two terms and the learning rate over the images seen."),
+    "rate_distortion": (
+        "Rate and distortion",
+        "The way of the run, coloured by images seen. Points on a dashed line have the same elbo; further down and "
+        "left is better.",
+    ),
+}
+"""Heading and caption of each picture of `pictures.draw_all`. Further pictures have their names as headings."""
+
+
+def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], title: str) -> str:
+    """A page that needs no other file and no network: the figures of `report`, which is what evaluation.json holds,
+    and the pictures by name.
+    """
+    template = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": _number, "value": _value, "words": _words}
+    shown = []
+    for name, picture in pictures.items():
+        heading, caption = PICTURES.get(name, (_words(name).capitalize(), ""))
+        shown.append(
+            {
+                "name": name,
+                "heading": heading,
+                "caption": caption,
+                "source": _data_uri(picture),
+                "width": picture.width,
+                "height": picture.height,
+            }
+        )
+    return environment.from_string(template).render(
+        title=title, report=report, figures=list(_figures(report)), channels=_channels(report), pictures=shown
+    )
+
+
+def report_table(report: Mapping[str, Any]) -> str:
+    """The figures of `report`, which is what evaluation.json holds, in lines of at most 100 columns, for a terminal."""
+    rows = [
+        (label, _number(value), f"[{_number(low)}, {_number(high)}]" if interval else "", unit)
+        for label, value, interval, unit, _ in _figures(report)
+        for low, high in [interval or (0, 0)]
+    ]
+    header = ("", "mean", "95 % interval", "")
+    widths = [max(len(row[place]) for row in [header, *rows]) for place in range(4)]
+    lines = [
+        f"{label:<{widths[0]}}  {value:>{widths[1]}}  {interval:<{widths[2]}}  {unit}".rstrip()
+        for label, value, interval, unit in [header, *rows]
+    ]
+    posterior = report.get("posterior", {})
+    notes = [f"{report['images']:,} images; distortion, elbo and bits/dim are of the {report['density']}."]
+    if posterior:
+        notes.append(
+            f"Latents: {posterior['verdict']}; {posterior['active_units']:,} of {posterior['units']:,} units active."
+            + (f" {posterior['advice']}" if posterior.get("advice") else "")
+        )
+    return "\n".join([*lines, "", *(line for note in notes for line in textwrap.wrap(note, 100))]) + "\n"
+
+
+def _figures(report: Mapping[str, Any]) -> Iterator[tuple[str, float, tuple[float, float] | None, str, str]]:
+    """Label, value, interval, unit and explanation of every number of the report that was measured."""
+    intervals = report.get("intervals") or {}
+    known = [name for name in FIGURES if name in report]
+    others = [name for name, value in report.items() if name not in FIGURES and isinstance(value, float)]
+    for name in known + others:
+        if report[name] is not None:
+            interval = intervals.get(name)
+            label, unit, meaning = FIGURES.get(name, (_words(name), "", ""))
+            yield label, report[name], tuple(interval) if interval else None, unit, meaning
+
+
+def _channels(report: Mapping[str, Any]) -> list[tuple[int, float | None, float | None, float | None]]:
+    """Number, mean, std and rate of each channel of the latents."""
+    columns = [
+        report.get("latents", {}).get("mean"),
+        report.get("latents", {}).get("std"),
+        report.get("posterior", {}).get("rate_per_channel"),
+    ]
+    count = max((len(column) for column in columns if isinstance(column, list)), default=0)
+    columns = [column if isinstance(column, list) else [None] * count for column in columns]
+    return [(number, *values) for number, values in enumerate(zip(*columns, strict=True), 1)]
+
+
+def _number(value: float) -> str:
+    """Rounded for reading: 4 to 6 significant digits."""
+    if isinstance(value, int) or not math.isfinite(value):
+        return f"{value:,}"
+    size = abs(value)
+    if value and not 1e-3 <= size < 1e7:
+        return f"{value:.3e}"
+    return f"{value:,.{1 if size >= 1000 else 2 if size >= 10 else 4}f}"
+
+
+def _value(value: Any) -> str:
+    """Anything of evaluation.json in a line."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        sizes = len(value) in (2, 3) and all(type(item) is int and item > 0 for item in value)
+        return ("x" if sizes else ", ").join(_value(item) for item in value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _data_uri(picture: Image.Image) -> str:
+    buffer, kind = io.BytesIO(), "png"
+    picture.save(buffer, "PNG", optimize=True)
+    if buffer.tell() > PNG_BYTES:
+        for quality in JPEG_QUALITIES:
+            smaller = io.BytesIO()
+            picture.convert("RGB").save(smaller, "JPEG", quality=quality, subsampling=0)
+            if smaller.tell() <= JPEG_BYTES:
+                break
+        if smaller.tell() < buffer.tell():
+            buffer, kind = smaller, "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
