@@ -94,7 +94,7 @@ class _Error(Exception):
 
 
 class HubServer:
-    """`with HubServer({"hf_...": User("ann")}) as hub:` serves the Hub, `hub.url`, and its storage, `hub.storage_url`."""
+    """`with HubServer({"hf_...": User("ann")}) as hub:` serves the Hub at `hub.url`, with a storage of its own."""
 
     def __init__(self, tokens: dict[str, User]):
         self.tokens = tokens
@@ -268,7 +268,8 @@ class _Hub(_Handler):
     def _owns(self, namespace: str) -> bool:
         return self.user is not None and namespace in (self.user.name, *self.user.orgs)
 
-    def _repo(self, name: str, write: bool = False) -> Repo:
+    def _repo(self, name: str, write: bool = False, for_request: bool = False) -> Repo:
+        """The repository if the user may see it, or write to it; a pull request may come from everybody."""
         repo = self.hub.repos.get(name)
         owns = self._owns(name.partition("/")[0])
         if repo is None or (repo.private and not owns):
@@ -278,8 +279,7 @@ class _Hub(_Handler):
         if write:
             if self.user is None:
                 raise _Error(401, "Invalid username or password.")
-            opens_request = "create_pr" in self.query
-            if self.user.role == "read" or not (owns or opens_request):
+            if self.user.role == "read" or not (owns or for_request):
                 raise _Error(403, "Forbidden: you must use a write token to upload to a repository.")
         return repo
 
@@ -329,7 +329,7 @@ class _Hub(_Handler):
         return _json({"errors": [], "warnings": []})
 
     def preupload(self, name, revision):
-        commit = self._at(self._repo(name, write=True), revision)
+        commit = self._at(self._repo(name, True, "create_pr" in self.query), revision)
         answers = []
         for file in json.loads(self.body)["files"]:
             sample = base64.b64decode(file["sample"])
@@ -341,8 +341,8 @@ class _Hub(_Handler):
         return _json({"files": answers, "commitOid": commit.oid})
 
     def batch(self, name):
-        repo = self._repo(name, write=True)
         values = json.loads(self.body)
+        repo = self._repo(name, True, for_request="ref" not in values)
         assert values["operation"] == "upload" and values["hash_algo"] == "sha256"
         if "basic" not in values["transfers"]:
             raise _Error(400, f"transfers must hold basic, got {values['transfers']}")
@@ -364,14 +364,14 @@ class _Hub(_Handler):
         return f"{self.hub.storage_url}/lfs/{oid}?signature={signature}"
 
     def verify(self, name):
-        self._repo(name, write=True)
+        self._repo(name, True, for_request=True)
         values = json.loads(self.body)
         if len(self.hub.objects.get(values["oid"], b"")) != values["size"]:
             raise _Error(404, "LFS object not found")
         return _json({})
 
     def commit(self, name, revision):
-        repo = self._repo(name, write=True)
+        repo = self._repo(name, True, "create_pr" in self.query)
         parent = self._at(repo, revision)
         if revision not in repo.refs:
             raise _Error(400, f"not a branch: {revision}")
