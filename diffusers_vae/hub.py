@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 from collections.abc import Callable
@@ -396,13 +397,24 @@ def _repo_id(config: HubConfig) -> str:
 
 def _ask(work: Callable[[], T], failed: str, advice: str = "") -> T:
     """What `work` returns; whatever goes wrong in it is an OSError of one line, without token and without the errors
-    that caused it, since any of them may hold what was sent.
+    that caused it, since any of them may hold what was sent. Nor does the client log a token meanwhile.
     """
+    handlers = list(logging.getLogger("huggingface_hub").handlers)
+    for handler in handlers:
+        handler.addFilter(_blot)
     try:
         return work()
     except Exception as error:  # the client has no common base of its errors, which differ from version to version
         message = _without_token(f"{failed}: {_reason(error)}.{advice}")
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_blot)
     raise OSError(message)
+
+
+def _blot(record: logging.LogRecord) -> bool:
+    record.msg, record.args = _without_token(record.getMessage()), ()
+    return True
 
 
 def _reason(error: BaseException) -> str:
