@@ -160,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
         request = f"{self.command} {unquote(self.path_only)}"
         length = int(self.headers.get("Content-Length", 0))
         with self.hub.lock:
-            self.hub.requests.append((request, dict(self.headers)))
+            self.hub.requests.append((request, {name.lower(): value for name, value in self.headers.items()}))
             fault = next((f for f in self.hub.faults if f.times > 0 and re.search(f.pattern, request)), None)
             if fault:
                 fault.times -= 1
