@@ -298,8 +298,8 @@ def run_push(arguments: Sequence[str]) -> int:
         "push",
         "RUN REPO_ID [--private true] [--license ID] ...",
         "Publish a finished run as a model repository on the Hugging Face Hub, in one commit: the model, its card, "
-        "pictures/, evaluation.json and config.yaml. Log in first, with `hf auth login` or HF_TOKEN. After an error, the "
-        "same command goes on.",
+        "pictures/, evaluation.json and config.yaml. Log in first, with `hf auth login` or HF_TOKEN. After an error, "
+        "the same command goes on.",
         "diffusers-vae push runs/mnist-vae me/mnist-vae --license apache-2.0",
     )
     parser.add_argument("run", type=str, help="Folder of a finished run.")

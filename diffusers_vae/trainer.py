@@ -57,11 +57,13 @@ from .checkpoint import (
 )
 from .data import DataConfig, FolderImages, ImageSet, MicroBatch, ReadImages, epoch_batches, load_data, step_noise
 from .evaluation import EvaluationConfig, EvaluationReport, evaluate, load_judges
+from .hub import HubConfig, write_card
 from .images import to_model_range
 from .latents import measure_latents
 from .models import MLPVAE, VAE, ModelConfig
 from .objective import ObjectiveConfig, ObjectiveTerms
 from .pictures import draw_all
+from .report import report_html
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +176,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self):
         height, width = self.data.size
@@ -203,7 +206,8 @@ class RunResult:
     """What a run leaves behind."""
 
     output_dir: Path
-    """With config.yaml, metrics.jsonl, checkpoints/, model/, evaluation.json and pictures/."""
+    """With config.yaml, metrics.jsonl, checkpoints/, model/, evaluation.json, report.html, README.md (the card) and
+    pictures/."""
     report: EvaluationReport
     """Of the model in model/, on the held-out images."""
     parameters: int
@@ -595,9 +599,11 @@ in which it is summed."""
 RESULTS = ("model", "evaluation.json")
 FILES = (
     *RESULTS,
+    "README.md",
     "bad_images.txt",
     "data.json",
     "evaluation.csv",
+    "report.html",
     "metrics.jsonl",
     "nonfinite",
     "pictures",
@@ -655,13 +661,16 @@ def _differing(path: Path, config: TrainConfig) -> list[str]:
     wanted = _settings(config.plain())
     sections = {
         "data": DataConfig(), "optimizer": OptimizerConfig(), "run": RunConfig(), "evaluation": EvaluationConfig(),
+        "hub": HubConfig(),
     }  # fmt: skip
     # of settings that an older version did not have
     defaults = wanted | _settings(_plain({name: asdict(section) for name, section in sections.items()}))
     return [
         f"{name}: {old} -> {new}"
         for name in sorted(wanted.keys() | stated.keys())
-        if name not in FREE_SETTINGS and (old := stated.get(name, defaults.get(name))) != (new := wanted.get(name))
+        if name not in FREE_SETTINGS
+        and not name.startswith("hub.")
+        and (old := stated.get(name, defaults.get(name))) != (new := wanted.get(name))
     ]
 
 
@@ -994,8 +1003,8 @@ def _evaluate(
     image_set: ImageSet,
     log: _Log,
     progress: dict[str, int],
-) -> EvaluationReport:
-    """Measure `model` on all processes and picture it on the main process."""
+) -> tuple[EvaluationReport, dict[str, Image.Image]]:
+    """Measure `model` on all processes, and picture it on the main process."""
     settings = config.evaluation
     name = Path(config.run.output_dir).resolve().name
     bar = accelerator.is_main_process
@@ -1005,17 +1014,28 @@ def _evaluate(
         raise FloatingPointError(f"training diverged, not finite on held-out images: {', '.join(bad)}. {STABLER}")
     log.write("evaluation", progress | numbers)
 
-    def draw() -> None:
-        shown = min(5000, settings.max_images or 5000)
-        pictures = draw_all(model, image_set, log.path, settings.batch_size, shown, settings.seed)
+    def draw() -> dict[str, Image.Image]:
+        pictures = draw_all(
+            model,
+            image_set,
+            log.path,
+            settings.batch_size,
+            min(5000, settings.max_images or 5000),
+            settings.seed,
+            report.posterior.rate_per_channel,
+            report.posterior.rate_per_position,
+            settings.projection,
+        )
         for name, picture in pictures.items():
             path = log.path.parent / "pictures" / f"{name}.png"
             with naming(path):
                 picture.save(path)
         log.show(pictures, progress["images_seen"])
+        return pictures
 
-    on_main(accelerator, draw)
-    return report
+    pictures: dict[str, Image.Image] = {}
+    on_main(accelerator, lambda: pictures.update(draw()))
+    return report, pictures
 
 
 def _finish(
@@ -1045,9 +1065,16 @@ def _finish(
         )
     model.register_to_config(scaling_factor=statistics.scaling_factor, shift_factor=statistics.mean)
     on_main(accelerator, save)
-    report = _evaluate(config, accelerator, model, heldout_images, log, progress)
-    on_main(accelerator, lambda: write_file(output_dir / "evaluation.csv", report.per_image.to_csv()))
-    on_main(accelerator, lambda: write_file(output_dir / "evaluation.json", report.to_json()))
+    report, pictures = _evaluate(config, accelerator, model, heldout_images, log, progress)
+
+    def write() -> None:
+        evaluation = report.to_json()
+        write_file(output_dir / "evaluation.csv", report.per_image.to_csv())
+        write_file(output_dir / "report.html", report_html(json.loads(evaluation), pictures, report.model.name))
+        write_card(output_dir, config.hub, json.loads(evaluation))
+        write_file(output_dir / "evaluation.json", evaluation)
+
+    on_main(accelerator, write)
     return report
 
 

@@ -1,6 +1,5 @@
 """Metrics, latent statistics and evaluation, on tiny real models and real digits."""
 
-
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -97,5 +96,3 @@ class TestLatentStatistics:
         one, two = (measure_latents(vae, digits, batch_size, 50) for batch_size in (50, 7))
         assert one.images == two.images == 50
         assert one.mean == pytest.approx(two.mean, rel=1e-5) and one.std == pytest.approx(two.std, rel=1e-6)
-
-

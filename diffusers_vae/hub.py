@@ -1,0 +1,462 @@
+"""A finished run on the Hugging Face Hub: its model card, and the upload of what others need."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import yaml
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    get_token,
+)
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from .checkpoint import write_file
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    """Publishing on the Hugging Face Hub. The token is never a setting: it comes from `hf auth login` or HF_TOKEN."""
+
+    push: bool = False
+    """Upload the finished run."""
+    repo_id: str | None = None
+    """NAMESPACE/NAME of the model repository, created if it is missing."""
+    private: bool = False
+    """Visible to its owners only; an error if the repository is there and public."""
+    revision: str | None = None
+    """Branch, created if it is missing; or refs/pr/N, a pull request that is open. By default main."""
+    commit_message: str | None = None
+    """By default, which figures the model has."""
+    create_pr: bool = False
+    """Open a pull request instead of changing the main branch."""
+    license: str | None = None
+    """Of the weights, as the Hub abbreviates it: apache-2.0, mit, cc-by-nc-4.0, ... By default the card names none,
+    and nobody else may use them."""
+    base_model: str | None = None
+    """NAMESPACE/NAME of the model that this one was made from, for the card."""
+
+    def __post_init__(self):
+        if self.push and self.repo_id is None:
+            raise ValueError("hub.push needs hub.repo_id, NAMESPACE/NAME of the repository, got null")
+        for name in ("repo_id", "base_model"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            try:
+                validate_repo_id(value)
+            except HFValidationError as error:
+                raise ValueError(f"hub.{name} must be NAMESPACE/NAME, got {value!r}: {error}") from error
+            if "/" not in value and name == "repo_id":
+                raise ValueError(f"hub.repo_id must be NAMESPACE/NAME, got {value!r}")
+        for name in ("revision", "commit_message", "license"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise ValueError(f"hub.{name} must not be empty; leave it out instead")
+        if self.create_pr and self.revision not in (None, "main"):
+            raise ValueError(
+                "hub.create_pr opens a pull request against main, so hub.revision must be left out, got "
+                f"{self.revision!r}"
+            )
+
+    def command(self, run: Path) -> str:
+        """The command that uploads `run` with these settings."""
+        words = ["diffusers-vae", "push", str(run), self.repo_id or "NAMESPACE/NAME"]
+        for name in ("private", "revision", "commit_message", "create_pr", "license", "base_model"):
+            value = getattr(self, name)
+            if value not in (None, False):
+                words += [f"--{name}", "true" if value is True else value]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the files of a finished run say."""
+
+    path: Path
+    evaluation: dict[str, Any]
+    config: dict[str, Any]
+    model: dict[str, Any]
+    weights: list[Path]
+    pictures: list[Path]
+
+    @classmethod
+    def read(cls, path: Path, evaluation: dict[str, Any] | None = None) -> _Run:
+        """With `evaluation` instead of what is in evaluation.json. Raises ValueError when the run is not finished or
+        holds what must not be published.
+        """
+        for name in ("config.yaml", "model/config.json", "evaluation.json"):
+            if not (path / name).is_file() and (name != "evaluation.json" or evaluation is None):
+                raise ValueError(
+                    f"a run that is published must be finished: {path / name} is missing. Continue the run with the "
+                    "command that began it"
+                )
+        folder = path / "model"
+        if pickles := sorted(file.name for file in folder.rglob("*") if file.suffix in PICKLES):
+            raise ValueError(
+                f"{folder} must hold weights as safetensors, got {', '.join(pickles)}, which can run code when loaded; "
+                "remove them, or save the model again"
+            )
+        weights = sorted(file for file in folder.iterdir() if WEIGHTS.fullmatch(file.name))
+        tensors = [file for file in weights if file.suffix == ".safetensors"]
+        if not tensors:
+            raise ValueError(f"{folder} holds no weights, diffusion_pytorch_model.safetensors; train the model first")
+        for file in tensors:
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{file} is damaged: {error}. Delete evaluation.json and continue the run") from error
+        if evaluation is None:
+            evaluation = json.loads((path / "evaluation.json").read_text())
+        if missing := sorted({"psnr", "posterior", "model", "protocol"} - evaluation.keys()):
+            raise ValueError(
+                f"{path / 'evaluation.json'} is of an older version and lacks {', '.join(missing)}; delete it and "
+                "continue the run, which measures the model again"
+            )
+        return cls(
+            path,
+            evaluation,
+            yaml.safe_load((path / "config.yaml").read_text()),
+            json.loads((folder / "config.json").read_text()),
+            weights,
+            sorted(
+                (file for file in (path / "pictures").glob("*.png") if not file.name.startswith(".")),
+                key=lambda file: (
+                    list(PICTURES).index(file.stem) if file.stem in PICTURES else len(PICTURES),
+                    file.stem,
+                ),
+            ),
+        )
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """What is uploaded, besides the card, by its path in the repository: nothing that is not named here."""
+        files = [self.path / "model" / "config.json", *self.weights]
+        files += [self.path / "evaluation.json", self.path / "config.yaml"]
+        return {file.name: file for file in files} | {f"pictures/{file.name}": file for file in self.pictures}
+
+
+PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """How a number of evaluation.json is shown."""
+
+    key: str
+    name: str
+    meaning: str
+    digits: int
+
+
+FIGURES = (
+    _Figure("psnr", "PSNR", "dB, higher is better", 2),
+    _Figure("ssim", "SSIM", "at most 1, higher is better", 4),
+    _Figure("lpips_alex", "LPIPS (AlexNet)", "lower is better", 4),
+    _Figure("lpips_vgg", "LPIPS (VGG)", "lower is better", 4),
+    _Figure("rfid", "rFID", "lower is better; comparable at the same number of images only", 2),
+    _Figure("rate", "rate", "KL divergence of the posterior from the prior, nats per image", 2),
+    _Figure("distortion", "distortion", "-log p(image \\| latents), nats per image", 2),
+    _Figure("elbo", "ELBO", "-(distortion + rate), nats per image, higher is better", 2),
+    _Figure("importance_weighted_bound", "importance-weighted bound", "nats per image, higher is better", 2),
+    _Figure("bits_per_dim", "bits/dim", "-ELBO per pixel and channel", 4),
+    _Figure("loss", "loss", "as trained, without the distortion's constant", 3),
+)
+DATA_NAMES = {
+    "digits": "scikit-learn's digits",
+    "mnist": "MNIST",
+    "qmnist": "QMNIST",
+    "fashion-mnist": "Fashion-MNIST",
+    "cifar10": "CIFAR-10",
+    "folder": "a folder of images",
+}
+HUB_DATA = {
+    "mnist": "ylecun/mnist",
+    "fashion-mnist": "zalando-datasets/fashion_mnist",
+    "cifar10": "uoft-cs/cifar10",
+}
+PIXEL_TERMS = {"likelihood", "scale", "kl_weight"}
+NOT_RECIPE = {
+    "root", "num_workers", "on_bad_image",
+    "output_dir", "checkpoint_every", "keep_checkpoints", "allow_config_change", "on_nonfinite", "log_every", "tracker",
+}  # fmt: skip
+PICTURES = {
+    "reconstructions": "Held-out images, each above its reconstruction.",
+    "samples": "Decoded draws from the prior.",
+    "manifold": "The plane of the two latent units, decoded on a grid.",
+    "latents": "Posterior means of held-out images.",
+    "loss": "Training: the terms of the objective and the learning rate over images seen.",
+}
+
+
+def render_card(run: Path, config: HubConfig | None = None) -> str:
+    """The model card of a finished run: Markdown after YAML metadata, all of it from the run's files. Without a
+    `repo_id`, it loads the model from the run's folder.
+
+    Raises:
+        ValueError: when the run is not finished.
+    """
+    return _render(_Run.read(run), config or HubConfig())
+
+
+def write_card(run: Path, config: HubConfig, evaluation: dict[str, Any]) -> None:
+    """The card as README.md of a run whose evaluation.json will be `evaluation`."""
+    write_file(run / "README.md", _render(_Run.read(run, evaluation), config))
+
+
+def _render(run: _Run, config: HubConfig) -> str:
+    evaluation, protocol = run.evaluation, run.evaluation["protocol"]
+    stock = run.model["_class_name"] == "AutoencoderKL"
+    data = run.config["data"]
+    size = [data["resolution"]] * 2 if isinstance(data["resolution"], int) else data["resolution"]
+    trained_on = DATA_NAMES.get(data["name"], data["name"])
+    measured_on = DATA_NAMES.get(protocol["data"], protocol["data"])
+    measured = [figure for figure in FIGURES if evaluation.get(figure.key) is not None]
+    results = [
+        EvalResult(
+            task_type="image-to-image",
+            task_name="Image reconstruction",
+            dataset_type=HUB_DATA.get(protocol["data"], protocol["data"]),
+            dataset_name=measured_on,
+            dataset_split=protocol["split"],
+            metric_type=figure.key,
+            metric_name=figure.name,
+            metric_value=evaluation[figure.key],
+        )
+        for figure in measured
+    ]
+    name = config.repo_id.rpartition("/")[2] if config.repo_id else run.name
+    card_data = ModelCardData(
+        license=config.license,
+        library_name="diffusers" if stock else "diffusers_vae",
+        tags=["autoencoder", "vae", "autoencoder-kl" if stock else "mlp-vae", "diffusers_vae"],
+        base_model=config.base_model,
+        datasets=[HUB_DATA[data["name"]]] if data["name"] in HUB_DATA else None,
+        model_name=name,
+        eval_results=results,
+    )
+    return str(
+        ModelCard.from_template(
+            card_data,
+            template_path=str(_template()),
+            run=run,
+            name=name,
+            stock=stock,
+            source=config.repo_id or (run.path / "model").as_posix(),
+            revision=config.revision if config.repo_id else None,
+            license=config.license,
+            base_model=config.base_model,
+            evaluation=evaluation,
+            protocol=protocol,
+            model=evaluation["model"],
+            posterior=evaluation["posterior"],
+            trained_on=trained_on,
+            size="x".join(map(str, size)),
+            measured_on=measured_on,
+            rows=[_row(figure, evaluation) for figure in measured],
+            recipe=_recipe(run.config),
+            pictures=[(file.name, PICTURES.get(file.stem, file.stem)) for file in run.pictures],
+            ratio=2 ** (len(run.model["block_out_channels"]) - 1) if stock else None,
+            pixel_terms_only=not any(
+                run.config["objective"][key] for key in run.config["objective"].keys() - PIXEL_TERMS
+            ),
+        )
+    )
+
+
+def _template() -> Path:
+    """model_cards/template.md: inside of the package when it was installed from a wheel, beside it in a checkout."""
+    here = Path(__file__).parent
+    inside = here / "model_cards" / "template.md"
+    return inside if inside.exists() else here.parent / "model_cards" / "template.md"
+
+
+def _row(figure: _Figure, evaluation: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Name, value, interval and meaning, as the card shows them."""
+    interval = evaluation["intervals"].get(figure.key)
+    shown = f"{interval[0]:,.{figure.digits}f} to {interval[1]:,.{figure.digits}f}" if interval else ""
+    return figure.name, f"{evaluation[figure.key]:,.{figure.digits}f}", shown, figure.meaning
+
+
+def _recipe(config: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """The settings that decide the result, section by section."""
+    rows = []
+    for section in ("data", "model", "objective", "optimizer", "run"):
+        values = {key: value for key, value in config[section].items() if key not in NOT_RECIPE and value is not None}
+        rows.append((section, ", ".join(f"{key} {json.dumps(value).strip(chr(34))}" for key, value in values.items())))
+    return rows
+
+
+def check_can_push(config: HubConfig) -> None:
+    """Ask the Hub whether the token may write to `config.repo_id`, so that it need not refuse a run at its end.
+
+    Raises:
+        ValueError: when there is no repo_id.
+        OSError: when there is no token, the Hub does not know it, or it may not write there.
+    """
+    api, namespace = HfApi(), _repo_id(config).partition("/")[0]
+    user = _ask(lambda: api.whoami(), f"cannot push to {config.repo_id}")
+    role = user.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise OSError(
+            f"a token that pushes to {config.repo_id} must have write permission, got one of {user['name']} with the "
+            f"role read. {NEW_TOKEN}"
+        )
+    own = [user["name"], *(org["name"] for org in user.get("orgs", []))]
+    if namespace not in own and not config.create_pr:
+        raise OSError(
+            f"hub.repo_id must lie in a namespace of the token, which are {', '.join(own)}, got {config.repo_id}. "
+            "Choose another, use another token, or open a pull request there with hub.create_pr"
+        )
+
+
+def push(run: Path, config: HubConfig) -> str:
+    """Upload a finished run to `config.repo_id` in one commit, and return the URL of the repository, branch or pull
+    request. Repeated after an error, it goes on: what has arrived is not sent again. Nothing in `run` is changed.
+
+    Raises:
+        ValueError: when the run is not finished, holds pickles, or there is no repo_id.
+        OSError: when the Hub refuses, or the connection breaks, with the command that repeats the upload.
+    """
+    repo_id, revision = _repo_id(config), config.revision or "main"
+    found = _Run.read(run)
+    card = _render(found, config)
+    additions = [CommitOperationAdd("README.md", card.encode())]
+    additions += [CommitOperationAdd(name, str(file)) for name, file in found.files.items()]
+    psnr = found.evaluation["psnr"]
+    message = config.commit_message or f"Upload {found.name}: PSNR {psnr:.2f} dB on {found.evaluation['images']} images"
+    api = HfApi()
+
+    def upload() -> str:
+        url = str(api.create_repo(repo_id, private=config.private or None, exist_ok=True))
+        if config.private and not api.model_info(repo_id).private:
+            raise _Refused(
+                f"{repo_id} must be private, as hub.private says, but is there and public: make it private on "
+                f"{url}/settings, or leave hub.private out"
+            )
+        if revision != "main" and not revision.startswith("refs/pr/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        here = {operation.path_in_repo for operation in additions}
+        stale = [  # diffusers would prefer the index of old shards to new weights in one file
+            CommitOperationDelete(name)
+            for name in api.list_repo_files(repo_id, revision=revision)
+            if WEIGHTS.fullmatch(name) and name not in here
+        ]
+        commit = api.create_commit(
+            repo_id, [*additions, *stale], commit_message=message, revision=revision, create_pr=config.create_pr
+        )
+        if commit.pr_url:
+            return str(commit.pr_url)
+        return url if revision == "main" else f"{url}/tree/{quote(revision, safe='')}"
+
+    return _ask(
+        upload,
+        f"{run} was not uploaded to {repo_id}",
+        f" The run is whole, and what has arrived is not sent again. Repeat: {config.command(run)}",
+    )
+
+
+class _Refused(Exception):
+    """Said in our own words."""
+
+
+NEW_TOKEN = (
+    "Make one with write permission on https://huggingface.co/settings/tokens, and log in with `hf auth login` or set "
+    "HF_TOKEN"
+)
+
+
+def _repo_id(config: HubConfig) -> str:
+    if config.repo_id is None:
+        raise ValueError("hub.repo_id must be NAMESPACE/NAME of a repository, got null")
+    return config.repo_id
+
+
+def _ask(work: Callable[[], T], failed: str, advice: str = "") -> T:
+    """What `work` returns; whatever goes wrong in it is an OSError of one line, without token and without the errors
+    that caused it, since any of them may hold what was sent. Nor does the client log a token meanwhile.
+    """
+    handlers = list(logging.getLogger("huggingface_hub").handlers)
+    for handler in handlers:
+        handler.addFilter(_blot)
+    try:
+        return work()
+    except Exception as error:  # the client has no common base of its errors, which differ from version to version
+        message = _without_token(f"{failed}: {_reason(error)}.{advice}")
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_blot)
+    raise OSError(message)
+
+
+def _blot(record: logging.LogRecord) -> bool:
+    record.msg, record.args = _without_token(record.getMessage()), ()
+    return True
+
+
+def _reason(error: BaseException) -> str:
+    """Rule and remedy, in words."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    if isinstance(error, _Refused):
+        return str(error)
+    if any(isinstance(cause, LocalTokenNotFoundError) for cause in chain):
+        return f"there must be a token, got none. {NEW_TOKEN}"
+    response = next((r for cause in chain if (r := getattr(cause, "response", None)) is not None), None)
+    if response is None:
+        first = chain[-1] if isinstance(error, RuntimeError) else error  # of an LFS upload it says the file only
+        said = f"{type(first).__name__}: {first}"
+        network = isinstance(first, OSError) or type(first).__module__.startswith(("httpx", "httpcore"))
+        return f"the connection to {hub_constants.ENDPOINT} must hold, got {said}" if network else said
+    status = response.status_code
+    said = next((s for cause in chain if (s := getattr(cause, "server_message", None))), None) or str(error)
+    wait = response.headers.get("Retry-After")
+    remedies = {
+        400: "what it names must be changed",
+        401: f"the token must be valid. {NEW_TOKEN}",
+        403: f"the token must be allowed to write there. {NEW_TOKEN}",
+        404: "repository and revision must exist, and be visible with this token",
+        409: "nobody else may create or change the same thing at the same time",
+        412: "the branch must not change meanwhile",
+        429: f"no more requests are allowed at present; wait{f' {wait} s' if wait else ' a few minutes'}",
+    }
+    remedy = remedies.get(status, "it must be well; try later" if status >= 500 else "it must accept the request")
+    return f"the Hub answered {status} ({said}): {remedy}"
+
+
+def _without_token(text: str) -> str:
+    """One line, with every token blotted out that the text might hold: ours, and what looks like one."""
+    try:
+        token = get_token()
+    except Exception:  # it may come from a server
+        token = None
+    if token:
+        text = text.replace(token, "***")
+    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?***", text)  # addresses of the storage are signed
+    text = re.sub(r"\b(hf_|api_|Bearer\s+)[\w.-]{8,}", r"\1***", text)
+    return " ".join(text.split())

@@ -1,0 +1,613 @@
+"""Cards and pushes, by the real client in processes of their own, against a server that speaks the Hub's protocol."""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from hub_server import Fault, HubServer, User, card_errors
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from diffusers_vae import MLPVAE, VAE
+from diffusers_vae.hub import FIGURES, HubConfig, check_can_push, push, render_card, write_card
+
+ROOT = Path(__file__).parents[1]
+TOKEN = "hf_ThisTokenMustNeverShow"
+READ_TOKEN = "hf_AnotherTokenWhichReads"
+WRONG_TOKEN = "hf_WhichTheServerDoesNotKnow"
+REPO = "ann/tiny-vae"
+
+
+def make_run(path: Path, model: VAE | MLPVAE, resolution: tuple[int, int], config: dict) -> Path:
+    """What a finished run leaves behind, with things besides that must not be published."""
+    channels, latent_shape = 1, (2, 4, 4) if isinstance(model, VAE) else (2, 1, 1)
+    model.save_pretrained(path / "model")
+    weights = (path / "model" / "diffusion_pytorch_model.safetensors").read_bytes()
+    report = {
+        "images": 180, "loss": 61.5, "distortion": -812.25, "rate": 41.125, "elbo": 771.125, "bits_per_dim": -4.345,
+        "density": "normal density with std 0.1 over pixels in [-1, 1]", "psnr": 30.875, "ssim": 0.9875,
+        "lpips_alex": None, "lpips_vgg": 0.0625, "rfid": None, "importance_weighted_bound": None,
+        "intervals": {"psnr": [30.5, 31.25], "ssim": [0.985, 0.99], "rate": [40.0, 42.5]},
+        "latents": {"mean": [0.1, -0.2], "std": [0.5, 0.25], "scaling_factor": 2.5, "shift_factor": -0.05},
+        "posterior": {
+            "units": 32, "active_units": 30, "collapsed_share": 0.0625, "rate_per_channel": [30.0, 11.125],
+            "rate_per_position": [[2.5] * 4] * 4, "aggregate_distance": 0.75, "verdict": "The posterior is healthy.",
+            "advice": "Nothing needs to change.",
+        },
+        "model": {
+            "name": "tiny", "class_name": "AutoencoderKL" if isinstance(model, VAE) else "MLPVAE",
+            "parameters": model.num_parameters(), "latent_shape": latent_shape,
+            "scaling_factor": model.config.scaling_factor, "shift_factor": model.config.shift_factor,
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        },
+        "protocol": {
+            "data": config["data"]["name"], "split": "test", "images": 180, "fingerprint": "0123abcd",
+            "resolution": resolution, "channels": channels, "fit": "crop", "resize": "antialiased bilinear",
+            "value_range": "[-1, 1]", "round_to_8_bit": False, "reconstruction": "mode", "draws": 1, "seed": 0,
+            "dtype": "float32", "device": "cpu", "versions": {"diffusers_vae": "0.1.0", "torch": "2.7.1"},
+        },
+    }  # fmt: skip
+    (path / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+    (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (path / "metrics.jsonl").write_text('{"kind": "train"}\n')
+    (path / "tensorboard").mkdir()
+    (path / "tensorboard" / "events.out.tfevents.1").write_bytes(b"\0log")
+    (path / "checkpoints" / "images-000000001000").mkdir(parents=True)
+    (path / "checkpoints" / "images-000000001000" / "model.safetensors").write_bytes(weights)
+    (path / "checkpoints" / "images-000000001000" / "discriminator.safetensors").write_bytes(b"\0")
+    (path / "pictures").mkdir()
+    for seed, name in enumerate(("reconstructions", "loss")):
+        noise = np.random.default_rng(seed).integers(0, 255, (40, 60), np.uint8)
+        Image.fromarray(noise).save(path / "pictures" / f"{name}.png")
+    (path / "pictures" / "reconstructions.svg").write_text("<svg/>")
+    (path / "model" / "notes.txt").write_text("mine")
+    return path
+
+
+CONFIG = {
+    "data": {"name": "digits", "root": "/home/ann/secret-place", "resolution": 8, "channels": 1, "fit": "crop"},
+    "model": {"architecture": "vae", "latent_channels": 2, "block_out_channels": [8, 8], "hidden_dim": None},
+    "objective": {"likelihood": "gaussian", "scale": 0.1, "kl_weight": 1.0},
+    "optimizer": {"learning_rate": 0.002, "schedule": "cosine"},
+    "run": {"output_dir": "runs/tiny", "epochs": 15, "batch_size": 32, "mixed_precision": "no"},
+}
+
+
+def make_vae(seed: int = 0) -> VAE:
+    torch.manual_seed(seed)
+    return VAE(
+        in_channels=1,
+        out_channels=1,
+        latent_channels=2,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        scaling_factor=2.5,
+        shift_factor=-0.05,
+    )
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return make_run(tmp_path / "runs" / "tiny", make_vae(), (8, 8), CONFIG)
+
+
+@pytest.fixture
+def mlp_run(tmp_path) -> Path:
+    config = CONFIG | {"model": {"architecture": "mlp", "hidden_dim": 8, "latent_dim": 2}}
+    return make_run(tmp_path / "runs" / "perceptron", MLPVAE(8, 1, 8, 2), (8, 8), config)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that the client in this process talks to, with Ann logged in."""
+    tokens = {TOKEN: User("ann", orgs=("lab",)), READ_TOKEN: User("ann", role="read")}
+    with HubServer(tokens) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def expected_files(run: Path, config: HubConfig) -> dict[str, bytes]:
+    names = ["config.json", "diffusion_pytorch_model.safetensors"]
+    files = {name: (run / "model" / name).read_bytes() for name in names}
+    files |= {name: (run / name).read_bytes() for name in ("evaluation.json", "config.yaml")}
+    files |= {f"pictures/{name}.png": (run / "pictures" / f"{name}.png").read_bytes() for name in PICTURED}
+    return files | {"README.md": render_card(run, config).encode()}
+
+
+PICTURED = ("reconstructions", "loss")
+
+
+def uploaded(hub: HubServer, repo: str = REPO, revision: str = "main") -> dict[str, bytes]:
+    """What is in a repository besides the file that it is created with."""
+    files = hub.files(repo, revision)
+    del files[".gitattributes"]
+    return files
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"push": True}, "hub.push needs hub.repo_id"),
+            ({"repo_id": "no-namespace"}, "hub.repo_id must be NAMESPACE/NAME, got 'no-namespace'"),
+            ({"repo_id": "ann/a/b"}, "hub.repo_id must be NAMESPACE/NAME, got 'ann/a/b'"),
+            ({"repo_id": "ann/a--b"}, "hub.repo_id must be NAMESPACE/NAME, got 'ann/a--b'"),
+            ({"repo_id": ""}, "hub.repo_id must be NAMESPACE/NAME, got ''"),
+            ({"base_model": "a b"}, "hub.base_model must be NAMESPACE/NAME"),
+            ({"commit_message": " "}, "hub.commit_message must not be empty"),
+            ({"create_pr": True, "revision": "dev"}, "hub.revision must be left out, got 'dev'"),
+        ],
+    )
+    def test_wrong_settings_are_named(self, settings, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            HubConfig(**settings)
+
+    def test_right_settings_pass(self):
+        (
+            HubConfig(),
+            HubConfig(create_pr=True, revision="main"),
+            HubConfig(push=True, repo_id="ann/x", base_model="gpt2"),
+        )
+
+    def test_command_names_what_differs_from_the_defaults(self):
+        config = HubConfig(True, "ann/x", True, "dev", "it's done", False, "mit", "ann/y")
+        command = shlex.split(config.command(Path("my runs/a")))
+        assert command[:4] == ["diffusers-vae", "push", "my runs/a", "ann/x"]
+        options = dict(zip(command[4::2], command[5::2], strict=True))
+        assert options == {
+            "--private": "true",
+            "--revision": "dev",
+            "--commit_message": "it's done",
+            "--license": "mit",
+            "--base_model": "ann/y",
+        }
+
+
+class TestCard:
+    def test_metadata_is_that_of_the_evaluation(self, run):
+        path = write_card(run, HubConfig(repo_id=REPO, license="mit", base_model="ann/base"))
+        card = ModelCard.load(path)
+        report = json.loads((run / "evaluation.json").read_text())
+        assert path == run / "README.md" and card_errors(path.read_text()) == []
+        assert card.data.library_name == "diffusers" and card.data.license == "mit"
+        assert card.data.base_model == "ann/base" and {"vae", "autoencoder-kl"} <= set(card.data.tags)
+        assert card.data.model_name == "tiny-vae"
+        values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        assert values == {key: report[key] for key in (figure.key for figure in FIGURES) if report[key] is not None}
+        assert {result.dataset_split for result in card.data.eval_results} == {"test"}
+
+    def test_every_number_shown_is_measured(self, run):
+        card = render_card(run)
+        for shown in ("| PSNR | 30.88 | 30.50 to 31.25 |", "| LPIPS (VGG) | 0.0625 |", "30 of 32", "6.2 %", "14,431"):
+            assert shown in card
+        assert "LPIPS (AlexNet)" not in card and "rFID" not in card
+        report = json.loads((run / "evaluation.json").read_text())
+        report["psnr"], report["posterior"]["active_units"] = 12.5, 3
+        (run / "evaluation.json").write_text(json.dumps(report))
+        changed = render_card(run)
+        assert "| PSNR | 12.50 |" in changed and "3 of 32" in changed and "30.9" not in changed
+
+    def test_data_set_of_the_hub_is_linked(self, run):
+        assert ModelCard(render_card(run)).data.datasets is None
+        config = CONFIG | {"data": CONFIG["data"] | {"name": "mnist"}}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        assert ModelCard(render_card(run)).data.datasets == ["ylecun/mnist"]
+
+    @pytest.mark.parametrize("kind", ["run", "mlp_run"])
+    def test_code_runs_as_it_stands(self, kind, request, monkeypatch):
+        run = request.getfixturevalue(kind)
+        monkeypatch.chdir(run.parents[1])
+        card = render_card(Path("runs") / run.name)
+        names = {"images": torch.rand(2, 1, 8, 8) * 2 - 1}
+        blocks = re.findall(r"```python\n(.*?)```", card, re.S)
+        assert blocks[0].count("\n") == 3 and f'from_pretrained("runs/{run.name}/model")' in blocks[0]
+        for block in blocks:
+            exec(block, names)
+        assert type(names["vae"]) is (AutoencoderKL if kind == "run" else MLPVAE)
+        assert names["images"].shape == (2, 1, 8, 8)
+
+    def test_pushed_card_loads_from_the_hub(self, run):
+        assert f'AutoencoderKL.from_pretrained("{REPO}")' in render_card(run, HubConfig(repo_id=REPO))
+        card = render_card(run, HubConfig(repo_id=REPO, revision="dev"))
+        assert f'AutoencoderKL.from_pretrained("{REPO}", revision="dev")' in card
+
+    def test_perceptron_says_what_it_needs(self, mlp_run):
+        card = render_card(mlp_run)
+        assert "needs the package `diffusers_vae`" in card and "stock" not in card
+        assert ModelCard(card).data.library_name == "diffusers_vae"
+
+    def test_pictures_are_linked_relatively(self, run):
+        links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", render_card(run))
+        assert links == [f"pictures/{name}.png" for name in PICTURED]
+        assert all((run / link).is_file() for link in links)
+        shutil.rmtree(run / "pictures")
+        assert "![" not in render_card(run) and "## Pictures" not in render_card(run)
+
+    def test_limits_follow_from_the_settings(self, run):
+        assert "no perceptual and no adversarial term" in render_card(run)
+        assert "No licence was chosen" in render_card(run)
+        assert "No licence was chosen" not in render_card(run, HubConfig(license="mit"))
+        config = CONFIG | {"objective": CONFIG["objective"] | {"perceptual_weight": 0.5}}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        assert "no perceptual" not in render_card(run)
+
+    def test_is_the_same_each_time_and_has_no_local_path(self, run):
+        config = HubConfig(repo_id=REPO)
+        assert render_card(run, config) == render_card(run, config)
+        assert "secret-place" not in render_card(run, config) and str(run.parent) not in render_card(run, config)
+        assert "{{" not in render_card(run) and "{%" not in render_card(run) and "None" not in render_card(run)
+
+
+class TestPush:
+    def test_uploads_what_others_need_and_nothing_else(self, hub, run):
+        before = contents(run)
+        config = HubConfig(repo_id=REPO, license="mit")
+        assert push(run, config) == f"{hub.url}/{REPO}"
+        assert uploaded(hub) == expected_files(run, config)
+        assert contents(run) == before
+        assert len(hub.repos[REPO].commits) == 2 and not hub.repos[REPO].private
+        assert hub.repos[REPO].at("main").message == "Upload tiny: PSNR 30.88 dB on 180 images"
+
+    def test_repeated_changes_nothing(self, hub, run):
+        push(run, HubConfig(repo_id=REPO))
+        sent = len(hub.uploads)
+        assert push(run, HubConfig(repo_id=REPO)) == f"{hub.url}/{REPO}"
+        assert len(hub.repos[REPO].commits) == 2 and len(hub.uploads) == sent
+
+    def test_repository_that_exists_gets_another_commit(self, hub, run, tmp_path):
+        push(run, HubConfig(repo_id=REPO))
+        other = make_run(tmp_path / "runs" / "other", make_vae(1), (8, 8), CONFIG)
+        push(other, HubConfig(repo_id=REPO))
+        assert uploaded(hub) == expected_files(other, HubConfig(repo_id=REPO))
+        assert len(hub.repos[REPO].commits) == 3
+
+    def test_shards_replace_one_file_and_the_other_way(self, hub, run):
+        config = HubConfig(repo_id=REPO)
+        push(run, config)
+        (run / "model" / "diffusion_pytorch_model.safetensors").unlink()
+        make_vae().save_pretrained(run / "model", max_shard_size="20KB")
+        push(run, config)
+        sharded = {name for name in uploaded(hub) if "safetensors" in name}
+        assert len(sharded) > 2 and "diffusion_pytorch_model.safetensors" not in sharded
+        assert "diffusion_pytorch_model.safetensors.index.json" in sharded
+        for file in (run / "model").glob("*safetensors*"):
+            file.unlink()
+        make_vae().save_pretrained(run / "model")
+        push(run, config)
+        assert uploaded(hub) == expected_files(run, config)
+
+    def test_private_revision_and_message(self, hub, run):
+        config = HubConfig(repo_id="lab/x", private=True, revision="v1/try", commit_message="The first")
+        assert push(run, config) == f"{hub.url}/lab/x/tree/v1%2Ftry"
+        repo = hub.repos["lab/x"]
+        assert repo.private and repo.at("v1/try").message == "The first"
+        assert uploaded(hub, "lab/x", "v1/try") == expected_files(run, config)
+        assert uploaded(hub, "lab/x") == {}
+        push(run, config)  # the branch is there now
+
+    def test_pull_request_leaves_main_alone(self, hub, run):
+        hub.create("somebody/model")
+        config = HubConfig(repo_id="somebody/model", create_pr=True)
+        assert push(run, config) == f"{hub.url}/somebody/model/discussions/1"
+        assert uploaded(hub, "somebody/model") == {}
+        assert uploaded(hub, "somebody/model", "refs/pr/1") == expected_files(run, config)
+
+    def test_goes_on_with_an_open_pull_request(self, hub, run):
+        hub.create(REPO)
+        push(run, HubConfig(repo_id=REPO, create_pr=True))
+        push(run, HubConfig(repo_id=REPO, revision="refs/pr/1", license="mit"))
+        assert b"license: mit" in uploaded(hub, REPO, "refs/pr/1")["README.md"]
+        assert hub.repos[REPO].refs.keys() == {"main", "refs/pr/1"}
+
+    def test_public_repository_is_never_used_as_a_private_one(self, hub, run):
+        hub.create(REPO, private=False)
+        with pytest.raises(OSError, match=f"{REPO} must be private, as hub.private says, but is there and public"):
+            push(run, HubConfig(repo_id=REPO, private=True))
+        assert uploaded(hub) == {} and hub.uploads == []
+
+    @pytest.mark.parametrize("missing", ["evaluation.json", "config.yaml", "model/config.json"])
+    def test_unfinished_run_is_refused(self, hub, run, missing):
+        (run / missing).unlink()
+        with pytest.raises(ValueError, match=f"must be finished: .*{missing} is missing. Continue the run"):
+            push(run, HubConfig(repo_id=REPO))
+        assert hub.requests == []
+
+    def test_weights_must_be_whole_safetensors(self, hub, run):
+        config, weights = HubConfig(repo_id=REPO), run / "model" / "diffusion_pytorch_model.safetensors"
+        (run / "model" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04.")
+        with pytest.raises(ValueError, match=r"safetensors, got diffusion_pytorch_model.bin, which can run code"):
+            push(run, config)
+        (run / "model" / "diffusion_pytorch_model.bin").unlink()
+        weights.write_bytes(weights.read_bytes()[:-1])
+        with pytest.raises(ValueError, match=r"diffusion_pytorch_model.safetensors is damaged"):
+            push(run, config)
+        weights.unlink()
+        with pytest.raises(ValueError, match="holds no weights"):
+            push(run, config)
+        assert hub.requests == []
+
+    def test_evaluation_of_an_older_version_is_named(self, hub, run):
+        (run / "evaluation.json").write_text('{"psnr": 1.0}')
+        with pytest.raises(ValueError, match=r"lacks model, posterior, protocol; delete it and continue the run"):
+            push(run, HubConfig(repo_id=REPO))
+
+    def test_needs_a_repository(self, run):
+        with pytest.raises(ValueError, match=r"hub.repo_id must be NAMESPACE/NAME of a repository, got null"):
+            push(run, HubConfig())
+
+
+class TestFaults:
+    @pytest.mark.parametrize("kind", ["halfway", "unanswered"])
+    def test_connection_that_breaks_in_the_commit(self, hub, run, kind):
+        config = HubConfig(repo_id=REPO, license="mit")
+        hub.faults.append(Fault("POST .*/commit/", kind))
+        with pytest.raises(OSError, match=r"the connection to .* must hold") as error:
+            push(run, config)
+        assert f"Repeat: diffusers-vae push {run} {REPO} --license mit" in str(error.value)
+        assert "\n" not in str(error.value)
+        assert len(hub.repos[REPO].commits) == (2 if kind == "unanswered" else 1)
+        sent = sorted(hub.uploads)
+        assert len(sent) == 3  # weights and pictures
+        assert push(run, config) == f"{hub.url}/{REPO}"
+        assert uploaded(hub) == expected_files(run, config)
+        assert sorted(hub.uploads) == sent and len(hub.repos[REPO].commits) == 2
+
+    def test_connection_that_breaks_halfway_through_a_file_is_mended(self, hub, run):
+        hub.faults.append(Fault("PUT ", "halfway"))
+        config = HubConfig(repo_id=REPO)
+        push(run, config)
+        assert uploaded(hub) == expected_files(run, config)
+        assert sum(request.startswith("PUT ") for request, _ in hub.requests) == 4 and len(hub.uploads) == 3
+
+    @pytest.mark.slow
+    def test_connection_that_stays_broken(self, hub, run):
+        weights = hashlib.sha256((run / "model" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+        hub.faults.append(Fault(f"PUT .*{weights}", "halfway", times=6))  # the client tries six times
+        config = HubConfig(repo_id=REPO)
+        with pytest.raises(OSError, match=r"the connection to .* must hold"):
+            push(run, config)
+        assert uploaded(hub) == {} and weights not in hub.uploads and len(hub.uploads) == 2
+        push(run, config)
+        assert uploaded(hub) == expected_files(run, config)
+        assert sorted(hub.uploads) == sorted({*hub.uploads}) and weights in hub.uploads
+
+    def test_rate_limit(self, hub, run):
+        headers = {"Retry-After": "37"}
+        hub.faults.append(Fault("POST /api/repos/create", "status", status=429, headers=headers))
+        with pytest.raises(OSError, match=r"answered 429 .* wait 37 s\. .*Repeat: diffusers-vae push"):
+            push(run, HubConfig(repo_id=REPO))
+        push(run, HubConfig(repo_id=REPO))
+        assert uploaded(hub) == expected_files(run, HubConfig(repo_id=REPO))
+
+    def test_storage_that_is_overloaded_for_a_moment(self, hub, run):
+        hub.faults.append(Fault("PUT ", "status", status=503))
+        push(run, HubConfig(repo_id=REPO))
+        assert uploaded(hub) == expected_files(run, HubConfig(repo_id=REPO))
+
+    def test_hub_that_is_out_of_order(self, hub, run):
+        hub.faults.append(Fault("POST /api/repos/create", "status", status=502, body="<html>Bad gateway</html>"))
+        with pytest.raises(OSError, match=r"answered 502 .*it must be well; try later\. .*Repeat: diffusers-vae push"):
+            push(run, HubConfig(repo_id=REPO))
+
+    def test_wrong_token(self, hub, run, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", WRONG_TOKEN)
+        with pytest.raises(
+            OSError, match=r"answered 401 .*the token must be valid\. .*hf auth login.*HF_TOKEN"
+        ) as error:
+            push(run, HubConfig(repo_id=REPO))
+        assert WRONG_TOKEN not in str(error.value) and hub.repos == {}
+
+    def test_no_token(self, hub, run, monkeypatch):
+        monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(OSError, match=r"answered 401 .*the token must be valid"):
+            push(run, HubConfig(repo_id=REPO))
+        with pytest.raises(OSError, match=r"there must be a token, got none\. Make one"):
+            check_can_push(HubConfig(repo_id=REPO))
+
+    @pytest.mark.parametrize("repo", [REPO, "stranger/x"])
+    def test_token_that_may_not_write(self, hub, run, monkeypatch, repo):
+        if repo == REPO:
+            monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+        with pytest.raises(OSError, match=r"answered 403 .*the token must be allowed to write there"):
+            push(run, HubConfig(repo_id=repo))
+
+    def test_server_that_echoes_the_token(self, hub, run):
+        body = json.dumps({"error": f"the token {TOKEN} may not, nor hf_{'x' * 30}, says\n{hub.url}/a?signature=abc"})
+        hub.faults.append(Fault("POST /api/repos/create", "status", status=403, body=body))
+        with pytest.raises(OSError, match=r"the token \*\*\* may not, nor hf_\*\*\*, says http") as error:
+            push(run, HubConfig(repo_id=REPO))
+        assert error.value.__cause__ is None and error.value.__context__ is None
+        assert "abc" not in str(error.value) and "\n" not in str(error.value)
+
+    def test_revision_that_cannot_be(self, hub, run):
+        with pytest.raises(OSError, match=r"answered 404 .*repository and revision must exist"):
+            push(run, HubConfig(repo_id=REPO, revision="refs/pr/9"))
+
+    def test_licence_that_the_hub_does_not_know(self, hub, run):
+        with pytest.raises(OSError, match=r'answered 400 .*"license" must be one of .*what it names must be changed'):
+            push(run, HubConfig(repo_id=REPO, license="MIT licence"))
+        assert hub.uploads == []
+
+    def test_server_that_is_gone(self, hub, run, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        with pytest.raises(OSError, match=r"the connection to http://127.0.0.1:9 must hold, got Connect"):
+            push(run, HubConfig(repo_id=REPO))
+
+
+class TestCheck:
+    def test_what_would_be_refused_is_told_before(self, hub, monkeypatch):
+        check_can_push(HubConfig(repo_id=REPO))
+        check_can_push(HubConfig(repo_id="lab/x"))
+        check_can_push(HubConfig(repo_id="stranger/x", create_pr=True))
+        with pytest.raises(OSError, match=r"a namespace of the token, which are ann, lab, got stranger/x"):
+            check_can_push(HubConfig(repo_id="stranger/x"))
+        with pytest.raises(ValueError, match=r"hub.repo_id must be NAMESPACE/NAME of a repository, got null"):
+            check_can_push(HubConfig())
+        monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+        with pytest.raises(OSError, match="must have write permission, got one of ann with the role read"):
+            check_can_push(HubConfig(repo_id=REPO))
+        monkeypatch.setenv("HF_TOKEN", WRONG_TOKEN)
+        with pytest.raises(OSError, match=f"cannot push to {REPO}: the Hub answered 401") as error:
+            check_can_push(HubConfig(repo_id=REPO))
+        assert WRONG_TOKEN not in str(error.value)
+        assert hub.repos == {}
+
+
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "diffusers_vae":
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+"""
+PUSH = """
+import sys
+from pathlib import Path
+from diffusers_vae.hub import HubConfig, push
+try:
+    print(push(Path(sys.argv[1]), HubConfig(repo_id=sys.argv[2], license="mit")))
+except (OSError, ValueError) as error:
+    sys.exit(f"error: {error}")
+"""
+LOAD = """
+import sys, torch
+from {package} import {name}
+model = {name}.from_pretrained(sys.argv[1]).eval()
+torch.save((dict(model.config), model.state_dict()), sys.argv[2])
+"""
+
+
+class TestProcesses:
+    """With a process for each step, as people have them, and an empty HF_HOME."""
+
+    @pytest.fixture
+    def server(self):
+        with HubServer({TOKEN: User("ann")}) as server:
+            yield server
+
+    @pytest.fixture
+    def start(self, server, tmp_path):
+        """Run Python code as a process of its own, in an HF_HOME that keeps what it leaves behind."""
+
+        def run(code: str, *arguments: str | Path, home: str = "home", **environment: str):
+            kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+            kept |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / home), "HF_HUB_DISABLE_XET": "1"}
+            kept |= {"PYTHONPATH": str(ROOT), "HF_TOKEN": TOKEN}
+            command = [sys.executable, "-c", code, *map(str, arguments)]
+            return subprocess.run(command, env=kept | environment, cwd=tmp_path, capture_output=True, text=True)
+
+        return run
+
+    @pytest.mark.slow
+    def test_pushed_model_loads_where_this_package_is_missing(self, server, start, run, tmp_path):
+        done = start(PUSH, run, REPO, home="of-ann")
+        assert done.returncode == 0 and done.stdout.strip() == f"{server.url}/{REPO}", done.stderr
+        assert uploaded(server) == expected_files(run, HubConfig(repo_id=REPO, license="mit"))
+        reference = make_vae()
+        for number, (package, name, first) in enumerate(
+            [("diffusers", "AutoencoderKL", BLOCKED), ("diffusers_vae", "VAE", "")]
+        ):
+            code = first + LOAD.format(package=package, name=name)
+            done = start(code, REPO, tmp_path / "loaded.pt", home=f"empty-{number}", HF_TOKEN="")
+            assert done.returncode == 0, done.stderr
+            config, weights = torch.load(tmp_path / "loaded.pt", weights_only=False)
+            assert (config["scaling_factor"], config["shift_factor"]) == (2.5, -0.05)
+            assert weights.keys() == reference.state_dict().keys()
+            assert all(torch.equal(weights[key], value) for key, value in reference.state_dict().items())
+            (snapshot,) = (tmp_path / f"empty-{number}" / "hub" / "models--ann--tiny-vae" / "snapshots").iterdir()
+            cached = contents(snapshot)
+            assert len(cached) == 2 and cached.items() <= uploaded(server).items()
+
+    @pytest.mark.slow
+    def test_private_perceptron_loads_with_the_token_alone(self, server, start, mlp_run, tmp_path):
+        server.create(REPO, private=True)
+        assert start(PUSH, mlp_run, REPO).returncode == 0
+        code = LOAD.format(package="diffusers_vae", name="MLPVAE")
+        refused = start(code, REPO, tmp_path / "loaded.pt", home="stranger", HF_TOKEN="")
+        assert refused.returncode != 0 and not (tmp_path / "loaded.pt").exists()
+        assert start(code, REPO, tmp_path / "loaded.pt", home="ann").returncode == 0
+        _, weights = torch.load(tmp_path / "loaded.pt", weights_only=False)
+        reference = MLPVAE.from_pretrained(mlp_run / "model").state_dict()
+        assert all(torch.equal(weights[key], value) for key, value in reference.items())
+
+    @pytest.mark.slow
+    def test_token_shows_nowhere(self, server, start, run, tmp_path):
+        """Whatever happens, and with the client as talkative as it can be."""
+        echo = json.dumps({"error": f"token {TOKEN} and {WRONG_TOKEN} seen"})
+        warning = {"X-HF-Warning": f"auth; {TOKEN} is about to expire"}
+        limited = {"Retry-After": "3", "X-Error-Message": f"slow down, {TOKEN}"}
+        faults = {
+            "none": None,
+            "forbidden": Fault("POST .*/preupload/", "status", status=403, body=echo, headers=warning),
+            "limited": Fault("POST .*/commit/", "status", status=429, headers=limited),
+            "broken": Fault("POST .*/commit/", "unanswered"),
+        }
+        outputs = {}
+        for name, fault in faults.items():
+            server.faults = [fault] if fault else []
+            (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"changed": name}))
+            done = start(PUSH, run, REPO, HF_DEBUG="1", HF_HUB_VERBOSITY="debug")
+            assert (done.returncode == 0) == (fault is None), done.stderr
+            assert fault is None or done.stderr.splitlines()[-1].startswith("error: ")
+            outputs[name] = done.stdout + done.stderr
+        outputs["wrong"] = "".join(vars(start(PUSH, run, REPO, HF_TOKEN=WRONG_TOKEN))[k] for k in ("stdout", "stderr"))
+        assert "answered 401" in outputs["wrong"]
+        done = start(PUSH, run, REPO, HF_HUB_DISABLE_XET="0", HF_DEBUG="1")  # which this server does not speak
+        outputs["xet"] = done.stdout + done.stderr
+        assert "xet-write-token" in outputs["xet"] and "error: " in outputs["xet"]
+        assert "*** is about to expire" in outputs["forbidden"]
+        for token in (TOKEN, WRONG_TOKEN):
+            assert [name for name, output in outputs.items() if token in output] == []
+            held = contents(tmp_path) | {f"hub/{name}": content for name, content in uploaded(server).items()}
+            assert [name for name, content in held.items() if token.encode() in content] == []
+        assert any(TOKEN in headers.get("authorization", "") for _, headers in server.requests)
+        to_storage = [headers for request, headers in server.requests if request.startswith("PUT ")]
+        assert to_storage and not any("authorization" in headers for headers in to_storage)
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_module_and_the_template(run, tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", "build", "dist", "runs", "data.tar", "tests")
+    shutil.copytree(ROOT, source, ignore=ignore)
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = set(archive.namelist())
+        archive.extractall(tmp_path / "installed")
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "diffusers_vae").rglob("*.py")}
+    assert modules | {"diffusers_vae/model_cards/template.md", "diffusers_vae/py.typed"} <= packed
+    assert not [name for name in packed if name.startswith(("tests", "training", "model_cards"))]
+    code = "import sys; from pathlib import Path; from diffusers_vae import hub; print(hub.__file__);"
+    code += "hub.write_card(Path(sys.argv[1]))"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, run], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "installed"))
+    assert (run / "README.md").read_text() == render_card(run)
