@@ -6,7 +6,7 @@ import base64
 import io
 import math
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -101,12 +101,7 @@ def report_table(report: Mapping[str, Any]) -> str:
         for label, value, interval, unit, _ in _figures(report)
         for low, high in [interval or (0, 0)]
     ]
-    header = ("", "mean", "95 % interval", "")
-    widths = [max(len(row[place]) for row in [header, *rows]) for place in range(4)]
-    lines = [
-        f"{label:<{widths[0]}}  {value:>{widths[1]}}  {interval:<{widths[2]}}  {unit}".rstrip()
-        for label, value, interval, unit in [header, *rows]
-    ]
+    lines = _aligned([("", "mean", "95 % interval", ""), *rows], "<><<")
     posterior = report.get("posterior", {})
     notes = [f"{report['images']:,} images; distortion, elbo and bits/dim are of the {report['density']}."]
     if posterior:
@@ -115,6 +110,30 @@ def report_table(report: Mapping[str, Any]) -> str:
             + (f" {posterior['advice']}" if posterior.get("advice") else "")
         )
     return "\n".join([*lines, "", *(line for note in notes for line in textwrap.wrap(note, 100))]) + "\n"
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> str:
+    """The differences of `comparison`, which is what comparison.json holds, as text for a terminal."""
+    first, second = comparison["first"], comparison["second"]
+    rows = [("", "first", "second", "difference", "95 % interval", "second is better")]
+    for name, difference in comparison["differences"].items():
+        low, high = difference["interval"]
+        share = difference["second_is_better"]
+        better = "" if share is None else f"in {100 * share:.0f} % of images"
+        values = [_number(value) for value in (first[name], second[name], difference["mean"])]
+        rows.append((FIGURES[name][0], *values, f"[{_number(low)}, {_number(high)}]", better))
+    if first["rfid"] is not None and second["rfid"] is not None:
+        values = first["rfid"], second["rfid"], second["rfid"] - first["rfid"]
+        rows.append((FIGURES["rfid"][0], *map(_number, values), "", ""))
+    names = [f"{place}: {report['model']['name']}" for place, report in (("first", first), ("second", second))]
+    return "\n".join([*names, f"{first['images']:,} images, in pairs", "", *_aligned(rows, "<>>><<")]) + "\n"
+
+
+def _aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Columns of one width each, aligned to the `sides` < and >."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)] for row in rows]
+    return ["  ".join(row).rstrip() for row in cells]
 
 
 def _figures(report: Mapping[str, Any]) -> Iterator[tuple[str, float, tuple[float, float] | None, str, str]]:
