@@ -158,12 +158,14 @@ def run_compare(arguments: Sequence[str]) -> int:
     device = parsed.device or PartialState(cpu=not torch.accelerator.is_available()).device
     images, split = load_split(parsed.data, parsed.split, True)
     names = [_name(parsed.first), _name(parsed.second)]
+    if names[0] == names[1]:  # two folders of one name
+        names = [parsed.first, parsed.second]
     reports = [
         evaluate(model.to(device), images, parsed.objective.build(), parsed.evaluation, parsed.data, split, name, True)
         for model, name in zip(models, names, strict=True)
     ]
     comparison = compare(*reports)
-    out = Path(parsed.out or Path("comparisons") / "--vs--".join(name.replace("/", "--") for name in names))
+    out = Path(parsed.out or Path("comparisons") / "--vs--".join(name.strip("./").replace("/", "--") for name in names))
     out.mkdir(parents=True, exist_ok=True)
     text = comparison.to_json()
     (out / "comparison.json").write_text(text)
@@ -308,7 +310,11 @@ def run_push(arguments: Sequence[str]) -> int:
     parsed = _parse(parser, arguments)
     settings = parsed.as_dict()
     run, repo_id = Path(settings.pop("run")), settings.pop("target")
-    print(f"published   {push(run, HubConfig(push=True, repo_id=repo_id, **settings))}")
+    try:
+        config = HubConfig(push=True, repo_id=repo_id, **settings)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"published   {push(run, config)}")
     return 0
 
 

@@ -14,8 +14,9 @@ def train_parser() -> ArgumentParser:
     """The flags of a training run: `--config FILE.yaml`, one per setting, and `--dry_run`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        usage="%(prog)s [--config FILE.yaml] [--SECTION.KEY VALUE ...] [--dry_run]",
+        usage="%(prog)s [--config FILE.yaml] [--SECTION.KEY VALUE ...] [--dry_run] [--debug]",
         description="Train a KL autoencoder. Later flags and files override earlier ones.",
+        epilog="example: accelerate launch training/train_vae.py --config training/configs/mnist-vae.yaml",
         exit_on_error=False,
         allow_abbrev=False,
     )

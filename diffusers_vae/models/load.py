@@ -16,7 +16,7 @@ from .vae import VAE
 def load_autoencoder(
     source: str, subfolder: str | None = None, revision: str | None = None, dtype: torch.dtype = torch.float32
 ) -> ModelMixin:
-    """The KL autoencoder in `source`, in eval mode: ours, or any of diffusers with `encode(...).latent_dist` and
+    """The KL autoencoder in `source`, in eval mode and without gradients: ours, or any of diffusers with `encode(...).latent_dist` and
     `decode(...).sample`.
 
     Args:
@@ -47,7 +47,11 @@ def load_autoencoder(
     kind = {"MLPVAE": MLPVAE, "AutoencoderKL": VAE}.get(name) or getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin) and hasattr(kind, "encode")):
         raise ValueError(f"{source} must hold an autoencoder of diffusers or of this package, got the class {name}")
-    return kind.from_pretrained(source, subfolder=subfolder, revision=revision, torch_dtype=dtype).eval()
+    return (
+        kind.from_pretrained(source, subfolder=subfolder, revision=revision, torch_dtype=dtype)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def weights_hash(model: torch.nn.Module) -> str:

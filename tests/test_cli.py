@@ -1,0 +1,221 @@
+"""The command line, on a small trained run, as people call it: with wrong input too."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_measures import tiny_vae
+from test_trainer import tiny
+
+from diffusers_vae import cli
+from diffusers_vae.evaluation import EvaluationConfig, EvaluationReport
+from diffusers_vae.models import ModelConfig
+from diffusers_vae.trainer import train
+
+ROOT = Path(__file__).parents[1]
+SMALL = ModelConfig(block_out_channels=(8, 8), norm_num_groups=4)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on 16x16 digits, of which 20 held-out images were measured."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    config = tiny(folder, SMALL, max_images=64)
+    train(config)
+    return folder
+
+
+def call(capsys, *arguments):
+    """Exit code, and what was printed to stdout and to stderr."""
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        code = exit.code
+    return code, *capsys.readouterr()
+
+
+class TestTop:
+    def test_help_needs_no_torch(self):
+        code = (
+            "import sys; from diffusers_vae import cli; code = cli.main(['--help']); "
+            "print(code, [name for name in ('torch', 'diffusers', 'numpy') if name in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+        assert done.stdout.endswith("0 []\n") and "diffusers-vae COMMAND" in done.stdout
+        assert all(f"\n  {name} " in done.stdout for name in cli.COMMANDS)
+
+    @pytest.mark.parametrize("name", cli.COMMANDS)
+    def test_each_command_says_what_it_takes_with_an_example(self, name, capsys):
+        code, out, _ = call(capsys, name, "--help")
+        assert code == 0 and "usage:" in out and "--debug" in out
+        assert "example: " in out
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["foo"], "foo is no command; there are train, evaluate"),
+            (["evaluate"], "model"),
+            (["evaluate", "x", "--evaluation.draws", "none"], "evaluation.draws"),
+            (["evaluate", "x", "--evaluation.draws", "0"], "evaluation.draws must be at least 1, got 0"),
+            (["evaluate", "x", "--split", "some"], "split"),
+            (["evaluate", "x", "--colour", "red"], "--colour"),
+            (["sample", "x", "--count", "0"], "count"),
+            (["push", "x", "no-namespace"], "hub.repo_id must be NAMESPACE/NAME"),
+        ],
+    )
+    def test_wrong_arguments(self, arguments, message, capsys):
+        code, _, error = call(capsys, *arguments)
+        assert code == 2 and message in error and "Traceback" not in error
+
+    def test_errors_are_one_line_unless_debug_is_asked_for(self, capsys, tmp_path):
+        code, out, error = call(capsys, "evaluate", tmp_path)
+        assert code == 1 and out == ""
+        assert error.startswith(f"error: {tmp_path} holds no model") and error.count("\n") == 1
+        with pytest.raises(FileNotFoundError):
+            cli.main(["evaluate", str(tmp_path), "--debug"])
+
+    def test_a_bug_says_its_kind(self, capsys, monkeypatch, run):
+        monkeypatch.setattr("diffusers_vae.commands.load_autoencoder", lambda *arguments: [][0])
+        code, _, error = call(capsys, "info", run)
+        assert code == 1 and error == "error: IndexError: list index out of range (--debug shows where)\n"
+
+    def test_a_reader_who_has_seen_enough(self, run):
+        command = f"{sys.executable} -m diffusers_vae.cli info {run} | head -c 1"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+        assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+class TestEvaluate:
+    def test_a_run_is_measured_on_its_held_out_images(self, run, capsys, tmp_path):
+        code, out, _ = call(capsys, "evaluate", run, "--out", tmp_path)
+        assert code == 0 and "PSNR" in out and "95 % interval" in out
+        report = EvaluationReport.from_json((tmp_path / "evaluation.json").read_text())
+        of_run = EvaluationReport.from_json((run / "evaluation.json").read_text())
+        assert report == of_run  # settings, images, seed: all as in the run
+        assert (tmp_path / "evaluation.csv").read_text() == (run / "evaluation.csv").read_text()
+        assert {path.stem for path in (tmp_path / "pictures").iterdir()} >= {"reconstructions", "rates", "traversals"}
+        assert "data:image/png" in (tmp_path / "report.html").read_text()
+        again = call(capsys, "evaluate", run / "model", "--out", tmp_path / "again")
+        assert again[0] == 0
+        report = EvaluationReport.from_json((tmp_path / "again" / "evaluation.json").read_text())
+        assert report.psnr == of_run.psnr and report.protocol == of_run.protocol
+
+    def test_settings_override_those_of_the_run(self, run, capsys, tmp_path):
+        arguments = ["--evaluation.draws", 2, "--evaluation.max_images", 5, "--split", "training"]
+        assert call(capsys, "evaluate", run, "--out", tmp_path, *arguments)[0] == 0
+        report = EvaluationReport.from_json((tmp_path / "evaluation.json").read_text())
+        assert (report.images, report.protocol.draws, report.protocol.split) == (5, 2, "training")
+        assert report.importance_weighted_bound > -1e9
+
+    def test_a_stock_model_on_a_folder(self, capsys, tmp_path, cifar_folder):
+        """Channels and resolution are the model's; a folder without parts is measured whole."""
+        tiny_vae(3, sample_size=16).to_diffusers().save_pretrained(tmp_path / "vae")
+        shutil.copytree(cifar_folder / "test" / "ship", tmp_path / "ships")
+        (tmp_path / "pipeline").mkdir()
+        shutil.move(tmp_path / "vae", tmp_path / "pipeline" / "vae")
+        arguments = ["evaluate", tmp_path / "pipeline", f"--data={tmp_path / 'ships'}", "--out", tmp_path / "out"]
+        assert call(capsys, *arguments)[0] == 0
+        report = EvaluationReport.from_json((tmp_path / "out" / "evaluation.json").read_text())
+        assert report.images == 106 and report.protocol.split == "all" and report.protocol.data == "ships"
+        assert report.protocol.resolution == [16, 16] and report.protocol.channels == 3
+        assert report.model.name == "pipeline"
+
+    def test_half_precision(self, run, capsys, tmp_path):
+        assert call(capsys, "evaluate", run, "--out", tmp_path, "--dtype", "bfloat16")[0] == 0
+        assert json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["dtype"] == "bfloat16"
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--data", "nowhere"], "which is not a folder"),
+            (["--evaluation.lpips", '["alex"]', "--evaluation.weights", "."], "put alexnet-owt-7be5be79.pth into"),
+            (["--data.channels", "3"], "takes images of 1 channels, got 3"),
+            (["--data.resolution", "17"], "must be divisible by 2"),
+        ],
+    )
+    def test_what_does_not_fit(self, arguments, message, run, capsys, tmp_path):
+        code, _, error = call(capsys, "evaluate", run, "--out", tmp_path / "out", *arguments)
+        assert code == 1 and message in error and not (tmp_path / "out").exists()
+
+    @pytest.mark.slow
+    def test_two_processes_write_the_report_of_one(self, run, tmp_path):
+        for processes in (1, 2):
+            launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+            launch += ["--multi_gpu"] * (processes > 1)
+            arguments = ["evaluate", str(run), "--out", str(tmp_path / str(processes)), "--evaluation.draws", "3"]
+            done = subprocess.run(
+                [*launch, "-m", "diffusers_vae.cli", *arguments], capture_output=True, text=True, cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+        for name in ("evaluation.json", "evaluation.csv"):
+            assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+class TestOthers:
+    def test_compare(self, run, capsys, tmp_path):
+        code, out, _ = call(capsys, "compare", run, run / "model", "--out", tmp_path)
+        assert code == 0 and "in 0 % of images" in out
+        comparison = json.loads((tmp_path / "comparison.json").read_text())
+        assert comparison["differences"]["psnr"]["mean"] == 0
+        assert Image.open(tmp_path / "comparison.png").width > 100
+
+    def test_reconstruct_keeps_sizes_and_goes_on_after_a_bad_file(self, run, capsys, tmp_path):
+        pixels = np.random.default_rng(0).integers(0, 256, (9, 13), dtype=np.uint8)
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir()
+            Image.fromarray(pixels).save(tmp_path / folder / "odd.png")
+        (tmp_path / "a" / "bad.png").write_bytes(b"no image")
+        code, out, error = call(capsys, "reconstruct", run, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out")
+        assert code == 1 and "1 of 3 images" in error and "bad.png" in error
+        files = sorted((tmp_path / "out").iterdir())
+        assert len(files) == 2 and all(Image.open(file).size == (13, 9) for file in files)
+        assert out.count("PSNR") == 2
+        code, _, error = call(capsys, "reconstruct", run, tmp_path / "none.png")
+        assert code == 1 and error == f"error: there is no image {tmp_path / 'none.png'}\n"
+
+    def test_reconstruct_is_what_the_model_gives(self, run, capsys, tmp_path):
+        from diffusers import AutoencoderKL
+
+        pixels = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "image.png")
+        assert call(capsys, "reconstruct", run, tmp_path / "image.png", "--out", tmp_path / "out")[0] == 0
+        vae = AutoencoderKL.from_pretrained(run / "model")
+        with torch.no_grad():
+            sample = vae(torch.from_numpy(pixels)[None, None] / 127.5 - 1).sample
+        expected = ((sample[0, 0] + 1) / 2).clamp(0, 1).mul(255).round().numpy().astype(np.uint8)
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "image.png").convert("L")), expected)
+
+    def test_sample_repeats(self, run, capsys, tmp_path):
+        for name in ("one", "two"):
+            assert call(capsys, "sample", run, "--count", 3, "--out", tmp_path / f"{name}.png")[0] == 0
+        assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+    def test_info(self, run, capsys):
+        code, out, _ = call(capsys, "info", run)
+        report = json.loads((run / "evaluation.json").read_text())
+        assert code == 0 and report["model"]["weights_sha256"] in out and f"{report['psnr']:.4f}" in out
+
+    def test_push_of_what_is_no_run(self, capsys, tmp_path):
+        code, _, error = call(capsys, "push", tmp_path, "me/model")
+        assert code == 1 and "must be finished" in error
+
+    def test_train_is_the_training_script(self, capsys, tmp_path):
+        config = tiny(tmp_path / "run", SMALL, max_images=32)
+        config.save(tmp_path / "run.yaml")
+        code, out, _ = call(capsys, "train", "--config", tmp_path / "run.yaml")
+        assert code == 0 and "load it     from diffusers import AutoencoderKL" in out
+        assert (tmp_path / "run" / "README.md").exists() and (tmp_path / "run" / "report.html").exists()
+        assert call(capsys, "train", "--run.epochs", "0")[0] == 2
+
+
+def test_evaluation_config_is_not_what_a_run_asks_between(run):
+    """`every` belongs to runs alone."""
+    assert EvaluationConfig().every is None
