@@ -16,8 +16,8 @@ from .vae import VAE
 def load_autoencoder(
     source: str, subfolder: str | None = None, revision: str | None = None, dtype: torch.dtype = torch.float32
 ) -> ModelMixin:
-    """The KL autoencoder in `source`, in eval mode and without gradients: ours, or any of diffusers with `encode(...).latent_dist` and
-    `decode(...).sample`.
+    """The KL autoencoder in `source`, in eval mode and without gradients: ours, or any of diffusers with
+    `encode(...).latent_dist` and `decode(...).sample`.
 
     Args:
         source: a model's folder, a run's (its model/ is taken), a pipeline's (its vae/ is taken), or a repository on
