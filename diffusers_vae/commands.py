@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from .config import parse_train_config
 from .data import IMAGE_SUFFIXES, DataConfig, ImageSet, load_split
-from .evaluation import EvaluationConfig, EvaluationReport, compare, encode, evaluate, reconstruct
+from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, reconstruct
 from .hub import HubConfig, check_can_push, push
 from .images import read_image, to_model_range, to_pil
 from .metrics import psnr
-from .models import load_autoencoder, weights_hash
+from .models import encode, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig
 from .pictures import comparison_picture, draw_all, sample_picture
 from .report import comparison_table, report_html, report_table
@@ -39,28 +39,23 @@ def run_train(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config, dry = parse_train_config(arguments)
+    first = os.environ.get("RANK", "0") == "0"
+    if config.hub.push and first:
+        check_can_push(config.hub)  # before days of training, not after
     try:
         if dry:
             _describe_dry_run(config)
-        else:
-            _train_and_push(config)
+        elif result := train(config):  # on the main process
+            _describe(result)
+            if config.hub.push:
+                print(f"published   {push(result.output_dir, config.hub)}")
     except Interrupted as interruption:
-        if os.environ.get("RANK", "0") == "0":
+        if first:
             print(interruption, file=sys.stderr)
         _leave_group()
         return RESUME_ME
     _leave_group()
     return 0
-
-
-def _train_and_push(config: TrainConfig) -> None:
-    if config.hub.push:
-        check_can_push(config.hub)  # before days of training, not after
-    if not (result := train(config)):  # not the main process
-        return
-    _describe(result)
-    if config.hub.push:
-        print(f"published   {push(result.output_dir, config.hub)}")
 
 
 def _leave_group() -> None:

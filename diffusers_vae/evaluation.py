@@ -22,7 +22,7 @@ from .data import DataConfig, ImageSet, image_batches
 from .images import to_model_range, to_uint8
 from .latents import LatentStatistics, PosteriorHealth, total
 from .metrics import frechet_distance, gather_parts, mean_interval, process_share, psnr, ssim
-from .models import posterior_from_moments, weights_hash
+from .models import decode, encode, weights_hash
 from .objective import VAEObjective
 from .perceptual import LPIPS, InceptionFeatures
 
@@ -241,29 +241,6 @@ def load_judges(config: EvaluationConfig, channels: int, size: tuple[int, int]) 
     for network in (*lpips.values(), *([inception] if inception else [])):
         network.check(channels, size)
     return lpips, inception
-
-
-def encode(model: ModelMixin, images: torch.Tensor) -> DiagonalGaussianDistribution:
-    """The posterior, in float32, of images (B, C, H, W) in [-1, 1] under any autoencoder of diffusers.
-
-    Raises:
-        ValueError: when the model has none, or takes images of other channels.
-    """
-    channels = getattr(model.config, "in_channels", images.shape[1])
-    if channels != images.shape[1]:
-        raise ValueError(
-            f"the model takes images of {channels} channels, got {images.shape[1]}; data.channels says how images are "
-            "read"
-        )
-    encoded = model.encode(images.to(model.dtype))
-    if not hasattr(encoded, "latent_dist"):
-        raise ValueError(f"a KL autoencoder has encode(...).latent_dist, which {type(model).__name__} has not")
-    return posterior_from_moments(encoded.latent_dist.parameters)
-
-
-def decode(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """Reconstructions in float32 of latents of any floating dtype."""
-    return model.decode(latents.to(model.dtype)).sample.float()
 
 
 def draw(posterior: DiagonalGaussianDistribution, indices: Sequence[int], seed: int, draws: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from .data import ImageSet, image_batches
 from .metrics import gather_parts, process_share
+from .models import encode
 from .objective import rate_per_unit
 
 ACTIVE = 0.01
@@ -169,7 +170,7 @@ def measure_latents(
     parts: dict[int, LatentStatistics] = {}
     with tqdm(total=count, desc="latents", unit="img", disable=not progress, leave=False) as bar:
         for part, indices, images in image_batches(image_set, batch_size, max_images, model.device, *process_share()):
-            parts.setdefault(part, LatentStatistics()).update(model.encode(images).latent_dist)
+            parts.setdefault(part, LatentStatistics()).update(encode(model, images))
             bar.update(len(indices) * process_share()[1])
     return total(parts)
 

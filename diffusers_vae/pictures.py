@@ -6,14 +6,15 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_utils import ModelMixin
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -25,12 +26,14 @@ from sklearn.manifold import TSNE
 
 from .data import ImageSet, image_batches
 from .images import shown_channels, to_pil
+from .latents import COLLAPSED
+from .models import decode, encode
+from .objective import rate_per_unit
 
 DPI = 120
 PAGE_WIDTH = 1056  # pixels of images side by side: 16 of 64 with lines between them
 AMPLIFICATION = 4  # of differences
 DIFFERENCE = "grey where none, brighter where too bright"
-SILENT_RATE = 0.01  # nats per image; a channel below says next to nothing about it
 TSNE_POINTS = 2000
 VERDICT_COLOURS = {
     "healthy": "tab:green",
@@ -38,22 +41,6 @@ VERDICT_COLOURS = {
     "collapsed": "tab:red",
     "exploding": "tab:purple",
 }
-
-
-class Autoencoder(Protocol):
-    """Any autoencoder of diffusers with a diagonal Gaussian posterior, ours and the stock ones, in eval mode."""
-
-    config: Mapping[str, Any]
-    device: torch.device
-    dtype: torch.dtype
-
-    def encode(self, x: torch.Tensor) -> Any:
-        """With `latent_dist`."""
-        ...
-
-    def decode(self, z: torch.Tensor) -> Any:
-        """With `sample`."""
-        ...
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -136,21 +123,18 @@ def _steps(width: int) -> int:
 
 
 @torch.no_grad()
-def _posterior(model: Autoencoder, images: torch.Tensor, batch_size: int) -> DiagonalGaussianDistribution:
-    moments = [
-        model.encode(part.to(model.device, model.dtype)).latent_dist.parameters.float().cpu()
-        for part in images.split(batch_size)
-    ]
+def _posterior(model: ModelMixin, images: torch.Tensor, batch_size: int) -> DiagonalGaussianDistribution:
+    moments = [encode(model, part.to(model.device)).parameters.cpu() for part in images.split(batch_size)]
     return DiagonalGaussianDistribution(torch.cat(moments))
 
 
 @torch.no_grad()
-def _decode(model: Autoencoder, latents: torch.Tensor, batch_size: int) -> torch.Tensor:
-    decoded = [model.decode(part.to(model.device, model.dtype)).sample.float() for part in latents.split(batch_size)]
+def _decode(model: ModelMixin, latents: torch.Tensor, batch_size: int) -> torch.Tensor:
+    decoded = [decode(model, part.to(model.device)) for part in latents.split(batch_size)]
     return torch.cat([part.clamp(-1, 1).cpu() for part in decoded])
 
 
-def reconstruction_picture(model: Autoencoder, images: torch.Tensor, batch_size: int) -> Image.Image:
+def reconstruction_picture(model: ModelMixin, images: torch.Tensor, batch_size: int) -> Image.Image:
     """Rows of originals, of their reconstructions and of the differences, of images (B, C, H, W) in [-1, 1].
 
     Differences are signed and amplified: grey where there is none, bright where the reconstruction is too bright.
@@ -167,7 +151,7 @@ def reconstruction_picture(model: Autoencoder, images: torch.Tensor, batch_size:
 
 
 def sample_picture(
-    model: Autoencoder, latent_shape: tuple[int, ...], batch_size: int, seed: int, count: int
+    model: ModelMixin, latent_shape: tuple[int, ...], batch_size: int, seed: int, count: int
 ) -> Image.Image:
     """Decoded draws from the prior N(0, I) over latents of `latent_shape`, (channels, height, width)."""
     latents = torch.randn(count, *latent_shape, generator=torch.Generator().manual_seed(seed))
@@ -204,9 +188,7 @@ def slerp(first: torch.Tensor, second: torch.Tensor, steps: int) -> torch.Tensor
     return torch.where(singled_out, turned, straight).view(len(first), steps, *first.shape[1:]).to(first.dtype)
 
 
-def interpolation_picture(
-    model: Autoencoder, first: torch.Tensor, second: torch.Tensor, batch_size: int
-) -> Image.Image:
+def interpolation_picture(model: ModelMixin, first: torch.Tensor, second: torch.Tensor, batch_size: int) -> Image.Image:
     """One row per pair of images, (B, C, H, W) in [-1, 1] each: from the reconstruction of the first, through the
     decoded latents on the great circle between the posterior means, to that of the second.
 
@@ -225,7 +207,7 @@ def interpolation_picture(
 
 
 def traversal_picture(
-    model: Autoencoder, images: torch.Tensor, batch_size: int, reach: float = 3.0, max_channels: int = 10
+    model: ModelMixin, images: torch.Tensor, batch_size: int, reach: float = 3.0, max_channels: int = 10
 ) -> Image.Image:
     """The first of images (B, C, H, W) in [-1, 1], decoded while one channel of its latents changes and the others
     stay, for the `max_channels` channels of the largest rate; when these are few, some more of the images.
@@ -236,7 +218,7 @@ def traversal_picture(
     """
     posterior = _posterior(model, images, batch_size)
     mean, unit = posterior.mean, posterior.mean[0, 0].numel() == 1
-    rate = 0.5 * (mean**2 + posterior.var - 1 - posterior.logvar).mean(0).sum((1, 2))
+    rate = rate_per_unit(posterior).mean(0).sum((1, 2))
     std = (mean.var((0, 2, 3), correction=0) + posterior.var.mean((0, 2, 3))).sqrt()
     steps = _steps(images.shape[-1])
     channels = rate.argsort(descending=True, stable=True)[: min(max_channels, steps)].tolist()
@@ -249,7 +231,7 @@ def traversal_picture(
             row = latents.repeat(steps, 1, 1, 1)
             row[:, channel] = values[:, None, None] if unit else row[:, channel] + values[:, None, None] * std[channel]
             rows.append(row)
-            labels.append(f"{'unit' if unit else 'channel'} {channel + 1}\n{_nats(rate[channel])} nats")
+            labels.append(f"{'unit' if unit else 'channel'} {channel}\n{_nats(rate[channel])} nats")
     change = "unit set to the values above" if unit else "channel shifted by so many of its standard deviations"
     left_out = f", for the {len(channels)} of {len(rate)} with the largest rate" if len(channels) < len(rate) else ""
     title = f"Latents of an image decoded with one {change} and the others kept{left_out}"
@@ -257,7 +239,7 @@ def traversal_picture(
     return _page(_decode(model, torch.cat(rows), batch_size), steps, title, labels, columns)
 
 
-def manifold_picture(model: Autoencoder, batch_size: int, side: int = 20) -> Image.Image:
+def manifold_picture(model: ModelMixin, batch_size: int, side: int = 20) -> Image.Image:
     """2-D latents decoded on a grid, evenly spaced in the prior's probability: Kingma & Welling 2014, figure 4."""
     quantiles = torch.special.ndtri(torch.linspace(0.02, 0.98, side, dtype=torch.float64)).float()
     rows, columns = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
@@ -270,7 +252,7 @@ def manifold_picture(model: Autoencoder, batch_size: int, side: int = 20) -> Ima
 
 @torch.no_grad()
 def latent_picture(
-    model: Autoencoder,
+    model: ModelMixin,
     image_set: ImageSet,
     batch_size: int,
     max_images: int | None,
@@ -330,20 +312,20 @@ def rate_picture(rate_per_channel: Sequence[float], rate_per_position: Sequence[
     figure = _figure(10 if several_positions else 7, 4)
     left, *right = figure.subplots(1, 2 if several_positions else 1, squeeze=False)[0]
     kind = "channel" if several_positions else "unit"
-    silent = rates[order] < SILENT_RATE
+    silent = rates[order] / positions.size < COLLAPSED
     bars = left.bar(range(len(rates)), rates[order], color=["tab:red" if low else "tab:blue" for low in silent])
     if not many:
         left.bar_label(bars, [_nats(rate) for rate in rates.tolist()], fontsize=8, padding=2)
         left.margins(y=0.1)
     left.set_ylim(bottom=min(0, rates.min()))
     if len(rates) <= 32:
-        left.set_xticks(range(len(rates)), [str(channel + 1) for channel in order.tolist()], fontsize=8)
+        left.set_xticks(range(len(rates)), [str(channel) for channel in order.tolist()], fontsize=8)
         for tick, low in zip(left.get_xticklabels(), silent, strict=True):  # whose bars are too low to be seen
             tick.set_color("tab:red" if low else "black")
     left.set_xlabel(f"latent {kind}" + (", the largest rate first" if many else ""), fontsize=9)
     left.set_title(
-        f"rate per {kind}, nats per image\n{_nats(rates.sum())} in all; below {SILENT_RATE} (red): "
-        f"{int(silent.sum())} of {len(rates)}",
+        f"rate per {kind}, nats per image\n{_nats(rates.sum())} in all; collapsed (red): {int(silent.sum())} of "
+        f"{len(rates)}",
         fontsize=10,
         loc="left",
     )
@@ -527,7 +509,7 @@ def _window(
 
 
 def draw_all(
-    model: Autoencoder,
+    model: ModelMixin,
     image_set: ImageSet,
     metrics: Path | None,
     batch_size: int,

@@ -157,7 +157,7 @@ def _channels(report: Mapping[str, Any]) -> list[tuple[int, float | None, float 
     ]
     count = max((len(column) for column in columns if isinstance(column, list)), default=0)
     columns = [column if isinstance(column, list) else [None] * count for column in columns]
-    return [(number, *values) for number, values in enumerate(zip(*columns, strict=True), 1)]
+    return [(number, *values) for number, values in enumerate(zip(*columns, strict=True))]
 
 
 def _number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""From a folder or a repository to a model, whichever diffusers class it is of."""
+"""Any KL autoencoder of diffusers, ours or stock: loaded, called, and told from others."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import diffusers
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 
 from .mlp import MLPVAE
-from .vae import VAE
+from .vae import VAE, posterior_from_moments
 
 
 def load_autoencoder(
@@ -52,6 +53,29 @@ def load_autoencoder(
         .eval()
         .requires_grad_(False)
     )
+
+
+def encode(model: ModelMixin, images: torch.Tensor) -> DiagonalGaussianDistribution:
+    """The posterior, in float32, of images (B, C, H, W) in [-1, 1] under any autoencoder of diffusers.
+
+    Raises:
+        ValueError: when the model has none, or takes images of other channels.
+    """
+    channels = getattr(model.config, "in_channels", images.shape[1])
+    if channels != images.shape[1]:
+        raise ValueError(
+            f"the model takes images of {channels} channels, got {images.shape[1]}; data.channels says how images are "
+            "read"
+        )
+    encoded = model.encode(images.to(model.dtype))
+    if not hasattr(encoded, "latent_dist"):
+        raise ValueError(f"a KL autoencoder has encode(...).latent_dist, which {type(model).__name__} has not")
+    return posterior_from_moments(encoded.latent_dist.parameters)
+
+
+def decode(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """Reconstructions in float32 of latents of any floating dtype."""
+    return model.decode(latents.to(model.dtype)).sample.float()
 
 
 def weights_hash(model: torch.nn.Module) -> str:
