@@ -140,10 +140,7 @@ class _Run:
             weights,
             sorted(
                 (file for file in (path / "pictures").glob("*.png") if not file.name.startswith(".")),
-                key=lambda file: (
-                    list(PICTURES).index(file.stem) if file.stem in PICTURES else len(PICTURES),
-                    file.stem,
-                ),
+                key=lambda file: ([*PICTURES, file.stem].index(file.stem), file.stem),
             ),
         )
 
@@ -281,9 +278,7 @@ def _render(run: _Run, config: HubConfig) -> str:
             recipe=_recipe(run.config),
             pictures=[(file.name, PICTURES.get(file.stem, file.stem)) for file in run.pictures],
             ratio=2 ** (len(run.model["block_out_channels"]) - 1) if stock else None,
-            pixel_terms_only=not any(
-                run.config["objective"][key] for key in run.config["objective"].keys() - PIXEL_TERMS
-            ),
+            pixel_terms_only=not any(value for key, value in run.config["objective"].items() if key not in PIXEL_TERMS),
         )
     )
 

@@ -322,7 +322,7 @@ class TestPush:
 
     def test_public_repository_is_never_used_as_a_private_one(self, hub, run):
         hub.create(REPO, private=False)
-        with pytest.raises(OSError, match=f"{REPO} must be private, as hub.private says, but is there and public"):
+        with pytest.raises(OSError, match=f"not uploaded to {REPO}: {REPO} must be private, as hub.private says, but is"):
             push(run, HubConfig(repo_id=REPO, private=True))
         assert uploaded(hub) == {} and hub.uploads == []
 
