@@ -28,6 +28,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from .checkpoint import write_file
+from .models import load_autoencoder, weights_hash
 
 T = TypeVar("T")
 
@@ -202,10 +203,14 @@ NOT_RECIPE = {
     "output_dir", "checkpoint_every", "keep_checkpoints", "allow_config_change", "on_nonfinite", "log_every", "tracker",
 }  # fmt: skip
 PICTURES = {
-    "reconstructions": "Held-out images, each above its reconstruction.",
+    "reconstructions": "Held-out images and their reconstructions.",
     "samples": "Decoded draws from the prior.",
     "manifold": "The plane of the two latent units, decoded on a grid.",
-    "latents": "Posterior means of held-out images.",
+    "interpolations": "From one held-out image to another, along a line between their latents.",
+    "traversals": "What single latent units or channels do when they alone are changed.",
+    "latents": "Posterior means of held-out images, in two dimensions.",
+    "rates": "Where the latents carry information: the rate per channel and per position.",
+    "rate_distortion": "Training: distortion over rate.",
     "loss": "Training: the terms of the objective and the learning rate over images seen.",
 }
 
@@ -276,6 +281,7 @@ def _render(run: _Run, config: HubConfig) -> str:
             measured_on=measured_on,
             rows=[_row(figure, evaluation) for figure in measured],
             recipe=_recipe(run.config),
+            pushes=run.config.get("hub", {}).get("push", False),
             pictures=[(file.name, PICTURES.get(file.stem, file.stem)) for file in run.pictures],
             ratio=2 ** (len(run.model["block_out_channels"]) - 1) if stock else None,
             pixel_terms_only=not any(value for key, value in run.config["objective"].items() if key not in PIXEL_TERMS),
@@ -334,11 +340,17 @@ def push(run: Path, config: HubConfig) -> str:
     request. Repeated after an error, it goes on: what has arrived is not sent again. Nothing in `run` is changed.
 
     Raises:
-        ValueError: when the run is not finished, holds pickles, or there is no repo_id.
+        ValueError: when the run is not finished, holds pickles or weights that were not measured, or there is no
+            repo_id.
         OSError: when the Hub refuses, or the connection breaks, with the command that repeats the upload.
     """
     repo_id, revision = _repo_id(config), config.revision or "main"
     found = _Run.read(run)
+    if weights_hash(load_autoencoder(str(run / "model"))) != found.evaluation["model"]["weights_sha256"]:
+        raise ValueError(
+            f"{run / 'evaluation.json'} must be of the weights in {run / 'model'}, got one of others; delete it and "
+            "continue the run, which measures the model again"
+        )
     card = _render(found, config)
     additions = [CommitOperationAdd("README.md", card.encode())]
     additions += [CommitOperationAdd(name, str(file)) for name, file in found.files.items()]
