@@ -405,9 +405,9 @@ def _repo_id(config: HubConfig) -> str:
 
 def _ask(work: Callable[[], T], failed: str, advice: str = "") -> T:
     """What `work` returns; whatever goes wrong in it is an OSError of one line, without token and without the errors
-    that caused it, since any of them may hold what was sent. Nor does the client log a token meanwhile.
+    that caused it, since any of them may hold what was sent. Nor is a token, or a signed address, logged meanwhile.
     """
-    handlers = list(logging.getLogger("huggingface_hub").handlers)
+    handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
     for handler in handlers:
         handler.addFilter(_blot)
     try:

@@ -507,7 +507,8 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 """
 PUSH = """
-import sys
+import logging, sys
+logging.basicConfig(level=logging.INFO)
 from pathlib import Path
 from diffusers_vae.hub import HubConfig, push
 try:
@@ -606,6 +607,8 @@ class TestProcesses:
             assert [name for name, output in outputs.items() if token in output] == []
             held = contents(tmp_path) | {f"hub/{name}": content for name, content in uploaded(server).items()}
             assert [name for name, content in held.items() if token.encode() in content] == []
+        assert "/lfs/" in outputs["none"]  # of the storage, whose addresses are signed
+        assert [name for name, output in outputs.items() if re.search(r"signature=\w", output)] == []
         assert any(TOKEN in headers.get("authorization", "") for _, headers in server.requests)
         to_storage = [headers for request, headers in server.requests if request.startswith("PUT ")]
         assert to_storage and not any("authorization" in headers for headers in to_storage)
