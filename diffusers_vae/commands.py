@@ -37,7 +37,8 @@ RESUME_ME = 75  # EX_TEMPFAIL in sysexits.h: "the user is invited to try again l
 def run_train(arguments: Sequence[str]) -> int:
     """One training run, as `training/train_vae.py` starts it."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for client in ("httpx", "httpx2"):
+        logging.getLogger(client).setLevel(logging.WARNING)
     config, dry = parse_train_config(arguments)
     first = os.environ.get("RANK", "0") == "0"
     if config.hub.push and first:

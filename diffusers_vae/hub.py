@@ -28,6 +28,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from .checkpoint import write_file
+from .models import load_autoencoder, weights_hash
 
 T = TypeVar("T")
 
@@ -140,10 +141,7 @@ class _Run:
             weights,
             sorted(
                 (file for file in (path / "pictures").glob("*.png") if not file.name.startswith(".")),
-                key=lambda file: (
-                    list(PICTURES).index(file.stem) if file.stem in PICTURES else len(PICTURES),
-                    file.stem,
-                ),
+                key=lambda file: ([*PICTURES, file.stem].index(file.stem), file.stem),
             ),
         )
 
@@ -205,10 +203,14 @@ NOT_RECIPE = {
     "output_dir", "checkpoint_every", "keep_checkpoints", "allow_config_change", "on_nonfinite", "log_every", "tracker",
 }  # fmt: skip
 PICTURES = {
-    "reconstructions": "Held-out images, each above its reconstruction.",
+    "reconstructions": "Held-out images and their reconstructions.",
     "samples": "Decoded draws from the prior.",
     "manifold": "The plane of the two latent units, decoded on a grid.",
-    "latents": "Posterior means of held-out images.",
+    "interpolations": "From one held-out image to another, along a line between their latents.",
+    "traversals": "What single latent units or channels do when they alone are changed.",
+    "latents": "Posterior means of held-out images, in two dimensions.",
+    "rates": "Where the latents carry information: the rate per channel and per position.",
+    "rate_distortion": "Training: distortion over rate.",
     "loss": "Training: the terms of the objective and the learning rate over images seen.",
 }
 
@@ -279,11 +281,10 @@ def _render(run: _Run, config: HubConfig) -> str:
             measured_on=measured_on,
             rows=[_row(figure, evaluation) for figure in measured],
             recipe=_recipe(run.config),
+            pushes=run.config.get("hub", {}).get("push", False),
             pictures=[(file.name, PICTURES.get(file.stem, file.stem)) for file in run.pictures],
             ratio=2 ** (len(run.model["block_out_channels"]) - 1) if stock else None,
-            pixel_terms_only=not any(
-                run.config["objective"][key] for key in run.config["objective"].keys() - PIXEL_TERMS
-            ),
+            pixel_terms_only=not any(value for key, value in run.config["objective"].items() if key not in PIXEL_TERMS),
         )
     )
 
@@ -339,11 +340,17 @@ def push(run: Path, config: HubConfig) -> str:
     request. Repeated after an error, it goes on: what has arrived is not sent again. Nothing in `run` is changed.
 
     Raises:
-        ValueError: when the run is not finished, holds pickles, or there is no repo_id.
+        ValueError: when the run is not finished, holds pickles or weights that were not measured, or there is no
+            repo_id.
         OSError: when the Hub refuses, or the connection breaks, with the command that repeats the upload.
     """
     repo_id, revision = _repo_id(config), config.revision or "main"
     found = _Run.read(run)
+    if weights_hash(load_autoencoder(str(run / "model"))) != found.evaluation["model"]["weights_sha256"]:
+        raise ValueError(
+            f"{run / 'evaluation.json'} must be of the weights in {run / 'model'}, got one of others; delete it and "
+            "continue the run, which measures the model again"
+        )
     card = _render(found, config)
     additions = [CommitOperationAdd("README.md", card.encode())]
     additions += [CommitOperationAdd(name, str(file)) for name, file in found.files.items()]
@@ -398,9 +405,9 @@ def _repo_id(config: HubConfig) -> str:
 
 def _ask(work: Callable[[], T], failed: str, advice: str = "") -> T:
     """What `work` returns; whatever goes wrong in it is an OSError of one line, without token and without the errors
-    that caused it, since any of them may hold what was sent. Nor does the client log a token meanwhile.
+    that caused it, since any of them may hold what was sent. Nor is a token, or a signed address, logged meanwhile.
     """
-    handlers = list(logging.getLogger("huggingface_hub").handlers)
+    handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
     for handler in handlers:
         handler.addFilter(_blot)
     try:

@@ -20,8 +20,9 @@ from hub_server import Fault, HubServer, User, card_errors
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from diffusers_vae import MLPVAE, VAE
+from diffusers_vae import MLPVAE, VAE, cli
 from diffusers_vae.hub import FIGURES, HubConfig, check_can_push, push, render_card, write_card
+from diffusers_vae.models import weights_hash
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_ThisTokenMustNeverShow"
@@ -43,18 +44,18 @@ def make_run(path: Path, model: VAE | MLPVAE, resolution: tuple[int, int], confi
         "latents": {"mean": [0.1, -0.2], "std": [0.5, 0.25], "scaling_factor": 2.5, "shift_factor": -0.05},
         "posterior": {
             "units": 32, "active_units": 30, "collapsed_share": 0.0625, "rate_per_channel": [30.0, 11.125],
-            "rate_per_position": [[2.5] * 4] * 4, "aggregate_distance": 0.75, "verdict": "The posterior is healthy.",
+            "rate_per_position": [[2.5] * 4] * 4, "aggregate_distance": 0.75, "verdict": "healthy",
             "advice": "Nothing needs to change.",
         },
         "model": {
             "name": "tiny", "class_name": "AutoencoderKL" if isinstance(model, VAE) else "MLPVAE",
             "parameters": model.num_parameters(), "latent_shape": latent_shape,
             "scaling_factor": model.config.scaling_factor, "shift_factor": model.config.shift_factor,
-            "weights_sha256": hashlib.sha256(weights).hexdigest(),
+            "weights_sha256": weights_hash(model),
         },
         "protocol": {
-            "data": config["data"]["name"], "split": "test", "images": 180, "fingerprint": "0123abcd",
-            "resolution": resolution, "channels": channels, "fit": "crop", "resize": "antialiased bilinear",
+            "data": config["data"]["name"], "split": "held-out", "images": 180, "fingerprint": "0123abcd",
+            "resolution": resolution, "channels": channels, "resize": "scaled to cover, then the centre is cut out",
             "value_range": "[-1, 1]", "round_to_8_bit": False, "reconstruction": "mode", "draws": 1, "seed": 0,
             "dtype": "float32", "device": "cpu", "versions": {"diffusers_vae": "0.1.0", "torch": "2.7.1"},
         },
@@ -186,16 +187,17 @@ class TestConfig:
 
 class TestCard:
     def test_metadata_is_that_of_the_evaluation(self, run):
-        path = write_card(run, HubConfig(repo_id=REPO, license="mit", base_model="ann/base"))
-        card = ModelCard.load(path)
         report = json.loads((run / "evaluation.json").read_text())
-        assert path == run / "README.md" and card_errors(path.read_text()) == []
+        (run / "evaluation.json").unlink()  # the trainer writes it last
+        write_card(run, HubConfig(repo_id=REPO, license="mit", base_model="ann/base"), report)
+        card = ModelCard.load(run / "README.md")
+        assert card_errors(str(card)) == []
         assert card.data.library_name == "diffusers" and card.data.license == "mit"
         assert card.data.base_model == "ann/base" and {"vae", "autoencoder-kl"} <= set(card.data.tags)
         assert card.data.model_name == "tiny-vae"
         values = {result.metric_type: result.metric_value for result in card.data.eval_results}
         assert values == {key: report[key] for key in (figure.key for figure in FIGURES) if report[key] is not None}
-        assert {result.dataset_split for result in card.data.eval_results} == {"test"}
+        assert {result.dataset_split for result in card.data.eval_results} == {"held-out"}
 
     def test_every_number_shown_is_measured(self, run):
         card = render_card(run)
@@ -213,6 +215,11 @@ class TestCard:
         config = CONFIG | {"data": CONFIG["data"] | {"name": "mnist"}}
         (run / "config.yaml").write_text(yaml.safe_dump(config))
         assert ModelCard(render_card(run)).data.datasets == ["ylecun/mnist"]
+
+    def test_repeating_the_training_does_not_push(self, run):
+        assert "--run.output_dir FOLDER`" in render_card(run)
+        (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"hub": {"push": True, "repo_id": REPO}}))
+        assert "--run.output_dir FOLDER --hub.push false`" in render_card(run)
 
     @pytest.mark.parametrize("kind", ["run", "mlp_run"])
     def test_code_runs_as_it_stands(self, kind, request, monkeypatch):
@@ -322,7 +329,7 @@ class TestPush:
 
     def test_public_repository_is_never_used_as_a_private_one(self, hub, run):
         hub.create(REPO, private=False)
-        with pytest.raises(OSError, match=f"{REPO} must be private, as hub.private says, but is there and public"):
+        with pytest.raises(OSError, match=f"to {REPO}: {REPO} must be private, as hub.private says, but is"):
             push(run, HubConfig(repo_id=REPO, private=True))
         assert uploaded(hub) == {} and hub.uploads == []
 
@@ -352,6 +359,12 @@ class TestPush:
         with pytest.raises(ValueError, match=r"lacks model, posterior, protocol; delete it and continue the run"):
             push(run, HubConfig(repo_id=REPO))
 
+    def test_figures_of_other_weights_are_refused(self, hub, run):
+        make_vae(1).save_pretrained(run / "model")
+        with pytest.raises(ValueError, match=r"evaluation.json must be of the weights in .*model, got one of others"):
+            push(run, HubConfig(repo_id=REPO))
+        assert hub.requests == []
+
     def test_needs_a_repository(self, run):
         with pytest.raises(ValueError, match=r"hub.repo_id must be NAMESPACE/NAME of a repository, got null"):
             push(run, HubConfig())
@@ -372,6 +385,17 @@ class TestFaults:
         assert push(run, config) == f"{hub.url}/{REPO}"
         assert uploaded(hub) == expected_files(run, config)
         assert sorted(hub.uploads) == sent and len(hub.repos[REPO].commits) == 2
+
+    def test_error_ends_with_the_command_that_repeats_the_upload(self, hub, run, capsys):
+        config = HubConfig(False, "lab/x", True, "dev", "it's done", False, "mit", "ann/y")
+        hub.faults.append(Fault("POST .*/commit/", "halfway"))
+        with pytest.raises(OSError) as error:
+            push(run, config)
+        name, *arguments = shlex.split(str(error.value).partition("Repeat: ")[2])
+        assert name == "diffusers-vae" and cli.main(arguments) == 0, capsys.readouterr().err
+        assert capsys.readouterr().out == f"published   {hub.url}/lab/x/tree/dev\n"
+        assert uploaded(hub, "lab/x", "dev") == expected_files(run, config)
+        assert hub.repos["lab/x"].private and hub.repos["lab/x"].at("dev").message == "it's done"
 
     def test_connection_that_breaks_halfway_through_a_file_is_mended(self, hub, run):
         hub.faults.append(Fault("PUT ", "halfway"))
@@ -483,7 +507,8 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 """
 PUSH = """
-import sys
+import logging, sys
+logging.basicConfig(level=logging.INFO)
 from pathlib import Path
 from diffusers_vae.hub import HubConfig, push
 try:
@@ -582,6 +607,8 @@ class TestProcesses:
             assert [name for name, output in outputs.items() if token in output] == []
             held = contents(tmp_path) | {f"hub/{name}": content for name, content in uploaded(server).items()}
             assert [name for name, content in held.items() if token.encode() in content] == []
+        assert "/lfs/" in outputs["none"]  # of the storage, whose addresses are signed
+        assert [name for name, output in outputs.items() if re.search(r"signature=\w", output)] == []
         assert any(TOKEN in headers.get("authorization", "") for _, headers in server.requests)
         to_storage = [headers for request, headers in server.requests if request.startswith("PUT ")]
         assert to_storage and not any("authorization" in headers for headers in to_storage)
@@ -603,7 +630,7 @@ def test_wheel_holds_every_module_and_the_template(run, tmp_path):
     assert modules | {"diffusers_vae/model_cards/template.md", "diffusers_vae/py.typed"} <= packed
     assert not [name for name in packed if name.startswith(("tests", "training", "model_cards"))]
     code = "import sys; from pathlib import Path; from diffusers_vae import hub; print(hub.__file__);"
-    code += "hub.write_card(Path(sys.argv[1]))"
+    code += "(Path(sys.argv[1]) / 'README.md').write_text(hub.render_card(Path(sys.argv[1])))"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run(
         [sys.executable, "-c", code, run], env=environment, cwd=tmp_path, capture_output=True, text=True
