@@ -6,8 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-
-from . import __version__
+from importlib.metadata import version
 
 COMMANDS = {
     "train": "train a KL autoencoder, or continue a run",
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(HELP, end="")
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        print(__version__)
+        print(version("diffusers-vae"))
         return 0
     if arguments[0] not in COMMANDS:
         print(f"error: {arguments[0]} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)

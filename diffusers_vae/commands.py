@@ -297,13 +297,17 @@ def run_push(arguments: Sequence[str]) -> int:
         "RUN REPO_ID [--private true] [--license ID] ...",
         "Publish a finished run as a model repository on the Hugging Face Hub, in one commit: the model, its card, "
         "pictures/, evaluation.json and config.yaml. Log in first, with `hf auth login` or HF_TOKEN. After an error, "
-        "the same command goes on.",
+        "the same command goes on. Settings that are not given are those of the run's hub section.",
         "diffusers-vae push runs/mnist-vae me/mnist-vae --license apache-2.0",
     )
     parser.add_argument("run", type=str, help="Folder of a finished run.")
     parser.add_argument("target", metavar="REPO_ID", type=str, help="NAMESPACE/NAME of the repository.")
     parser.add_class_arguments(HubConfig, skip={"push", "repo_id"}, as_group=False)
     parsed = _parse(parser, arguments)
+    if (file := Path(parsed.run) / "config.yaml").is_file():  # licence and the rest, as the run was told
+        stated = (yaml.safe_load(file.read_text()) or {}).get("hub", {})
+        known = {name: value for name, value in stated.items() if name not in ("push", "repo_id") and value is not None}
+        parsed = _parse(parser, [*(f"--{name}={json.dumps(value)}" for name, value in known.items()), *arguments])
     settings = parsed.as_dict()
     run, repo_id = Path(settings.pop("run")), settings.pop("target")
     try:

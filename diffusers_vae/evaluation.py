@@ -430,6 +430,33 @@ def _measure(
     return figures, inception and (inception(images).cpu(), inception(reconstructions).cpu())
 
 
+@dataclass(frozen=True)
+class Figure:
+    """How a number of the report is shown to people."""
+
+    label: str
+    unit: str
+    meaning: str
+    digits: int
+
+
+FIGURES = {
+    "psnr": Figure("PSNR", "dB", "peak signal-to-noise ratio; higher is better", 2),
+    "ssim": Figure("SSIM", "", "structural similarity, 1 for a copy; higher is better", 4),
+    "lpips_alex": Figure("LPIPS (alex)", "", "perceptual distance, 0 for a copy; lower is better", 4),
+    "lpips_vgg": Figure("LPIPS (vgg)", "", "perceptual distance, 0 for a copy; lower is better", 4),
+    "rfid": Figure("rFID", "", "distance of all reconstructions to all images; lower is better, at equal counts", 2),
+    "rate": Figure("rate", "nats/image", "KL to the prior: what the latents say about an image", 2),
+    "distortion": Figure("distortion", "nats/image", "-log p(image | latents); lower is better", 2),
+    "elbo": Figure("ELBO", "nats/image", "-(distortion + rate), a lower bound of log p(image); higher is better", 2),
+    "importance_weighted_bound": Figure(
+        "IW bound", "nats/image", "a tighter bound of log p(image), of several draws", 2
+    ),
+    "bits_per_dim": Figure("bits/dim", "bits", "-ELBO per channel of a pixel; below 0 where a density exceeds 1", 4),
+    "loss": Figure("loss", "nats/image", "as trained: distortion without its constant + kl_weight * rate", 3),
+}
+"""By the key in evaluation.json, in the order in which people are shown them."""
+
 HIGHER_IS_BETTER = {
     "psnr": True, "ssim": True, "elbo": True, "importance_weighted_bound": True,
     "distortion": False, "lpips_alex": False, "lpips_vgg": False,

@@ -28,7 +28,9 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from .checkpoint import write_file
+from .evaluation import FIGURES, Figure
 from .models import load_autoencoder, weights_hash
+from .pictures import CAPTIONS
 
 T = TypeVar("T")
 
@@ -141,7 +143,7 @@ class _Run:
             weights,
             sorted(
                 (file for file in (path / "pictures").glob("*.png") if not file.name.startswith(".")),
-                key=lambda file: ([*PICTURES, file.stem].index(file.stem), file.stem),
+                key=lambda file: ([*CAPTIONS, file.stem].index(file.stem), file.stem),
             ),
         )
 
@@ -161,29 +163,6 @@ PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
-@dataclass(frozen=True)
-class _Figure:
-    """How a number of evaluation.json is shown."""
-
-    key: str
-    name: str
-    meaning: str
-    digits: int
-
-
-FIGURES = (
-    _Figure("psnr", "PSNR", "dB, higher is better", 2),
-    _Figure("ssim", "SSIM", "at most 1, higher is better", 4),
-    _Figure("lpips_alex", "LPIPS (AlexNet)", "lower is better", 4),
-    _Figure("lpips_vgg", "LPIPS (VGG)", "lower is better", 4),
-    _Figure("rfid", "rFID", "lower is better; comparable at the same number of images only", 2),
-    _Figure("rate", "rate", "KL divergence of the posterior from the prior, nats per image", 2),
-    _Figure("distortion", "distortion", "-log p(image \\| latents), nats per image", 2),
-    _Figure("elbo", "ELBO", "-(distortion + rate), nats per image, higher is better", 2),
-    _Figure("importance_weighted_bound", "importance-weighted bound", "nats per image, higher is better", 2),
-    _Figure("bits_per_dim", "bits/dim", "-ELBO per pixel and channel", 4),
-    _Figure("loss", "loss", "as trained, without the distortion's constant", 3),
-)
 DATA_NAMES = {
     "digits": "scikit-learn's digits",
     "mnist": "MNIST",
@@ -202,17 +181,6 @@ NOT_RECIPE = {
     "root", "num_workers", "on_bad_image",
     "output_dir", "checkpoint_every", "keep_checkpoints", "allow_config_change", "on_nonfinite", "log_every", "tracker",
 }  # fmt: skip
-PICTURES = {
-    "reconstructions": "Held-out images and their reconstructions.",
-    "samples": "Decoded draws from the prior.",
-    "manifold": "The plane of the two latent units, decoded on a grid.",
-    "interpolations": "From one held-out image to another, along a line between their latents.",
-    "traversals": "What single latent units or channels do when they alone are changed.",
-    "latents": "Posterior means of held-out images, in two dimensions.",
-    "rates": "Where the latents carry information: the rate per channel and per position.",
-    "rate_distortion": "Training: distortion over rate.",
-    "loss": "Training: the terms of the objective and the learning rate over images seen.",
-}
 
 
 def render_card(run: Path, config: HubConfig | None = None) -> str:
@@ -237,7 +205,7 @@ def _render(run: _Run, config: HubConfig) -> str:
     size = [data["resolution"]] * 2 if isinstance(data["resolution"], int) else data["resolution"]
     trained_on = DATA_NAMES.get(data["name"], data["name"])
     measured_on = DATA_NAMES.get(protocol["data"], protocol["data"])
-    measured = [figure for figure in FIGURES if evaluation.get(figure.key) is not None]
+    measured = {key: figure for key, figure in FIGURES.items() if evaluation.get(key) is not None}
     results = [
         EvalResult(
             task_type="image-to-image",
@@ -245,11 +213,11 @@ def _render(run: _Run, config: HubConfig) -> str:
             dataset_type=HUB_DATA.get(protocol["data"], protocol["data"]),
             dataset_name=measured_on,
             dataset_split=protocol["split"],
-            metric_type=figure.key,
-            metric_name=figure.name,
-            metric_value=evaluation[figure.key],
+            metric_type=key,
+            metric_name=figure.label,
+            metric_value=evaluation[key],
         )
-        for figure in measured
+        for key, figure in measured.items()
     ]
     name = config.repo_id.rpartition("/")[2] if config.repo_id else run.name
     card_data = ModelCardData(
@@ -279,10 +247,10 @@ def _render(run: _Run, config: HubConfig) -> str:
             trained_on=trained_on,
             size="x".join(map(str, size)),
             measured_on=measured_on,
-            rows=[_row(figure, evaluation) for figure in measured],
+            rows=[_row(key, figure, evaluation) for key, figure in measured.items()],
             recipe=_recipe(run.config),
             pushes=run.config.get("hub", {}).get("push", False),
-            pictures=[(file.name, PICTURES.get(file.stem, file.stem)) for file in run.pictures],
+            pictures=[(file.name, CAPTIONS.get(file.stem, ("", file.stem))[1]) for file in run.pictures],
             ratio=2 ** (len(run.model["block_out_channels"]) - 1) if stock else None,
             pixel_terms_only=not any(value for key, value in run.config["objective"].items() if key not in PIXEL_TERMS),
         )
@@ -296,11 +264,12 @@ def _template() -> Path:
     return inside if inside.exists() else here.parent / "model_cards" / "template.md"
 
 
-def _row(figure: _Figure, evaluation: dict[str, Any]) -> tuple[str, str, str, str]:
+def _row(key: str, figure: Figure, evaluation: dict[str, Any]) -> tuple[str, str, str, str]:
     """Name, value, interval and meaning, as the card shows them."""
-    interval = evaluation["intervals"].get(figure.key)
+    interval = evaluation["intervals"].get(key)
     shown = f"{interval[0]:,.{figure.digits}f} to {interval[1]:,.{figure.digits}f}" if interval else ""
-    return figure.name, f"{evaluation[figure.key]:,.{figure.digits}f}", shown, figure.meaning
+    meaning = f"{figure.unit}; {figure.meaning}".removeprefix("; ").replace("|", "\\|")
+    return figure.label, f"{evaluation[key]:,.{figure.digits}f}", shown, meaning
 
 
 def _recipe(config: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:

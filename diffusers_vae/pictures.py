@@ -43,6 +43,43 @@ VERDICT_COLOURS = {
 }
 
 
+CAPTIONS = {
+    "reconstructions": (
+        "Reconstructions",
+        "Held-out images, under each its reconstruction from the mode of the posterior, and under that the amplified "
+        "difference: grey where there is none, bright where the reconstruction is too bright, dark where too dark.",
+    ),
+    "samples": (
+        "Samples from the prior",
+        "Latents drawn from N(0, I) and decoded. With many positions, whole images come from a diffusion model over "
+        "the latents, not from this.",
+    ),
+    "traversals": (
+        "Traversals",
+        "One channel of an image's latents changes from left to right, the others are kept. A row in which nothing "
+        "changes is of a channel that the decoder ignores.",
+    ),
+    "interpolations": (
+        "Interpolations",
+        "From left to right on the sphere between the latents of two held-out images.",
+    ),
+    "manifold": ("Manifold", "The decoded plane of the two latent units, evenly spaced in the prior's probability."),
+    "latents": ("Latents", "Posterior means of held-out images in a plane, coloured by label where there are labels."),
+    "rates": (
+        "Rates",
+        "How many nats each channel, and each position, of the latents says about an image on average. Near 0 it says "
+        "nothing: it has collapsed to the prior.",
+    ),
+    "loss": ("Training", "Loss, its two terms and the learning rate over the images seen."),
+    "rate_distortion": (
+        "Rate and distortion",
+        "The way of the run, coloured by images seen. Points on a dashed line have the same elbo; further down and "
+        "left is better.",
+    ),
+}
+"""Heading and caption of each picture of `draw_all`."""
+
+
 def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)

@@ -13,60 +13,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from .evaluation import FIGURES, Figure
+from .pictures import CAPTIONS
+
 PNG_BYTES = 400_000  # above, a picture is a JPEG of quality 95 if that is smaller
 JPEG_QUALITIES = (95, 90, 80)  # the first that makes a picture no larger than the limit, or the last
 JPEG_BYTES = 700_000
-
-FIGURES = {
-    "loss": ("loss", "nats/image", "as trained: distortion without its constant + kl_weight * rate"),
-    "distortion": ("distortion", "nats/image", "-log p(image | latents) with its constant; lower is better"),
-    "rate": ("rate", "nats/image", "KL to the prior: what the latents say about an image"),
-    "elbo": ("elbo", "nats/image", "-(distortion + rate), a lower bound of log p(image); higher is better"),
-    "importance_weighted_bound": ("IW bound", "nats/image", "a tighter bound of log p(image), of several draws"),
-    "bits_per_dim": ("bits/dim", "bits", "-elbo per channel of a pixel; below 0 where a density exceeds 1"),
-    "psnr": ("PSNR", "dB", "peak signal-to-noise ratio; higher is better"),
-    "ssim": ("SSIM", "", "structural similarity, 1 for a copy; higher is better"),
-    "lpips_alex": ("LPIPS (alex)", "", "perceptual distance, 0 for a copy; lower is better"),
-    "lpips_vgg": ("LPIPS (vgg)", "", "perceptual distance, 0 for a copy; lower is better"),
-    "rfid": ("rFID", "", "Frechet distance of reconstructions to originals; lower is better"),
-}
-"""Of evaluation.json: label, unit, and what it is. Further numbers are shown under their own names."""
-
-PICTURES = {
-    "reconstructions": (
-        "Reconstructions",
-        "Held-out images, under each its reconstruction from the mode of the posterior, and under that the amplified "
-        "difference: grey where there is none, bright where the reconstruction is too bright, dark where too dark.",
-    ),
-    "samples": (
-        "Samples from the prior",
-        "Latents drawn from N(0, I) and decoded. With many positions, whole images come from a diffusion model over "
-        "the latents, not from this.",
-    ),
-    "traversals": (
-        "Traversals",
-        "One channel of an image's latents changes from left to right, the others are kept. A row in which nothing "
-        "changes is of a channel that the decoder ignores.",
-    ),
-    "interpolations": (
-        "Interpolations",
-        "From left to right on the sphere between the latents of two held-out images.",
-    ),
-    "manifold": ("Manifold", "The decoded plane of the two latent units, evenly spaced in the prior's probability."),
-    "latents": ("Latents", "Posterior means of held-out images in a plane, coloured by label where there are labels."),
-    "rates": (
-        "Rates",
-        "How many nats each channel, and each position, of the latents says about an image on average. Near 0 it says "
-        "nothing: it has collapsed to the prior.",
-    ),
-    "loss": ("Training", "Loss, its two terms and the learning rate over the images seen."),
-    "rate_distortion": (
-        "Rate and distortion",
-        "The way of the run, coloured by images seen. Points on a dashed line have the same elbo; further down and "
-        "left is better.",
-    ),
-}
-"""Heading and caption of each picture of `pictures.draw_all`. Further pictures have their names as headings."""
 
 
 def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], title: str) -> str:
@@ -78,7 +30,7 @@ def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], 
     environment.filters |= {"number": _number, "value": _value, "words": _words}
     shown = []
     for name, picture in pictures.items():
-        heading, caption = PICTURES.get(name, (_words(name).capitalize(), ""))
+        heading, caption = CAPTIONS.get(name, (_words(name).capitalize(), ""))
         shown.append(
             {
                 "name": name,
@@ -121,10 +73,10 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         share = difference["second_is_better"]
         better = "" if share is None else f"in {100 * share:.0f} % of images"
         values = [_number(value) for value in (first[name], second[name], difference["mean"])]
-        rows.append((FIGURES[name][0], *values, f"[{_number(low)}, {_number(high)}]", better))
+        rows.append((FIGURES[name].label, *values, f"[{_number(low)}, {_number(high)}]", better))
     if first["rfid"] is not None and second["rfid"] is not None:
         values = first["rfid"], second["rfid"], second["rfid"] - first["rfid"]
-        rows.append((FIGURES["rfid"][0], *map(_number, values), "", ""))
+        rows.append((FIGURES["rfid"].label, *map(_number, values), "", ""))
     names = [f"{place}: {report['model']['name']}" for place, report in (("first", first), ("second", second))]
     return "\n".join([*names, f"{first['images']:,} images, in pairs", "", *_aligned(rows, "<>>><<")]) + "\n"
 
@@ -144,8 +96,8 @@ def _figures(report: Mapping[str, Any]) -> Iterator[tuple[str, float, tuple[floa
     for name in known + others:
         if report[name] is not None:
             interval = intervals.get(name)
-            label, unit, meaning = FIGURES.get(name, (_words(name), "", ""))
-            yield label, report[name], tuple(interval) if interval else None, unit, meaning
+            figure = FIGURES.get(name) or Figure(_words(name), "", "", 4)
+            yield figure.label, report[name], tuple(interval) if interval else None, figure.unit, figure.meaning
 
 
 def _channels(report: Mapping[str, Any]) -> list[tuple[int, float | None, float | None, float | None]]:
