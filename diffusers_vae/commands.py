@@ -86,6 +86,7 @@ def _describe(result: RunResult) -> None:
     _describe_size(result)
     print(report_table(asdict(replace(result.report, per_image=None))))
     print(f"report      {result.output_dir / 'report.html'}")
+    print(f"pictures    {result.output_dir / 'pictures'}")
     print(f"evaluation  {result.output_dir / 'evaluation.json'}")
     print(f"model       {result.output_dir / 'model'}")
     print(f"load it     {result.load_line}")
