@@ -478,7 +478,7 @@ def rate_distortion_curve(points: Sequence[tuple[str, float, float, str]]) -> Im
     if max(rates) > 30 * max(min(rates), 1):
         axes.set_xscale("symlog", linthresh=1)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.margins(0.12)
+    axes.margins(0.18, 0.12)
     axes.set_title("Rate and distortion of each model", fontsize=10, loc="left")
     axes.set_xlabel("rate, nats per image", fontsize=9)
     axes.set_ylabel("distortion, nats per image", fontsize=9)
