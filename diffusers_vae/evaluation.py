@@ -7,7 +7,7 @@ import io
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Literal
@@ -210,6 +210,8 @@ class EvaluationReport:
         """The report as evaluation.json holds it; ValueError when a number in it is not finite."""
         values = asdict(replace(self, per_image=None))
         del values["per_image"]
+        if bad := [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]:
+            raise ValueError(f"the model gives figures that are not finite: {', '.join(bad)}")
         return json.dumps({"format": FORMAT} | values, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -243,13 +245,15 @@ def load_judges(config: EvaluationConfig, channels: int, size: tuple[int, int]) 
     return lpips, inception
 
 
-def draw(posterior: DiagonalGaussianDistribution, indices: Sequence[int], seed: int, draws: int) -> torch.Tensor:
-    """Standard normal noise (draws, B, C, h, w) for the images `indices`: a pure function of seed, index and place."""
-    generator, noise = torch.Generator(), []
-    for index in indices:
-        generator.manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
-        noise.append([torch.randn(posterior.mean.shape[1:], generator=generator) for _ in range(draws)])
-    return torch.stack([torch.stack(of_draw) for of_draw in zip(*noise, strict=True)]).to(posterior.mean)
+def draw(
+    posterior: DiagonalGaussianDistribution, indices: Sequence[int], seed: int, draws: int
+) -> Iterator[torch.Tensor]:
+    """Latents (B, C, h, w) of the images `indices`, `draws` times: pure functions of seed, index and place."""
+    seeds = [int(np.random.SeedSequence([seed, index]).generate_state(1)[0]) for index in indices]
+    generators = [torch.Generator().manual_seed(own) for own in seeds]
+    for _ in range(draws):
+        noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=generator) for generator in generators])
+        yield posterior.mean + posterior.std * noise.to(posterior.mean)
 
 
 def log_prior_ratio(posterior: DiagonalGaussianDistribution, latents: torch.Tensor) -> torch.Tensor:
@@ -265,13 +269,15 @@ def reconstruct(
     posterior = encode(model, images)
     latents = posterior.mode()
     if config.reconstruction == "sample":
-        latents = posterior.mean + posterior.std * draw(posterior, indices, config.seed, 1)[0]
+        latents = next(draw(posterior, indices, config.seed, 1))
     return _as_compared(decode(model, latents), config)
 
 
 def _as_compared(reconstructions: torch.Tensor, config: EvaluationConfig) -> torch.Tensor:
     clamped = reconstructions.clamp(-1, 1)
-    return to_model_range(to_uint8(clamped)) if config.round_to_8_bit else clamped
+    if not config.round_to_8_bit:
+        return clamped
+    return to_model_range(to_uint8(clamped)).where(clamped.isfinite(), clamped)  # not a number must not pass for black
 
 
 @torch.no_grad()
@@ -400,8 +406,7 @@ def _measure(
 ) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
     """The figures of each image, (B,) by name, and the features of images and reconstructions if asked for."""
     distortions, log_weights, reconstructions = [], [], None
-    for noise in draw(posterior, indices, config.seed, config.draws):
-        latents = posterior.mean + posterior.std * noise
+    for latents in draw(posterior, indices, config.seed, config.draws):
         decoded = decode(model, latents)
         terms = objective(images, decoded, posterior)
         distortions.append(terms.distortion)

@@ -297,6 +297,14 @@ class TestReport:
         with pytest.raises(ValueError):
             EvaluationReport.from_json(text)
 
+    def test_figures_that_are_not_finite_are_named(self, digits):
+        model = MLPVAE(16, latent_dim=2).eval()
+        with torch.no_grad():
+            model.decoder[2].bias.fill_(float("nan"))
+        report = evaluate(model, digits, VAEObjective(), EvaluationConfig(max_images=4))
+        with pytest.raises(ValueError, match="not finite: loss, distortion, elbo, bits_per_dim, psnr"):
+            report.to_json()
+
     def test_csv_holds_the_figures_of_each_image(self, digits):
         report = evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=4))
         header, *lines = (line.split(",") for line in report.per_image.to_csv().splitlines())
