@@ -129,13 +129,13 @@ class PosteriorHealth:
 
 def _verdict(measured: dict, largest_std: float) -> tuple[str, str]:
     count, collapsed = len(measured["rate_per_channel"]), measured["collapsed_channels"]
+    kind = "unit" if measured["units"] == count else "channel"
     if not largest_std < EXPLODED:  # or not a number
         return "exploding", (
             f"The latents of a channel have std {largest_std:.3g}, where N(0, I) has 1: the rate hardly counts in the "
             "loss. Raise objective.kl_weight or objective.scale, or lower optimizer.learning_rate."
         )
     if collapsed:
-        kind = "unit" if measured["units"] == count else "channel"
         which = f"{kind}s {', '.join(map(str, collapsed[:20]))}{' ...' * (len(collapsed) > 20)}"
         lower = "lower objective.kl_weight or objective.scale"
         if len(collapsed) == count:
@@ -147,10 +147,10 @@ def _verdict(measured: dict, largest_std: float) -> tuple[str, str]:
             f"{len(collapsed)} of {count} {kind}s tell nothing of the image ({which}, each less than {COLLAPSED} nats "
             f"a unit). To use them, {lower}; else the model can do with fewer."
         )
-    advice = "Every channel carries information, at a scale near the prior's; nothing to change."
+    advice = f"Every {kind} carries information, at a scale near the prior's; nothing to change."
     if measured["aggregate_distance"] > 0.5:
         advice = (
-            "Every channel carries information. Taken together, the latents are not N(0, I) "
+            f"Every {kind} carries information. Taken together, the latents are not N(0, I) "
             f"(distance {measured['aggregate_distance']:.2f}), so that draws from the prior do not decode to images: "
             "train a diffusion model on the scaled latents or, to draw from the prior, raise objective.kl_weight."
         )

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
 from test_vae import make_pipeline
 
 from diffusers_vae import VAE
+from diffusers_vae.evaluation import FIGURES, EvaluationReport
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -63,3 +66,37 @@ def test_links_presets_and_files_exist():
     tree = re.search(r"## Files\n\n```\n(.*?)```", README, re.S).group(1)
     for module in (ROOT / "diffusers_vae").rglob("*.py"):
         assert module.name == "__init__.py" or module.name in tree, module
+
+
+CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.parent.name)
+def test_cards_show_what_was_measured(card):
+    """Figures and links of the card of a preset, and those in the README, against its evaluation.json."""
+    report = EvaluationReport.from_json((card.parent / "evaluation.json").read_text())
+    text = card.read_text()
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+        assert (card.parent / path).exists(), path
+    metadata = ModelCard.load(card).data
+    measured = {result.metric_type: result.metric_value for result in metadata.eval_results}
+    assert measured == {key: getattr(report, key) for key in FIGURES if getattr(report, key) is not None}
+    assert f"**{report.posterior.verdict.capitalize()}:**" in text
+    preset = f"`{card.parent.name}.yaml`"
+    row = next(line for line in README.splitlines() if line.startswith(f"| {preset}"))
+    shown = {"PSNR": report.psnr, "SSIM": report.ssim, "loss": report.loss, "rate": report.rate}
+    found = re.findall(r"(PSNR|SSIM|loss|rate) ([\d.]+)", row)
+    assert len(found) == 2
+    for name, value in found:
+        digits = len(value.partition(".")[2])
+        assert value == f"{shown[name]:.{digits}f}", name
+
+
+def test_cards_are_of_the_presets():
+    assert {card.parent.name for card in CARDS} == {"digits", "mnist-mlp-z2", "mnist-mlp-z20", "mnist-vae"}
+    for card in CARDS:
+        preset = yaml.safe_load((ROOT / "training" / "configs" / f"{card.parent.name}.yaml").read_text())
+        ran = yaml.safe_load((card.parent / "config.yaml").read_text())
+        for section, settings in preset.items():
+            for name, value in settings.items():
+                assert ran[section][name] == (float(value) if name == "learning_rate" else value), f"{section}.{name}"
