@@ -250,7 +250,7 @@ def _render(run: _Run, config: HubConfig) -> str:
             rows=[_row(key, figure, evaluation) for key, figure in measured.items()],
             recipe=_recipe(run.config),
             pushes=run.config.get("hub", {}).get("push", False),
-            pictures=[(file.name, CAPTIONS.get(file.stem, ("", file.stem))[1]) for file in run.pictures],
+            pictures=[(file.name, *CAPTIONS.get(file.stem, (file.stem, ""))) for file in run.pictures],
             ratio=2 ** (len(run.model["block_out_channels"]) - 1) if stock else None,
             pixel_terms_only=not any(value for key, value in run.config["objective"].items() if key not in PIXEL_TERMS),
         )
