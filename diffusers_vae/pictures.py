@@ -82,13 +82,14 @@ CAPTIONS = {
 
 def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches
     FigureCanvasAgg(figure)
     return figure
 
 
 def _render(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.12)
+    figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")
 
 
@@ -331,8 +332,9 @@ def latent_picture(
             axes.scatter(*chosen.T, s=size, alpha=0.6, color=colour, label=str(label), linewidths=0)
         if labels.max() < 20:
             axes.legend(title="label", markerscale=2.5, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set_xlabel(f"{axis} 1")
-    axes.set_ylabel(f"{axis} 2")
+    first = 0 if units == 2 else 1  # channels are counted as in tensors, components as people do
+    axes.set_xlabel(f"{axis} {first}")
+    axes.set_ylabel(f"{axis} {first + 1}")
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_aspect("equal", adjustable="datalim")
     axes.grid(alpha=0.25)

@@ -144,7 +144,7 @@ def _words(name: str) -> str:
 
 def _data_uri(picture: Image.Image) -> str:
     buffer, kind = io.BytesIO(), "png"
-    picture.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG")
     if buffer.tell() > PNG_BYTES:
         for quality in JPEG_QUALITIES:
             smaller = io.BytesIO()

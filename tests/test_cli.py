@@ -86,6 +86,7 @@ class TestTop:
         code, _, error = call(capsys, "info", run)
         assert code == 1 and error == "error: IndexError: list index out of range (--debug shows where)\n"
 
+    @pytest.mark.slow
     def test_a_reader_who_has_seen_enough(self, run):
         command = f"{sys.executable} -m diffusers_vae.cli info {run} | head -c 1"
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
@@ -107,6 +108,7 @@ class TestEvaluate:
         report = EvaluationReport.from_json((tmp_path / "again" / "evaluation.json").read_text())
         assert report.psnr == of_run.psnr and report.protocol == of_run.protocol
 
+    @pytest.mark.slow
     def test_settings_override_those_of_the_run(self, run, capsys, tmp_path):
         arguments = ["--evaluation.draws", 2, "--evaluation.max_images", 5, "--split", "training"]
         assert call(capsys, "evaluate", run, "--out", tmp_path, *arguments)[0] == 0
@@ -127,6 +129,7 @@ class TestEvaluate:
         assert report.protocol.resolution == [16, 16] and report.protocol.channels == 3
         assert report.model.name == "pipeline"
 
+    @pytest.mark.slow
     def test_half_precision(self, run, capsys, tmp_path):
         assert call(capsys, "evaluate", run, "--out", tmp_path, "--dtype", "bfloat16")[0] == 0
         assert json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["dtype"] == "bfloat16"
@@ -207,6 +210,7 @@ class TestOthers:
         code, _, error = call(capsys, "push", tmp_path, "me/model")
         assert code == 1 and "must be finished" in error
 
+    @pytest.mark.slow
     def test_train_is_the_training_script(self, capsys, tmp_path):
         config = tiny(tmp_path / "run", SMALL, max_images=32)
         config.save(tmp_path / "run.yaml")

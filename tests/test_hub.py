@@ -267,6 +267,7 @@ class TestCard:
         assert "{{" not in render_card(run) and "{%" not in render_card(run) and "None" not in render_card(run)
 
 
+@pytest.mark.slow
 class TestPush:
     def test_uploads_what_others_need_and_nothing_else(self, hub, run):
         before = contents(run)
@@ -371,6 +372,7 @@ class TestPush:
             push(run, HubConfig())
 
 
+@pytest.mark.slow
 class TestFaults:
     @pytest.mark.parametrize("kind", ["halfway", "unanswered"])
     def test_connection_that_breaks_in_the_commit(self, hub, run, kind):
@@ -405,7 +407,6 @@ class TestFaults:
         assert uploaded(hub) == expected_files(run, config)
         assert sum(request.startswith("PUT ") for request, _ in hub.requests) == 4 and len(hub.uploads) == 3
 
-    @pytest.mark.slow
     def test_connection_that_stays_broken(self, hub, run):
         weights = hashlib.sha256((run / "model" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
         hub.faults.append(Fault(f"PUT .*{weights}", "halfway", times=6))  # the client tries six times
@@ -525,6 +526,7 @@ torch.save((dict(model.config), model.state_dict()), sys.argv[2])
 """
 
 
+@pytest.mark.slow
 class TestProcesses:
     """With a process for each step, as people have them, and an empty HF_HOME."""
 
@@ -546,7 +548,6 @@ class TestProcesses:
 
         return run
 
-    @pytest.mark.slow
     def test_pushed_model_loads_where_this_package_is_missing(self, server, start, run, tmp_path):
         done = start(PUSH, run, REPO, home="of-ann")
         assert done.returncode == 0 and done.stdout.strip() == f"{server.url}/{REPO}", done.stderr
@@ -566,7 +567,6 @@ class TestProcesses:
             cached = contents(snapshot)
             assert len(cached) == 2 and cached.items() <= uploaded(server).items()
 
-    @pytest.mark.slow
     def test_private_perceptron_loads_with_the_token_alone(self, server, start, mlp_run, tmp_path):
         server.create(REPO, private=True)
         assert start(PUSH, mlp_run, REPO).returncode == 0
@@ -578,7 +578,6 @@ class TestProcesses:
         reference = MLPVAE.from_pretrained(mlp_run / "model").state_dict()
         assert all(torch.equal(weights[key], value) for key, value in reference.items())
 
-    @pytest.mark.slow
     def test_token_shows_nowhere(self, server, start, run, tmp_path):
         """Whatever happens, and with the client as talkative as it can be."""
         echo = json.dumps({"error": f"token {TOKEN} and {WRONG_TOKEN} seen"})

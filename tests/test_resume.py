@@ -56,7 +56,7 @@ def at(config, output_dir, **run):
 
 
 class TestSameCommand:
-    @pytest.mark.parametrize("images_seen", [0, 960, 1617, 1857])
+    @pytest.mark.parametrize("images_seen", [960, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1617, 1857))])
     def test_ends_bit_identical(self, images_seen, finished, tmp_path, caplog):
         """From the start, within an epoch between two records, at its end, and when only the end was missing."""
         output_dir = interrupted_at(images_seen, finished.run.output_dir, tmp_path / "run")
@@ -114,6 +114,7 @@ class TestSameCommand:
             train(at(finished, output_dir))
         assert [line for line in str(error.value).splitlines() if "->" in line] == ["  run.log_every: 1000 -> 90"]
 
+    @pytest.mark.slow
     def test_settings_that_change_no_result_may_differ(self, finished, tmp_path):
         output_dir = interrupted_at(960, finished.run.output_dir, tmp_path / "run")
         train(at(finished, output_dir, checkpoint_every=1000, keep_checkpoints=1, on_nonfinite="skip"))
@@ -191,6 +192,7 @@ class TestAnotherRun:
             train(other)
         assert left_behind(tmp_path / "run") == before
 
+    @pytest.mark.slow
     def test_results_are_those_of_the_settings_that_they_were_made_with(self, run, tmp_path):
         """A finished run, measured again with others: then they are the run's."""
         shutil.copytree(run.run.output_dir, tmp_path / "run")
@@ -200,13 +202,14 @@ class TestAnotherRun:
         train(at(run, tmp_path / "run"))
         assert left_behind(tmp_path / "run") == left_behind(Path(run.run.output_dir))
 
-    @pytest.mark.parametrize("text", ["", "{}", '{"psnr"'])
+    @pytest.mark.parametrize("text", ['{"psnr"', *(pytest.param(t, marks=pytest.mark.slow) for t in ("", "{}"))])
     def test_a_half_written_evaluation_is_made_again(self, run, tmp_path, text):
         shutil.copytree(run.run.output_dir, tmp_path / "run")
         (tmp_path / "run" / "evaluation.json").write_text(text)
         train(at(run, tmp_path / "run"))
         assert left_behind(tmp_path / "run") == left_behind(Path(run.run.output_dir))
 
+    @pytest.mark.slow
     def test_latents_may_be_smaller_than_the_default_images_allow(self, tmp_path):
         config = dataclasses.replace(
             tiny(tmp_path / "run", TINY_VAE, max_images=4, batch_size=2),
@@ -231,6 +234,7 @@ class TestAnotherRun:
             with pytest.raises(FloatingPointError):
                 train(dataclasses.replace(longer, optimizer=optimizer))
 
+    @pytest.mark.slow
     def test_other_images_are_refused(self, cifar_folder, tmp_path):
         images = tmp_path / "images"
         shutil.copytree(cifar_folder / "test" / "ship", images)

@@ -149,6 +149,7 @@ class TestExactness:
         assert all(torch.equal(first[key], second[key]) for key in first)
         assert (result.output_dir / "metrics.jsonl").read_text() == (tmp_path / "run" / "metrics.jsonl").read_text()
 
+    @pytest.mark.slow
     def test_another_seed_is_another_run(self, tmp_path):
         for seed in (0, 1):
             train(tiny(tmp_path / str(seed), seed=seed))
@@ -186,6 +187,7 @@ class TestExactness:
         first, second = weights(tmp_path / "memory"), weights(tmp_path / "disk")
         assert all(torch.equal(first[key], second[key]) for key in first)
 
+    @pytest.mark.slow
     def test_deterministic_algorithms_are_used_when_asked_for(self, tmp_path):
         try:
             train(tiny(tmp_path / "run", TINY_VAE, deterministic=True, max_images=60))
@@ -193,6 +195,7 @@ class TestExactness:
         finally:
             torch.use_deterministic_algorithms(False)
 
+    @pytest.mark.slow
     def test_bfloat16_autocast_keeps_float32_weights(self, tmp_path):
         train(tiny(tmp_path / "run", TINY_VAE, mixed_precision="bf16"))
         assert {value.dtype for value in weights(tmp_path / "run").values()} == {torch.float32}
@@ -234,6 +237,7 @@ class TestFaults:
             train(config)
         assert all(math.isfinite(record["loss"]) for record in records(tmp_path / "run", "train"))
 
+    @pytest.mark.slow
     def test_names_the_image_the_terms_and_the_dump(self, tmp_path, nan_at_17):
         """And keeps the checkpoint before, from which the run goes on without that step when told to."""
         config = tiny(tmp_path / "run", TINY_VAE, max_images=1617, checkpoint_every=30)
@@ -257,6 +261,7 @@ class TestFaults:
         (epoch,) = records(tmp_path / "run", "epoch")
         assert epoch["skipped"] == 1 and epoch["images_seen"] == 1617 and math.isfinite(epoch["loss"])
 
+    @pytest.mark.slow
     def test_skipped_steps_change_nothing_and_are_counted(self, tmp_path, nan_at_17, caplog):
         config = tiny(tmp_path / "run", TINY_VAE, max_images=3234, on_nonfinite="skip", log_every=30)
         train(dataclasses.replace(config, evaluation=EvaluationConfig(max_images=10)))
@@ -275,6 +280,7 @@ class TestFaults:
             train(dataclasses.replace(config, optimizer=optimizer))
         assert len(list((tmp_path / "run" / "nonfinite").iterdir())) == 10
 
+    @pytest.mark.slow
     def test_skipping_goes_on_while_other_steps_succeed(self, tmp_path, nan_at_17):
         """One in each of 22 epochs."""
         config = tiny(tmp_path / "run", max_images=None, epochs=22, on_nonfinite="skip")
@@ -282,6 +288,7 @@ class TestFaults:
         train(dataclasses.replace(config, data=data, evaluation=EvaluationConfig(max_images=10)))
         assert records(tmp_path / "run", "epoch")[-1]["skipped"] == 22
 
+    @pytest.mark.slow
     def test_a_full_disk_costs_nothing_that_was_saved(self, tmp_path, small_disk):
         """With room again, the same command ends as it would have without."""
         settings = {"max_images": 900, "checkpoint_every": 30, "keep_checkpoints": 100}
@@ -332,6 +339,7 @@ class TestFaults:
         with pytest.raises(ValueError, match="no image to evaluate can be read"):
             train(dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(tmp_path / "none"))))
 
+    @pytest.mark.slow
     def test_a_step_of_which_nothing_can_be_read_is_survived(self, ships_on_demand, tmp_path):
         data = ships_on_demand
         images, _ = load_data(data)
@@ -360,12 +368,14 @@ class TestFaults:
             train(tiny(tmp_path / "run", gradient_accumulation_steps=4))
         assert not (tmp_path / "run").exists()
 
+    @pytest.mark.slow
     def test_dry_run_leaves_nothing(self, tmp_path):
         result, same, seconds = dry_run(tiny(tmp_path / "run", TINY_VAE))
         assert result.latent_shape == (4, 4, 4) and result.memory > 0
         assert same and seconds == pytest.approx(300 / result.images_per_second)
         assert not (tmp_path / "run").exists() and not result.output_dir.exists()
 
+    @pytest.mark.slow
     def test_dry_run_of_less_than_a_batch_resumes_too(self, tmp_path, caplog):
         caplog.set_level("INFO")
         _, same, seconds = dry_run(tiny(tmp_path / "run", batch_size=4000, epochs=1, max_images=None))
