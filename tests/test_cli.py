@@ -1,5 +1,6 @@
 """The command line, on a small trained run, as people call it: with wrong input too."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from test_measures import tiny_vae
 from test_trainer import tiny
 
 from diffusers_vae import cli
+from diffusers_vae.data import DataConfig
 from diffusers_vae.evaluation import EvaluationConfig, EvaluationReport
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.trainer import train
@@ -130,6 +132,18 @@ class TestEvaluate:
         assert report.model.name == "pipeline"
 
     @pytest.mark.slow
+    def test_a_run_on_a_folder_is_measured_on_what_it_was_not_trained_on(self, capsys, tmp_path, cifar_folder):
+        folders = [tmp_path / name for name in ("ships", "frogs")]
+        for folder in folders:
+            shutil.copytree(cifar_folder / "test" / folder.name[:-1], folder)
+        data = DataConfig(name="folder", root=str(folders[0]), resolution=8)
+        config = dataclasses.replace(tiny(tmp_path / "run", SMALL, max_images=30), data=data)
+        train(config)
+        for folder, split, count in ((folders[0], "held-out", 11), (folders[1], "all", 112)):
+            assert call(capsys, "evaluate", tmp_path / "run", "--data", folder, "--out", tmp_path / "out")[0] == 0
+            protocol = EvaluationReport.from_json((tmp_path / "out" / "evaluation.json").read_text()).protocol
+            assert (protocol.split, protocol.images, protocol.data) == (split, count, folder.name)
+
     def test_half_precision(self, run, capsys, tmp_path):
         assert call(capsys, "evaluate", run, "--out", tmp_path, "--dtype", "bfloat16")[0] == 0
         assert json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["dtype"] == "bfloat16"

@@ -39,6 +39,7 @@ from diffusers_vae.evaluation import (
 from diffusers_vae.images import to_model_range, to_uint8
 from diffusers_vae.latents import LatentStatistics, PosteriorHealth
 from diffusers_vae.metrics import mean_interval, psnr, ssim
+from diffusers_vae.models import weights_hash
 from diffusers_vae.objective import Bernoulli, Gaussian
 from diffusers_vae.perceptual import FILES, LPIPS, InceptionFeatures
 
@@ -396,6 +397,16 @@ class TestAnyAutoencoder:
         assert reports[0].model.weights_sha256 == reports[1].model.weights_sha256
         assert [report.model.class_name for report in reports] == ["VAE", "AutoencoderKL"]
 
+    def test_hash_tells_weights_apart(self):
+        one, other = tiny_vae(), tiny_vae()
+        assert weights_hash(one) == weights_hash(other)
+        block = other.encoder.mid_block.resnets[0]
+        block.norm1, block.norm2 = block.norm2, block.norm1  # the same tensors under other names
+        block.norm1.weight.data += 1
+        first = weights_hash(other)
+        block.norm1.weight.data, block.norm2.weight.data = block.norm2.weight.data, block.norm1.weight.data
+        assert len({weights_hash(one), first, weights_hash(other)}) == 3
+
     def test_another_class_of_diffusers(self, digits):
         torch.manual_seed(0)
         model = AsymmetricAutoencoderKL(
@@ -455,6 +466,13 @@ class TestHealth:
         health = self.statistics(0 * mean, 0 * mean).health()
         assert health.verdict == "collapsed" and health.active_units == 0 and health.collapsed_share == 1
         assert "lower objective.kl_weight" in health.advice
+
+    def test_a_unit_that_is_the_same_for_all_images_is_not_active(self):
+        """Though it costs rate, since its mean is not the prior's."""
+        mean = torch.randn(500, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+        mean[:, 1] = 2
+        health = self.statistics(mean, torch.full_like(mean, -2)).health()
+        assert health.active_units == 2 and health.collapsed_share == 0
 
     def test_a_channel_with_some_dead_positions_is_not_collapsed(self):
         mean = torch.randn(500, 2, 4, 4, generator=torch.Generator().manual_seed(0))
