@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from .config import parse_train_config
+from .config import new_parser, parse_train_config
 from .data import IMAGE_SUFFIXES, DataConfig, ImageSet, load_split
 from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, reconstruct
 from .hub import HubConfig, check_can_push, push
@@ -98,10 +98,9 @@ def run_evaluate(arguments: Sequence[str]) -> int:
         "evaluate",
         "MODEL [--data NAME|FOLDER] [--SECTION.KEY VALUE ...]",
         "Measure an autoencoder: figures in the terminal, and evaluation.json, evaluation.csv, report.html and "
-        "pictures/ in a folder. With `accelerate launch -m diffusers_vae.cli evaluate ...`, on several processes.",
-        "diffusers-vae evaluate runs/digits\n"
-        "  diffusers-vae evaluate stabilityai/sd-vae-ft-mse --data photos/ --data.resolution 256 "
-        "--evaluation.rfid true",
+        "pictures/ in a folder. Settings that are not given are those of the model's run; without one, channels and "
+        "resolution are the model's. With `accelerate launch -m diffusers_vae.cli evaluate ...`, on several processes.",
+        "diffusers-vae evaluate stabilityai/sd-vae-ft-mse --data photos/ --data.resolution 256 --evaluation.rfid true",
     )
     parser.add_argument("model", help=MODEL)
     _add_measuring(parser)
@@ -109,12 +108,13 @@ def run_evaluate(arguments: Sequence[str]) -> int:
     state = PartialState(cpu=not torch.accelerator.is_available())
     model = model.to(parsed.device or state.device)
     images, split = load_split(parsed.data, parsed.split, state.is_main_process)
-    report = evaluate(
-        model, images, parsed.objective.build(), parsed.evaluation, parsed.data, split, _name(parsed.model), True
-    )
+    name = _name(parsed.model)
+    out = Path(parsed.out or Path("evaluations") / name.replace("/", "--"))
     if state.is_main_process:
-        out = parsed.out or Path("evaluations") / _name(parsed.model).replace("/", "--")
-        _write_evaluation(Path(out), report, model, images, parsed.evaluation)
+        (out / "pictures").mkdir(parents=True, exist_ok=True)  # what cannot be written must not cost the measuring
+    report = evaluate(model, images, parsed.objective.build(), parsed.evaluation, parsed.data, split, name, True)
+    if state.is_main_process:
+        _write_evaluation(out, report, model, images, parsed.evaluation)
     state.wait_for_everyone()
     _leave_group()
     return 0
@@ -123,7 +123,6 @@ def run_evaluate(arguments: Sequence[str]) -> int:
 def _write_evaluation(
     out: Path, report: EvaluationReport, model: ModelMixin, images: ImageSet, config: EvaluationConfig
 ) -> None:
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
     text = report.to_json()
     (out / "evaluation.json").write_text(text)
     (out / "evaluation.csv").write_text(report.per_image.to_csv())
@@ -157,13 +156,13 @@ def run_compare(arguments: Sequence[str]) -> int:
     names = [_name(parsed.first), _name(parsed.second)]
     if names[0] == names[1]:  # two folders of one name
         names = [parsed.first, parsed.second]
+    out = Path(parsed.out or Path("comparisons") / "--vs--".join(name.strip("./").replace("/", "--") for name in names))
+    out.mkdir(parents=True, exist_ok=True)
     reports = [
         evaluate(model.to(device), images, parsed.objective.build(), parsed.evaluation, parsed.data, split, name, True)
         for model, name in zip(models, names, strict=True)
     ]
     comparison = compare(*reports)
-    out = Path(parsed.out or Path("comparisons") / "--vs--".join(name.strip("./").replace("/", "--") for name in names))
-    out.mkdir(parents=True, exist_ok=True)
     text = comparison.to_json()
     (out / "comparison.json").write_text(text)
     print(comparison_table(json.loads(text)))
@@ -353,14 +352,7 @@ MODEL = "Folder of a model, of a run or of a pipeline, or a repository on the Hu
 
 
 def _parser(command: str, usage: str, description: str, example: str) -> ArgumentParser:
-    return ArgumentParser(
-        prog=f"diffusers-vae {command}",
-        usage=f"%(prog)s {usage} [--debug]",
-        description=description,
-        epilog=f"example: {example}",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    return new_parser(usage, description, example, f"diffusers-vae {command}")
 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:

@@ -10,15 +10,25 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 from .trainer import TrainConfig
 
 
-def train_parser() -> ArgumentParser:
-    """The flags of a training run: `--config FILE.yaml`, one per setting, and `--dry_run`."""
+def new_parser(usage: str, description: str, example: str, prog: str | None = None) -> ArgumentParser:
+    """Without flags yet; it describes those of a dataclass by the texts under its fields."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        usage="%(prog)s [--config FILE.yaml] [--SECTION.KEY VALUE ...] [--dry_run] [--debug]",
-        description="Train a KL autoencoder. Later flags and files override earlier ones.",
-        epilog="example: accelerate launch training/train_vae.py --config training/configs/mnist-vae.yaml",
+    return ArgumentParser(
+        prog=prog,
+        usage=f"%(prog)s {usage} [--debug]",
+        description=description,
+        epilog=f"example: {example}",
         exit_on_error=False,
         allow_abbrev=False,
+    )
+
+
+def train_parser() -> ArgumentParser:
+    """The flags of a training run: `--config FILE.yaml`, one per setting, and `--dry_run`."""
+    parser = new_parser(
+        "[--config FILE.yaml] [--SECTION.KEY VALUE ...] [--dry_run]",
+        "Train a KL autoencoder. Later flags and files override earlier ones.",
+        "accelerate launch training/train_vae.py --config training/configs/mnist-vae.yaml",
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with settings.")
     parser.add_argument(

@@ -155,11 +155,12 @@ class TestEvaluate:
             (["--evaluation.lpips", '["alex"]', "--evaluation.weights", "."], "put alexnet-owt-7be5be79.pth into"),
             (["--data.channels", "3"], "takes images of 1 channels, got 3"),
             (["--data.resolution", "17"], "must be divisible by 2"),
+            (["--out", ROOT / "README.md"], "README.md"),
         ],
     )
     def test_what_does_not_fit(self, arguments, message, run, capsys, tmp_path):
         code, _, error = call(capsys, "evaluate", run, "--out", tmp_path / "out", *arguments)
-        assert code == 1 and message in error and not (tmp_path / "out").exists()
+        assert code == 1 and message in error and not list((tmp_path / "out").rglob("*.*"))
 
     @pytest.mark.slow
     def test_two_processes_write_the_report_of_one(self, run, tmp_path):
