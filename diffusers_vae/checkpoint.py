@@ -22,6 +22,7 @@ import accelerate
 import diffusers
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
@@ -59,6 +60,17 @@ def naming(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OSError(f"cannot write {path}: {reason}") from error
+
+
+def read_settings(path: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a config.yaml; ValueError naming it when it holds none."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is damaged, no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
+        raise ValueError(f"{path} is damaged: it must hold sections of settings, got {str(settings)[:60]!r}")
+    return settings
 
 
 def write_file(path: Path, text: str) -> None:

@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug or (arguments[0] == "train" and not expected):  # it may not come again for days
             raise
         kind = "" if expected else f"{type(error).__name__}: "
-        print(f"error: {kind}{error}{'' if expected else ' (--debug shows where)'}", file=sys.stderr)
+        text = str(error) if expected else " ".join(str(error).split())
+        print(f"error: {kind}{text}{'' if expected else ' (--debug shows where)'}", file=sys.stderr)
         return 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -12,23 +13,23 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
-import yaml
 from accelerate import PartialState
 from diffusers.models.modeling_utils import ModelMixin
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
+from .checkpoint import read_settings
 from .config import new_parser, parse_train_config
 from .data import IMAGE_SUFFIXES, DataConfig, ImageSet, load_split
-from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, reconstruct
+from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, read_report, reconstruct
 from .hub import HubConfig, check_can_push, push
 from .images import read_image, to_model_range, to_pil
 from .metrics import psnr
-from .models import encode, load_autoencoder, weights_hash
+from .models import MLPVAE, VAE, encode, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig
-from .pictures import comparison_picture, draw_all, sample_picture
-from .report import comparison_table, report_html, report_table
+from .pictures import comparison_picture, sample_picture
+from .report import comparison_table, draw_report, report_html, report_table
 from .trainer import Interrupted, RunResult, TrainConfig, dry_run, train
 
 RESUME_ME = 75  # EX_TEMPFAIL in sysexits.h: "the user is invited to try again later"
@@ -104,10 +105,10 @@ def run_evaluate(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("model", help=MODEL)
     _add_measuring(parser)
-    parsed, (model,) = _parse_measuring(parser, arguments, ["model"])
     state = PartialState(cpu=not torch.accelerator.is_available())
-    model = model.to(parsed.device or state.device)
-    images, split = load_split(parsed.data, parsed.split, state.is_main_process)
+    parsed, (model,) = _parse_measuring(parser, arguments, ["model"])
+    with state.local_main_process_first():
+        images, split = load_split(parsed.data, parsed.split, state.is_local_main_process)
     name = _name(parsed.model)
     out = Path(parsed.out or Path("evaluations") / name.replace("/", "--"))
     if state.is_main_process:
@@ -127,10 +128,7 @@ def _write_evaluation(
     (out / "evaluation.json").write_text(text)
     (out / "evaluation.csv").write_text(report.per_image.to_csv())
     print(report_table(json.loads(text)))
-    pictures = draw_all(
-        model, images, None, config.batch_size, min(5000, config.max_images or 5000), config.seed,
-        report.posterior.rate_per_channel, report.posterior.rate_per_position, config.projection,
-    )  # fmt: skip
+    pictures = draw_report(model, images, None, config, report)
     for name, picture in pictures.items():
         picture.save(out / "pictures" / f"{name}.png")
     (out / "report.html").write_text(report_html(json.loads(text), pictures, report.model.name))
@@ -151,15 +149,15 @@ def run_compare(arguments: Sequence[str]) -> int:
     parser.add_argument("second", help=MODEL)
     _add_measuring(parser)
     parsed, models = _parse_measuring(parser, arguments, ["first", "second"])
-    device = parsed.device or PartialState(cpu=not torch.accelerator.is_available()).device
     images, split = load_split(parsed.data, parsed.split, True)
     names = [_name(parsed.first), _name(parsed.second)]
     if names[0] == names[1]:  # two folders of one name
         names = [parsed.first, parsed.second]
     out = Path(parsed.out or Path("comparisons") / "--vs--".join(name.strip("./").replace("/", "--") for name in names))
     out.mkdir(parents=True, exist_ok=True)
+    _check_images(models, names, images)
     reports = [
-        evaluate(model.to(device), images, parsed.objective.build(), parsed.evaluation, parsed.data, split, name, True)
+        evaluate(model, images, parsed.objective.build(), parsed.evaluation, parsed.data, split, name, True)
         for model, name in zip(models, names, strict=True)
     ]
     comparison = compare(*reports)
@@ -167,7 +165,7 @@ def run_compare(arguments: Sequence[str]) -> int:
     (out / "comparison.json").write_text(text)
     print(comparison_table(json.loads(text)))
     shown = [reports[0].per_image.indices[place] for place in comparison.most_different]
-    originals = to_model_range(images.__getitems__(shown).checked().pixels.to(device))
+    originals = to_model_range(images.__getitems__(shown).checked().pixels.to(models[0].device))
     with torch.no_grad():
         first, second = (reconstruct(model, originals, shown, parsed.evaluation) for model in models)
     captions = [
@@ -178,6 +176,18 @@ def run_compare(arguments: Sequence[str]) -> int:
     print(f"comparison  {out / 'comparison.json'}")
     print(f"picture     {out / 'comparison.png'}")
     return 0
+
+
+@torch.no_grad()
+def _check_images(models: Sequence[ModelMixin], names: Sequence[str], images: ImageSet) -> None:
+    """Refuse what a model cannot take before the others are measured."""
+    pixels = images.__getitems__([0]).pixels
+    for model, name in zip(models, names, strict=True):
+        try:
+            if len(pixels):
+                encode(model, to_model_range(pixels.to(model.device)))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def run_reconstruct(arguments: Sequence[str]) -> int:
@@ -196,17 +206,18 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=str, default="reconstructions", help="Folder for the PNG files.")
     parser.add_argument("--seed", type=int | None, default=None, help="Decode a draw of this seed, not the mode.")
     parsed = _parse(parser, arguments)
-    device = parsed.device or PartialState(cpu=not torch.accelerator.is_available()).device
-    model = _load(parsed, parsed.model).to(device)
+    model = _load(parsed, parsed.model)
     files, out, failed, written = _image_files(parsed.images), Path(parsed.out), [], set()
     out.mkdir(parents=True, exist_ok=True)
+    if out.resolve() in (file.resolve().parent for file in files):
+        raise ValueError(f"--out must be another folder than that of the images, got {out.resolve()}")
     channels = model.config.in_channels
     if channels not in (1, 3):
         raise ValueError(f"image files have 1 or 3 channels, and the model takes {channels}")
     config = EvaluationConfig(reconstruction="mode" if parsed.seed is None else "sample", seed=parsed.seed or 0)
     for index, file in enumerate(tqdm(files, unit="img", disable=len(files) == 1)):
         try:
-            images = to_model_range(read_image(file, channels)[None].to(device))
+            images = to_model_range(read_image(file, channels)[None].to(model.device))
             with torch.no_grad():
                 reconstruction = _at_any_size(model, images, index, config)
         except ValueError as error:
@@ -216,7 +227,7 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
         if path in written:  # of two folders
             path = out / f"{file.stem}-{index}.png"
         written.add(path)
-        to_pil(reconstruction, 1).save(path)
+        to_pil(reconstruction, 1).convert("L" if channels == 1 else "RGB").save(path)
         tqdm.write(f"{path}  PSNR {psnr(images, reconstruction).item():.2f} dB")
     if failed:
         listed = "\n".join(failed)
@@ -269,10 +280,11 @@ def run_sample(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="Of the draws.")
     parser.add_argument("--out", type=str, default="samples.png", help="The picture.")
     parsed = _parse(parser, arguments)
-    device = parsed.device or PartialState(cpu=not torch.accelerator.is_available()).device
-    model = _load(parsed, parsed.model).to(device)
     path = Path(parsed.out)
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"--out must be a picture, {', '.join(IMAGE_SUFFIXES)}, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    model = _load(parsed, parsed.model)
     sample_picture(model, _latent_shape(model), 16, parsed.seed, parsed.count).save(path)
     print(f"picture     {path}")
     return 0
@@ -286,8 +298,9 @@ def _size(model: ModelMixin) -> tuple[int, int]:
 
 @torch.no_grad()
 def _latent_shape(model: ModelMixin) -> tuple[int, ...]:
-    blank = torch.zeros(1, model.config.in_channels, *_size(model), device=model.device)
-    return tuple(encode(model, blank).mean.shape[1:])
+    nothing = copy.deepcopy(model).to("meta")  # shapes alone: an image of full size may take long
+    blank = torch.zeros(1, model.config.in_channels, *_size(model), device="meta")
+    return tuple(encode(nothing, blank).mean.shape[1:])
 
 
 def run_push(arguments: Sequence[str]) -> int:
@@ -305,9 +318,12 @@ def run_push(arguments: Sequence[str]) -> int:
     parser.add_class_arguments(HubConfig, skip={"push", "repo_id"}, as_group=False)
     parsed = _parse(parser, arguments)
     if (file := Path(parsed.run) / "config.yaml").is_file():  # licence and the rest, as the run was told
-        stated = (yaml.safe_load(file.read_text()) or {}).get("hub", {})
-        known = {name: value for name, value in stated.items() if name not in ("push", "repo_id") and value is not None}
-        parsed = _parse(parser, [*(f"--{name}={json.dumps(value)}" for name, value in known.items()), *arguments])
+        known = [
+            f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+            for name, value in read_settings(file).get("hub", {}).items()
+            if name not in ("push", "repo_id") and value is not None
+        ]
+        parsed = _parse(parser, [*known, *arguments])
     settings = parsed.as_dict()
     run, repo_id = Path(settings.pop("run")), settings.pop("target")
     try:
@@ -327,24 +343,30 @@ def run_info(arguments: Sequence[str]) -> int:
         "diffusers-vae info runs/digits",
     )
     parser.add_argument("model", help=MODEL)
-    _add_loading(parser)
+    _add_source(parser)
     parsed = _parse(parser, arguments)
-    model = _load(parsed, parsed.model)
+    model = load_autoencoder(parsed.model, parsed.subfolder, parsed.revision)
     config, shape = model.config, _latent_shape(model)
     height, width = _size(model)
-    shift = config.get("shift_factor")
+    shift = config.get("shift_factor") or 0
+    ours = isinstance(model, MLPVAE)
+    name = "AutoencoderKL" if isinstance(model, VAE) else type(model).__name__
+    place = next((p for sub in ("model", "vae") if (p := Path(parsed.model) / sub).is_dir()), parsed.model)
+    inside = f', subfolder="{parsed.subfolder}"' if parsed.subfolder else ""
     facts = {
-        "class": config.get("_class_name", type(model).__name__),
+        "class": name,
+        "load it": f"from {'diffusers_vae' if ours else 'diffusers'} import {name}; "
+        f'vae = {name}.from_pretrained("{place}"{inside})',
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "images": f"{config.in_channels}x{height}x{width}" + ("" if "image_size" in config else " or other sizes"),
         "latents": f"{'x'.join(map(str, shape))}, {height // shape[1]} times smaller a side",
-        "scaled latents": f"(latents - {shift or 0:.6g}) * {config.get('scaling_factor', 1):.6g}",
+        "scaled latents": f"(latents {-shift:+.6g}) * {config.get('scaling_factor', 1):.6g}",
         "weights": f"SHA-256 {weights_hash(model)}",
     }
     print("\n".join(f"{name:<16}{value}" for name, value in facts.items()))
     evaluation = Path(parsed.model) / "evaluation.json"
     if evaluation.exists():
-        print(report_table(json.loads(evaluation.read_text())))
+        print(report_table(json.loads(read_report(evaluation).to_json())))
     return 0
 
 
@@ -362,9 +384,13 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         parser.exit(2, f"error: {error}\n")
 
 
-def _add_loading(parser: ArgumentParser) -> None:
+def _add_source(parser: ArgumentParser) -> None:
     parser.add_argument("--subfolder", type=str | None, default=None, help="Where in a repository the model lies.")
     parser.add_argument("--revision", type=str | None, default=None, help="Of a repository.")
+
+
+def _add_loading(parser: ArgumentParser) -> None:
+    _add_source(parser)
     parser.add_argument(
         "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Of the weights."
     )
@@ -372,7 +398,12 @@ def _add_loading(parser: ArgumentParser) -> None:
 
 
 def _load(parsed: Namespace, source: str) -> ModelMixin:
-    return load_autoencoder(source, parsed.subfolder, parsed.revision, getattr(torch, parsed.dtype))
+    device = parsed.device or PartialState(cpu=not torch.accelerator.is_available()).device
+    try:
+        torch.zeros(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device must be one that torch can use here, got {device}: {error}") from error
+    return load_autoencoder(source, parsed.subfolder, parsed.revision, getattr(torch, parsed.dtype)).to(device)
 
 
 def _add_measuring(parser: ArgumentParser) -> None:
@@ -397,14 +428,30 @@ def _parse_measuring(
     arguments = _with_data(arguments)
     parsed = _parse(parser, arguments)  # wrong ones are told before a model is loaded
     loaded = [_load(parsed, parsed[name]) for name in models]
-    known = _settings_of_run(parsed[models[0]])
+    runs = [_settings_of_run(parsed[name]) for name in models]
+    known = runs[0]
     if not known:
-        known = {"data": {"resolution": list(_size(loaded[0])), "channels": loaded[0].config.get("in_channels", 3)}}
+        channels = loaded[0].config.get("in_channels", 3)
+        if not any(argument.startswith("--data.") for argument in arguments):
+            parser.exit(2, f"error: say with --data on which images; {parsed[models[0]]} is of no run that tells\n")
+        if channels not in (1, 3):
+            raise ValueError(f"image files are read with 1 or 3 channels, and the model takes {channels}")
+        known = {"data": {"resolution": list(_size(loaded[0])), "channels": channels}}
     parsed = _parse(parser, [*(f"--{name}={json.dumps(values)}" for name, values in known.items()), *arguments])
-    own = known["data"] if "objective" in known else {}
-    if parsed.split is None and own.get("name") == parsed.data.name and own.get("root") == parsed.data.root:
+    same = [run["data"] for run in runs if run and _place(run["data"]) == _place(vars(parsed.data))]
+    if parsed.split is None and same:  # some model was trained on these images, but for the held-out ones
+        if {data["heldout_fraction"] for data in same} != {parsed.data.heldout_fraction}:
+            raise ValueError(
+                "data.heldout_fraction must be that of the training, or a model is measured on what it was trained on; "
+                "--split says which images to take all the same"
+            )
         parsed.split = "held-out"
     return parsed, loaded
+
+
+def _place(data: dict[str, Any]) -> tuple[str, Path]:
+    """Of a set of images: two settings with the same place mean the same."""
+    return data["name"], Path(data["root"]).resolve()
 
 
 def _with_data(arguments: Sequence[str]) -> list[str]:
@@ -422,11 +469,15 @@ def _halves(argument: str) -> list[str]:
 
 
 def _settings_of_run(source: str) -> dict[str, dict[str, Any]]:
-    """Data, objective and evaluation of the run that a folder, or its model/, is of; empty if there is none."""
+    """Data, objective and evaluation of the run that a folder, or its model/, is of; empty if there is none. A run that
+    was published has its config.yaml beside the model.
+    """
     for folder in (Path(source), Path(source).resolve().parent):
         file = folder / "config.yaml"
-        if file.is_file() and (folder / "model").is_dir():
-            settings = yaml.safe_load(file.read_text())
+        if file.is_file() and ((folder / "model").is_dir() or (folder / "config.json").is_file()):
+            settings = read_settings(file)
+            if missing := {"data", "objective", "evaluation"} - settings.keys():
+                raise ValueError(f"{file} is damaged: it has no section {', '.join(sorted(missing))}")
             settings["evaluation"].pop("every", None)
             return {name: settings[name] for name in ("data", "objective", "evaluation")}
     return {}

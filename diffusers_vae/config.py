@@ -29,6 +29,7 @@ def train_parser() -> ArgumentParser:
         "[--config FILE.yaml] [--SECTION.KEY VALUE ...] [--dry_run]",
         "Train a KL autoencoder. Later flags and files override earlier ones.",
         "accelerate launch training/train_vae.py --config training/configs/mnist-vae.yaml",
+        "diffusers-vae train",
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with settings.")
     parser.add_argument(

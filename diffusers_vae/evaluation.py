@@ -10,7 +10,8 @@ import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from .models import decode, encode, weights_hash
 from .objective import VAEObjective
 from .perceptual import LPIPS, InceptionFeatures
 
+PACKAGES = (
+    "diffusers-vae", "diffusers", "torch", "torchvision", "torchmetrics", "torch-fidelity", "numpy", "scipy", "pillow",
+)  # fmt: skip
 FORMAT = 1
 """Of evaluation.json, which docs/evaluation.md describes."""
 
@@ -140,8 +144,10 @@ class Protocol:
     """Of the model; objective and metrics are float32 at least."""
     device: str
     """On which it ran."""
+    networks: dict[str, str]
+    """SHA-256 of the weights by which LPIPS and rFID judge, by name of the network."""
     versions: dict[str, str]
-    """Of the libraries."""
+    """Of the libraries that take part."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,8 @@ class EvaluationReport:
     rfid: float | None
     """Frechet inception distance between images and reconstructions, of all together; None likewise."""
     intervals: dict[str, list[float]]
-    """95 % confidence intervals of the figures that are means over the images, by bootstrap over the images."""
+    """95 % confidence intervals of the figures, by bootstrap over the images; not of the rFID, which is one figure of
+    all, and none of one image."""
     latents: LatentSummary
     posterior: PosteriorHealth
     model: ModelSummary
@@ -210,7 +217,7 @@ class EvaluationReport:
         """The report as evaluation.json holds it; ValueError when a number in it is not finite."""
         values = asdict(replace(self, per_image=None))
         del values["per_image"]
-        if bad := [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]:
+        if bad := _not_finite(values):
             raise ValueError(f"the model gives figures that are not finite: {', '.join(bad)}")
         return json.dumps({"format": FORMAT} | values, indent=2, allow_nan=False) + "\n"
 
@@ -226,6 +233,28 @@ class EvaluationReport:
             return cls(**values | {name: kind(**values[name]) for name, kind in parts})
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"no evaluation report: {error}") from error
+
+
+def read_report(path: Path) -> EvaluationReport:
+    """The report in an evaluation.json; ValueError naming it when it holds none."""
+    try:
+        return EvaluationReport.from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged or of an older version: {error}. Delete it and continue the run, or measure the model "
+            "again"
+        ) from error
+
+
+def _not_finite(values: dict[str, Any]) -> list[str]:
+    """Names of the numbers, and of lists with numbers, that are not finite."""
+    bad = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            bad += [f"{name}.{inner}" for inner in _not_finite(value)]
+        elif not np.isfinite([x for x in np.ravel(value) if isinstance(x, float)] or 0).all():
+            bad.append(name)
+    return bad
 
 
 Judges = tuple[dict[str, LPIPS], InceptionFeatures | None]
@@ -316,7 +345,7 @@ def evaluate(
     if config.rfid and min(len(image_set), config.max_images or 2) < 2:
         raise ValueError("the FID compares spreads: it needs at least two images, got one")
     rank, processes = process_share()
-    parts, statistics = [], {}
+    parts, statistics, networks = [], {}, {}
     judges: Judges | None = None
     count = min(len(image_set), config.max_images or len(image_set))
     with tqdm(total=count, desc="evaluation", unit="img", disable=not progress or rank > 0, leave=False) as bar:
@@ -325,12 +354,12 @@ def evaluate(
         ):
             if judges is None:
                 judges = load_judges(config, images.shape[1], tuple(images.shape[2:]))
-                for network in (*judges[0].values(), *([judges[1]] if judges[1] else [])):
-                    network.to(model.device)
+                named = judges[0] | ({"inception": judges[1]} if judges[1] else {})
+                networks = {name: weights_hash(network.to(model.device)) for name, network in named.items()}
             posterior = encode(model, images)
             figures, features = _measure(model, images, posterior, indices, objective, config, judges)
             statistics.setdefault(part, LatentStatistics()).update(posterior)
-            table = torch.stack([values.double().cpu() for values in figures.values()]).T.numpy()
+            table = torch.stack([values.cpu().double() for values in figures.values()]).T.numpy()
             parts.append((indices[0], indices, list(figures), table, features, tuple(images.shape[1:])))
             bar.set_postfix({term: f"{figures[term].mean():.4g}" for term in ("distortion", "rate")}, refresh=False)
             bar.update(min(len(indices) * processes, count - bar.n))
@@ -342,20 +371,22 @@ def evaluate(
     table = np.concatenate([part[3] for part in parts])
     figures = {name: np.ascontiguousarray(table[:, column]) for column, name in enumerate(parts[0][2])}
     means = {name: float(values.sum() / len(values)) for name, values in figures.items()}
-    loss = means.pop("loss")
-    del figures["loss"]
     channels, height, width = parts[0][5]
+    per_dim = -1 / (math.log(2) * channels * height * width)
+    intervals = {}
+    if len(indices) > 1:
+        intervals = {name: list(mean_interval(values, config.seed)) for name, values in figures.items()}
+        intervals["bits_per_dim"] = [bound * per_dim for bound in intervals["elbo"][::-1]]
     rfid = None
     if config.rfid:
         rfid = frechet_distance(*(torch.cat([part[4][which] for part in parts]) for which in (0, 1)))
     described = getattr(model, "config", {})
     return EvaluationReport(
         images=len(indices),
-        loss=loss,
-        bits_per_dim=-means["elbo"] / (math.log(2) * channels * height * width),
+        bits_per_dim=means["elbo"] * per_dim,
         density=objective.likelihood.density,
         rfid=rfid,
-        intervals={name: list(mean_interval(values, config.seed)) for name, values in figures.items()},
+        intervals=intervals,
         latents=LatentSummary(
             mean=statistics.latents_mean,
             std=statistics.latents_std,
@@ -387,8 +418,8 @@ def evaluate(
             seed=config.seed,
             dtype=str(model.dtype).removeprefix("torch."),
             device=model.device.type,
-            versions={"python": platform.python_version()}
-            | {package: version(package) for package in ("diffusers-vae", "diffusers", "torch", "torchmetrics")},
+            networks=networks,
+            versions={"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         ),
         per_image=PerImage(indices, [image_set.name(index) for index in indices], figures),
         **{"importance_weighted_bound": None, "lpips_alex": None, "lpips_vgg": None} | means,
@@ -410,7 +441,7 @@ def _measure(
         decoded = decode(model, latents)
         terms = objective(images, decoded, posterior)
         distortions.append(terms.distortion)
-        log_weights.append(log_prior_ratio(posterior, latents).double() - terms.distortion.double())
+        log_weights.append(log_prior_ratio(posterior, latents).cpu().double() - terms.distortion.cpu().double())
         if reconstructions is None and config.reconstruction == "sample":
             reconstructions = decoded
     if reconstructions is None:

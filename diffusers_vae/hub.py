@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -27,8 +26,8 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .checkpoint import write_file
-from .evaluation import FIGURES, Figure
+from .checkpoint import read_settings, write_file
+from .evaluation import FIGURES, Figure, read_report
 from .models import load_autoencoder, weights_hash
 from .pictures import CAPTIONS
 
@@ -129,16 +128,11 @@ class _Run:
             except SafetensorError as error:
                 raise ValueError(f"{file} is damaged: {error}. Delete evaluation.json and continue the run") from error
         if evaluation is None:
-            evaluation = json.loads((path / "evaluation.json").read_text())
-        if missing := sorted({"psnr", "posterior", "model", "protocol"} - evaluation.keys()):
-            raise ValueError(
-                f"{path / 'evaluation.json'} is of an older version and lacks {', '.join(missing)}; delete it and "
-                "continue the run, which measures the model again"
-            )
+            evaluation = json.loads(read_report(path / "evaluation.json").to_json())
         return cls(
             path,
             evaluation,
-            yaml.safe_load((path / "config.yaml").read_text()),
+            read_settings(path / "config.yaml"),
             json.loads((folder / "config.json").read_text()),
             weights,
             sorted(
@@ -251,6 +245,7 @@ def _render(run: _Run, config: HubConfig) -> str:
             recipe=_recipe(run.config),
             pushes=run.config.get("hub", {}).get("push", False),
             pictures=[(file.name, *CAPTIONS.get(file.stem, (file.stem, ""))) for file in run.pictures],
+            measured_latents=run.config["evaluation"].get("max_images"),
             ratio=2 ** (len(run.model["block_out_channels"]) - 1) if stock else None,
             pixel_terms_only=not any(value for key, value in run.config["objective"].items() if key not in PIXEL_TERMS),
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -87,17 +88,18 @@ class LatentStatistics:
         """How the posterior uses the latents."""
         mean, square, _, rate = self.sums / self.images
         unit_mean, unit_std = self._moments(())
-        channels = rate.mean((1, 2)) < COLLAPSED
+        active = square - mean**2 > ACTIVE
+        channels = (rate.mean((1, 2)) < COLLAPSED) | ~active.any(2).any(1)
         measured = {
             "units": mean.numel(),
-            "active_units": int((square - mean**2 > ACTIVE).sum()),
+            "active_units": int(active.sum()),
             "collapsed_share": (rate < COLLAPSED).double().mean().item(),
             "collapsed_channels": channels.nonzero().flatten().tolist(),
             "rate_per_channel": rate.sum((1, 2)).tolist(),
             "rate_per_position": rate.sum(0).tolist(),
             "aggregate_distance": (unit_mean**2 + (unit_std - 1) ** 2).mean().sqrt().item(),
         }
-        verdict, advice = _verdict(measured, max(self.latents_std))
+        verdict, advice = _verdict(measured, max(self.latents_std), self.images)
         return PosteriorHealth(**measured, verdict=verdict, advice=advice)
 
 
@@ -112,7 +114,8 @@ class PosteriorHealth:
     collapsed_share: float
     """Share of the units with a rate below 0.01 nats: their posterior is the prior, whatever the image."""
     collapsed_channels: list[int]
-    """Channels whose units have a mean rate below 0.01 nats, from 0."""
+    """Channels that tell nothing of the image, from 0: with a mean rate below 0.01 nats a unit, or without an active
+    unit, since a rate that is the same for all images tells nothing either."""
     rate_per_channel: list[float]
     """Nats per image, summed over the channel's positions; their sum is the rate."""
     rate_per_position: list[list[float]]
@@ -122,14 +125,16 @@ class PosteriorHealth:
     normals of each unit's mean m and std s and N(0, 1), sqrt(m^2 + (s - 1)^2), as root mean square over the units; 0
     is best. What units have in common does not show in it."""
     verdict: str
-    """healthy, partly collapsed, collapsed or exploding."""
+    """healthy, partly collapsed, collapsed or exploding; of one image, unknown."""
     advice: str
     """What the verdict means, and what to change."""
 
 
-def _verdict(measured: dict, largest_std: float) -> tuple[str, str]:
+def _verdict(measured: dict[str, Any], largest_std: float, images: int) -> tuple[str, str]:
     count, collapsed = len(measured["rate_per_channel"]), measured["collapsed_channels"]
     kind = "unit" if measured["units"] == count else "channel"
+    if images < 2:
+        return "unknown", "What the latents tell of an image shows in how they differ between images: measure more."
     if not largest_std < EXPLODED:  # or not a number
         return "exploding", (
             f"The latents of a channel have std {largest_std:.3g}, where N(0, I) has 1: the rate hardly counts in the "
@@ -140,12 +145,12 @@ def _verdict(measured: dict, largest_std: float) -> tuple[str, str]:
         lower = "lower objective.kl_weight or objective.scale"
         if len(collapsed) == count:
             return "collapsed", (
-                f"No {kind} tells anything of the image (each less than {COLLAPSED} nats): all images look the same to "
-                f"the decoder. Start again and {lower}; a kl_weight that rises slowly helps too."
+                f"No {kind} tells anything of the image: to the decoder, all look the same. Start again and {lower}; a "
+                "kl_weight that rises slowly helps too."
             )
         return "partly collapsed", (
-            f"{len(collapsed)} of {count} {kind}s tell nothing of the image ({which}, each less than {COLLAPSED} nats "
-            f"a unit). To use them, {lower}; else the model can do with fewer."
+            f"{len(collapsed)} of {count} {kind}s tell nothing of the image ({which}: less than {COLLAPSED} nats a "
+            f"unit, or the same for all images). To use them, {lower}; else the model can do with fewer."
         )
     advice = f"Every {kind} carries information, at a scale near the prior's; nothing to change."
     if measured["aggregate_distance"] > 0.5:

@@ -59,8 +59,10 @@ def frechet_distance(of_images: torch.Tensor, of_reconstructions: torch.Tensor) 
 
 
 def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % confidence interval of the mean of `values` (N,): percentile bootstrap, Efron 1979, 1,000 resamples."""
-    if len(values) < 2 or not np.isfinite(values).all() or values.min() == values.max():
+    """95 % confidence interval of the mean of `values` (N,), N at least 2: percentile bootstrap with 1,000 resamples,
+    Efron 1979.
+    """
+    if not np.isfinite(values).all() or values.min() == values.max():
         return float(values.min()), float(values.max())
     batch = max(1, 2**22 // len(values))
     random = np.random.default_rng(seed)

@@ -46,7 +46,7 @@ VERDICT_COLOURS = {
 CAPTIONS = {
     "reconstructions": (
         "Reconstructions",
-        "Held-out images, under each its reconstruction from the mode of the posterior, and under that the amplified "
+        "Images, under each its reconstruction from the mode of the posterior, and under that the amplified "
         "difference: grey where there is none, bright where the reconstruction is too bright, dark where too dark.",
     ),
     "samples": (
@@ -61,10 +61,10 @@ CAPTIONS = {
     ),
     "interpolations": (
         "Interpolations",
-        "From left to right on the sphere between the latents of two held-out images.",
+        "From left to right on the sphere between the latents of two images.",
     ),
     "manifold": ("Manifold", "The decoded plane of the two latent units, evenly spaced in the prior's probability."),
-    "latents": ("Latents", "Posterior means of held-out images in a plane, coloured by label where there are labels."),
+    "latents": ("Latents", "Posterior means of images in a plane, coloured by label where there are labels."),
     "rates": (
         "Rates",
         "How many nats each channel, and each position, of the latents says about an image on average. Near 0 it says "
@@ -184,7 +184,7 @@ def reconstruction_picture(model: ModelMixin, images: torch.Tensor, batch_size: 
     rows = [images, reconstructions, AMPLIFICATION * (reconstructions - images)]
     triples = zip(*(part.split(columns) for part in rows), strict=True)
     labels = ["original", "reconstruction", f"difference x{AMPLIFICATION}"] * (len(images) // columns)
-    title = f"Held-out images, their reconstructions, and {AMPLIFICATION} times the difference: {DIFFERENCE}"
+    title = f"Images, their reconstructions, and {AMPLIFICATION} times the difference: {DIFFERENCE}"
     return _page(torch.cat([torch.cat(triple) for triple in triples]), columns, title, labels)
 
 
@@ -308,17 +308,17 @@ def latent_picture(
     means = torch.cat(batches).numpy()
     units = means.shape[1]
     if units == 2:
-        points, title, axis = means, "Posterior means of held-out images", "latent unit"
+        points, title, axis = means, "Posterior means", "latent unit"
     elif projection == "tsne":
         perplexity = min(30, (len(means) - 1) / 3)
         points = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(means)
-        title = f"Posterior means of {len(means):,} held-out images, t-SNE of {units} units to 2"
+        title = f"Posterior means of {len(means):,} images, t-SNE of {units} units to 2"
         axis = "t-SNE"
     else:
         pca = PCA(2, svd_solver="randomized", random_state=0).fit(means)
         points, axis = pca.transform(means), "principal component"
         explained = 100 * pca.explained_variance_ratio_.sum()
-        title = f"Posterior means of held-out images, PCA of {units} units to 2 ({explained:.0f} % of variance)"
+        title = f"Posterior means, PCA of {units} units to 2 ({explained:.0f} % of variance)"
     figure = _figure(7, 6)
     axes = figure.add_subplot()
     size = max(6, min(30, 6000 // len(points)))
@@ -558,7 +558,7 @@ def draw_all(
     rate_per_position: Sequence[Sequence[float]] | None = None,
     projection: Literal["pca", "tsne"] = "pca",
 ) -> dict[str, Image.Image]:
-    """Every picture that there can be, by name: of `model` in eval mode, at most `max_images` held-out images, the
+    """Every picture that there can be, by name: of `model` in eval mode, at most `max_images` images, the
     metrics.jsonl of its run, and measured rates.
     """
     _, _, images = next(image_batches(image_set, 64, None, model.device))

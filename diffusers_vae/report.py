@@ -8,17 +8,30 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
+from diffusers.models.modeling_utils import ModelMixin
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from .evaluation import FIGURES, Figure
-from .pictures import CAPTIONS
+from .data import ImageSet
+from .evaluation import FIGURES, EvaluationConfig, EvaluationReport, Figure
+from .pictures import CAPTIONS, draw_all
 
 PNG_BYTES = 400_000  # above, a picture is a JPEG of quality 95 if that is smaller
 JPEG_QUALITIES = (95, 90, 80)  # the first that makes a picture no larger than the limit, or the last
 JPEG_BYTES = 700_000
+POINTS = 5000  # images in the picture of the latents, at most
+
+
+def draw_report(
+    model: ModelMixin, image_set: ImageSet, metrics: Path | None, config: EvaluationConfig, report: EvaluationReport
+) -> dict[str, Image.Image]:
+    """The pictures of a report, by name: of the model, the measured images and, in a run, its metrics.jsonl."""
+    shown = min(POINTS, config.max_images or POINTS)
+    rates = report.posterior.rate_per_channel, report.posterior.rate_per_position
+    return draw_all(model, image_set, metrics, config.batch_size, shown, config.seed, *rates, config.projection)
 
 
 def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], title: str) -> str:

@@ -62,8 +62,7 @@ from .images import to_model_range
 from .latents import measure_latents
 from .models import MLPVAE, VAE, ModelConfig
 from .objective import ObjectiveConfig, ObjectiveTerms
-from .pictures import draw_all
-from .report import report_html
+from .report import draw_report, report_html
 
 logger = logging.getLogger(__name__)
 
@@ -1015,17 +1014,7 @@ def _evaluate(
     log.write("evaluation", progress | numbers)
 
     def draw() -> dict[str, Image.Image]:
-        pictures = draw_all(
-            model,
-            image_set,
-            log.path,
-            settings.batch_size,
-            min(5000, settings.max_images or 5000),
-            settings.seed,
-            report.posterior.rate_per_channel,
-            report.posterior.rate_per_position,
-            settings.projection,
-        )
+        pictures = draw_report(model, image_set, log.path, settings, report)
         for name, picture in pictures.items():
             path = log.path.parent / "pictures" / f"{name}.png"
             with naming(path):

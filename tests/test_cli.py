@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from test_measures import tiny_vae
 from test_trainer import tiny
 
-from diffusers_vae import cli
+from diffusers_vae import VAE, cli
 from diffusers_vae.data import DataConfig
-from diffusers_vae.evaluation import EvaluationConfig, EvaluationReport
+from diffusers_vae.evaluation import EvaluationReport
+from diffusers_vae.hub import HubConfig
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.trainer import train
 
@@ -56,8 +58,12 @@ class TestTop:
     @pytest.mark.parametrize("name", cli.COMMANDS)
     def test_each_command_says_what_it_takes_with_an_example(self, name, capsys):
         code, out, _ = call(capsys, name, "--help")
-        assert code == 0 and "usage:" in out and "--debug" in out
-        assert "example: " in out
+        assert code == 0 and "usage: diffusers-vae" in out and "--debug" in out
+        example = out[out.index("example: ") :]
+        assert "diffusers" in example or "train_vae" in example
+        told = {"evaluate": "Draws from the posterior per image", "compare": "Draws from the posterior per image"}
+        told |= {"push": "Visible to its owners only", "train": "Passes over the training images"}
+        assert told.get(name, "Where in a repository the model lies") in " ".join(out.split())
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -67,6 +73,7 @@ class TestTop:
             (["evaluate", "x", "--evaluation.draws", "none"], "evaluation.draws"),
             (["evaluate", "x", "--evaluation.draws", "0"], "evaluation.draws must be at least 1, got 0"),
             (["evaluate", "x", "--split", "some"], "split"),
+            (["evaluate", "x", "--evaluation.every", "5"], "--evaluation.every"),
             (["evaluate", "x", "--colour", "red"], "--colour"),
             (["sample", "x", "--count", "0"], "count"),
             (["push", "x", "no-namespace"], "hub.repo_id must be NAMESPACE/NAME"),
@@ -143,6 +150,15 @@ class TestEvaluate:
             assert call(capsys, "evaluate", tmp_path / "run", "--data", folder, "--out", tmp_path / "out")[0] == 0
             protocol = EvaluationReport.from_json((tmp_path / "out" / "evaluation.json").read_text()).protocol
             assert (protocol.split, protocol.images, protocol.data) == (split, count, folder.name)
+        tiny_vae().save_pretrained(tmp_path / "other")  # which the second of two was trained on
+        (tmp_path / "link").symlink_to(folders[0])
+        arguments = ["--data", f"{tmp_path / 'link'}/", "--data.resolution", 8, "--out", tmp_path / "both"]
+        assert call(capsys, "compare", tmp_path / "other", tmp_path / "run", *arguments)[0] == 0
+        comparison = json.loads((tmp_path / "both" / "comparison.json").read_text())
+        assert comparison["first"]["protocol"]["split"] == "held-out"
+        arguments += ["--data.heldout_fraction", 0.3]
+        code, _, error = call(capsys, "compare", tmp_path / "other", tmp_path / "run", *arguments)
+        assert code == 1 and "data.heldout_fraction must be that of the training" in error
 
     def test_half_precision(self, run, capsys, tmp_path):
         assert call(capsys, "evaluate", run, "--out", tmp_path, "--dtype", "bfloat16")[0] == 0
@@ -156,6 +172,7 @@ class TestEvaluate:
             (["--data.channels", "3"], "takes images of 1 channels, got 3"),
             (["--data.resolution", "17"], "must be divisible by 2"),
             (["--out", ROOT / "README.md"], "README.md"),
+            (["--device", "abacus"], "--device must be one that torch can use here, got abacus"),
         ],
     )
     def test_what_does_not_fit(self, arguments, message, run, capsys, tmp_path):
@@ -168,6 +185,7 @@ class TestEvaluate:
             launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
             launch += ["--multi_gpu"] * (processes > 1)
             arguments = ["evaluate", str(run), "--out", str(tmp_path / str(processes)), "--evaluation.draws", "3"]
+            arguments += ["--evaluation.batch_size", "7"]  # 26 batches, the last of 5
             done = subprocess.run(
                 [*launch, "-m", "diffusers_vae.cli", *arguments], capture_output=True, text=True, cwd=ROOT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -185,6 +203,29 @@ class TestOthers:
         assert comparison["differences"]["psnr"]["mean"] == 0
         assert Image.open(tmp_path / "comparison.png").width > 100
 
+    def test_compare_says_which_is_better(self, run, capsys, tmp_path):
+        shutil.copytree(run, tmp_path / "worse")
+        worse = VAE.from_pretrained(run / "model")
+        with torch.no_grad():
+            worse.decoder.conv_out.bias += 0.5
+        worse.save_pretrained(tmp_path / "worse" / "model")
+        code, out, _ = call(capsys, "compare", run, tmp_path / "worse", "--out", tmp_path / "out")
+        assert code == 0 and "first: small\nsecond: worse" in out
+        comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+        psnr = comparison["differences"]["psnr"]
+        assert psnr["mean"] < 0 and psnr["interval"][1] < 0 and psnr["second_is_better"] < 0.5
+
+    def test_compare_refuses_a_model_before_it_measures_another(self, run, capsys, tmp_path):
+        tiny_vae(3).save_pretrained(tmp_path / "rgb")
+        code, _, error = call(capsys, "compare", run, tmp_path / "rgb", "--out", tmp_path / "out")
+        assert code == 1 and error.startswith("error: rgb: the model takes images of 3 channels")
+
+    def test_reconstruct_does_not_write_over_what_it_reads(self, run, capsys, tmp_path):
+        Image.new("L", (8, 8)).save(tmp_path / "a.png")
+        before = (tmp_path / "a.png").read_bytes()
+        code, _, error = call(capsys, "reconstruct", run, tmp_path, "--out", tmp_path)
+        assert code == 1 and "--out must be another folder" in error and (tmp_path / "a.png").read_bytes() == before
+
     def test_reconstruct_keeps_sizes_and_goes_on_after_a_bad_file(self, run, capsys, tmp_path):
         pixels = np.random.default_rng(0).integers(0, 256, (9, 13), dtype=np.uint8)
         for folder in ("a", "b"):
@@ -194,7 +235,8 @@ class TestOthers:
         code, out, error = call(capsys, "reconstruct", run, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out")
         assert code == 1 and "1 of 3 images" in error and "bad.png" in error
         files = sorted((tmp_path / "out").iterdir())
-        assert len(files) == 2 and all(Image.open(file).size == (13, 9) for file in files)
+        pictures = [Image.open(file) for file in files]
+        assert [(picture.size, picture.mode) for picture in pictures] == [((13, 9), "L")] * 2
         assert out.count("PSNR") == 2
         code, _, error = call(capsys, "reconstruct", run, tmp_path / "none.png")
         assert code == 1 and error == f"error: there is no image {tmp_path / 'none.png'}\n"
@@ -221,6 +263,33 @@ class TestOthers:
         report = json.loads((run / "evaluation.json").read_text())
         assert code == 0 and report["model"]["weights_sha256"] in out and f"{report['psnr']:.4f}" in out
 
+    @pytest.mark.parametrize("name", ["evaluation.json", "config.yaml"])
+    @pytest.mark.parametrize("text", ["", "[]", "{}", "a: [", "data: 3"])
+    def test_damaged_files_are_named_in_one_line(self, name, text, run, capsys, tmp_path):
+        shutil.copytree(run, tmp_path / "run")
+        (tmp_path / "run" / name).write_text(text)
+        reader = "info" if name == "evaluation.json" else "evaluate"
+        for command in (["push", tmp_path / "run", "me/model"], [reader, tmp_path / "run"]):
+            code, _, error = call(capsys, *command)
+            assert code == 1 and error.count("\n") == 1 and f"{name} is damaged" in error, (command, error)
+
+    def test_settings_of_the_hub_are_those_of_the_run(self, run, capsys, tmp_path, monkeypatch):
+        shutil.copytree(run, tmp_path / "run")
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        settings["hub"] |= {"license": "mit", "revision": "123", "private": True, "commit_message": "it's: done"}
+        (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
+        told = []
+        monkeypatch.setattr("diffusers_vae.commands.push", lambda run, config: told.append(config) or "url")
+        assert call(capsys, "push", tmp_path / "run", "me/model", "--license", "apache-2.0")[0] == 0
+        assert told == [
+            HubConfig(True, "me/model", True, "123", "it's: done", license="apache-2.0"),
+        ]
+
+    def test_a_model_of_no_run_needs_to_be_told_on_what(self, capsys, tmp_path):
+        tiny_vae(3).save_pretrained(tmp_path)
+        code, _, error = call(capsys, "evaluate", tmp_path)
+        assert code == 2 and "say with --data on which images" in error
+
     def test_push_of_what_is_no_run(self, capsys, tmp_path):
         code, _, error = call(capsys, "push", tmp_path, "me/model")
         assert code == 1 and "must be finished" in error
@@ -233,8 +302,3 @@ class TestOthers:
         assert code == 0 and "load it     from diffusers import AutoencoderKL" in out
         assert (tmp_path / "run" / "README.md").exists() and (tmp_path / "run" / "report.html").exists()
         assert call(capsys, "train", "--run.epochs", "0")[0] == 2
-
-
-def test_evaluation_config_is_not_what_a_run_asks_between(run):
-    """`every` belongs to runs alone."""
-    assert EvaluationConfig().every is None

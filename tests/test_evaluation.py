@@ -232,6 +232,7 @@ class TestReferences:
             reconstructions = to_model_range(to_uint8(model(images).sample))
         expected = reference(reconstructions.expand(-1, 3, -1, -1), images.expand(-1, 3, -1, -1)).item()
         assert report.lpips_alex == pytest.approx(expected, rel=1e-5) and report.lpips_vgg is None
+        assert list(report.protocol.networks) == ["alex"] and len(report.protocol.networks["alex"]) == 64
         assert expected > 0 and report.intervals["lpips_alex"][0] < expected < report.intervals["lpips_alex"][1]
 
 
@@ -309,7 +310,7 @@ class TestReport:
     def test_csv_holds_the_figures_of_each_image(self, digits):
         report = evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=4))
         header, *lines = (line.split(",") for line in report.per_image.to_csv().splitlines())
-        assert header == ["image", "distortion", "rate", "elbo", "psnr", "ssim"]
+        assert header == ["image", "loss", "distortion", "rate", "elbo", "psnr", "ssim"]
         assert [line[0] for line in lines] == [f"image {index}" for index in range(4)]
         column = header.index("psnr")
         assert sum(float(line[column]) for line in lines) / 4 == pytest.approx(report.psnr, rel=1e-12)
@@ -322,7 +323,6 @@ class TestReport:
             low, high = mean_interval(random.exponential(size=80), seed)
             held += low < 1 < high
         assert 0.89 <= held / 200 <= 0.98
-        assert mean_interval(np.array([2.0])) == (2.0, 2.0)
 
     def test_protocol_says_what_the_figures_depend_on(self, digits):
         data = DataConfig(resolution=16)
@@ -474,6 +474,22 @@ class TestHealth:
         health = self.statistics(mean, torch.full_like(mean, -2)).health()
         assert health.active_units == 2 and health.collapsed_share == 0
 
+    def test_a_channel_that_is_the_same_for_all_images_tells_nothing(self):
+        """However large its rate, and however far the aggregate posterior."""
+        mean = torch.randn(500, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+        mean[:, 1] = 2
+        health = self.statistics(mean, torch.full_like(mean, -2)).health()
+        assert health.verdict == "partly collapsed" and health.collapsed_channels == [1]
+
+    def test_one_image_tells_nothing_of_it(self, digits):
+        report = evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=1))
+        assert report.posterior.verdict == "unknown" and report.intervals == {}
+
+    def test_draws_far_from_the_prior_are_said(self):
+        mean = 3 + torch.randn(500, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+        health = self.statistics(mean, torch.full_like(mean, -2)).health()
+        assert health.verdict == "healthy" and "do not decode to images" in health.advice
+
     def test_a_channel_with_some_dead_positions_is_not_collapsed(self):
         mean = torch.randn(500, 2, 4, 4, generator=torch.Generator().manual_seed(0))
         mean[:, :, 0] = 0
@@ -492,7 +508,7 @@ class TestHealth:
         mean = torch.full((10, 2, 1, 1), 3.0)
         health = self.statistics(mean, torch.full_like(mean, -30)).health()
         assert health.aggregate_distance == pytest.approx(math.sqrt(10), rel=1e-4)
-        assert "do not decode to images" in health.advice
+        assert health.verdict == "collapsed"  # the same for all images
 
 
 class TestComparison:

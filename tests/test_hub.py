@@ -38,13 +38,15 @@ def make_run(path: Path, model: VAE | MLPVAE, resolution: tuple[int, int], confi
     model.save_pretrained(path / "model")
     weights = (path / "model" / "diffusion_pytorch_model.safetensors").read_bytes()
     report = {
-        "images": 180, "loss": 61.5, "distortion": -812.25, "rate": 41.125, "elbo": 771.125, "bits_per_dim": -4.345,
+        "format": 1, "images": 180, "loss": 61.5,
+        "distortion": -812.25, "rate": 41.125, "elbo": 771.125, "bits_per_dim": -4.345,
         "density": "normal density with std 0.1 over pixels in [-1, 1]", "psnr": 30.875, "ssim": 0.9875,
         "lpips_alex": None, "lpips_vgg": 0.0625, "rfid": None, "importance_weighted_bound": None,
         "intervals": {"psnr": [30.5, 31.25], "ssim": [0.985, 0.99], "rate": [40.0, 42.5]},
         "latents": {"mean": [0.1, -0.2], "std": [0.5, 0.25], "scaling_factor": 2.5, "shift_factor": -0.05},
         "posterior": {
-            "units": 32, "active_units": 30, "collapsed_share": 0.0625, "rate_per_channel": [30.0, 11.125],
+            "units": 32, "active_units": 30, "collapsed_share": 0.0625, "collapsed_channels": [],
+            "rate_per_channel": [30.0, 11.125],
             "rate_per_position": [[2.5] * 4] * 4, "aggregate_distance": 0.75, "verdict": "healthy",
             "advice": "Nothing needs to change.",
         },
@@ -58,7 +60,8 @@ def make_run(path: Path, model: VAE | MLPVAE, resolution: tuple[int, int], confi
             "data": config["data"]["name"], "split": "held-out", "images": 180, "fingerprint": "0123abcd",
             "resolution": resolution, "channels": channels, "resize": "scaled to cover, then the centre is cut out",
             "value_range": "[-1, 1]", "round_to_8_bit": False, "reconstruction": "mode", "draws": 1, "seed": 0,
-            "dtype": "float32", "device": "cpu", "versions": {"diffusers_vae": "0.1.0", "torch": "2.7.1"},
+            "dtype": "float32", "device": "cpu", "networks": {"vgg": "4567cdef"},
+            "versions": {"diffusers_vae": "0.1.0", "torch": "2.7.1"},
         },
     }  # fmt: skip
     (path / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -84,6 +87,7 @@ CONFIG = {
     "objective": {"likelihood": "gaussian", "scale": 0.1, "kl_weight": 1.0},
     "optimizer": {"learning_rate": 0.002, "schedule": "cosine"},
     "run": {"output_dir": "runs/tiny", "epochs": 15, "batch_size": 32, "mixed_precision": "no"},
+    "evaluation": {"max_images": None},
 }
 
 
@@ -358,7 +362,7 @@ class TestPush:
 
     def test_evaluation_of_an_older_version_is_named(self, hub, run):
         (run / "evaluation.json").write_text('{"psnr": 1.0}')
-        with pytest.raises(ValueError, match=r"lacks model, posterior, protocol; delete it and continue the run"):
+        with pytest.raises(ValueError, match=r"is damaged or of an older version: .*Delete it and continue the run"):
             push(run, HubConfig(repo_id=REPO))
 
     def test_figures_of_other_weights_are_refused(self, hub, run):
