@@ -62,14 +62,16 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(f"cannot write {path}: {reason}") from error
 
 
-def read_settings(path: Path) -> dict[str, dict[str, Any]]:
-    """The sections of a config.yaml; ValueError naming it when it holds none."""
+def read_settings(path: Path, *needed: str) -> dict[str, dict[str, Any]]:
+    """The sections of a config.yaml; ValueError naming it when it is none, or lacks one that is `needed`."""
     try:
         settings = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is damaged, no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
         raise ValueError(f"{path} is damaged: it must hold sections of settings, got {str(settings)[:60]!r}")
+    if missing := sorted(set(needed) - settings.keys()):
+        raise ValueError(f"{path} is damaged: it has no section {', '.join(missing)}")
     return settings
 
 

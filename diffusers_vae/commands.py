@@ -475,11 +475,10 @@ def _settings_of_run(source: str) -> dict[str, dict[str, Any]]:
     for folder in (Path(source), Path(source).resolve().parent):
         file = folder / "config.yaml"
         if file.is_file() and ((folder / "model").is_dir() or (folder / "config.json").is_file()):
-            settings = read_settings(file)
-            if missing := {"data", "objective", "evaluation"} - settings.keys():
-                raise ValueError(f"{file} is damaged: it has no section {', '.join(sorted(missing))}")
+            names = ("data", "objective", "evaluation")
+            settings = read_settings(file, *names)
             settings["evaluation"].pop("every", None)
-            return {name: settings[name] for name in ("data", "objective", "evaluation")}
+            return {name: settings[name] for name in names}
     return {}
 
 

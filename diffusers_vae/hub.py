@@ -132,7 +132,7 @@ class _Run:
         return cls(
             path,
             evaluation,
-            read_settings(path / "config.yaml"),
+            read_settings(path / "config.yaml", "evaluation", *RECIPE),
             json.loads((folder / "config.json").read_text()),
             weights,
             sorted(
@@ -171,6 +171,7 @@ HUB_DATA = {
     "cifar10": "uoft-cs/cifar10",
 }
 PIXEL_TERMS = {"likelihood", "scale", "kl_weight"}
+RECIPE = ("data", "model", "objective", "optimizer", "run")
 NOT_RECIPE = {
     "root", "num_workers", "on_bad_image",
     "output_dir", "checkpoint_every", "keep_checkpoints", "allow_config_change", "on_nonfinite", "log_every", "tracker",
@@ -270,7 +271,7 @@ def _row(key: str, figure: Figure, evaluation: dict[str, Any]) -> tuple[str, str
 def _recipe(config: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     """The settings that decide the result, section by section."""
     rows = []
-    for section in ("data", "model", "objective", "optimizer", "run"):
+    for section in RECIPE:
         values = {key: value for key, value in config[section].items() if key not in NOT_RECIPE and value is not None}
         rows.append((section, ", ".join(f"{key} {json.dumps(value).strip(chr(34))}" for key, value in values.items())))
     return rows
