@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from scipy.stats import bootstrap
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from .images import to_unit_range
 
@@ -35,27 +34,27 @@ def ssim(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
     return similarity.view(len(images))
 
 
-class _Features(torch.nn.Module):
-    """Features as they come, where torchmetrics expects a network that extracts them."""
-
-    def __init__(self, count: int):
-        super().__init__()
-        self.num_features = count
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return features
-
-
 def frechet_distance(of_images: torch.Tensor, of_reconstructions: torch.Tensor) -> float:
     """Between normals with mean and covariance of the features (N, F): Heusel et al. 2017, equation 6; with those of
-    Inception it is the FID, of reconstructions the rFID. Of N below F + 1, covariances have no full rank; below some
-    10,000 images, it comes out too large.
+    Inception it is the FID, of reconstructions the rFID. Below some 10,000 images, it comes out too large.
+
+    The trace of the root of the product of the covariances is the sum of the singular values of the product of their
+    factors, exact for any N. The eigenvalues of the product itself, which other code takes, are of no full rank for N
+    below F + 1, and were seen to be off by 0.5 % for 100 images. Rounded to 6 decimals, the digits that do not depend
+    on how sums are rounded.
     """
-    metric = FrechetInceptionDistance(_Features(of_images.shape[1]))
-    # in double precision the sums do not depend on how the images were batched
-    metric.update(of_images.double(), real=True)
-    metric.update(of_reconstructions.double(), real=False)
-    return metric.compute().item()
+    means, factors, traces = [], [], 0.0
+    for features in (of_images.double().cpu(), of_reconstructions.double().cpu()):
+        count, size = features.shape
+        means.append(features.mean(0))
+        factor = (features - means[-1]) / (count - 1) ** 0.5
+        if count > size:
+            values, vectors = torch.linalg.eigh(factor.T @ factor)
+            factor = (vectors * values.clamp(min=0).sqrt()).T
+        factors.append(factor)
+        traces += (factor**2).sum().item()
+    both = torch.linalg.svdvals(factors[0] @ factors[1].T).sum().item()
+    return round(((means[0] - means[1]) ** 2).sum().item() + traces - 2 * both, 6)
 
 
 def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:

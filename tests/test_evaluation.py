@@ -214,7 +214,7 @@ class TestReferences:
             similarities.append(StructuralSimilarityIndexMeasure(data_range=255.0)(saved.float(), original.float()))
         assert report.psnr == pytest.approx(torch.stack(ratios).mean().item(), rel=1e-5)
         assert report.ssim == pytest.approx(torch.stack(similarities).mean().item(), rel=1e-4)
-        assert report.rfid == pytest.approx(fid.compute().item(), rel=1e-3) and report.rfid > 0
+        assert report.rfid == pytest.approx(fid.compute().item(), rel=1e-2) and report.rfid > 0
 
     @pytest.mark.parametrize("channels", [1, 3])
     def test_lpips_is_that_of_torchmetrics(self, channels, weights, monkeypatch, tmp_path):

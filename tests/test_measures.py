@@ -3,12 +3,13 @@
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from diffusers_vae import VAE
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import LatentStatistics, measure_latents
-from diffusers_vae.metrics import psnr, ssim
+from diffusers_vae.metrics import frechet_distance, psnr, ssim
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,41 @@ class TestMetrics:
             alone = torch.cat([metric(a[None], b[None]) for a, b in zip(images, reconstructions, strict=True)])
             torch.testing.assert_close(metric(images, reconstructions), alone)
         assert ssim(images, images).tolist() == pytest.approx([1] * 6)
+
+
+class Features(torch.nn.Module):
+    """Features as they come, where torchmetrics expects a network that extracts them."""
+
+    num_features = 20
+
+    def forward(self, features):
+        return features
+
+
+class TestFrechetDistance:
+    def features(self, count):
+        generator = torch.Generator().manual_seed(0)
+        mix = torch.randn(20, 20, generator=generator).double()
+        first, second = (torch.randn(count, 20, generator=generator).double() @ mix for _ in range(2))
+        return first, 0.7 * second + 0.3
+
+    def test_is_that_of_torchmetrics_where_covariances_have_full_rank(self):
+        first, second = self.features(300)
+        reference = FrechetInceptionDistance(Features())
+        reference.update(first, real=True)
+        reference.update(second, real=False)
+        assert frechet_distance(first, second) == pytest.approx(reference.compute().item(), abs=1e-6)
+
+    @pytest.mark.parametrize("count", [5, 300])
+    def test_of_equal_covariances_is_that_of_the_means(self, count):
+        first, _ = self.features(count)
+        assert frechet_distance(first, first) == 0
+        assert frechet_distance(first, first + 0.5) == pytest.approx(20 * 0.25, abs=1e-6)
+
+    def test_does_not_depend_on_a_turn_when_there_are_few_images(self):
+        first, second = self.features(6)
+        turn, _ = torch.linalg.qr(torch.randn(20, 20, generator=torch.Generator().manual_seed(1)).double())
+        assert frechet_distance(first @ turn, second @ turn) == pytest.approx(frechet_distance(first, second), abs=2e-6)
 
 
 class TestLatentStatistics:
