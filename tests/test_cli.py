@@ -139,6 +139,7 @@ class TestEvaluate:
         assert report.model.name == "pipeline"
 
     @pytest.mark.slow
+    @pytest.mark.slow
     def test_a_run_on_a_folder_is_measured_on_what_it_was_not_trained_on(self, capsys, tmp_path, cifar_folder):
         folders = [tmp_path / name for name in ("ships", "frogs")]
         for folder in folders:
@@ -263,6 +264,7 @@ class TestOthers:
         report = json.loads((run / "evaluation.json").read_text())
         assert code == 0 and report["model"]["weights_sha256"] in out and f"{report['psnr']:.4f}" in out
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["evaluation.json", "config.yaml"])
     @pytest.mark.parametrize("text", ["", "[]", "{}", "a: [", "data: 3"])
     def test_damaged_files_are_named_in_one_line(self, name, text, run, capsys, tmp_path):

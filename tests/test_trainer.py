@@ -135,6 +135,7 @@ class TestRun:
         assert isinstance(MLPVAE.from_pretrained(tmp_path / "run" / "model"), MLPVAE)
         assert (tmp_path / "run" / "pictures" / "manifold.png").exists()
 
+    @pytest.mark.slow
     def test_last_epoch_may_be_a_part(self, tmp_path):
         train(tiny(tmp_path / "run", max_images=2000, log_every=10_000))
         assert [r["images_seen"] for r in records(tmp_path / "run", "epoch")] == [1617, 2000 + (1617 - 2000) % 30]
@@ -309,6 +310,7 @@ class TestFaults:
         with pytest.raises(OSError, match=f"cannot write {small_disk}/run: Read-only file system"):
             train(tiny(small_disk / "run"))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("limit", [None, 0], ids=["memory", "on demand"])
     def test_images_that_cannot_be_read_are_left_out_and_listed(
         self, shared_data, tmp_path, monkeypatch, limit, caplog
