@@ -596,7 +596,7 @@ class TestProcesses:
         outputs = {}
         for name, fault in faults.items():
             server.faults = [fault] if fault else []
-            (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"changed": name}))
+            (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"changed": {"by": name}}))
             done = start(PUSH, run, REPO, HF_DEBUG="1", HF_HUB_VERBOSITY="debug")
             assert (done.returncode == 0) == (fault is None), done.stderr
             assert fault is None or done.stderr.splitlines()[-1].startswith("error: ")
