@@ -20,37 +20,43 @@ from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from .checkpoint import read_settings
-from .config import new_parser, parse_train_config
+from .config import TRAININGS, Training, new_parser, parse_settings
 from .data import IMAGE_SUFFIXES, DataConfig, ImageSet, load_split
 from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, read_report, reconstruct
 from .hub import HubConfig, check_can_push, push
 from .images import read_image, to_model_range, to_pil
+from .loop import Interrupted, RunResult, Task, dry_run, run_task
 from .metrics import psnr
 from .models import MLPVAE, VAE, encode, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig
 from .pictures import comparison_picture, sample_picture
 from .report import comparison_table, draw_report, report_html, report_table
-from .trainer import Interrupted, RunResult, TrainConfig, dry_run, train
+from .trainer import TrainResult
 
 RESUME_ME = 75  # EX_TEMPFAIL in sysexits.h: "the user is invited to try again later"
 
 
 def run_train(arguments: Sequence[str]) -> int:
-    """One training run, as `training/train_vae.py` starts it."""
+    """One training run of an autoencoder, as `training/train_vae.py` starts it."""
+    return _run_training(TRAININGS["train"], arguments)
+
+
+def _run_training(training: Training, arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
-    config, dry = parse_train_config(arguments)
+    config, dry = parse_settings(training, arguments)
     first = os.environ.get("RANK", "0") == "0"
-    if config.hub.push and first:
-        check_can_push(config.hub)  # before days of training, not after
+    hub = getattr(config, "hub", HubConfig())
+    if hub.push and first:
+        check_can_push(hub)  # before days of training, not after
     try:
         if dry:
-            _describe_dry_run(config)
-        elif result := train(config):  # on the main process
+            _describe_dry_run(training.task(config))
+        elif result := run_task(training.task(config)):  # on the main process
             _describe(result)
-            if config.hub.push:
-                print(f"published   {push(result.output_dir, config.hub)}")
+            if hub.push:
+                print(f"published   {push(result.output_dir, hub)}")
     except Interrupted as interruption:
         if first:
             print(interruption, file=sys.stderr)
@@ -66,8 +72,8 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _describe_dry_run(config: TrainConfig) -> None:
-    outcome = dry_run(config)
+def _describe_dry_run(task: Task) -> None:
+    outcome = dry_run(task)
     if outcome is None:
         return
     result, same, seconds = outcome
@@ -83,7 +89,7 @@ def _describe_size(result: RunResult) -> None:
     print(f"\n{result.parameters:,} parameters, latents {'x'.join(map(str, result.latent_shape))}{memory}")
 
 
-def _describe(result: RunResult) -> None:
+def _describe(result: TrainResult) -> None:
     _describe_size(result)
     print(report_table(asdict(replace(result.report, per_image=None))))
     print(f"report      {result.output_dir / 'report.html'}")

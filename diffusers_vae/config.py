@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from .trainer import TrainConfig
+from .loop import Task
+from .run_folder import Settings
+from .trainer import AutoencoderTask, TrainConfig
 
 
 def new_parser(usage: str, description: str, example: str, prog: str | None = None) -> ArgumentParser:
@@ -23,34 +25,60 @@ def new_parser(usage: str, description: str, example: str, prog: str | None = No
     )
 
 
-def train_parser() -> ArgumentParser:
+@dataclass(frozen=True)
+class Training:
+    """What one of the training commands reads and does."""
+
+    command: str
+    """Of diffusers-vae."""
+    description: str
+    example: str
+    settings: type[Settings]
+    task: type[Task]
+
+
+TRAININGS = {
+    training.command: training
+    for training in (
+        Training(
+            "train",
+            "Train a KL autoencoder.",
+            "accelerate launch training/train_vae.py --config training/configs/mnist-vae.yaml",
+            TrainConfig,
+            AutoencoderTask,
+        ),
+    )
+}
+
+
+def training_parser(training: Training) -> ArgumentParser:
     """The flags of a training run: `--config FILE.yaml`, one per setting, and `--dry_run`."""
     parser = new_parser(
         "[--config FILE.yaml] [--SECTION.KEY VALUE ...] [--dry_run]",
-        "Train a KL autoencoder. Later flags and files override earlier ones.",
-        "accelerate launch training/train_vae.py --config training/configs/mnist-vae.yaml",
-        "diffusers-vae train",
+        f"{training.description} Later flags and files override earlier ones.",
+        training.example,
+        f"diffusers-vae {training.command}",
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with settings.")
     parser.add_argument(
         "--dry_run", action="store_true", help="Read the images, run every other phase once in seconds, keep nothing."
     )
-    parser.add_class_arguments(TrainConfig, as_group=False, fail_untyped=True)
+    parser.add_class_arguments(training.settings, as_group=False, fail_untyped=True)
     return parser
 
 
-def parse_train_config(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
+def parse_settings(training: Training, arguments: Sequence[str]) -> tuple[Settings, bool]:
     """The settings, and whether it is a dry run. A wrong key or value ends the process with a message that names it."""
-    parser = train_parser()
+    parser = training_parser(training)
     try:
         parsed = parser.parse_args(arguments)
-        for field in fields(TrainConfig):
+        for field in fields(training.settings):
             if not isinstance(parsed[field.name], Namespace):
                 raise ValueError(f"{field.name} must hold settings, KEY: VALUE, got {parsed[field.name]}")
         settings = parser.instantiate(parsed).as_dict()
         settings.pop("config")
         dry = settings.pop("dry_run")
-        return TrainConfig(**settings), dry
+        return training.settings(**settings), dry
     except (ArgumentError, ValueError) as error:
         message = f"error: {error}\n"
         if "Given value: False" in message:

@@ -25,9 +25,10 @@ import sklearn.decomposition  # noqa: F401
 
 from diffusers_vae.data import DataConfig
 from diffusers_vae.evaluation import EvaluationConfig
+from diffusers_vae.loop import Interrupted, RunConfig
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.objective import ObjectiveConfig
-from diffusers_vae.trainer import Interrupted, RunConfig, TrainConfig, train
+from diffusers_vae.trainer import TrainConfig, train
 
 
 def config_of(output_dir: Path, precision: str) -> TrainConfig:

@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffusers_vae.config import parse_train_config, train_parser
+from diffusers_vae.config import TRAININGS, parse_settings, training_parser
 from diffusers_vae.data import DataConfig
+from diffusers_vae.loop import OptimizerConfig, RunConfig
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.objective import ObjectiveConfig
-from diffusers_vae.trainer import OptimizerConfig, RunConfig, TrainConfig
+from diffusers_vae.trainer import TrainConfig
 
 PRESETS = sorted((Path(__file__).parents[1] / "training" / "configs").glob("*.yaml"))
+
+TRAIN = TRAININGS["train"]
 
 
 def write(path, text):
@@ -23,7 +26,7 @@ def write(path, text):
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 class TestPresets:
     def test_parses_and_writes_to_its_own_folder(self, preset):
-        config, dry = parse_train_config(["--config", str(preset)])
+        config, dry = parse_settings(TRAIN, ["--config", str(preset)])
         assert config.run.output_dir == f"runs/{preset.stem}" and not dry
 
     def test_says_what_to_expect(self, preset):
@@ -34,16 +37,16 @@ class TestPresets:
 
 def test_default_then_file_then_flag(tmp_path):
     file = write(tmp_path / "a.yaml", "objective: {kl_weight: 0.5, scale: 0.2}\nrun: {seed: 7}\n")
-    config, dry = parse_train_config(["--config", file, "--objective.kl_weight", "0.1", "--dry_run"])
+    config, dry = parse_settings(TRAIN, ["--config", file, "--objective.kl_weight", "0.1", "--dry_run"])
     assert (config.objective.kl_weight, config.objective.scale, config.run.seed) == (0.1, 0.2, 7)
     assert config.run.epochs == RunConfig().epochs and dry
 
 
 def test_resolved_config_gives_the_same_run(tmp_path):
     arguments = ["--model.architecture", "mlp", "--data.resolution", "[8, 16]", "--optimizer.learning_rate", "3e-4"]
-    config, _ = parse_train_config(arguments)
+    config, _ = parse_settings(TRAIN, arguments)
     config.save(tmp_path / "config.yaml")
-    assert parse_train_config(["--config", str(tmp_path / "config.yaml")])[0] == config
+    assert parse_settings(TRAIN, ["--config", str(tmp_path / "config.yaml")])[0] == config
     stated = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert stated["objective"]["scale"] == 0.1
     assert stated["model"]["hidden_dim"] == 400 and stated["model"]["latent_channels"] is None
@@ -51,7 +54,7 @@ def test_resolved_config_gives_the_same_run(tmp_path):
 
 def test_exponents_are_numbers(tmp_path):
     file = write(tmp_path / "a.yaml", "optimizer: {learning_rate: 1e-4}\n")
-    assert parse_train_config(["--config", file])[0].optimizer.learning_rate == 1e-4
+    assert parse_settings(TRAIN, ["--config", file])[0].optimizer.learning_rate == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,7 @@ def test_exponents_are_numbers(tmp_path):
 )
 def test_errors_name_the_key_and_the_value(text, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
-        parse_train_config(["--config", write(tmp_path / "a.yaml", text)])
+        parse_settings(TRAIN, ["--config", write(tmp_path / "a.yaml", text)])
     message = capsys.readouterr().err
     assert exit_.value.code == 2
     assert all(word in message for word in words), message
@@ -86,18 +89,18 @@ def test_errors_name_the_key_and_the_value(text, words, tmp_path, capsys):
 @pytest.mark.parametrize("flag", ["--optimizer.learning_rat", "--nothing"])
 def test_unknown_flags_are_refused(flag, capsys):
     with pytest.raises(SystemExit):
-        parse_train_config([flag, "1"])
+        parse_settings(TRAIN, [flag, "1"])
     assert flag in capsys.readouterr().err
 
 
 def test_missing_file_is_named(capsys):
     with pytest.raises(SystemExit):
-        parse_train_config(["--config", "missing.yaml"])
+        parse_settings(TRAIN, ["--config", "missing.yaml"])
     assert "missing.yaml" in capsys.readouterr().err
 
 
 def test_help_describes_every_setting():
-    text = " ".join(train_parser().format_help().split())
+    text = " ".join(training_parser(TRAIN).format_help().split())
     sections = {
         "data": DataConfig, "model": ModelConfig, "objective": ObjectiveConfig, "optimizer": OptimizerConfig,
         "run": RunConfig,
@@ -148,11 +151,11 @@ class TestLearningRate:
 
 def test_digits_preset_is_the_default():
     digits = next(preset for preset in PRESETS if preset.stem == "digits")
-    assert parse_train_config(["--config", str(digits)]) == parse_train_config([])
+    assert parse_settings(TRAIN, ["--config", str(digits)]) == parse_settings(TRAIN, [])
 
 
 def test_perceptron_with_bernoulli_needs_nothing_else():
-    config, _ = parse_train_config(["--model.architecture", "mlp", "--objective.likelihood", "bernoulli"])
+    config, _ = parse_settings(TRAIN, ["--model.architecture", "mlp", "--objective.likelihood", "bernoulli"])
     assert (config.model.latent_dim, config.objective.scale) == (20, None)
 
 

@@ -19,7 +19,7 @@ from test_trainer import ROOT, SCRIPT, TINY_VAE, launch, records, tiny, weights
 
 from diffusers_vae.data import DataConfig
 from diffusers_vae.evaluation import EvaluationConfig
-from diffusers_vae.trainer import FSDP2_TORCH, OptimizerConfig
+from diffusers_vae.loop import FSDP2_TORCH, OptimizerConfig
 
 pytestmark = pytest.mark.slow
 CONFIGS = ROOT / "training" / "configs" / "accelerate"
@@ -144,12 +144,12 @@ def test_unsynchronised_gradients_would_be_seen(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys, torch\n"
-        "from diffusers_vae.config import parse_train_config\n"
+        "from diffusers_vae.config import TRAININGS, parse_settings\n"
         "from diffusers_vae.models import ModelConfig\n"
         "from diffusers_vae.trainer import train\n"
         "models, build = [], ModelConfig.build\n"
         "ModelConfig.build = lambda *arguments: models.append(build(*arguments)) or models[-1]\n"
-        "train(parse_train_config(sys.argv[1:])[0])\n"
+        "train(parse_settings(TRAININGS['train'], sys.argv[1:])[0])\n"
         "torch.save(models[0].state_dict(), f'{os.environ[\"RANK\"]}.pt')\n"
         "torch.distributed.destroy_process_group()\n"
     )

@@ -19,13 +19,18 @@ ROWS = [
     {"latents"},
     {"evaluation", "pictures", "checkpoint"},
     {"hub", "report", "pipelines"},
+    {"run_folder"},
+    {"loop"},
     {"trainer"},
     {"config"},
     {"commands"},
     {"cli"},
     {"training"},
 ]
-ALLOWED_ONLY_IN = {"accelerate": {"trainer", "checkpoint", "commands"}, "huggingface_hub": {"hub"}}
+ALLOWED_ONLY_IN = {
+    "accelerate": {"trainer", "text_to_image", "loop", "run_folder", "checkpoint", "commands"},
+    "huggingface_hub": {"hub"},
+}
 
 
 def files():

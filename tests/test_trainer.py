@@ -25,9 +25,10 @@ from diffusers_vae.data import ArrayImages, DataConfig, epoch_batches, load_data
 from diffusers_vae.evaluation import EvaluationConfig, evaluate
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import measure_latents
+from diffusers_vae.loop import OptimizerConfig, RunConfig, dry_run
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.objective import ObjectiveConfig
-from diffusers_vae.trainer import OptimizerConfig, RunConfig, TrainConfig, dry_run, train
+from diffusers_vae.trainer import AutoencoderTask, TrainConfig, train
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "training" / "train_vae.py"
@@ -372,7 +373,7 @@ class TestFaults:
 
     @pytest.mark.slow
     def test_dry_run_leaves_nothing(self, tmp_path):
-        result, same, seconds = dry_run(tiny(tmp_path / "run", TINY_VAE))
+        result, same, seconds = dry_run(AutoencoderTask(tiny(tmp_path / "run", TINY_VAE)))
         assert result.latent_shape == (4, 4, 4) and result.memory > 0
         assert same and seconds == pytest.approx(300 / result.images_per_second)
         assert not (tmp_path / "run").exists() and not result.output_dir.exists()
@@ -380,13 +381,13 @@ class TestFaults:
     @pytest.mark.slow
     def test_dry_run_of_less_than_a_batch_resumes_too(self, tmp_path, caplog):
         caplog.set_level("INFO")
-        _, same, seconds = dry_run(tiny(tmp_path / "run", batch_size=4000, epochs=1, max_images=None))
+        _, same, seconds = dry_run(AutoencoderTask(tiny(tmp_path / "run", batch_size=4000, epochs=1, max_images=None)))
         assert same and seconds > 0 and caplog.text.count("continuing from") == 1
 
     def test_dry_run_refuses_what_the_run_would_refuse(self, vae_run):
         config, _ = vae_run
         with pytest.raises(FileExistsError, match=r"run\.seed: 0 -> 1"):
-            dry_run(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1)))
+            dry_run(AutoencoderTask(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))))
 
 
 class TestScript:

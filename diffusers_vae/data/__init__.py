@@ -1,6 +1,6 @@
 """Where images come from, and in which order."""
 
-from .order import MicroBatch, epoch_batches, image_batches, step_noise
+from .order import MicroBatch, epoch_batches, image_batches, step_generator
 from .sources import IMAGE_SUFFIXES, ArrayImages, DataConfig, FolderImages, ImageSet, ReadImages, load_data, load_split
 
 __all__ = [
@@ -15,5 +15,5 @@ __all__ = [
     "image_batches",
     "load_data",
     "load_split",
-    "step_noise",
+    "step_generator",
 ]

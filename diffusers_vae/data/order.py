@@ -66,18 +66,15 @@ def epoch_batches(
         ]
 
 
-def step_noise(
-    shape: tuple[int, ...], count: int, seed: int, epoch: int, start: int, device: torch.device
-) -> torch.Tensor:
-    """Standard normal noise (count, *shape) for the latents of one optimiser step's batch, drawn on `device`.
+def step_generator(seed: int, epoch: int, start: int, device: torch.device) -> torch.Generator:
+    """For all that is random in one optimiser step's batch, drawn on `device`.
 
     A pure function of (seed, epoch, start), `start` being the images of the epoch before this batch: every process
-    draws that of the whole batch and takes the rows of its images, so that an image's noise depends neither on how
-    many processes there are nor on where a run was interrupted.
+    draws for the whole batch and takes the rows of its images, so that an image's noise depends neither on how many
+    processes there are nor on where a run was interrupted.
     """
     state = np.random.SeedSequence([seed, epoch, start]).generate_state(1, np.uint64)
-    generator = torch.Generator(device).manual_seed(int(state[0]) >> 1)
-    return torch.randn(count, *shape, generator=generator, device=device)
+    return torch.Generator(device).manual_seed(int(state[0]) >> 1)
 
 
 def image_batches(

@@ -116,6 +116,14 @@ class ReadImages:
             )
         return self
 
+    def blank(self) -> ReadImages:
+        """One black image, for a process that is left without any and must take part all the same."""
+        return ReadImages(self.pixels.new_zeros(1, *self.pixels.shape[1:]), [0])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What was read, by name."""
+        return {"pixels": self.pixels}
+
 
 class ImageSet(Protocol):
     """Images of one size, with or without labels, read by the batch; any first part of it is a fair sample."""

@@ -1,0 +1,816 @@
+"""The loop of every run: images in a fixed order, a step, a checkpoint, and on from where it was interrupted."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    is_torch_version,
+    set_seed,
+)
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from .checkpoint import naming, on_main, read_progress, restore, save_checkpoint, surroundings, whole
+from .data import MicroBatch, epoch_batches, step_generator
+from .run_folder import BadImages, Log, Settings, begin, find_run, only_run_in
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, and a learning rate that is a pure function of the images seen."""
+
+    learning_rate: float = 2e-3
+    """The highest that is reached."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the averages of gradient and squared gradient."""
+    weight_decay: float = 0.0
+    """Decoupled; with 0, AdamW is Adam."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """After the warm-up; cosine ends at 0 with the last image."""
+    warmup_images: int = 2000
+    """Images over which the learning rate rises linearly from 0."""
+    max_grad_norm: float | None = 1.0
+    """The gradient is scaled down to this norm; null: never."""
+
+    def __post_init__(self):
+        if self.schedule not in ("constant", "cosine"):
+            raise ValueError(f"optimizer.schedule must be constant or cosine, got {self.schedule}")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"optimizer.learning_rate must be positive and finite, got {self.learning_rate}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay must be at least 0, got {self.weight_decay}")
+        if self.warmup_images < 0:
+            raise ValueError(f"optimizer.warmup_images must be at least 0, got {self.warmup_images}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"optimizer.max_grad_norm must be positive or null, got {self.max_grad_norm}")
+
+    def learning_rate_at(self, images_seen: int, total_images: int) -> float:
+        """The learning rate of the step that begins after `images_seen` of `total_images` images."""
+        if images_seen < self.warmup_images:
+            return self.learning_rate * (images_seen + 1) / self.warmup_images
+        if self.schedule == "constant":
+            return self.learning_rate
+        progress = (images_seen - self.warmup_images) / max(1, total_images - self.warmup_images)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, how many at a time, and where to."""
+
+    output_dir: str = "runs/digits"
+    """Folder of this run. A run that it holds is continued, if it has the same settings."""
+    epochs: int = 15
+    """Passes over the training images."""
+    max_images: int | None = None
+    """End with the step that reaches this many images, if that is before the last epoch."""
+    seed: int = 0
+    """Of the weights, the order of images and the noise in the latents."""
+    batch_size: int = 32
+    """Images per optimiser step over all processes."""
+    gradient_accumulation_steps: int = 1
+    """Forwards per optimiser step on each process."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Autocast dtype; null leaves it to `accelerate launch`, and config.yaml states what it was. Weights, optimiser
+    and EMA are float32 in any case. In YAML, no needs quotes."""
+    ema_decay: float | None = 0.99
+    """Decay of the moving average of the weights, which is what is evaluated and saved; null: none."""
+    checkpoint_every: int = 10_000
+    """Images between two checkpoints, from which the same command continues; there is one at the end, too."""
+    keep_checkpoints: int = 2
+    """How many are kept, the newest; with one alone, there is nothing to fall back on if a disk damages it."""
+    allow_config_change: bool = False
+    """Continue the run in output_dir although settings, or the images, are not those that it was begun with."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When loss or gradient are not finite, no step is taken and the batch is written to output_dir. stop: with an
+    error. skip: go on, and count; 20 in a row stop the run."""
+    deterministic: bool = False
+    """Use algorithms alone that repeat bit by bit. On a CPU all do; on a GPU exact resume needs it, and is slower."""
+    log_every: int = 1000
+    """Images between two records in metrics.jsonl."""
+    tracker: Literal["tensorboard"] | None = "tensorboard"
+    """Where metrics and pictures are logged besides the files in output_dir; null: nowhere."""
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise ValueError("run.output_dir must name a folder, got an empty text")
+        for name in (
+            "epochs", "max_images", "batch_size", "gradient_accumulation_steps", "checkpoint_every",
+            "keep_checkpoints", "log_every",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"run.{name} must be at least 1, got {value}")
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"run.on_nonfinite must be stop or skip, got {self.on_nonfinite}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"run.seed must lie in [0, 2^31), got {self.seed}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"run.ema_decay must lie between 0 and 1 or be null, got {self.ema_decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run leaves behind."""
+
+    output_dir: Path
+    """With config.yaml, metrics.jsonl, checkpoints/, pictures/, evaluation.json and what was trained."""
+    parameters: int
+    """Number of trained values."""
+    latent_shape: tuple[int, ...]
+    """Channels, height and width of the latents of one image."""
+    load_line: str
+    """Python that loads what was trained."""
+    memory: int | None = None
+    """Bytes: the most that a GPU, or the process, has held; None when the run had finished before."""
+    train_images: int | None = None
+    """How many there are in the set; None likewise."""
+    images_per_second: float | None = None
+    """Of training steps, all processes together; None when there was only one to take, or none."""
+
+
+class Read(Protocol):
+    """What was asked for of a training set and could be read."""
+
+    kept: Sequence[int]
+    """Places, in the indices asked for, of what was read."""
+    errors: tuple[str, ...]
+    """Why the others could not be read, with their names."""
+
+    def checked(self) -> Read:
+        """This; ValueError when `errors` are to stop the run."""
+        ...
+
+    def blank(self) -> Read:
+        """One image in place of none."""
+        ...
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What was read, by name."""
+        ...
+
+
+class TrainingSet(Protocol):
+    """What is trained on, read by the batch."""
+
+    errors: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: Sequence[int]) -> Read: ...
+
+    def name(self, index: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class StepTerms:
+    """What came of a micro-batch."""
+
+    loss: torch.Tensor
+    """Scalar, the mean over its images: what is differentiated."""
+    per_image: dict[str, torch.Tensor]
+    """Each (B,), for people; they lead to the image when the loss is not finite."""
+
+
+class Task(Protocol):
+    """What a run trains. The loop knows the order of images, processes and checkpoints, and nothing else of it."""
+
+    config: Settings
+    """With the sections `run` and `optimizer`."""
+    kind: str
+    """For people."""
+    results: tuple[str, ...]
+    """Files and folders that the finished run leaves, evaluation.json last."""
+    terms: tuple[str, ...]
+    """Names of `StepTerms.per_image`."""
+    advice: str
+    """What makes training more stable."""
+    evaluate_every: int | None
+    """Images between two evaluations while training."""
+    workers: int
+    """Processes that read images."""
+    train_set: TrainingSet
+    """After `load`."""
+
+    def finished(self) -> RunResult:
+        """Of the finished run in output_dir; ValueError when evaluation.json cannot be read."""
+        ...
+
+    def load(self, accelerator: Accelerator) -> None:
+        """Read what is trained on, on all processes together."""
+        ...
+
+    def data(self) -> dict[str, dict[str, Any]]:
+        """`images` and `fingerprint` of each part of it."""
+        ...
+
+    def image_errors(self) -> Iterable[str]:
+        """Of images that were left out so far."""
+        ...
+
+    def build(self) -> nn.Module:
+        """A new model."""
+        ...
+
+    def blank(self, model: nn.Module, device: torch.device) -> torch.Tensor:
+        """A scalar that depends on every parameter by one call of the model's `forward`."""
+        ...
+
+    def draws(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """All that is random in a step of `count` images, (count, ...) each, on the generator's device."""
+        ...
+
+    def step(self, model: nn.Module, read: Read, draws: dict[str, torch.Tensor]) -> StepTerms:
+        """What is differentiated, by one call of the model's `forward`, for what was read and its rows of the draws."""
+        ...
+
+    def summary(self, model: nn.Module) -> str:
+        """One line on model and data, before the first step."""
+        ...
+
+    def evaluate(self, model: nn.Module, log: Log, progress: dict[str, int]) -> object:
+        """Measure and picture the averaged model, on all processes; FloatingPointError if it is not finite."""
+        ...
+
+    def finish(self, model: nn.Module, log: Log, progress: dict[str, int]) -> RunResult:
+        """Save the averaged model before anything that could fail, then measure; evaluation.json comes last."""
+        ...
+
+    def few(self, folder: Path) -> Task:
+        """The same on two batches, with as little as possible around, in `folder`."""
+        ...
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop: its state is on the disk, and the same command continues it. As a
+    KeyboardInterrupt, it is no Exception, so that nobody takes it for an error in what was being done.
+    """
+
+
+def run_task(task: Task) -> RunResult | None:
+    """Train, evaluate and save what `task` says, on the processes that `accelerate launch` started; continue the run
+    that `run.output_dir` holds.
+
+    Returns the result on the main process, None on the others.
+
+    Raises:
+        Interrupted: after SIGTERM, SIGINT or SIGUSR1.
+        FileExistsError: when `run.output_dir` holds a run with other settings.
+        FloatingPointError: when loss, gradient or result are not finite; before the step is taken if that shows there.
+        OSError: naming what cannot be read or written.
+        ValueError: when config and launcher do not fit each other, or images cannot be read.
+    """
+    run = task.config.run
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # then several processes are told apart only when it is said
+        mixed_precision=run.mixed_precision,
+        log_with=run.tracker,
+        project_dir=run.output_dir,
+        # the others wait while the main process reads images first, or draws
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    )
+    _check_launch(accelerator, run)
+    _use_all_cores(accelerator)
+    task.config = replace(task.config, run=replace(run, mixed_precision=accelerator.mixed_precision))
+    with _Signals() as signals, only_run_in(Path(run.output_dir), accelerator):
+        try:
+            return _run(task, accelerator, signals)
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+
+
+def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult | None:
+    config = task.config
+    run, output_dir = config.run, Path(config.run.output_dir)
+    checkpoint, finished = on_main(accelerator, partial(find_run, config, task.results, task.finished, task.build))
+    if finished:
+        logger.info("%s holds this run, finished", run.output_dir)
+        return task.finished() if accelerator.is_main_process else None
+    if checkpoint and accelerator.is_main_process:
+        logger.info("continuing from %s", checkpoint)
+    task.load(accelerator)
+    train_set = task.train_set
+    on_main(accelerator, lambda: begin(config, checkpoint, task.data()))
+
+    set_seed(run.seed)
+    model = task.build()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay
+    )
+    model, optimizer = accelerator.prepare(model, optimizer)
+    plain_model = accelerator.unwrap_model(model)
+    ema = None
+    if run.ema_decay:  # the decay rises as 1 - (1 + step)^-0.75, so that short runs do not keep their first weights
+        ema = EMAModel(plain_model.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75)
+    total_images = min(run.epochs * len(train_set), run.max_images or sys.maxsize)
+    if accelerator.num_processes > 1:
+        # DistributedDataParallel orders its buckets by its first backward. Without this one, which leaves no trace, the
+        # first step of a resumed run would sum the gradients of three or more processes in another order.
+        accelerator.backward(task.blank(model, accelerator.device))
+        optimizer.zero_grad()
+    set_seed(run.seed, device_specific=True)  # for whatever draws without a generator of its own
+    step = images_seen = skipped = skipped_in_a_row = 0
+    changes: list[str] = []
+    interval, epoch_terms, step_terms = (_RunningTerms(accelerator, task.terms) for _ in range(3))
+    if checkpoint:
+        restore(checkpoint, accelerator, plain_model, optimizer.optimizer, ema)
+        saved, sums = _progress(checkpoint, accelerator, len(interval.sums))
+        progress = {name: saved[name] for name in ("epoch", "step", "images_seen")}
+        step, images_seen = progress["step"], progress["images_seen"]
+        skipped, skipped_in_a_row, changes = saved["skipped"], saved["skipped_in_a_row"], saved["changes"]
+        interval.put(sums["interval"])
+        epoch_terms.put(sums["epoch"])
+    log = Log(accelerator, output_dir, images_seen)
+    bad_images = BadImages(output_dir / "bad_images.txt")
+    if accelerator.is_main_process:
+        bad_images.add(task.image_errors(), warn=False)
+        logger.info("%s; %s", task.summary(plain_model), _launch_summary(accelerator, run))
+    next_log, next_evaluation, next_checkpoint = (
+        (images_seen // every + 1) * every
+        for every in (run.log_every, task.evaluate_every or sys.maxsize, run.checkpoint_every)
+    )
+    bar = tqdm(
+        total=total_images,
+        initial=min(images_seen, total_images),
+        unit="img",
+        disable=not accelerator.is_local_main_process,
+        dynamic_ncols=True,
+    )
+    warm, timed_images, timed_seconds = False, 0, 0.0  # the first step is left out: it sets much up
+    signals.wait = True  # the loop asks after every step
+    with logging_redirect_tqdm(), bar:
+        while images_seen < total_images:
+            epoch, start = divmod(images_seen, len(train_set))
+            epoch_end = min((epoch + 1) * len(train_set), total_images)
+            batches = partial(
+                epoch_batches,
+                len(train_set),
+                run.batch_size,
+                run.seed,
+                epoch,
+                accelerator.process_index,
+                accelerator.num_processes,
+                run.gradient_accumulation_steps,
+                start,
+            )
+            loader = iter(_loader(train_set, batches(), task.workers, run.seed))
+            model.train()
+            for micro_batches in batches():
+                began = time.monotonic()
+                learning_rate = config.optimizer.learning_rate_at(images_seen, total_images)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
+                start = images_seen - epoch * len(train_set)
+                generator = step_generator(run.seed, epoch, start, accelerator.device)
+                draws = task.draws(micro_batches[0].count, generator)
+                seen: list[_Seen] = []
+                for micro_step, micro_batch in enumerate(micro_batches, 1):
+                    read = next(loader).checked()
+                    bad_images.add(read.errors)
+                    share = micro_batch.share * len(read.kept) / len(micro_batch.indices)
+                    if not read.kept:  # every process must take part in the step
+                        read = read.blank()
+                    rows = [micro_batch.first + place for place in read.kept]
+                    own_draws = {name: values[rows] for name, values in draws.items()}
+                    with nullcontext() if micro_step == len(micro_batches) else accelerator.no_sync(model):
+                        terms = task.step(model, read, own_draws)
+                        # Gradients are averaged over processes, so that this sums to the mean over the step's images.
+                        accelerator.backward(terms.loss * share * accelerator.num_processes)
+                    if share:
+                        step_terms.add(_sums(terms, len(read.kept)))
+                        indices = [micro_batch.indices[place] for place in read.kept]
+                        seen.append(_Seen(micro_batch.count, indices, read, own_draws, terms))
+                grad_norm = accelerator.clip_grad_norm_(
+                    model.parameters(), config.optimizer.max_grad_norm or float("inf")
+                )
+                bad, stop = _agree(accelerator, step_terms, grad_norm, signals.asked())
+                # A gradient in float16 may overflow: the scaler then skips the step and lowers its scale; below 1 it
+                # will not recover.
+                overflow = bad == ["gradient"] and accelerator.scaler and accelerator.scaler.get_scale() >= 1
+                if bad and not overflow:
+                    message = _not_finite(task, accelerator, step + 1, skipped, bad, seen)
+                    if run.on_nonfinite == "stop" or skipped_in_a_row + 1 >= SKIPS_IN_A_ROW:
+                        kept = f"The newest checkpoint is {checkpoint}. " if checkpoint else ""
+                        raise FloatingPointError(f"training stopped before step {message}. {kept}{task.advice}")
+                    if accelerator.is_main_process:
+                        logger.warning("skipped step %s", message)
+                    if accelerator.scaler:
+                        accelerator.scaler.update()
+                    skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+                else:
+                    optimizer.step()
+                    if ema and not optimizer.step_was_skipped:
+                        ema.step(plain_model.parameters())
+                    interval.add(step_terms.sums)
+                    epoch_terms.add(step_terms.sums)
+                    skipped_in_a_row = 0
+                optimizer.zero_grad()
+                step_terms.sums.zero_()
+
+                if warm:
+                    timed_images += micro_batches[0].count
+                    timed_seconds += time.monotonic() - began
+                warm = True
+                step += 1
+                images_seen = min(images_seen + run.batch_size, (epoch + 1) * len(train_set))
+                bar.update(min(images_seen, total_images) - bar.n)
+                interval.show(bar)
+                progress = {"epoch": epoch + 1, "step": step, "images_seen": images_seen}
+                counts = progress | ({"skipped": skipped} if skipped else {})
+                if images_seen >= next_log or images_seen >= total_images:
+                    norm = grad_norm.item() if grad_norm.isfinite() else None  # of a step that was skipped
+                    means = interval.take()
+                    log.write("train", counts | means | {"learning_rate": learning_rate, "grad_norm": norm})
+                    next_log = (images_seen // run.log_every + 1) * run.log_every
+                if images_seen >= epoch_end:
+                    means = epoch_terms.take()
+                    log.write("epoch", counts | means)
+                    if accelerator.is_main_process:
+                        text = "  ".join(f"{name} {value:.4f}" for name, value in means.items() if value is not None)
+                        logger.info("epoch %d: %s", epoch + 1, text)
+                if images_seen >= next_evaluation and images_seen < total_images:
+                    task.evaluate(_model_to_keep(task, accelerator, plain_model, ema), log, progress)
+                    next_evaluation = (images_seen // task.evaluate_every + 1) * task.evaluate_every
+                if images_seen >= next_checkpoint or images_seen >= total_images or stop:
+                    checkpoint = save_checkpoint(
+                        output_dir / "checkpoints",
+                        accelerator,
+                        plain_model,
+                        optimizer.optimizer,
+                        ema,
+                        progress | {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row, "changes": changes},
+                        {"interval": interval.sums.tolist(), "epoch": epoch_terms.sums.tolist()},
+                        [output_dir / "config.yaml", output_dir / "data.json", log.path],
+                        run.keep_checkpoints,
+                    )
+                    next_checkpoint = (images_seen // run.checkpoint_every + 1) * run.checkpoint_every
+                if stop:
+                    raise Interrupted(
+                        f"asked to stop ({signals.reason or 'as another process was'}) after {images_seen:,} of "
+                        f"{total_images:,} images; saved as {checkpoint}. The same command continues"
+                    )
+                if images_seen >= epoch_end:
+                    break
+
+    signals.wait = False  # all that follows can be done again from the checkpoint
+    averaged = _model_to_keep(task, accelerator, plain_model, ema)
+    if images_seen >= total_images + run.batch_size and accelerator.is_main_process:
+        logger.warning("%d images were seen already, more than the %d that are asked for", images_seen, total_images)
+    result = task.finish(averaged, log, progress)
+    bad_images.add(task.image_errors(), warn=False)
+    if not accelerator.is_main_process:
+        return None
+    if skipped:
+        logger.warning("%d steps were skipped, since loss or gradient were not finite", skipped)
+    if bad_images.known:
+        logger.warning("%d files could not be read and were left out: %s", len(bad_images.known), bad_images.path)
+    return replace(
+        result,
+        memory=_peak_memory(accelerator.device),
+        train_images=len(train_set),
+        images_per_second=timed_images / timed_seconds if timed_images else None,
+    )
+
+
+def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:
+    """Every phase of the run of `task` once, on two batches, in a folder that is deleted again: training, a checkpoint,
+    evaluation, pictures, saving, and the second batch again from the checkpoint.
+
+    Returns, on the main process, the result, whether the resumed run gave the same weights bit by bit, and the
+    seconds that all of the training would take, without evaluation.
+    """
+    PartialState(cpu=not torch.accelerator.is_available())
+    run = task.config.run
+    find_run(task.config, task.results, task.finished, task.build)  # which refuses what the run would refuse
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(broadcast_object_list([scratch])[0]) / "run"
+        try:
+            result = run_task(task.few(folder))  # what two batches need is read on demand
+            newest = max((folder / "checkpoints").glob("images-*"))
+            if result:
+                before = load_file(newest / "model.safetensors")
+                (folder / "evaluation.json").unlink()
+                shutil.rmtree(newest)
+            broadcast_object_list([None])
+            again = run_task(task.few(folder))
+        except Interrupted as interruption:
+            raise Interrupted("the dry run was asked to stop; nothing was kept") from interruption
+        if not (result and again):
+            return None
+        after = load_file(newest / "model.safetensors")
+        same = all(torch.equal(before[name], value) for name, value in after.items())
+        total = min(run.epochs * result.train_images, run.max_images or sys.maxsize)
+        return result, same, total / result.images_per_second if result.images_per_second else None
+
+
+def few_steps(run: RunConfig, folder: Path) -> RunConfig:
+    """The run of two batches in `folder`, with a checkpoint after each."""
+    return replace(
+        run,
+        output_dir=str(folder),
+        epochs=2,  # of sets of less than a batch
+        max_images=2 * run.batch_size,
+        checkpoint_every=1,
+        keep_checkpoints=2,
+        allow_config_change=False,
+    )
+
+
+class _Signals:
+    """What SIGTERM, SIGINT and SIGUSR1, which clusters and spot machines send, ask for while it is entered.
+
+    The first is noted if `wait` is set, else raises Interrupted; the second ends the process at once.
+    """
+
+    def __init__(self):
+        self.wait, self.reason = False, ""
+        self.parent = os.getppid()
+        try:
+            command = " ".join(psutil.Process(self.parent).cmdline())
+        except psutil.Error:
+            command = ""
+        # `accelerate launch` with one process passes no signal on: it is gone, and the run would go on without it
+        self.launched = any(launcher in command for launcher in ("accelerate", "torchrun", "torch.distributed"))
+
+    def __enter__(self) -> _Signals:
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+            self.previous = {number: signal.signal(number, self._note) for number in self.numbers()}
+        return self
+
+    @staticmethod
+    def numbers() -> list[int]:
+        return [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.reason = signal.Signals(number).name
+        for other in self.previous:
+            signal.signal(other, signal.SIG_DFL)
+        if not self.wait:
+            raise Interrupted(f"asked to stop ({self.reason}). The same command continues")
+        os.write(2, f"\n{self.reason}: finishing the step and saving; a second signal stops at once\n".encode())
+
+    def asked(self) -> bool:
+        """Whether this process is to stop, for the `reason` that is then set."""
+        if self.launched and os.getppid() != self.parent:
+            self.reason = "the launcher has ended"
+        return bool(self.reason)
+
+
+def _progress(checkpoint: Path, accelerator: Accelerator, count: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """How far the run was, and this process's `count` sums; the main process takes those of processes that are gone."""
+    progress, own = read_progress(checkpoint, accelerator.process_index)
+    before, now = progress["surroundings"], surroundings(accelerator)
+    differing = [name for name in now if before.get(name) != now[name]]
+    progress["changes"] += [f"{name} {before.get(name)} -> {now[name]}" for name in differing]
+    if progress["changes"] and accelerator.is_main_process:
+        logger.warning(
+            "the order of images is the same, and their noise on the same kind of device, but sums are rounded "
+            "differently, so that this run is no longer bit-identical to one without interruption: %s",
+            ", ".join(progress["changes"]),
+        )
+    sums = {name: own.get(name, [0.0] * count) for name in ("interval", "epoch")}
+    if accelerator.is_main_process:
+        for process in range(accelerator.num_processes, before["processes"]):
+            _, gone = read_progress(checkpoint, process)
+            sums = {name: np.add(sums[name], gone[name]).tolist() for name in sums}
+    return progress, sums
+
+
+def _use_all_cores(accelerator: Accelerator) -> None:
+    """`accelerate launch` confines every process on a CPU to one thread unless told otherwise."""
+    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+
+
+FSDP2_TORCH = "2.15"  # the first that was seen to give the gradients of one process
+
+
+def _check_launch(accelerator: Accelerator, run: RunConfig) -> None:
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        raise ValueError(
+            f"processes must work together by DDP or FSDP2, got {kind.value}"
+            f"{' version 1' if kind == DistributedType.FSDP else ''}; training/configs/accelerate/ has examples"
+        )
+    if kind == DistributedType.FSDP and not is_torch_version(">=", FSDP2_TORCH):
+        raise ValueError(
+            f"FSDP2 needs torch {FSDP2_TORCH} or later, got {torch.__version__}: 2.7.1 loses gradients of some "
+            "tensors. Update torch, or let the processes work together by DDP"
+        )
+    parts = accelerator.num_processes * run.gradient_accumulation_steps
+    if run.batch_size % parts:
+        raise ValueError(
+            "run.batch_size must be divisible by the number of processes times run.gradient_accumulation_steps, "
+            f"{parts}, got {run.batch_size}"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            "gradient accumulation is set by run.gradient_accumulation_steps, not by the launcher, got "
+            f"{accelerator.gradient_accumulation_steps} there"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed precision on a CPU must be bf16 or no, got fp16")
+
+
+def _launch_summary(accelerator: Accelerator, run: RunConfig) -> str:
+    device_batch_size = run.batch_size // (accelerator.num_processes * run.gradient_accumulation_steps)
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, f"{accelerator.mixed_precision} autocast")
+    return f"{precision} on {accelerator.num_processes} x {accelerator.device}, {device_batch_size} images per forward"
+
+
+def _model_to_keep(task: Task, accelerator: Accelerator, model: nn.Module, ema: EMAModel | None) -> nn.Module:
+    """A whole copy of the model on every process, in eval mode, with the averaged weights if there are any."""
+    with torch.device("meta"):
+        kept = task.build()
+    state = model.state_dict()
+    if ema:
+        state |= {name: p for (name, _), p in zip(model.named_parameters(), ema.shadow_params, strict=True)}
+    kept.to_empty(device=accelerator.device)
+    kept.load_state_dict({name: whole(tensor) for name, tensor in state.items()})
+    for name, buffer in model.named_buffers():  # those that are not saved, too
+        kept.get_buffer(name).copy_(buffer)
+    return kept.eval().requires_grad_(False)
+
+
+def _loader(train_set: TrainingSet, batches: Iterable[list[MicroBatch]], workers: int, seed: int) -> DataLoader:
+    """The images of one micro-batch after the other."""
+    return DataLoader(
+        train_set,
+        batch_sampler=(micro_batch.indices for micro_batches in batches for micro_batch in micro_batches),
+        num_workers=workers,
+        collate_fn=_as_read,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator().manual_seed(seed),  # otherwise every loader takes a number from the global one
+    )
+
+
+def _ignore_signals(worker: int) -> None:
+    """What is sent to all processes of a job is answered by those that train, which need images to end their step."""
+    for number in _Signals.numbers():
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _as_read(read: Read) -> Read:
+    return read  # already a batch; by name, since a lambda does not reach the workers everywhere
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A micro-batch of a step of `count` images and what came of it, for the dump of a step that is not finite."""
+
+    count: int
+    indices: list[int]
+    read: Read
+    draws: dict[str, torch.Tensor]
+    terms: StepTerms
+
+
+def _sums(terms: StepTerms, count: int) -> torch.Tensor:
+    """Loss and other terms, each summed over the images, and their number."""
+    loss = terms.loss.detach() * count
+    per_image = [values.detach().sum() for values in terms.per_image.values()]
+    return torch.stack([loss, *per_image, torch.full_like(loss, count)])
+
+
+class _RunningTerms:
+    """`_sums` of this process since the last `take`."""
+
+    def __init__(self, accelerator: Accelerator, terms: tuple[str, ...]):
+        self.accelerator, self.names = accelerator, ("loss", *terms)
+        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        self.sums = torch.zeros(len(self.names) + 1, dtype=exact, device=accelerator.device)
+        self.shown = time.monotonic()
+
+    def add(self, sums: torch.Tensor) -> None:
+        self.sums += sums
+
+    def put(self, sums: list[float]) -> None:
+        self.sums.copy_(torch.tensor(sums, dtype=torch.float64))
+
+    def take(self) -> dict[str, float | None]:
+        """The means over all processes."""
+        sums = self.accelerator.reduce(self.sums, "sum").cpu().double().numpy()
+        self.sums.zero_()
+        return self._means(sums)
+
+    def show(self, bar: tqdm) -> None:
+        """Put this process's means beside the progress bar, once a second: reading them waits for the device."""
+        if not bar.disable and time.monotonic() - self.shown > 1 and self.sums[-1] > 0:
+            self.shown = time.monotonic()
+            bar.set_postfix({name: f"{value:.4g}" for name, value in self._means(self.sums.tolist()).items()})
+
+    def _means(self, sums: Sequence[float] | np.ndarray) -> dict[str, float | None]:
+        """None when every step was skipped."""
+        return {
+            name: float(total / sums[-1]) if sums[-1] else None
+            for name, total in zip(self.names, sums[:-1], strict=True)
+        }
+
+
+def _agree(
+    accelerator: Accelerator, step_terms: _RunningTerms, grad_norm: torch.Tensor, asked: bool
+) -> tuple[list[str], bool]:
+    """Which terms of the step are not finite on any process, and whether any was asked to stop."""
+    sums = step_terms.sums
+    finite = torch.cat([sums[:-1], whole(grad_norm).to(sums).view(1)]).isfinite()
+    if accelerator.num_processes == 1:
+        flags = [not ok for ok in finite.tolist()] + [asked]
+    else:
+        both = torch.cat([~finite, torch.tensor([asked], device=finite.device)])
+        flags = accelerator.reduce(both.int(), "sum").tolist()
+    return [name for name, flag in zip((*step_terms.names, "gradient"), flags, strict=False) if flag], bool(flags[-1])
+
+
+SKIPS_IN_A_ROW = 20
+
+
+MAX_DUMPS = 10
+
+
+def _not_finite(
+    task: Task, accelerator: Accelerator, step: int, skipped: int, bad: list[str], seen: list[_Seen]
+) -> str:
+    """What is wrong with `step`, in words, after its batch was written to output_dir."""
+    culprits = [
+        task.train_set.name(index)
+        for part in seen
+        for index, total in zip(part.indices, sum(part.terms.per_image.values()), strict=True)
+        if not total.isfinite()
+    ]
+    folder = Path(task.config.run.output_dir) / "nonfinite"
+    path = folder / f"step-{step:09d}-process-{accelerator.process_index}.safetensors"
+    where = f"not written, as {MAX_DUMPS} were"
+    if seen and skipped < MAX_DUMPS:
+        parts = [
+            {"indices": torch.tensor(part.indices)} | part.read.tensors() | part.draws | part.terms.per_image
+            for part in seen
+        ]
+        tensors = {name: torch.cat([part[name].detach().cpu() for part in parts]) for name in parts[0]}
+        try:
+            with naming(path):
+                folder.mkdir(exist_ok=True)
+                save_file(tensors, path)
+            where = f"in {path}"
+        except OSError as error:  # what went wrong first must be told all the same
+            where = f"not written: {error}"
+    found = gather_object([(culprits, where)])
+    culprits = [name for names, _ in found for name in names]
+    paths = [where for names, where in found if names] or [where for _, where in found]
+    shown = ", ".join(culprits[:3]) + " ..." * (len(culprits) > 3)
+    which = f", in {len(culprits)} of {seen[0].count} images: {shown}" if culprits and seen else ""
+    return f"{step}, not finite: {', '.join(bad)}{which}. Its images are {', '.join(paths)}"
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was held on the GPU, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
