@@ -18,7 +18,7 @@ ROWS = [
     {"models", "objective", "perceptual", "adversarial", "metrics", "data"},
     {"latents"},
     {"evaluation", "pictures", "checkpoint"},
-    {"hub", "report", "pipelines"},
+    {"hub", "report", "pipelines", "latent_cache"},
     {"trainer"},
     {"config"},
     {"commands"},
