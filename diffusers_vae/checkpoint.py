@@ -77,12 +77,25 @@ def read_settings(path: Path, *needed: str) -> dict[str, dict[str, Any]]:
 
 def write_file(path: Path, text: str) -> None:
     """Put `text` in the place of whatever `path` holds, at once and on the disk."""
+    with whole_file(path) as partial:
+        partial.write_text(text)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` at the end, on the disk. After an error there is no trace of it;
+    OSErrors name `path`.
+    """
     partial = _partial(path)
     with naming(path):
-        partial.write_text(text)
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
+        try:
+            yield partial
+            _sync(partial)
+            partial.replace(path)
+            _sync(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -196,7 +209,7 @@ def save_checkpoint(
             files |= tensors | {path.name: path for path in copies}
         for name in files:
             _sync(partial / name)
-        return {name: _described(partial / name) for name in files}
+        return {name: described(partial / name) for name in files}
 
     def finish(parts: list[dict[str, dict[str, Any]]]) -> None:
         files = {name: description for part in parts for name, description in part.items()}
@@ -275,7 +288,7 @@ def _problem(path: Path) -> str | None:
         )
     for name, expected in files.items():
         try:
-            if _described(path / name) != expected:
+            if described(path / name) != expected:
                 return f"{name} is not as it was written"
         except OSError as error:
             return f"{name}: {error.strerror}"
@@ -386,7 +399,7 @@ def _like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _described(path: Path) -> dict[str, Any]:
+def described(path: Path) -> dict[str, Any]:
     """Size and checksum of a file."""
     with path.open("rb") as file:
         digest = hashlib.sha256()

@@ -15,13 +15,13 @@ PACKAGE = "diffusers_vae"
 # Files of one row never see each other; a package (models, data) counts as one file.
 ROWS = [
     {"images"},
-    {"models", "objective", "perceptual", "adversarial", "metrics", "data"},
+    {"models", "objective", "diffusion", "tokenizer", "perceptual", "adversarial", "metrics", "data"},
     {"latents"},
     {"evaluation", "pictures", "checkpoint"},
-    {"hub", "report", "pipelines"},
+    {"hub", "report", "pipelines", "latent_cache"},
     {"run_folder"},
     {"loop"},
-    {"trainer"},
+    {"trainer", "text_to_image"},
     {"config"},
     {"commands"},
     {"cli"},

@@ -1,6 +1,7 @@
 """Where images come from, and in which order."""
 
-from .order import MicroBatch, epoch_batches, image_batches, step_generator
+from .captions import read_captions
+from .order import MicroBatch, epoch_batches, image_batches, read_images, step_generator
 from .sources import IMAGE_SUFFIXES, ArrayImages, DataConfig, FolderImages, ImageSet, ReadImages, load_data, load_split
 
 __all__ = [
@@ -15,5 +16,7 @@ __all__ = [
     "image_batches",
     "load_data",
     "load_split",
+    "read_captions",
+    "read_images",
     "step_generator",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,7 +99,15 @@ def image_batches(
     for part, own in enumerate(np.array_split(starts, min(PARTS, max(1, len(starts))))):
         for start in own.tolist() if part % processes == rank else ():
             indices = range(start, min(start + batch_size, count))
-            read = image_set.__getitems__(indices).checked()
-            image_set.errors += tuple(error for error in read.errors if error not in image_set.errors)
-            if read.kept:
-                yield part, [indices[place] for place in read.kept], to_model_range(read.pixels.to(device))
+            kept, images = read_images(image_set, indices, device)
+            if kept:
+                yield part, kept, images
+
+
+def read_images(image_set: ImageSet, indices: Sequence[int], device: torch.device) -> tuple[list[int], torch.Tensor]:
+    """Those of the indices whose images can be read, and these, (B, C, H, W) in [-1, 1] on `device`; the others join
+    the set's `errors`, or are a ValueError, as the set has it.
+    """
+    read = image_set.__getitems__(indices).checked()
+    image_set.errors += tuple(error for error in read.errors if error not in image_set.errors)
+    return [indices[place] for place in read.kept], to_model_range(read.pixels.to(device))

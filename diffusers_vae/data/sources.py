@@ -25,6 +25,7 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from ..images import check_image, read_image
+from .captions import read_captions
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")
 MEMORY_LIMIT = 2**31
 """Bytes of uint8 pixels up to which a set is read once and kept in memory."""
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+Captions = list[tuple[str, ...]]
 T = TypeVar("T")
 
 
@@ -130,6 +133,10 @@ class ImageSet(Protocol):
 
     labels: torch.Tensor | None
     """(N,) int64 classes."""
+    classes: tuple[str, ...] | None
+    """Name of each class."""
+    captions: Captions | None
+    """One or more of each image."""
     errors: tuple[str, ...]
     """Why files were left out so far, with their names."""
 
@@ -149,7 +156,9 @@ class ImageSet(Protocol):
 
 
 class ArrayImages:
-    """Images kept in memory: uint8 `pixels` (N, C, H, W), their labels (N,) or None, and the files they came from."""
+    """Images kept in memory: uint8 `pixels` (N, C, H, W), their labels (N,) or None, the files they came from, the
+    names of the labels' classes, and captions.
+    """
 
     def __init__(
         self,
@@ -157,8 +166,11 @@ class ArrayImages:
         labels: torch.Tensor | None = None,
         paths: Sequence[Path] = (),
         errors: tuple[str, ...] = (),
+        classes: tuple[str, ...] | None = None,
+        captions: Captions | None = None,
     ):
         self.pixels, self.labels, self.paths, self.errors = pixels, labels, paths, errors
+        self.classes, self.captions = classes, captions
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -178,9 +190,16 @@ class FolderImages:
     """Image files, read on demand as `config` says."""
 
     def __init__(
-        self, paths: list[Path], labels: torch.Tensor | None, config: DataConfig, errors: tuple[str, ...] = ()
+        self,
+        paths: list[Path],
+        labels: torch.Tensor | None,
+        config: DataConfig,
+        errors: tuple[str, ...] = (),
+        classes: tuple[str, ...] | None = None,
+        captions: Captions | None = None,
     ):
         self.paths, self.labels, self.config, self.errors = paths, labels, config, errors
+        self.classes, self.captions = classes, captions
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -220,10 +239,14 @@ class FolderImages:
             None if self.labels is None else self.labels[torch.tensor(good, dtype=torch.long)],
             self.config,
             (*self.errors, *(bad[index] for index in sorted(bad))),
+            self.classes,
+            None if self.captions is None else [self.captions[index] for index in good],
         )
 
 
-def load_data(config: DataConfig, progress: bool = False, memory_limit: int | None = None) -> tuple[ImageSet, ImageSet]:
+def load_data(
+    config: DataConfig, progress: bool = False, memory_limit: int | None = None, captions: bool = False
+) -> tuple[ImageSet, ImageSet]:
     """The training and the held-out images.
 
     Args:
@@ -231,34 +254,47 @@ def load_data(config: DataConfig, progress: bool = False, memory_limit: int | No
         progress: show a bar while a folder is read, and say which files are skipped.
         memory_limit: bytes of pixels up to which the images of a folder are read now and kept, and not on demand; by
             default `MEMORY_LIMIT`.
+        captions: read those of a folder too, as `read_captions` says; else there are none, whatever text files mean.
 
     Raises:
         FileNotFoundError: saying which files go where, when they are missing and cannot be downloaded.
         ValueError: for files that cannot be read, by name.
     """
     if config.name == "folder":
-        return _load_folder(config, progress, MEMORY_LIMIT if memory_limit is None else memory_limit)
+        return _load_folder(config, progress, MEMORY_LIMIT if memory_limit is None else memory_limit, captions)
     load = {"digits": _load_digits, "cifar10": _load_cifar10}.get(config.name, _load_mnist)
     train, heldout = (_in_memory(*part, config) for part in load(config))
     return train, heldout
 
 
-def load_split(config: DataConfig, split: str | None = None, progress: bool = False) -> tuple[ImageSet, str]:
-    """The images of `split`, held-out, training or all, and which that is: by default held-out, but all of a folder
-    that has no part for it. Errors are those of `load_data`.
+def load_split(
+    config: DataConfig,
+    split: str | None = None,
+    progress: bool = False,
+    captions: bool = False,
+    default: Literal["held-out", "training"] = "held-out",
+) -> tuple[ImageSet, str]:
+    """The images of `split`, held-out, training or all, and which that is: by default `default`, but all of a folder
+    that has no parts. Progress, captions and errors are those of `load_data`.
     """
     if split not in (None, "held-out", "training", "all"):
         raise ValueError(f"split must be held-out, training or all, got {split}")
     if split is None:
-        split = "all" if config.name == "folder" and not _is_split(_look_into(config)[2]) else "held-out"
-    train, heldout = load_data(config, progress)
+        split = "all" if config.name == "folder" and not _is_split(_look_into(config)[2]) else default
+    train, heldout = load_data(config, progress, captions=captions)
     if split != "all":
         return (train if split == "training" else heldout), split
-    labels = None if train.labels is None or heldout.labels is None else torch.cat([train.labels, heldout.labels])
-    paths, errors = [*train.paths, *heldout.paths], (*train.errors, *heldout.errors)
+    labelled = train.labels is not None and heldout.labels is not None
+    common = {
+        "labels": torch.cat([train.labels, heldout.labels]) if labelled else None,
+        "paths": [*train.paths, *heldout.paths],
+        "errors": (*train.errors, *heldout.errors),
+        "classes": train.classes if labelled else None,
+        "captions": None if train.captions is None else train.captions + heldout.captions,
+    }
     if isinstance(train, FolderImages):
-        return FolderImages(paths, labels, config, errors), split
-    return ArrayImages(torch.cat([train.pixels, heldout.pixels]), labels, paths, errors), split
+        return FolderImages(config=config, **common), split
+    return ArrayImages(torch.cat([train.pixels, heldout.pixels]), **common), split
 
 
 def _bring_to_size(pixels: torch.Tensor, config: DataConfig) -> torch.Tensor:
@@ -279,13 +315,13 @@ def _bring_to_size(pixels: torch.Tensor, config: DataConfig) -> torch.Tensor:
     return transforms.center_crop(pixels, list(config.size))  # pads with 0 where the image is smaller
 
 
-def _in_memory(pixels: torch.Tensor, labels: torch.Tensor | None, config: DataConfig) -> ArrayImages:
+def _in_memory(pixels: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...], config: DataConfig) -> ArrayImages:
     if pixels.shape[1] == 1 and config.channels == 3:
         pixels = pixels.expand(-1, 3, -1, -1)
     elif pixels.shape[1] == 3 and config.channels == 1:
         pixels = transforms.rgb_to_grayscale(pixels)
     fitted = [_bring_to_size(chunk, config) for chunk in pixels.split(4096)]
-    return ArrayImages(torch.cat(fitted), labels)
+    return ArrayImages(torch.cat(fitted), labels, classes=classes)
 
 
 def _heldout_indices(length: int, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -297,7 +333,7 @@ def _heldout_indices(length: int, config: DataConfig) -> tuple[np.ndarray, np.nd
     return order[heldout:], order[:heldout]
 
 
-def _load_digits(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _load_digits(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -305,7 +341,7 @@ def _load_digits(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
     pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1))  # the strokes touch the border of the 8x8 pixels
     labels = torch.from_numpy(digits.target.astype(np.int64))
     parts = map(torch.from_numpy, _heldout_indices(len(pixels), config))
-    return [(pixels[part, None], labels[part]) for part in parts]
+    return [(pixels[part, None], labels[part], DIGITS) for part in parts]
 
 
 def _mnist_files(name: str) -> list[str]:
@@ -317,7 +353,7 @@ def _mnist_files(name: str) -> list[str]:
     return [f"{part}-{kind}" for part, dtype in parts for kind in ("images-idx3-ubyte", f"labels-idx{rank}-{dtype}")]
 
 
-def _load_mnist(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _load_mnist(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]]:
     """torchvision reads unpacked files only, so packed ones are unpacked elsewhere: the root may be read-only."""
     kind = {"mnist": datasets.MNIST, "qmnist": datasets.QMNIST, "fashion-mnist": datasets.FashionMNIST}[config.name]
     # QMNIST's first 10,000 test images are those of MNIST
@@ -342,13 +378,14 @@ def _load_mnist(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
             loaded = [kind(scratch, **part) for part in parts]
         except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"a file in {raw} is damaged or no IDX file: {error or 'wrong header'}") from error
+        classes = tuple(map(str.lower, kind.classes)) if config.name == "fashion-mnist" else DIGITS
         return [
-            (part.data[:, None], (part.targets[:, 0] if part.targets.ndim == 2 else part.targets).long())
+            (part.data[:, None], (part.targets[:, 0] if part.targets.ndim == 2 else part.targets).long(), classes)
             for part in loaded
         ]
 
 
-def _load_cifar10(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _load_cifar10(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]]:
     root = Path(config.root)
     packed = root / datasets.CIFAR10.filename
     with tempfile.TemporaryDirectory() as scratch:
@@ -364,7 +401,10 @@ def _load_cifar10(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor]]
             loaded = [datasets.CIFAR10(root, train=train) for train in (True, False)]
         except RuntimeError as error:
             raise ValueError(f"{root / datasets.CIFAR10.base_folder} is damaged or not CIFAR-10: {error}") from error
-        return [(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets)) for part in loaded]
+        classes = tuple(map(str.lower, loaded[0].classes))
+        return [
+            (torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets), classes) for part in loaded
+        ]
 
 
 def _download(download, folder: Path, files: list[str]) -> None:
@@ -378,10 +418,12 @@ def _download(download, folder: Path, files: list[str]) -> None:
         ) from error
 
 
-def _load_folder(config: DataConfig, progress: bool, memory_limit: int) -> tuple[ImageSet, ImageSet]:
+def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> tuple[ImageSet, ImageSet]:
     root, visible, named = _look_into(config)
     if _is_split(named):
-        parts = [_files_below(root / "train"), _files_below(next(path for path in named if path.name != "train"))]
+        folders = [root / "train", next(path for path in named if path.name != "train")]
+        parts = [_files_below(folder) for folder in folders]
+        labels, classes = _labelled(folders, parts)
     else:
         others = [path for path in visible if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES]
         if named and len(others) > 1:
@@ -390,12 +432,23 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int) -> tuple
                 f"{', '.join(name + '/' for name in HELDOUT_FOLDERS)}, or in none of these, got "
                 f"{', '.join(sorted(path.name for path in others)[:10])}. Point data.root inside or rename folders"
             )
-        paths, labels = _files_below(named[0] if named else root)
-        parts = [
-            ([paths[i] for i in part], None if labels is None else labels[torch.from_numpy(part)])
-            for part in _heldout_indices(len(paths), config)
-        ]
-    train, heldout = (FolderImages(paths, labels, config) for paths, labels in parts)
+        folder = named[0] if named else root
+        paths = _files_below(folder)
+        (of_all,), classes = _labelled([folder], [paths])
+        indices = _heldout_indices(len(paths), config)
+        parts = [[paths[i] for i in part] for part in indices]
+        labels = [None if of_all is None else of_all[torch.from_numpy(part)] for part in indices]
+    told = read_captions(root, [path for part in parts for path in part]) if captions else None
+    train, heldout = (
+        FolderImages(
+            paths,
+            own,
+            config,
+            classes=None if own is None else classes,
+            captions=None if told is None else (told[: len(paths)] if paths is parts[0] else told[-len(paths) :]),
+        )
+        for paths, own in zip(parts, labels, strict=True)
+    )
     size = config.size[0] * config.size[1] * config.channels
     if (len(train) + len(heldout)) * size > memory_limit:
         return _scan([train, heldout], lambda part, index: check_image(part.paths[index]), "checking files", progress)[
@@ -403,7 +456,7 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int) -> tuple
         ]
     parts, read = _scan([train, heldout], FolderImages.read, "reading images", progress)
     return tuple(
-        ArrayImages(torch.stack(pixels), part.labels, part.paths, part.errors)
+        ArrayImages(torch.stack(pixels), part.labels, part.paths, part.errors, part.classes, part.captions)
         for part, pixels in zip(parts, read, strict=True)
     )
 
@@ -421,9 +474,9 @@ def _is_split(named: list[Path]) -> bool:
     return len(named) == 2 and "train" in (path.name for path in named)
 
 
-def _files_below(folder: Path) -> tuple[list[Path], torch.Tensor | None]:
-    """Image files in a fixed random order, and as labels the places of their subfolders when all files lie in two or
-    more of these. Hidden files and folders are left out; links are followed, but no folder is read twice.
+def _files_below(folder: Path) -> list[Path]:
+    """Image files in a fixed random order. Hidden files and folders are left out; links are followed, but no folder is
+    read twice.
     """
     paths, read = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -436,11 +489,22 @@ def _files_below(folder: Path) -> tuple[list[Path], torch.Tensor | None]:
     paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise FileNotFoundError(f"no image below {folder.resolve()}: none of {', '.join(IMAGE_SUFFIXES)}")
-    paths = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]
-    classes = sorted({path.relative_to(folder).parts[0] for path in paths if path.parent != folder})
-    if len(classes) < 2 or any(path.parent == folder for path in paths):
-        return paths, None
-    return paths, torch.tensor([classes.index(path.relative_to(folder).parts[0]) for path in paths])
+    return [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]
+
+
+def _labelled(folders: list[Path], parts: list[list[Path]]) -> tuple[list[torch.Tensor | None], tuple[str, ...] | None]:
+    """As labels the places of the subfolders of `folders` in which all files of a part lie, and the names of these when
+    there are two or more, the same in all parts; else None.
+    """
+    names: list[list[str] | None] = []
+    for folder, paths in zip(folders, parts, strict=True):
+        own = [path.relative_to(folder).parts for path in paths]
+        names.append([place[0] for place in own] if all(len(place) > 1 for place in own) else None)
+    classes = sorted({name for own in names for name in own or ()})
+    if len(classes) < 2:
+        return [None] * len(parts), None
+    place_of = {name: place for place, name in enumerate(classes)}
+    return [None if own is None else torch.tensor([place_of[name] for name in own]) for own in names], tuple(classes)
 
 
 def _scan(

@@ -1,0 +1,646 @@
+"""Latents of a data set on disk, computed once: written shard by shard, continued after any interruption, read by the
+row without loading them.
+
+A cache is a folder of `shard-NNNNN.safetensors`, each with the latents, labels and captions of a fixed range of images,
+and what they were computed from in its header; and index.json, which is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+import numpy as np
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from .checkpoint import described, naming, whole_file, write_file
+from .data import FolderImages, ImageSet, read_images
+from .evaluation import draw
+from .metrics import gather_parts, process_share
+from .models import VAE, encode, weights_hash
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+INDEX = "index.json"
+HEADER = "latent_cache"
+"""Key in a shard's header; one alone, since safetensors writes several in a random order."""
+Kind = Literal["posterior", "sample", "mode"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LISTED = 20
+T = TypeVar("T")
+
+
+@torch.no_grad()
+def encode_images(
+    vae: ModelMixin,
+    image_set: ImageSet,
+    folder: str | Path,
+    *,
+    kind: Kind = "posterior",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 64,
+    seed: int = 0,
+    shard_images: int = 4096,
+    data: str = "",
+    progress: bool = False,
+) -> LatentDataset:
+    """The latents of all images under `vae`, in eval mode, written to `folder`.
+
+    The same call continues one that was interrupted, and returns at once when all is there. Under torch.distributed
+    all processes must call it, with the same model; they share the shards, and the files are those of one process, byte
+    by byte on one kind of device.
+
+    Args:
+        vae: on the device where it is to run, in the dtype in which it is to compute.
+        image_set: the images; those that cannot be read are left out if the set says so.
+        folder: to write to, on storage that every process sees.
+        kind: posterior: mean and logvar. sample: one draw per image, which depends on seed and index alone. mode: the
+            posterior's.
+        dtype: of the stored values: torch.float32, bfloat16 or float16.
+        batch_size: images per forward.
+        seed: of the draws.
+        shard_images: images per file.
+        data: which images these are, in words, for the index.
+        progress: show a bar.
+
+    Raises:
+        ArithmeticError: naming the image, when its latents are not finite or too large for `dtype`.
+        OSError: naming the file, when it cannot be written; the shards before it are kept. And when another process
+            writes to the folder.
+        ValueError: when the folder holds latents of something else, with the differences; when an image cannot be read.
+    """
+    folder = Path(folder)
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind}")
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
+    if min(batch_size, shard_images) < 1:
+        raise ValueError(f"batch_size and shard_images must be at least 1, got {batch_size} and {shard_images}")
+    if not len(image_set):
+        raise ValueError("there must be at least one image to encode, got none")
+    cache = _on_main(lambda: _identity(vae, image_set, kind, dtype, seed, shard_images))
+    with _alone_in(folder):
+        if _on_main(lambda: _is_complete(folder, cache)):
+            return LatentDataset(folder)
+        shards = _encode_shards(vae, image_set, folder, cache, batch_size, progress)
+
+        def finish() -> None:
+            if not any(shard["rows"] for shard in shards):
+                raise ValueError("no image to encode can be read")
+            index = {"cache": cache, "data": data, "images": sum(shard["rows"] for shard in shards)}
+            index |= {"latent_shape": shards[0].pop("latent_shape")}
+            for shard in shards[1:]:
+                del shard["latent_shape"]
+            index |= {"classes": None if image_set.classes is None else list(image_set.classes), "shards": shards}
+            write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+        _on_main(finish)
+    return LatentDataset(folder)
+
+
+def _identity(
+    vae: ModelMixin, image_set: ImageSet, kind: Kind, dtype: torch.dtype, seed: int, shard_images: int
+) -> dict[str, Any]:
+    """All that decides what is in a cache."""
+    labels = None if image_set.labels is None else image_set.labels.tolist()
+    identity = {
+        "format": FORMAT,
+        "kind": kind,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": seed if kind == "sample" else None,
+        "shard_images": shard_images,
+        "vae": {
+            "class": "AutoencoderKL" if isinstance(vae, VAE) else type(vae).__name__,
+            "weights_hash": weights_hash(vae),
+            "config": {name: value for name, value in vae.config.items() if not name.startswith("_")},
+        },
+        "data": {
+            "fingerprint": image_set.fingerprint(),
+            "images": len(image_set),
+            "image_shape": list(image_set.__getitems__([0]).pixels.shape[1:]),
+            "resize": image_set.config.resize if isinstance(image_set, FolderImages) else None,
+            "labels": None if labels is None else _digest([labels, image_set.classes]),
+            "captions": None if image_set.captions is None else _digest(image_set.captions),
+        },
+    }
+    return json.loads(json.dumps(identity))  # as it is read again, without tuples
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _on_main(work: Callable[[], T]) -> T:
+    """What `work` returns on the first process, on all of them; what goes wrong there is raised on all."""
+    if process_share()[1] == 1:
+        return work()
+    outcome: list[tuple] = []
+    if process_share()[0] == 0:
+        try:
+            outcome = [(0, work(), None)]
+        except Exception as error:
+            outcome = [(0, None, _sendable(error))]
+    ((_, result, error),) = gather_parts(outcome)
+    if error is not None:
+        raise error
+    return result
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error as other processes can have it."""
+    if type(error) in (FloatingPointError, OverflowError, ValueError) or isinstance(error, OSError):
+        return error
+    return RuntimeError(f"process {process_share()[0]}: {type(error).__name__}: {error}")
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Within, no other call can write to the folder."""
+    lock = FileLock(folder / ".lock")
+
+    def acquire() -> None:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"latents are written to a folder, got the file {folder.resolve()}")
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.info("%s is in use: waiting, in case it is by what is left of a killed process", folder)
+                lock.acquire(timeout=15)
+        except Timeout as error:
+            raise OSError(
+                f"another process is writing latents to {folder.resolve()}: wait for its end or choose another folder"
+            ) from error
+        except NotImplementedError:
+            logger.warning("%s cannot be locked: take care that no two processes write to it", folder)
+
+    _on_main(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_complete(folder: Path, cache: dict[str, Any]) -> bool:
+    """Whether all that `cache` says is there; if not, nothing is left that is half-written or would pass for all.
+
+    Raises:
+        ValueError: when the folder holds something else.
+    """
+    if (folder / INDEX).exists():
+        index = _read_index(folder)
+        _check_same(folder, index["cache"], cache)
+        if not _changed(folder, index):
+            return True
+        with naming(folder / INDEX):
+            (folder / INDEX).unlink()
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        header = _header(path)
+        if header is not None:
+            _check_same(folder, header["cache"], cache)
+    for partial in folder.glob(".*.partial"):
+        partial.unlink(missing_ok=True)
+    return False
+
+
+def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    old, new = _flat(found), _flat(wanted)
+    different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if different:
+        listed = "\n".join(f"{name}: {old.get(name)} there, {new.get(name)} here" for name in different)
+        raise ValueError(
+            f"{folder.resolve()} holds latents of something else; choose another folder, or delete this one to encode "
+            f"again:\n{listed}"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested dicts by dotted name."""
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _encode_shards(
+    vae: ModelMixin, image_set: ImageSet, folder: Path, cache: dict[str, Any], batch_size: int, progress: bool
+) -> list[dict[str, Any]]:
+    """What each shard holds, after those that were not whole are written."""
+    rank, processes = process_share()
+    length = cache["shard_images"]
+    count = math.ceil(len(image_set) / length)
+    found: dict[int, dict[str, Any]] = {}
+
+    def check() -> Iterator[int]:
+        for number in range(rank, count, processes):
+            if description := _whole(_shard(folder, number), cache):
+                found[number] = description
+            yield 0
+
+    for _ in _together(check(), math.ceil(count / processes)):
+        pass
+    kept = dict(gather_parts(list(found.items())))
+    missing = [number for number in range(count) if number not in kept]
+    own = missing[rank::processes]
+    images = {number: range(number * length, min((number + 1) * length, len(image_set))) for number in missing}
+    batches = {number: math.ceil(len(images[number]) / batch_size) for number in missing}
+
+    def work() -> Iterator[int]:
+        for number in own:
+            yield from _encode_shard(vae, image_set, images[number], _shard(folder, number), cache, batch_size)
+            found[number] = _whole(_shard(folder, number), cache)
+            assert found[number] is not None
+
+    steps = max((sum(batches[number] for number in missing[k::processes]) for k in range(processes)), default=0)
+    with tqdm(
+        total=len(image_set),
+        initial=len(image_set) - sum(map(len, images.values())),
+        desc="encode",
+        unit="img",
+        disable=not progress or rank > 0,
+    ) as bar:
+        for done in _together(work(), steps):
+            bar.update(done)
+    return [shard for _, shard in gather_parts(list(found.items()))]
+
+
+def _together(work: Iterator[int], steps: int) -> Iterator[int]:
+    """What `work` yields, step by step, summed over all processes; an error in one is raised on all at that step, so
+    that none waits for another for longer. After `steps`, all have come to their end.
+    """
+    for _ in range(steps + 1):
+        error, done = None, 0
+        try:
+            done = next(work, 0)
+        except Exception as raised:
+            error = raised
+        if process_share()[1] > 1:
+            outcomes = gather_parts([(process_share()[0], done, None if error is None else _sendable(error))])
+            done = sum(outcome[1] for outcome in outcomes)
+            error = error or next((outcome[2] for outcome in outcomes if outcome[2]), None)
+        if error is not None:
+            raise error
+        yield done
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def _encode_shard(
+    vae: ModelMixin, image_set: ImageSet, images: range, path: Path, cache: dict[str, Any], batch_size: int
+) -> Iterator[int]:
+    """Writes the shard of `images` after its last batch, and yields after each batch how many were done."""
+    kept: list[int] = []
+    names = ("mean", "logvar") if cache["kind"] == "posterior" else ("latents",)
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    starts = range(images.start, images.stop, batch_size)
+    for start in starts:
+        indices = range(start, min(start + batch_size, images.stop))
+        own, batch = read_images(image_set, indices, vae.device)
+        if not own:  # the shape of the latents all the same
+            batch = torch.zeros(1, *cache["data"]["image_shape"], device=vae.device)
+        posterior = encode(vae, batch)
+        if cache["kind"] == "posterior":
+            values = (posterior.mean, posterior.logvar)
+        elif own and cache["kind"] == "sample":
+            values = (next(draw(posterior, own, cache["seed"], 1)),)
+        else:
+            values = (posterior.mode(),)
+        for name, value in zip(names, values, strict=True):
+            parts[name].append(_stored(value[: len(own)], DTYPES[cache["dtype"]], name, own, image_set))
+        kept += own
+        if start != starts[-1]:
+            yield len(indices)
+    tensors = {name: torch.cat(values) for name, values in parts.items()}
+    tensors["indices"] = torch.tensor(kept, dtype=torch.long)
+    if image_set.labels is not None:
+        tensors["labels"] = image_set.labels[tensors["indices"]].long()
+    if image_set.captions is not None:
+        encoded = [json.dumps(image_set.captions[index]).encode() for index in kept]
+        tensors["captions"] = torch.from_numpy(np.frombuffer(bytearray(b"".join(encoded)), np.uint8))
+        tensors["caption_ends"] = torch.tensor(np.cumsum([len(text) for text in encoded]), dtype=torch.long)
+    header = {HEADER: json.dumps({"cache": cache, "sha256": _sum(tensors)})}
+    with whole_file(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, header)
+    yield len(indices)
+
+
+def _stored(
+    values: torch.Tensor, dtype: torch.dtype, name: str, indices: list[int], image_set: ImageSet
+) -> torch.Tensor:
+    """The values as they are kept; ArithmeticError naming the first image whose values cannot be."""
+    stored = values.to(dtype).cpu()
+    bad = ~stored.flatten(1).isfinite().all(1)
+    if bad.any():
+        place = int(bad.nonzero()[0])
+        image = image_set.name(indices[place])
+        if not values[place].isfinite().all():
+            raise FloatingPointError(f"{name} of the latents of {image} is not finite")
+        raise OverflowError(
+            f"{name} of the latents of {image} does not fit into {str(dtype).removeprefix('torch.')}, which ends at "
+            f"{torch.finfo(dtype).max:,.0f}: it goes to {values[place].abs().max():,.0f}. Take bfloat16 or float32"
+        )
+    return stored
+
+
+def _sum(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of all tensors with their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _header(path: Path) -> dict[str, Any] | None:
+    """What a shard says of itself; None if it is torn or no shard."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})[HEADER])
+            return header if isinstance(header["cache"], dict) else None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _whole(path: Path, cache: dict[str, Any]) -> dict[str, Any] | None:
+    """What the index says of a shard of `cache`; None if it is not there or not whole."""
+    header = _header(path)
+    if header is None or header["cache"] != cache:
+        return None
+    tensors = _tensors(path)
+    if _sum(tensors) != header.get("sha256"):
+        return None
+    latents = tensors["mean" if cache["kind"] == "posterior" else "latents"]
+    return {"rows": len(latents), "latent_shape": list(latents.shape[1:])} | described(path)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Of a shard, mapped: what is not used is not read."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text())
+        version = index["cache"]["format"]
+        if missing := {"cache", "images", "latent_shape", "classes", "shards"} - index.keys():
+            raise KeyError(*missing)
+    except FileNotFoundError as error:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder.resolve()}") from error
+        shards = len(list(folder.glob("shard-*.safetensors")))
+        raise FileNotFoundError(
+            f"{folder.resolve()} holds no latents that are complete: there is no {INDEX}, and {shards} shards. The "
+            "same encode command goes on where it was interrupted"
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no index of latents; delete it and encode again") from error
+    if version > FORMAT:
+        raise ValueError(
+            f"{path} is of format {version}, this version of diffusers_vae reads up to {FORMAT}; install a newer one"
+        )
+    return index
+
+
+def _changed(folder: Path, index: dict[str, Any]) -> list[str]:
+    """Names of the shards that are missing or of another size than they were written with."""
+    changed = []
+    for number, shard in enumerate(index["shards"]):
+        path = _shard(folder, number)
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            changed.append(path.name)
+    return changed
+
+
+class LatentDataset(Dataset):
+    """The latents that `encode_images` wrote to `folder`, in float32, with labels and captions if the images had them.
+
+    A row is a dict of `mean` and `logvar`, or of `latents`, each (C, h, w), and of `label`, int64, and `captions`, a
+    list of one or more. Files are mapped into memory, not loaded: what is read can be dropped by the system at any time.
+
+    Args:
+        folder: of the cache.
+        weights_hash: of the VAE that the latents must be of.
+
+    Raises:
+        FileNotFoundError: when there is no cache that is complete.
+        ValueError: when a shard is missing or changed, or the latents are of another VAE.
+    """
+
+    def __init__(self, folder: str | Path, weights_hash: str | None = None):
+        self.folder = Path(folder)
+        self.index = _read_index(self.folder)
+        self.cache: dict[str, Any] = self.index["cache"]
+        """What the latents were computed from."""
+        if weights_hash is not None and weights_hash != self.weights_hash:
+            raise ValueError(
+                f"{self.folder.resolve()} holds latents of another VAE, whose weights_hash is {self.weights_hash}, and "
+                f"not {weights_hash}: encode the images with this VAE into another folder"
+            )
+        self._refuse(_changed(self.folder, self.index))
+        self._starts = np.cumsum([0] + [shard["rows"] for shard in self.index["shards"]])
+        self._open: dict[int, dict[str, torch.Tensor]] = {}
+
+    def _refuse(self, changed: list[str]) -> None:
+        if changed:
+            more = f" and {len(changed) - LISTED} more" if len(changed) > LISTED else ""
+            raise ValueError(
+                f"{', '.join(changed[:LISTED])}{more} in {self.folder.resolve()} missing or not as written: delete "
+                "what is there of these, and the same encode command writes them again"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was read, so that workers map the files themselves."""
+        return {name: value for name, value in vars(self).items() if name not in ("labels", "captions", "indices")} | {
+            "_open": {}
+        }
+
+    @property
+    def kind(self) -> Kind:
+        """posterior, sample or mode."""
+        return self.cache["kind"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored values."""
+        return DTYPES[self.cache["dtype"]]
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, h, w)."""
+        return tuple(self.index["latent_shape"])
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Name of each class."""
+        return None if self.index["classes"] is None else tuple(self.index["classes"])
+
+    @property
+    def weights_hash(self) -> str:
+        """Of the VAE, as `models.weights_hash` has it."""
+        return self.cache["vae"]["weights_hash"]
+
+    @property
+    def vae_config(self) -> dict[str, Any]:
+        """Of the VAE: scaling_factor, shift_factor and the rest; the latents are not scaled."""
+        return self.cache["vae"]["config"]
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same latents, labels and captions in the same order, and for others another."""
+        return _digest([self.cache, self.index["shards"]])
+
+    @property
+    def bytes(self) -> int:
+        """Of all shards."""
+        return sum(shard["bytes"] for shard in self.index["shards"])
+
+    @cached_property
+    def labels(self) -> torch.Tensor | None:
+        """(N,) int64 classes."""
+        return None if self.cache["data"]["labels"] is None else self._column("labels")
+
+    @cached_property
+    def indices(self) -> torch.Tensor:
+        """(N,) places in the image set; images that could not be read are missing."""
+        return self._column("indices")
+
+    @cached_property
+    def captions(self) -> list[tuple[str, ...]] | None:
+        """One or more of each image."""
+        if self.cache["data"]["captions"] is None:
+            return None
+        return [tuple(self._captions(*self._place(row))) for row in range(len(self))]
+
+    def _column(self, name: str) -> torch.Tensor:
+        return torch.cat([self._shard(number)[name] for number in range(len(self.index["shards"]))])
+
+    def _shard(self, number: int) -> dict[str, torch.Tensor]:
+        """The tensors of a shard, mapped."""
+        if number not in self._open:
+            path = _shard(self.folder, number)
+            try:
+                self._open[number] = _tensors(path)
+            except (OSError, SafetensorError) as error:
+                raise OSError(f"cannot read {path.resolve()}: {error}") from error
+        return self._open[number]
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """Shard of a row, and its place there."""
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"there are {len(self)} images, got index {row}")
+        row %= len(self)
+        number = int(np.searchsorted(self._starts, row, "right")) - 1
+        return number, row - int(self._starts[number])
+
+    def _captions(self, number: int, place: int) -> list[str]:
+        shard = self._shard(number)
+        ends = shard["caption_ends"]
+        start = int(ends[place - 1]) if place else 0
+        return json.loads(shard["captions"][start : int(ends[place])].numpy().tobytes())
+
+    def __len__(self) -> int:
+        return self.index["images"]
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        number, place = self._place(int(row))
+        shard = self._shard(number)
+        names = ("mean", "logvar") if self.kind == "posterior" else ("latents",)
+        item: dict[str, Any] = {name: shard[name][place].to(torch.float32, copy=True) for name in names}
+        if "labels" in shard:
+            item["label"] = shard["labels"][place].clone()
+        if "captions" in shard:
+            item["captions"] = self._captions(number, place)
+        return item
+
+    def latents(self, indices: Sequence[int] | torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Latents (B, C, h, w) of the rows `indices`, unscaled, float32, on the device of `noise`.
+
+        Args:
+            indices: of rows, any number of times.
+            noise: standard normal (B, C, h, w), for mean + std * noise; without it, the mean or what is stored.
+
+        Raises:
+            ValueError: when there is noise and the cache holds no posterior, or it is of another shape.
+        """
+        rows = [int(row) for row in indices]
+        if noise is None:
+            return self._rows("mean" if self.kind == "posterior" else "latents", rows)
+        if self.kind != "posterior":
+            raise ValueError(f"noise needs a cache of kind posterior, and {self.folder} is of kind {self.kind}")
+        if tuple(noise.shape) != (len(rows), *self.latent_shape):
+            raise ValueError(f"noise must have the shape {(len(rows), *self.latent_shape)}, got {tuple(noise.shape)}")
+        mean, logvar = (self._rows(name, rows).to(noise.device) for name in ("mean", "logvar"))
+        return mean + torch.exp(0.5 * logvar) * noise.float()
+
+    def _rows(self, name: str, rows: list[int]) -> torch.Tensor:
+        found = torch.empty(len(rows), *self.latent_shape)
+        for place, row in enumerate(rows):
+            number, inside = self._place(row)
+            found[place] = self._shard(number)[name][inside]
+        return found
+
+    def verify(self) -> None:
+        """Read all shards again; ValueError naming those whose SHA-256 is not that of the index."""
+        changed = set(_changed(self.folder, self.index))
+        for number, shard in enumerate(self.index["shards"]):
+            path = _shard(self.folder, number)
+            if path.name not in changed and described(path)["sha256"] != shard["sha256"]:
+                changed.add(path.name)
+        self._refuse(sorted(changed))
+
+    def to_datasets(self) -> datasets.Dataset:
+        """The same rows as a Hugging Face `datasets.Dataset`: `mean` and `logvar`, or `latents`, as Array3D of float32,
+        `label` as ClassLabel, `captions`. It is written to the cache of `datasets` row by row, never whole in memory.
+
+        Raises:
+            ImportError: when `datasets` is not installed.
+        """
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError("this needs Hugging Face datasets: pip install datasets") from error
+        names = ("mean", "logvar") if self.kind == "posterior" else ("latents",)
+        features: dict[str, Any] = {name: datasets.Array3D(self.latent_shape, "float32") for name in names}
+        if self.cache["data"]["labels"] is not None:
+            known = self.classes
+            features["label"] = datasets.ClassLabel(names=list(known)) if known else datasets.Value("int64")
+        if self.cache["data"]["captions"] is not None:
+            features["captions"] = [datasets.Value("string")]
+        return datasets.Dataset.from_generator(
+            _generate,
+            features=datasets.Features(features),
+            gen_kwargs={"folder": str(self.folder.resolve()), "fingerprint": self.fingerprint},
+        )
+
+
+def _generate(folder: str, fingerprint: str) -> Iterator[dict[str, Any]]:
+    """The rows for `datasets`, which keeps what it has written under the name of these arguments."""
+    latents = LatentDataset(folder)
+    if latents.fingerprint != fingerprint:
+        raise ValueError(f"the latents in {folder} were changed while they were read")
+    for row in range(len(latents)):
+        item = latents[row]
+        yield {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in item.items()}
