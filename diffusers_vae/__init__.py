@@ -6,11 +6,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .models import MLPVAE, VAE
     from .objective import VAEObjective, kl_to_standard_normal
+    from .pipelines import swap_vae
 
 __version__ = "0.1.0"
-__all__ = ["MLPVAE", "VAE", "VAEObjective", "kl_to_standard_normal"]
+__all__ = ["MLPVAE", "VAE", "VAEObjective", "kl_to_standard_normal", "swap_vae"]
 
-_MODULES = {"MLPVAE": "models", "VAE": "models", "VAEObjective": "objective", "kl_to_standard_normal": "objective"}
+_MODULES = {
+    "MLPVAE": "models",
+    "VAE": "models",
+    "VAEObjective": "objective",
+    "kl_to_standard_normal": "objective",
+    "swap_vae": "pipelines",
+}
 
 
 def __getattr__(name: str):

@@ -101,6 +101,9 @@ def test_imports_only_from_rows_above(file):
         ("diffusers_vae/trainer.py", "import training.train_vae", False),
         ("training/train_vae.py", "from diffusers_vae.config import parse\nfrom diffusers_vae import VAE", True),
         ("training/train_vae.py", "from diffusers_vae.cli import main", True),
+        ("diffusers_vae/pipelines.py", "from .models import VAE", True),
+        ("diffusers_vae/pipelines.py", "from .hub import push", False),
+        ("diffusers_vae/pipelines.py", "from accelerate.hooks import ModelHook", False),
         ("diffusers_vae/utils.py", "", False),
     ],
 )

@@ -3,6 +3,17 @@
 from .config import ModelConfig
 from .load import decode, encode, load_autoencoder, weights_hash
 from .mlp import MLPVAE
+from .scaling import LatentScaling
 from .vae import VAE, VAEOutput
 
-__all__ = ["MLPVAE", "VAE", "ModelConfig", "VAEOutput", "decode", "encode", "load_autoencoder", "weights_hash"]
+__all__ = [
+    "MLPVAE",
+    "VAE",
+    "LatentScaling",
+    "ModelConfig",
+    "VAEOutput",
+    "decode",
+    "encode",
+    "load_autoencoder",
+    "weights_hash",
+]

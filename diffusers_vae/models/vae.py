@@ -23,6 +23,8 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .scaling import LatentScaling
+
 
 @dataclass
 class VAEOutput(BaseOutput):
@@ -238,6 +240,28 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
         if return_posterior:
             return VAEOutput(reconstructions, posterior) if return_dict else (reconstructions, posterior)
         return DecoderOutput(sample=reconstructions) if return_dict else (reconstructions,)
+
+    def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """What a diffusion model sees, (B, latent_channels, h, w): (latents - shift_factor) * scaling_factor, or, where
+        the config has both, (latents - latents_mean) * scaling_factor / latents_std by channel.
+
+        Not every stock pipeline does the same: Stable Diffusion's ignore shift_factor. For the denoiser of one, take
+        `diffusers_vae.pipelines.latent_scaling`.
+
+        Raises:
+            ValueError: for latents of another shape or channel count.
+        """
+        check_batch(latents, self.config.latent_channels, "latents")
+        return LatentScaling.from_config(self.config).scale(latents)
+
+    def unscale_latents(self, scaled_latents: torch.Tensor) -> torch.Tensor:
+        """The latents (B, latent_channels, h, w), ready for `decode`, that `scale_latents` made into `scaled_latents`.
+
+        Raises:
+            ValueError: for latents of another shape or channel count.
+        """
+        check_batch(scaled_latents, self.config.latent_channels, "scaled_latents")
+        return LatentScaling.from_config(self.config).unscale(scaled_latents)
 
     def to_diffusers(self) -> AutoencoderKL:
         """The stock class around the same modules: parameters are shared, not copied. This is what a pipeline takes."""

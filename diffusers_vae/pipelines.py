@@ -1,0 +1,260 @@
+"""Stock pipelines around a trained VAE: how each scales latents, and whether a VAE fits one."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import nn
+
+from .models import MLPVAE, VAE, LatentScaling
+
+
+@dataclass(frozen=True)
+class _Stock:
+    """What a stock pipeline reads of its VAE's config beside scaling_factor, and how its denoiser takes latents."""
+
+    denoiser: str
+    """The component: unet or transformer."""
+    use_shift: bool = False
+    """shift_factor counts; None is an error in the pipeline."""
+    per_channel: bool = False
+    """latents_mean and latents_std count, and must be of 4 channels."""
+    packing: int = 1
+    """Side of the square of latents that the denoiser takes as one position."""
+    task: str = ""
+    """Img2Img or Inpaint, or nothing: from noise."""
+
+    def inputs(self, latent_channels: int) -> list[int]:
+        """What the denoiser's `in_channels` may be: an inpainting one may take mask and masked latents too."""
+        masked = self.task == "Inpaint" and self.packing == 1
+        return [latent_channels * self.packing**2] + [2 * latent_channels + 1] * masked
+
+
+def _tasks(family: str, **settings) -> dict[str, _Stock]:
+    return {f"{family}{task}Pipeline": _Stock(task=task, **settings) for task in ("", "Img2Img", "Inpaint")}
+
+
+STOCK = {
+    **_tasks("StableDiffusion", denoiser="unet"),
+    **_tasks("StableDiffusionXL", denoiser="unet", per_channel=True),
+    **_tasks("StableDiffusion3", denoiser="transformer", use_shift=True),
+    **_tasks("Flux", denoiser="transformer", use_shift=True, packing=2),
+    "DiTPipeline": _Stock("transformer"),
+}
+"""Read in the sources of diffusers 0.36 and 0.42, and held against the installed one by the tests. Two disagree with
+themselves: StableDiffusionXLInpaintPipeline leaves latents_mean and latents_std out where it encodes,
+StableDiffusion3InpaintPipeline shift_factor where it decodes. Here stands what their denoisers are trained with."""
+
+
+def latent_scaling(
+    pipeline: DiffusionPipeline | type[DiffusionPipeline] | str, vae: VAE | AutoencoderKL
+) -> LatentScaling:
+    """The scaling that a stock pipeline applies to the latents of `vae`, which its denoiser must be trained with.
+
+    Stable Diffusion and DiT multiply by scaling_factor and ignore shift_factor; so does Stable Diffusion XL, unless the
+    config has latents_mean and latents_std, which it then applies; Stable Diffusion 3 and FLUX subtract shift_factor
+    and multiply by scaling_factor.
+
+    Args:
+        pipeline: an object, a class (a stock one or one derived from it), or a stock class's name.
+        vae: whose config is read.
+
+    Raises:
+        TypeError: when `vae` is no `VAE` and no stock `AutoencoderKL`.
+        ValueError: when it is not known how the pipeline scales latents, or it cannot compute with this config.
+    """
+    _check_class(vae)
+    name, stock = _look_up(pipeline)
+    for problem in _not_computable(name, stock, vae):
+        raise ValueError(problem)
+    return LatentScaling.from_config(vae.config, stock.use_shift, stock.per_channel)
+
+
+def swap_vae(pipeline: DiffusionPipeline, vae: VAE | AutoencoderKL) -> DiffusionPipeline:
+    """The same pipeline with a copy of `vae` in it, as a stock `AutoencoderKL`: saved, it loads without this package.
+
+    First it is checked that the VAE fits: that its latents have the channels which the denoiser takes and, compared
+    with the old VAE, the same size, image channels and scaling, as far as this pipeline applies it (`latent_scaling`).
+    Whether the latents mean the same as the old ones no check can tell: a VAE that was not fine-tuned from the old one
+    needs a denoiser that was trained on its latents. For such a denoiser load the pipeline with `vae=None`: without an
+    old VAE, or with one that is no `AutoencoderKL`, only the denoiser's channels are checked.
+
+    The copy takes the old VAE's device and dtype (without one, the denoiser's), eval mode, and slicing, tiling and
+    fused projections where they were on. Its config, with force_upcast, stays its own; `vae` itself is left as it is.
+
+    Args:
+        pipeline: Stable Diffusion, Stable Diffusion XL, Stable Diffusion 3 or FLUX, each for text, image to image or
+            inpainting, or DiT; also of a class derived from one of these.
+        vae: trained with this package or without.
+
+    Raises:
+        TypeError: when `pipeline` is no pipeline, or `vae` no `VAE` and no stock `AutoencoderKL`.
+        ValueError: when the pipeline is not known, or with a list of everything that does not fit. Nothing is changed.
+    """
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise TypeError(f"swap_vae takes a pipeline object of diffusers, got {pipeline!r}")
+    _check_class(vae)
+    name, stock = _look_up(pipeline)
+    old, denoiser = (getattr(pipeline, component, None) for component in ("vae", stock.denoiser))
+    place = next(module for module in (old, denoiser, vae) if module is not None)
+    problems = [
+        *_offloaded(pipeline, old, vae),
+        *_misfits(name, stock, vae, old, denoiser),
+        *_not_computable(name, stock, vae, place.dtype),
+    ]
+    if problems:
+        raise ValueError("\n- ".join([f"the VAE does not fit this {name}:", *problems]))
+
+    new = copy.deepcopy(vae.to_diffusers() if isinstance(vae, VAE) else vae).to(place.device, place.dtype).eval()
+    new.use_slicing |= getattr(old, "use_slicing", False)
+    new.use_tiling |= getattr(old, "use_tiling", False)
+    if getattr(pipeline, "fusing_vae", False):
+        new.fuse_qkv_projections()
+    pipeline.register_modules(vae=new)
+    # what the constructors derive from the VAE; another than before only where there was none
+    derived = {"vae_scale_factor": _ratio(new), "latent_channels": new.config.latent_channels}
+    for attribute, value in derived.items():
+        if hasattr(pipeline, attribute):
+            setattr(pipeline, attribute, value)
+    for processor in (getattr(pipeline, name, None) for name in ("image_processor", "mask_processor")):
+        if processor is not None:
+            processor.register_to_config(vae_scale_factor=_ratio(new) * stock.packing)
+            if stock.use_shift and stock.task:  # the others leave it at 4
+                processor.register_to_config(vae_latent_channels=new.config.latent_channels)
+    return pipeline
+
+
+def _check_class(vae: VAE | AutoencoderKL) -> None:
+    if isinstance(vae, VAE) or type(vae) is AutoencoderKL:
+        return
+    reason = (
+        "its latents are not spatial, and diffusers has no such class, so that no stock pipeline can use or save it"
+    )
+    if not isinstance(vae, MLPVAE):
+        reason = "a stock pipeline that was saved with another class may not load, or may scale its latents otherwise"
+    raise TypeError(
+        f"the VAE must be a diffusers_vae.VAE or diffusers' AutoencoderKL, got {type(vae).__name__}: {reason}"
+    )
+
+
+def _look_up(pipeline: DiffusionPipeline | type[DiffusionPipeline] | str) -> tuple[str, _Stock]:
+    """The name of the stock class, and what is known of it."""
+    if isinstance(pipeline, str):
+        names = [pipeline]
+    else:
+        names = [each.__name__ for each in (pipeline if isinstance(pipeline, type) else type(pipeline)).__mro__]
+    for name in names:
+        if name in STOCK:
+            return name, STOCK[name]
+    raise ValueError(f"it is not known how {names[0]} scales latents; known are {', '.join(STOCK)}")
+
+
+def _ratio(vae: VAE | AutoencoderKL) -> int:
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _not_computable(
+    name: str, stock: _Stock, vae: VAE | AutoencoderKL, dtype: torch.dtype | None = None
+) -> Iterator[str]:
+    """Where the pipeline would fail with this VAE in `dtype`, or in any without one."""
+    config = vae.config
+    if stock.use_shift and config.shift_factor is None:
+        yield (
+            f"shift_factor: the VAE has None, and {name} subtracts it; vae.register_to_config(shift_factor=...) sets it "
+            "to what the denoiser is trained with, 0.0 for latents that are not shifted"
+        )
+    by_channel = stock.per_channel and config.latents_mean is not None and config.latents_std is not None
+    if by_channel and not len(config.latents_mean) == len(config.latents_std) == config.latent_channels == 4:
+        yield (
+            f"latents_mean and latents_std: {name} takes them for 4 channels only, and the VAE has "
+            f"{config.latent_channels} channels, {len(config.latents_mean)} means and {len(config.latents_std)} stds; "
+            "vae.register_to_config(latents_mean=None, latents_std=None) scales by scaling_factor alone"
+        )
+    if stock.per_channel and dtype == torch.float16 and config.force_upcast and not config.use_post_quant_conv:
+        yield (
+            f"force_upcast: the VAE has True, and no post_quant_conv, which {name} in float16 then looks for; use "
+            "bfloat16 or, if the VAE works in float16, vae.register_to_config(force_upcast=False)"
+        )
+
+
+def _offloaded(pipeline: DiffusionPipeline, old: nn.Module | None, vae: nn.Module) -> Iterator[str]:
+    """Hooks move weights about, and a VAE that comes later is in none of them."""
+
+    def hooked(module: nn.Module) -> bool:
+        return any(hasattr(each, "_hf_hook") or hasattr(each, "_diffusers_hook") for each in module.modules())
+
+    if pipeline.hf_device_map or getattr(pipeline, "_all_hooks", []) or (old is not None and hooked(old)):
+        yield (
+            "offloading: the pipeline moves its components between devices (device_map, enable_model_cpu_offload and "
+            "the like); swap the VAE first, in a pipeline that was just loaded, and enable it then"
+        )
+    if hooked(vae) or any(weight.is_meta for weight in vae.parameters()):
+        yield "offloading: the weights of the VAE are elsewhere; load it without device_map or offloading"
+
+
+def _misfits(
+    name: str, stock: _Stock, vae: VAE | AutoencoderKL, old: nn.Module | None, denoiser: nn.Module | None
+) -> Iterator[str]:
+    """What of the VAE is other than the denoiser takes or, in the old VAE's words, was trained with."""
+    channels = vae.config.latent_channels
+    compared = isinstance(old, (VAE, AutoencoderKL))
+    if denoiser is not None and denoiser.config.in_channels not in stock.inputs(channels):
+        expected = " or ".join(map(str, stock.inputs(channels)))
+        taken = denoiser.config.in_channels
+        fitting = [each for each in range(1, taken + 1) if taken in stock.inputs(each)]
+        yield (
+            f"latent channels: the VAE has {channels}, for which the {stock.denoiser} must take {expected} channels, and "
+            f"it takes {taken}; train the VAE with model.latent_channels "
+            f"{' or '.join(map(str, fitting))}, or take another {stock.denoiser}"
+        )
+    elif compared and channels != old.config.latent_channels:
+        yield (
+            f"latent channels: the VAE has {channels}, the old one {old.config.latent_channels}; train the VAE with "
+            f"model.latent_channels {old.config.latent_channels}"
+        )
+    if not compared:
+        return
+    if _ratio(vae) != _ratio(old):
+        yield (
+            f"spatial compression ratio: the VAE has {_ratio(vae)}, the old one {_ratio(old)}; train the VAE with "
+            f"{len(old.config.block_out_channels)} widths in model.block_out_channels"
+        )
+    for key in ("in_channels", "out_channels"):
+        if vae.config[key] != old.config[key]:
+            yield (
+                f"image channels, {key}: the VAE has {vae.config[key]}, the old one {old.config[key]}; train the VAE "
+                "on such images (data.channels)"
+            )
+    for key, value in _applied(stock, vae).items():
+        old_value = _applied(stock, old)[key]
+        if not _close(value, old_value):
+            yield (
+                f"{key}: the VAE has {value}, the old one, with which the denoiser was trained, {old_value}; if the VAE "
+                f"was fine-tuned from the old one, vae.register_to_config({key}={old_value}); if the denoiser was "
+                "trained on the new latents, load the pipeline with vae=None before"
+            )
+
+
+def _applied(stock: _Stock, vae: VAE | AutoencoderKL) -> dict[str, float | list[float] | None]:
+    """The keys of the config that the pipeline applies to the latents, with their values."""
+    config = vae.config
+    applied = {"scaling_factor": config.scaling_factor}
+    if stock.use_shift:
+        applied["shift_factor"] = config.shift_factor
+    if stock.per_channel:
+        both = config.latents_mean is not None and config.latents_std is not None
+        applied |= {key: list(config[key]) if both else None for key in ("latents_mean", "latents_std")}
+    return applied
+
+
+def _close(a: float | list[float] | None, b: float | list[float] | None) -> bool:
+    """Whether two values of a config are one, up to float32."""
+    if a is None or b is None:
+        return a is b
+    a, b = (each if isinstance(each, list) else [each] for each in (a, b))
+    return len(a) == len(b) and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(a, b, strict=True))
