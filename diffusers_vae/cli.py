@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 COMMANDS = {
     "train": "train a KL autoencoder, or continue a run",
+    "train-text-to-image": "train a text-to-image model on an autoencoder's latents",
     "evaluate": "measure an autoencoder: figures, posterior health, pictures, a report to send",
     "compare": "measure two autoencoders on the same images, in pairs",
     "reconstruct": "encode and decode image files",
@@ -21,7 +22,7 @@ HELP = f"""usage: diffusers-vae COMMAND ... [--debug]
 
 Train, measure and publish KL autoencoders that load in stock diffusers.
 
-{chr(10).join(f"  {name:<12} {text}" for name, text in COMMANDS.items())}
+{chr(10).join(f"  {name:<20} {text}" for name, text in COMMANDS.items())}
 
   diffusers-vae COMMAND --help    says what it takes, with an example
   --debug                         shows where an error came from
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from . import commands
 
-        return getattr(commands, f"run_{arguments[0]}")(arguments[1:])
+        return getattr(commands, f"run_{arguments[0].replace('-', '_')}")(arguments[1:])
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         expected = isinstance(error, (ArithmeticError, ImportError, OSError, ValueError))
-        if debug or (arguments[0] == "train" and not expected):  # it may not come again for days
+        if debug or (arguments[0].startswith("train") and not expected):  # it may not come again for days
             raise
         kind = "" if expected else f"{type(error).__name__}: "
         text = str(error) if expected else " ".join(str(error).split())

@@ -41,6 +41,16 @@ def run_train(arguments: Sequence[str]) -> int:
     return _run_training(TRAININGS["train"], arguments)
 
 
+def run_train_text_to_image(arguments: Sequence[str]) -> int:
+    """One training run of a text-to-image model, as `training/train_text_to_image.py` starts it."""
+    written_out = {"--vae": "--vae.source", "--latents": "--latents.folder"}
+    names = [argument.partition("=") for argument in arguments]
+    return _run_training(
+        TRAININGS["train-text-to-image"],
+        [f"{written_out.get(name, name)}{equals}{value}" for name, equals, value in names],
+    )
+
+
 def _run_training(training: Training, arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for client in ("httpx", "httpx2"):
@@ -89,13 +99,16 @@ def _describe_size(result: RunResult) -> None:
     print(f"\n{result.parameters:,} parameters, latents {'x'.join(map(str, result.latent_shape))}{memory}")
 
 
-def _describe(result: TrainResult) -> None:
+def _describe(result: RunResult) -> None:
     _describe_size(result)
-    print(report_table(asdict(replace(result.report, per_image=None))))
-    print(f"report      {result.output_dir / 'report.html'}")
+    if isinstance(result, TrainResult):
+        print(report_table(asdict(replace(result.report, per_image=None))))
+        print(f"report      {result.output_dir / 'report.html'}")
+    else:
+        print(f"held-out squared error of the prediction {result.heldout_error:.4f}")
     print(f"pictures    {result.output_dir / 'pictures'}")
     print(f"evaluation  {result.output_dir / 'evaluation.json'}")
-    print(f"model       {result.output_dir / 'model'}")
+    print(f"{result.saved:<12}{result.output_dir / result.saved}")
     print(f"load it     {result.load_line}")
 
 

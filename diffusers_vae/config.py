@@ -9,6 +9,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 
 from .loop import Task
 from .run_folder import Settings
+from .text_to_image import TextToImageConfig, TextToImageTask
 from .trainer import AutoencoderTask, TrainConfig
 
 
@@ -46,6 +47,14 @@ TRAININGS = {
             "accelerate launch training/train_vae.py --config training/configs/mnist-vae.yaml",
             TrainConfig,
             AutoencoderTask,
+        ),
+        Training(
+            "train-text-to-image",
+            "Train a text-to-image model on the latents of a trained autoencoder (--vae MODEL), and save it as a stock "
+            "StableDiffusionPipeline.",
+            "accelerate launch training/train_text_to_image.py --config training/configs/mnist-t2i.yaml",
+            TextToImageConfig,
+            TextToImageTask,
         ),
     )
 }

@@ -438,7 +438,7 @@ class LatentDataset(Dataset):
     """The latents that `encode_images` wrote to `folder`, in float32, with labels and captions if the images had them.
 
     A row is a dict of `mean` and `logvar`, or of `latents`, each (C, h, w), and of `label`, int64, and `captions`, a
-    list of one or more. Files are mapped into memory, not loaded: what is read can be dropped by the system at any time.
+    list of one or more. Files are mapped into memory, not loaded: the system may drop what was read at any time.
 
     Args:
         folder: of the cache.

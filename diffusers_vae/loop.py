@@ -151,8 +151,10 @@ class RunResult:
     """Number of trained values."""
     latent_shape: tuple[int, ...]
     """Channels, height and width of the latents of one image."""
+    saved: str
+    """Folder below output_dir with what was trained: model or pipeline."""
     load_line: str
-    """Python that loads what was trained."""
+    """Python that loads it."""
     memory: int | None = None
     """Bytes: the most that a GPU, or the process, has held; None when the run had finished before."""
     train_images: int | None = None
@@ -209,8 +211,6 @@ class Task(Protocol):
 
     config: Settings
     """With the sections `run` and `optimizer`."""
-    kind: str
-    """For people."""
     results: tuple[str, ...]
     """Files and folders that the finished run leaves, evaluation.json last."""
     terms: tuple[str, ...]
@@ -241,7 +241,7 @@ class Task(Protocol):
         ...
 
     def build(self) -> nn.Module:
-        """A new model."""
+        """A new model, after `load`."""
         ...
 
     def blank(self, model: nn.Module, device: torch.device) -> torch.Tensor:
@@ -318,7 +318,7 @@ def run_task(task: Task) -> RunResult | None:
 def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult | None:
     config = task.config
     run, output_dir = config.run, Path(config.run.output_dir)
-    checkpoint, finished = on_main(accelerator, partial(find_run, config, task.results, task.finished, task.build))
+    checkpoint, finished = on_main(accelerator, partial(find_run, config, task.results, task.finished))
     if finished:
         logger.info("%s holds this run, finished", run.output_dir)
         return task.finished() if accelerator.is_main_process else None
@@ -326,7 +326,7 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
         logger.info("continuing from %s", checkpoint)
     task.load(accelerator)
     train_set = task.train_set
-    on_main(accelerator, lambda: begin(config, checkpoint, task.data()))
+    on_main(accelerator, lambda: begin(config, checkpoint, task.data(), task.build))
 
     set_seed(run.seed)
     model = task.build()
@@ -517,7 +517,7 @@ def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:
     """
     PartialState(cpu=not torch.accelerator.is_available())
     run = task.config.run
-    find_run(task.config, task.results, task.finished, task.build)  # which refuses what the run would refuse
+    find_run(task.config, task.results, task.finished)  # which refuses what the run would refuse
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(broadcast_object_list([scratch])[0]) / "run"
         try:

@@ -386,11 +386,21 @@ def _records(metrics: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
-def loss_picture(metrics: Path) -> Image.Image:
-    """Loss, distortion, rate and learning rate over images seen, from a run's metrics.jsonl."""
+PANELS = {
+    "loss": "loss, nats per image",
+    "distortion": "distortion, nats per image",
+    "rate": "rate, nats per image",
+    "learning_rate": "learning rate",
+}
+
+
+def loss_picture(metrics: Path, panels: dict[str, str] = PANELS) -> Image.Image:
+    """Four values of a run's metrics.jsonl over images seen, by default loss, distortion, rate and learning rate, each
+    with its title.
+    """
     records = _records(metrics)
     figure = _figure(10, 6)
-    for axes, name in zip(figure.subplots(2, 2).flat, ("loss", "distortion", "rate", "learning_rate"), strict=True):
+    for axes, name in zip(figure.subplots(2, 2).flat, panels, strict=True):
         shown = []
         for kind, label in (("train", "training"), ("evaluation", "held-out")):
             chosen = [record for record in records if record["kind"] == kind and record.get(name) is not None]
@@ -406,11 +416,10 @@ def loss_picture(metrics: Path) -> Image.Image:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
+        axes.set_title(panels[name], fontsize=10, loc="left")
         if name == "learning_rate":
-            axes.set_title("learning rate", fontsize=10, loc="left")
             axes.set_ylim(bottom=0)
         else:
-            axes.set_title(f"{name}, nats per image", fontsize=10, loc="left")
             axes.legend(fontsize=8)
     return _render(figure)
 
@@ -545,6 +554,21 @@ def _window(
     sums = torch.nn.functional.avg_pool2d((a - b).abs().mean(0)[None, None], size, stride=8)[0, 0]
     top, left = (8 * place for place in divmod(sums.argmax().item(), sums.shape[1]))
     return tuple(part[:, top : top + size[0], left : left + size[1]] for part in (image, a, b))
+
+
+def prompt_picture(images: torch.Tensor, prompts: Sequence[str], guidance: Sequence[float], how: str) -> Image.Image:
+    """Pictures (guidance scales, prompts, seeds, C, H, W) in [-1, 1] of a text-to-image model: one row a prompt, one
+    column a seed, the guidance scales side by side; `how` they were made goes into the title.
+    """
+    labels = ["\n".join(textwrap.wrap(prompt, 28, max_lines=3, placeholder=" ...")) for prompt in prompts]
+    headings = [f"guidance {scale:g}" + " (none)" * (scale == 1) for scale in guidance]
+    scale = max(1, 64 // max(images.shape[-2:]))
+    blocks = [to_pil(block.flatten(0, 1), images.shape[2], scale) for block in images]
+    gap = 16
+    picture = Image.new("RGB", (sum(block.width + gap for block in blocks) - gap, blocks[0].height), "white")
+    for place, block in enumerate(blocks):
+        picture.paste(block, (place * (block.width + gap), 0))
+    return _titled(picture, f"One row a prompt, one column a seed; {how}", labels, headings)
 
 
 def draw_all(

@@ -90,20 +90,17 @@ FILES = (
 )
 
 
-def find_run(
-    config: Settings, results: tuple[str, ...], readable: Callable[[], object], build: Callable[[], nn.Module]
-) -> tuple[Path | None, bool]:
+def find_run(config: Settings, results: tuple[str, ...], readable: Callable[[], object]) -> tuple[Path | None, bool]:
     """The newest whole checkpoint in the output_dir, and whether the run is finished. Nothing is changed.
 
     Args:
         config: of the run.
         results: names of what a finished run leaves.
         readable: raises ValueError when evaluation.json, which is written last, cannot be read.
-        build: the model that the run trains.
 
     Raises:
         FileExistsError: when the folder is another run's, or holds what a new run would overwrite.
-        ValueError: when there are checkpoints, but none that is whole or of this model.
+        ValueError: when there are checkpoints, but none that is whole.
     """
     output_dir = Path(config.run.output_dir)
     checkpoint, damaged = find_checkpoint(output_dir / "checkpoints")
@@ -128,8 +125,6 @@ def find_run(
             return checkpoint, True
     _refuse_changes(config, "settings", _differing((checkpoint or output_dir) / "config.yaml", config))
     if checkpoint:
-        with torch.device("meta"):
-            check_fits(checkpoint, build())
         return checkpoint, False
     if found := [name for name in RESULTS if (output_dir / name).exists()]:
         raise FileExistsError(
@@ -181,15 +176,21 @@ def _refuse_changes(config: Settings, what: str, differing: list[str]) -> None:
     logger.warning("continuing with other %s:\n%s", what, listed)
 
 
-def begin(config: Settings, checkpoint: Path | None, data: dict[str, dict[str, Any]]) -> None:
+def begin(
+    config: Settings, checkpoint: Path | None, data: dict[str, dict[str, Any]], build: Callable[[], nn.Module]
+) -> None:
     """Bring the files in output_dir to where the run begins or goes on, with `data`: the number of `images` and the
     `fingerprint` of each part of the data set, and the `fingerprint` of whatever else decides what is trained on.
+    `build` makes the model that is trained.
 
     Raises:
-        FileExistsError: when they are not those that the run was begun with.
+        FileExistsError: when the data are not those that the run was begun with.
+        ValueError: when the checkpoint is of another model.
     """
     output_dir = Path(config.run.output_dir)
     if checkpoint:
+        with torch.device("meta"):
+            check_fits(checkpoint, build())
         before = json.loads((checkpoint / "data.json").read_text())
         differing = [name for name in data if before.get(name) != data[name]]
         images = [_changed(name, before[name], data[name]) for name in differing if "images" in data[name]]

@@ -83,7 +83,6 @@ STABLER = (
 class AutoencoderTask:
     """Training of a KL autoencoder, for the loop."""
 
-    kind = "autoencoder"
     results = ("model", "evaluation.json")
     terms = ("distortion", "rate")
     advice = STABLER
@@ -209,6 +208,7 @@ class AutoencoderTask:
         package, name = ("diffusers", "AutoencoderKL") if isinstance(model, VAE) else ("diffusers_vae", "MLPVAE")
         return TrainResult(
             output_dir=folder.parent,
+            saved=folder.name,
             report=report,
             parameters=model.num_parameters(),
             latent_shape=self.config.model.latent_shape(self.config.data.size),

@@ -2,7 +2,17 @@
 
 from .captions import read_captions
 from .order import MicroBatch, epoch_batches, image_batches, read_images, step_generator
-from .sources import IMAGE_SUFFIXES, ArrayImages, DataConfig, FolderImages, ImageSet, ReadImages, load_data, load_split
+from .sources import (
+    IMAGE_SUFFIXES,
+    ArrayImages,
+    DataConfig,
+    FolderImages,
+    ImageSet,
+    ReadImages,
+    first_images,
+    load_data,
+    load_split,
+)
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -13,6 +23,7 @@ __all__ = [
     "MicroBatch",
     "ReadImages",
     "epoch_batches",
+    "first_images",
     "image_batches",
     "load_data",
     "load_split",

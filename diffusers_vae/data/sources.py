@@ -297,6 +297,20 @@ def load_split(
     return ArrayImages(torch.cat([train.pixels, heldout.pixels]), **common), split
 
 
+def first_images(image_set: ImageSet, count: int) -> ImageSet:
+    """The first `count` images, which are a fair sample."""
+    first = {
+        "labels": None if image_set.labels is None else image_set.labels[:count],
+        "paths": image_set.paths[:count],
+        "errors": image_set.errors,
+        "classes": image_set.classes,
+        "captions": None if image_set.captions is None else image_set.captions[:count],
+    }
+    if isinstance(image_set, FolderImages):
+        return FolderImages(config=image_set.config, **first)
+    return ArrayImages(image_set.pixels[:count], **first)
+
+
 def _bring_to_size(pixels: torch.Tensor, config: DataConfig) -> torch.Tensor:
     height, width = pixels.shape[-2:]
     target_height, target_width = config.size

@@ -1,0 +1,88 @@
+"""What a denoiser is trained to do: mathematics on tensors; knows no model and no trainer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """How noise is added, and what the denoiser predicts.
+
+    The noise schedule is Stable Diffusion's: 1,000 timesteps, beta from 0.00085 to 0.012, linear in its root.
+    """
+
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    """epsilon: the noise (Ho et al. 2020). v_prediction: sqrt(a) noise - sqrt(1 - a) latents (Salimans & Ho 2022)."""
+    min_snr_gamma: float | None = None
+    """Timesteps whose signal-to-noise ratio exceeds it count less (Hang et al. 2023, min-SNR; 5 there); null: all count
+    the same."""
+    caption_dropout: float = 0.1
+    """Share of images that are seen with the empty prompt, for classifier-free guidance (Ho & Salimans 2022)."""
+
+    def __post_init__(self):
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"diffusion.prediction_type must be epsilon or v_prediction, got {self.prediction_type}")
+        if self.min_snr_gamma is not None and not (self.min_snr_gamma > 0 and math.isfinite(self.min_snr_gamma)):
+            raise ValueError(f"diffusion.min_snr_gamma must be positive and finite or null, got {self.min_snr_gamma}")
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"diffusion.caption_dropout must lie in [0, 1), got {self.caption_dropout}")
+
+    def build(self) -> DiffusionObjective:
+        """The objective that these settings describe."""
+        return DiffusionObjective(self.prediction_type, self.min_snr_gamma)
+
+
+@dataclass(frozen=True)
+class DiffusionTerms:
+    """What is minimised, and the plain error."""
+
+    loss: torch.Tensor
+    """Scalar: the weighted squared error, mean over images and latent units."""
+    error: torch.Tensor
+    """(B,): the squared error of an image, mean over its latent units, not weighted; 1 for a prediction of 0."""
+
+
+class DiffusionObjective:
+    """Squared error of the denoiser's prediction (Ho et al. 2020, equation 14)."""
+
+    def __init__(self, prediction_type: str = "epsilon", min_snr_gamma: float | None = None):
+        self.min_snr_gamma = min_snr_gamma
+        self.scheduler = DDPMScheduler(
+            num_train_timesteps=1000,
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=prediction_type,
+            clip_sample=False,  # latents are not pixels: to clip them at 1 makes guided pictures worse
+            steps_offset=1,
+        )
+
+    def noisy(self, scaled_latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """sqrt(a) scaled_latents + sqrt(1 - a) noise (B, C, h, w) with the a of each image's timestep (B,)."""
+        return self.scheduler.add_noise(scaled_latents, noise, timesteps)
+
+    def __call__(
+        self, prediction: torch.Tensor, scaled_latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> DiffusionTerms:
+        """The terms for the denoiser's prediction (B, C, h, w) at noisy(scaled_latents, noise, timesteps)."""
+        if prediction.shape != noise.shape:
+            raise ValueError(f"prediction and noise must have one shape, got {prediction.shape} and {noise.shape}")
+        velocity = self.scheduler.config.prediction_type == "v_prediction"
+        target = self.scheduler.get_velocity(scaled_latents, noise, timesteps) if velocity else noise
+        error = ((prediction.float() - target) ** 2).flatten(1).mean(1)
+        return DiffusionTerms(loss=(self.weights(timesteps) * error).mean(), error=error)
+
+    def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """(B,): min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v: Hang et al. 2023, section 3.4."""
+        if self.min_snr_gamma is None:
+            return torch.ones_like(timesteps, dtype=torch.float32)
+        snr = compute_snr(self.scheduler, timesteps)
+        clipped = snr.clamp(max=self.min_snr_gamma)
+        return clipped / (snr + 1 if self.scheduler.config.prediction_type == "v_prediction" else snr)

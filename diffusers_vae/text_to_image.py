@@ -1,0 +1,611 @@
+"""A run of a text-to-image model on the latents of a trained autoencoder, from settings to a stock pipeline."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from .checkpoint import naming, on_main, whole_folder, write_file
+from .data import DataConfig, first_images, image_batches, load_data
+from .diffusion import DiffusionConfig
+from .images import to_model_range
+from .latent_cache import LatentDataset, encode_images
+from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, few_steps
+from .models import VAE, encode, load_autoencoder, weights_hash
+from .pictures import loss_picture, prompt_picture
+from .pipelines import latent_scaling
+from .run_folder import Log, Settings
+from .tokenizer import caption_tokenizer
+
+DIGIT_PHRASES = (
+    "a handwritten {name}",
+    "the digit {number}",
+    "a {name}",
+    "a handwritten {number}",
+    "the number {name}",
+    "{number}",
+)
+PHRASES = ("a picture of a {name}", "a {name}", "{name}")
+
+
+PANELS = {
+    "loss": "loss",
+    "error": "squared error of the prediction",
+    "grad_norm": "norm of the gradient",
+    "learning_rate": "learning rate",
+}
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Whose latents are trained on; --vae MODEL is short for --vae.source MODEL."""
+
+    source: str = "runs/digits/model"
+    """A trained autoencoder: the folder of a run, a model or a pipeline, or a repository on the Hub."""
+    subfolder: str | None = None
+    """Where in `source` the model lies."""
+    revision: str | None = None
+    """Of the repository."""
+
+
+@dataclass(frozen=True)
+class LatentsConfig:
+    """The latents of the training images, encoded once and kept; --latents DIR is short for --latents.folder DIR."""
+
+    folder: str | None = None
+    """Where they are, or are written to: as `diffusers-vae encode` does; null: latents/ in run.output_dir."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """In which they are kept."""
+    sample_posterior: bool = True
+    """Train on draws from the posterior, others each time, which is what the decoder was trained on, and not on its
+    mean."""
+    batch_size: int = 64
+    """Images that are encoded together."""
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"latents.batch_size must be at least 1, got {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """What is said about the images.
+
+    Captions that lie beside the images of a folder, in metadata.jsonl or .txt files, are taken as they are; else labels
+    are put into phrases.
+    """
+
+    phrases: tuple[str, ...] | None = None
+    """With {name}, the label in words, or {number}, in figures; each image is seen with each of them. Null: for digits
+    and MNIST "a handwritten {name}", "the digit {number}", "a {name}", "a handwritten {number}", "the number {name}"
+    and "{number}", else "a picture of a {name}", "a {name}" and "{name}"."""
+    max_length: int = 16
+    """Tokens of a caption that the text encoder sees, start and end among them."""
+
+    def __post_init__(self):
+        if self.phrases is not None:
+            if not self.phrases:
+                raise ValueError("captions.phrases must name one phrase at least, or be null")
+            for phrase in self.phrases:
+                try:
+                    said = phrase.format(name="a", number=0) != phrase.format(name="b", number=1)
+                except (IndexError, KeyError, ValueError) as error:
+                    raise ValueError(
+                        f"a phrase of captions.phrases may have {{name}} and {{number}}, no other braces, got {phrase}"
+                    ) from error
+                if not said:
+                    raise ValueError(f"a phrase in captions.phrases must hold {{name}} or {{number}}, got {phrase!r}")
+        if self.max_length < 3:
+            raise ValueError(f"captions.max_length must be at least 3, start, a word and end, got {self.max_length}")
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """The U-Net and the text encoder, stock `UNet2DConditionModel` and `CLIPTextModel`, both trained from scratch."""
+
+    block_out_channels: tuple[int, ...] = (64, 128)
+    """Width per resolution of the U-Net; all but the highest attend to the prompt, and the highest if it is alone."""
+    layers_per_block: int = 1
+    """Residual layers per resolution; on the way up, one more."""
+    attention_heads: int = 1
+    """Per attention of the U-Net; must divide every width."""
+    norm_num_groups: int = 32
+    """Groups of the group norms, must divide every width."""
+    text_width: int = 128
+    """Of the text encoder."""
+    text_layers: int = 2
+    """Of the text encoder."""
+    text_heads: int = 4
+    """Per attention of the text encoder; must divide its width."""
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if min(value if isinstance(value, (tuple, list)) else [value], default=0) < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {value}")
+        for name in ("attention_heads", "norm_num_groups"):
+            for width in self.block_out_channels:
+                if width % getattr(self, name):
+                    raise ValueError(
+                        f"model.block_out_channels must be divisible by model.{name}, got {width} and "
+                        f"{getattr(self, name)}"
+                    )
+        if self.text_width % self.text_heads:
+            raise ValueError(
+                f"model.text_width must be divisible by model.text_heads, got {self.text_width} and {self.text_heads}"
+            )
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How pictures are made: those in pictures/, and with the scheduler that is saved in the pipeline."""
+
+    scheduler: Literal["ddim", "pndm", "dpm-solver"] = "ddim"
+    """Saved with the pipeline: DDIM (Song et al. 2021), PNDM (Liu et al. 2022) or DPM-Solver++ (Lu et al. 2022)."""
+    steps: int = 25
+    """Calls of the denoiser per picture, of pictures/."""
+    prompts: tuple[str, ...] | None = None
+    """A row of the grid each; null: up to ten labels in the first phrase, or captions of the first held-out images."""
+    seeds: int = 4
+    """Columns of the grid at each guidance."""
+    guidance: tuple[float, ...] = (1.0, 2.0, 4.0, 7.5)
+    """Classifier-free guidance scales, side by side; 1 is none."""
+    batch_size: int = 64
+    """Pictures at a time."""
+    heldout_images: int = 1000
+    """How many held-out images the loss is measured on."""
+    every: int | None = None
+    """Images between two grids while training; null: at the end alone."""
+
+    def __post_init__(self):
+        if self.prompts is not None and not self.prompts:
+            raise ValueError("sampling.prompts must hold one prompt at least, or be null")
+        if not self.guidance or min(self.guidance) < 1:
+            raise ValueError(f"sampling.guidance must be scales of at least 1, got {self.guidance}")
+        for name in ("steps", "seeds", "batch_size", "heldout_images", "every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"sampling.{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToImageConfig(Settings):
+    """All settings of a run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    model: DenoiserConfig = field(default_factory=DenoiserConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=partial(RunConfig, output_dir="runs/digits-t2i", epochs=100))
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToImageResult(RunResult):
+    """What the run of a text-to-image model leaves behind: pipeline/, too."""
+
+    heldout_error: float
+    """Squared error of the prediction on held-out images, mean over latent units and timesteps."""
+
+
+class TextToImage(nn.Module):
+    """Text encoder and denoiser as one module: gradients are synchronised by one call of `forward`."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The prediction (B, C, h, w) for noisy scaled latents at timesteps (B,) under prompts of tokens (B, L)."""
+        return self.unet(noisy_latents, timesteps, self.text_encoder(tokens)[0]).sample
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A batch of the training set: the latents are read when it is known with which noise."""
+
+    indices: Sequence[int]
+    errors: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> Sequence[int]:
+        return range(len(self.indices))
+
+    def checked(self) -> _Asked:
+        return self
+
+    def blank(self) -> _Asked:
+        raise AssertionError("latents that were encoded can be read")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+class CaptionedLatents:
+    """Latents, and for each image its captions as tokens: what the loop reads."""
+
+    def __init__(self, latents: LatentDataset, captions: Captions):
+        self.latents, self.captions, self.errors = latents, captions, ()
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitems__(self, indices: Sequence[int]) -> _Asked:
+        return _Asked(indices)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+
+class Captions:
+    """The captions of images, each of which has one or more."""
+
+    def __init__(self, captions: Sequence[Sequence[str]]):
+        self.distinct = list(dict.fromkeys(text for texts in captions for text in texts))
+        place = {text: row for row, text in enumerate(self.distinct)}
+        self.rows = torch.tensor([place[text] for texts in captions for text in texts])
+        self.counts = torch.tensor([len(texts) for texts in captions])
+        self.firsts = self.counts.cumsum(0) - self.counts
+
+    def choose(self, indices: Sequence[int], chance: torch.Tensor) -> torch.Tensor:
+        """For each image a row of `distinct` (B,), decided by a number (B,) in [0, 1)."""
+        places = torch.as_tensor(indices)
+        counts = self.counts[places]
+        chosen = (chance.cpu() * counts).long().minimum(counts - 1)  # a float32 product may round up
+        return self.rows[self.firsts[places] + chosen]
+
+
+def captions_of(
+    captions: Sequence[Sequence[str]] | None,
+    labels: torch.Tensor | None,
+    classes: Sequence[str] | None,
+    phrases: Sequence[str] | None,
+    digits: bool,
+) -> list[Sequence[str]]:
+    """One or more captions an image: those that it has, or else its label in every phrase.
+
+    Raises:
+        ValueError: when there are neither, or both phrases and captions.
+    """
+    if captions is not None:
+        if phrases is not None:
+            raise ValueError(
+                "captions.phrases are for labels, and these images have captions of their own, in metadata.jsonl or "
+                ".txt files; leave out captions.phrases"
+            )
+        return captions
+    if labels is None:
+        raise ValueError(
+            "text-to-image must be told what the images show: a metadata.jsonl with file_name and text, a .txt file "
+            "beside each image, or a subfolder for each class"
+        )
+    spoken = phrases or (DIGIT_PHRASES if digits else PHRASES)
+    names = classes or [str(number) for number in range(int(labels.max()) + 1)]
+    of_class = [
+        tuple(dict.fromkeys(phrase.format(name=name, number=number) for phrase in spoken))
+        for number, name in enumerate(names)
+    ]
+    return [of_class[label] for label in labels.tolist()]
+
+
+class TextToImageTask:
+    """Training of denoiser and text encoder on latents, for the loop."""
+
+    results = ("pipeline", "evaluation.json")
+    terms = ("error",)
+    advice = (
+        "More stable are a lower optimizer.learning_rate, a longer optimizer.warmup_images or a lower max_grad_norm"
+    )
+    workers = 0
+
+    def __init__(self, config: TextToImageConfig, max_images: int | None = None):
+        self.config, self.max_images = config, max_images
+        self.objective = config.diffusion.build()
+        self.evaluate_every = config.sampling.every
+
+    def finished(self) -> TextToImageResult:
+        path = Path(self.config.run.output_dir) / "evaluation.json"
+        try:
+            evaluation = json.loads(path.read_text())
+            return self._result(evaluation)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not of a text-to-image run: {error!r} is missing") from error
+
+    def load(self, accelerator: Accelerator) -> None:
+        config, first = self.config, accelerator.is_local_main_process
+        self.accelerator = accelerator
+        with accelerator.local_main_process_first():
+            self.vae = _load_vae(config)
+            images, heldout = load_data(config.data, first, None if self.max_images is None else 0, captions=True)
+        if self.max_images is not None:
+            images = first_images(images, self.max_images)
+        heldout = first_images(heldout, config.sampling.heldout_images)
+        self.scaling = latent_scaling("StableDiffusionPipeline", self.vae)
+        self.weights = weights_hash(self.vae)
+        self.vae.to(accelerator.device)
+        folder = Path(config.latents.folder or Path(config.run.output_dir) / "latents")
+        latents = encode_images(
+            self.vae,
+            images,
+            folder,
+            dtype=getattr(torch, config.latents.dtype),
+            batch_size=config.latents.batch_size,
+            data=f"training images of {config.data.described}",
+            progress=accelerator.is_main_process,
+        )
+        digits = config.data.name in ("digits", "mnist", "qmnist")
+        say = partial(captions_of, phrases=config.captions.phrases, digits=digits)
+        captions = Captions(say(latents.captions, latents.labels, latents.classes))
+        self.train_set = CaptionedLatents(latents, captions)
+        self._tokenize(captions)
+        posterior = [encode(self.vae, batch) for _, _, batch in image_batches(heldout, 64, None, self.vae.device)]
+        self.heldout_latents = self.scaling.scale(torch.cat([part.mean for part in posterior]).cpu())
+        self.heldout_captions = say(heldout.captions, heldout.labels, heldout.classes)
+        self.prompts = config.sampling.prompts or self._prompts(latents, digits)
+        self.image_errors = lambda: (*images.errors, *heldout.errors)
+        self.vae.to("cpu")
+
+    def _tokenize(self, captions: Captions) -> None:
+        length = self.config.captions.max_length
+        self.tokenizer = caption_tokenizer(captions.distinct, length)
+        lengths = [len(tokens) for tokens in self.tokenizer(captions.distinct, verbose=False).input_ids]
+        if max(lengths) > length:
+            longest = captions.distinct[lengths.index(max(lengths))]
+            raise ValueError(
+                f"captions may have {length} tokens, captions.max_length, start and end among them; got {max(lengths)} "
+                f"in {longest[:80]!r}"
+            )
+        self.tokens, self.no_prompt = self._tokens(captions.distinct), self._tokens([""])
+
+    def _tokens(self, texts: list[str]) -> torch.Tensor:
+        """(len(texts), max_length), as a pipeline tokenises prompts."""
+        tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        return tokens.input_ids
+
+    def _prompts(self, latents: LatentDataset, digits: bool) -> list[str]:
+        if latents.captions is not None:
+            return list(dict.fromkeys(texts[0] for texts in self.heldout_captions))[:8]
+        spoken = self.config.captions.phrases or (DIGIT_PHRASES if digits else PHRASES)
+        return [spoken[0].format(name=name, number=number) for number, name in enumerate(latents.classes[:10])]
+
+    def data(self) -> dict[str, dict[str, Any]]:
+        latents = self.train_set.latents
+        return {
+            "training": {"images": len(latents), "fingerprint": latents.fingerprint},
+            "autoencoder": {"fingerprint": self.weights},
+        }
+
+    def build(self) -> TextToImage:
+        model, length = self.config.model, self.config.captions.max_length
+        channels, height, width = self.train_set.latents.latent_shape
+        attending = [len(model.block_out_channels) == 1 or place > 0 for place in range(len(model.block_out_channels))]
+        unet = UNet2DConditionModel(
+            sample_size=height if height == width else (height, width),
+            in_channels=channels,
+            out_channels=channels,
+            down_block_types=["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attending],
+            up_block_types=["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attending)],
+            block_out_channels=tuple(model.block_out_channels),
+            layers_per_block=model.layers_per_block,
+            attention_head_dim=model.attention_heads,  # stock's name for their number
+            norm_num_groups=model.norm_num_groups,
+            cross_attention_dim=model.text_width,
+        )
+        tokenizer = self.tokenizer
+        text = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=model.text_width,
+            intermediate_size=4 * model.text_width,
+            projection_dim=model.text_width,
+            num_hidden_layers=model.text_layers,
+            num_attention_heads=model.text_heads,
+            max_position_embeddings=length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return TextToImage(unet, CLIPTextModel(text))
+
+    def blank(self, model: nn.Module, device: torch.device) -> torch.Tensor:
+        latents = torch.zeros(1, *self.train_set.latents.latent_shape, device=device)
+        return model(latents, torch.zeros(1, dtype=torch.long, device=device), self.no_prompt.to(device)).sum()
+
+    def draws(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        on = {"generator": generator, "device": generator.device}
+        shape = (count, *self.train_set.latents.latent_shape)
+        return {
+            "posterior_noise": torch.randn(shape, **on),
+            "noise": torch.randn(shape, **on),
+            "timesteps": torch.randint(self.objective.scheduler.config.num_train_timesteps, (count,), **on),
+            "caption": torch.rand(count, **on),
+            "dropped": torch.rand(count, **on) < self.config.diffusion.caption_dropout,
+        }
+
+    def step(self, model: nn.Module, read: _Asked, draws: dict[str, torch.Tensor]) -> StepTerms:
+        device = draws["noise"].device
+        noise = draws["posterior_noise"].cpu() if self.config.latents.sample_posterior else None
+        scaled_latents = self.scaling.scale(self.train_set.latents.latents(read.indices, noise)).to(device)
+        tokens = self.tokens[self.train_set.captions.choose(read.indices, draws["caption"])]
+        tokens = torch.where(draws["dropped"].cpu()[:, None], self.no_prompt, tokens).to(device)
+        terms = self._terms(model, scaled_latents, draws["noise"], draws["timesteps"], tokens)
+        return StepTerms(terms.loss, {"error": terms.error})
+
+    def _terms(self, model, scaled_latents, noise, timesteps, tokens):
+        noisy_latents = self.objective.noisy(scaled_latents, noise, timesteps)
+        return self.objective(model(noisy_latents, timesteps, tokens), scaled_latents, noise, timesteps)
+
+    def summary(self, model: TextToImage) -> str:
+        latents, captions = self.train_set.latents, self.train_set.captions
+        parts = [sum(p.numel() for p in part.parameters()) for part in (model.unet, model.text_encoder)]
+        return (
+            f"U-Net with {parts[0]:,} parameters and text encoder with {parts[1]:,}, latents "
+            f"{'x'.join(map(str, latents.latent_shape))}; {len(latents):,} training images of {self.config.data.name} "
+            f"with {len(captions.distinct):,} different captions, {len(self.tokenizer):,} tokens"
+        )
+
+    @torch.no_grad()
+    def evaluate(self, model: TextToImage, log: Log, progress: dict[str, int]) -> dict[str, float]:
+        """The held-out loss, and the grid of pictures, both by the main process."""
+        figures: dict[str, float] = {}
+
+        def measure() -> None:
+            figures.update(self._heldout(model))
+            if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
+                raise FloatingPointError(
+                    f"training diverged, not finite on held-out images: {', '.join(bad)}. {self.advice}"
+                )
+            log.write("evaluation", progress | figures)
+            pictures = {"prompts": self._grid(model), "loss": loss_picture(log.path, PANELS)}
+            for name, picture in pictures.items():
+                path = log.path.parent / "pictures" / f"{name}.png"
+                with naming(path):
+                    picture.save(path)
+            log.show(pictures, progress["images_seen"])
+
+        on_main(self.accelerator, measure)
+        return figures
+
+    def _heldout(self, model: TextToImage) -> dict[str, float]:
+        """Loss and error of posterior means with the first caption, at evenly spaced timesteps, noise of seed 0."""
+        count, device = len(self.heldout_latents), next(model.parameters()).device
+        noise = torch.randn(self.heldout_latents.shape, generator=torch.Generator().manual_seed(0))
+        steps = self.objective.scheduler.config.num_train_timesteps
+        timesteps = (torch.arange(count) * steps) // count
+        tokens = self._tokens([texts[0] for texts in self.heldout_captions])
+        loss = error = 0.0
+        for part in torch.arange(count).split(self.config.sampling.batch_size):
+            batch = (t[part].to(device) for t in (self.heldout_latents, noise, timesteps, tokens))
+            terms = self._terms(model, *batch)
+            loss += terms.loss.item() * len(part)
+            error += terms.error.sum().item()
+        return {"loss": loss / count, "error": error / count}
+
+    def _grid(self, model: TextToImage) -> Image.Image:
+        sampling, pipeline = self.config.sampling, self.pipeline(model)
+        pipeline.to(self.accelerator.device)
+        pipeline.set_progress_bar_config(disable=True)
+        wanted = [(scale, prompt, seed) for scale in sampling.guidance for prompt in self.prompts
+                  for seed in range(sampling.seeds)]  # fmt: skip
+        pictures = []
+        with tqdm(total=len(wanted), desc="pictures", unit="img", leave=False) as bar:
+            for scale in sampling.guidance:
+                own = [place for place in wanted if place[0] == scale]
+                for start in range(0, len(own), sampling.batch_size):
+                    part = own[start : start + sampling.batch_size]
+                    made = pipeline(
+                        [prompt for _, prompt, _ in part],
+                        num_inference_steps=sampling.steps,
+                        guidance_scale=scale,
+                        generator=[torch.Generator().manual_seed(seed) for _, _, seed in part],
+                    ).images
+                    pictures += [torch.from_numpy(np.array(picture)) for picture in made]
+                    bar.update(len(part))
+        self.vae.to("cpu")
+        pixels = torch.stack(pictures)
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        images = to_model_range(pixels).unflatten(0, (len(sampling.guidance), len(self.prompts), sampling.seeds))
+        return prompt_picture(images, self.prompts, sampling.guidance, f"{sampling.scheduler}, {sampling.steps} steps")
+
+    def pipeline(self, model: TextToImage) -> StableDiffusionPipeline:
+        """The stock pipeline of the parts."""
+        training = self.objective.scheduler.config
+        scheduler = {
+            "ddim": lambda: DDIMScheduler.from_config(training, set_alpha_to_one=False),
+            "pndm": lambda: PNDMScheduler.from_config(training, skip_prk_steps=True, set_alpha_to_one=False),
+            "dpm-solver": lambda: DPMSolverMultistepScheduler.from_config(training),
+        }[self.config.sampling.scheduler]()
+        return StableDiffusionPipeline(
+            vae=self.vae.to_diffusers(),
+            text_encoder=model.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=model.unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def finish(self, model: TextToImage, log: Log, progress: dict[str, int]) -> TextToImageResult:
+        output_dir = Path(self.config.run.output_dir)
+
+        def save() -> None:
+            with whole_folder(output_dir / "pipeline") as folder:
+                self.pipeline(model).save_pretrained(folder)
+
+        on_main(self.accelerator, save)
+        figures = self.evaluate(model, log, progress)
+        evaluation = {
+            "heldout": figures | {"images": len(self.heldout_latents)},
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "latent_shape": list(self.train_set.latents.latent_shape),
+            "autoencoder": {"source": self.config.vae.source, "weights_sha256": self.weights},
+            "progress": progress,
+        }
+        on_main(
+            self.accelerator,
+            lambda: write_file(output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n"),
+        )
+        return self._result(evaluation)
+
+    def _result(self, evaluation: dict[str, Any]) -> TextToImageResult:
+        folder = Path(self.config.run.output_dir) / "pipeline"
+        return TextToImageResult(
+            output_dir=folder.parent,
+            saved=folder.name,
+            parameters=evaluation["parameters"],
+            latent_shape=tuple(evaluation["latent_shape"]),
+            heldout_error=evaluation["heldout"]["error"],
+            load_line="from diffusers import DiffusionPipeline; "
+            f'pipeline = DiffusionPipeline.from_pretrained("{folder.as_posix()}")',
+        )
+
+    def few(self, folder: Path) -> TextToImageTask:
+        config = self.config
+        sampling = replace(config.sampling, steps=2, seeds=1, heldout_images=8, every=None)
+        latents = replace(config.latents, folder=None)
+        config = replace(config, run=few_steps(config.run, folder), sampling=sampling, latents=latents)
+        return TextToImageTask(config, 2 * config.run.batch_size)
+
+
+def _load_vae(config: TextToImageConfig) -> VAE:
+    """The autoencoder; ValueError when it is none that the pipeline takes, or takes other images."""
+    source = config.vae.source
+    vae = load_autoencoder(source, config.vae.subfolder, config.vae.revision)
+    if not isinstance(vae, VAE):
+        raise ValueError(f"StableDiffusionPipeline takes an AutoencoderKL, got {type(vae).__name__} in {source}")
+    if vae.config.in_channels != config.data.channels:
+        raise ValueError(
+            f"data.channels must be that of the autoencoder, got {config.data.channels}, and {source} takes "
+            f"{vae.config.in_channels}"
+        )
+    ratio = vae.spatial_compression_ratio
+    deepest = ratio * 2 ** (len(config.model.block_out_channels) - 1)
+    if any(side % ratio for side in config.data.size) or min(config.data.size) < deepest:
+        raise ValueError(
+            f"data.resolution must be divisible by {ratio}, by which the autoencoder makes images smaller, and at "
+            f"least {deepest} for {len(config.model.block_out_channels)} resolutions of the U-Net, got "
+            f"{'x'.join(map(str, config.data.size))}"
+        )
+    return vae

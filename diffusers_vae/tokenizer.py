@@ -1,0 +1,37 @@
+"""A stock `CLIPTokenizer` for the words of a data set's captions."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTokenizer, CLIPTokenizerFast
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def caption_tokenizer(captions: Iterable[str], max_length: int, vocab_size: int = 49408) -> CLIPTokenizer:
+    """A tokenizer of at most `max_length` tokens, start and end among them, whose byte pairs (Sennrich et al. 2016) are
+    learned from the captions, in CLIP's form: any text can be tokenised, that of the captions with few tokens.
+
+    `vocab_size` is the most that it knows, by default as many as CLIP's.
+    """
+    texts = list(captions)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder), [])
+        files = [str(Path(folder) / name) for name in ("vocab.json", "merges.txt")]
+        trained = CLIPTokenizerFast(*files).train_new_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
+        merges = json.loads(trained.backend_tokenizer.to_str())["model"]["merges"]
+        write_tokenizer(Path(folder), [tuple(merge.split()) if isinstance(merge, str) else merge for merge in merges])
+        return CLIPTokenizer(*files, model_max_length=max_length)
+
+
+def write_tokenizer(folder: Path, merges: Iterable[tuple[str, str]]) -> None:
+    """vocab.json and merges.txt: all bytes, all bytes at a word's end, what the merges make of them, start and end."""
+    letters, pairs = sorted(ByteLevel.alphabet()), list(merges)
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, pairs), START, END]
+    (folder / "vocab.json").write_text(json.dumps({token: place for place, token in enumerate(dict.fromkeys(tokens))}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in pairs))
