@@ -600,12 +600,12 @@ def _load_vae(config: TextToImageConfig) -> VAE:
             f"data.channels must be that of the autoencoder, got {config.data.channels}, and {source} takes "
             f"{vae.config.in_channels}"
         )
-    ratio = vae.spatial_compression_ratio
-    deepest = ratio * 2 ** (len(config.model.block_out_channels) - 1)
-    if any(side % ratio for side in config.data.size) or min(config.data.size) < deepest:
+    ratio = math.lcm(8, vae.spatial_compression_ratio)
+    least = vae.spatial_compression_ratio * 2 ** (len(config.model.block_out_channels) - 1)
+    if any(side % ratio for side in config.data.size) or min(config.data.size) < least:
         raise ValueError(
-            f"data.resolution must be divisible by {ratio}, by which the autoencoder makes images smaller, and at "
-            f"least {deepest} for {len(config.model.block_out_channels)} resolutions of the U-Net, got "
+            f"data.resolution must be divisible by {ratio}, as StableDiffusionPipeline and the autoencoder have it, "
+            f"and at least {least} for {len(config.model.block_out_channels)} resolutions of the U-Net, got "
             f"{'x'.join(map(str, config.data.size))}"
         )
     return vae

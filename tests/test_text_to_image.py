@@ -1,0 +1,480 @@
+"""Text-to-image training on the latents of an autoencoder, and the stock pipeline that comes of it."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from crash import left_behind
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from test_distributed import run_in
+from test_trainer import records
+from test_vae import run_without_package
+
+from diffusers_vae import VAE, cli
+from diffusers_vae.data import ArrayImages, DataConfig, load_data
+from diffusers_vae.diffusion import DiffusionConfig
+from diffusers_vae.evaluation import EvaluationConfig
+from diffusers_vae.images import to_model_range
+from diffusers_vae.latent_cache import encode_images
+from diffusers_vae.loop import OptimizerConfig, RunConfig, dry_run, run_task
+from diffusers_vae.models import ModelConfig
+from diffusers_vae.objective import ObjectiveConfig
+from diffusers_vae.text_to_image import (
+    DIGIT_PHRASES,
+    AutoencoderConfig,
+    CaptionConfig,
+    Captions,
+    DenoiserConfig,
+    LatentsConfig,
+    SamplingConfig,
+    TextToImageConfig,
+    TextToImageTask,
+    captions_of,
+)
+from diffusers_vae.trainer import TrainConfig, train
+
+SCRIPT = Path(__file__).parents[1] / "training" / "train_text_to_image.py"
+DATA = DataConfig(resolution=16)
+STOCK = {"diffusers", "transformers"}
+
+
+def train_vae(output_dir, architecture="vae", seed=0):
+    AcceleratorState._reset_state(True)
+    vae = ModelConfig(block_out_channels=(8, 8), norm_num_groups=4, mid_block_add_attention=False)
+    config = TrainConfig(
+        data=DATA,
+        model=vae if architecture == "vae" else ModelConfig(architecture="mlp", hidden_dim=8, latent_dim=2),
+        objective=ObjectiveConfig(scale=0.5),
+        run=RunConfig(output_dir=str(output_dir), max_images=300, batch_size=30, tracker=None, seed=seed),
+        evaluation=EvaluationConfig(max_images=20),
+    )
+    train(config)
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return train_vae(tmp_path_factory.mktemp("vae") / "run")
+
+
+def tiny(output_dir, vae, **run):
+    run = {"max_images": 300, "batch_size": 30, "log_every": 90, "tracker": None, "epochs": 3} | run
+    return TextToImageConfig(
+        data=DATA,
+        vae=AutoencoderConfig(source=str(vae)),
+        model=DenoiserConfig((8, 16), norm_num_groups=4, text_width=16, text_layers=1),
+        run=RunConfig(output_dir=str(output_dir), **run),
+        sampling=SamplingConfig(steps=2, seeds=2, guidance=(1.0, 3.0), heldout_images=40),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(vae, tmp_path_factory):
+    """A run whose checkpoints were all kept, and its result."""
+    AcceleratorState._reset_state(True)
+    config = tiny(
+        tmp_path_factory.mktemp("t2i") / "run", vae, max_images=1800, batch_size=60, gradient_accumulation_steps=2,
+        checkpoint_every=150, keep_checkpoints=100,
+    )  # fmt: skip
+    return config, run_task(TextToImageTask(config))
+
+
+def at(config, output_dir, **run):
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(output_dir), **run))
+
+
+def copied(run, to, images_seen=None):
+    """The finished run elsewhere, or as it was after the checkpoint at `images_seen`."""
+    shutil.copytree(run, to)
+    if images_seen is not None:
+        for path in (to / "checkpoints").iterdir():
+            if int(path.name.removeprefix("images-")) > images_seen:
+                shutil.rmtree(path)
+        (to / "evaluation.json").unlink()
+        shutil.rmtree(to / "pipeline")
+    return to
+
+
+def trained(output_dir):
+    newest = max((Path(output_dir) / "checkpoints").iterdir())
+    return load_file(newest / "model.safetensors")
+
+
+class TestRun:
+    def test_leaves_a_stock_pipeline(self, finished):
+        _, result = finished
+        index = json.loads((result.output_dir / "pipeline" / "model_index.json").read_text())
+        parts = {name: value for name, value in index.items() if isinstance(value, list)}
+        assert {library for library, name in parts.values() if name} <= STOCK
+        assert parts["vae"] == ["diffusers", "AutoencoderKL"] and parts["unet"][1] == "UNet2DConditionModel"
+        names = {}
+        exec(result.load_line, names)
+        pictures = names["pipeline"](["a handwritten seven", "1"], num_inference_steps=2).images
+        assert type(names["pipeline"]) is StableDiffusionPipeline and [p.size for p in pictures] == [(16, 16)] * 2
+
+    def test_averaged_weights_are_saved_in_full_precision(self, finished):
+        _, result = finished
+        averages = load_file(max((result.output_dir / "checkpoints").iterdir()) / "ema.safetensors")
+        unet = load_file(result.output_dir / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+        assert unet and all(torch.equal(averages[f"unet.{name}"], value) for name, value in unet.items())
+        assert {value.dtype for value in unet.values()} == {torch.float32}
+
+    def test_vae_in_it_is_that_which_was_given(self, finished, vae):
+        before, after = VAE.from_pretrained(vae / "model"), VAE.from_pretrained(finished[1].output_dir / "pipeline/vae")
+        assert all(torch.equal(before.state_dict()[name], value) for name, value in after.state_dict().items())
+        assert before.config.scaling_factor == after.config.scaling_factor
+
+    def test_pictures_and_figures(self, finished):
+        _, result = finished
+        width, height = Image.open(result.output_dir / "pictures" / "prompts.png").size
+        assert width > 4 * 64 and height > 10 * 64  # two seeds at two scales, ten prompts
+        assert Image.open(result.output_dir / "pictures" / "loss.png").size > (200, 200)
+        evaluation = json.loads((result.output_dir / "evaluation.json").read_text())
+        assert evaluation["heldout"]["error"] == result.heldout_error and evaluation["heldout"]["images"] == 40
+        assert [record["images_seen"] for record in records(result.output_dir, "train")][-1] == 1800
+
+    def test_it_learns(self, finished):
+        losses = [record["error"] for record in records(finished[1].output_dir, "train")]
+        assert losses[-1] < 0.9 * losses[0]
+
+    def test_a_finished_run_is_told_again(self, finished, tmp_path):
+        config, result = finished
+        output_dir = copied(result.output_dir, tmp_path / "run")
+        again = run_task(TextToImageTask(at(config, output_dir)))
+        assert again.heldout_error == result.heldout_error and again.parameters == result.parameters
+
+    def test_dry_run_leaves_nothing(self, vae, tmp_path):
+        result, same, _ = dry_run(TextToImageTask(tiny(tmp_path / "run", vae)))
+        assert same and result.parameters > 0 and not (tmp_path / "run").exists()
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize("images_seen", [960, pytest.param(1857, marks=pytest.mark.slow)])
+    def test_the_same_command_ends_bit_identical(self, images_seen, finished, tmp_path):
+        config, result = finished
+        output_dir = copied(result.output_dir, tmp_path / "run", images_seen)
+        run_task(TextToImageTask(at(config, output_dir)))
+        assert left_behind(output_dir) == left_behind(result.output_dir)
+        for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+            first, second = (load_file(folder / "pipeline" / f"{part}.safetensors") for folder in (
+                output_dir, result.output_dir))  # fmt: skip
+            assert all(torch.equal(first[name], second[name]) for name in first)
+
+    def test_with_another_autoencoder_is_refused(self, finished, tmp_path):
+        """Its path may change; what counts are the weights."""
+        config, result = finished
+        moved = tmp_path / "moved"
+        shutil.copytree(Path(config.vae.source), moved)
+        output_dir = copied(result.output_dir, tmp_path / "run", 960)
+        run_task(TextToImageTask(dataclasses.replace(at(config, output_dir), vae=AutoencoderConfig(str(moved)))))
+        other = train_vae(tmp_path / "other", seed=1)
+        output_dir = copied(result.output_dir, tmp_path / "again", 960)
+        changed = dataclasses.replace(at(config, output_dir), vae=AutoencoderConfig(str(other)))
+        with pytest.raises(ValueError, match="latents"):  # those in its folder are of the old one
+            run_task(TextToImageTask(changed))
+        changed = dataclasses.replace(changed, latents=LatentsConfig(folder=str(tmp_path / "latents")))
+        with pytest.raises(FileExistsError, match="another autoencoder"):
+            run_task(TextToImageTask(changed))
+
+    def test_with_other_settings_is_refused(self, finished, tmp_path):
+        config, result = finished
+        output_dir = copied(result.output_dir, tmp_path / "run", 960)
+        changed = dataclasses.replace(at(config, output_dir), diffusion=DiffusionConfig("v_prediction"))
+        with pytest.raises(FileExistsError, match=r"diffusion\.prediction_type: epsilon -> v_prediction"):
+            run_task(TextToImageTask(changed))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(vae, tmp_path):
+    configs = [tiny(tmp_path / f"run-{n}", vae, checkpoint_every=30, keep_checkpoints=100) for n in (1, 2)]
+    configs = [dataclasses.replace(config, optimizer=OptimizerConfig(max_grad_norm=None)) for config in configs]
+    run_in(1, configs[0], script=SCRIPT)
+    run_in(2, configs[1], "--multi_gpu", script=SCRIPT)
+    first, second = (
+        load_file(Path(config.run.output_dir) / "checkpoints" / "images-000000000030" / "optimizer.safetensors")
+        for config in configs
+    )
+    gradients = [name for name in first if name.startswith("exp_avg.") and not name.endswith("k_proj.bias")]
+    assert len(gradients) > 50
+    for name in gradients:
+        assert (first[name] - second[name]).norm() <= 1e-5 * first[name].norm(), name
+    first, second = (trained(config.run.output_dir) for config in configs)
+    for name in first:
+        if not name.endswith("k_proj.bias"):  # to which a softmax is blind
+            torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-4)
+
+
+class TestLatents:
+    def task(self, vae, tmp_path, **latents):
+        config = dataclasses.replace(tiny(tmp_path / "run", vae), latents=LatentsConfig(**latents))
+        task = TextToImageTask(config)
+        from accelerate import Accelerator
+
+        task.load(Accelerator(cpu=True))
+        return task
+
+    @pytest.mark.parametrize("sample_posterior", [True, False])
+    def test_training_from_the_cache_equals_training_from_the_images(self, sample_posterior, vae, tmp_path):
+        """Ten steps with the same noise, on latents from the disk and on latents that are encoded just then."""
+        task = self.task(vae, tmp_path, sample_posterior=sample_posterior)
+        images, _ = load_data(DATA)
+        encoder = VAE.from_pretrained(vae / "model").eval()
+
+        class JustEncoded:
+            latent_shape = task.train_set.latents.latent_shape
+
+            @torch.no_grad()
+            def latents(self, indices, noise=None):
+                posterior = encoder.encode(to_model_range(images.pixels[torch.tensor(indices)])).latent_dist
+                return posterior.mean if noise is None else posterior.mean + posterior.std * noise
+
+        losses, weights = {}, {}
+        stored = task.train_set.latents
+        for kind, source in (("stored", stored), ("encoded", JustEncoded())):
+            task.train_set.latents = source
+            torch.manual_seed(0)
+            model, losses[kind] = task.build(), []
+            optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+            for step in range(10):
+                generator = torch.Generator().manual_seed(step)
+                indices = torch.randperm(len(images), generator=generator)[:30].tolist()
+                terms = task.step(model, task.train_set.__getitems__(indices), task.draws(30, generator))
+                terms.loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses[kind].append(terms.loss.item())
+            weights[kind] = model.state_dict()
+        assert losses["stored"] == pytest.approx(losses["encoded"], rel=1e-5)
+        for name, value in weights["stored"].items():
+            torch.testing.assert_close(value, weights["encoded"][name], rtol=0, atol=1e-4)
+
+    def test_draws_differ_from_the_mean(self, vae, tmp_path):
+        """The two settings are two: a model that sees draws sees the posterior's variance."""
+        task = self.task(vae, tmp_path)
+        latents = task.train_set.latents
+        drawn = latents.latents(range(500), torch.randn(500, *latents.latent_shape))
+        assert (drawn - latents.latents(range(500))).std() > 0.01
+
+    def test_scaled_latents_have_unit_scale(self, vae, tmp_path):
+        """As the pipeline scales them: without the shift."""
+        task = self.task(vae, tmp_path)
+        latents = task.train_set.latents
+        scaled = task.scaling.scale(
+            latents.latents(range(len(latents)), torch.randn(len(latents), *latents.latent_shape))
+        )
+        factor = VAE.from_pretrained(vae / "model").config.scaling_factor
+        torch.testing.assert_close(task.scaling.scale(torch.ones(1, 4, 8, 8)), torch.full((1, 4, 8, 8), factor))
+        assert scaled.std() == pytest.approx(1, abs=0.05)
+
+    def test_a_cache_that_was_made_before_is_used(self, vae, tmp_path):
+        images, _ = load_data(DATA)
+        model = VAE.from_pretrained(vae / "model").eval()
+        before = encode_images(model, images, tmp_path / "latents").fingerprint
+        stamp = (tmp_path / "latents" / "index.json").stat().st_mtime_ns
+        task = self.task(vae, tmp_path, folder=str(tmp_path / "latents"))
+        assert task.train_set.latents.fingerprint == before
+        assert (tmp_path / "latents" / "index.json").stat().st_mtime_ns == stamp
+
+
+class TestCaptions:
+    def test_every_caption_of_an_image_is_chosen_alike(self):
+        captions = Captions([("a", "b", "c"), ("a",), ("d", "b")])
+        chance = torch.rand(30_000, generator=torch.Generator().manual_seed(0))
+        for index, texts in enumerate((("a", "b", "c"), ("a",), ("d", "b"))):
+            rows = captions.choose([index] * len(chance), chance)
+            counts = {
+                captions.distinct[row]: int(count) for row, count in zip(*rows.unique(return_counts=True), strict=True)
+            }
+            assert counts.keys() == set(texts)
+            assert all(abs(count / len(chance) - 1 / len(texts)) < 0.02 for count in counts.values())
+        assert captions.distinct[captions.choose([0], torch.tensor([1.0]))] == "c"  # rounded up
+
+    def test_labels_are_put_into_every_phrase(self):
+        found = captions_of(None, torch.tensor([7, 0]), ("zero",) * 7 + ("seven",), None, digits=True)
+        assert found[0][:2] == ("a handwritten seven", "the digit 7") and len(found[0]) == len(DIGIT_PHRASES)
+        assert captions_of(None, torch.tensor([1]), ("cat", "dog"), None, False)[0][0] == "a picture of a dog"
+
+    def test_own_captions_come_first(self):
+        own = [("a ship",), ("a cat", "a small cat")]
+        assert captions_of(own, torch.tensor([0, 1]), ("x", "y"), None, False) == own
+        with pytest.raises(ValueError, match=r"captions\.phrases are for labels"):
+            captions_of(own, None, None, ("a {name}",), False)
+        with pytest.raises(ValueError, match=r"metadata\.jsonl"):
+            captions_of(None, None, None, None, False)
+
+    def test_dropped_captions_are_the_empty_prompt(self, vae, tmp_path):
+        from accelerate import Accelerator
+
+        config = tiny(tmp_path / "run", vae)
+        task = TextToImageTask(dataclasses.replace(config, diffusion=DiffusionConfig(caption_dropout=0.25)))
+        task.load(Accelerator(cpu=True))
+        seen = []
+
+        class Denoiser(torch.nn.Module):
+            def forward(self, noisy_latents, timesteps, tokens):
+                seen.append(tokens)
+                return noisy_latents
+
+        draws = task.draws(1600, torch.Generator().manual_seed(0))
+        task.step(Denoiser(), task.train_set.__getitems__(range(1600)), draws)
+        empty = (seen[0] == task.no_prompt).all(1)
+        assert torch.equal(empty, draws["dropped"]) and 0.2 < empty.float().mean() < 0.3
+        labels = task.train_set.latents.labels
+        for index in (~empty).nonzero().flatten()[:50].tolist():
+            text = task.tokenizer.decode(seen[0][index], skip_special_tokens=True).strip()
+            number = int(labels[index])
+            name = task.train_set.latents.classes[number]
+            assert text in {phrase.format(name=name, number=number) for phrase in DIGIT_PHRASES}
+
+    def test_tokens_are_those_of_the_pipeline(self, finished):
+        """The stock pipeline's own encoding of a prompt, against the text encoder on the tokens of the training."""
+        config, result = finished
+        pipeline = DiffusionPipeline.from_pretrained(result.output_dir / "pipeline")
+        prompt, negative = pipeline.encode_prompt("a handwritten seven", "cpu", 1, True)
+        tokens = [pipeline.tokenizer(text, padding="max_length", return_tensors="pt").input_ids for text in (
+            "a handwritten seven", "")]  # fmt: skip
+        assert tokens[0].shape == (1, config.captions.max_length)
+        for expected, ids in zip((prompt, negative), tokens, strict=True):
+            torch.testing.assert_close(pipeline.text_encoder(ids)[0], expected)
+
+    @pytest.mark.parametrize(
+        ("settings", "named"),
+        [
+            ({"phrases": ()}, "one phrase at least"),
+            ({"phrases": ("a digit",)}, "must hold {name} or {number}"),
+            ({"phrases": ("a {nmae}",)}, "no other braces, got a {nmae}"),
+            ({"max_length": 2}, r"captions\.max_length must be at least 3"),
+        ],
+    )
+    def test_wrong_settings_are_named(self, settings, named):
+        with pytest.raises(ValueError, match=named):
+            CaptionConfig(**settings)
+
+    def test_folder_with_captions(self, vae, tmp_path):
+        """Files beside the images say what they show; prompts of the grid are captions that were held out."""
+        images, _ = load_data(DATA)
+        (tmp_path / "images").mkdir()
+        for index in range(60):
+            Image.fromarray(images.pixels[index, 0].numpy()).save(tmp_path / "images" / f"{index}.png")
+            text = f"number {int(images.labels[index])}\nwritten by hand as {index}\n"
+            (tmp_path / "images" / f"{index}.txt").write_text(text)
+        data = dataclasses.replace(DATA, name="folder", root=str(tmp_path / "images"))
+        config = dataclasses.replace(tiny(tmp_path / "run", vae, max_images=60), data=data)
+        task = TextToImageTask(config)
+        assert run_task(task).train_images == 54
+        assert all(re.fullmatch(r"number \d", prompt) for prompt in task.prompts) and len(task.prompts) == 6
+        few = dataclasses.replace(at(config, tmp_path / "other"), captions=CaptionConfig(max_length=4))
+        with pytest.raises(ValueError, match=r"captions\.max_length, start and end among them; got \d"):
+            run_task(TextToImageTask(few))
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("changes", "named"),
+        [
+            ({"vae": AutoencoderConfig("nowhere/to/be/found")}, "nowhere/to/be/found"),
+            ({"data": dataclasses.replace(DATA, channels=3)}, "takes 1"),
+            ({"data": dataclasses.replace(DATA, resolution=17)}, "divisible by"),
+            ({"data": dataclasses.replace(DATA, resolution=20)}, "divisible by"),
+            ({"model": DenoiserConfig((8, 8, 8, 8, 8), norm_num_groups=4)}, "at least 32"),
+        ],
+    )
+    def test_what_does_not_fit_is_said_before_anything_is_written(self, changes, named, vae, tmp_path):
+        config = dataclasses.replace(tiny(tmp_path / "run", vae), **changes)
+        with pytest.raises((OSError, ValueError), match=named):
+            run_task(TextToImageTask(config))
+        assert [path.name for path in (tmp_path / "run").iterdir()] in ([], [".lock"])
+
+    def test_perceptron(self, tmp_path):
+        mlp = train_vae(tmp_path / "mlp", "mlp")
+        with pytest.raises(ValueError, match="takes an AutoencoderKL, got MLPVAE"):
+            run_task(TextToImageTask(tiny(tmp_path / "run", mlp)))
+
+    @pytest.mark.parametrize(
+        ("make", "named"),
+        [
+            (lambda: DenoiserConfig((8, 12), norm_num_groups=8), "divisible by model.norm_num_groups, got 12 and 8"),
+            (lambda: DenoiserConfig(text_width=10), "model.text_width must be divisible by model.text_heads"),
+            (lambda: DenoiserConfig(text_layers=0), "model.text_layers must be at least 1"),
+            (lambda: SamplingConfig(guidance=(0.5,)), "sampling.guidance must be scales of at least 1"),
+            (lambda: SamplingConfig(prompts=()), "sampling.prompts must hold one prompt"),
+            (lambda: SamplingConfig(steps=0), "sampling.steps must be at least 1"),
+            (lambda: LatentsConfig(batch_size=0), "latents.batch_size must be at least 1"),
+        ],
+    )
+    def test_wrong_settings_are_named(self, make, named):
+        with pytest.raises(ValueError, match=named):
+            make()
+
+    def test_wrong_key_on_the_command_line(self, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["train-text-to-image", "--diffusion.gamma", "5"])
+        assert stopped.value.code == 2 and "diffusion.gamma" in capsys.readouterr().err
+
+    def test_vae_is_short_for_its_source(self, tmp_path, capsys):
+        assert (
+            cli.main(
+                ["train-text-to-image", f"--vae={tmp_path / 'missing'}", "--run.output_dir", str(tmp_path / "run")]
+            )
+            == 1
+        )
+        assert str(tmp_path / "missing") in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_stock_diffusers_runs_it_without_the_package(finished, tmp_path):
+    """Text, image to image, automatic pipelines, other schedulers, slicing, tiling, half precision, saved again."""
+    shutil.copytree(finished[1].output_dir / "pipeline", tmp_path / "pipeline")
+    run_without_package(
+        "import torch, numpy as np\n"
+        "from diffusers import *\n"
+        "few = {'num_inference_steps': 2, 'output_type': 'np'}\n"
+        "def seed(): return {'generator': torch.Generator().manual_seed(0)}\n"
+        "pipeline = DiffusionPipeline.from_pretrained('pipeline')\n"
+        "first = pipeline('a handwritten seven', **few, **seed()).images\n"
+        "assert type(pipeline) is StableDiffusionPipeline and first.shape == (1, 16, 16, 1) and first.std() > 0\n"
+        "automatic = AutoPipelineForText2Image.from_pretrained('pipeline')\n"
+        "assert (automatic('a handwritten seven', **few, **seed()).images == first).all()\n"
+        "other = StableDiffusionImg2ImgPipeline.from_pretrained('pipeline')\n"
+        "image = torch.rand(1, 1, 16, 16)\n"
+        "def changed(strength):\n"
+        "    made = other('the digit 1', image, strength, num_inference_steps=10, output_type='np', **seed()).images\n"
+        "    return np.abs(made[0, ..., 0] - image[0, 0].numpy()).mean()\n"
+        "assert changed(0.1) < changed(1.0)\n"
+        "for name in ('DDIM', 'PNDM', 'DPMSolverMultistep', 'EulerDiscrete', 'DDPM'):\n"
+        "    kind = globals()[name + 'Scheduler']\n"
+        "    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)\n"
+        "    assert np.isfinite(pipeline(['a seven', '3'], **few, guidance_scale=3.0, **seed()).images).all()\n"
+        "pipeline.vae.enable_slicing(); pipeline.vae.enable_tiling()\n"
+        "assert pipeline(['a seven', '3'], height=32, width=48, **few).images.shape == (2, 32, 48, 1)\n"
+        "for dtype in (torch.bfloat16, torch.float16):\n"
+        "    half = DiffusionPipeline.from_pretrained('pipeline', torch_dtype=dtype)\n"
+        "    assert half.unet.dtype == dtype and np.isfinite(half('a seven', **few, **seed()).images).all()\n"
+        "automatic.save_pretrained('again')\n"
+        "again = DiffusionPipeline.from_pretrained('again')\n"
+        "assert (again('a handwritten seven', **few, **seed()).images == first).all()\n",
+        tmp_path,
+    )
+
+
+def test_default_is_the_preset():
+    from diffusers_vae.config import TRAININGS, parse_settings
+
+    training = TRAININGS["train-text-to-image"]
+    preset = SCRIPT.parent / "configs" / "digits-t2i.yaml"
+    assert parse_settings(training, [])[0] == parse_settings(training, ["--config", str(preset)])[0]
+    assert yaml.safe_load(preset.read_text())["run"]["output_dir"] == "runs/digits-t2i"
+
+
+def test_arrays_without_labels_cannot_be_described():
+    images = ArrayImages(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="must be told what the images show"):
+        captions_of(images.captions, images.labels, images.classes, None, False)
