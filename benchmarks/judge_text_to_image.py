@@ -119,7 +119,7 @@ def judge(classifier: Classifier, pixels: torch.Tensor, real_features: torch.Ten
         "right_interval": wilson_interval(int(right.sum()), len(right)),
         "right_per_digit": right.view(-1, len(WORDS)).double().mean(0).tolist(),
         "seen_per_digit": answers.bincount(minlength=len(WORDS)).tolist(),
-        "frechet_distance": frechet_distance(real_features[:same], features[:same]),
+        "frechet_distance": max(0.0, frechet_distance(real_features[:same], features[:same])),
         "images_in_distance": same,
         "diversity": diversity.mean().item(),
         "diversity_per_digit": diversity.tolist(),
@@ -176,7 +176,7 @@ def reconstruct(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 
 def table(judged: dict[str, dict[str, Any]]) -> str:
     """One line per set of pictures, and below them the shares digit by digit."""
-    rows = [("", "right", "95 % interval", "Fréchet distance", "diversity", "least of a digit")]
+    rows = [("", "right", "95 % interval", "Frechet distance", "diversity", "least of a digit")]
     by_digit = [("right, %", *WORDS)]
     for name, figures in judged.items():
         low, high = figures["right_interval"]
