@@ -1,0 +1,193 @@
+"""The scripts in benchmarks/ tell good pictures from bad ones, and run."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from scipy.stats import binomtest
+from test_vae import make_pipeline
+
+from diffusers_vae import VAE
+from diffusers_vae.data import DataConfig, load_data
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "judge_text_to_image.py"
+spec = importlib.util.spec_from_file_location("judge_text_to_image", SCRIPT)
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Training and held-out digits as the script reads them."""
+    return load_data(DataConfig("digits", fit=script.FITS["digits"]))
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """Folder of a StableDiffusionPipeline with random weights and a vae of stock class."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    torch.manual_seed(0)
+    vae = VAE(in_channels=1, out_channels=1, block_out_channels=(8, 8, 8), norm_num_groups=4, **blocks)
+    make_pipeline(vae, folder).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+def call(capsys, *arguments):
+    """Exit code, and what was printed to stdout and to stderr."""
+    try:
+        code = script.main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        code = exit.code
+    return code, *capsys.readouterr()
+
+
+class TestFigures:
+    @pytest.mark.parametrize(("right", "count"), [(0, 20), (7, 20), (20, 20), (985, 1000)])
+    def test_interval_is_wilsons(self, right, count):
+        expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
+        assert script.wilson_interval(right, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+    def test_real_images_come_in_the_order_of_the_prompts(self, digits):
+        train = digits[0]
+        indices = script.real_in_turn(train.labels, 12)
+        assert torch.equal(train.labels[indices], script.digits_in_turn(120))
+        assert len(set(indices.tolist())) == 120
+        prompts = script.prompts_in_turn(120, ["a {word}", "the digit {number}"])
+        assert prompts[:2] == ["a zero", "a one"] and prompts[19:21] == ["the digit 9", "a zero"]
+        assert len(set(prompts)) == 20
+
+    def test_spread_is_the_mean_distance_within_a_digit(self):
+        features = torch.rand(40, 3, dtype=torch.float64)
+        four = features[2::10]
+        apart = [(four[i] - four[k]).norm() for i in range(4) for k in range(i)]
+        assert script.spread(features)[2].item() == pytest.approx(sum(apart).item() / 6)
+
+    def test_a_contact_sheet_has_a_column_per_digit(self):
+        columns = torch.arange(10, dtype=torch.uint8).mul(20).repeat(12).view(120, 1, 1, 1).expand(-1, 1, 32, 32)
+        sheet = np.asarray(script.contact_sheet({"guidance 1": columns, "guidance 4": columns.flip(0)}))
+        assert sheet.shape == (18 + 10 * 34 + 2, 2 * (10 * 34 + 2) + 12, 3)
+        shown = [sheet[18 + 5 + 34 * row, 5 + 34 * column, 0] // 20 for row in (0, 9) for column in range(10)]
+        assert shown == [*range(10)] * 2
+        assert [sheet[18 + 5, 342 + 12 + 5 + 34 * column, 0] // 20 for column in range(10)] == [*range(10)][::-1]
+
+
+@pytest.fixture(scope="module")
+def judged(digits):
+    """What the script says of known pictures in the place of drawn ones."""
+    train, heldout = digits
+    classifier = script.train_classifier(train, script.EPOCHS["digits"], 0, torch.device("cpu"))
+    pixels = heldout.pixels[script.real_in_turn(heldout.labels, 14)]
+    others = train.pixels[script.real_in_turn(train.labels, 20)]
+    features = script.look(classifier, pixels)[1]
+    turned = pixels.view(14, 10, *pixels.shape[1:]).roll(1, 1).flatten(0, 1)
+    cases = {"same": pixels, "others": others, "turned": turned, "repeated": pixels[:10].repeat(14, 1, 1, 1)}
+    cases["black"] = torch.zeros_like(pixels)
+    return {name: script.judge(classifier, given, features) for name, given in cases.items()}
+
+
+@pytest.mark.slow
+class TestJudgement:
+    def test_real_images_are_right_near_and_diverse(self, judged):
+        assert judged["same"]["right"] > 0.95 and judged["others"]["right"] > 0.95
+        assert judged["same"]["frechet_distance"] == pytest.approx(0, abs=1e-3)
+        assert judged["same"]["diversity"] == pytest.approx(1)
+        assert 0.8 < judged["others"]["diversity"] < 1.2
+        assert judged["others"]["images"] == 200 and judged["others"]["images_in_distance"] == 140
+
+    def test_wrong_digits_are_told_by_the_share_alone(self, judged):
+        assert judged["turned"]["right"] < 0.05
+        assert judged["turned"]["frechet_distance"] == pytest.approx(0, abs=1e-3)
+
+    def test_one_picture_again_and_again_is_told_by_the_diversity(self, judged):
+        assert judged["repeated"]["right"] > 0.95
+        assert judged["repeated"]["diversity"] == pytest.approx(0, abs=1e-6)
+        assert judged["repeated"]["frechet_distance"] > 3 * judged["others"]["frechet_distance"]
+
+    def test_no_digit_at_all(self, judged):
+        assert judged["black"]["right"] == pytest.approx(0.1) and max(judged["black"]["seen_per_digit"]) == 140
+        assert judged["black"]["frechet_distance"] > 20 * judged["others"]["frechet_distance"]
+
+
+@pytest.mark.slow
+class TestRuns:
+    def test_end_to_end(self, pipeline, tmp_path, capsys):
+        out, picture = tmp_path / "figures" / "judged.json", tmp_path / "judged.png"
+        settings = ["--count", "20", "--steps", "2", "--guidance", "1", "4", "--out", out, "--picture", picture]
+        code, text, err = call(capsys, pipeline, "--data.name", "digits", *settings)
+        assert code == 0, err
+        assert "guidance 4" in text and "real training images" in text and str(out) in text
+        judged = json.loads(out.read_text())
+        assert judged["pipeline"]["class"] == "StableDiffusionPipeline" and judged["pipeline"]["vae"] == "AutoencoderKL"
+        assert set(judged["weights"]) == {"vae", "text_encoder", "unet"}
+        assert judged["classifier"]["accuracy"] >= 0.97 and judged["count"] == 20
+        assert list(judged["judged"]) == ["real training images", "reconstructions", "guidance 1", "guidance 4"]
+        assert judged["judged"]["guidance 1"]["right"] < 0.5 < judged["judged"]["real training images"]["right"]
+        assert str(tmp_path) not in out.read_text()
+        assert Image.open(picture).width > 600
+
+    def test_pictures_are_repeatable_and_do_not_depend_on_the_batch(self, pipeline):
+        loaded = script.load_pipeline(pipeline, None, torch.device("cpu"))
+        prompts = script.prompts_in_turn(10, ["a {word}"])
+        first, again, other = (script.draw(loaded, prompts, 4, 2, 0, size).int() for size in (10, 10, 3))
+        assert torch.equal(first, again) and (first - other).abs().max() <= 1
+        assert (first[0] - first[1]).abs().max() > 10
+        assert (first - script.draw(loaded, prompts, 4, 2, 1, 10)).abs().max() > 10
+
+    def test_another_vae_takes_the_place_of_the_pipelines_own(self, pipeline, tmp_path):
+        vae = DiffusionPipeline.from_pretrained(pipeline).vae
+        with torch.no_grad():
+            vae.post_quant_conv.bias += 1
+        vae.save_pretrained(tmp_path)
+        loaded = script.load_pipeline(pipeline, str(tmp_path), torch.device("cpu"))
+        assert torch.equal(loaded.vae.post_quant_conv.bias, vae.post_quant_conv.bias)
+
+    def test_a_classifier_that_errs_is_no_judge(self, pipeline, capsys, monkeypatch):
+        monkeypatch.setitem(script.EPOCHS, "digits", 1)
+        monkeypatch.setitem(script.BARS, "digits", 1.01)
+        code, _, err = call(capsys, pipeline, "--data.name", "digits", "--count", "20", "--steps", "1")
+        assert code == 1 and "error: the classifier must be right on 101%" in err
+
+    def test_a_pipeline_with_a_class_of_this_package(self, pipeline, tmp_path, capsys):
+        loaded = DiffusionPipeline.from_pretrained(pipeline)
+        loaded.register_modules(vae=VAE.from_diffusers(loaded.vae))
+        loaded.save_pretrained(tmp_path)
+        code, _, err = call(capsys, tmp_path, "--data.name", "digits")
+        assert code == 1 and "a pipeline must hold stock classes only, got VAE as vae" in err
+
+    def test_missing_data(self, pipeline, tmp_path, capsys, monkeypatch):
+        for name in ("http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")
+        code, _, err = call(capsys, pipeline, "--data.root", tmp_path, "--count", "20", "--steps", "1")
+        assert code == 1 and "the data set is not there and cannot be downloaded" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "pipeline"),
+        (["nowhere"], 1, "error: there is no pipeline in"),
+        (["x", "--data.name", "cifar10"], 2, "cifar10"),
+        (["x", "--count", "25"], 2, "--count must be a multiple of 10, at least 20, got 25"),
+        (["x", "--guidance", "0.5"], 2, "--guidance must be at least 1, which is none, got 0.5"),
+        (["x", "--steps", "0"], 2, "--steps must be at least 1, got 0"),
+        (["x", "--prompts", "a digit"], 2, "--prompts must name the digit as {word} or {number}, got 'a digit'"),
+        (["x", "--prompts", "a {digit}"], 2, "--prompts must name the digit"),
+        (["x", "--picture", "judged.txt"], 2, "--picture must be a picture"),
+    ],
+)
+def test_wrong_input(arguments, code, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    got, _, err = call(capsys, *arguments)
+    assert got == code and message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_vae_is_named(pipeline, capsys):
+    code, _, err = call(capsys, pipeline, "--vae", "nowhere")
+    assert code == 1 and "error: there is no autoencoder in" in err
