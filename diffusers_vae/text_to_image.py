@@ -198,7 +198,7 @@ class TextToImageConfig(Settings):
     model: DenoiserConfig = field(default_factory=DenoiserConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    run: RunConfig = field(default_factory=partial(RunConfig, output_dir="runs/digits-t2i", epochs=100))
+    run: RunConfig = field(default_factory=partial(RunConfig, output_dir="runs/digits-t2i", epochs=80))
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
