@@ -197,8 +197,8 @@ class TextToImageConfig(Settings):
     captions: CaptionConfig = field(default_factory=CaptionConfig)
     model: DenoiserConfig = field(default_factory=DenoiserConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    run: RunConfig = field(default_factory=partial(RunConfig, output_dir="runs/digits-t2i", epochs=80))
+    optimizer: OptimizerConfig = field(default_factory=partial(OptimizerConfig, learning_rate=1e-3))
+    run: RunConfig = field(default_factory=partial(RunConfig, output_dir="runs/digits-t2i", epochs=60, batch_size=64))
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 

@@ -16,6 +16,7 @@ from diffusers_vae.trainer import TrainConfig
 PRESETS = sorted((Path(__file__).parents[1] / "training" / "configs").glob("*.yaml"))
 
 TRAIN = TRAININGS["train"]
+TEXT_TO_IMAGE = TRAININGS["train-text-to-image"]
 
 
 def write(path, text):
@@ -26,7 +27,8 @@ def write(path, text):
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 class TestPresets:
     def test_parses_and_writes_to_its_own_folder(self, preset):
-        config, dry = parse_settings(TRAIN, ["--config", str(preset)])
+        training = TEXT_TO_IMAGE if preset.stem.endswith("-t2i") else TRAIN
+        config, dry = parse_settings(training, ["--config", str(preset)])
         assert config.run.output_dir == f"runs/{preset.stem}" and not dry
 
     def test_says_what_to_expect(self, preset):
@@ -152,6 +154,8 @@ class TestLearningRate:
 def test_digits_preset_is_the_default():
     digits = next(preset for preset in PRESETS if preset.stem == "digits")
     assert parse_settings(TRAIN, ["--config", str(digits)]) == parse_settings(TRAIN, [])
+    digits = next(preset for preset in PRESETS if preset.stem == "digits-t2i")
+    assert parse_settings(TEXT_TO_IMAGE, ["--config", str(digits)]) == parse_settings(TEXT_TO_IMAGE, [])
 
 
 def test_perceptron_with_bernoulli_needs_nothing_else():

@@ -1,7 +1,9 @@
 """What the README tells a newcomer to do is there and works."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -40,12 +42,15 @@ def digits_model(tmp_path):
 
 def test_code_runs_as_it_stands(digits_model, tmp_path, monkeypatch):
     make_pipeline(digits_model, tmp_path)
+    shutil.copytree(tmp_path / "before", tmp_path / "runs" / "digits-t2i" / "pipeline")
     (tmp_path / "before").rename(tmp_path / "my-pipeline")
     monkeypatch.chdir(tmp_path)
-    names = {}
+    names, pipelines = {}, []
     for block in BLOCKS:
         exec(block, names)
-    assert isinstance(names["pipeline"], DiffusionPipeline) and names["pipeline"].vae.config.shift_factor == 0.2
+        pipelines += [names.pop("pipeline", None)]
+    assert isinstance(pipelines[0], DiffusionPipeline) and pipelines[0].vae.config.shift_factor == 0.2
+    assert (tmp_path / "seven.png").exists()
     assert names["reconstructions"].shape == names["images"].shape == (4, 1, 32, 32)
     assert torch.isfinite(names["terms"].loss)
 
@@ -100,3 +105,21 @@ def test_cards_are_of_the_presets():
         for section, settings in preset.items():
             for name, value in settings.items():
                 assert ran[section][name] == (float(value) if name == "learning_rate" else value), f"{section}.{name}"
+
+
+def test_text_to_image_is_shown_as_it_was_judged():
+    record = json.loads((ROOT / "benchmarks" / "judged" / "mnist-t2i.json").read_text())
+    names = {
+        "real images, a second sample": "real training images",
+        "the autoencoder's reconstructions": "reconstructions",
+        "guidance 1 (none)": "guidance 1",
+        "guidance 2": "guidance 2",
+        "guidance 4": "guidance 4",
+        "guidance 7.5": "guidance 7.5",
+    }
+    for label, name in names.items():
+        judged = record["judged"][name]
+        figures = f"{judged['right']:.1%}".replace("%", " %"), judged["frechet_distance"], judged["diversity"]
+        assert f"| {label} | {figures[0]} | {figures[1]:.1f} | {figures[2]:.2f} |" in README
+    assert f"right on {record['classifier']['accuracy']:.1%}".replace("%", " %") in README
+    assert record["count"] == 1000 and record["judged"]["guidance 2"]["right"] >= 0.99
