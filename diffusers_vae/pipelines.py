@@ -132,11 +132,9 @@ def swap_vae(pipeline: DiffusionPipeline, vae: VAE | AutoencoderKL) -> Diffusion
 def _check_class(vae: VAE | AutoencoderKL) -> None:
     if isinstance(vae, VAE) or type(vae) is AutoencoderKL:
         return
-    reason = (
-        "its latents are not spatial, and diffusers has no such class, so that no stock pipeline can use or save it"
-    )
-    if not isinstance(vae, MLPVAE):
-        reason = "a stock pipeline that was saved with another class may not load, or may scale its latents otherwise"
+    reason = "what these pipelines read of the config, and what loads again without other code, is of those two"
+    if isinstance(vae, MLPVAE):
+        reason = "its latents are not spatial, and diffusers has no such class, so no stock pipeline can use or load it"
     raise TypeError(
         f"the VAE must be a diffusers_vae.VAE or diffusers' AutoencoderKL, got {type(vae).__name__}: {reason}"
     )
@@ -165,8 +163,8 @@ def _not_computable(
     config = vae.config
     if stock.use_shift and config.shift_factor is None:
         yield (
-            f"shift_factor: the VAE has None, and {name} subtracts it; vae.register_to_config(shift_factor=...) sets it "
-            "to what the denoiser is trained with, 0.0 for latents that are not shifted"
+            f"shift_factor: the VAE has None, and {name} subtracts it; vae.register_to_config(shift_factor=...) sets "
+            "it to what the denoiser is trained with, 0.0 for latents that are not shifted"
         )
     by_channel = stock.per_channel and config.latents_mean is not None and config.latents_std is not None
     if by_channel and not len(config.latents_mean) == len(config.latents_std) == config.latent_channels == 4:
@@ -208,8 +206,8 @@ def _misfits(
         taken = denoiser.config.in_channels
         fitting = [each for each in range(1, taken + 1) if taken in stock.inputs(each)]
         yield (
-            f"latent channels: the VAE has {channels}, for which the {stock.denoiser} must take {expected} channels, and "
-            f"it takes {taken}; train the VAE with model.latent_channels "
+            f"latent channels: the VAE has {channels}, for which the {stock.denoiser} must take {expected} channels, "
+            f"and it takes {taken}; train the VAE with model.latent_channels "
             f"{' or '.join(map(str, fitting))}, or take another {stock.denoiser}"
         )
     elif compared and channels != old.config.latent_channels:
@@ -234,8 +232,8 @@ def _misfits(
         old_value = _applied(stock, old)[key]
         if not _close(value, old_value):
             yield (
-                f"{key}: the VAE has {value}, the old one, with which the denoiser was trained, {old_value}; if the VAE "
-                f"was fine-tuned from the old one, vae.register_to_config({key}={old_value}); if the denoiser was "
+                f"{key}: the VAE has {value}, the old one, with which the denoiser was trained, {old_value}; if the "
+                f"VAE was fine-tuned from the old one, vae.register_to_config({key}={old_value}); if the denoiser was "
                 "trained on the new latents, load the pipeline with vae=None before"
             )
 
