@@ -132,11 +132,9 @@ def swap_vae(pipeline: DiffusionPipeline, vae: VAE | AutoencoderKL) -> Diffusion
 def _check_class(vae: VAE | AutoencoderKL) -> None:
     if isinstance(vae, VAE) or type(vae) is AutoencoderKL:
         return
-    reason = (
-        "its latents are not spatial, and diffusers has no such class, so that no stock pipeline can use or save it"
-    )
-    if not isinstance(vae, MLPVAE):
-        reason = "a stock pipeline that was saved with another class may not load, or may scale its latents otherwise"
+    reason = "what these pipelines read of the config, and what loads again without other code, is of those two"
+    if isinstance(vae, MLPVAE):
+        reason = "its latents are not spatial, and diffusers has no such class, so no stock pipeline can use or load it"
     raise TypeError(
         f"the VAE must be a diffusers_vae.VAE or diffusers' AutoencoderKL, got {type(vae).__name__}: {reason}"
     )

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffusers_vae import VAE
-from diffusers_vae.models import VAEOutput
+from diffusers_vae.models import LatentScaling, VAEOutput
 
 TINY = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -371,6 +371,51 @@ class TestNumbers:
         (output.sample.float().square().sum() + output.latent_dist.kl().sum()).backward()
         for name, parameter in vae.named_parameters():
             assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), name
+
+
+CHANNELWISE = {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [0.5, 1.0, 1.5, 2.0]}
+
+
+class TestLatentScaling:
+    @pytest.mark.parametrize("settings", [{}, {"shift_factor": 0.3}, {"shift_factor": 0.3, **CHANNELWISE}])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_there_and_back(self, settings, dtype):
+        vae = build({**TINY, "scaling_factor": 0.7, **settings})
+        latents = torch.randn(2, 4, 3, 5, generator=generator()).to(dtype) * 3 + 1
+        scaled_latents = vae.scale_latents(latents)
+        assert scaled_latents.shape == latents.shape and scaled_latents.dtype == dtype
+        eps = torch.finfo(dtype).eps
+        for there_and_back in (vae.unscale_latents(scaled_latents), vae.scale_latents(vae.unscale_latents(latents))):
+            assert (there_and_back - latents).abs().max() < 16 * eps * latents.abs().max()
+        assert (scaled_latents - latents).abs().max() > 0.1
+
+    def test_latents_of_the_measured_statistics_become_standard(self):
+        mean, std = (torch.tensor(CHANNELWISE[key]).view(1, 4, 1, 1) for key in CHANNELWISE)
+        noise = torch.randn(4, 4, 64, 64, generator=generator())
+        noise = (noise - noise.mean()) / noise.std()
+        shifted = build({**TINY, "scaling_factor": 0.5, "shift_factor": 0.3}).scale_latents(noise * 2 + 0.3)
+        torch.testing.assert_close(shifted, noise)
+        channelwise = build({**TINY, "scaling_factor": 1.0, "shift_factor": 0.3, **CHANNELWISE})
+        torch.testing.assert_close(channelwise.scale_latents(noise * std + mean), noise)
+        incomplete = build({**TINY, "scaling_factor": 0.5, "latents_mean": [9.0] * 4})
+        torch.testing.assert_close(incomplete.scale_latents(noise * 2), noise)
+
+    def test_errors(self):
+        vae = build(TINY)
+        with pytest.raises(ValueError, match=r"^latents must have 4 channels as in the model's config, got 3"):
+            vae.scale_latents(torch.zeros(1, 3, 8, 8))
+        with pytest.raises(ValueError, match=r"^scaled_latents must have the shape .*got \(4, 8, 8"):
+            vae.unscale_latents(torch.zeros(4, 8, 8))
+        for values, message in [
+            ({"mean": (1.0,)}, "mean and std must be given together"),
+            ({"mean": (1.0,), "std": (1.0, 2.0)}, "one value per channel"),
+            ({"mean": (1.0,), "std": (1.0,), "shift": 1.0}, "take the place of shift"),
+            ({"factor": 0.0}, "other than 0"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                LatentScaling(**values)
+        with pytest.raises(ValueError, match=r"shape \(batch, 2, height, width.*got \(1, 1, 8, 8"):
+            LatentScaling(mean=(1.0, 2.0), std=(1.0, 2.0)).scale(torch.zeros(1, 1, 8, 8))
 
 
 class TestSharing:
