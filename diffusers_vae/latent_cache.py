@@ -184,7 +184,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                logger.info("%s is in use: waiting, in case it is by what is left of a killed process", folder)
+                logger.warning("%s is in use: waiting, in case it is by what is left of a killed process", folder)
                 lock.acquire(timeout=15)
         except Timeout as error:
             raise OSError(
@@ -438,7 +438,7 @@ class LatentDataset(Dataset):
     """The latents that `encode_images` wrote to `folder`, in float32, with labels and captions if the images had them.
 
     A row is a dict of `mean` and `logvar`, or of `latents`, each (C, h, w), and of `label`, int64, and `captions`, a
-    list of one or more. Files are mapped into memory, not loaded: what is read can be dropped by the system at any time.
+    list of one or more. Files are mapped into memory, not loaded: the system can drop what was read at any time.
 
     Args:
         folder: of the cache.
@@ -597,9 +597,10 @@ class LatentDataset(Dataset):
 
     def _rows(self, name: str, rows: list[int]) -> torch.Tensor:
         found = torch.empty(len(rows), *self.latent_shape)
-        for place, row in enumerate(rows):
-            number, inside = self._place(row)
-            found[place] = self._shard(number)[name][inside]
+        places = np.array([self._place(row) for row in rows]).reshape(-1, 2)
+        for number in np.unique(places[:, 0]).tolist():
+            here = torch.from_numpy(places[:, 0] == number)
+            found[here] = self._shard(number)[name][torch.from_numpy(places[:, 1])[here]].float()
         return found
 
     def verify(self) -> None:
