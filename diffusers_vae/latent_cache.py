@@ -12,6 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .checkpoint import described, naming, whole_file, write_file
-from .data import FolderImages, ImageSet, read_images
+from .data import FolderImages, ImageSet, ReadImages, kept_images
 from .evaluation import draw
 from .metrics import gather_parts, process_share
 from .models import VAE, encode, weights_hash
@@ -44,6 +45,8 @@ HEADER = "latent_cache"
 Kind = Literal["posterior", "sample", "mode"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LISTED = 20
+AHEAD = 4
+"""Batches that are read while one is encoded."""
 T = TypeVar("T")
 
 
@@ -217,7 +220,7 @@ def _is_complete(folder: Path, cache: dict[str, Any]) -> bool:
         header = _header(path)
         if header is not None:
             _check_same(folder, header["cache"], cache)
-    for partial in folder.glob(".*.partial"):
+    for partial in (*folder.glob(".*.partial"), *folder.glob(".tmp??????")):  # the latter are of safetensors itself
         partial.unlink(missing_ok=True)
     return False
 
@@ -313,10 +316,8 @@ def _encode_shard(
     kept: list[int] = []
     names = ("mean", "logvar") if cache["kind"] == "posterior" else ("latents",)
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    starts = range(images.start, images.stop, batch_size)
-    for start in starts:
-        indices = range(start, min(start + batch_size, images.stop))
-        own, batch = read_images(image_set, indices, vae.device)
+    for indices, read in _read_ahead(image_set, images, batch_size):
+        own, batch = kept_images(image_set, indices, read, vae.device)
         if not own:  # the shape of the latents all the same
             batch = torch.zeros(1, *cache["data"]["image_shape"], device=vae.device)
         posterior = encode(vae, batch)
@@ -329,7 +330,7 @@ def _encode_shard(
         for name, value in zip(names, values, strict=True):
             parts[name].append(_stored(value[: len(own)], DTYPES[cache["dtype"]], name, own, image_set))
         kept += own
-        if start != starts[-1]:
+        if indices.stop < images.stop:
             yield len(indices)
     tensors = {name: torch.cat(values) for name, values in parts.items()}
     tensors["indices"] = torch.tensor(kept, dtype=torch.long)
@@ -343,6 +344,17 @@ def _encode_shard(
     with whole_file(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, header)
     yield len(indices)
+
+
+def _read_ahead(image_set: ImageSet, images: range, batch_size: int) -> Iterator[tuple[range, ReadImages]]:
+    """Batch by batch, indices and what could be read, the next ones by threads while one is used."""
+    batches = [range(i, min(i + batch_size, images.stop)) for i in range(images.start, images.stop, batch_size)]
+    with ThreadPoolExecutor(AHEAD) as pool:
+        reading: list[Any] = [pool.submit(image_set.__getitems__, batch) for batch in batches[:AHEAD]]
+        for number, batch in enumerate(batches):
+            yield batch, reading[number].result()
+            reading[number] = None
+            reading += [pool.submit(image_set.__getitems__, later) for later in batches[number + AHEAD :][:1]]
 
 
 def _stored(

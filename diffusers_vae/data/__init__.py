@@ -1,7 +1,7 @@
 """Where images come from, and in which order."""
 
 from .captions import read_captions
-from .order import MicroBatch, epoch_batches, image_batches, read_images, step_noise
+from .order import MicroBatch, epoch_batches, image_batches, kept_images, step_noise
 from .sources import IMAGE_SUFFIXES, ArrayImages, DataConfig, FolderImages, ImageSet, ReadImages, load_data, load_split
 
 __all__ = [
@@ -14,9 +14,9 @@ __all__ = [
     "ReadImages",
     "epoch_batches",
     "image_batches",
+    "kept_images",
     "load_data",
     "load_split",
     "read_captions",
-    "read_images",
     "step_noise",
 ]
