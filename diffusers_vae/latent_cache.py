@@ -338,7 +338,7 @@ def _encode_shard(
         tensors["labels"] = image_set.labels[tensors["indices"]].long()
     if image_set.captions is not None:
         encoded = [json.dumps(image_set.captions[index]).encode() for index in kept]
-        tensors["captions"] = torch.from_numpy(np.frombuffer(bytearray(b"".join(encoded)), np.uint8))
+        tensors["captions"] = torch.from_numpy(np.array(bytearray(b"".join(encoded)), np.uint8))
         tensors["caption_ends"] = torch.tensor(np.cumsum([len(text) for text in encoded]), dtype=torch.long)
     header = {HEADER: json.dumps({"cache": cache, "sha256": _sum(tensors)})}
     with whole_file(path) as partial:
@@ -380,7 +380,8 @@ def _sum(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        if tensor.numel():
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -100,7 +100,7 @@ def main() -> int:
                     time.sleep(0.001)
                 time.sleep(chance.uniform(0, 0.05))
                 while len(struck) % 2 and not any(folder.glob(".*.partial")) and running(ids):
-                    pass
+                    time.sleep(0.0002)
                 for process in chance.sample(ids, len(ids)):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(process, signal.SIGKILL)
