@@ -325,8 +325,9 @@ class TestResume:
     @pytest.mark.parametrize(("processes", "trials"), [(1, 8), (2, 4), (3, 1)])
     def test_killed_again_and_again(self, processes, trials, tmp_path):
         """Up to 3 times at random moments, within a write too: at the end the files of one process, byte by byte."""
+        program = [sys.executable, ROOT / "tests" / "crash_encode.py", tmp_path]
         done = subprocess.run(
-            [sys.executable, ROOT / "tests" / "crash_encode.py", tmp_path, f"--processes={processes}", f"--trials={trials}"],
+            [*program, f"--processes={processes}", f"--trials={trials}"],
             capture_output=True, text=True, cwd=ROOT,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
