@@ -351,7 +351,7 @@ class TestClassesAndCaptions:
         return load_data(DataConfig(name="folder", root=str(root), resolution=8), captions=captions, **settings)
 
     def described(self, image_set):
-        """Captions by file; both parts of a set read in memory and on demand."""
+        """Captions by file."""
         return {path.stem + path.parent.name: own for path, own in zip(image_set.paths, image_set.captions)}  # noqa: B905
 
     @pytest.mark.parametrize("limit", [0, None])
@@ -445,7 +445,7 @@ class TestClassesAndCaptions:
 
     def test_many_problems_are_listed_in_part(self, folder):
         (folder / "metadata.jsonl").write_text("{}\n" * 50)
-        with pytest.raises(ValueError, match="line 20: (.|\n)*and 30 more$") as error:
+        with pytest.raises(ValueError, match=r"line 20: (.|\n)*and 30 more$") as error:
             self.load(folder)
         assert "line 21" not in str(error.value)
 
