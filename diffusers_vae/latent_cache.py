@@ -99,9 +99,12 @@ def encode_images(
     if not len(image_set):
         raise ValueError("there must be at least one image to encode, got none")
     cache = _on_main(lambda: _identity(vae, image_set, kind, dtype, seed, shard_images))
+    if _on_main(lambda: _is_complete(folder, cache)):
+        return LatentDataset(folder)
     with _alone_in(folder):
-        if _on_main(lambda: _is_complete(folder, cache)):
+        if _on_main(lambda: _is_complete(folder, cache)):  # by whom it was in use
             return LatentDataset(folder)
+        _on_main(lambda: _clear(folder, cache))
         shards = _encode_shards(vae, image_set, folder, cache, batch_size, progress)
 
         def finish() -> None:
@@ -204,25 +207,24 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _is_complete(folder: Path, cache: dict[str, Any]) -> bool:
-    """Whether all that `cache` says is there; if not, nothing is left that is half-written or would pass for all.
+    """Whether all that `cache` says is there; ValueError when the folder holds something else."""
+    if not (folder / INDEX).exists():
+        return False
+    index = _read_index(folder)
+    _check_same(folder, index["cache"], cache)
+    return not _changed(folder, index)
 
-    Raises:
-        ValueError: when the folder holds something else.
-    """
-    if (folder / INDEX).exists():
-        index = _read_index(folder)
-        _check_same(folder, index["cache"], cache)
-        if not _changed(folder, index):
-            return True
-        with naming(folder / INDEX):
-            (folder / INDEX).unlink()
+
+def _clear(folder: Path, cache: dict[str, Any]) -> None:
+    """Leaves nothing that is half-written or would pass for complete; ValueError when shards are of something else."""
     for path in sorted(folder.glob("shard-*.safetensors")):
         header = _header(path)
         if header is not None:
             _check_same(folder, header["cache"], cache)
+    with naming(folder / INDEX):
+        (folder / INDEX).unlink(missing_ok=True)
     for partial in (*folder.glob(".*.partial"), *folder.glob(".tmp??????")):  # the latter are of safetensors itself
         partial.unlink(missing_ok=True)
-    return False
 
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -451,7 +453,8 @@ class LatentDataset(Dataset):
     """The latents that `encode_images` wrote to `folder`, in float32, with labels and captions if the images had them.
 
     A row is a dict of `mean` and `logvar`, or of `latents`, each (C, h, w), and of `label`, int64, and `captions`, a
-    list of one or more. Files are mapped into memory, not loaded: the system can drop what was read at any time.
+    list of one or more, so that batches need a `collate_fn` where their numbers differ. Files are mapped into memory,
+    not loaded: the system can drop what was read at any time.
 
     Args:
         folder: of the cache.

@@ -196,6 +196,12 @@ class TestResume:
         latents = encode(vae, digits, whole)
         assert times(whole) == before and latents.fingerprint == LatentDataset(whole).fingerprint
 
+    def test_what_is_complete_may_be_read_only(self, vae, digits, whole, tmp_path):
+        for name, content in contents(whole).items():
+            (tmp_path / name).write_bytes(content)
+        encode(vae, digits, tmp_path)
+        assert not (tmp_path / ".lock").exists()
+
     def test_after_an_error_finished_shards_stay(self, vae, digits, tmp_path):
         images = in_files(digits, tmp_path / "files")
         expected = contents(encode(vae, images, tmp_path / "whole").folder)
