@@ -4,17 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .latent_cache import LatentDataset, encode_images
     from .models import MLPVAE, VAE
     from .objective import VAEObjective, kl_to_standard_normal
     from .pipelines import swap_vae
 
 __version__ = "0.1.0"
-__all__ = ["MLPVAE", "VAE", "VAEObjective", "kl_to_standard_normal", "swap_vae"]
+__all__ = ["MLPVAE", "VAE", "LatentDataset", "VAEObjective", "encode_images", "kl_to_standard_normal", "swap_vae"]
 
 _MODULES = {
+    "LatentDataset": "latent_cache",
     "MLPVAE": "models",
     "VAE": "models",
     "VAEObjective": "objective",
+    "encode_images": "latent_cache",
     "kl_to_standard_normal": "objective",
     "swap_vae": "pipelines",
 }

@@ -15,6 +15,7 @@ COMMANDS = {
     "compare": "measure two autoencoders on the same images, in pairs",
     "reconstruct": "encode and decode image files",
     "sample": "decode draws from the prior",
+    "encode": "precompute the latents of a data set",
     "push": "publish a run on the Hugging Face Hub",
     "info": "say what a model or a run is",
 }

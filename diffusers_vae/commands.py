@@ -25,6 +25,7 @@ from .data import IMAGE_SUFFIXES, DataConfig, ImageSet, load_split
 from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, read_report, reconstruct
 from .hub import HubConfig, check_can_push, push
 from .images import read_image, to_model_range, to_pil
+from .latent_cache import DTYPES, Kind, encode_images
 from .loop import Interrupted, RunResult, Task, dry_run, run_task
 from .metrics import psnr
 from .models import MLPVAE, VAE, encode, load_autoencoder, weights_hash
@@ -309,6 +310,86 @@ def run_sample(arguments: Sequence[str]) -> int:
     return 0
 
 
+def run_encode(arguments: Sequence[str]) -> int:
+    """The latents of a data set."""
+    parser = _parser(
+        "encode",
+        "DATA --vae MODEL --out FOLDER [--SECTION.KEY VALUE ...]",
+        "Write the latents of a data set, with labels and captions, to a folder, once, for a training that needs no "
+        "autoencoder beside it. The same command continues one that was interrupted. Settings of the data that are not "
+        "given are those of the model's run; without one, channels and resolution are the model's. With `accelerate "
+        "launch -m diffusers_vae.cli encode ...`, on several processes.",
+        "diffusers-vae encode photos/ --vae runs/mine --out latents/photos --dtype float16",
+    )
+    parser.add_argument("images", metavar="DATA", help="Name of a set, as in data.name, or a folder of images.")
+    parser.add_argument("--vae", required=True, help=MODEL)
+    _add_source(parser)
+    _add_device(parser)
+    parser.add_argument("--out", type=str, required=True, help="Folder for the latents.")
+    parser.add_argument(
+        "--kind",
+        type=Kind,
+        default="posterior",
+        help="posterior: mean and logvar, from which each epoch can draw anew. sample: one draw. mode: the mean.",
+    )
+    parser.add_argument(
+        "--dtype", type=Literal[tuple(DTYPES)], default="float32", help="Of the stored values; the model is float32."
+    )
+    parser.add_argument(
+        "--split",
+        type=Literal["held-out", "training", "all"] | None,
+        default=None,
+        help="Which images; by default the training ones, but all of a folder that has no parts.",
+    )
+    parser.add_argument(
+        "--captions",
+        type=bool,
+        default=True,
+        help="Those of a folder: `text` or `caption` in metadata.jsonl, or NAME.txt beside NAME.png, one a line.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of the draws of --kind sample.")
+    parser.add_argument("--batch_size", type=PositiveInt, default=64, help="Images per forward on one process.")
+    parser.add_argument("--shard_images", type=PositiveInt, default=4096, help="Images per file.")
+    parser.add_class_arguments(DataConfig, "data")
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    parsed = _parse(parser, arguments)  # wrong ones are told before a model is loaded
+    place = _data_flags(parsed.images)
+    if "folder" in place and not Path(parsed.images).is_dir():
+        raise FileNotFoundError(f"DATA must be {', '.join(SETS)} or a folder of images, got {parsed.images}")
+    vae = load_autoencoder(parsed.vae, parsed.subfolder, parsed.revision).to(_device(parsed))
+    known = _settings_of_run(parsed.vae).get("data") or _data_for(vae)
+    if known.get("name") == "folder":  # whose root is no place for other sets
+        del known["root"]
+    parsed = _parse(parser, [f"--data={json.dumps(known)}", *arguments, *place])
+    with state.local_main_process_first():
+        images, split = load_split(
+            parsed.data, parsed.split, state.is_local_main_process, parsed.captions, default="training"
+        )
+    data, unreadable = parsed.data, len(images.errors)  # found so far; those of a set read on demand are rows less
+    latents = encode_images(
+        vae,
+        images,
+        parsed.out,
+        kind=parsed.kind,
+        dtype=DTYPES[parsed.dtype],
+        batch_size=parsed.batch_size,
+        seed=parsed.seed,
+        shard_images=parsed.shard_images,
+        data=f"{data.described}, {split}; {data.channels}x{'x'.join(map(str, data.size))}, others {data.resize}",
+        progress=True,
+    )
+    if state.is_main_process:
+        print(f"images      {len(latents):,} of {data.described}, {split}")
+        if unreadable := unreadable + len(images) - len(latents):
+            print(f"left out    {unreadable:,} that cannot be read")
+        print(f"latents     {'x'.join(map(str, latents.latent_shape))}, {parsed.kind}, {parsed.dtype}")
+        print(f"size        {latents.bytes / 2**20:,.1f} MiB")
+        print(f"folder      {parsed.out}")
+        print(f'open it     from diffusers_vae import LatentDataset; latents = LatentDataset("{parsed.out}")')
+    _leave_group()
+    return 0
+
+
 def _size(model: ModelMixin) -> tuple[int, int]:
     """Height and width of images that the model was made for."""
     size = model.config.get("image_size") or model.config.get("sample_size") or 32
@@ -413,15 +494,24 @@ def _add_loading(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Of the weights."
     )
+    _add_device(parser)
+
+
+def _add_device(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=str | None, default=None, help="By default a GPU, if there is one.")
 
 
-def _load(parsed: Namespace, source: str) -> ModelMixin:
+def _device(parsed: Namespace) -> torch.device | str:
     device = parsed.device or PartialState(cpu=not torch.accelerator.is_available()).device
     try:
         torch.zeros(1, device=device)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"--device must be one that torch can use here, got {device}: {error}") from error
+    return device
+
+
+def _load(parsed: Namespace, source: str) -> ModelMixin:
+    device = _device(parsed)
     return load_autoencoder(source, parsed.subfolder, parsed.revision, getattr(torch, parsed.dtype)).to(device)
 
 
@@ -450,12 +540,9 @@ def _parse_measuring(
     runs = [_settings_of_run(parsed[name]) for name in models]
     known = runs[0]
     if not known:
-        channels = loaded[0].config.get("in_channels", 3)
         if not any(argument.startswith("--data.") for argument in arguments):
             parser.exit(2, f"error: say with --data on which images; {parsed[models[0]]} is of no run that tells\n")
-        if channels not in (1, 3):
-            raise ValueError(f"image files are read with 1 or 3 channels, and the model takes {channels}")
-        known = {"data": {"resolution": list(_size(loaded[0])), "channels": channels}}
+        known = {"data": _data_for(loaded[0])}
     parsed = _parse(parser, [*(f"--{name}={json.dumps(values)}" for name, values in known.items()), *arguments])
     same = [run["data"] for run in runs if run and _place(run["data"]) == _place(vars(parsed.data))]
     if parsed.split is None and same:  # some model was trained on these images, but for the held-out ones
@@ -468,6 +555,14 @@ def _parse_measuring(
     return parsed, loaded
 
 
+def _data_for(model: ModelMixin) -> dict[str, Any]:
+    """How images are read for a model of no run."""
+    channels = model.config.get("in_channels", 3)
+    if channels not in (1, 3):
+        raise ValueError(f"image files are read with 1 or 3 channels, and the model takes {channels}")
+    return {"resolution": list(_size(model)), "channels": channels}
+
+
 def _place(data: dict[str, Any]) -> tuple[str, Path]:
     """Of a set of images: two settings with the same place mean the same."""
     return data["name"], Path(data["root"]).resolve()
@@ -477,10 +572,16 @@ def _with_data(arguments: Sequence[str]) -> list[str]:
     """`--data NAME` and `--data FOLDER` written out."""
     words = [part for argument in arguments for part in _halves(argument)]
     for place in [place for place, word in enumerate(words[:-1]) if word == "--data"][::-1]:
-        value = words[place + 1]
-        named = value in get_args(get_type_hints(DataConfig)["name"]) and value != "folder"
-        words[place : place + 2] = ["--data.name", value] if named else ["--data.name", "folder", "--data.root", value]
+        words[place : place + 2] = _data_flags(words[place + 1])
     return words
+
+
+SETS = [name for name in get_args(get_type_hints(DataConfig)["name"]) if name != "folder"]
+
+
+def _data_flags(value: str) -> list[str]:
+    """What the name of a set, or a folder, stands for."""
+    return ["--data.name", value] if value in SETS else ["--data.name", "folder", "--data.root", value]
 
 
 def _halves(argument: str) -> list[str]:

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .checkpoint import described, naming, whole_file, write_file
-from .data import FolderImages, ImageSet, read_images
+from .data import FolderImages, ImageSet, ReadImages, kept_images
 from .evaluation import draw
 from .metrics import gather_parts, process_share
 from .models import VAE, encode, weights_hash
@@ -44,6 +45,8 @@ HEADER = "latent_cache"
 Kind = Literal["posterior", "sample", "mode"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LISTED = 20
+AHEAD = 4
+"""Batches that are read while one is encoded."""
 T = TypeVar("T")
 
 
@@ -96,9 +99,12 @@ def encode_images(
     if not len(image_set):
         raise ValueError("there must be at least one image to encode, got none")
     cache = _on_main(lambda: _identity(vae, image_set, kind, dtype, seed, shard_images))
+    if _on_main(lambda: _is_complete(folder, cache)):
+        return LatentDataset(folder)
     with _alone_in(folder):
-        if _on_main(lambda: _is_complete(folder, cache)):
+        if _on_main(lambda: _is_complete(folder, cache)):  # by whom it was in use
             return LatentDataset(folder)
+        _on_main(lambda: _clear(folder, cache))
         shards = _encode_shards(vae, image_set, folder, cache, batch_size, progress)
 
         def finish() -> None:
@@ -184,7 +190,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                logger.info("%s is in use: waiting, in case it is by what is left of a killed process", folder)
+                logger.warning("%s is in use: waiting, in case it is by what is left of a killed process", folder)
                 lock.acquire(timeout=15)
         except Timeout as error:
             raise OSError(
@@ -201,25 +207,24 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _is_complete(folder: Path, cache: dict[str, Any]) -> bool:
-    """Whether all that `cache` says is there; if not, nothing is left that is half-written or would pass for all.
+    """Whether all that `cache` says is there; ValueError when the folder holds something else."""
+    if not (folder / INDEX).exists():
+        return False
+    index = _read_index(folder)
+    _check_same(folder, index["cache"], cache)
+    return not _changed(folder, index)
 
-    Raises:
-        ValueError: when the folder holds something else.
-    """
-    if (folder / INDEX).exists():
-        index = _read_index(folder)
-        _check_same(folder, index["cache"], cache)
-        if not _changed(folder, index):
-            return True
-        with naming(folder / INDEX):
-            (folder / INDEX).unlink()
+
+def _clear(folder: Path, cache: dict[str, Any]) -> None:
+    """Leaves nothing that is half-written or would pass for complete; ValueError when shards are of something else."""
     for path in sorted(folder.glob("shard-*.safetensors")):
         header = _header(path)
         if header is not None:
             _check_same(folder, header["cache"], cache)
-    for partial in folder.glob(".*.partial"):
+    with naming(folder / INDEX):
+        (folder / INDEX).unlink(missing_ok=True)
+    for partial in (*folder.glob(".*.partial"), *folder.glob(".tmp??????")):  # the latter are of safetensors itself
         partial.unlink(missing_ok=True)
-    return False
 
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -313,10 +318,8 @@ def _encode_shard(
     kept: list[int] = []
     names = ("mean", "logvar") if cache["kind"] == "posterior" else ("latents",)
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    starts = range(images.start, images.stop, batch_size)
-    for start in starts:
-        indices = range(start, min(start + batch_size, images.stop))
-        own, batch = read_images(image_set, indices, vae.device)
+    for indices, read in _read_ahead(image_set, images, batch_size):
+        own, batch = kept_images(image_set, indices, read, vae.device)
         if not own:  # the shape of the latents all the same
             batch = torch.zeros(1, *cache["data"]["image_shape"], device=vae.device)
         posterior = encode(vae, batch)
@@ -329,7 +332,7 @@ def _encode_shard(
         for name, value in zip(names, values, strict=True):
             parts[name].append(_stored(value[: len(own)], DTYPES[cache["dtype"]], name, own, image_set))
         kept += own
-        if start != starts[-1]:
+        if indices.stop < images.stop:
             yield len(indices)
     tensors = {name: torch.cat(values) for name, values in parts.items()}
     tensors["indices"] = torch.tensor(kept, dtype=torch.long)
@@ -337,12 +340,23 @@ def _encode_shard(
         tensors["labels"] = image_set.labels[tensors["indices"]].long()
     if image_set.captions is not None:
         encoded = [json.dumps(image_set.captions[index]).encode() for index in kept]
-        tensors["captions"] = torch.from_numpy(np.frombuffer(bytearray(b"".join(encoded)), np.uint8))
+        tensors["captions"] = torch.from_numpy(np.array(bytearray(b"".join(encoded)), np.uint8))
         tensors["caption_ends"] = torch.tensor(np.cumsum([len(text) for text in encoded]), dtype=torch.long)
     header = {HEADER: json.dumps({"cache": cache, "sha256": _sum(tensors)})}
     with whole_file(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, header)
     yield len(indices)
+
+
+def _read_ahead(image_set: ImageSet, images: range, batch_size: int) -> Iterator[tuple[range, ReadImages]]:
+    """Batch by batch, indices and what could be read, the next ones by threads while one is used."""
+    batches = [range(i, min(i + batch_size, images.stop)) for i in range(images.start, images.stop, batch_size)]
+    with ThreadPoolExecutor(AHEAD) as pool:
+        reading: list[Any] = [pool.submit(image_set.__getitems__, batch) for batch in batches[:AHEAD]]
+        for number, batch in enumerate(batches):
+            yield batch, reading[number].result()
+            reading[number] = None
+            reading += [pool.submit(image_set.__getitems__, later) for later in batches[number + AHEAD :][:1]]
 
 
 def _stored(
@@ -368,7 +382,8 @@ def _sum(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        if tensor.numel():
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -438,7 +453,8 @@ class LatentDataset(Dataset):
     """The latents that `encode_images` wrote to `folder`, in float32, with labels and captions if the images had them.
 
     A row is a dict of `mean` and `logvar`, or of `latents`, each (C, h, w), and of `label`, int64, and `captions`, a
-    list of one or more. Files are mapped into memory, not loaded: the system may drop what was read at any time.
+    list of one or more, so that batches need a `collate_fn` where their numbers differ. Files are mapped into memory,
+    not loaded: the system can drop what was read at any time.
 
     Args:
         folder: of the cache.
@@ -597,9 +613,10 @@ class LatentDataset(Dataset):
 
     def _rows(self, name: str, rows: list[int]) -> torch.Tensor:
         found = torch.empty(len(rows), *self.latent_shape)
-        for place, row in enumerate(rows):
-            number, inside = self._place(row)
-            found[place] = self._shard(number)[name][inside]
+        places = np.array([self._place(row) for row in rows]).reshape(-1, 2)
+        for number in np.unique(places[:, 0]).tolist():
+            here = torch.from_numpy(places[:, 0] == number)
+            found[here] = self._shard(number)[name][torch.from_numpy(places[:, 1])[here]].float()
         return found
 
     def verify(self) -> None:

@@ -16,11 +16,11 @@ from PIL import Image
 from test_measures import tiny_vae
 from test_trainer import tiny
 
-from diffusers_vae import VAE, cli
-from diffusers_vae.data import DataConfig
+from diffusers_vae import VAE, LatentDataset, cli
+from diffusers_vae.data import DataConfig, load_data, load_split
 from diffusers_vae.evaluation import EvaluationReport
 from diffusers_vae.hub import HubConfig
-from diffusers_vae.models import ModelConfig
+from diffusers_vae.models import ModelConfig, weights_hash
 from diffusers_vae.trainer import train
 
 ROOT = Path(__file__).parents[1]
@@ -194,6 +194,119 @@ class TestEvaluate:
             assert done.returncode == 0, done.stderr
         for name in ("evaluation.json", "evaluation.csv"):
             assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+class TestEncode:
+    def test_the_training_images_of_a_run(self, run, capsys, tmp_path):
+        """As the run has them; the line that is printed opens what was written."""
+        out = tmp_path / "latents"
+        code, printed, _ = call(capsys, "encode", "digits", "--vae", run, "--out", out, "--dtype", "float16")
+        assert code == 0 and "images      1,617 of digits, training\n" in printed
+        assert "latents     4x8x8, posterior, float16\n" in printed and f"folder      {out}\n" in printed
+        names = {}
+        exec(printed[printed.index("from diffusers_vae") :], names)
+        vae = VAE.from_pretrained(run / "model").eval()
+        train, _ = load_data(DataConfig(resolution=16))
+        with torch.no_grad():
+            expected = vae.encode(train.pixels[:64] / 127.5 - 1).latent_dist.mean.half().float()
+        assert torch.allclose(names["latents"].latents(range(64)), expected, atol=1e-3)
+        assert torch.equal(names["latents"].labels, train.labels)
+        assert names["latents"].weights_hash == weights_hash(vae)
+        before = {path: path.stat().st_mtime_ns for path in out.glob("*.*")}
+        assert call(capsys, "encode", "digits", "--vae", run, "--out", out, "--dtype", "float16")[0] == 0
+        assert before == {path: path.stat().st_mtime_ns for path in out.glob("*.*")}
+        code, _, error = call(capsys, "encode", "digits", "--vae", run, "--out", out, "--split", "held-out")
+        assert code == 1 and "dtype: float16 there, float32 here" in error and "data.images: 1617 there" in error
+
+    def test_a_folder_and_a_model_of_no_run(self, capsys, tmp_path):
+        """All images of a folder without parts, at the model's size, with captions; those left out are counted."""
+        tiny_vae(3, sample_size=16).save_pretrained(tmp_path / "model")
+        (tmp_path / "images").mkdir()
+        for index in range(12):
+            Image.new("RGB", (20, 16), (index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
+            (tmp_path / "images" / f"{index}.txt").write_text(f"number {index}")
+        (tmp_path / "images" / "3.png").write_bytes(b"no image")
+        arguments = ["--vae", tmp_path / "model", "--data.on_bad_image", "skip", "--kind", "mode", "--batch_size", 5]
+        code, printed, _ = call(capsys, "encode", tmp_path / "images", "--out", tmp_path / "out", *arguments)
+        assert code == 0 and "images      11 of images, all\n" in printed, printed
+        assert "left out    1 that cannot be read\n" in printed and "latents     4x8x8, mode, float32\n" in printed
+        latents = LatentDataset(tmp_path / "out")
+        assert sorted(latents.captions) == sorted((f"number {index}",) for index in range(12) if index != 3)
+        (tmp_path / "images" / "5.txt").unlink()
+        code, _, error = call(capsys, "encode", tmp_path / "images", "--out", tmp_path / "more", *arguments)
+        assert code == 1 and "5.png has no caption, and others have one" in error
+        arguments += ["--captions", "false"]
+        assert call(capsys, "encode", tmp_path / "images", "--out", tmp_path / "more", *arguments)[0] == 0
+        assert LatentDataset(tmp_path / "more").captions is None
+
+    @pytest.mark.parametrize(
+        ("arguments", "code", "message"),
+        [
+            (
+                ["nowhere"],
+                1,
+                "DATA must be digits, mnist, qmnist, fashion-mnist, cifar10 or a folder of images, got no",
+            ),
+            (["digits", "--data.channels", "3"], 1, "takes images of 1 channels, got 3"),
+            (["digits", "--data.resolution", "17"], 1, "must be divisible by 2"),
+            (["digits", "--kind", "mean"], 2, "kind"),
+            (["digits", "--dtype", "float64"], 2, "dtype"),
+            (["digits", "--batch_size", "0"], 2, "batch_size"),
+            (["digits", "--device", "abacus"], 1, "--device must be one that torch can use here, got abacus"),
+        ],
+    )
+    def test_what_does_not_fit(self, arguments, code, message, run, capsys, tmp_path):
+        found, _, error = call(capsys, "encode", "--vae", run, "--out", tmp_path / "out", *arguments)
+        assert found == code and message in error and not list((tmp_path / "out").rglob("*.*[!k]"))
+
+    @pytest.mark.slow
+    def test_two_processes_write_the_files_of_one(self, run, tmp_path):
+        for processes in (1, 2):
+            launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+            launch += ["--multi_gpu"] * (processes > 1)
+            arguments = ["encode", "digits", "--vae", str(run), "--out", str(tmp_path / str(processes))]
+            done = subprocess.run(
+                [*launch, "-m", "diffusers_vae.cli", *arguments, "--shard_images", "300"],
+                capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count("images      1,617") == 1
+        names = sorted(path.name for path in (tmp_path / "1").glob("*.*") if path.name != ".lock")
+        assert len(names) == 7
+        for name in names:
+            assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+    @pytest.mark.slow
+    def test_an_error_in_one_process_ends_both(self, capsys, tmp_path):
+        """A file that only the second reads, of a set that is read on demand; what was finished is kept."""
+        tiny_vae(1, sample_size=16).save_pretrained(tmp_path / "model")
+        (tmp_path / "images").mkdir()
+        for index in range(40):
+            Image.new("L", (16, 16), index).save(tmp_path / "images" / f"{index}.png")
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import sys\n"
+            "from diffusers_vae import cli\n"
+            "from diffusers_vae.data import sources\n"
+            "sources.MEMORY_LIMIT = 0\n"
+            "sys.exit(cli.main())\n"
+        )
+        everything, _ = load_split(DataConfig(name="folder", root=str(tmp_path / "images"), resolution=16), "all")
+        victim = everything.paths[33]
+        whole = victim.read_bytes()
+        victim.write_bytes(whole[:60])
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", script]
+        arguments = ["encode", tmp_path / "images", "--vae", tmp_path / "model", "--out", tmp_path / "out"]
+        arguments = [str(argument) for argument in [*launch, *arguments, "--shard_images", 10]]
+        done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        assert done.returncode != 0 and done.stderr.count(f"error: cannot read the image {victim}") == 2, done.stderr
+        kept = [(path.name, path.stat().st_mtime_ns) for path in sorted((tmp_path / "out").glob("shard*"))]
+        assert [name for name, _ in kept] == [f"shard-0000{number}.safetensors" for number in range(3)]
+        victim.write_bytes(whole)
+        done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert len(LatentDataset(tmp_path / "out")) == 40
+        assert kept == [(name, (tmp_path / "out" / name).stat().st_mtime_ns) for name, _ in kept]
 
 
 class TestOthers:

@@ -22,6 +22,7 @@ from diffusers_vae.data import (
     epoch_batches,
     image_batches,
     load_data,
+    load_split,
     sources,
     step_generator,
 )
@@ -142,7 +143,7 @@ class TestNamedSets:
             monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", packed_sum)
         train, heldout = load_data(DataConfig(name="cifar10", root=str(root), channels=3))
         assert torch.equal(torch.cat([train.pixels, heldout.pixels]), pixels)
-        assert heldout.labels.tolist() == list(range(10))
+        assert heldout.labels.tolist() == list(range(10)) and heldout.classes == tuple("0123456789")
         if packed:
             assert [path.name for path in root.iterdir()] == ["cifar-10-python.tar.gz"]
         grey, _ = load_data(DataConfig(name="cifar10", root=str(root), channels=1))
@@ -332,6 +333,131 @@ class TestFolder:
         Image.new("L", (16, 16)).save(tmp_path / "only.png")
         with pytest.raises(ValueError, match="no image is left to train on"):
             load_data(DataConfig(name="folder", root=str(tmp_path)))
+
+
+class TestClassesAndCaptions:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """train/ and test/ with two classes, of which test/ lacks one; images in folders and files of other kinds."""
+        for place in ("train/cat/1", "train/cat/2", "train/dog/1", "test/dog/1"):
+            path = tmp_path / f"{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), len(list(tmp_path.rglob("*.png")))).save(path)
+        (tmp_path / "train" / "notes.txt").write_text("no image is named so")
+        (tmp_path / "train" / "clip.mp4").write_bytes(b"")
+        return tmp_path
+
+    def load(self, root, captions=True, **settings):
+        return load_data(DataConfig(name="folder", root=str(root), resolution=8), captions=captions, **settings)
+
+    def described(self, image_set):
+        """Captions by file."""
+        return {path.stem + path.parent.name: own for path, own in zip(image_set.paths, image_set.captions)}  # noqa: B905
+
+    @pytest.mark.parametrize("limit", [0, None])
+    def test_classes_are_the_same_in_all_parts(self, folder, limit):
+        train, test = self.load(folder, False, memory_limit=limit)
+        assert train.classes == test.classes == ("cat", "dog") and test.labels.tolist() == [1]
+        assert [train.classes[label] for label in train.labels] == [path.parent.name for path in train.paths]
+        assert train.captions is test.captions is None
+        together, _ = load_split(DataConfig(name="folder", root=str(folder), resolution=8), "all")
+        assert together.classes == train.classes and sorted(together.labels.tolist()) == [0, 0, 1, 1]
+
+    def test_classes_of_named_sets(self, shared_data):
+        assert load_data(DataConfig())[0].classes[4] == "four"
+        fashion = load_data(DataConfig(name="fashion-mnist", root=str(shared_data / "fashion-mnist-10k")))[1]
+        assert fashion.classes[fashion.labels[0]] == "ankle boot" and len(fashion.classes) == 10
+
+    def test_text_files(self, folder):
+        texts = {"train/cat/1": "a cat\n\n a grey cat \r\n", "train/cat/2": "\ufeffchat étendu", "train/dog/1": "a dog"}
+        for place, text in (texts | {"test/dog/1": "another"}).items():
+            (folder / f"{place}.txt").write_text(text, encoding="utf-8", newline="")
+        assert self.load(folder, False)[0].captions is None
+        for limit in (0, None):
+            train, test = self.load(folder, memory_limit=limit)
+            assert self.described(train) == {
+                "1cat": ("a cat", "a grey cat"),
+                "2cat": ("chat étendu",),
+                "1dog": ("a dog",),
+            }
+            assert self.described(test) == {"1dog": ("another",)}
+        together, _ = load_split(DataConfig(name="folder", root=str(folder), resolution=8), "all", captions=True)
+        assert together.captions == train.captions + test.captions
+
+    METADATA = (
+        '{"file_name": "train/cat/1.png", "text": "a cat"}\n\n{"file_name": "./train/cat/2.png", "text": ["b", " c"]}\n'
+        '{"file_name": "train/clip.mp4", "text": "no image"}\n'
+    )
+
+    def test_metadata_in_the_root_and_below(self, folder):
+        (folder / "metadata.jsonl").write_text(self.METADATA)
+        (folder / "train" / "dog" / "metadata.jsonl").write_text('{"file_name": "1.png", "caption": "d", "id": 3}')
+        (folder / "test" / "metadata.jsonl").write_text('{"file_name": "dog/1.png", "text": "e"}\n')
+        train, test = self.load(folder)
+        assert self.described(train) == {"1cat": ("a cat",), "2cat": ("b", "c"), "1dog": ("d",)}
+        assert self.described(test) == {"1dog": ("e",)}
+
+    def test_metadata_without_captions_is_none(self, folder):
+        (folder / "metadata.jsonl").write_text('{"file_name": "train/cat/1.png", "label": 3}\n')
+        assert self.load(folder)[0].captions is None
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ('{"file_name": "test/dog/1.png", "text": "x"', r"metadata\.jsonl, line 5: no JSON: .* at column 44"),
+            ('["test/dog/1.png"]', r"line 5: it must be an object with a file_name, got \[\"test/dog"),
+            ('{"text": "x"}', "line 5: it must be an object with a file_name"),
+            ('{"file_name": "test/dog/2.png", "text": "x"}', "line 5: there is no file test/dog/2.png"),
+            ('{"file_name": "test/dog/1.png", "text": " "}', "line 5: text of test/dog/1.png is empty"),
+            ('{"file_name": "test/dog/1.png", "caption": []}', "line 5: caption of test/dog/1.png is empty"),
+            ('{"file_name": "test/dog/1.png", "text": 3}', "must be a string or a list of strings, got 3"),
+            ('{"file_name": "test/dog/1.png", "text": "a", "caption": "b"}', "has both text and caption"),
+            ('{"file_name": "train/cat/1.png", "text": "a"}', "has a line already, .*line 1; several captions go into"),
+            ('{"file_name": "test/dog/1.png", "text": "\udcff"}', r"metadata\.jsonl, line 5 is not UTF-8"),
+            ("", r"train/dog/1\.png has no caption, and others have one\n.*test/dog/1\.png has no caption"),
+        ],
+    )
+    def test_wrong_metadata(self, line, message, folder):
+        content = (self.METADATA + line).encode(errors="surrogateescape")
+        (folder / "metadata.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"captions below {folder} are not as they should be:\n(.|\n)*{message}"):
+            self.load(folder)
+        assert self.load(folder, False)[0].captions is None
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (b" \n", r"1\.txt holds no caption"),
+            (b"a\nb\xff", r"1\.txt, line 2 is not UTF-8"),
+            (b"a", "no caption, and others"),
+        ],
+    )
+    def test_wrong_text_files(self, text, message, folder):
+        (folder / "train" / "cat" / "1.txt").write_bytes(text)
+        with pytest.raises(ValueError, match=message):
+            self.load(folder)
+
+    def test_both_for_one_image(self, folder):
+        (folder / "metadata.jsonl").write_text(self.METADATA)
+        (folder / "train" / "cat" / "1.txt").write_text("a cat")
+        with pytest.raises(ValueError, match=r"1\.png has captions in .*1\.txt and in a metadata\.jsonl"):
+            self.load(folder)
+
+    def test_many_problems_are_listed_in_part(self, folder):
+        (folder / "metadata.jsonl").write_text("{}\n" * 50)
+        with pytest.raises(ValueError, match=r"line 20: (.|\n)*and 30 more$") as error:
+            self.load(folder)
+        assert "line 21" not in str(error.value)
+
+    def test_captions_stay_with_their_images_when_others_are_left_out(self, folder):
+        for path in folder.rglob("*.png"):
+            path.with_suffix(".txt").write_text(f"{path.parent.name} {path.stem}")
+        (folder / "train" / "cat" / "1.png").write_bytes(b"no image")
+        config = DataConfig(name="folder", root=str(folder), resolution=8, on_bad_image="skip")
+        for limit in (0, None):
+            train, _ = load_data(config, captions=True, memory_limit=limit)
+            assert self.described(train) == {"2cat": ("cat 2",), "1dog": ("dog 1",)}
+            assert [train.classes[label] for label in train.labels] == [path.parent.name for path in train.paths]
 
 
 class TestSize:

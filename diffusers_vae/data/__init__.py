@@ -1,7 +1,7 @@
 """Where images come from, and in which order."""
 
 from .captions import read_captions
-from .order import MicroBatch, epoch_batches, image_batches, read_images, step_generator
+from .order import MicroBatch, epoch_batches, image_batches, kept_images, step_generator
 from .sources import (
     IMAGE_SUFFIXES,
     ArrayImages,
@@ -25,9 +25,9 @@ __all__ = [
     "epoch_batches",
     "first_images",
     "image_batches",
+    "kept_images",
     "load_data",
     "load_split",
     "read_captions",
-    "read_images",
     "step_generator",
 ]

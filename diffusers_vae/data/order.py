@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..images import to_model_range
-from .sources import ImageSet
+from .sources import ImageSet, ReadImages
 
 PARTS = 64
 """Into which a data set is cut to be measured: enough for as many processes."""
@@ -99,15 +99,17 @@ def image_batches(
     for part, own in enumerate(np.array_split(starts, min(PARTS, max(1, len(starts))))):
         for start in own.tolist() if part % processes == rank else ():
             indices = range(start, min(start + batch_size, count))
-            kept, images = read_images(image_set, indices, device)
+            kept, images = kept_images(image_set, indices, image_set.__getitems__(indices), device)
             if kept:
                 yield part, kept, images
 
 
-def read_images(image_set: ImageSet, indices: Sequence[int], device: torch.device) -> tuple[list[int], torch.Tensor]:
-    """Those of the indices whose images can be read, and these, (B, C, H, W) in [-1, 1] on `device`; the others join
+def kept_images(
+    image_set: ImageSet, indices: Sequence[int], read: ReadImages, device: torch.device
+) -> tuple[list[int], torch.Tensor]:
+    """Those of the indices whose images could be read, and these, (B, C, H, W) in [-1, 1] on `device`; the others join
     the set's `errors`, or are a ValueError, as the set has it.
     """
-    read = image_set.__getitems__(indices).checked()
+    read.checked()
     image_set.errors += tuple(error for error in read.errors if error not in image_set.errors)
     return [indices[place] for place in read.kept], to_model_range(read.pixels.to(device))

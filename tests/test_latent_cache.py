@@ -1,0 +1,472 @@
+"""Latents on disk: those of stock diffusers, the same files whatever happens in between, and never stale ones."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from filelock import FileLock
+from PIL import Image
+from test_measures import tiny_vae
+from torch.utils.data import DataLoader
+
+from diffusers_vae import LatentDataset, encode_images
+from diffusers_vae.data import ArrayImages, DataConfig, FolderImages, load_data
+from diffusers_vae.evaluation import draw
+from diffusers_vae.images import to_model_range
+from diffusers_vae.models import weights_hash
+
+ROOT = Path(__file__).parents[1]
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """45 real digits, two of which have two captions."""
+    train, _ = load_data(DataConfig(resolution=8))
+    captions = [(f"a {train.classes[label]}",) + ("überall",) * (label == 3) for label in train.labels[:45]]
+    return ArrayImages(train.pixels[:45], train.labels[:45], classes=train.classes, captions=captions)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return tiny_vae(sample_size=8)
+
+
+def encode(vae, images, folder, **settings):
+    """In 3 shards, of 2, 2 and 1 batches."""
+    return encode_images(vae, images, folder, **{"shard_images": 20, "batch_size": 10} | settings)
+
+
+@pytest.fixture(scope="module")
+def whole(vae, digits, tmp_path_factory):
+    """The folder of an encoding without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    encode(vae, digits, folder)
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != ".lock"}
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in Path(folder).iterdir() if path.name != ".lock"}
+
+
+def stock_posteriors(vae, pixels, size=10):
+    """Of the stock class with the same weights, batch by batch."""
+    stock = AutoencoderKL.from_config(vae.config)
+    stock.load_state_dict(vae.state_dict())
+    with torch.no_grad():
+        return [stock.eval().encode(to_model_range(batch)).latent_dist for batch in pixels.split(size)]
+
+
+def in_files(images, folder):
+    """The digits as a set of PNG files, read on demand, in the same order."""
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{index}.png" for index in range(len(images))]
+    for path, pixels in zip(paths, images.pixels, strict=True):
+        Image.fromarray(pixels[0].numpy()).save(path)
+    config = DataConfig(name="folder", root=str(folder), resolution=8, on_bad_image="skip")
+    return FolderImages(paths, images.labels, config, classes=images.classes, captions=images.captions)
+
+
+class TestEncode:
+    @pytest.mark.parametrize("dtype", [torch.float32, BF16, FP16])
+    def test_posterior_is_that_of_stock(self, dtype, vae, digits, tmp_path):
+        latents = encode(vae, digits, tmp_path, dtype=dtype)
+        expected = stock_posteriors(vae, digits.pixels)
+        for name in ("mean", "logvar"):
+            found = torch.stack([row[name] for row in latents])
+            reference = torch.cat([getattr(posterior, name) for posterior in expected])
+            assert found.dtype == torch.float32 and torch.equal(found, reference.to(dtype).float())
+        assert latents.dtype == dtype and latents.latent_shape == (4, 4, 4) and latents.kind == "posterior"
+
+    @pytest.mark.parametrize("dtype", [torch.float32, BF16])
+    def test_mode_and_sample_are_those_of_stock(self, dtype, vae, digits, tmp_path):
+        expected = stock_posteriors(vae, digits.pixels)
+        mode = encode(vae, digits, tmp_path / "mode", kind="mode", dtype=dtype)
+        reference = torch.cat([posterior.mode() for posterior in expected])
+        assert torch.equal(mode.latents(range(45)), reference.to(dtype).float())
+        indices = list(range(45))
+        samples = [next(draw(posterior, indices[10 * i : 10 * i + 10], 3, 1)) for i, posterior in enumerate(expected)]
+        sample = encode(vae, digits, tmp_path / "sample", kind="sample", seed=3, dtype=dtype)
+        assert torch.equal(sample.latents(range(45)), torch.cat(samples).to(dtype).float())
+        assert not torch.equal(sample.latents([0]), mode.latents([0]))
+
+    def test_noise_of_a_sample_does_not_depend_on_batches_and_shards(self, vae, digits, tmp_path):
+        first = encode(vae, digits, tmp_path / "a", kind="sample")
+        second = encode(vae, digits, tmp_path / "b", kind="sample", batch_size=7, shard_images=45)
+        torch.testing.assert_close(first.latents(range(45)), second.latents(range(45)), rtol=1e-5, atol=1e-5)
+
+    def test_logvar_is_clamped_as_stock_does(self, digits, tmp_path):
+        vae = tiny_vae(sample_size=8)
+        with torch.no_grad():
+            vae.quant_conv.weight[4:] *= 1e3
+        (row, *_) = encode(vae, digits, tmp_path)
+        assert row["logvar"].min() == -30 and row["logvar"].max() == 20
+        assert torch.equal(row["logvar"], stock_posteriors(vae, digits.pixels)[0].logvar[0])
+
+    def test_what_goes_with_the_images(self, whole, vae, digits):
+        latents = LatentDataset(whole)
+        assert len(latents) == 45 and latents.classes[:2] == ("zero", "one")
+        assert torch.equal(latents.labels, digits.labels) and latents.labels.dtype == torch.int64
+        assert latents.captions == digits.captions and latents.indices.tolist() == list(range(45))
+        assert latents.weights_hash == weights_hash(vae) and latents.vae_config["scaling_factor"] == 0.18215
+        for row in (0, 19, 20, 44, -1):
+            assert latents[row]["label"] == digits.labels[row]
+            assert latents[row]["captions"] == list(digits.captions[row])
+        for row in (45, -46):
+            with pytest.raises(IndexError, match=f"there are 45 images, got index {row}"):
+                latents[row]
+
+    def test_images_without_labels_and_captions(self, vae, digits, tmp_path):
+        latents = encode(vae, ArrayImages(digits.pixels), tmp_path)
+        assert latents.labels is latents.captions is latents.classes is None
+        assert set(latents[0]) == {"mean", "logvar"}
+
+    def test_unreadable_images_are_missing_rows(self, vae, digits, whole, tmp_path):
+        """Of a shard all, of another some; the rest is as it is of the whole set."""
+        images = in_files(digits, tmp_path / "files")
+        for index in (3, *range(20, 40)):
+            images.paths[index].write_bytes(b"no image")
+        latents, expected = encode(vae, images, tmp_path / "out"), LatentDataset(whole)
+        kept = [index for index in range(45) if index != 3 and not 20 <= index < 40]
+        assert latents.indices.tolist() == kept and len(images.errors) == 21
+        assert torch.equal(latents.labels, digits.labels[kept])
+        assert latents.captions == [digits.captions[index] for index in kept]
+        torch.testing.assert_close(latents.latents(range(24)), expected.latents(kept), rtol=1e-4, atol=1e-5)
+        assert [shard["rows"] for shard in latents.index["shards"]] == [19, 0, 5]
+        for path in images.paths:
+            path.write_bytes(b"no image")
+        with pytest.raises(ValueError, match="no image to encode can be read"):
+            encode(vae, images, tmp_path / "none")
+
+    def test_what_does_not_fit_is_named(self, digits, tmp_path):
+        vae = tiny_vae(sample_size=8)
+        with torch.no_grad():
+            vae.quant_conv.weight[:4] *= 1e6
+        with pytest.raises(OverflowError, match=r"mean of the latents of image 0 does not fit into float16.*65,504"):
+            encode(vae, digits, tmp_path, dtype=FP16)
+        assert not list(tmp_path.glob("shard*"))
+        encode(vae, digits, tmp_path, dtype=BF16)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_what_is_not_finite_is_named(self, value, vae, digits, tmp_path):
+        images = ArrayImages(digits.pixels / 255.0)
+        images.pixels[25, 0, 3, 3] = value
+        with pytest.raises(FloatingPointError, match="latents of image 25 is not finite"):
+            encode(vae, images, tmp_path)
+        assert [path.name for path in tmp_path.glob("*shard*")] == ["shard-00000.safetensors"]
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"kind": "mean"}, "kind must be one of posterior, sample, mode, got mean"),
+            ({"dtype": torch.float64}, "dtype must be one of .*got torch.float64"),
+            ({"shard_images": 0}, "must be at least 1, got 10 and 0"),
+        ],
+    )
+    def test_wrong_settings(self, settings, message, vae, digits, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            encode(vae, digits, tmp_path / "out", **settings)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.slow
+    def test_mnist_is_that_of_stock(self, vae, shared_data, tmp_path):
+        train, _ = load_data(DataConfig(name="mnist", root=str(shared_data), resolution=28))
+        images = ArrayImages(train.pixels[:1000], train.labels[:1000], classes=train.classes)
+        latents = encode(vae, images, tmp_path, shard_images=300, batch_size=100)
+        means = torch.cat([posterior.mean for posterior in stock_posteriors(vae, images.pixels, 100)])
+        assert torch.equal(latents.latents(range(1000)), means)
+        assert latents.latent_shape == (4, 14, 14) and torch.equal(latents.labels, train.labels[:1000])
+
+
+class TestResume:
+    def test_what_is_complete_is_not_written_again(self, vae, digits, whole):
+        before = times(whole)
+        latents = encode(vae, digits, whole)
+        assert times(whole) == before and latents.fingerprint == LatentDataset(whole).fingerprint
+
+    def test_what_is_complete_may_be_read_only(self, vae, digits, whole, tmp_path):
+        for name, content in contents(whole).items():
+            (tmp_path / name).write_bytes(content)
+        encode(vae, digits, tmp_path)
+        assert not (tmp_path / ".lock").exists()
+
+    def test_after_an_error_finished_shards_stay(self, vae, digits, tmp_path):
+        images = in_files(digits, tmp_path / "files")
+        expected = contents(encode(vae, images, tmp_path / "whole").folder)
+        images.config = dataclasses.replace(images.config, on_bad_image="stop")
+        content = images.paths[33].read_bytes()
+        images.paths[33].write_bytes(b"x" * len(content))
+        with pytest.raises(ValueError, match=r"33\.png"):
+            encode(vae, images, tmp_path / "out")
+        (before,) = times(tmp_path / "out").items()
+        with pytest.raises(FileNotFoundError, match=r"there is no index\.json, and 1 shards.*same encode command"):
+            LatentDataset(tmp_path / "out")
+        images.paths[33].write_bytes(content)
+        encode(vae, images, tmp_path / "out").verify()
+        assert contents(tmp_path / "out") == expected and before in times(tmp_path / "out").items()
+
+    @pytest.mark.parametrize("index", [True, False])
+    @pytest.mark.parametrize("damage", ["gone", "short", "empty", "changed"])
+    def test_torn_shards_are_written_again(self, damage, index, vae, digits, whole, tmp_path):
+        for name, content in contents(whole).items():
+            (tmp_path / name).write_bytes(content)
+        torn, left = tmp_path / "shard-00001.safetensors", tmp_path / ".shard-00002.safetensors.partial"
+        content = torn.read_bytes()
+        ruined = {"short": content[:-7], "empty": b"", "changed": content[:-9] + b"\0" + content[-8:], "gone": b""}
+        torn.write_bytes(ruined[damage])
+        assert ruined[damage] != content
+        left.write_bytes(b"half")
+        if damage == "gone":
+            torn.unlink()
+        if not index:
+            (tmp_path / "index.json").unlink()
+        if index and damage == "changed":  # which its size does not show
+            with pytest.raises(ValueError, match=r"shard-00001\.safetensors in .* missing or not as written"):
+                LatentDataset(tmp_path).verify()
+            torn.unlink()
+        elif index:
+            with pytest.raises(ValueError, match=r"shard-00001\.safetensors in .* missing or not as written"):
+                LatentDataset(tmp_path)
+        before = times(tmp_path)
+        encode(vae, digits, tmp_path).verify()
+        assert contents(tmp_path) == contents(whole)
+        after = times(tmp_path)
+        assert after["shard-00000.safetensors"] == before["shard-00000.safetensors"]
+
+    @pytest.mark.parametrize("index", [True, False])
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ("weights", r"vae\.weights_hash: \w{64} there, \w{64} here"),
+            ("config", r"vae\.config\.scaling_factor: 0\.18215 there, 0\.5 here"),
+            ("pixels", r"data\.fingerprint: \w{64} there, \w{64} here"),
+            ("fewer", r"data\.images: 45 there, 44 here"),
+            ("labels", r"data\.labels: \w{64} there, None here"),
+            ("classes", r"data\.labels: \w{64} there, \w{64} here"),
+            ("captions", r"data\.captions: \w{64} there, \w{64} here"),
+            ("kind", "kind: posterior there, mode here"),
+            ("dtype", "dtype: float32 there, bfloat16 here"),
+            ("shard_images", "shard_images: 20 there, 30 here"),
+        ],
+    )
+    def test_another_cache_is_refused(self, change, message, index, vae, digits, whole, tmp_path):
+        for name, content in contents(whole).items():
+            if index or name != "index.json":
+                (tmp_path / name).write_bytes(content)
+        settings = {"kind": "mode", "dtype": BF16, "shard_images": 30}
+        settings = {change: settings[change]} if change in settings else {}
+        images = ArrayImages(digits.pixels, digits.labels, classes=digits.classes, captions=digits.captions)
+        if change == "weights":
+            vae = tiny_vae(sample_size=8)
+            with torch.no_grad():
+                vae.decoder.conv_out.bias[0] += 1e-3
+        elif change == "config":
+            vae = tiny_vae(sample_size=8, scaling_factor=0.5)
+        elif change == "pixels":
+            images.pixels = images.pixels.clone()
+            images.pixels[44, 0, 0, 0] += 1
+        elif change == "fewer":
+            images = ArrayImages(digits.pixels[:44], digits.labels[:44], (), (), digits.classes, digits.captions[:44])
+        elif change == "labels":
+            images.labels = None
+        elif change == "classes":
+            images.classes = (*digits.classes[:-1], "ten")
+        elif change == "captions":
+            images.captions = [*digits.captions[:-1], ("another",)]
+        before = contents(tmp_path)
+        with pytest.raises(ValueError, match=message) as error:
+            encode(vae, images, tmp_path, **settings)
+        assert "choose another folder, or delete this one" in str(error.value)
+        assert len(str(error.value).splitlines()) == 2 + (change == "fewer") * 3
+        assert contents(tmp_path) == before
+
+    def test_seed_counts_for_samples_only_and_the_way_of_reading_for_files(self, vae, digits, tmp_path):
+        encode(vae, digits, tmp_path / "mode", kind="mode", seed=1)
+        encode(vae, digits, tmp_path / "mode", kind="mode", seed=2)
+        encode(vae, digits, tmp_path / "sample", kind="sample", seed=1)
+        with pytest.raises(ValueError, match="seed: 1 there, 2 here"):
+            encode(vae, digits, tmp_path / "sample", kind="sample", seed=2)
+        images = in_files(digits, tmp_path / "files")
+        encode(vae, images, tmp_path / "out")
+        images.config = dataclasses.replace(images.config, fit="pad")
+        with pytest.raises(ValueError, match=r"data\.resize: scaled to cover .* there, scaled if too large .* here"):
+            encode(vae, images, tmp_path / "out")
+
+    def test_a_file_in_the_place_of_the_folder(self, vae, digits, tmp_path):
+        (tmp_path / "out").write_text("mine")
+        with pytest.raises(NotADirectoryError, match="written to a folder, got the file"):
+            encode(vae, digits, tmp_path / "out")
+
+    @pytest.mark.slow
+    def test_two_at_once(self, vae, digits, tmp_path):
+        with FileLock(tmp_path / ".lock"), pytest.raises(OSError, match="another process is writing latents to"):
+            encode(vae, digits, tmp_path)
+        encode(vae, digits, tmp_path)
+
+    def test_full_disk(self, vae, digits, whole, small_disk):
+        out, filler = small_disk / "out", small_disk / "filler"
+        size = (whole / "shard-00000.safetensors").stat().st_size
+        filler.write_bytes(b"x" * (2**18 - int(size * 1.8)))
+        with pytest.raises(OSError, match=rf"cannot write {out}/shard-00001\.safetensors: .*[Nn]o space"):
+            encode(vae, digits, out)
+        assert sorted(contents(out)) == ["shard-00000.safetensors"]
+        filler.unlink()
+        encode(vae, digits, out)
+        assert contents(out) == contents(whole)
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(os.name == "nt", reason="needs fork")
+    @pytest.mark.parametrize(("processes", "trials"), [(1, 8), (2, 4), (3, 1)])
+    def test_killed_again_and_again(self, processes, trials, tmp_path):
+        """Up to 3 times at random moments, within a write too: at the end the files of one process, byte by byte."""
+        program = [sys.executable, ROOT / "tests" / "crash_encode.py", tmp_path]
+        done = subprocess.run(
+            [*program, f"--processes={processes}", f"--trials={trials}"],
+            capture_output=True, text=True, cwd=ROOT,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{trials} of {trials} identical" in done.stdout
+
+
+class TestDataset:
+    def test_latents_are_mean_plus_std_times_noise(self, vae, digits, whole):
+        latents = LatentDataset(whole)
+        rows = [44, 3, 3, 19, 20]
+        mean, logvar = (torch.stack([latents[row][name] for row in rows]) for name in ("mean", "logvar"))
+        noise = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(latents.latents(rows), mean)
+        assert torch.equal(latents.latents(torch.tensor(rows), noise), mean + torch.exp(0.5 * logvar) * noise)
+        posteriors = stock_posteriors(vae, digits.pixels)
+        torch.manual_seed(7)
+        sample = posteriors[0].sample()
+        torch.manual_seed(7)
+        assert torch.equal(latents.latents(range(10), torch.randn(10, 4, 4, 4)), sample)
+        assert latents.latents([]).shape == (0, 4, 4, 4)
+
+    def test_noise_that_does_not_fit(self, vae, digits, whole, tmp_path):
+        with pytest.raises(ValueError, match=r"noise must have the shape \(2, 4, 4, 4\), got \(1, 4, 4, 4\)"):
+            LatentDataset(whole).latents([0, 1], torch.zeros(1, 4, 4, 4))
+        mode = encode(vae, digits, tmp_path, kind="mode")
+        with pytest.raises(ValueError, match=r"needs a cache of kind posterior, and .* is of kind mode"):
+            mode.latents([0], torch.zeros(1, 4, 4, 4))
+
+    def test_what_is_read_is_nobody_elses(self, whole):
+        latents = LatentDataset(whole)
+        first = latents[0]["mean"].clone()
+        latents[0]["mean"].zero_()
+        latents.latents([0]).zero_()
+        assert torch.equal(latents[0]["mean"], first)
+
+    def test_another_vae_is_refused(self, whole, vae):
+        assert len(LatentDataset(whole, weights_hash(vae))) == 45
+        with pytest.raises(ValueError, match=f"weights_hash is {weights_hash(vae)}, and not abc"):
+            LatentDataset(whole, "abc")
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"cache": {"format": 1}}', "\0"])
+    def test_damaged_index(self, text, tmp_path):
+        (tmp_path / "index.json").write_text(text)
+        with pytest.raises(ValueError, match=r"index\.json is damaged or no index of latents"):
+            LatentDataset(tmp_path)
+
+    def test_no_cache(self, whole, tmp_path):
+        with pytest.raises(FileNotFoundError, match="there is no folder"):
+            LatentDataset(tmp_path / "none")
+        with pytest.raises(FileNotFoundError, match="holds no latents that are complete"):
+            LatentDataset(tmp_path)
+        index = json.loads((whole / "index.json").read_text())
+        index["cache"]["format"] = 2
+        (tmp_path / "index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="is of format 2, this version of diffusers_vae reads up to 1"):
+            LatentDataset(tmp_path)
+
+    def test_fingerprint(self, vae, digits, whole, tmp_path):
+        first = LatentDataset(whole).fingerprint
+        assert encode(vae, digits, tmp_path / "a").fingerprint == first
+        images = ArrayImages(digits.pixels, digits.labels, classes=digits.classes)
+        assert encode(vae, images, tmp_path / "b").fingerprint != first
+
+    def test_pickled_small_and_equal(self, whole):
+        latents = LatentDataset(whole)
+        assert latents.labels is not None and latents.captions and latents[30]
+        assert len(pickle.dumps(latents)) < 10_000
+        assert torch.equal(pickle.loads(pickle.dumps(latents))[30]["mean"], latents[30]["mean"])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("method", sorted(set(multiprocessing.get_all_start_methods()) - {"forkserver"}))
+    def test_workers(self, method, vae, digits, tmp_path):
+        latents = encode(vae, ArrayImages(digits.pixels, digits.labels), tmp_path)
+        assert latents[0]["label"] == digits.labels[0]  # opened before
+        batches = list(DataLoader(latents, 8, num_workers=2, multiprocessing_context=method))
+        assert torch.equal(torch.cat([batch["mean"] for batch in batches]), latents.latents(range(45)))
+        assert torch.equal(torch.cat([batch["label"] for batch in batches]), digits.labels)
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+    def test_files_are_mapped_and_not_loaded(self, vae, tmp_path):
+        """A pass over 96 MiB, in random order: memory of the process's own, and all of it for a few rows."""
+        pixels = torch.zeros(1500, 1, 128, 128, dtype=torch.uint8)
+        encode(vae, ArrayImages(pixels), tmp_path, shard_images=400)
+        code = (
+            "import sys, torch\n"
+            "from diffusers_vae import LatentDataset\n"
+            "def memory(name):\n"
+            "    lines = dict(line.split(':') for line in open('/proc/self/status'))\n"
+            "    return int(lines[name].split()[0]) / 1024\n"
+            "latents = LatentDataset(sys.argv[1])\n"
+            "noise = torch.randn(10, *latents.latent_shape)\n"
+            "before = memory('VmRSS')\n"
+            "latents.latents([0, 500, 1000, 1499])\n"
+            "few = memory('VmRSS') - before\n"
+            "before = memory('RssAnon')\n"
+            "for rows in torch.randperm(1500).split(10):\n"
+            "    latents.latents(rows, noise)\n"
+            "print(latents.bytes / 2**20, few, memory('RssAnon') - before)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=ROOT)
+        size, few, own = map(float, done.stdout.split())
+        assert size > 180 and few < 20 and own < 20, (size, few, own)
+
+
+class TestDatasets:
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path, monkeypatch):
+        import datasets
+
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kind", ["posterior", "mode"])
+    def test_rows_are_the_same(self, kind, vae, digits, tmp_path):
+        import datasets
+
+        latents = encode(vae, digits, tmp_path / "latents", kind=kind, dtype=FP16)
+        found = latents.to_datasets()
+        names = ["mean", "logvar"] if kind == "posterior" else ["latents"]
+        assert found.column_names == [*names, "label", "captions"] and len(found) == 45
+        for name in names:
+            assert found.features[name] == datasets.Array3D((4, 4, 4), "float32")
+        assert found.features["label"].names == list(digits.classes)
+        for row, expected in zip(found.with_format("torch"), latents, strict=True):
+            assert all(torch.equal(row[name], expected[name]) for name in (*names, "label"))
+            assert list(row["captions"]) == expected["captions"]
+
+    @pytest.mark.slow
+    def test_another_cache_in_the_same_folder_is_not_taken_for_the_first(self, vae, digits, tmp_path):
+        folder = tmp_path / "latents"
+        first = encode(vae, digits, folder, kind="mode").to_datasets()
+        for path in folder.iterdir():
+            path.unlink()
+        second = encode(vae, ArrayImages(digits.pixels.flip(0)), folder, kind="mode").to_datasets()
+        assert second.column_names == ["latents"] and first[0]["latents"] != second[0]["latents"]
