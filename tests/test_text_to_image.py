@@ -107,6 +107,7 @@ def trained(output_dir):
     return load_file(newest / "model.safetensors")
 
 
+@pytest.mark.slow
 class TestRun:
     def test_leaves_a_stock_pipeline(self, finished):
         _, result = finished
@@ -157,8 +158,9 @@ class TestRun:
         assert same and result.parameters > 0 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 class TestInterrupted:
-    @pytest.mark.parametrize("images_seen", [960, pytest.param(1857, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("images_seen", [960, 1857])
     def test_the_same_command_ends_bit_identical(self, images_seen, finished, tmp_path):
         config, result = finished
         output_dir = copied(result.output_dir, tmp_path / "run", images_seen)
@@ -213,6 +215,7 @@ def test_two_processes_train_as_one(vae, tmp_path):
             torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 class TestLatents:
     def task(self, vae, tmp_path, **latents):
         config = dataclasses.replace(tiny(tmp_path / "run", vae), latents=LatentsConfig(**latents))
@@ -311,6 +314,7 @@ class TestCaptions:
         with pytest.raises(ValueError, match=r"metadata\.jsonl"):
             captions_of(None, None, None, None, False)
 
+    @pytest.mark.slow
     def test_dropped_captions_are_the_empty_prompt(self, vae, tmp_path):
         from accelerate import Accelerator
 
@@ -335,6 +339,7 @@ class TestCaptions:
             name = task.train_set.latents.classes[number]
             assert text in {phrase.format(name=name, number=number) for phrase in DIGIT_PHRASES}
 
+    @pytest.mark.slow
     def test_tokens_are_those_of_the_pipeline(self, finished):
         """The stock pipeline's own encoding of a prompt, against the text encoder on the tokens of the training."""
         config, result = finished
@@ -359,6 +364,7 @@ class TestCaptions:
         with pytest.raises(ValueError, match=named):
             CaptionConfig(**settings)
 
+    @pytest.mark.slow
     def test_folder_with_captions(self, vae, tmp_path):
         """Files beside the images say what they show; prompts of the grid are captions that were held out."""
         images, _ = load_data(DATA)
@@ -388,12 +394,14 @@ class TestRefused:
             ({"model": DenoiserConfig((8, 8, 8, 8, 8), norm_num_groups=4)}, "at least 32"),
         ],
     )
+    @pytest.mark.slow
     def test_what_does_not_fit_is_said_before_anything_is_written(self, changes, named, vae, tmp_path):
         config = dataclasses.replace(tiny(tmp_path / "run", vae), **changes)
         with pytest.raises((OSError, ValueError), match=named):
             run_task(TextToImageTask(config))
         assert [path.name for path in (tmp_path / "run").iterdir()] in ([], [".lock"])
 
+    @pytest.mark.slow
     def test_perceptron(self, tmp_path):
         mlp = train_vae(tmp_path / "mlp", "mlp")
         with pytest.raises(ValueError, match="takes an AutoencoderKL, got MLPVAE"):
@@ -420,6 +428,7 @@ class TestRefused:
             cli.main(["train-text-to-image", "--diffusion.gamma", "5"])
         assert stopped.value.code == 2 and "diffusion.gamma" in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_vae_is_short_for_its_source(self, tmp_path, capsys):
         assert (
             cli.main(
