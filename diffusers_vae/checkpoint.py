@@ -26,6 +26,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -60,6 +61,32 @@ def naming(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OSError(f"cannot write {path}: {reason}") from error
+
+
+def acquire(lock: FileLock, doing: str, setting: str) -> None:
+    """Take the lock of the folder that it lies in, which is made if it is not there. It is waited for, some seconds, in
+    case that what is left of a killed process has it.
+
+    Raises:
+        OSError: when another process is `doing` something there, or `setting`, which names the folder, is no folder.
+    """
+    folder = Path(lock.lock_file).parent
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{setting} must be a folder, got the file {folder.resolve()}")
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("%s is in use: waiting, in case it is by what is left of a killed process", folder)
+            lock.acquire(timeout=15)
+    except Timeout as error:
+        raise OSError(
+            f"another process is {doing} {folder.resolve()}: wait for its end or choose another {setting}"
+        ) from error
+    except NotImplementedError:
+        logger.warning("%s cannot be locked: take care that no two processes use it", folder)
 
 
 def read_settings(path: Path, *needed: str) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 import numpy as np
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .checkpoint import described, naming, whole_file, write_file
+from .checkpoint import acquire, described, naming, whole_file, write_file
 from .data import FolderImages, ImageSet, ReadImages, kept_images
 from .evaluation import draw
 from .metrics import gather_parts, process_share
@@ -36,7 +35,6 @@ from .models import VAE, encode, weights_hash
 if TYPE_CHECKING:
     import datasets
 
-logger = logging.getLogger(__name__)
 
 FORMAT = 1
 INDEX = "index.json"
@@ -180,26 +178,7 @@ def _sendable(error: Exception) -> Exception:
 def _alone_in(folder: Path) -> Iterator[None]:
     """Within, no other call can write to the folder."""
     lock = FileLock(folder / ".lock")
-
-    def acquire() -> None:
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"latents are written to a folder, got the file {folder.resolve()}")
-        with naming(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        try:
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                logger.warning("%s is in use: waiting, in case it is by what is left of a killed process", folder)
-                lock.acquire(timeout=15)
-        except Timeout as error:
-            raise OSError(
-                f"another process is writing latents to {folder.resolve()}: wait for its end or choose another folder"
-            ) from error
-        except NotImplementedError:
-            logger.warning("%s cannot be locked: take care that no two processes write to it", folder)
-
-    _on_main(acquire)
+    _on_main(lambda: acquire(lock, "writing latents to", "folder for the latents"))
     try:
         yield
     finally:

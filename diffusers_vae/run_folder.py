@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from PIL import Image
 from torch import nn
 
-from .checkpoint import check_fits, find_checkpoint, naming, on_main, remove_half_written, write_file
+from .checkpoint import acquire, check_fits, find_checkpoint, naming, on_main, remove_half_written, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -40,27 +41,7 @@ class Settings:
 def only_run_in(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
     """Within, no other run can use the folder."""
     lock = FileLock(output_dir / ".lock")
-
-    def acquire() -> None:
-        if output_dir.exists() and not output_dir.is_dir():
-            raise NotADirectoryError(f"run.output_dir must be a folder, got the file {output_dir.resolve()}")
-        with naming(output_dir):
-            output_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                logger.info("%s is in use: waiting, in case it is by what is left of a killed run", output_dir)
-                lock.acquire(timeout=15)
-        except Timeout as error:
-            raise OSError(
-                f"another process is training in {output_dir.resolve()}: wait for its end or choose another "
-                "run.output_dir"
-            ) from error
-        except NotImplementedError:
-            logger.warning("%s cannot be locked: take care that no two runs use it", output_dir)
-
-    on_main(accelerator, acquire)
+    on_main(accelerator, partial(acquire, lock, "training in", "run.output_dir"))
     try:
         yield
     finally:

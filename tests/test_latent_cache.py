@@ -306,7 +306,7 @@ class TestResume:
 
     def test_a_file_in_the_place_of_the_folder(self, vae, digits, tmp_path):
         (tmp_path / "out").write_text("mine")
-        with pytest.raises(NotADirectoryError, match="written to a folder, got the file"):
+        with pytest.raises(NotADirectoryError, match="folder for the latents must be a folder, got the file"):
             encode(vae, digits, tmp_path / "out")
 
     @pytest.mark.slow
