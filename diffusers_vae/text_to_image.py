@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +49,7 @@ DIGIT_PHRASES = (
 PHRASES = ("a picture of a {name}", "a {name}", "{name}")
 
 
+SCHEDULERS = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "dpm-solver": DPMSolverMultistepScheduler}
 PANELS = {
     "loss": "loss",
     "error": "squared error of the prediction",
@@ -392,8 +394,9 @@ class TextToImageTask:
 
     def data(self) -> dict[str, dict[str, Any]]:
         latents = self.train_set.latents
+        digest = sha256(json.dumps(latents.cache["data"]).encode()).hexdigest()
         return {
-            "training": {"images": len(latents), "fingerprint": latents.fingerprint},
+            "training": {"images": len(latents), "fingerprint": digest},
             "autoencoder": {"fingerprint": self.weights},
         }
 
@@ -468,10 +471,9 @@ class TextToImageTask:
     @torch.no_grad()
     def evaluate(self, model: TextToImage, log: Log, progress: dict[str, int]) -> dict[str, float]:
         """The held-out loss, and the grid of pictures, both by the main process."""
-        figures: dict[str, float] = {}
 
-        def measure() -> None:
-            figures.update(self._heldout(model))
+        def measure() -> dict[str, float]:
+            figures = self._heldout(model)
             if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
                 raise FloatingPointError(
                     f"training diverged, not finite on held-out images: {', '.join(bad)}. {self.advice}"
@@ -483,9 +485,9 @@ class TextToImageTask:
                 with naming(path):
                     picture.save(path)
             log.show(pictures, progress["images_seen"])
+            return figures
 
-        on_main(self.accelerator, measure)
-        return figures
+        return on_main(self.accelerator, measure)
 
     def _heldout(self, model: TextToImage) -> dict[str, float]:
         """Loss and error of posterior means with the first caption, at evenly spaced timesteps, noise of seed 0."""
@@ -530,12 +532,9 @@ class TextToImageTask:
 
     def pipeline(self, model: TextToImage) -> StableDiffusionPipeline:
         """The stock pipeline of the parts."""
-        training = self.objective.scheduler.config
-        scheduler = {
-            "ddim": lambda: DDIMScheduler.from_config(training, set_alpha_to_one=False),
-            "pndm": lambda: PNDMScheduler.from_config(training, skip_prk_steps=True, set_alpha_to_one=False),
-            "dpm-solver": lambda: DPMSolverMultistepScheduler.from_config(training),
-        }[self.config.sampling.scheduler]()
+        # what Stable Diffusion's own config says to samplers; it stays in the config, for those that are made from it
+        config = {**self.objective.scheduler.config, "skip_prk_steps": True, "set_alpha_to_one": False}
+        scheduler = SCHEDULERS[self.config.sampling.scheduler].from_config(config)
         return StableDiffusionPipeline(
             vae=self.vae.to_diffusers(),
             text_encoder=model.text_encoder,
