@@ -213,6 +213,11 @@ class Log:
             self.accelerator.log(named, step=values["images_seen"])
 
     def show(self, pictures: dict[str, Image.Image], images_seen: int) -> None:
+        """Save the pictures, by the main process, and show them in the tracker."""
+        for name, picture in pictures.items():
+            path = self.path.parent / "pictures" / f"{name}.png"
+            with naming(path):
+                picture.save(path)
         for tracker in self.accelerator.trackers:
             arrays = {name: np.asarray(picture)[None] for name, picture in pictures.items()}
             with naming(self.path.parent / "tensorboard"):

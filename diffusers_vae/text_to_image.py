@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .checkpoint import naming, on_main, whole_folder, write_file
+from .checkpoint import on_main, whole_folder, write_file
 from .data import DataConfig, first_images, image_batches, load_data
 from .diffusion import DiffusionConfig
 from .images import to_model_range
@@ -480,10 +480,6 @@ class TextToImageTask:
                 )
             log.write("evaluation", progress | figures)
             pictures = {"prompts": self._grid(model), "loss": loss_picture(log.path, PANELS)}
-            for name, picture in pictures.items():
-                path = log.path.parent / "pictures" / f"{name}.png"
-                with naming(path):
-                    picture.save(path)
             log.show(pictures, progress["images_seen"])
             return figures
 

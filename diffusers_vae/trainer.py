@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from .checkpoint import naming, on_main, whole_folder, write_file
+from .checkpoint import on_main, whole_folder, write_file
 from .data import DataConfig, FolderImages, ReadImages, load_data
 from .evaluation import EvaluationConfig, EvaluationReport, evaluate, load_judges
 from .hub import HubConfig, write_card
@@ -155,10 +155,6 @@ class AutoencoderTask:
 
         def draw() -> dict[str, Image.Image]:
             pictures = draw_report(model, self.heldout, log.path, settings, report)
-            for name, picture in pictures.items():
-                path = log.path.parent / "pictures" / f"{name}.png"
-                with naming(path):
-                    picture.save(path)
             log.show(pictures, progress["images_seen"])
             return pictures
 
