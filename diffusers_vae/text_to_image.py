@@ -22,6 +22,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -547,7 +548,9 @@ class TextToImageTask:
 
         def save() -> None:
             with whole_folder(output_dir / "pipeline") as folder:
-                self.pipeline(model).save_pretrained(folder)
+                pipeline = self.pipeline(model)
+                pipeline.save_pretrained(folder)
+                for_transformers_4(pipeline, folder)
 
         on_main(self.accelerator, save)
         figures = self.evaluate(model, log, progress)
@@ -582,6 +585,18 @@ class TextToImageTask:
         latents = replace(config.latents, folder=None)
         config = replace(config, run=few_steps(config.run, folder), sampling=sampling, latents=latents)
         return TextToImageTask(config, 2 * config.run.batch_size)
+
+
+def for_transformers_4(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Make what transformers 5 saved readable for transformers 4, too: that one finds the tokenizer's words in vocab.json
+    and merges.txt alone, and leaves weights random whose names lack `text_model.`, as they do since version 5, which
+    reads both.
+    """
+    if not (folder / "tokenizer" / "vocab.json").exists():
+        pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    weights = load_file(folder / "text_encoder" / "model.safetensors")
+    named = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in weights.items()}
+    save_file(named, folder / "text_encoder" / "model.safetensors", {"format": "pt"})
 
 
 def _load_vae(config: TextToImageConfig) -> VAE:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_distributed import run_in
 from test_trainer import records
 from test_vae import run_without_package
+from transformers import CLIPTextModel
 
 from diffusers_vae import VAE, cli
 from diffusers_vae.data import ArrayImages, DataConfig, load_data
@@ -117,6 +118,19 @@ class TestRun:
         index = json.loads((result.output_dir / "pipeline" / "model_index.json").read_text())
         parts = {name: value for name, value in index.items() if isinstance(value, list)}
         assert {library for library, name in parts.values() if name} <= STOCK
+        files = {path.name for path in (result.output_dir / "pipeline" / "tokenizer").iterdir()}
+        assert {"vocab.json", "merges.txt"} <= files  # for transformers 4, which does not read tokenizer.json
+        weights = load_file(result.output_dir / "pipeline" / "text_encoder" / "model.safetensors")
+        assert all(name.startswith("text_model.") for name in weights)  # likewise: others would stay random
+        encoder, loading = CLIPTextModel.from_pretrained(
+            result.output_dir / "pipeline" / "text_encoder", output_loading_info=True
+        )
+        assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        averages = load_file(max((result.output_dir / "checkpoints").iterdir()) / "ema.safetensors")
+        own = {name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
+        trained = {name.removeprefix("text_encoder.").removeprefix("text_model."): value
+                   for name, value in averages.items() if name.startswith("text_encoder.")}  # fmt: skip
+        assert own.keys() == trained.keys() and all(torch.equal(own[name], trained[name]) for name in own)
         assert parts["vae"] == ["diffusers", "AutoencoderKL"] and parts["unet"][1] == "UNet2DConditionModel"
         names = {}
         exec(result.load_line, names)
