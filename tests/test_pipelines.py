@@ -353,6 +353,7 @@ for name, pictures in expected.items():
         make("StableDiffusionPipeline", untrained(vae, in_channels=3, out_channels=3), texts).save_pretrained(tmp_path)
         pipeline = DiffusionPipeline.from_pretrained(tmp_path, vae=None, torch_dtype=torch.bfloat16)
         swap_vae(pipeline, vae)
+        assert pipeline.config["vae"] == ("diffusers", "AutoencoderKL")  # what model_index.json will say
         assert pipeline.vae.dtype == torch.bfloat16 and draw(pipeline).shape == (1, 16, 16, 1)
         pipeline.vae = AutoencoderTiny(latent_channels=4)
         assert type(swap_vae(pipeline, vae).vae) is AutoencoderKL
