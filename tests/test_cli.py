@@ -60,15 +60,16 @@ class TestTop:
         code, out, _ = call(capsys, name, "--help")
         assert code == 0 and "usage: diffusers-vae" in out and "--debug" in out
         example = out[out.index("example: ") :]
-        assert "diffusers" in example or "train_vae" in example
+        assert "diffusers" in example or "training/train_" in example
         told = {"evaluate": "Draws from the posterior per image", "compare": "Draws from the posterior per image"}
         told |= {"push": "Visible to its owners only", "train": "Passes over the training images"}
+        told |= {"train-text-to-image": "Share of images that are seen with the empty prompt"}
         assert told.get(name, "Where in a repository the model lies") in " ".join(out.split())
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["foo"], "foo is no command; there are train, evaluate"),
+            (["foo"], "foo is no command; there are train, train-text-to-image, evaluate"),
             (["evaluate"], "model"),
             (["evaluate", "x", "--evaluation.draws", "none"], "evaluation.draws"),
             (["evaluate", "x", "--evaluation.draws", "0"], "evaluation.draws must be at least 1, got 0"),

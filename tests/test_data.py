@@ -198,6 +198,7 @@ class TestFolder:
         (place,) = (heldout.pixels == read_image(horse, 3)).flatten(1).all(1).nonzero().flatten().tolist()
         assert heldout.labels[place] == 7
 
+    @pytest.mark.slow
     def test_first_images_are_of_all_classes(self, cifar_folder):
         """Folders come sorted by class; what is measured on the first images must not be of one class alone."""
         for part in load_data(DataConfig(name="folder", root=str(cifar_folder), channels=3)):

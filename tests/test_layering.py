@@ -125,6 +125,7 @@ def test_package_init_holds_only_public_names():
         _ = diffusers_vae.VAEE
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_light():
     # diffusers loads accelerate where it finds it: what counts is what comes on top
     code = (

@@ -313,6 +313,7 @@ class TestAll:
     @pytest.mark.parametrize(
         "channels", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
     )
+    @pytest.mark.slow
     def test_every_channel_count_repeats_exactly(self, channels, digits, metrics):
         images = ArrayImages(digits.pixels.expand(-1, channels, -1, -1), digits.labels)
         state = torch.get_rng_state(), np.random.get_state()[1].copy()

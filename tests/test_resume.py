@@ -65,6 +65,7 @@ class TestSameCommand:
         assert left_behind(output_dir) == left_behind(Path(finished.run.output_dir))
         assert (f"continuing from {output_dir}" in caplog.text) == bool(images_seen)
 
+    @pytest.mark.slow
     def test_damaged_checkpoints_are_passed_over(self, finished, tmp_path, caplog):
         output_dir = interrupted_at(960, finished.run.output_dir, tmp_path / "run")
         newest, second, third = sorted((output_dir / "checkpoints").iterdir(), reverse=True)[:3]
@@ -85,6 +86,7 @@ class TestSameCommand:
         assert result.report.psnr == json.loads((output_dir / "evaluation.json").read_text())["psnr"]
         assert result.parameters > 0 and "AutoencoderKL" in result.load_line
 
+    @pytest.mark.slow
     def test_of_a_run_whose_model_was_removed_writes_it_again(self, finished, tmp_path):
         output_dir = tmp_path / "run"
         shutil.copytree(finished.run.output_dir, output_dir)

@@ -143,6 +143,7 @@ class TestRun:
 
 
 class TestExactness:
+    @pytest.mark.slow
     def test_two_runs_are_the_same(self, tmp_path, vae_run):
         config, result = vae_run
         again = dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(tmp_path / "run")))
@@ -158,6 +159,7 @@ class TestExactness:
         first, second = (weights(tmp_path / str(seed)) for seed in (0, 1))
         assert not any(torch.equal(first[key], second[key]) for key in first)
 
+    @pytest.mark.slow
     def test_accumulated_gradients_are_those_of_the_whole_batch(self, tmp_path):
         """A whole epoch, with an uneven last batch, of 17."""
         for steps in (1, 5):
