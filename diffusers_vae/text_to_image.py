@@ -588,9 +588,9 @@ class TextToImageTask:
 
 
 def for_transformers_4(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Make what transformers 5 saved readable for transformers 4, too: it takes the tokenizer's words from vocab.json and
-    merges.txt alone, and leaves weights random whose names lack `text_model.`, as they do since version 5. That reads
-    both.
+    """Make what transformers 5 saved readable for transformers 4, too: it takes the tokenizer's words from vocab.json
+    and merges.txt alone, and leaves weights random whose names lack `text_model.`, as they do since version 5. That
+    reads both.
     """
     if not (folder / "tokenizer" / "vocab.json").exists():
         pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
