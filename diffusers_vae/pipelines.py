@@ -110,7 +110,9 @@ def swap_vae(pipeline: DiffusionPipeline, vae: VAE | AutoencoderKL) -> Diffusion
     if problems:
         raise ValueError("\n- ".join([f"the VAE does not fit this {name}:", *problems]))
 
-    new = copy.deepcopy(vae.to_diffusers() if isinstance(vae, VAE) else vae).to(place.device, place.dtype).eval()
+    new = copy.deepcopy(vae.to_diffusers() if isinstance(vae, VAE) else vae).to(place.device).eval()
+    if new.dtype != place.dtype:  # diffusers warns of a cast even where there is none
+        new.to(place.dtype)
     new.use_slicing |= getattr(old, "use_slicing", False)
     new.use_tiling |= getattr(old, "use_tiling", False)
     if getattr(pipeline, "fusing_vae", False):

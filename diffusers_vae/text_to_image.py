@@ -531,6 +531,8 @@ class TextToImageTask:
         """The stock pipeline of the parts."""
         # what Stable Diffusion's own config says to samplers; it stays in the config, for those that are made from it
         config = {**self.objective.scheduler.config, "skip_prk_steps": True, "set_alpha_to_one": False}
+        if self.config.sampling.scheduler == "dpm-solver":
+            config["timestep_spacing"] = "linspace"  # its other spacings begin with too little noise
         scheduler = SCHEDULERS[self.config.sampling.scheduler].from_config(config)
         return StableDiffusionPipeline(
             vae=self.vae.to_diffusers(),

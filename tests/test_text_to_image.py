@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from crash import left_behind
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from test_distributed import run_in
@@ -32,12 +32,14 @@ from diffusers_vae.models import ModelConfig
 from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.text_to_image import (
     DIGIT_PHRASES,
+    SCHEDULERS,
     AutoencoderConfig,
     CaptionConfig,
     Captions,
     DenoiserConfig,
     LatentsConfig,
     SamplingConfig,
+    TextToImage,
     TextToImageConfig,
     TextToImageTask,
     captions_of,
@@ -47,6 +49,10 @@ from diffusers_vae.trainer import TrainConfig, train
 SCRIPT = Path(__file__).parents[1] / "training" / "train_text_to_image.py"
 DATA = DataConfig(resolution=16)
 STOCK = {"diffusers", "transformers"}
+TINY_UNET = {
+    "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,),
+    "norm_num_groups": 4, "layers_per_block": 1, "mid_block_type": None,
+}  # fmt: skip
 
 
 def train_vae(output_dir, architecture="vae", seed=0):
@@ -136,6 +142,18 @@ class TestRun:
         exec(result.load_line, names)
         pictures = names["pipeline"](["a handwritten seven", "1"], num_inference_steps=2).images
         assert type(names["pipeline"]) is StableDiffusionPipeline and [p.size for p in pictures] == [(16, 16)] * 2
+
+    @pytest.mark.parametrize("name", SCHEDULERS)
+    def test_samplers_know_the_noise_of_the_training(self, name, finished):
+        """And begin with all of it, or nearly; for pipelines that are made from them, none clips."""
+        task = TextToImageTask(dataclasses.replace(finished[0], sampling=SamplingConfig(scheduler=name)))
+        trained_with = task.objective.scheduler
+        task.vae, task.tokenizer = VAE.from_pretrained(Path(finished[0].vae.source) / "model"), None
+        scheduler = task.pipeline(TextToImage(UNet2DConditionModel(**TINY_UNET), None)).scheduler
+        scheduler.set_timesteps(25)
+        assert torch.equal(scheduler.alphas_cumprod, trained_with.alphas_cumprod) and scheduler.timesteps[0] > 950
+        assert not DDIMScheduler.from_config(scheduler.config).config.clip_sample
+        assert PNDMScheduler.from_config(scheduler.config).config.skip_prk_steps
 
     def test_averaged_weights_are_saved_in_full_precision(self, finished):
         _, result = finished
