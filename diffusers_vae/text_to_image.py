@@ -363,9 +363,12 @@ class TextToImageTask:
         captions = Captions(say(latents.captions, latents.labels, latents.classes))
         self.train_set = CaptionedLatents(latents, captions)
         self._tokenize(captions)
-        posterior = [encode(self.vae, batch) for _, _, batch in image_batches(heldout, 64, None, self.vae.device)]
-        self.heldout_latents = self.scaling.scale(torch.cat([part.mean for part in posterior]).cpu())
-        self.heldout_captions = say(heldout.captions, heldout.labels, heldout.classes)
+        texts = say(heldout.captions, heldout.labels, heldout.classes)
+        self.heldout_captions, means = [], []
+        for _, indices, batch in image_batches(heldout, config.latents.batch_size, None, self.vae.device):
+            self.heldout_captions += [texts[index] for index in indices]
+            means.append(encode(self.vae, batch).mean.cpu())
+        self.heldout_latents = self.scaling.scale(torch.cat(means))
         self.prompts = config.sampling.prompts or self._prompts(latents, digits)
         self.image_errors = lambda: (*images.errors, *heldout.errors)
         self.vae.to("cpu")

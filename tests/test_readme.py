@@ -122,4 +122,6 @@ def test_text_to_image_is_shown_as_it_was_judged():
         figures = f"{judged['right']:.1%}".replace("%", " %"), judged["frechet_distance"], judged["diversity"]
         assert f"| {label} | {figures[0]} | {figures[1]:.1f} | {figures[2]:.2f} |" in README
     assert f"right on {record['classifier']['accuracy']:.1%}".replace("%", " %") in README
+    digits = json.loads((ROOT / "benchmarks" / "judged" / "digits-t2i.json").read_text())
+    assert f"{digits['judged']['guidance 2']['right']:.1%}".replace("%", " %") + " at guidance 2" in README
     assert record["count"] == 1000 and record["judged"]["guidance 2"]["right"] >= 0.99
