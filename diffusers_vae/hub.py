@@ -105,6 +105,11 @@ class _Run:
         """With `evaluation` instead of what is in evaluation.json. Raises ValueError when the run is not finished or
         holds what must not be published.
         """
+        if (path / "pipeline" / "model_index.json").is_file():
+            raise ValueError(
+                f"{path} is the run of a text-to-image model, and this is for autoencoders; publish its pipeline by "
+                f"`hf upload ME/NAME {path.as_posix()}/pipeline`"
+            )
         for name in ("config.yaml", "model/config.json", "evaluation.json"):
             if not (path / name).is_file() and (name != "evaluation.json" or evaluation is None):
                 raise ValueError(

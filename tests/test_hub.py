@@ -339,6 +339,13 @@ class TestPush:
             push(run, HubConfig(repo_id=REPO, private=True))
         assert uploaded(hub) == {} and hub.uploads == []
 
+    def test_run_of_a_text_to_image_model_is_told_how_it_is_published(self, hub, run):
+        (run / "pipeline").mkdir()
+        (run / "pipeline" / "model_index.json").write_text("{}")
+        with pytest.raises(ValueError, match=f"`hf upload ME/NAME {run}/pipeline`"):
+            push(run, HubConfig(repo_id=REPO))
+        assert hub.requests == []
+
     @pytest.mark.parametrize("missing", ["evaluation.json", "config.yaml", "model/config.json"])
     def test_unfinished_run_is_refused(self, hub, run, missing):
         (run / missing).unlink()
