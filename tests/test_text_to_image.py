@@ -49,6 +49,7 @@ from diffusers_vae.trainer import TrainConfig, train
 SCRIPT = Path(__file__).parents[1] / "training" / "train_text_to_image.py"
 DATA = DataConfig(resolution=16)
 STOCK = {"diffusers", "transformers"}
+FIRST = {"ddim": 961, "pndm": 961, "dpm-solver": 999}  # of 25 timesteps
 TINY_UNET = {
     "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,),
     "norm_num_groups": 4, "layers_per_block": 1, "mid_block_type": None,
@@ -151,7 +152,9 @@ class TestRun:
         task.vae, task.tokenizer = VAE.from_pretrained(Path(finished[0].vae.source) / "model"), None
         scheduler = task.pipeline(TextToImage(UNet2DConditionModel(**TINY_UNET), None)).scheduler
         scheduler.set_timesteps(25)
-        assert torch.equal(scheduler.alphas_cumprod, trained_with.alphas_cumprod) and scheduler.timesteps[0] > 950
+        assert (
+            torch.equal(scheduler.alphas_cumprod, trained_with.alphas_cumprod) and scheduler.timesteps[0] >= FIRST[name]
+        )
         assert not DDIMScheduler.from_config(scheduler.config).config.clip_sample
         assert PNDMScheduler.from_config(scheduler.config).config.skip_prk_steps
 
@@ -314,6 +317,27 @@ class TestLatents:
         for name, value in weights["stored"].items():
             torch.testing.assert_close(value, weights["encoded"][name], rtol=0, atol=1e-4)
 
+    @pytest.mark.parametrize("sample_posterior", [True, False])
+    def test_what_the_denoiser_sees(self, sample_posterior, vae, tmp_path):
+        """Scaled draws from the posterior, or scaled means, of the images asked for, with the noise asked for."""
+        task = self.task(vae, tmp_path, sample_posterior=sample_posterior)
+        draws, indices, seen = task.draws(5, torch.Generator().manual_seed(0)), [7, 3, 900, 3, 11], []
+
+        class Denoiser(torch.nn.Module):
+            def forward(self, noisy_latents, timesteps, tokens):
+                seen.append(noisy_latents)
+                return torch.zeros_like(noisy_latents)
+
+        terms = task.step(Denoiser(), task.train_set.__getitems__(indices), draws)
+        rows = [task.train_set.latents[index] for index in indices]
+        latents = torch.stack([row["mean"] for row in rows])
+        if sample_posterior:
+            latents = latents + torch.stack([row["logvar"] for row in rows]).mul(0.5).exp() * draws["posterior_noise"]
+        scaled_latents = latents * VAE.from_pretrained(vae / "model").config.scaling_factor
+        alphas = task.objective.scheduler.alphas_cumprod[draws["timesteps"]].view(-1, 1, 1, 1)
+        torch.testing.assert_close(seen[0], alphas.sqrt() * scaled_latents + (1 - alphas).sqrt() * draws["noise"])
+        torch.testing.assert_close(terms.per_image["error"], (draws["noise"] ** 2).mean((1, 2, 3)))
+
     def test_draws_differ_from_the_mean(self, vae, tmp_path):
         """The two settings are two: a model that sees draws sees the posterior's variance."""
         task = self.task(vae, tmp_path)
@@ -383,13 +407,14 @@ class TestCaptions:
                 return noisy_latents
 
         draws = task.draws(1600, torch.Generator().manual_seed(0))
-        task.step(Denoiser(), task.train_set.__getitems__(range(1600)), draws)
+        indices = list(range(1600))[::-1]
+        task.step(Denoiser(), task.train_set.__getitems__(indices), draws)
         empty = (seen[0] == task.no_prompt).all(1)
         assert torch.equal(empty, draws["dropped"]) and 0.2 < empty.float().mean() < 0.3
         labels = task.train_set.latents.labels
-        for index in (~empty).nonzero().flatten()[:50].tolist():
-            text = task.tokenizer.decode(seen[0][index], skip_special_tokens=True).strip()
-            number = int(labels[index])
+        for place in (~empty).nonzero().flatten()[:50].tolist():
+            text = task.tokenizer.decode(seen[0][place], skip_special_tokens=True).strip()
+            number = int(labels[indices[place]])
             name = task.train_set.latents.classes[number]
             assert text in {phrase.format(name=name, number=number) for phrase in DIGIT_PHRASES}
 
