@@ -123,7 +123,6 @@ def _identity(
     vae: ModelMixin, image_set: ImageSet, kind: Kind, dtype: torch.dtype, seed: int, shard_images: int
 ) -> dict[str, Any]:
     """All that decides what is in a cache."""
-    labels = None if image_set.labels is None else image_set.labels.tolist()
     identity = {
         "format": FORMAT,
         "kind": kind,
@@ -135,16 +134,21 @@ def _identity(
             "weights_hash": weights_hash(vae),
             "config": {name: value for name, value in vae.config.items() if not name.startswith("_")},
         },
-        "data": {
-            "fingerprint": image_set.fingerprint(),
-            "images": len(image_set),
-            "image_shape": list(image_set.__getitems__([0]).pixels.shape[1:]),
-            "resize": image_set.config.resize if isinstance(image_set, FolderImages) else None,
-            "labels": None if labels is None else _digest([labels, image_set.classes]),
-            "captions": None if image_set.captions is None else _digest(image_set.captions),
-        },
+        "data": _data_identity(image_set),
     }
     return json.loads(json.dumps(identity))  # as it is read again, without tuples
+
+
+def _data_identity(image_set: ImageSet) -> dict[str, Any]:
+    labels = None if image_set.labels is None else image_set.labels.tolist()
+    return {
+        "fingerprint": image_set.fingerprint(),
+        "images": len(image_set),
+        "image_shape": list(image_set.__getitems__([0]).pixels.shape[1:]),
+        "resize": image_set.config.resize if isinstance(image_set, FolderImages) else None,
+        "labels": None if labels is None else _digest([labels, image_set.classes]),
+        "captions": None if image_set.captions is None else _digest(image_set.captions),
+    }
 
 
 def _digest(value: Any) -> str:
@@ -202,8 +206,12 @@ def _clear(folder: Path, cache: dict[str, Any]) -> None:
             _check_same(folder, header["cache"], cache)
     with naming(folder / INDEX):
         (folder / INDEX).unlink(missing_ok=True)
-    for partial in (*folder.glob(".*.partial"), *folder.glob(".tmp??????")):  # the latter are of safetensors itself
+    for partial in (*folder.glob(".shard-*.partial"), *folder.glob(f".{INDEX}.partial")):
         partial.unlink(missing_ok=True)
+    own = ("shard-", ".lock", ".tmp")
+    if all(path.name.startswith(own) for path in folder.iterdir()):
+        for partial in folder.glob(".tmp??????"):  # of safetensors itself
+            partial.unlink(missing_ok=True)
 
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -426,6 +434,31 @@ def _changed(folder: Path, index: dict[str, Any]) -> list[str]:
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
             changed.append(path.name)
     return changed
+
+
+def matching_latents(vae: ModelMixin, image_set: ImageSet, folder: str | Path, data: str) -> LatentDataset:
+    """The latents in `folder`, of whatever kind and dtype, if they are those of these images under this VAE.
+
+    Args:
+        vae: whose weights count.
+        image_set: whose images count, and not their labels and captions.
+        folder: that `encode_images` wrote.
+        data: which images these are, in words.
+
+    Raises:
+        FileNotFoundError: when there is no cache that is complete.
+        ValueError: when the latents are of other images or of another VAE.
+    """
+    latents = LatentDataset(folder, weights_hash(vae))
+    found, wanted = latents.cache["data"], json.loads(json.dumps(_data_identity(image_set)))
+    compared = ("fingerprint", "images", "image_shape", "resize")
+    if any(found[name] != wanted[name] for name in compared):
+        raise ValueError(
+            f"{Path(folder).resolve()} holds latents of other images: {found['images']:,}, "
+            f"{latents.index['data']}, where {wanted['images']:,}, {data}, are wanted. `diffusers-vae encode DATA "
+            "--split training`, with the same settings of the data, encodes those that are trained on"
+        )
+    return latents
 
 
 class LatentDataset(Dataset):

@@ -221,8 +221,12 @@ class Task(Protocol):
     """Images between two evaluations while training."""
     workers: int
     """Processes that read images."""
+    builds_at_once: bool
+    """Whether `build` needs no `load` before."""
     train_set: TrainingSet
     """After `load`."""
+    images: int
+    """After `load`: how many images there are to train on; of a dry run, too, whose set may have fewer."""
 
     def finished(self) -> RunResult:
         """Of the finished run in output_dir; ValueError when evaluation.json cannot be read."""
@@ -241,7 +245,7 @@ class Task(Protocol):
         ...
 
     def build(self) -> nn.Module:
-        """A new model, after `load`."""
+        """A new model; after `load`, unless it `builds_at_once`."""
         ...
 
     def blank(self, model: nn.Module, device: torch.device) -> torch.Tensor:
@@ -318,7 +322,7 @@ def run_task(task: Task) -> RunResult | None:
 def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult | None:
     config = task.config
     run, output_dir = config.run, Path(config.run.output_dir)
-    checkpoint, finished = on_main(accelerator, partial(find_run, config, task.results, task.finished))
+    checkpoint, finished = on_main(accelerator, partial(_find, task))
     if finished:
         logger.info("%s holds this run, finished", run.output_dir)
         return task.finished() if accelerator.is_main_process else None
@@ -503,9 +507,13 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
     return replace(
         result,
         memory=_peak_memory(accelerator.device),
-        train_images=len(train_set),
+        train_images=task.images,
         images_per_second=timed_images / timed_seconds if timed_images else None,
     )
+
+
+def _find(task: Task) -> tuple[Path | None, bool]:
+    return find_run(task.config, task.results, task.finished, task.build if task.builds_at_once else None)
 
 
 def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:
@@ -517,7 +525,7 @@ def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:
     """
     PartialState(cpu=not torch.accelerator.is_available())
     run = task.config.run
-    find_run(task.config, task.results, task.finished)  # which refuses what the run would refuse
+    _find(task)  # which refuses what the run would refuse
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(broadcast_object_list([scratch])[0]) / "run"
         try:

@@ -71,17 +71,23 @@ FILES = (
 )
 
 
-def find_run(config: Settings, results: tuple[str, ...], readable: Callable[[], object]) -> tuple[Path | None, bool]:
+def find_run(
+    config: Settings,
+    results: tuple[str, ...],
+    readable: Callable[[], object],
+    build: Callable[[], nn.Module] | None,
+) -> tuple[Path | None, bool]:
     """The newest whole checkpoint in the output_dir, and whether the run is finished. Nothing is changed.
 
     Args:
         config: of the run.
         results: names of what a finished run leaves.
         readable: raises ValueError when evaluation.json, which is written last, cannot be read.
+        build: the model that the run trains, if settings alone decide which it is.
 
     Raises:
         FileExistsError: when the folder is another run's, or holds what a new run would overwrite.
-        ValueError: when there are checkpoints, but none that is whole.
+        ValueError: when there are checkpoints, but none that is whole, or it is of another model.
     """
     output_dir = Path(config.run.output_dir)
     checkpoint, damaged = find_checkpoint(output_dir / "checkpoints")
@@ -95,6 +101,7 @@ def find_run(config: Settings, results: tuple[str, ...], readable: Callable[[], 
                 f"{', '.join(found)} in {output_dir.resolve()}. Choose another run.output_dir or move them away"
             )
         return None, False
+    _check_kind((checkpoint or output_dir) / "config.yaml", config)
     if all((output_dir / name).exists() for name in results) and config_file.exists():
         try:
             readable()
@@ -106,6 +113,9 @@ def find_run(config: Settings, results: tuple[str, ...], readable: Callable[[], 
             return checkpoint, True
     _refuse_changes(config, "settings", _differing((checkpoint or output_dir) / "config.yaml", config))
     if checkpoint:
+        if build is not None:
+            with torch.device("meta"):
+                check_fits(checkpoint, build())
         return checkpoint, False
     if found := [name for name in RESULTS if (output_dir / name).exists()]:
         raise FileExistsError(
@@ -113,6 +123,20 @@ def find_run(config: Settings, results: tuple[str, ...], readable: Callable[[], 
             f"{output_dir.resolve()}. Choose another run.output_dir or move them away"
         )
     return None, False
+
+
+def _check_kind(path: Path, config: Settings) -> None:
+    """Raise FileExistsError when the config.yaml at `path` is of a run of something else."""
+    try:
+        stated = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError):
+        return  # which is told when the settings are compared
+    known = {part.name for part in fields(config)}
+    if isinstance(stated, dict) and len(known & stated.keys()) < len(known | stated.keys()) / 2:
+        raise FileExistsError(
+            f"run.output_dir holds a run of something else, with the settings {', '.join(stated)}, and not "
+            f"{', '.join(sorted(known - stated.keys()))}: {path.parent.resolve()}. Choose another run.output_dir"
+        )
 
 
 def _differing(path: Path, config: Settings) -> list[str]:
@@ -129,6 +153,7 @@ def _differing(path: Path, config: Settings) -> list[str]:
         f"{name}: {old} -> {new}"
         for name in sorted(wanted.keys() | stated.keys())
         if name not in FREE_SETTINGS
+        and not (name == "run.mixed_precision" and wanted[name] is None)  # of a dry run: whatever it is
         and not name.startswith("hub.")
         and (old := stated.get(name, defaults.get(name))) != (new := wanted.get(name))
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,16 +29,18 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from .checkpoint import on_main, whole_folder, write_file
-from .data import DataConfig, first_images, image_batches, load_data
+from .data import DataConfig, ImageSet, first_images, image_batches, load_data
 from .diffusion import DiffusionConfig
 from .images import to_model_range
-from .latent_cache import LatentDataset, encode_images
+from .latent_cache import INDEX, LatentDataset, encode_images, matching_latents
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, few_steps
 from .models import VAE, encode, load_autoencoder, weights_hash
 from .pictures import loss_picture, prompt_picture
 from .pipelines import latent_scaling
 from .run_folder import Log, Settings
 from .tokenizer import caption_tokenizer
+
+logger = logging.getLogger(__name__)
 
 DIGIT_PHRASES = (
     "a handwritten {name}",
@@ -76,9 +79,10 @@ class LatentsConfig:
     """The latents of the training images, encoded once and kept; --latents DIR is short for --latents.folder DIR."""
 
     folder: str | None = None
-    """Where they are, or are written to: as `diffusers-vae encode` does; null: latents/ in run.output_dir."""
+    """Where they are, as `diffusers-vae encode DATA --split training` writes them, or are written to; null: latents/ in
+    run.output_dir."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """In which they are kept."""
+    """In which they are kept, if they are not there yet."""
     sample_posterior: bool = True
     """Train on draws from the posterior, others each time, which is what the decoder was trained on, and not on its
     mean."""
@@ -188,6 +192,8 @@ class SamplingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"sampling.{name} must be at least 1, got {value}")
+        if self.steps > 1000:
+            raise ValueError(f"sampling.steps must be at most 1000, the timesteps of the training, got {self.steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +236,7 @@ class _Asked:
     """A batch of the training set: the latents are read when it is known with which noise."""
 
     indices: Sequence[int]
+    latents: LatentDataset
     errors: tuple[str, ...] = ()
 
     @property
@@ -243,27 +250,27 @@ class _Asked:
         raise AssertionError("latents that were encoded can be read")
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {}
+        return {"latents": self.latents.latents(self.indices)}
 
 
-class CaptionedLatents:
-    """Latents, and for each image its captions as tokens: what the loop reads."""
+class EncodedImages:
+    """Latents of a set of images, all of them but those that could not be read: what the loop trains on."""
 
-    def __init__(self, latents: LatentDataset, captions: Captions):
-        self.latents, self.captions, self.errors = latents, captions, ()
+    def __init__(self, latents: LatentDataset, images: ImageSet):
+        self.latents, self.images, self.errors = latents, images, ()
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def __getitems__(self, indices: Sequence[int]) -> _Asked:
-        return _Asked(indices)
+        return _Asked(indices, self.latents)
 
     def name(self, index: int) -> str:
-        return f"image {index}"
+        return self.images.name(int(self.latents.indices[index]))
 
 
 class Captions:
-    """The captions of images, each of which has one or more."""
+    """The captions of a set of images, each of which has one or more."""
 
     def __init__(self, captions: Sequence[Sequence[str]]):
         self.distinct = list(dict.fromkeys(text for texts in captions for text in texts))
@@ -286,8 +293,10 @@ def captions_of(
     classes: Sequence[str] | None,
     phrases: Sequence[str] | None,
     digits: bool,
+    part: str = "training",
 ) -> list[Sequence[str]]:
-    """One or more captions an image: those that it has, or else its label in every phrase.
+    """One or more captions an image: those that it has, or else its label in every phrase. `part` of the data set is
+    what the images are, for errors.
 
     Raises:
         ValueError: when there are neither, or both phrases and captions.
@@ -301,8 +310,8 @@ def captions_of(
         return captions
     if labels is None:
         raise ValueError(
-            "text-to-image must be told what the images show: a metadata.jsonl with file_name and text, a .txt file "
-            "beside each image, or a subfolder for each class"
+            f"text-to-image must be told what the {part} images show: a metadata.jsonl with file_name and text, a .txt "
+            "file beside each image, or a subfolder for each class"
         )
     spoken = phrases or (DIGIT_PHRASES if digits else PHRASES)
     names = classes or [str(number) for number in range(int(labels.max()) + 1)]
@@ -319,9 +328,11 @@ class TextToImageTask:
     results = ("pipeline", "evaluation.json")
     terms = ("error",)
     advice = (
-        "More stable are a lower optimizer.learning_rate, a longer optimizer.warmup_images or a lower max_grad_norm"
+        "More stable are a lower optimizer.learning_rate, a longer optimizer.warmup_images or a lower "
+        "optimizer.max_grad_norm"
     )
     workers = 0
+    builds_at_once = False
 
     def __init__(self, config: TextToImageConfig, max_images: int | None = None):
         self.config, self.max_images = config, max_images
@@ -332,9 +343,22 @@ class TextToImageTask:
         path = Path(self.config.run.output_dir) / "evaluation.json"
         try:
             evaluation = json.loads(path.read_text())
-            return self._result(evaluation)
+            result, weights = self._result(evaluation), evaluation["autoencoder"]["weights_sha256"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is not of a text-to-image run: {error!r} is missing") from error
+        try:
+            same = weights_hash(_load_vae(self.config)) == weights
+        except OSError as error:
+            logger.warning("the autoencoder cannot be loaded, and may be another now: %s", error)
+            return result
+        if not same and not self.config.run.allow_config_change:
+            raise FileExistsError(
+                f"run.output_dir holds a finished run on the latents of another autoencoder than "
+                f"{self.config.vae.source} now is: {path.parent.resolve()}. Choose another run.output_dir"
+            )
+        if not same:
+            raise ValueError("it is of another autoencoder")
+        return result
 
     def load(self, accelerator: Accelerator) -> None:
         config, first = self.config, accelerator.is_local_main_process
@@ -342,59 +366,71 @@ class TextToImageTask:
         with accelerator.local_main_process_first():
             self.vae = _load_vae(config)
             images, heldout = load_data(config.data, first, None if self.max_images is None else 0, captions=True)
-        if self.max_images is not None:
-            images = first_images(images, self.max_images)
+        self.images = len(images)
         heldout = first_images(heldout, config.sampling.heldout_images)
+        digits = config.data.name in ("digits", "mnist", "qmnist")
+        say = partial(captions_of, phrases=config.captions.phrases, digits=digits)
+        spoken = say(images.captions, images.labels, images.classes)
+        self.captions = Captions(spoken)
+        texts = say(heldout.captions, heldout.labels, heldout.classes, part="held-out")
+        labels = None if images.captions is not None else images.labels
+        self.prompts = list(config.sampling.prompts or _prompts(spoken, texts, labels))
+        self._tokenize([text for own in texts for text in own])
         self.scaling = latent_scaling("StableDiffusionPipeline", self.vae)
         self.weights = weights_hash(self.vae)
         self.vae.to(accelerator.device)
-        folder = Path(config.latents.folder or Path(config.run.output_dir) / "latents")
-        latents = encode_images(
-            self.vae,
-            images,
-            folder,
-            dtype=getattr(torch, config.latents.dtype),
-            batch_size=config.latents.batch_size,
-            data=f"training images of {config.data.described}",
-            progress=accelerator.is_main_process,
-        )
-        digits = config.data.name in ("digits", "mnist", "qmnist")
-        say = partial(captions_of, phrases=config.captions.phrases, digits=digits)
-        captions = Captions(say(latents.captions, latents.labels, latents.classes))
-        self.train_set = CaptionedLatents(latents, captions)
-        self._tokenize(captions)
-        texts = say(heldout.captions, heldout.labels, heldout.classes)
+        self.train_set = EncodedImages(self._latents(images), images)
         self.heldout_captions, means = [], []
         for _, indices, batch in image_batches(heldout, config.latents.batch_size, None, self.vae.device):
             self.heldout_captions += [texts[index] for index in indices]
             means.append(encode(self.vae, batch).mean.cpu())
         self.heldout_latents = self.scaling.scale(torch.cat(means))
-        self.prompts = config.sampling.prompts or self._prompts(latents, digits)
         self.image_errors = lambda: (*images.errors, *heldout.errors)
         self.vae.to("cpu")
 
-    def _tokenize(self, captions: Captions) -> None:
+    def _latents(self, images: ImageSet) -> LatentDataset:
+        """Those that were encoded before, or are now; of a dry run, a few."""
+        config = self.config.latents
+        data = f"training images of {self.config.data.described}"
+        if config.folder and (Path(config.folder) / INDEX).exists():
+            latents = matching_latents(self.vae, images, config.folder, data)
+            if config.sample_posterior and latents.kind != "posterior":
+                raise ValueError(
+                    f"latents.sample_posterior needs mean and logvar, and {config.folder} holds latents of kind "
+                    f"{latents.kind}: set it to false, or encode with --kind posterior"
+                )
+            return latents
+        return encode_images(
+            self.vae,
+            images if self.max_images is None else first_images(images, self.max_images),
+            config.folder or Path(self.config.run.output_dir) / "latents",
+            dtype=getattr(torch, config.dtype),
+            batch_size=config.batch_size,
+            data=data,
+            progress=self.accelerator.is_main_process,
+        )
+
+    def _tokenize(self, heldout: list[str]) -> None:
         length = self.config.captions.max_length
-        self.tokenizer = caption_tokenizer(captions.distinct, length)
-        lengths = [len(tokens) for tokens in self.tokenizer(captions.distinct, verbose=False).input_ids]
-        if max(lengths) > length:
-            longest = captions.distinct[lengths.index(max(lengths))]
-            raise ValueError(
-                f"captions may have {length} tokens, captions.max_length, start and end among them; got {max(lengths)} "
-                f"in {longest[:80]!r}"
-            )
-        self.tokens, self.no_prompt = self._tokens(captions.distinct), self._tokens([""])
+        self.tokenizer = caption_tokenizer(self.captions.distinct, length)
+        for what, texts in (
+            ("training captions", self.captions.distinct),
+            ("held-out captions", heldout),
+            ("sampling.prompts", self.prompts),
+        ):
+            lengths = [len(tokens) for tokens in self.tokenizer(texts, verbose=False).input_ids]
+            if max(lengths) > length:
+                longest = texts[lengths.index(max(lengths))]
+                raise ValueError(
+                    f"{what} may have {length} tokens, captions.max_length, start and end among them; got "
+                    f"{max(lengths)} in {longest[:80]!r}"
+                )
+        self.tokens, self.no_prompt = self._tokens(self.captions.distinct), self._tokens([""])
 
     def _tokens(self, texts: list[str]) -> torch.Tensor:
         """(len(texts), max_length), as a pipeline tokenises prompts."""
         tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
         return tokens.input_ids
-
-    def _prompts(self, latents: LatentDataset, digits: bool) -> list[str]:
-        if latents.captions is not None:
-            return list(dict.fromkeys(texts[0] for texts in self.heldout_captions))[:8]
-        spoken = self.config.captions.phrases or (DIGIT_PHRASES if digits else PHRASES)
-        return [spoken[0].format(name=name, number=number) for number, name in enumerate(latents.classes[:10])]
 
     def data(self) -> dict[str, dict[str, Any]]:
         latents = self.train_set.latents
@@ -454,7 +490,8 @@ class TextToImageTask:
         device = draws["noise"].device
         noise = draws["posterior_noise"].cpu() if self.config.latents.sample_posterior else None
         scaled_latents = self.scaling.scale(self.train_set.latents.latents(read.indices, noise)).to(device)
-        tokens = self.tokens[self.train_set.captions.choose(read.indices, draws["caption"])]
+        places = self.train_set.latents.indices[torch.as_tensor(read.indices)]
+        tokens = self.tokens[self.captions.choose(places, draws["caption"])]
         tokens = torch.where(draws["dropped"].cpu()[:, None], self.no_prompt, tokens).to(device)
         terms = self._terms(model, scaled_latents, draws["noise"], draws["timesteps"], tokens)
         return StepTerms(terms.loss, {"error": terms.error})
@@ -464,12 +501,12 @@ class TextToImageTask:
         return self.objective(model(noisy_latents, timesteps, tokens), scaled_latents, noise, timesteps)
 
     def summary(self, model: TextToImage) -> str:
-        latents, captions = self.train_set.latents, self.train_set.captions
+        latents = self.train_set.latents
         parts = [sum(p.numel() for p in part.parameters()) for part in (model.unet, model.text_encoder)]
         return (
             f"U-Net with {parts[0]:,} parameters and text encoder with {parts[1]:,}, latents "
-            f"{'x'.join(map(str, latents.latent_shape))}; {len(latents):,} training images of {self.config.data.name} "
-            f"with {len(captions.distinct):,} different captions, {len(self.tokenizer):,} tokens"
+            f"{'x'.join(map(str, latents.latent_shape))}; {len(latents):,} training images of {self.config.data.name}, "
+            f"{len(self.captions.distinct):,} different captions, {len(self.tokenizer):,} tokens"
         )
 
     @torch.no_grad()
@@ -534,8 +571,6 @@ class TextToImageTask:
         """The stock pipeline of the parts."""
         # what Stable Diffusion's own config says to samplers; it stays in the config, for those that are made from it
         config = {**self.objective.scheduler.config, "skip_prk_steps": True, "set_alpha_to_one": False}
-        if self.config.sampling.scheduler == "dpm-solver":
-            config["timestep_spacing"] = "linspace"  # its other spacings begin with too little noise
         scheduler = SCHEDULERS[self.config.sampling.scheduler].from_config(config)
         return StableDiffusionPipeline(
             vae=self.vae.to_diffusers(),
@@ -592,6 +627,15 @@ class TextToImageTask:
         return TextToImageTask(config, 2 * config.run.batch_size)
 
 
+def _prompts(
+    training: Sequence[Sequence[str]], heldout: Sequence[Sequence[str]], labels: torch.Tensor | None
+) -> list[str]:
+    """The first phrase of up to ten labels or, without, captions of the first held-out images."""
+    if labels is None:
+        return list(dict.fromkeys(texts[0] for texts in heldout))[:8]
+    return [training[labels.tolist().index(label)][0] for label in labels.unique().tolist()[:10]]
+
+
 def for_transformers_4(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Make what transformers 5 saved readable for transformers 4, too: it takes the tokenizer's words from vocab.json
     and merges.txt alone, and leaves weights random whose names lack `text_model.`, as they do since version 5. That
@@ -607,6 +651,11 @@ def for_transformers_4(pipeline: StableDiffusionPipeline, folder: Path) -> None:
 def _load_vae(config: TextToImageConfig) -> VAE:
     """The autoencoder; ValueError when it is none that the pipeline takes, or takes other images."""
     source = config.vae.source
+    if not Path(source).exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise FileNotFoundError(
+            f"vae.source: there is no folder {Path(source).resolve()}, and {source} is no repository's NAMESPACE/NAME. "
+            "Train an autoencoder first, `accelerate launch training/train_vae.py`, or say with --vae where one is"
+        )
     vae = load_autoencoder(source, config.vae.subfolder, config.vae.revision)
     if not isinstance(vae, VAE):
         raise ValueError(f"StableDiffusionPipeline takes an AutoencoderKL, got {type(vae).__name__} in {source}")

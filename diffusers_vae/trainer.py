@@ -86,6 +86,7 @@ class AutoencoderTask:
     results = ("model", "evaluation.json")
     terms = ("distortion", "rate")
     advice = STABLER
+    builds_at_once = True
 
     def __init__(self, config: TrainConfig, memory_limit: int | None = None):
         self.config, self.memory_limit = config, memory_limit
@@ -104,7 +105,7 @@ class AutoencoderTask:
             self.train_set, self.heldout = load_data(config.data, accelerator.is_local_main_process, self.memory_limit)
         load_judges(config.evaluation, config.data.channels, config.data.size)  # are missed now, not after days
         self.workers = config.data.num_workers if isinstance(self.train_set, FolderImages) else 0
-        self.accelerator = accelerator
+        self.accelerator, self.images = accelerator, len(self.train_set)
 
     def data(self) -> dict[str, dict[str, Any]]:
         return {

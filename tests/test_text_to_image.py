@@ -15,14 +15,14 @@ from accelerate.state import AcceleratorState
 from crash import left_behind
 from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_distributed import run_in
 from test_trainer import records
 from test_vae import run_without_package
 from transformers import CLIPTextModel
 
 from diffusers_vae import VAE, cli
-from diffusers_vae.data import ArrayImages, DataConfig, load_data
+from diffusers_vae.data import ArrayImages, DataConfig, first_images, load_data
 from diffusers_vae.diffusion import DiffusionConfig
 from diffusers_vae.evaluation import EvaluationConfig
 from diffusers_vae.images import to_model_range
@@ -192,8 +192,14 @@ class TestRun:
         assert again.heldout_error == result.heldout_error and again.parameters == result.parameters
 
     def test_dry_run_leaves_nothing(self, vae, tmp_path):
-        result, same, _ = dry_run(TextToImageTask(tiny(tmp_path / "run", vae)))
+        result, same, seconds = dry_run(TextToImageTask(tiny(tmp_path / "run", vae, max_images=None)))
         assert same and result.parameters > 0 and not (tmp_path / "run").exists()
+        assert seconds * result.images_per_second == pytest.approx(3 * 1617)  # of all images, not of the few
+
+    def test_dry_run_in_the_folder_of_the_run(self, finished, tmp_path):
+        config, result = finished
+        output_dir = copied(result.output_dir, tmp_path / "run", 960)
+        assert dry_run(TextToImageTask(at(config, output_dir)))[1]
 
 
 @pytest.mark.slow
@@ -224,6 +230,29 @@ class TestInterrupted:
         changed = dataclasses.replace(changed, latents=LatentsConfig(folder=str(tmp_path / "latents")))
         with pytest.raises(FileExistsError, match="another autoencoder"):
             run_task(TextToImageTask(changed))
+
+    def test_finished_with_another_autoencoder_is_refused(self, finished, tmp_path, caplog):
+        """One that was trained again in its place, too; one that is gone is told of."""
+        config, result = finished
+        source = tmp_path / "vae"
+        shutil.copytree(config.vae.source, source)
+        output_dir = copied(result.output_dir, tmp_path / "run")
+        config = dataclasses.replace(at(config, output_dir), vae=AutoencoderConfig(str(source)))
+        assert run_task(TextToImageTask(config)).heldout_error == result.heldout_error
+        weights = source / "model" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(weights)
+        save_file({name: value * 1.01 for name, value in tensors.items()}, weights, {"format": "pt"})
+        with pytest.raises(FileExistsError, match="finished run on the latents of another autoencoder"):
+            run_task(TextToImageTask(config))
+        shutil.rmtree(source)
+        assert run_task(TextToImageTask(config)).heldout_error == result.heldout_error
+        assert "cannot be loaded, and may be another now" in caplog.text
+
+    def test_in_the_folder_of_an_autoencoder_is_refused(self, vae, tmp_path):
+        config = tiny(shutil.copytree(vae, tmp_path / "run"), vae, allow_config_change=True)
+        with pytest.raises(FileExistsError, match="a run of something else, with the settings data, model, objective"):
+            run_task(TextToImageTask(config))
+        assert not (tmp_path / "run" / "latents").exists()
 
     def test_with_other_settings_is_refused(self, finished, tmp_path):
         config, result = finished
@@ -290,7 +319,7 @@ class TestLatents:
         encoder = VAE.from_pretrained(vae / "model").eval()
 
         class JustEncoded:
-            latent_shape = task.train_set.latents.latent_shape
+            latent_shape, indices = task.train_set.latents.latent_shape, task.train_set.latents.indices
 
             @torch.no_grad()
             def latents(self, indices, noise=None):
@@ -364,6 +393,21 @@ class TestLatents:
         task = self.task(vae, tmp_path, folder=str(tmp_path / "latents"))
         assert task.train_set.latents.fingerprint == before
         assert (tmp_path / "latents" / "index.json").stat().st_mtime_ns == stamp
+
+    def test_a_cache_of_another_kind_dtype_and_shard_size_is_used_too(self, vae, tmp_path):
+        images, _ = load_data(DATA)
+        model = VAE.from_pretrained(vae / "model").eval()
+        settings = {"dtype": torch.float16, "shard_images": 500}
+        encode_images(model, images, tmp_path / "mode", kind="mode", **settings)
+        with pytest.raises(ValueError, match=r"latents\.sample_posterior needs mean and logvar, .* of kind mode"):
+            self.task(vae, tmp_path, folder=str(tmp_path / "mode"))
+        task = self.task(vae, tmp_path, folder=str(tmp_path / "mode"), sample_posterior=False)
+        assert task.train_set.latents.dtype == torch.float16
+        encode_images(model, first_images(images, 100), tmp_path / "few", data="few")
+        with pytest.raises(
+            ValueError, match="holds latents of other images: 100, few, where 1,617, training images of"
+        ):
+            self.task(vae, tmp_path, folder=str(tmp_path / "few"))
 
 
 class TestCaptions:
@@ -481,6 +525,13 @@ class TestRefused:
         assert [path.name for path in (tmp_path / "run").iterdir()] in ([], [".lock"])
 
     @pytest.mark.slow
+    def test_held_out_captions_and_prompts_are_not_cut_in_silence(self, vae, tmp_path):
+        config = tiny(tmp_path / "run", vae)
+        long = SamplingConfig(prompts=("a nine " * 20,))
+        with pytest.raises(ValueError, match=r"sampling\.prompts may have 16 tokens, .* got 42 in 'a nine a nine"):
+            run_task(TextToImageTask(dataclasses.replace(config, sampling=long)))
+
+    @pytest.mark.slow
     def test_perceptron(self, tmp_path):
         mlp = train_vae(tmp_path / "mlp", "mlp")
         with pytest.raises(ValueError, match="takes an AutoencoderKL, got MLPVAE"):
@@ -495,6 +546,7 @@ class TestRefused:
             (lambda: SamplingConfig(guidance=(0.5,)), "sampling.guidance must be scales of at least 1"),
             (lambda: SamplingConfig(prompts=()), "sampling.prompts must hold one prompt"),
             (lambda: SamplingConfig(steps=0), "sampling.steps must be at least 1"),
+            (lambda: SamplingConfig(steps=1001), "sampling.steps must be at most 1000"),
             (lambda: LatentsConfig(batch_size=0), "latents.batch_size must be at least 1"),
         ],
     )
@@ -557,5 +609,5 @@ def test_stock_diffusers_runs_it_without_the_package(finished, tmp_path):
 
 def test_arrays_without_labels_cannot_be_described():
     images = ArrayImages(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="must be told what the images show"):
+    with pytest.raises(ValueError, match="must be told what the training images show"):
         captions_of(images.captions, images.labels, images.classes, None, False)

@@ -42,7 +42,7 @@ def load_autoencoder(
     try:
         config = MLPVAE.load_config(source, subfolder=subfolder, revision=revision)
     except OSError as error:
-        hint = "" if subfolder or folder.is_dir() else " (the autoencoder of a pipeline lies in --subfolder vae)"
+        hint = "" if subfolder or folder.is_dir() else " (the autoencoder of a pipeline lies in its subfolder vae)"
         raise OSError(f"cannot load a model from {source}{hint}: {error}") from error
     name = config.get("_class_name")
     kind = {"MLPVAE": MLPVAE, "AutoencoderKL": VAE}.get(name) or getattr(diffusers, str(name), None)
