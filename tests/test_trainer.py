@@ -390,6 +390,16 @@ class TestFaults:
         config, _ = vae_run
         with pytest.raises(FileExistsError, match=r"run\.seed: 0 -> 1"):
             dry_run(AutoencoderTask(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))))
+        run = dataclasses.replace(config.run, allow_config_change=True, mixed_precision=None)
+        other = dataclasses.replace(config, run=run, model=dataclasses.replace(TINY_VAE, block_out_channels=(8, 16)))
+        with pytest.raises(ValueError, match="is of another model"):
+            dry_run(AutoencoderTask(other))
+
+    @pytest.mark.slow
+    def test_dry_run_in_the_folder_of_the_run(self, vae_run):
+        config, _ = vae_run
+        run = dataclasses.replace(config.run, mixed_precision=None)  # as the preset has it
+        assert dry_run(AutoencoderTask(dataclasses.replace(config, run=run)))[1]
 
 
 class TestScript:
