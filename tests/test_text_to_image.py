@@ -576,7 +576,9 @@ def test_stock_diffusers_runs_it_without_the_package(finished, tmp_path):
     shutil.copytree(finished[1].output_dir / "pipeline", tmp_path / "pipeline")
     run_without_package(
         "import torch, numpy as np\n"
-        "from diffusers import *\n"
+        "import diffusers\n"
+        "from diffusers import AutoPipelineForText2Image, DiffusionPipeline\n"
+        "from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline\n"
         "few = {'num_inference_steps': 2, 'output_type': 'np'}\n"
         "def seed(): return {'generator': torch.Generator().manual_seed(0)}\n"
         "pipeline = DiffusionPipeline.from_pretrained('pipeline')\n"
@@ -592,7 +594,7 @@ def test_stock_diffusers_runs_it_without_the_package(finished, tmp_path):
         "    return np.abs(made[0] - made[1]).mean()\n"
         "assert varied(0.1) < varied(1.0)\n"
         "for name in ('DDIM', 'PNDM', 'DPMSolverMultistep', 'EulerDiscrete', 'DDPM'):\n"
-        "    kind = globals()[name + 'Scheduler']\n"
+        "    kind = getattr(diffusers, name + 'Scheduler')\n"
         "    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)\n"
         "    assert np.isfinite(pipeline(['a seven', '3'], **few, guidance_scale=3.0, **seed()).images).all()\n"
         "pipeline.vae.enable_slicing(); pipeline.vae.enable_tiling()\n"
