@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .checkpoint import on_main, whole_folder, write_file
+from .checkpoint import on_main, read_settings, whole_folder, write_file
 from .data import DataConfig, ImageSet, first_images, image_batches, load_data
 from .diffusion import DiffusionConfig
 from .images import to_model_range
@@ -367,6 +367,8 @@ class TextToImageTask:
             self.vae = _load_vae(config)
             images, heldout = load_data(config.data, first, None if self.max_images is None else 0, captions=True)
         self.images = len(images)
+        if first:
+            _warn_of_another_fit(config)
         heldout = first_images(heldout, config.sampling.heldout_images)
         digits = config.data.name in ("digits", "mnist", "qmnist")
         say = partial(captions_of, phrases=config.captions.phrases, digits=digits)
@@ -625,6 +627,21 @@ class TextToImageTask:
         latents = replace(config.latents, folder=None)
         config = replace(config, run=few_steps(config.run, folder), sampling=sampling, latents=latents)
         return TextToImageTask(config, 2 * config.run.batch_size)
+
+
+def _warn_of_another_fit(config: TextToImageConfig) -> None:
+    """Say so when the run of the autoencoder brought images to their size in another way."""
+    for folder in (Path(config.vae.source), Path(config.vae.source).resolve().parent):
+        if (folder / "config.yaml").is_file() and (folder / "model").is_dir():
+            fit = read_settings(folder / "config.yaml").get("data", {}).get("fit", config.data.fit)
+            if fit != config.data.fit:
+                logger.warning(
+                    "the autoencoder was trained with data.fit %s, and this is data.fit %s: unless all images have the "
+                    "size of data.resolution, these latents are of images unlike those that it knows",
+                    fit,
+                    config.data.fit,
+                )
+            return
 
 
 def _prompts(

@@ -525,6 +525,14 @@ class TestRefused:
         assert [path.name for path in (tmp_path / "run").iterdir()] in ([], [".lock"])
 
     @pytest.mark.slow
+    def test_images_fitted_otherwise_than_for_the_autoencoder_are_told_of(self, vae, tmp_path, caplog):
+        config = tiny(tmp_path / "run", vae, max_images=30)
+        for fit in ("crop", "pad"):
+            run_task(TextToImageTask(dataclasses.replace(
+                at(config, tmp_path / fit), data=dataclasses.replace(DATA, fit=fit))))  # fmt: skip
+            assert ("trained with data.fit crop, and this is data.fit pad" in caplog.text) == (fit == "pad")
+
+    @pytest.mark.slow
     def test_held_out_captions_and_prompts_are_not_cut_in_silence(self, vae, tmp_path):
         config = tiny(tmp_path / "run", vae)
         long = SamplingConfig(prompts=("a nine " * 20,))
