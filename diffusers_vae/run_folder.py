@@ -195,13 +195,13 @@ def begin(
     """
     output_dir = Path(config.run.output_dir)
     if checkpoint:
-        with torch.device("meta"):
-            check_fits(checkpoint, build())
         before = json.loads((checkpoint / "data.json").read_text())
         differing = [name for name in data if before.get(name) != data[name]]
         images = [_changed(name, before[name], data[name]) for name in differing if "images" in data[name]]
         _refuse_changes(config, "images", images)
-        _refuse_changes(config, "weights", [f"another {name}" for name in differing if "images" not in data[name]])
+        _refuse_changes(config, "inputs", [f"another {name}" for name in differing if "images" not in data[name]])
+        with torch.device("meta"):
+            check_fits(checkpoint, build())
     remove_half_written(output_dir / "checkpoints")
     config.save(output_dir / "config.yaml")  # first: it says whose the others are
     with naming(output_dir):

@@ -435,11 +435,14 @@ class TextToImageTask:
         return tokens.input_ids
 
     def data(self) -> dict[str, dict[str, Any]]:
-        latents = self.train_set.latents
-        digest = sha256(json.dumps(latents.cache["data"]).encode()).hexdigest()
+        latents, captions = self.train_set.latents, self.captions
+        images = {name: latents.cache["data"][name] for name in ("fingerprint", "image_shape", "resize")}
+        digest = sha256(json.dumps([images, captions.distinct]).encode())
+        digest.update(captions.rows.numpy().tobytes() + captions.counts.numpy().tobytes())
         return {
-            "training": {"images": len(latents), "fingerprint": digest},
+            "training": {"images": len(latents), "fingerprint": digest.hexdigest()},
             "autoencoder": {"fingerprint": self.weights},
+            "kind of latents": {"fingerprint": f"{latents.kind}, {latents.cache['dtype']}"},
         }
 
     def build(self) -> TextToImage:

@@ -231,6 +231,27 @@ class TestInterrupted:
         with pytest.raises(FileExistsError, match="another autoencoder"):
             run_task(TextToImageTask(changed))
 
+    def test_with_other_captions_or_another_kind_of_latents_is_refused(self, vae, tmp_path):
+        images, _ = load_data(DATA)
+        (tmp_path / "images").mkdir()
+        for index in range(60):
+            Image.fromarray(images.pixels[index, 0].numpy()).save(tmp_path / "images" / f"{index}.png")
+            (tmp_path / "images" / f"{index}.txt").write_text("a digit")
+        data = dataclasses.replace(DATA, name="folder", root=str(tmp_path / "images"))
+        model = VAE.from_pretrained(vae / "model").eval()
+        for name, dtype in (("first", torch.float32), ("second", torch.float16)):
+            encode_images(model, load_data(data)[0], tmp_path / name, dtype=dtype)
+        config = dataclasses.replace(tiny(tmp_path / "run", vae, max_images=60), data=data)
+        config = dataclasses.replace(config, latents=LatentsConfig(folder=str(tmp_path / "first")))
+        run_task(TextToImageTask(config))
+        (tmp_path / "run" / "evaluation.json").unlink()
+        with pytest.raises(FileExistsError, match="another kind of latents"):
+            changed = dataclasses.replace(config, latents=LatentsConfig(folder=str(tmp_path / "second")))
+            run_task(TextToImageTask(changed))
+        (tmp_path / "images" / "7.txt").write_text("a number")
+        with pytest.raises(FileExistsError, match="54 training images -> 54, others or changed"):
+            run_task(TextToImageTask(config))
+
     def test_finished_with_another_autoencoder_is_refused(self, finished, tmp_path, caplog):
         """One that was trained again in its place, too; one that is gone is told of."""
         config, result = finished
