@@ -132,7 +132,7 @@ def _check_kind(path: Path, config: Settings) -> None:
     except (OSError, yaml.YAMLError):
         return  # which is told when the settings are compared
     known = {part.name for part in fields(config)}
-    if isinstance(stated, dict) and len(known & stated.keys()) < len(known | stated.keys()) / 2:
+    if isinstance(stated, dict) and min(len(stated.keys() - known), len(known - stated.keys())) > 1:
         raise FileExistsError(
             f"run.output_dir holds a run of something else, with the settings {', '.join(stated)}, and not "
             f"{', '.join(sorted(known - stated.keys()))}: {path.parent.resolve()}. Choose another run.output_dir"
