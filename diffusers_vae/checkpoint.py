@@ -89,6 +89,17 @@ def acquire(lock: FileLock, doing: str, setting: str) -> None:
         logger.warning("%s cannot be locked: take care that no two processes use it", folder)
 
 
+def config_of_run(source: str) -> Path | None:
+    """The config.yaml of the run that the folder `source`, or its model/, is of; None if it is of none. A run that was
+    published has it beside the model.
+    """
+    for folder in (Path(source), Path(source).resolve().parent):
+        file = folder / "config.yaml"
+        if file.is_file() and ((folder / "model").is_dir() or (folder / "config.json").is_file()):
+            return file
+    return None
+
+
 def read_settings(path: Path, *needed: str) -> dict[str, dict[str, Any]]:
     """The sections of a config.yaml; ValueError naming it when it is none, or lacks one that is `needed`."""
     try:

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from .checkpoint import read_settings
+from .checkpoint import config_of_run, read_settings
 from .config import TRAININGS, Training, new_parser, parse_settings
 from .data import IMAGE_SUFFIXES, DataConfig, ImageSet, load_split
 from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, read_report, reconstruct
@@ -589,17 +589,14 @@ def _halves(argument: str) -> list[str]:
 
 
 def _settings_of_run(source: str) -> dict[str, dict[str, Any]]:
-    """Data, objective and evaluation of the run that a folder, or its model/, is of; empty if there is none. A run that
-    was published has its config.yaml beside the model.
-    """
-    for folder in (Path(source), Path(source).resolve().parent):
-        file = folder / "config.yaml"
-        if file.is_file() and ((folder / "model").is_dir() or (folder / "config.json").is_file()):
-            names = ("data", "objective", "evaluation")
-            settings = read_settings(file, *names)
-            settings["evaluation"].pop("every", None)
-            return {name: settings[name] for name in names}
-    return {}
+    """Data, objective and evaluation of the run that a folder, or its model/, is of; empty if there is none."""
+    file = config_of_run(source)
+    if file is None:
+        return {}
+    names = ("data", "objective", "evaluation")
+    settings = read_settings(file, *names)
+    settings["evaluation"].pop("every", None)
+    return {name: settings[name] for name in names}
 
 
 def _name(source: str) -> str:

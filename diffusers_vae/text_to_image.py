@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .checkpoint import on_main, read_settings, whole_folder, write_file
+from .checkpoint import config_of_run, on_main, read_settings, whole_folder, write_file
 from .data import DataConfig, ImageSet, first_images, image_batches, load_data
 from .diffusion import DiffusionConfig
 from .images import to_model_range
@@ -379,7 +379,6 @@ class TextToImageTask:
         self.prompts = list(config.sampling.prompts or _prompts(spoken, texts, labels))
         self._tokenize([text for own in texts for text in own])
         self.scaling = latent_scaling("StableDiffusionPipeline", self.vae)
-        self.weights = weights_hash(self.vae)
         self.vae.to(accelerator.device)
         self.train_set = EncodedImages(self._latents(images), images)
         self.heldout_captions, means = [], []
@@ -441,7 +440,7 @@ class TextToImageTask:
         digest.update(captions.rows.numpy().tobytes() + captions.counts.numpy().tobytes())
         return {
             "training": {"images": len(latents), "fingerprint": digest.hexdigest()},
-            "autoencoder": {"fingerprint": self.weights},
+            "autoencoder": {"fingerprint": latents.weights_hash},
             "kind of latents": {"fingerprint": f"{latents.kind}, {latents.cache['dtype']}"},
         }
 
@@ -550,19 +549,17 @@ class TextToImageTask:
         sampling, pipeline = self.config.sampling, self.pipeline(model)
         pipeline.to(self.accelerator.device)
         pipeline.set_progress_bar_config(disable=True)
-        wanted = [(scale, prompt, seed) for scale in sampling.guidance for prompt in self.prompts
-                  for seed in range(sampling.seeds)]  # fmt: skip
+        wanted = [(prompt, seed) for prompt in self.prompts for seed in range(sampling.seeds)]
         pictures = []
-        with tqdm(total=len(wanted), desc="pictures", unit="img", leave=False) as bar:
+        with tqdm(total=len(sampling.guidance) * len(wanted), desc="pictures", unit="img", leave=False) as bar:
             for scale in sampling.guidance:
-                own = [place for place in wanted if place[0] == scale]
-                for start in range(0, len(own), sampling.batch_size):
-                    part = own[start : start + sampling.batch_size]
+                for start in range(0, len(wanted), sampling.batch_size):
+                    part = wanted[start : start + sampling.batch_size]
                     made = pipeline(
-                        [prompt for _, prompt, _ in part],
+                        [prompt for prompt, _ in part],
                         num_inference_steps=sampling.steps,
                         guidance_scale=scale,
-                        generator=[torch.Generator().manual_seed(seed) for _, _, seed in part],
+                        generator=[torch.Generator().manual_seed(seed) for _, seed in part],
                     ).images
                     pictures += [torch.from_numpy(np.array(picture)) for picture in made]
                     bar.update(len(part))
@@ -603,7 +600,7 @@ class TextToImageTask:
             "heldout": figures | {"images": len(self.heldout_latents)},
             "parameters": sum(p.numel() for p in model.parameters()),
             "latent_shape": list(self.train_set.latents.latent_shape),
-            "autoencoder": {"source": self.config.vae.source, "weights_sha256": self.weights},
+            "autoencoder": {"source": self.config.vae.source, "weights_sha256": self.train_set.latents.weights_hash},
             "progress": progress,
         }
         on_main(
@@ -634,17 +631,15 @@ class TextToImageTask:
 
 def _warn_of_another_fit(config: TextToImageConfig) -> None:
     """Say so when the run of the autoencoder brought images to their size in another way."""
-    for folder in (Path(config.vae.source), Path(config.vae.source).resolve().parent):
-        if (folder / "config.yaml").is_file() and (folder / "model").is_dir():
-            fit = read_settings(folder / "config.yaml").get("data", {}).get("fit", config.data.fit)
-            if fit != config.data.fit:
-                logger.warning(
-                    "the autoencoder was trained with data.fit %s, and this is data.fit %s: unless all images have the "
-                    "size of data.resolution, these latents are of images unlike those that it knows",
-                    fit,
-                    config.data.fit,
-                )
-            return
+    file = config_of_run(config.vae.source)
+    fit = read_settings(file).get("data", {}).get("fit", config.data.fit) if file else config.data.fit
+    if fit != config.data.fit:
+        logger.warning(
+            "the autoencoder was trained with data.fit %s, and this is data.fit %s: unless all images have the size of "
+            "data.resolution, these latents are of images unlike those that it knows",
+            fit,
+            config.data.fit,
+        )
 
 
 def _prompts(

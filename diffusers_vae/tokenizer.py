@@ -10,20 +10,20 @@ from pathlib import Path
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, CLIPTokenizerFast
 
+VOCAB_SIZE = 49408  # of CLIP's
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def caption_tokenizer(captions: Iterable[str], max_length: int, vocab_size: int = 49408) -> CLIPTokenizer:
+def caption_tokenizer(captions: Iterable[str], max_length: int) -> CLIPTokenizer:
     """A tokenizer of at most `max_length` tokens, start and end among them, whose byte pairs (Sennrich et al. 2016) are
-    learned from the captions, in CLIP's form: any text can be tokenised, that of the captions with few tokens.
-
-    `vocab_size` is the most that it knows, by default as many as CLIP's.
+    learned from the captions, in CLIP's form: any text can be tokenised, that of the captions with few tokens. It knows
+    at most as many as CLIP's.
     """
     texts = list(captions)
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder), [])
         files = [str(Path(folder) / name) for name in ("vocab.json", "merges.txt")]
-        trained = CLIPTokenizerFast(*files).train_new_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
+        trained = CLIPTokenizerFast(*files).train_new_from_iterator(texts, vocab_size=VOCAB_SIZE, show_progress=False)
         merges = json.loads(trained.backend_tokenizer.to_str())["model"]["merges"]
         write_tokenizer(Path(folder), [tuple(merge.split()) if isinstance(merge, str) else merge for merge in merges])
         return CLIPTokenizer(*files, model_max_length=max_length)
