@@ -3,18 +3,37 @@
 Both terms are sums over the image, in nats, one value per image. Images and reconstructions are in model range
 [-1, 1]: a unit-weight squared error on [0, 1] pixels is a Gaussian with std sqrt(2) here, a unit-weight L1 in model
 range a Laplace with scale 1.
+
+What others write, in these words. V is the number of values of an image, U that of its latent units:
+
+- latent-diffusion: `sum |error| / exp(logvar) + logvar` and `1e-6 * sum KL` is likelihood laplace with kl_weight 1e-6.
+  Its logvar is log(scale) here, but is in none of its optimisers and stays 0: that is scale 1. "learned" trains it.
+- sigma-VAE (Rybkin 2021): likelihood gaussian, scale "optimal" or "learned", kl_weight 1.
+- the articles: the summed cross entropy is likelihood bernoulli, the summed squared error on [0, 1] pixels likelihood
+  gaussian with scale sqrt(2), kl_weight 1.
+- `mse + w * sum KL`, mse the mean over the values of [-1, 1] pixels, is scale sqrt(1 / 2) with kl_weight w * V; with
+  the mean of KL over the latent units, w * V / U. On [0, 1] pixels the scale is sqrt(2).
+- beta-VAE (Higgins 2017): kl_weight is beta; its beta_norm, with means for both sums, is kl_weight * U / V.
+- free bits (Kingma 2016), cyclical annealing (Fu 2019), ControlVAE (Shao 2020): `ObjectiveConfig`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from .images import to_unit_range
+
+START_SCALE = 1.0
+"""Of a learned or optimal scale, where nothing is known of the errors yet: about that of a grey picture in [-1, 1]."""
+SMALLEST_SCALE = 2 / 65535 / math.sqrt(12)
+"""Of an optimal scale: the std of rounding to 16 bits. No file is more exact, and below it the loss has no bound."""
+DEVIATION_HALF_LIFE = 1_000
+"""Images after which a step counts half in the mean that an optimal scale is computed from."""
 
 
 def kl_to_standard_normal(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
@@ -29,6 +48,11 @@ def rate_per_unit(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
     """What each latent unit adds to the rate, of the shape of the latents, nats."""
     mean, logvar = (t if t.dtype == torch.float64 else t.float() for t in (posterior.mean, posterior.logvar))
     return 0.5 * (mean**2 + logvar.expm1() - logvar)
+
+
+def rate_per_channel(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
+    """What each latent channel adds to the rate, summed over its positions, (B, C), nats."""
+    return rate_per_unit(posterior).flatten(2).sum(2)
 
 
 class Likelihood(Protocol):
@@ -48,17 +72,48 @@ class Likelihood(Protocol):
         ...
 
 
+class ScaledLikelihood(Likelihood, Protocol):
+    """A likelihood whose width is a number or a scalar tensor, in model range."""
+
+    def with_scale(self, scale: float | torch.Tensor) -> ScaledLikelihood:
+        """The same density, `scale` wide."""
+        ...
+
+    def deviation(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+        """The mean over the values of an image of what `error` sums up, at scale 1 and without its factor, (B,)."""
+        ...
+
+    def optimal_scale(self, deviation: float) -> float:
+        """The scale at which images of this mean deviation are most probable."""
+        ...
+
+
+def _log(scale: float | torch.Tensor) -> float | torch.Tensor:
+    return scale.log() if isinstance(scale, torch.Tensor) else math.log(scale)
+
+
 @dataclass(frozen=True)
 class Gaussian:
     """Normal with the reconstruction as its mean; `std` in model range."""
 
-    std: float = 1.0
+    std: float | torch.Tensor = 1.0
 
     def error(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         return ((images - reconstructions) ** 2).flatten(1).sum(1) / (2 * self.std**2)
 
-    def constant(self) -> float:
-        return math.log(self.std) + 0.5 * math.log(2 * math.pi)
+    def constant(self) -> float | torch.Tensor:
+        return _log(self.std) + 0.5 * math.log(2 * math.pi)
+
+    def with_scale(self, scale: float | torch.Tensor) -> Gaussian:
+        return Gaussian(scale)
+
+    def deviation(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+        """The mean squared error per image (B,)."""
+        return ((images - reconstructions) ** 2).flatten(1).mean(1)
+
+    def optimal_scale(self, deviation: float) -> float:
+        """The root of the mean squared error: Rybkin 2021, optimal sigma-VAE."""
+        return math.sqrt(deviation)
 
     @property
     def density(self) -> str:
@@ -69,13 +124,24 @@ class Gaussian:
 class Laplace:
     """Laplace with the reconstruction as its median; `scale` (mean absolute deviation) in model range."""
 
-    scale: float = 1.0
+    scale: float | torch.Tensor = 1.0
 
     def error(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         return (images - reconstructions).abs().flatten(1).sum(1) / self.scale
 
-    def constant(self) -> float:
-        return math.log(2 * self.scale)
+    def constant(self) -> float | torch.Tensor:
+        return _log(2 * self.scale)
+
+    def with_scale(self, scale: float | torch.Tensor) -> Laplace:
+        return Laplace(scale)
+
+    def deviation(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+        """The mean absolute error per image (B,)."""
+        return (images - reconstructions).abs().flatten(1).mean(1)
+
+    def optimal_scale(self, deviation: float) -> float:
+        """The mean absolute error, which is a Laplace density's maximum likelihood scale."""
+        return deviation
 
     @property
     def density(self) -> str:
@@ -122,6 +188,8 @@ class ObjectiveTerms:
     """KL to the prior, (B,)."""
     loss: torch.Tensor
     """What is differentiated, a scalar: mean of distortion, without its constant, + kl_weight * rate."""
+    statistics: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Means over these images of what the next step depends on, without gradient: `TrainingObjective.end_step`."""
 
     @property
     def elbo(self) -> torch.Tensor:
@@ -137,15 +205,33 @@ class VAEObjective:
 
     likelihood: Likelihood = Gaussian()
     kl_weight: float = 1.0
+    free_bits: float = 0.0
+    """Nats per latent channel, as a mean over the images, below which the loss does not press its rate."""
 
     def __call__(
-        self, images: torch.Tensor, reconstructions: torch.Tensor, posterior: DiagonalGaussianDistribution
+        self,
+        images: torch.Tensor,
+        reconstructions: torch.Tensor,
+        posterior: DiagonalGaussianDistribution,
+        *,
+        kl_weight: float | None = None,
+        scale: torch.Tensor | float | None = None,
+        channel_rates: torch.Tensor | None = None,
     ) -> ObjectiveTerms:
         """The terms for images and reconstructions (B, C, H, W) in [-1, 1]; float32 at least.
 
+        Args:
+            kl_weight: replaces the objective's in the loss.
+            scale: replaces the likelihood's, a positive number or scalar tensor. As it is no constant then, the loss
+                holds its logarithm once per value, and its gradient flows to a tensor that requires one.
+            channel_rates: (latent channels,), nats: free bits keep the channels out of the loss that have no more than
+                `free_bits` here, by default the means of these images, with which the loss holds
+                max(free_bits, mean rate) per channel: Kingma 2016, equation 15. Given from outside, parts of a batch
+                decide as one.
+
         Raises:
-            ValueError: when shapes or numbers of images differ, images are integers, or reconstructions are no
-                probabilities for a Bernoulli likelihood.
+            ValueError: when shapes or numbers of images differ, images are integers, reconstructions are no
+                probabilities for a Bernoulli likelihood, or one is given a scale.
         """
         if not images.is_floating_point():
             raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
@@ -157,14 +243,34 @@ class VAEObjective:
         if reconstructions.dtype in (torch.float16, torch.bfloat16):
             reconstructions = reconstructions.float()
         images = images.to(reconstructions.dtype)
-        error = self.likelihood.error(images, reconstructions)
-        rate = kl_to_standard_normal(posterior)
+        values, likelihood = images[0].numel(), self.likelihood
+        if scale is not None:
+            if isinstance(likelihood, Bernoulli):
+                raise ValueError(f"a Bernoulli likelihood has no scale: leave it out, got {scale}")
+            if isinstance(scale, torch.Tensor):
+                scale = scale.to(reconstructions.dtype)
+            likelihood = likelihood.with_scale(scale)
+        error = likelihood.error(images, reconstructions)
+        rate = pressed_rate = kl_to_standard_normal(posterior)
         if len(rate) != len(images):
             raise ValueError(f"the posterior must be of the {len(images)} images, got one of {len(rate)}")
+        if self.free_bits:
+            rates = rate_per_channel(posterior)
+            if channel_rates is None:
+                channel_rates = rates.detach().mean(0)
+            elif channel_rates.shape != rates.shape[1:]:
+                raise ValueError(
+                    f"channel_rates must be one per latent channel, ({rates.shape[1]},), got "
+                    f"{tuple(channel_rates.shape)}"
+                )
+            pressed_rate = torch.where(channel_rates > self.free_bits, rates, self.free_bits).sum(1)
         return ObjectiveTerms(
-            distortion=error + self.likelihood.constant() * images[0].numel(),
+            distortion=error + likelihood.constant() * values,
             rate=rate,
-            loss=(error + self.kl_weight * rate).mean(),
+            loss=(
+                (error if scale is None else error + values * _log(scale))
+                + (self.kl_weight if kl_weight is None else kl_weight) * pressed_rate
+            ).mean(),
         )
 
 
@@ -177,10 +283,25 @@ class ObjectiveConfig:
 
     likelihood: Literal["gaussian", "laplace", "bernoulli"] = "gaussian"
     """Density of an image given its reconstruction. bernoulli needs the mlp architecture."""
-    scale: float | None = None
-    """Std of the gaussian or scale of the laplace, in model range [-1, 1] (0.1); bernoulli has none."""
+    scale: float | Literal["learned", "optimal"] | None = None
+    """Std of the gaussian or scale of the laplace, in model range [-1, 1] (0.1); bernoulli has none. learned: a
+    parameter that is trained with the others. optimal: the root mean squared error of the images before, for laplace
+    their mean absolute error (Rybkin 2021). Both begin at 1."""
     kl_weight: float = 1.0
     """Beta on the rate; 1.0 is the true ELBO."""
+    kl_schedule: Literal["constant", "linear", "cosine", "cyclical"] = "constant"
+    """How kl_weight is reached. linear and cosine rise from 0 over kl_warmup_images. cyclical: each of kl_cycles equal
+    parts of the run rises linearly from 0 over its first half and stays over its second (Fu 2019, figure 2)."""
+    kl_warmup_images: int = 0
+    """Images over which a linear or cosine schedule rises to kl_weight."""
+    kl_cycles: int = 4
+    """Parts of a cyclical schedule."""
+    free_bits: float = 0.0
+    """Nats per latent channel, summed over its positions, that cost nothing: a channel whose mean rate over the step
+    before is not above is left out of the loss, so that it does not collapse (Kingma 2016, equation 15)."""
+    target_rate: float | None = None
+    """Rate in nats per image that a controller reaches by moving the weight of the rate, which starts at kl_weight
+    (as ControlVAE, Shao 2020)."""
 
     def __post_init__(self):
         if self.likelihood not in ("gaussian", "laplace", "bernoulli"):
@@ -190,13 +311,273 @@ class ObjectiveConfig:
                 raise ValueError(f"a bernoulli likelihood has no scale: leave out objective.scale, got {self.scale}")
         elif self.scale is None:
             object.__setattr__(self, "scale", 0.1)
+        elif isinstance(self.scale, str):
+            if self.scale not in ("learned", "optimal"):
+                raise ValueError(f"objective.scale must be a number, learned or optimal, got {self.scale!r}")
         elif not (self.scale > 0 and math.isfinite(self.scale)):
             raise ValueError(f"objective.scale must be positive and finite, got {self.scale}")
         if not (self.kl_weight >= 0 and math.isfinite(self.kl_weight)):
             raise ValueError(f"objective.kl_weight must be at least 0 and finite, got {self.kl_weight}")
+        if not (self.free_bits >= 0 and math.isfinite(self.free_bits)):
+            raise ValueError(f"objective.free_bits must be at least 0 and finite, got {self.free_bits}")
+        if self.target_rate is not None and not (self.target_rate > 0 and math.isfinite(self.target_rate)):
+            raise ValueError(f"objective.target_rate must be positive and finite, got {self.target_rate}")
+        self._check_schedule()
 
-    def build(self) -> VAEObjective:
-        """The objective that these settings describe."""
+    def _check_schedule(self) -> None:
+        schedule = self.kl_schedule
+        if schedule not in ("constant", "linear", "cosine", "cyclical"):
+            raise ValueError(f"objective.kl_schedule must be constant, linear, cosine or cyclical, got {schedule!r}")
+        if schedule in ("linear", "cosine"):
+            if self.kl_warmup_images < 1:
+                raise ValueError(
+                    f"a {schedule} objective.kl_schedule rises over objective.kl_warmup_images, which must be at least "
+                    f"1, got {self.kl_warmup_images}"
+                )
+        elif self.kl_warmup_images != 0:
+            raise ValueError(
+                f"a {schedule} objective.kl_schedule has no warm-up: leave out objective.kl_warmup_images, got "
+                f"{self.kl_warmup_images}, or choose linear or cosine"
+            )
+        if schedule != "cyclical" and self.kl_cycles != 4:
+            raise ValueError(
+                f"a {schedule} objective.kl_schedule has no cycles: leave out objective.kl_cycles, got "
+                f"{self.kl_cycles}, or choose cyclical"
+            )
+        if self.kl_cycles < 1:
+            raise ValueError(f"objective.kl_cycles must be at least 1, got {self.kl_cycles}")
+        if self.target_rate is not None and schedule != "constant":
+            raise ValueError(
+                f"objective.target_rate moves the weight of the rate, and so does a {schedule} objective.kl_schedule: "
+                "leave one out"
+            )
+        if self.kl_weight == 0:
+            for name, default in (("kl_schedule", "constant"), ("free_bits", 0), ("target_rate", None)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"objective.kl_weight 0 leaves the rate out of the loss, so objective.{name} "
+                        f"{getattr(self, name)} does nothing: raise the one or leave out the other"
+                    )
+
+    def kl_weight_at(self, images_seen: int, total_images: int) -> float:
+        """The schedule's weight of the rate in the step that begins after `images_seen` of `total_images` images."""
+        if self.kl_schedule == "constant" or images_seen >= total_images:
+            return self.kl_weight
+        if self.kl_schedule == "cyclical":
+            in_cycle = images_seen * self.kl_cycles % total_images / total_images
+            return self.kl_weight * min(1.0, 2 * in_cycle)
+        progress = min(1.0, images_seen / self.kl_warmup_images)
+        return self.kl_weight * (progress if self.kl_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2)
+
+    def kl_weight_per_value(self, values: int) -> float:
+        """The factor of the summed rate in a loss whose distortion is the mean over an image's `values` = C * H * W."""
+        return self.kl_weight / values
+
+    def build(self, scale: float | None = None) -> VAEObjective:
+        """The objective that these settings describe where it is measured: at the full `kl_weight`, without free bits.
+
+        Args:
+            scale: the value of a learned or optimal scale.
+
+        Raises:
+            ValueError: when it is missing, or given although the settings hold it.
+        """
+        if isinstance(self.scale, str):
+            if scale is None:
+                raise ValueError(
+                    f"objective.scale {self.scale} is known only to the run that trains it: to measure, give its value "
+                    "as a number"
+                )
+        elif scale is None:
+            scale = self.scale
+        else:
+            raise ValueError(f"objective.scale is {self.scale}, not learned or optimal: leave out {scale}")
         likelihoods = {"gaussian": Gaussian, "laplace": Laplace}
-        likelihood = likelihoods[self.likelihood](self.scale) if self.likelihood in likelihoods else Bernoulli()
+        likelihood = likelihoods[self.likelihood](scale) if self.likelihood in likelihoods else Bernoulli()
         return VAEObjective(likelihood, self.kl_weight)
+
+
+class RateController:
+    """A PI controller that moves the weight of the rate until the mean rate is `target`, nats per image.
+
+    As ControlVAE (Shao 2020, section 3), with its error turned round: positive where the rate is too high. There
+    beta = Kp / (1 + exp(target - rate)) + Ki * sum(rate - target) + beta_min. At rates of hundreds of nats its
+    exponential is 0 or infinite, its sum is proportional to the rate, so that every target needs gains of its own, and
+    a beta between 1e-6 and 1 would need steps of 1e-7. So it is the logarithm of the weight that moves here, by the
+    error relative to the target and clipped to [-1, 1], and the sum is over images, not steps.
+    """
+
+    PROPORTIONAL = 1.0
+    """Of the logarithm of the weight, per relative error."""
+    INTEGRAL = 1e-4
+    """Of the logarithm of the weight, per relative error and image."""
+    BOUND = math.log(1e8)
+    """Farthest way of the logarithm of the weight from its start."""
+
+    def __init__(self, target: float, start: float):
+        self.target, self.start = target, start
+        self.error = self.integral = 0.0
+
+    @property
+    def kl_weight(self) -> float:
+        """The weight for the next step."""
+        moved = self.PROPORTIONAL * self.error + self.integral
+        return self.start * math.exp(max(-self.BOUND, min(self.BOUND, moved)))
+
+    def update(self, rate: float, images: int) -> None:
+        """Learn of the mean rate of a step of so many images."""
+        self.error = max(-1.0, min(1.0, (rate - self.target) / self.target))
+        # bounded itself, or it would take as long to come back as it stood at the bound
+        integral = self.integral + self.INTEGRAL * images * self.error
+        self.integral = max(-self.BOUND, min(self.BOUND, integral))
+
+
+class TrainingObjective:
+    """The objective as it is trained: what depends on how far the run is, and on the steps before.
+
+    Every step is `begin_step`, one call per micro-batch, and `end_step` with the statistics of the whole step's batch,
+    share * statistics summed over its parts. All that is not linear in the images depends on the steps before only, so
+    that a step is the same however its batch is cut:
+
+    - free bits press the channels whose mean rate over the whole batch of the step before was above; in the first step,
+      all.
+    - an optimal scale comes from the steps before, half of it from the last 1,000 images. It is a constant of the step,
+      as at the optimum the loss has no gradient to it: Rybkin 2021, optimal sigma-VAE.
+    - the controller of a target rate sees whole steps.
+    """
+
+    def __init__(self, config: ObjectiveConfig):
+        self.config = config
+        start = START_SCALE if isinstance(config.scale, str) else None
+        self._objective = replace(config.build(start), free_bits=config.free_bits)
+        self._controller = config.target_rate and RateController(config.target_rate, config.kl_weight)
+        self._kl_weight: float | None = None  # of the step that is under way
+        self._channel_rates: list[float] | None = None
+        self._deviation = self._deviation_weight = 0.0
+
+    def begin_step(self, images_seen: int, total_images: int) -> dict[str, float]:
+        """Set the step that begins after `images_seen` of `total_images` images; returns of what moves the values."""
+        readings = {}
+        if self._controller:
+            readings["kl_weight"] = self._kl_weight = self._controller.kl_weight
+        else:
+            self._kl_weight = self.config.kl_weight_at(images_seen, total_images)
+            if self.config.kl_schedule != "constant":
+                readings["kl_weight"] = self._kl_weight
+        if self.config.scale == "optimal":
+            readings["scale"] = self._optimal_scale()
+        return readings
+
+    def __call__(
+        self,
+        images: torch.Tensor,
+        reconstructions: torch.Tensor,
+        posterior: DiagonalGaussianDistribution,
+        log_scale: torch.Tensor | None = None,
+    ) -> ObjectiveTerms:
+        """The terms of a micro-batch, as `VAEObjective`, with the statistics that `end_step` needs.
+
+        Args:
+            log_scale: the parameter of a learned scale, its natural logarithm, a scalar tensor.
+
+        Raises:
+            ValueError: as `VAEObjective`, and when log_scale is missing or of no use.
+        """
+        assert self._kl_weight is not None, "begin_step comes first"
+        self._check_log_scale(log_scale)
+        scale = log_scale.exp() if log_scale is not None else None
+        if self.config.scale == "optimal":
+            scale = self._optimal_scale()
+        channel_rates = None
+        if self.config.free_bits:
+            known = self._channel_rates or [math.inf] * posterior.mean.shape[1]
+            channel_rates = torch.tensor(known, dtype=torch.float32, device=posterior.mean.device)
+        terms = self._objective(
+            images,
+            reconstructions,
+            posterior,
+            kl_weight=self._kl_weight,
+            scale=scale,
+            channel_rates=channel_rates,
+        )
+        statistics = {}
+        if self._controller:
+            statistics["rate"] = terms.rate.detach().mean()
+        if self.config.free_bits:
+            statistics["channel_rates"] = rate_per_channel(posterior).detach().mean(0)
+        if self.config.scale == "optimal":
+            exact = terms.distortion.dtype
+            deviation = self._objective.likelihood.deviation(images.to(exact), reconstructions.detach().to(exact))
+            statistics["deviation"] = deviation.mean()
+        return replace(terms, statistics=statistics)
+
+    def end_step(self, statistics: dict[str, torch.Tensor], images: int) -> None:
+        """Learn of the means over the `images` images of the whole step's batch; for steps that were taken.
+
+        Raises:
+            ValueError: when they are not finite.
+        """
+        for name, value in statistics.items():
+            if not value.isfinite().all():
+                raise ValueError(f"the statistics of a step that is taken must be finite, got {name} {value}")
+        if self._controller:
+            self._controller.update(statistics["rate"].item(), images)
+        if self.config.free_bits:
+            self._channel_rates = statistics["channel_rates"].tolist()
+        if self.config.scale == "optimal":
+            decay = 0.5 ** (images / DEVIATION_HALF_LIFE)
+            self._deviation = decay * self._deviation + (1 - decay) * statistics["deviation"].item()
+            self._deviation_weight = decay * self._deviation_weight + (1 - decay)
+
+    def state(self) -> dict[str, Any]:
+        """What the next step depends on, for JSON, of the parts that are in use."""
+        state = {}
+        if self._controller:
+            state |= {"rate_error": self._controller.error, "rate_integral": self._controller.integral}
+        if self.config.free_bits:
+            state["channel_rates"] = self._channel_rates
+        if self.config.scale == "optimal":
+            state |= {"deviation": self._deviation, "deviation_weight": self._deviation_weight}
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state()` of the same settings.
+
+        Raises:
+            ValueError: when it is of others.
+        """
+        if state.keys() != self.state().keys():
+            raise ValueError(
+                f"the state of the objective must hold {sorted(self.state())}, got {sorted(state)}: it is of other "
+                "settings"
+            )
+        if self._controller:
+            self._controller.error, self._controller.integral = state["rate_error"], state["rate_integral"]
+        if self.config.free_bits:
+            self._channel_rates = state["channel_rates"]
+        if self.config.scale == "optimal":
+            self._deviation, self._deviation_weight = state["deviation"], state["deviation_weight"]
+
+    def measured(self, log_scale: float | None = None) -> VAEObjective:
+        """The objective for evaluation: the full kl_weight, or the controller's present one, the present scale, and no
+        free bits. `log_scale` is a learned scale's natural logarithm.
+        """
+        self._check_log_scale(log_scale)
+        scale = math.exp(log_scale) if log_scale is not None else None
+        if self.config.scale == "optimal":
+            scale = self._optimal_scale()
+        objective = self.config.build(scale)
+        return replace(objective, kl_weight=self._controller.kl_weight) if self._controller else objective
+
+    def _optimal_scale(self) -> float:
+        if not self._deviation_weight:
+            return START_SCALE
+        scale = self._objective.likelihood.optimal_scale(self._deviation / self._deviation_weight)
+        return max(scale, SMALLEST_SCALE)
+
+    def _check_log_scale(self, log_scale: float | torch.Tensor | None) -> None:
+        if (log_scale is not None) != (self.config.scale == "learned"):
+            raise ValueError(
+                f"log_scale is the parameter of objective.scale learned, got {log_scale} with objective.scale "
+                f"{self.config.scale}"
+            )
