@@ -409,8 +409,9 @@ class RateController:
 
     PROPORTIONAL = 1.0
     """Of the logarithm of the weight, per relative error."""
-    INTEGRAL = 1e-4
-    """Of the logarithm of the weight, per relative error and image."""
+    INTEGRAL = 3e-4
+    """Of the logarithm of the weight, per relative error and image: at most 1 in 3,333 images. Tried on small
+    autoencoders: a third of it stays behind what the model still learns, three times as much swings."""
     BOUND = math.log(1e8)
     """Farthest way of the logarithm of the weight from its start."""
 

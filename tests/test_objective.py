@@ -1,5 +1,6 @@
 """The objective against torch.distributions, diffusers' posterior, the articles' losses and its own derivatives."""
 
+import json
 import math
 
 import numpy as np
@@ -7,17 +8,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from sklearn.datasets import load_digits
 from torch import distributions
 
+from diffusers_vae.config import TRAININGS, parse_settings
 from diffusers_vae.images import to_unit_range
 from diffusers_vae.models import MLPVAE, VAE
 from diffusers_vae.objective import (
+    SMALLEST_SCALE,
     Bernoulli,
     Gaussian,
     Laplace,
     ObjectiveConfig,
+    RateController,
+    TrainingObjective,
     VAEObjective,
     kl_to_standard_normal,
+    rate_per_channel,
 )
 
 # each likelihood, and the distribution of an image given its reconstruction that it stands for
@@ -315,6 +322,330 @@ def test_images_and_reconstructions_of_different_shape_are_refused(shape):
         VAEObjective()(images, torch.zeros(shape), DiagonalGaussianDistribution(make_moments()))
 
 
+# --- overrides of one call: kl_weight, scale, channel rates
+
+
+def make_batch(batch=3, dtype=torch.float32):
+    """Images, reconstructions and a posterior of two channels that differ in rate: about 20 and 0.1 nats."""
+    images, reconstructions = make_images(batch, channels=3, dtype=dtype)
+    moments = 0.3 * make_moments(batch, dtype=dtype)[:, [0, 1, 4, 5]]
+    moments[:, 0] += 2.5
+    return images, reconstructions, DiagonalGaussianDistribution(moments)
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(0.3), Laplace(0.3)], ids=str)
+def test_given_scale_is_that_of_the_likelihood_and_its_logarithm_is_in_the_loss(likelihood):
+    batch = make_batch()
+    expected = VAEObjective(likelihood, 0.5)(*batch)
+    for scale in (0.3, torch.tensor(0.3)):
+        terms = VAEObjective(type(likelihood)(2.0))(*batch, kl_weight=0.5, scale=scale)
+        torch.testing.assert_close(terms.distortion, expected.distortion)
+        torch.testing.assert_close(terms.loss, expected.loss + 72 * math.log(0.3))
+        assert torch.equal(terms.rate, expected.rate)
+    assert torch.equal(
+        VAEObjective(likelihood, 0.5)(*batch, kl_weight=0.0).loss, VAEObjective(likelihood, 0.0)(*batch).loss
+    )
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(), Laplace()], ids=str)
+def test_optimal_scale_is_where_a_learned_one_has_no_gradient(likelihood):
+    images, reconstructions, posterior = make_batch(dtype=torch.float64)
+    optimum = likelihood.optimal_scale(likelihood.deviation(images, reconstructions).mean().item())
+
+    def gradient(factor):
+        scale = torch.tensor(optimum * factor, dtype=torch.float64, requires_grad=True)
+        return torch.autograd.grad(
+            VAEObjective(likelihood)(images, reconstructions, posterior, scale=scale).loss, scale
+        )
+
+    assert abs(gradient(1.0)[0]) < 1e-9
+    assert gradient(0.9)[0] < -1 and gradient(1.1)[0] > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_reconstructions_and_scale_are_computed_in_float32(dtype):
+    images, reconstructions, posterior = make_batch()
+    log_scale = torch.tensor(-4.0, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        terms = VAEObjective()(images.to(dtype), reconstructions.to(dtype), posterior, scale=log_scale.exp())
+    expected = VAEObjective()(
+        images.to(dtype).float(), reconstructions.to(dtype).float(), posterior, scale=log_scale.detach().exp()
+    )
+    terms.loss.backward()
+    assert terms.loss.dtype == torch.float32 and log_scale.grad.isfinite()
+    torch.testing.assert_close(terms.loss.detach(), expected.loss)
+
+
+@pytest.mark.parametrize("free_bits", [0.0, 1.0])
+@pytest.mark.parametrize("likelihood", [Gaussian(), Laplace()], ids=str)
+def test_loss_with_scale_and_free_bits_passes_gradcheck(likelihood, free_bits):
+    images, reconstructions, posterior = make_batch(2, torch.float64)
+
+    def loss(reconstructions, moments, log_scale):
+        objective = VAEObjective(likelihood, 0.5, free_bits)
+        return objective(images, reconstructions, DiagonalGaussianDistribution(moments), scale=log_scale.exp()).loss
+
+    log_scale = torch.tensor(-1.0, dtype=torch.float64)
+    inputs = [t.clone().requires_grad_() for t in (reconstructions, posterior.parameters, log_scale)]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_free_bits_leave_a_channel_below_alone_and_press_one_above_as_before():
+    images, reconstructions, posterior = make_batch()
+    moments = posterior.parameters.requires_grad_()
+
+    def terms_of(objective, **kwargs):
+        posterior = DiagonalGaussianDistribution(moments)
+        terms = objective(images, reconstructions, posterior, **kwargs)
+        return terms, torch.autograd.grad(terms.loss, moments)[0]
+
+    rates = rate_per_channel(posterior).detach().mean(0)
+    assert rates[1] < 1 < rates[0]
+    plain, gradient = terms_of(VAEObjective())
+    terms, freed = terms_of(VAEObjective(free_bits=1.0))
+    assert torch.equal(terms.rate, plain.rate) and torch.equal(terms.distortion, plain.distortion)
+    torch.testing.assert_close(terms.loss, plain.loss + 1.0 - rates[1])  # the sum of max(free bits, rate)
+    torch.testing.assert_close(freed[:, [0, 2]], gradient[:, [0, 2]])  # mean and log-variance of channel 0
+    assert (freed[:, [1, 3]] == 0).all() and (gradient[:, [1, 3]] != 0).all()
+
+    _, freed = terms_of(VAEObjective(free_bits=1.0), channel_rates=torch.tensor([0.5, 1.5]))  # the others' decision
+    assert (freed[:, [0, 2]] == 0).all() and (freed[:, [1, 3]] != 0).all()
+    with pytest.raises(ValueError, match=r"one per latent channel, \(2,\), got \(3,\)"):
+        terms_of(VAEObjective(free_bits=1.0), channel_rates=torch.ones(3))
+
+
+def test_bernoulli_is_refused_a_scale():
+    images, reconstructions, posterior = make_batch()
+    with pytest.raises(ValueError, match=r"has no scale: leave it out, got 0\.5"):
+        VAEObjective(Bernoulli())(images, reconstructions, posterior, scale=0.5)
+
+
+# --- schedules
+
+
+def test_schedules_at_their_corners():
+    def weights(places, **settings):
+        config = ObjectiveConfig(kl_weight=2.0, **settings)
+        return [config.kl_weight_at(place, 800) for place in places]
+
+    assert weights((0, 400, 799, 800)) == [2.0] * 4
+    warmup = {"kl_warmup_images": 100}
+    assert weights((0, 25, 50, 100, 101, 800), kl_schedule="linear", **warmup) == [0.0, 0.5, 1.0, 2.0, 2.0, 2.0]
+    cosine = weights((0, 25, 50, 75, 100, 800), kl_schedule="cosine", **warmup)
+    half = math.sqrt(0.5)
+    assert cosine == pytest.approx([0, 1 - half, 1, 1 + half, 2, 2])
+    cyclical = weights((0, 50, 100, 199, 200, 250, 799, 800), kl_schedule="cyclical")
+    assert cyclical == [0.0, 1.0, 2.0, 2.0, 0.0, 1.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_warm_up_rises_from_nothing_to_the_weight(schedule):
+    config = ObjectiveConfig(kl_weight=0.3, kl_schedule=schedule, kl_warmup_images=90)
+    weights = [config.kl_weight_at(place, 200) for place in range(201)]
+    assert weights[:91] == sorted(set(weights)) and weights[0] == 0
+    assert set(weights[90:]) == {0.3}
+
+
+def test_cyclical_repeats_itself_in_every_part():
+    config = ObjectiveConfig(kl_schedule="cyclical", kl_cycles=3)
+    weights = [config.kl_weight_at(place, 300) for place in range(300)]
+    assert weights[:100] == weights[100:200] == weights[200:]
+    assert weights[:51] == sorted(weights[:51]) and set(weights[50:100]) == {1.0}
+
+
+def test_kl_weight_per_value_is_its_part_of_a_loss_of_means():
+    images, reconstructions, posterior = make_batch()
+    config = ObjectiveConfig(scale=math.sqrt(0.5), kl_weight=0.1)
+    terms = config.build()(images, reconstructions, posterior)
+    mean = F.mse_loss(reconstructions, images) + config.kl_weight_per_value(72) * terms.rate.mean()
+    torch.testing.assert_close(terms.loss / 72, mean)
+
+
+# --- training: what depends on the run
+
+
+EVERYTHING = [
+    {},
+    {"likelihood": "laplace", "scale": "optimal", "free_bits": 1.0, "target_rate": 30.0},
+    {"scale": "optimal", "kl_schedule": "cyclical"},
+    {"scale": "learned", "kl_schedule": "cosine", "kl_warmup_images": 20, "free_bits": 1.0},
+]
+
+
+def run_steps(objective, steps, parts=((0, 8),), first=0):
+    """The readings, loss and gradients of steps of 8 images, each cut into parts and put together as the loop does."""
+    results = []
+    for step in range(first, first + steps):
+        images, reconstructions = make_images(8, channels=3, seed=step)
+        moments = make_moments(8, seed=step)
+        moments[:, 0] += step  # a channel that crosses the free bits
+        moments = (0.3 * moments).requires_grad_()
+        reconstructions = (reconstructions * 0.8**step + images * (1 - 0.8**step)).requires_grad_()
+        learned = objective.config.scale == "learned"
+        log_scale = torch.tensor(-0.1 * step, requires_grad=True) if learned else None
+        readings, statistics, total = objective.begin_step(8 * step, 64), {}, 0.0
+        for start, end in parts:
+            posterior = DiagonalGaussianDistribution(moments[start:end])
+            terms = objective(images[start:end], reconstructions[start:end], posterior, log_scale)
+            share = (end - start) / 8
+            total = total + share * terms.loss
+            for name, value in terms.statistics.items():
+                statistics[name] = statistics.get(name, 0) + share * value
+        total.backward()
+        objective.end_step(statistics, 8)
+        results.append(
+            (readings, total.detach(), moments.grad, reconstructions.grad, log_scale.grad if learned else None)
+        )
+    return results
+
+
+@pytest.mark.parametrize("settings", EVERYTHING, ids=str)
+def test_training_does_not_depend_on_how_a_step_is_cut(settings):
+    config = ObjectiveConfig(**settings)
+    whole, cut = (run_steps(TrainingObjective(config), 6, parts) for parts in (((0, 8),), ((0, 3), (3, 8))))
+    torch.testing.assert_close(cut, whole)
+    assert all(isinstance(value, float) for readings, *_ in whole for value in readings.values())
+
+
+@pytest.mark.parametrize("settings", EVERYTHING, ids=str)
+def test_training_goes_on_bit_equal_from_its_state(settings):
+    config = ObjectiveConfig(**settings)
+    through, first, second = (TrainingObjective(config) for _ in range(3))
+    for untouched in (True, False):
+        expected = run_steps(through, 3, first=0 if untouched else 3)
+        if untouched:
+            run_steps(first, 3)
+            second.restore(json.loads(json.dumps(first.state(), allow_nan=False)))
+    torch.testing.assert_close(run_steps(second, 3, first=3), expected, rtol=0, atol=0)
+    assert second.state() == through.state()
+    log_scale = -1.0 if config.scale == "learned" else None
+    assert second.measured(log_scale) == through.measured(log_scale)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "laplace", "bernoulli"])
+def test_training_without_options_is_bit_equal_to_the_objective(likelihood):
+    images, reconstructions, posterior = make_batch()
+    config = ObjectiveConfig(likelihood, kl_weight=0.3)
+    objective = TrainingObjective(config)
+    assert objective.begin_step(0, 100) == {} and objective.state() == {}
+    terms, expected = objective(images, reconstructions, posterior), config.build()(images, reconstructions, posterior)
+    for name in ("distortion", "rate", "loss"):
+        assert torch.equal(getattr(terms, name), getattr(expected, name)), name
+    assert terms.statistics == {} and objective.measured() == config.build()
+
+
+def test_free_bits_press_all_channels_first_and_then_those_of_the_step_before():
+    images, reconstructions, posterior = make_batch()
+    objective = TrainingObjective(ObjectiveConfig(free_bits=1.0))
+    plain = VAEObjective(Gaussian(0.1))(images, reconstructions, posterior)
+    objective.begin_step(0, 100)
+    terms = objective(images, reconstructions, posterior)
+    torch.testing.assert_close(terms.loss, plain.loss)
+    objective.end_step(terms.statistics, 3)
+    objective.begin_step(3, 100)
+    freed = objective(images, reconstructions, posterior).loss
+    torch.testing.assert_close(freed, plain.loss + 1.0 - terms.statistics["channel_rates"][1])
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
+def test_optimal_scale_is_that_of_the_images_before(likelihood):
+    images, reconstructions, posterior = make_batch()
+    objective = TrainingObjective(ObjectiveConfig(likelihood, scale="optimal"))
+    assert objective.begin_step(0, 9000) == {"scale": 1.0}
+    terms = objective(images, reconstructions, posterior)
+    error = (images - reconstructions).abs()
+    expected = (error.mean() if likelihood == "laplace" else (error**2).mean().sqrt()).item()
+    objective.end_step(terms.statistics, 3)
+    assert objective.begin_step(3, 9000)["scale"] == pytest.approx(expected)  # not drawn to where it began
+    objective.end_step({"deviation": torch.tensor(0.0)}, 10**6)
+    assert objective.begin_step(10**6, 10**7)["scale"] == pytest.approx(SMALLEST_SCALE)
+
+    def mean_of(
+        batches,
+    ):  # of two plateaus, the later one as long as the half-life: half of what the first one has left
+        objective = TrainingObjective(ObjectiveConfig("laplace", scale="optimal"))
+        for deviation in (0.4, 0.2):
+            for images in batches:
+                objective.end_step({"deviation": torch.tensor(deviation)}, images)
+        return objective.measured().likelihood.scale
+
+    assert mean_of([1000]) == pytest.approx(0.4 / 3 + 0.2 * 2 / 3)
+    assert mean_of([100] * 10) == pytest.approx(mean_of([1000]))  # counted in images
+
+
+def test_measured_objective_has_the_full_weight_and_the_present_scale():
+    config = ObjectiveConfig(kl_weight=0.2, scale="learned", kl_schedule="linear", kl_warmup_images=50, free_bits=2.0)
+    objective = TrainingObjective(config)
+    objective.begin_step(10, 100)
+    assert objective.measured(math.log(0.3)) == VAEObjective(Gaussian(pytest.approx(0.3)), 0.2)
+    with pytest.raises(ValueError, match=r"log_scale is the parameter of objective\.scale learned, got None"):
+        objective.measured()
+    with pytest.raises(ValueError, match=r"got 0\.1 with objective\.scale 0\.1"):
+        TrainingObjective(ObjectiveConfig()).measured(0.1)
+
+
+def test_faults_of_a_run_are_refused():
+    objective = TrainingObjective(ObjectiveConfig(target_rate=5.0))
+    with pytest.raises(ValueError, match="must be finite, got rate nan"):
+        objective.end_step({"rate": torch.tensor(math.nan)}, 8)
+    with pytest.raises(ValueError, match=r"must hold \['rate_error', 'rate_integral'\], got \['channel_rates'\]"):
+        objective.restore({"channel_rates": None})
+
+
+# --- the controller of the rate
+
+
+@pytest.mark.parametrize("batch", [16, 256])
+@pytest.mark.parametrize(("target", "start"), [(5.0, 1.0), (500.0, 1.0), (20_000.0, 1e-2), (50.0, 1e-5)])
+def test_controller_settles_a_plant_at_its_target(target, start, batch):
+    # a rate that falls with a root of the weight, follows it within 5,000 images, and is seen with noise
+    controller, generator = RateController(target, start), torch.Generator().manual_seed(0)
+    log_rate, rates = math.log(100 / math.sqrt(start)), []
+    for _ in range(300_000 // batch):
+        log_rate += (math.log(100 / math.sqrt(controller.kl_weight)) - log_rate) * (1 - math.exp(-batch / 5000))
+        noise = 0.2 * torch.randn((), generator=generator).item() / math.sqrt(batch)
+        controller.update(math.exp(log_rate) * (1 + noise), batch)
+        rates.append(math.exp(log_rate))
+    settled = rates[len(rates) * 2 // 3 :]
+    assert 0.95 * target < min(settled) and max(settled) < 1.05 * target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "start"), [(25.0, 1.0), (10.0, 0.1)])
+def test_controller_brings_a_real_autoencoder_to_its_target(target, start):
+    images = torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1
+    torch.manual_seed(0)
+    model = MLPVAE(image_size=(8, 8), hidden_dim=64, latent_dim=8)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    objective = TrainingObjective(ObjectiveConfig(scale=0.2, kl_weight=start, target_rate=target))
+    generator, rates = torch.Generator().manual_seed(0), []
+    for step in range(1000):
+        batch = images[torch.randint(len(images), (64,), generator=generator)]
+        objective.begin_step(64 * step, 64_000)
+        output = model(batch, sample_posterior=True, return_posterior=True, generator=generator)
+        terms = objective(batch, output.sample, output.latent_dist)
+        optimizer.zero_grad()
+        terms.loss.backward()
+        optimizer.step()
+        objective.end_step(terms.statistics, 64)
+        rates.append(terms.rate.mean().item())
+    windows = np.array(rates).reshape(20, 50).mean(1) / target
+    assert abs(windows - 1)[10:].max() < 0.2  # no big swings
+    assert abs(windows - 1)[16:].max() < 0.05
+    assert abs(math.log(objective.measured().kl_weight / start)) > 0.5  # and not by where it began
+
+
+def test_controller_is_bounded_and_comes_back_from_its_bound_at_once():
+    controller = RateController(10.0, 0.1)
+    for rate, bound in ((1e9, 1e7), (0.0, 1e-9)):
+        for _ in range(100):
+            controller.update(rate, 10_000)
+        assert controller.kl_weight == pytest.approx(bound)
+    before = controller.integral
+    controller.update(100.0, 100)
+    assert controller.integral == pytest.approx(before + 100 * controller.INTEGRAL)
+
+
 # --- config
 
 
@@ -325,6 +656,24 @@ def test_config_builds_the_objective_that_it_describes(likelihood):
     assert config.build() == VAEObjective(likelihood, kl_weight=0.1)
 
 
+@pytest.mark.parametrize("scale", ["learned", "optimal", "0.2", "2", "1e-1"])
+def test_scale_is_read_from_flags_and_yaml(scale, tmp_path):
+    config, _ = parse_settings(TRAININGS["train"], ["--objective.scale", scale])
+    assert config.objective.scale == (scale if scale in ("learned", "optimal") else float(scale))
+    config.save(tmp_path / "config.yaml")
+    again, _ = parse_settings(TRAININGS["train"], ["--config", str(tmp_path / "config.yaml")])
+    assert again == config and type(again.objective.scale) is type(config.objective.scale)
+
+
+def test_config_measures_a_scale_of_a_run_only_with_its_value():
+    config = ObjectiveConfig("laplace", scale="optimal", kl_weight=0.1, free_bits=1.0)
+    assert config.build(0.5) == VAEObjective(Laplace(0.5), kl_weight=0.1)
+    with pytest.raises(ValueError, match="scale optimal is known only to the run that trains it"):
+        config.build()
+    with pytest.raises(ValueError, match=r"objective\.scale is 0\.1, not learned or optimal: leave out 0\.5"):
+        ObjectiveConfig().build(0.5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -332,6 +681,23 @@ def test_config_builds_the_objective_that_it_describes(likelihood):
         *(({"kl_weight": weight}, "objective.kl_weight must be at least 0") for weight in (-0.1, math.nan, math.inf)),
         ({"likelihood": "bernoulli", "scale": 0.5}, "bernoulli likelihood has no scale"),
         ({"likelihood": "gausian"}, "objective.likelihood must be gaussian, laplace or bernoulli, got 'gausian'"),
+        ({"likelihood": "bernoulli", "scale": "learned"}, "bernoulli likelihood has no scale"),
+        ({"scale": "best"}, "objective.scale must be a number, learned or optimal, got 'best'"),
+        ({"kl_schedule": "ramp"}, "objective.kl_schedule must be constant, linear, cosine or cyclical, got 'ramp'"),
+        ({"kl_schedule": "linear"}, "rises over objective.kl_warmup_images, which must be at least 1, got 0"),
+        ({"kl_warmup_images": 5}, "constant objective.kl_schedule has no warm-up"),
+        ({"kl_schedule": "cyclical", "kl_warmup_images": 5}, "cyclical objective.kl_schedule has no warm-up"),
+        (
+            {"kl_schedule": "cosine", "kl_warmup_images": 5, "kl_cycles": 2},
+            "cosine objective.kl_schedule has no cycles",
+        ),
+        ({"kl_schedule": "cyclical", "kl_cycles": 0}, "objective.kl_cycles must be at least 1, got 0"),
+        *(({"free_bits": bits}, "objective.free_bits must be at least 0 and finite") for bits in (-1.0, math.nan)),
+        *(({"target_rate": rate}, "objective.target_rate must be positive") for rate in (0.0, math.nan, math.inf)),
+        ({"target_rate": 9.0, "kl_schedule": "cyclical"}, "moves the weight of the rate, and so does a cyclical"),
+        ({"kl_weight": 0.0, "free_bits": 1.0}, "kl_weight 0 .* objective.free_bits 1.0 does nothing"),
+        ({"kl_weight": 0.0, "target_rate": 9.0}, "kl_weight 0 .* objective.target_rate 9.0 does nothing"),
+        ({"kl_weight": 0.0, "kl_schedule": "cyclical"}, "kl_weight 0 .* objective.kl_schedule cyclical does nothing"),
     ],
     ids=str,
 )
