@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import accelerate
 import diffusers
@@ -175,12 +175,20 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+class Discriminator(NamedTuple):
+    """A second module, which learns to tell images from reconstructions: small, and whole on every process."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
 def save_checkpoint(
     folder: Path,
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: EMAModel | None,
+    discriminator: Discriminator | None,
     progress: dict[str, Any],
     own: dict[str, Any],
     copies: list[Path],
@@ -196,6 +204,7 @@ def save_checkpoint(
         model: unwrapped, in training state.
         optimizer: of its parameters.
         ema: its moving average.
+        discriminator: which is trained against it.
         progress: JSON, the same on all processes; with `images_seen`.
         own: JSON of this process.
         copies: files to be kept beside it, as they are now.
@@ -209,17 +218,21 @@ def save_checkpoint(
     partial = _partial(target)
 
     def begin() -> None:
-        if bad := [name for name, tensor in tensors["model.safetensors"].items() if not tensor.isfinite().all()]:
-            raise FloatingPointError(
-                f"training diverged after step {progress['step']}: {len(bad)} tensors of the model are not finite, "
-                f"{bad[0]} among them. The checkpoints in {folder} are from before"
-            )
+        for what in ("model", "discriminator") if discriminator else ("model",):
+            named = tensors[f"{what}.safetensors"]
+            if bad := [name for name, tensor in named.items() if not tensor.isfinite().all()]:
+                raise FloatingPointError(
+                    f"training diverged after step {progress['step']}: {len(bad)} tensors of the {what} are not "
+                    f"finite, {bad[0]} among them. The checkpoints in {folder} are from before"
+                )
         with naming(target):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
     tensors: dict[str, dict[str, torch.Tensor]] = {}
-    for name, named in _tensors(model, optimizer, ema).items():  # together, so nothing here may fail on one process
+    for name, named in _tensors(
+        model, optimizer, ema, discriminator
+    ).items():  # together, so nothing here may fail on one process
         tensors[name] = {}
         for key, tensor in named:
             gathered = whole(tensor)
@@ -344,26 +357,32 @@ def read_progress(path: Path, process: int) -> tuple[dict[str, Any], dict[str, A
     return json.loads((path / "progress.json").read_text()), json.loads(own.read_text()) if own.exists() else {}
 
 
-def check_fits(path: Path, model: nn.Module) -> None:
-    """Raise ValueError, naming a tensor, when the checkpoint `path` is of another model."""
-    with safe_open(path / "model.safetensors", "pt") as file:
+def check_fits(path: Path, model: nn.Module, what: str = "model") -> None:
+    """Raise ValueError, naming a tensor, when the checkpoint `path` is of another model, or another of `what`."""
+    with safe_open(path / f"{what}.safetensors", "pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(saved.keys() | wanted.keys()):
         if saved.get(name) != wanted.get(name):
             raise ValueError(
-                f"{path} is of another model, with which this one cannot continue: {name} has the shape "
+                f"{path} is of another {what}, with which this one cannot continue: {name} has the shape "
                 f"{saved.get(name)} there and {wanted.get(name)} here. Choose another run.output_dir"
             )
 
 
 def restore(
-    path: Path, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None
+    path: Path,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel | None,
+    discriminator: Discriminator | None,
 ) -> None:
-    """Bring model, optimiser, EMA, gradient scaler and this process's random states to what the checkpoint holds.
+    """Bring model, optimiser, EMA, discriminator, gradient scaler and this process's random states to what the
+    checkpoint holds. A discriminator that it does not hold stays as it is.
 
     Raises:
-        ValueError: when it is of another model.
+        ValueError: when it is of another model or discriminator.
     """
     check_fits(path, model)
     progress, own = read_progress(path, accelerator.process_index)
@@ -377,19 +396,27 @@ def restore(
             averages = load_file(path / "ema.safetensors")
             for (key, _), tensor in zip(model.named_parameters(), ema.shadow_params, strict=True):
                 tensor.copy_(_like(averages[key], tensor))
-    moments = load_file(path / "optimizer.safetensors")
-    parameters = dict(model.named_parameters())
-    index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    states: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in moments.items():
-        kind, _, name = key.partition(".")
-        placed = _like(tensor, parameters[name]) if tensor.shape == parameters[name].shape else tensor
-        states.setdefault(index[id(parameters[name])], {})[kind] = placed
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    _restore_optimizer(optimizer, model, load_file(path / "optimizer.safetensors"))
+    if discriminator and (path / "discriminator.safetensors").exists():
+        check_fits(path, discriminator.module, "discriminator")
+        discriminator.module.load_state_dict(load_file(path / "discriminator.safetensors"))
+        moments = load_file(path / "discriminator_optimizer.safetensors")
+        _restore_optimizer(discriminator.optimizer, discriminator.module, moments)
     if accelerator.scaler and progress["scaler"]:
         accelerator.scaler.load_state_dict(progress["scaler"])
     if own:
         _restore_rng(own["rng"], accelerator.device)
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in saved.items():
+        kind, _, name = key.partition(".")
+        placed = _like(tensor, parameters[name]) if tensor.shape == parameters[name].shape else tensor
+        states.setdefault(index[id(parameters[name])], {})[kind] = placed
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def surroundings(accelerator: Accelerator) -> dict[str, Any]:
@@ -409,19 +436,28 @@ def surroundings(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def _tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None, discriminator: Discriminator | None
 ) -> dict[str, list[tuple[str, torch.Tensor]]]:
     """The tensors of each file by name."""
-    parameters = list(model.named_parameters())
     files = {
         "model.safetensors": list(model.state_dict().items()),
-        "optimizer.safetensors": [
-            (f"{kind}.{key}", value) for key, p in parameters for kind, value in optimizer.state.get(p, {}).items()
-        ],
+        "optimizer.safetensors": _optimizer_tensors(optimizer, model),
     }
     if ema:
-        files["ema.safetensors"] = [(key, p) for (key, _), p in zip(parameters, ema.shadow_params, strict=True)]
+        names = (key for key, _ in model.named_parameters())
+        files["ema.safetensors"] = list(zip(names, ema.shadow_params, strict=True))
+    if discriminator:
+        files["discriminator.safetensors"] = list(discriminator.module.state_dict().items())
+        files["discriminator_optimizer.safetensors"] = _optimizer_tensors(discriminator.optimizer, discriminator.module)
     return files
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [
+        (f"{kind}.{key}", value)
+        for key, p in model.named_parameters()
+        for kind, value in optimizer.state.get(p, {}).items()
+    ]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -151,6 +151,24 @@ class Protocol:
 
 
 @dataclass(frozen=True)
+class FineTuning:
+    """What a run has made of the autoencoder that it began with, measured on the same images under the same protocol."""
+
+    source: str
+    """Repository, folder or file of that autoencoder."""
+    revision: str | None
+    """Of the repository."""
+    weights_sha256: str
+    """Of all its weights."""
+    encoder_sha256: str
+    """Of the weights that decide the latents, encoder and quant_conv, after the run."""
+    latents_unchanged: bool
+    """Whether they are those from before it, so that diffusion models and stored latents still fit."""
+    differences: dict[str, list[float]]
+    """Of each figure: mean over the images of after minus before, and its 95 % confidence interval, in pairs."""
+
+
+@dataclass(frozen=True)
 class PerImage:
     """The figures of each image."""
 
@@ -210,6 +228,12 @@ class EvaluationReport:
     posterior: PosteriorHealth
     model: ModelSummary
     protocol: Protocol
+    kl_weight: float | None = None
+    """In loss; of a run that steers it to a target rate, the last."""
+    scale: float | None = None
+    """Of the likelihood, in model range; of a run that learns it, the last. None for one without, bernoulli."""
+    fine_tuning: FineTuning | None = None
+    """In a run that began with a trained autoencoder."""
     per_image: PerImage | None = field(default=None, compare=False, repr=False)
     """Not in evaluation.json but in evaluation.csv."""
 
@@ -230,7 +254,10 @@ class EvaluationReport:
                 raise ValueError(f"no evaluation report of format {FORMAT}")
             kinds = (LatentSummary, PosteriorHealth, ModelSummary, Protocol)
             parts = zip(("latents", "posterior", "model", "protocol"), kinds, strict=True)
-            return cls(**values | {name: kind(**values[name]) for name, kind in parts})
+            read = {name: kind(**values[name]) for name, kind in parts}
+            if values.get("fine_tuning"):
+                read["fine_tuning"] = FineTuning(**values["fine_tuning"])
+            return cls(**values | read)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"no evaluation report: {error}") from error
 
@@ -385,6 +412,8 @@ def evaluate(
         images=len(indices),
         bits_per_dim=means["elbo"] * per_dim,
         density=objective.likelihood.density,
+        kl_weight=objective.kl_weight,
+        scale=objective.scale,
         rfid=rfid,
         intervals=intervals,
         latents=LatentSummary(

@@ -7,7 +7,7 @@ import logging
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -28,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 
 from .checkpoint import read_settings, write_file
 from .evaluation import FIGURES, Figure, read_report
-from .models import load_autoencoder, weights_hash
+from .models import ModelConfig, load_autoencoder, weights_hash
+from .objective import ObjectiveConfig
 from .pictures import CAPTIONS
 
 T = TypeVar("T")
@@ -175,7 +176,16 @@ HUB_DATA = {
     "fashion-mnist": "zalando-datasets/fashion_mnist",
     "cifar10": "uoft-cs/cifar10",
 }
-PIXEL_TERMS = {"likelihood", "scale", "kl_weight"}
+OPTIONS = {
+    f"{section}.{option.name}": option.default
+    for section, settings, always in (
+        ("objective", ObjectiveConfig, {"likelihood", "scale", "kl_weight"}),
+        ("model", ModelConfig, {"architecture"}),
+    )
+    for option in fields(settings)
+    if option.name not in always
+}
+"""Settings of which the card tells only when they are used, with their defaults."""
 RECIPE = ("data", "model", "objective", "optimizer", "run")
 NOT_RECIPE = {
     "root", "num_workers", "on_bad_image",
@@ -253,7 +263,9 @@ def _render(run: _Run, config: HubConfig) -> str:
             pictures=[(file.name, *CAPTIONS.get(file.stem, (file.stem, ""))) for file in run.pictures],
             measured_latents=run.config["evaluation"].get("max_images"),
             ratio=2 ** (len(run.model["block_out_channels"]) - 1) if stock else None,
-            pixel_terms_only=not any(value for key, value in run.config["objective"].items() if key not in PIXEL_TERMS),
+            pixel_terms_only=not (
+                run.config["objective"].get("perceptual") or run.config.get("adversarial", {}).get("weight")
+            ),
         )
     )
 
@@ -276,8 +288,12 @@ def _row(key: str, figure: Figure, evaluation: dict[str, Any]) -> tuple[str, str
 def _recipe(config: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     """The settings that decide the result, section by section."""
     rows = []
-    for section in RECIPE:
-        values = {key: value for key, value in config[section].items() if key not in NOT_RECIPE and value is not None}
+    for section in RECIPE + (("adversarial",) if config.get("adversarial", {}).get("weight") else ()):
+        values = {
+            key: value
+            for key, value in config[section].items()
+            if key not in NOT_RECIPE and value not in (None, OPTIONS.get(f"{section}.{key}"))
+        }
         rows.append((section, ", ".join(f"{key} {json.dumps(value).strip(chr(34))}" for key, value in values.items())))
     return rows
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .checkpoint import naming, on_main, read_progress, restore, save_checkpoint, surroundings, whole
+from .checkpoint import Discriminator, naming, on_main, read_progress, restore, save_checkpoint, surroundings, whole
 from .data import MicroBatch, epoch_batches, step_generator
 from .run_folder import BadImages, Log, Settings, begin, find_run, only_run_in
 
@@ -204,6 +204,12 @@ class StepTerms:
     """Scalar, the mean over its images: what is differentiated."""
     per_image: dict[str, torch.Tensor]
     """Each (B,), for people; they lead to the image when the loss is not finite."""
+    statistics: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Means over its images of what the task has to know of the whole step, of any shape."""
+    pair: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Images and reconstructions for the discriminator; None while it does not train."""
+    discriminator_loss: torch.Tensor | None = None
+    """Scalar likewise, of the discriminator."""
 
 
 class Task(Protocol):
@@ -252,6 +258,14 @@ class Task(Protocol):
         """A scalar that depends on every parameter by one call of the model's `forward`."""
         ...
 
+    def build_discriminator(self, device: torch.device) -> Discriminator | None:
+        """A new one, if the task trains one."""
+        return None
+
+    def begin_step(self, images_seen: int, total_images: int, learning_rate: float) -> dict[str, float]:
+        """Set what depends on how far the run is; returns what of it is to be logged."""
+        return {}
+
     def draws(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """All that is random in a step of `count` images, (count, ...) each, on the generator's device."""
         ...
@@ -259,6 +273,22 @@ class Task(Protocol):
     def step(self, model: nn.Module, read: Read, draws: dict[str, torch.Tensor]) -> StepTerms:
         """What is differentiated, by one call of the model's `forward`, for what was read and its rows of the draws."""
         ...
+
+    def discriminate(self, terms: StepTerms) -> StepTerms:
+        """The terms with those of the discriminator, for their pair."""
+        raise NotImplementedError
+
+    def end_step(self, statistics: dict[str, torch.Tensor], images: int) -> None:
+        """Learn from a step that was taken: the means of all `statistics` over its `images`, the same everywhere."""
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """JSON: what was learned from steps, besides weights."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the state back from a checkpoint."""
+        return None
 
     def summary(self, model: nn.Module) -> str:
         """One line on model and data, before the first step."""
@@ -335,7 +365,9 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
     set_seed(run.seed)
     model = task.build()
     optimizer = torch.optim.AdamW(
-        model.parameters(), betas=config.optimizer.betas, weight_decay=config.optimizer.weight_decay
+        [p for p in model.parameters() if p.requires_grad],
+        betas=config.optimizer.betas,
+        weight_decay=config.optimizer.weight_decay,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     plain_model = accelerator.unwrap_model(model)
@@ -348,18 +380,20 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
         # first step of a resumed run would sum the gradients of three or more processes in another order.
         accelerator.backward(task.blank(model, accelerator.device))
         optimizer.zero_grad()
+    discriminator = task.build_discriminator(accelerator.device)
     set_seed(run.seed, device_specific=True)  # for whatever draws without a generator of its own
     step = images_seen = skipped = skipped_in_a_row = 0
     changes: list[str] = []
     interval, epoch_terms, step_terms = (_RunningTerms(accelerator, task.terms) for _ in range(3))
     if checkpoint:
-        restore(checkpoint, accelerator, plain_model, optimizer.optimizer, ema)
+        restore(checkpoint, accelerator, plain_model, optimizer.optimizer, ema, discriminator)
         saved, sums = _progress(checkpoint, accelerator, len(interval.sums))
         progress = {name: saved[name] for name in ("epoch", "step", "images_seen")}
         step, images_seen = progress["step"], progress["images_seen"]
         skipped, skipped_in_a_row, changes = saved["skipped"], saved["skipped_in_a_row"], saved["changes"]
         interval.put(sums["interval"])
         epoch_terms.put(sums["epoch"])
+        task.restore(saved.get("task", {}))
     log = Log(accelerator, output_dir, images_seen)
     bad_images = BadImages(output_dir / "bad_images.txt")
     if accelerator.is_main_process:
@@ -400,10 +434,12 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
                 learning_rate = config.optimizer.learning_rate_at(images_seen, total_images)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
+                readings = task.begin_step(images_seen, total_images, learning_rate)
                 start = images_seen - epoch * len(train_set)
                 generator = step_generator(run.seed, epoch, start, accelerator.device)
                 draws = task.draws(micro_batches[0].count, generator)
                 seen: list[_Seen] = []
+                statistics = _Statistics()
                 for micro_step, micro_batch in enumerate(micro_batches, 1):
                     read = next(loader).checked()
                     bad_images.add(read.errors)
@@ -416,6 +452,10 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
                         terms = task.step(model, read, own_draws)
                         # Gradients are averaged over processes, so that this sums to the mean over the step's images.
                         accelerator.backward(terms.loss * share * accelerator.num_processes)
+                    if terms.pair:
+                        terms = task.discriminate(terms)
+                        (terms.discriminator_loss * share).backward()
+                    statistics.add(terms.statistics, share)
                     if share:
                         step_terms.add(_sums(terms, len(read.kept)))
                         indices = [micro_batch.indices[place] for place in read.kept]
@@ -423,7 +463,13 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
                 grad_norm = accelerator.clip_grad_norm_(
                     model.parameters(), config.optimizer.max_grad_norm or float("inf")
                 )
-                bad, stop = _agree(accelerator, step_terms, grad_norm, signals.asked())
+                norms = {"gradient": grad_norm}
+                if discriminator and terms.pair:
+                    _sum_gradients(accelerator, discriminator.module)
+                    norms["discriminator's gradient"] = nn.utils.clip_grad_norm_(
+                        discriminator.module.parameters(), config.optimizer.max_grad_norm or float("inf")
+                    )
+                bad, stop = _agree(accelerator, step_terms, norms, signals.asked())
                 # A gradient in float16 may overflow: the scaler then skips the step and lowers its scale; below 1 it
                 # will not recover.
                 overflow = bad == ["gradient"] and accelerator.scaler and accelerator.scaler.get_scale() >= 1
@@ -441,10 +487,15 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
                     optimizer.step()
                     if ema and not optimizer.step_was_skipped:
                         ema.step(plain_model.parameters())
+                    if discriminator and terms.pair:
+                        discriminator.optimizer.step()
+                    task.end_step(statistics.means(accelerator), micro_batches[0].count)
                     interval.add(step_terms.sums)
                     epoch_terms.add(step_terms.sums)
                     skipped_in_a_row = 0
                 optimizer.zero_grad()
+                if discriminator:
+                    discriminator.optimizer.zero_grad()
                 step_terms.sums.zero_()
 
                 if warm:
@@ -460,7 +511,8 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
                 if images_seen >= next_log or images_seen >= total_images:
                     norm = grad_norm.item() if grad_norm.isfinite() else None  # of a step that was skipped
                     means = interval.take()
-                    log.write("train", counts | means | {"learning_rate": learning_rate, "grad_norm": norm})
+                    rates = readings | {"learning_rate": learning_rate, "grad_norm": norm}
+                    log.write("train", counts | means | rates)
                     next_log = (images_seen // run.log_every + 1) * run.log_every
                 if images_seen >= epoch_end:
                     means = epoch_terms.take()
@@ -478,7 +530,10 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
                         plain_model,
                         optimizer.optimizer,
                         ema,
-                        progress | {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row, "changes": changes},
+                        discriminator,
+                        progress
+                        | {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row, "changes": changes}
+                        | {"task": task.state()},
                         {"interval": interval.sums.tolist(), "epoch": epoch_terms.sums.tolist()},
                         [output_dir / "config.yaml", output_dir / "data.json", log.path],
                         run.keep_checkpoints,
@@ -532,7 +587,7 @@ def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:
             result = run_task(task.few(folder))  # what two batches need is read on demand
             newest = max((folder / "checkpoints").glob("images-*"))
             if result:
-                before = load_file(newest / "model.safetensors")
+                before = _tensors_in(newest)
                 (folder / "evaluation.json").unlink()
                 shutil.rmtree(newest)
             broadcast_object_list([None])
@@ -541,10 +596,18 @@ def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:
             raise Interrupted("the dry run was asked to stop; nothing was kept") from interruption
         if not (result and again):
             return None
-        after = load_file(newest / "model.safetensors")
+        after = _tensors_in(newest)
         same = all(torch.equal(before[name], value) for name, value in after.items())
         total = min(run.epochs * result.train_images, run.max_images or sys.maxsize)
         return result, same, total / result.images_per_second if result.images_per_second else None
+
+
+def _tensors_in(checkpoint: Path) -> dict[tuple[str, str], torch.Tensor]:
+    return {
+        (path.name, name): tensor
+        for path in checkpoint.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
 
 
 def few_steps(run: RunConfig, folder: Path) -> RunConfig:
@@ -759,18 +822,52 @@ class _RunningTerms:
         }
 
 
+class _Statistics:
+    """Of the micro-batches of a step, summed by their share of it."""
+
+    def __init__(self):
+        self.sums: dict[str, torch.Tensor] = {}
+        self.share = 0.0
+
+    def add(self, statistics: dict[str, torch.Tensor], share: float) -> None:
+        for name, value in statistics.items():
+            exact = torch.float32 if value.device.type == "mps" else torch.float64
+            self.sums[name] = self.sums.get(name, 0) + value.detach().to(exact) * share
+        self.share += share
+
+    def means(self, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+        """Over the images of the step, on all processes."""
+        if not self.sums:
+            return {}
+        first = next(iter(self.sums.values()))
+        flat = torch.cat([*(value.flatten() for value in self.sums.values()), first.new_tensor([self.share])])
+        *values, share = accelerator.reduce(flat, "sum").split([*(v.numel() for v in self.sums.values()), 1])
+        return {
+            name: (value / share).view(self.sums[name].shape) for name, value in zip(self.sums, values, strict=True)
+        }
+
+
+def _sum_gradients(accelerator: Accelerator, module: nn.Module) -> None:
+    """Each process has the gradient of its images' share of the loss: their sum takes its place."""
+    if accelerator.num_processes > 1:
+        gradients = [p.grad for p in module.parameters()]
+        flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
 def _agree(
-    accelerator: Accelerator, step_terms: _RunningTerms, grad_norm: torch.Tensor, asked: bool
+    accelerator: Accelerator, step_terms: _RunningTerms, norms: dict[str, torch.Tensor], asked: bool
 ) -> tuple[list[str], bool]:
     """Which terms of the step are not finite on any process, and whether any was asked to stop."""
     sums = step_terms.sums
-    finite = torch.cat([sums[:-1], whole(grad_norm).to(sums).view(1)]).isfinite()
+    finite = torch.cat([sums[:-1], *(whole(norm).to(sums).view(1) for norm in norms.values())]).isfinite()
     if accelerator.num_processes == 1:
         flags = [not ok for ok in finite.tolist()] + [asked]
     else:
         both = torch.cat([~finite, torch.tensor([asked], device=finite.device)])
         flags = accelerator.reduce(both.int(), "sum").tolist()
-    return [name for name, flag in zip((*step_terms.names, "gradient"), flags, strict=False) if flag], bool(flags[-1])
+    return [name for name, flag in zip((*step_terms.names, *norms), flags, strict=False) if flag], bool(flags[-1])
 
 
 SKIPS_IN_A_ROW = 20

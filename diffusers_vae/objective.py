@@ -208,6 +208,11 @@ class VAEObjective:
     free_bits: float = 0.0
     """Nats per latent channel, as a mean over the images, below which the loss does not press its rate."""
 
+    @property
+    def scale(self) -> float | torch.Tensor | None:
+        """Of the likelihood: std of a Gaussian, scale of a Laplace; a Bernoulli has none."""
+        return getattr(self.likelihood, "std", getattr(self.likelihood, "scale", None))
+
     def __call__(
         self,
         images: torch.Tensor,
@@ -302,6 +307,17 @@ class ObjectiveConfig:
     target_rate: float | None = None
     """Rate in nats per image that a controller reaches by moving the weight of the rate, which starts at kl_weight
     (as ControlVAE, Shao 2020)."""
+    perceptual: Literal["alex", "vgg", "squeeze"] | None = None
+    """Network of an LPIPS term in the loss (Zhang 2018); null: none. One channel is repeated to three; of other numbers
+    than 1 and 3, each channel is judged by itself as grey."""
+    perceptual_weight: float = 1.0
+    """Of the LPIPS per value of the image, as in latent-diffusion, which adds it to the error of every value."""
+    perceptual_weights: str | None = None
+    """Folder with alexnet-owt-7be5be79.pth, vgg16-397923af.pth or squeezenet1_1-b8a52dc0.pth, for machines without a
+    network; by default torch's cache, to which they are downloaded."""
+    equivariance: float = 0.0
+    """Share of the steps that decode scaled and turned latents, and compare with images scaled and turned likewise
+    (EQ-VAE, Kouzelis 2025: 0.5): such latents are easier to diffuse."""
 
     def __post_init__(self):
         if self.likelihood not in ("gaussian", "laplace", "bernoulli"):
@@ -323,6 +339,17 @@ class ObjectiveConfig:
         if self.target_rate is not None and not (self.target_rate > 0 and math.isfinite(self.target_rate)):
             raise ValueError(f"objective.target_rate must be positive and finite, got {self.target_rate}")
         self._check_schedule()
+        if self.perceptual not in (None, "alex", "vgg", "squeeze"):
+            raise ValueError(f"objective.perceptual must be alex, vgg, squeeze or null, got {self.perceptual!r}")
+        if not (self.perceptual_weight > 0 and math.isfinite(self.perceptual_weight)):
+            raise ValueError(f"objective.perceptual_weight must be positive and finite, got {self.perceptual_weight}")
+        if self.perceptual is None and (self.perceptual_weight != 1 or self.perceptual_weights is not None):
+            raise ValueError(
+                "objective.perceptual_weight and objective.perceptual_weights belong to a perceptual term: choose its "
+                "network by objective.perceptual alex, vgg or squeeze, or leave them out"
+            )
+        if not 0 <= self.equivariance <= 1:
+            raise ValueError(f"objective.equivariance must lie in [0, 1], got {self.equivariance}")
 
     def _check_schedule(self) -> None:
         schedule = self.kl_schedule

@@ -390,17 +390,29 @@ PANELS = {
     "loss": "loss, nats per image",
     "distortion": "distortion, nats per image",
     "rate": "rate, nats per image",
+    "perceptual": "LPIPS",
+    "generator": "generator's loss",
+    "discriminator": "discriminator's loss",
+    "adversarial_weight": "weight of the generator's loss",
+    "kl_weight": "kl_weight",
+    "scale": "scale of the likelihood",
     "learning_rate": "learning rate",
 }
 
 
 def loss_picture(metrics: Path, panels: dict[str, str] = PANELS) -> Image.Image:
-    """Four values of a run's metrics.jsonl over images seen, by default loss, distortion, rate and learning rate, each
-    with its title.
-    """
+    """Values of a run's metrics.jsonl over images seen, each with its title: those of the `panels` that were logged."""
     records = _records(metrics)
-    figure = _figure(10, 6)
-    for axes, name in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    logged = {
+        name for record in records if record["kind"] == "train" for name, value in record.items() if value is not None
+    }
+    names = [name for name in panels if name in logged]
+    rows = max(1, math.ceil(len(names) / 2))
+    figure = _figure(10, 3 * rows)
+    grid = figure.subplots(rows, 2, squeeze=False).flat
+    for axes in list(grid)[len(names) :]:
+        axes.axis("off")
+    for axes, name in zip(grid, names, strict=False):
         shown = []
         for kind, label in (("train", "training"), ("evaluation", "held-out")):
             chosen = [record for record in records if record["kind"] == kind and record.get(name) is not None]

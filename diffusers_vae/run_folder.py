@@ -52,6 +52,7 @@ FREE_SETTINGS = {
     "data.root", "data.num_workers", "data.on_bad_image", "run.output_dir", "run.checkpoint_every",
     "run.keep_checkpoints", "run.allow_config_change", "run.on_nonfinite", "run.tracker",
     "run.gradient_accumulation_steps", "vae.source", "vae.subfolder", "vae.revision", "latents.folder",
+    "objective.perceptual_weights",
 }  # fmt: skip
 """A run may be continued with others of these: they change no result (of an autoencoder the weights count, not where
 they lie) or, like the number of processes, only the order in which it is summed."""
@@ -146,9 +147,14 @@ def _differing(path: Path, config: Settings) -> list[str]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML, so that it is not known which run the folder holds: {error}") from error
     wanted = _settings(config.plain())
-    sections = {part.name: part.default_factory for part in fields(config) if part.default_factory is not MISSING}
     # of settings that an older version did not have
-    defaults = wanted | _settings(_plain({name: asdict(section()) for name, section in sections.items()}))
+    sections = {part.name: getattr(config, part.name) for part in fields(config)}
+    options = {
+        name: {option.name: option.default for option in fields(section) if option.default is not MISSING}
+        for name, section in sections.items()
+    }
+    made = {part.name: asdict(part.default_factory()) for part in fields(config) if part.default_factory is not MISSING}
+    defaults = wanted | _settings(_plain(options | made))
     return [
         f"{name}: {old} -> {new}"
         for name in sorted(wanted.keys() | stated.keys())

@@ -33,7 +33,7 @@ from .data import DataConfig, ImageSet, first_images, image_batches, load_data
 from .diffusion import DiffusionConfig
 from .images import to_model_range
 from .latent_cache import INDEX, LatentDataset, encode_images, matching_latents
-from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, few_steps
+from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps
 from .models import VAE, encode, load_autoencoder, weights_hash
 from .pictures import loss_picture, prompt_picture
 from .pipelines import latent_scaling
@@ -322,7 +322,7 @@ def captions_of(
     return [of_class[label] for label in labels.tolist()]
 
 
-class TextToImageTask:
+class TextToImageTask(Task):
     """Training of denoiser and text encoder on latents, for the loop."""
 
     results = ("pipeline", "evaluation.json")

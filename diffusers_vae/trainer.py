@@ -5,24 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch import nn
 
-from .checkpoint import on_main, whole_folder, write_file
-from .data import DataConfig, FolderImages, ReadImages, load_data
-from .evaluation import EvaluationConfig, EvaluationReport, evaluate, load_judges
+from . import equivariance
+from .adversarial import AdversarialConfig, Adversary, PatchDiscriminator
+from .checkpoint import Discriminator, on_main, whole_folder, write_file
+from .data import DataConfig, FolderImages, ImageSet, ReadImages, load_data
+from .evaluation import EvaluationConfig, EvaluationReport, FineTuning, compare, evaluate, load_judges
 from .hub import HubConfig, write_card
 from .images import to_model_range
+from .latent_cache import LatentDataset, matching_latents
 from .latents import measure_latents
-from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, few_steps, run_task
-from .models import MLPVAE, VAE, ModelConfig
-from .objective import ObjectiveConfig
+from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, run_task
+from .models import MLPVAE, VAE, ModelConfig, encoder_hash, load_autoencoder, weights_hash, without_adapters
+from .objective import START_SCALE, ObjectiveConfig, TrainingObjective, VAEObjective
+from .perceptual import PerceptualLoss
 from .report import draw_report, report_html
 from .run_folder import Log, Settings
 
@@ -38,6 +44,7 @@ class TrainConfig(Settings):
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig
     objective: ObjectiveConfig
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -56,6 +63,26 @@ class TrainConfig(Settings):
                 "objective.likelihood bernoulli needs a decoder that gives probabilities, which the mlp architecture "
                 f"does and {self.model.architecture}, whose output is unbounded, does not; use gaussian or laplace"
             )
+        for setting in ("objective.equivariance", "adversarial.weight"):
+            section, name = setting.split(".")
+            if getattr(getattr(self, section), name) and self.model.architecture == "mlp":
+                raise ValueError(f"{setting} needs the architecture vae: a perceptron knows no places in an image")
+        if self.objective.equivariance and not self.model.trains_encoder:
+            raise ValueError(
+                "objective.equivariance shapes the latents, so the encoder must be trained, and model.train "
+                f"{self.model.train} leaves it as it is"
+            )
+        if self.adversarial.weight:
+            PatchDiscriminator.check(self.smallest_images, self.adversarial.layers)
+
+    @property
+    def smallest_images(self) -> tuple[int, int]:
+        """Height and width of the smallest images that the losses see."""
+        if not self.objective.equivariance:
+            return self.data.size
+        ratio = self.model.spatial_compression_ratio
+        height, width = equivariance.smallest(self.model.latent_shape(self.data.size)[1:])
+        return height * ratio, width * ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,18 +107,88 @@ STABLER = (
 )
 
 
-class AutoencoderTask:
+class WithScale(nn.Module):
+    """An autoencoder and the learned scale of its likelihood as one module: gradients are synchronised by one call of
+    `forward`.
+    """
+
+    def __init__(self, autoencoder: VAE):
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.log_scale = nn.Parameter(torch.full([1], math.log(START_SCALE)))  # no scalar, which FSDP2 refuses
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """What the autoencoder gives, and log_scale."""
+        return (*self.autoencoder(*args, **kwargs), self.log_scale[0])
+
+
+@dataclass(frozen=True)
+class _Encoded(ReadImages):
+    """Images with the moments of their posteriors, (B, 2 C, h, w)."""
+
+    moments: torch.Tensor | None = None
+
+    def blank(self) -> _Encoded:
+        return _Encoded(**vars(super().blank()), moments=self.moments.new_zeros(1, *self.moments.shape[1:]))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return super().tensors() | {"moments": self.moments}
+
+
+class EncodedImages:
+    """Images with latents that were encoded before: what a decoder alone is trained on."""
+
+    def __init__(self, images: ImageSet, latents: LatentDataset):
+        self.images, self.latents = images, latents
+        self.rows = {index: row for row, index in enumerate(latents.indices.tolist())}
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        return self.images.errors
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fingerprint(self) -> str:
+        return self.images.fingerprint()
+
+    def __getitems__(self, indices: Sequence[int]) -> _Encoded:
+        read = self.images.__getitems__(indices)
+        kept = [place for place in read.kept if indices[place] in self.rows]  # another read them once
+        pixels = read.pixels[[list(read.kept).index(place) for place in kept]]
+        moments = self.latents.moments([self.rows[indices[place]] for place in kept])
+        return _Encoded(pixels, kept, read.errors, read.stop, moments)
+
+    def name(self, index: int) -> str:
+        return self.images.name(index)
+
+
+def _autoencoder(model: nn.Module) -> VAE | MLPVAE:
+    return model.autoencoder if isinstance(model, WithScale) else model
+
+
+def _saved(model: nn.Module) -> VAE | MLPVAE:
+    """What the run leaves behind of what it trains: adapters are merged into the weights."""
+    autoencoder = _autoencoder(model)
+    return without_adapters(autoencoder) if isinstance(autoencoder, VAE) else autoencoder
+
+
+class AutoencoderTask(Task):
     """Training of a KL autoencoder, for the loop."""
 
     results = ("model", "evaluation.json")
-    terms = ("distortion", "rate")
     advice = STABLER
     builds_at_once = True
 
     def __init__(self, config: TrainConfig, memory_limit: int | None = None):
         self.config, self.memory_limit = config, memory_limit
-        self.objective = config.objective.build()
+        self.objective = TrainingObjective(config.objective)
         self.evaluate_every = config.evaluation.every
+        self.perceptual: PerceptualLoss | None = None
+        self.adversary: Adversary | None = None
+        self.terms = ("distortion", "rate")
+        self.terms += ("perceptual",) if config.objective.perceptual else ()
+        self.terms += ("generator", "discriminator") if config.adversarial.weight else ()
 
     def finished(self) -> TrainResult:
         text = (Path(self.config.run.output_dir) / "evaluation.json").read_text()
@@ -105,54 +202,197 @@ class AutoencoderTask:
             self.train_set, self.heldout = load_data(config.data, accelerator.is_local_main_process, self.memory_limit)
         load_judges(config.evaluation, config.data.channels, config.data.size)  # are missed now, not after days
         self.workers = config.data.num_workers if isinstance(self.train_set, FolderImages) else 0
+        if config.model.pretrained:
+            self._load_for_fine_tuning()
         self.accelerator, self.images = accelerator, len(self.train_set)
+        if accelerator.is_fsdp2 and config.adversarial.weight and config.adversarial.adaptive:
+            raise ValueError(
+                "adversarial.adaptive needs the decoder's last layer whole on every process, which FSDP2 cuts up; let "
+                "the processes work together by DDP, or set it to false"
+            )
+        if config.objective.perceptual:
+            self.perceptual = PerceptualLoss(config.objective.perceptual, config.objective.perceptual_weights)
+            self.perceptual.check(config.smallest_images)
+            self.perceptual.to(accelerator.device)
+
+    def _load_for_fine_tuning(self) -> None:
+        model = self.config.model
+        pretrained = self._load_pretrained()
+        self.pretrained_hash = weights_hash(pretrained)
+        if model.latents:
+            described = f"training images of {self.config.data.described}"
+            latents = matching_latents(pretrained, self.train_set, model.latents, described)
+            if latents.kind != "posterior":
+                raise ValueError(
+                    f"model.latents needs mean and logvar, and {model.latents} holds latents of kind {latents.kind}: "
+                    "encode with --kind posterior"
+                )
+            self.train_set = EncodedImages(self.train_set, latents)
 
     def data(self) -> dict[str, dict[str, Any]]:
         return {
             name: {"images": len(part), "fingerprint": part.fingerprint()}
             for name, part in (("training", self.train_set), ("held-out", self.heldout))
-        }
+        } | ({"pretrained autoencoder": {"fingerprint": self.pretrained_hash}} if self.config.model.pretrained else {})
 
     def image_errors(self) -> Iterator[str]:
         yield from self.train_set.errors
         yield from self.heldout.errors
 
-    def build(self) -> VAE | MLPVAE:
-        return self.config.model.build(self.config.data.channels, self.config.data.size)
+    def build(self) -> nn.Module:
+        model = self.config.model.build(self.config.data.channels, self.config.data.size)
+        return WithScale(model) if self.config.objective.scale == "learned" else model
 
-    def blank(self, model: torch.nn.Module, device: torch.device) -> torch.Tensor:
+    def blank(self, model: nn.Module, device: torch.device) -> torch.Tensor:
         images = torch.zeros(1, self.config.data.channels, *self.config.data.size, device=device)
-        return model(images, sample_posterior=True).sample.sum()
+        return sum(output.sum() for output in model(images, sample_posterior=True, return_dict=False))
+
+    def build_discriminator(self, device: torch.device) -> Discriminator | None:
+        config = self.config.adversarial
+        if not config.weight:
+            return None
+        module = PatchDiscriminator(self.config.data.channels, config.width, config.layers, config.norm).to(device)
+        self.adversary = Adversary(config, module)
+        self.discriminator_optimizer = torch.optim.AdamW(module.parameters(), betas=config.betas, weight_decay=0.0)
+        return Discriminator(module, self.discriminator_optimizer)
+
+    def begin_step(self, images_seen: int, total_images: int, learning_rate: float) -> dict[str, float]:
+        readings = self.objective.begin_step(images_seen, total_images)
+        if self.adversary:
+            readings |= self.adversary.begin_step(images_seen)
+            highest = self.config.optimizer.learning_rate
+            own = (self.config.adversarial.learning_rate or highest) * learning_rate / highest * self.adversary.rise
+            for group in self.discriminator_optimizer.param_groups:
+                group["lr"] = own
+        return readings
 
     def draws(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         shape = self.config.model.latent_shape(self.config.data.size)
-        return {"noise": torch.randn(count, *shape, generator=generator, device=generator.device)}
+        drawn = {"noise": torch.randn(count, *shape, generator=generator, device=generator.device)}
+        if self.config.objective.equivariance:  # the same for all images of a step
+            chances = torch.rand(1, equivariance.DRAWS, generator=generator, device=generator.device)
+            drawn["chances"] = chances.expand(count, -1)
+        return drawn
 
-    def step(self, model: torch.nn.Module, read: ReadImages, draws: dict[str, torch.Tensor]) -> StepTerms:
-        images = to_model_range(read.pixels.to(draws["noise"].device))
-        reconstructions, posterior = model(images, return_dict=False, return_posterior=True, noise=draws["noise"])
-        terms = self.objective(images, reconstructions, posterior)
-        return StepTerms(terms.loss, {"distortion": terms.distortion, "rate": terms.rate})
+    def step(self, model: nn.Module, read: ReadImages, draws: dict[str, torch.Tensor]) -> StepTerms:
+        noise, keywords = draws["noise"], {}
+        images = to_model_range(read.pixels.to(noise.device))
+        before = after = None
+        if "chances" in draws:
+            ratio = self.config.model.spatial_compression_ratio
+            probability = self.config.objective.equivariance
+            before, after = equivariance.draw(draws["chances"][0], probability, tuple(noise.shape[-2:]), ratio)
+        if before:
+            images, noise = before.images(images), noise[..., : before.size[0], : before.size[1]]
+        if after:
+            keywords["transform"] = after.latents
+        if isinstance(read, _Encoded):
+            keywords["moments"] = read.moments.to(noise.device)
+        reconstructions, posterior, *log_scale = model(
+            images, return_dict=False, return_posterior=True, noise=noise, **keywords
+        )
+        if after:
+            images = after.images(images)
+        terms = self.objective(images, reconstructions, posterior, *log_scale)
+        step = StepTerms(
+            terms.loss, {"distortion": terms.distortion, "rate": terms.rate}, statistics=dict(terms.statistics)
+        )
+        if self.perceptual:
+            distance = self.perceptual(images, reconstructions)
+            step.per_image["perceptual"] = distance
+            weight = self.config.objective.perceptual_weight * images[0].numel()
+            step = replace(step, loss=step.loss + weight * distance.mean())
+        if self.adversary:
+            step.per_image.update(dict.fromkeys(("generator", "discriminator"), torch.zeros_like(terms.rate)))
+        if self.adversary and self.adversary.active:
+            step = self._judged(step, images, reconstructions, _autoencoder(self.accelerator.unwrap_model(model)))
+        return step
 
-    def summary(self, model: VAE | MLPVAE) -> str:
-        data = self.config.data
+    def _judged(self, step: StepTerms, images: torch.Tensor, reconstructions: torch.Tensor, model: VAE) -> StepTerms:
+        """The step with what the discriminator makes of it."""
+        with self.accelerator.autocast():
+            judgement = self.adversary.generator_loss(reconstructions)
+        step.per_image["generator"] = judgement
+        gradients = self.adversary.gradients(step.loss, judgement.mean(), model.decoder.conv_out.weight)
+        return replace(
+            step,
+            loss=step.loss + self.adversary.weight * judgement.mean(),
+            statistics=step.statistics | gradients,
+            pair=(images, reconstructions.detach()),
+        )
+
+    def discriminate(self, terms: StepTerms) -> StepTerms:
+        with self.accelerator.autocast():
+            loss, statistics = self.adversary.discriminator_loss(*terms.pair)
+        return replace(
+            terms,
+            discriminator_loss=loss.mean(),
+            per_image=terms.per_image | {"discriminator": loss},
+            statistics=terms.statistics | statistics,
+        )
+
+    def end_step(self, statistics: dict[str, torch.Tensor], images: int) -> None:
+        self.objective.end_step(statistics, images)
+        if self.adversary:
+            self.adversary.end_step(statistics)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "objective": self.objective.state(),
+            "adversary": self.adversary.state() if self.adversary else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if "objective" in state:
+            self.objective.restore(state["objective"])
+        if self.adversary and state.get("adversary"):
+            self.adversary.restore(state["adversary"])
+
+    def summary(self, model: nn.Module) -> str:
+        data, autoencoder = self.config.data, _autoencoder(model)
+        values = data.channels * data.size[0] * data.size[1]
+        weight = self.config.objective.kl_weight
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        of = "" if trained == autoencoder.num_parameters() else f", {trained:,} of them trained,"
         return (
-            f"{'VAE' if isinstance(model, VAE) else 'MLPVAE'} with {model.num_parameters():,} parameters, latents "
+            f"{type(autoencoder).__name__} with {autoencoder.num_parameters():,} parameters{of}, latents "
             f"{'x'.join(map(str, self.config.model.latent_shape(data.size)))}; {len(self.train_set):,} training and "
-            f"{len(self.heldout):,} held-out images of {data.name} at {'x'.join(map(str, data.size))}"
+            f"{len(self.heldout):,} held-out images of {data.name} at {'x'.join(map(str, data.size))}; kl_weight "
+            f"{weight:g}, which is {self.config.objective.kl_weight_per_value(values):.3g} where the loss is the mean "
+            f"over the {values:,} values of an image"
         )
 
     def evaluate(
-        self, model: VAE | MLPVAE, log: Log, progress: dict[str, int]
+        self, model: nn.Module, log: Log, progress: dict[str, int]
     ) -> tuple[EvaluationReport, dict[str, Image.Image]]:
         """Measure `model` on all processes, and picture it on the main process."""
+        return self._evaluate(_saved(model), self._measured(model), log, progress)
+
+    def _measured(self, model: nn.Module) -> VAEObjective:
+        """By which likelihood and kl_weight the model is measured: those that training has come to."""
+        return self.objective.measured(model.log_scale.item() if isinstance(model, WithScale) else None)
+
+    def _evaluate(
+        self,
+        model: VAE | MLPVAE,
+        objective: VAEObjective,
+        log: Log,
+        progress: dict[str, int],
+        change: Callable[[EvaluationReport], FineTuning] | None = None,
+    ) -> tuple[EvaluationReport, dict[str, Image.Image]]:
         config, settings = self.config, self.config.evaluation
         name, bar = Path(config.run.output_dir).resolve().name, self.accelerator.is_main_process
-        report = evaluate(model, self.heldout, self.objective, settings, config.data, "held-out", name, bar)
-        numbers = {key: value for key, value in vars(report).items() if isinstance(value, float)}
+        report = evaluate(model, self.heldout, objective, settings, config.data, "held-out", name, bar)
+        numbers = {
+            key: value
+            for key, value in vars(report).items()
+            if isinstance(value, float) and key not in ("kl_weight", "scale")  # settings, no figures
+        }
         if bad := [name for name, value in numbers.items() if not math.isfinite(value)]:
             raise FloatingPointError(f"training diverged, not finite on held-out images: {', '.join(bad)}. {STABLER}")
         log.write("evaluation", progress | numbers)
+        if change:
+            report = replace(report, fine_tuning=change(report))
 
         def draw() -> dict[str, Image.Image]:
             pictures = draw_report(model, self.heldout, log.path, settings, report)
@@ -163,27 +403,30 @@ class AutoencoderTask:
         on_main(self.accelerator, lambda: pictures.update(draw()))
         return report, pictures
 
-    def finish(self, model: VAE | MLPVAE, log: Log, progress: dict[str, int]) -> TrainResult:
-        """Save the model before anything that could fail, then measure: latents, which go into its config, and images.
-        evaluation.json comes last: it says that the run is finished.
+    def finish(self, model: nn.Module, log: Log, progress: dict[str, int]) -> TrainResult:
+        """Save the model before anything that could fail, then measure: latents, which go into its config unless the
+        encoder is a published one, and images. evaluation.json comes last: it says that the run is finished.
         """
         config, output_dir = self.config, Path(self.config.run.output_dir)
+        objective, change = self._measured(model), None
+        if config.model.lora_rank:
+            on_main(self.accelerator, lambda: self._save_adapter(_autoencoder(model)))
+        model = _saved(model)
 
         def save() -> None:
             with whole_folder(output_dir / "model") as folder:
                 model.save_pretrained(folder)
 
         on_main(self.accelerator, save)
-        batch_size, max_images = config.evaluation.batch_size, config.evaluation.max_images
-        bar = self.accelerator.is_main_process
-        statistics = measure_latents(model, self.train_set, batch_size, max_images, bar)
-        if not (math.isfinite(statistics.mean) and 0 < statistics.std < math.inf):
-            raise FloatingPointError(
-                f"training diverged: the latents have mean {statistics.mean} and std {statistics.std}. {STABLER}"
-            )
-        model.register_to_config(scaling_factor=statistics.scaling_factor, shift_factor=statistics.mean)
-        on_main(self.accelerator, save)
-        report, pictures = self.evaluate(model, log, progress)
+        if config.model.trains_encoder:
+            self._measure_latents(model)
+            on_main(self.accelerator, save)
+        if config.model.pretrained:
+            base = self._load_pretrained().to(model.device)
+            settings = (objective, config.evaluation, config.data, "held-out", config.model.pretrained)
+            before = evaluate(base, self.heldout, *settings, self.accelerator.is_main_process)
+            change = partial(self._fine_tuning, base, before)
+        report, pictures = self._evaluate(model, objective, log, progress, change)
 
         def write() -> None:
             evaluation = report.to_json()
@@ -195,19 +438,63 @@ class AutoencoderTask:
         on_main(self.accelerator, write)
         return self._result(report, model)
 
+    def _save_adapter(self, model: VAE) -> None:
+        with whole_folder(Path(self.config.run.output_dir) / "lora") as folder:
+            model.save_lora_adapter(folder)
+
+    def _measure_latents(self, model: VAE | MLPVAE) -> None:
+        """Put scaling_factor and shift_factor into the model's config."""
+        settings = self.config.evaluation
+        bar = self.accelerator.is_main_process
+        statistics = measure_latents(model, self.train_set, settings.batch_size, settings.max_images, bar)
+        if not (math.isfinite(statistics.mean) and 0 < statistics.std < math.inf):
+            raise FloatingPointError(
+                f"training diverged: the latents have mean {statistics.mean} and std {statistics.std}. {STABLER}"
+            )
+        model.register_to_config(scaling_factor=statistics.scaling_factor, shift_factor=statistics.mean)
+
+    def _load_pretrained(self) -> VAE:
+        model = self.config.model
+        return load_autoencoder(model.pretrained, model.subfolder, model.revision)
+
+    def _fine_tuning(self, base: VAE, before: EvaluationReport, report: EvaluationReport) -> FineTuning:
+        """What the saved model has in common with the published one, and by what it is better.
+
+        Raises:
+            ValueError: when the encoder, which was not trained, is not what it was.
+        """
+        config = self.config.model
+        saved = load_autoencoder(str(Path(self.config.run.output_dir) / "model"))
+        hashes = (encoder_hash(base), encoder_hash(saved))
+        if not config.trains_encoder and hashes[0] != hashes[1]:
+            raise ValueError(
+                f"the encoder must be that of {config.pretrained}, since it was not trained, and its weights are "
+                f"others: SHA-256 {hashes[1]}, and there {hashes[0]}"
+            )
+        differences = compare(before, report).differences
+        return FineTuning(
+            source=config.pretrained,
+            revision=config.revision,
+            weights_sha256=self.pretrained_hash,
+            encoder_sha256=hashes[1],
+            latents_unchanged=hashes[0] == hashes[1],
+            differences={name: [value.mean, *value.interval] for name, value in differences.items()},
+        )
+
     def few(self, folder: Path) -> AutoencoderTask:
         config = self.config
         evaluation = replace(config.evaluation, max_images=config.evaluation.batch_size, every=1)
         return AutoencoderTask(replace(config, run=few_steps(config.run, folder), evaluation=evaluation), 0)
 
-    def _result(self, report: EvaluationReport, model: VAE | MLPVAE) -> TrainResult:
+    def _result(self, report: EvaluationReport, model: nn.Module) -> TrainResult:
         folder = Path(self.config.run.output_dir) / "model"
-        package, name = ("diffusers", "AutoencoderKL") if isinstance(model, VAE) else ("diffusers_vae", "MLPVAE")
+        autoencoder = _autoencoder(model)
+        package, name = ("diffusers", "AutoencoderKL") if isinstance(autoencoder, VAE) else ("diffusers_vae", "MLPVAE")
         return TrainResult(
             output_dir=folder.parent,
             saved=folder.name,
             report=report,
-            parameters=model.num_parameters(),
+            parameters=autoencoder.num_parameters(),
             latent_shape=self.config.model.latent_shape(self.config.data.size),
             load_line=f'from {package} import {name}; vae = {name}.from_pretrained("{folder.as_posix()}")',
         )

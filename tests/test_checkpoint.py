@@ -14,6 +14,7 @@ from diffusers.training_utils import EMAModel
 from diffusers_vae import checkpoint
 from diffusers_vae.checkpoint import (
     FORMAT,
+    Discriminator,
     find_checkpoint,
     naming,
     read_progress,
@@ -35,18 +36,22 @@ class State:
         self.model = ModelConfig(architecture="mlp", hidden_dim=8, latent_dim=2).build(1, (8, 8))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.ema = EMAModel(self.model.parameters(), use_ema_warmup=True, power=0.75)
+        critic = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(64, 1))
+        self.discriminator = Discriminator(critic, torch.optim.AdamW(critic.parameters(), lr=1e-2))
         for _ in range(steps):
             self.step()
 
     def step(self):
         images = torch.rand(4, 1, 8, 8) * 2 - 1
-        self.model(images, sample_posterior=True).sample.pow(2).sum().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        reconstructions = self.model(images, sample_posterior=True).sample
+        (reconstructions.pow(2).sum() + self.discriminator.module(reconstructions.flatten(1)).sum()).backward()
+        for optimizer in (self.optimizer, self.discriminator.optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
         self.ema.step(self.model.parameters())
 
     def parts(self):
-        return self.accelerator, self.model, self.optimizer, self.ema
+        return self.accelerator, self.model, self.optimizer, self.ema, self.discriminator
 
     def save(self, folder, images_seen, keep=10):
         copy = folder.parent / "config.yaml"
@@ -56,7 +61,7 @@ class State:
         return save_checkpoint(folder, *self.parts(), progress, {"sums": [0.1, 1 / 3]}, [copy], keep)
 
     def values(self):
-        return [*self.model.parameters(), *self.ema.shadow_params]
+        return [*self.model.parameters(), *self.ema.shadow_params, *self.discriminator.module.state_dict().values()]
 
 
 @pytest.fixture
@@ -86,6 +91,25 @@ class TestRoundTrip:
         for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True):
             a, b = first.optimizer.state[p], second.optimizer.state[q]
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+    def test_a_discriminator_that_it_does_not_hold_stays_new(self, folder):
+        first, second = State(seed=0, steps=2), State(seed=1)
+        first.discriminator = None
+        begun = [value.clone() for value in second.discriminator.module.state_dict().values()]
+        restore(first.save(folder, 12), *second.parts())
+        assert all(map(torch.equal, begun, second.discriminator.module.state_dict().values()))
+
+    def test_another_discriminator_is_refused(self, folder):
+        first, other = State(seed=0, steps=1), State(seed=0)
+        other.discriminator = Discriminator(torch.nn.Linear(3, 1), other.discriminator.optimizer)
+        with pytest.raises(ValueError, match="of another discriminator"):
+            restore(first.save(folder, 12), *other.parts())
+
+    def test_a_discriminator_that_is_not_finite_is_not_saved(self, folder):
+        state = State(seed=0, steps=1)
+        state.discriminator.module.bias.data.fill_(torch.nan)
+        with pytest.raises(FloatingPointError, match="discriminator are not finite, bias"):
+            state.save(folder, 12)
 
     def test_numbers_come_back_as_they_were(self, folder):
         path = State(seed=0, steps=1).save(folder, 12)
@@ -132,8 +156,8 @@ def flip(path):
 
 
 FILES = [
-    "config.yaml", "ema.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors",
-    "process-00000.json", "progress.json",
+    "config.yaml", "discriminator.safetensors", "discriminator_optimizer.safetensors", "ema.safetensors",
+    "manifest.json", "model.safetensors", "optimizer.safetensors", "process-00000.json", "progress.json",
 ]  # fmt: skip
 
 

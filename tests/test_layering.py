@@ -15,7 +15,17 @@ PACKAGE = "diffusers_vae"
 # Files of one row never see each other; a package (models, data) counts as one file.
 ROWS = [
     {"images"},
-    {"models", "objective", "diffusion", "tokenizer", "perceptual", "adversarial", "metrics", "data"},
+    {
+        "models",
+        "objective",
+        "diffusion",
+        "tokenizer",
+        "perceptual",
+        "adversarial",
+        "equivariance",
+        "metrics",
+        "data",
+    },  # fmt: skip,
     {"latents"},
     {"evaluation", "pictures", "checkpoint"},
     {"hub", "report", "pipelines", "latent_cache"},

@@ -1,0 +1,76 @@
+"""Scaling and rotation of latents against those of images: EQ-VAE, Kouzelis et al. 2025.
+
+An encoder whose latents turn and shrink as the images do gives latents that are smoother, and easier to diffuse. It is
+trained by the implicit form of the paper's regularisation: the transformed latents are decoded, and the reconstruction
+is compared with the images, transformed in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+SMALLEST = 0.25
+"""Of the sides of the latents, as in the paper's experiments."""
+LOWER_RESOLUTION = 0.25
+"""Chance that a step which is not transformed sees its images scaled down, before the encoder, as in the published
+code (`p_prior_s`): so the decoder knows such latents from the encoder, too."""
+DRAWS = 4
+
+
+@dataclass(frozen=True)
+class Transformation:
+    """Bilinear scaling of latents to `size` (height, width), and of images to `ratio` times that; then counterclockwise
+    quarter turns.
+    """
+
+    size: tuple[int, int]
+    quarter_turns: int
+    ratio: int
+
+    def latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """The transformed latents."""
+        return self._apply(latents, self.size)
+
+    def images(self, images: torch.Tensor) -> torch.Tensor:
+        """The transformed images, in the range that they have."""
+        return self._apply(images, (self.size[0] * self.ratio, self.size[1] * self.ratio))
+
+    def _apply(self, tensor: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        if tuple(tensor.shape[-2:]) != size:
+            tensor = functional.interpolate(tensor, size=size, mode="bilinear", align_corners=False)
+        return tensor.rot90(self.quarter_turns, (-2, -1))
+
+
+def smallest(latent_size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the smallest latents that a transformation makes of those of `latent_size`."""
+    return (math.ceil(latent_size[0] * SMALLEST), _width(latent_size, math.ceil(latent_size[0] * SMALLEST)))
+
+
+def draw(
+    chances: torch.Tensor, probability: float, latent_size: tuple[int, int], ratio: int
+) -> tuple[Transformation | None, Transformation | None]:
+    """What a step does to its images before the encoder, and to its latents before the decoder.
+
+    Args:
+        chances: `DRAWS` numbers in [0, 1), which decide it.
+        probability: of a transformation of the latents; 0.5 in the paper.
+        latent_size: height and width of the latents.
+        ratio: height of the images over height of the latents.
+    """
+    which, side, turns, lower = chances.tolist()
+    least = smallest(latent_size)[0]
+    if (which >= probability and lower >= LOWER_RESOLUTION) or latent_size[0] <= least:
+        return None, None
+    height = least + int(side * (latent_size[0] - least))  # whole latents, so that images and latents agree
+    size = (height, _width(latent_size, height))
+    if which < probability:
+        return None, Transformation(size, 1 + int(turns * 3), ratio)
+    return Transformation(size, 0, ratio), None
+
+
+def _width(latent_size: tuple[int, int], height: int) -> int:
+    return max(1, round(latent_size[1] * height / latent_size[0]))
