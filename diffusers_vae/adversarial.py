@@ -1,0 +1,329 @@
+"""A patch discriminator, its losses and penalties, and what training remembers of them from step to step.
+
+Every loss and penalty is a mean over patches, one value per image, and what is remembered is a pure function of the
+whole step's batch: with the spectral norm, training gives the same result however a batch is cut into micro-batches and
+over processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
+
+LECAM_DECAY = 0.99  # as in the code of Tseng et al. 2021
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """A discriminator that judges reconstructions by patches: Isola et al. 2017, Esser et al. 2021."""
+
+    weight: float = 0.0
+    """Of the generator's loss, a mean over patches; 0: no discriminator. latent-diffusion: 0.5."""
+    loss: Literal["hinge", "non-saturating"] = "hinge"
+    """hinge: Lim & Ye 2017; non-saturating: Goodfellow 2014."""
+    start_images: int = 0
+    """Images seen before which reconstructions are not judged and the discriminator does not train."""
+    warmup_images: int = 0
+    """Images after start_images over which weight and the discriminator's learning rate rise linearly from 0."""
+    adaptive: bool = True
+    """Scale weight so that the gradient at the decoder's last layer is as large as that of the reconstruction terms."""
+    norm: Literal["spectral", "batch"] = "spectral"
+    """Of the layers. batch: the result depends on how a batch is cut into micro-batches and over processes."""
+    width: int = 64
+    """Channels of the first layer; they double from layer to layer, up to 8 times as many."""
+    layers: int = 3
+    """Layers of stride 2, n_layers of pix2pix; with 3, a patch is 70x70 pixels."""
+    learning_rate: float | None = None
+    """The discriminator's; null: optimizer.learning_rate. It follows the same schedule."""
+    betas: tuple[float, float] = (0.5, 0.9)
+    """Decay of the averages of the discriminator's gradient and squared gradient."""
+    lecam_weight: float = 0.0
+    """Of the LeCam penalty, for few images: Tseng et al. 2021."""
+    r1_weight: float = 0.0
+    """Gamma of the penalty 0.5 * gamma * |gradient at the image|^2: Mescheder et al. 2018."""
+
+    def __post_init__(self):
+        for name in ("weight", "lecam_weight", "r1_weight"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"adversarial.{name} must be at least 0 and finite, got {value}")
+        for name in ("start_images", "warmup_images"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"adversarial.{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("width", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"adversarial.{name} must be at least 1, got {getattr(self, name)}")
+        if self.loss not in ("hinge", "non-saturating"):
+            raise ValueError(f"adversarial.loss must be hinge or non-saturating, got {self.loss!r}")
+        if self.norm not in ("spectral", "batch"):
+            raise ValueError(f"adversarial.norm must be spectral or batch, got {self.norm!r}")
+        if self.learning_rate is not None and not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"adversarial.learning_rate must be positive and finite or null, got {self.learning_rate}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"adversarial.betas must lie in [0, 1), got {self.betas}")
+
+    def rise(self, images_seen: int) -> float:
+        """The factor in [0, 1] on weight and learning rate in the step that begins after `images_seen` images."""
+        if images_seen < self.start_images:
+            return 0.0
+        return min(1.0, (images_seen - self.start_images + 1) / max(1, self.warmup_images))
+
+
+class _Conv(nn.Conv2d):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        # Autocast would compute the singular value in half precision; the convolution may be.
+        with torch.autocast(images.device.type, enabled=False):
+            weight = self.weight
+        return F.conv2d(images, weight, self.bias, self.stride, self.padding)
+
+
+class PatchDiscriminator(nn.Module):
+    """Judges overlapping patches of images, positive for real ones: pix2pix (Isola et al. 2017) as in
+    taming-transformers (Esser et al. 2021), its batch norm by default replaced by the spectral norm (Miyato et al. 2018).
+
+    The spectral norm makes one power iteration per `iterate` and none in a forward, so that a result does not depend on
+    the number of forwards. The batch norm normalises by the statistics of the images of one forward, in eval mode too,
+    and keeps none: two processes, or two micro-batches, are then not equal to one.
+    """
+
+    def __init__(
+        self, channels: int, width: int = 64, layers: int = 3, norm: Literal["spectral", "batch"] = "spectral"
+    ):
+        super().__init__()
+        self.layers = layers
+        widths = [width * min(2**layer, 8) for layer in range(layers + 1)]
+        modules = [_Conv(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for layer in range(1, layers + 1):
+            stride = 2 if layer < layers else 1
+            modules.append(_Conv(widths[layer - 1], widths[layer], 4, stride, padding=1, bias=norm != "batch"))
+            if norm == "batch":
+                modules.append(nn.BatchNorm2d(widths[layer], track_running_stats=False))
+            modules.append(nn.LeakyReLU(0.2))
+        self.main = nn.Sequential(*modules, _Conv(widths[-1], 1, 4, padding=1))
+        for module in self.main:
+            if not isinstance(module, nn.LeakyReLU):
+                nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
+            if norm == "spectral" and isinstance(module, nn.Conv2d):
+                spectral_norm(module)
+        self.train()
+
+    def train(self, mode: bool = True) -> PatchDiscriminator:
+        super().train(mode)
+        for module in self.main:
+            if parametrize.is_parametrized(module):
+                module.parametrizations.eval()  # in train mode, every forward would be a power iteration
+        return self
+
+    @torch.no_grad()
+    def iterate(self) -> None:
+        """One power iteration for the largest singular value of every layer: to be called once per optimiser step, on
+        every process. Equal weights and buffers give equal ones.
+        """
+        for module in self.main:
+            if parametrize.is_parametrized(module):
+                weight = module.parametrizations.weight.train()
+                with torch.autocast(weight.original.device.type, enabled=False):
+                    weight()
+                weight.eval()
+
+    @staticmethod
+    def check(size: tuple[int, int], layers: int) -> None:
+        """Refuse images that leave no patch."""
+        smallest = 3 * 2**layers
+        if min(size) < smallest:
+            raise ValueError(
+                f"a discriminator of {layers} layers needs sides of at least {smallest} pixels, got "
+                f"{size[0]}x{size[1]}: take larger images, or less adversarial.layers"
+            )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (B, 1, h, w), one per patch, of images (B, channels, H, W) in [-1, 1]; in the dtype of the parameters,
+        float32, under autocast too.
+
+        Raises:
+            ValueError: for images that leave no patch.
+        """
+        self.check(tuple(images.shape[2:]), self.layers)
+        device, dtype = images.device.type, self.main[0].bias.dtype
+        # float16 rounds the small gradients of a mean over patches to 0: the loss scale is the model's, found for its
+        # gradients, and those that the adaptive weight compares have none.
+        float16 = torch.get_autocast_dtype(device) == torch.float16
+        with torch.autocast(device, enabled=False) if float16 else nullcontext():
+            return self.main(images.to(dtype)).to(dtype)
+
+
+@contextmanager
+def frozen(discriminator: PatchDiscriminator) -> Iterator[None]:
+    """Within, a forward gives the discriminator's parameters no gradient, whenever its backward is; the images get
+    theirs.
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in discriminator.parameters()]
+    try:
+        discriminator.requires_grad_(False)
+        yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+
+
+def generator_loss(kind: Literal["hinge", "non-saturating"], fake_logits: torch.Tensor) -> torch.Tensor:
+    """Per image (B,), from the logits of reconstructions: how little they are taken for images."""
+    values = -fake_logits if kind == "hinge" else F.softplus(-fake_logits)
+    return values.flatten(1).mean(1)
+
+
+def discriminator_loss(
+    kind: Literal["hinge", "non-saturating"], real_logits: torch.Tensor, fake_logits: torch.Tensor
+) -> torch.Tensor:
+    """Per image (B,), from the logits of images and of their reconstructions: how little they are told apart, the mean
+    of both halves, as in taming-transformers. Hinge: Lim & Ye 2017; non-saturating: Goodfellow 2014, equation 1.
+    """
+    if kind == "hinge":
+        real, fake = F.relu(1 - real_logits), F.relu(1 + fake_logits)
+    else:
+        real, fake = F.softplus(-real_logits), F.softplus(fake_logits)
+    return 0.5 * (real.flatten(1).mean(1) + fake.flatten(1).mean(1))
+
+
+def r1_penalty(discriminator: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Half the squared norm of the gradient of the logit, a mean over patches, at each image (B,): Mescheder et al.
+    2018, equation 9, without gamma. float32 at least, under autocast too; its gradient reaches the parameters.
+    """
+    images = images.detach().to(torch.promote_types(images.dtype, torch.float32)).requires_grad_()
+    with torch.autocast(images.device.type, enabled=False):
+        logits = discriminator(images).flatten(1).mean(1)
+        (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+        return 0.5 * gradient.square().flatten(1).sum(1)
+
+
+def lecam_penalty(
+    real_logits: torch.Tensor, fake_logits: torch.Tensor, real_average: float, fake_average: float
+) -> torch.Tensor:
+    """Per image (B,), how far images are rated above the average reconstruction, and reconstructions below the average
+    image, squared: Tseng et al. 2021, rectified as in their code. The averages are of the logits of earlier steps.
+    """
+    real = F.relu(real_logits - fake_average).square()
+    fake = F.relu(real_average - fake_logits).square()
+    return real.flatten(1).mean(1) + fake.flatten(1).mean(1)
+
+
+def adaptive_weight(reconstruction_gradient: torch.Tensor, generator_gradient: torch.Tensor) -> torch.Tensor:
+    """The factor in [0, 1e4], a scalar, that makes the generator's gradient at the last layer as large as that of the
+    reconstruction: Esser et al. 2021, equation 7, with the delta and the limit of their code.
+    """
+    return (reconstruction_gradient.norm() / (generator_gradient.norm() + 1e-4)).clamp(0, 1e4)
+
+
+class Adversary:
+    """A discriminator in training, and what it remembers from step to step.
+
+    A step is `begin_step`; for each micro-batch `generator_loss`, `gradients` and `discriminator_loss`; `end_step` with
+    the statistics of the whole step. Its losses are per image and its statistics means over the images, so that both
+    are summed over micro-batches and processes with the share that each has in the step's images.
+
+    One deviation from the papers: the adaptive factor and LeCam's averages are those of the steps before, since a
+    micro-batch does not know the gradients and logits of the others. In the first step after the start, the factor and
+    the LeCam penalty are 0.
+
+    Only `discriminator_loss` gives the discriminator's parameters gradients, local to the process.
+    """
+
+    def __init__(self, config: AdversarialConfig, discriminator: PatchDiscriminator):
+        self.config = config
+        self.discriminator = discriminator
+        self.rise = 0.0
+        """Of this step: the factor on weight and learning rate, 0 before the start."""
+        self._factor = 0.0
+        self._real_average = self._fake_average = 0.0
+        self._average_weight = 0.0  # what the averages rest on: 0 none, 1 many steps
+
+    @property
+    def active(self) -> bool:
+        """Whether reconstructions are judged in this step."""
+        return self.rise > 0
+
+    @property
+    def weight(self) -> float:
+        """What the generator's loss counts in this step."""
+        return self.config.weight * self.rise * (self._factor if self.config.adaptive else 1.0)
+
+    def begin_step(self, images_seen: int) -> dict[str, float]:
+        """Readings for the log, of the step that begins after `images_seen` images."""
+        self.rise = self.config.rise(images_seen)
+        if self.active:
+            self.discriminator.iterate()
+        return {"adversarial_weight": self.weight}
+
+    def generator_loss(self, reconstructions: torch.Tensor) -> torch.Tensor:
+        """Per image (B,), without the weight, of reconstructions (B, C, H, W) in [-1, 1]."""
+        with frozen(self.discriminator):
+            return generator_loss(self.config.loss, self.discriminator(reconstructions))
+
+    def gradients(
+        self, reconstruction_loss: torch.Tensor, generator_loss: torch.Tensor, last_layer: nn.Parameter
+    ) -> dict[str, torch.Tensor]:
+        """Statistics: the gradients at the decoder's last layer of both losses, each one per image (B,) or their mean; none
+        when nothing adapts to them. The graphs stay for the backward.
+        """
+        if not (self.active and self.config.adaptive):
+            return {}
+        losses = {"reconstruction_gradient": reconstruction_loss, "generator_gradient": generator_loss}
+        return {
+            name: torch.autograd.grad(loss.mean(), last_layer, retain_graph=True)[0] for name, loss in losses.items()
+        }
+
+    def discriminator_loss(
+        self, images: torch.Tensor, reconstructions: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The discriminator's loss per image (B,) with its penalties, and statistics, for images and reconstructions
+        (B, C, H, W) in [-1, 1]. No gradient reaches the reconstructions.
+        """
+        config = self.config
+        real_logits, fake_logits = self.discriminator(images), self.discriminator(reconstructions.detach())
+        loss, statistics = discriminator_loss(config.loss, real_logits, fake_logits), {}
+        if config.lecam_weight:
+            if self._average_weight:
+                penalty = lecam_penalty(real_logits, fake_logits, self._real_average, self._fake_average)
+                loss = loss + config.lecam_weight * penalty
+            statistics = {"real_logits": real_logits.detach().mean(), "fake_logits": fake_logits.detach().mean()}
+        if config.r1_weight:
+            loss = loss + config.r1_weight * r1_penalty(self.discriminator, images)
+        return loss, statistics
+
+    def end_step(self, statistics: dict[str, torch.Tensor]) -> None:
+        """Remember the statistics of the whole step; of one that was skipped, they would not be finite."""
+        if not self.active:
+            return
+        if self.config.adaptive:
+            self._factor = adaptive_weight(
+                statistics["reconstruction_gradient"], statistics["generator_gradient"]
+            ).item()
+        if self.config.lecam_weight:
+            # an exponential average without the bias towards its first value
+            self._average_weight = LECAM_DECAY * self._average_weight + (1 - LECAM_DECAY)
+            new = (1 - LECAM_DECAY) / self._average_weight
+            self._real_average += new * (statistics["real_logits"].item() - self._real_average)
+            self._fake_average += new * (statistics["fake_logits"].item() - self._fake_average)
+
+    def state(self) -> dict[str, float]:
+        """What `restore` takes, numbers that JSON keeps exactly; the discriminator's own state is its state dict."""
+        return {
+            "factor": self._factor,
+            "real_average": self._real_average,
+            "fake_average": self._fake_average,
+            "average_weight": self._average_weight,
+        }
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on from `state`."""
+        self._factor, self._average_weight = state["factor"], state["average_weight"]
+        self._real_average, self._fake_average = state["real_average"], state["fake_average"]
