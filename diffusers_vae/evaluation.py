@@ -54,13 +54,13 @@ class EvaluationConfig:
     draws: int = 1
     """Draws from the posterior per image. Distortion is their mean; of two or more there is the importance-weighted
     bound too."""
-    lpips: tuple[Literal["alex", "vgg"], ...] = ()
+    lpips: tuple[Literal["alex", "vgg", "squeeze"], ...] = ()
     """Networks by whose features images are compared; their weights are downloaded, or lie in `weights`."""
     rfid: bool = False
     """Frechet inception distance between the images and their reconstructions; weights likewise."""
     weights: str | None = None
-    """Folder with alexnet-owt-7be5be79.pth, vgg16-397923af.pth or weights-inception-2015-12-05-6726825d.pth, for
-    machines without a network; by default torch's cache."""
+    """Folder with alexnet-owt-7be5be79.pth, vgg16-397923af.pth, squeezenet1_1-b8a52dc0.pth or
+    weights-inception-2015-12-05-6726825d.pth, for machines without a network; by default torch's cache."""
     projection: Literal["pca", "tsne"] = "pca"
     """Of latents of more than two dimensions, to picture them."""
 
@@ -74,8 +74,8 @@ class EvaluationConfig:
         for name, choices in (("reconstruction", ("mode", "sample")), ("projection", ("pca", "tsne"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"evaluation.{name} must be {' or '.join(choices)}, got {getattr(self, name)}")
-        if wrong := [name for name in self.lpips if name not in ("alex", "vgg")]:
-            raise ValueError(f"evaluation.lpips must name alex, vgg or both, got {wrong[0]}")
+        if wrong := [name for name in self.lpips if name not in ("alex", "vgg", "squeeze")]:
+            raise ValueError(f"evaluation.lpips must name alex, vgg or squeeze, or several, got {wrong[0]}")
 
 
 @dataclass(frozen=True)
@@ -218,6 +218,8 @@ class EvaluationReport:
     lpips_alex: float | None
     """Learned perceptual image patch similarity, 0 is best; None when it was not asked for."""
     lpips_vgg: float | None
+    """Likewise."""
+    lpips_squeeze: float | None = field(default=None, kw_only=True)  # which older reports do not have
     """Likewise."""
     rfid: float | None
     """Frechet inception distance between images and reconstructions, of all together; None likewise."""
@@ -510,6 +512,7 @@ FIGURES = {
     "ssim": Figure("SSIM", "", "structural similarity, 1 for a copy; higher is better", 4),
     "lpips_alex": Figure("LPIPS (alex)", "", "perceptual distance, 0 for a copy; lower is better", 4),
     "lpips_vgg": Figure("LPIPS (vgg)", "", "perceptual distance, 0 for a copy; lower is better", 4),
+    "lpips_squeeze": Figure("LPIPS (squeeze)", "", "perceptual distance, 0 for a copy; lower is better", 4),
     "rfid": Figure("rFID", "", "distance of all reconstructions to all images; lower is better, at equal counts", 2),
     "rate": Figure("rate", "nats/image", "KL to the prior: what the latents say about an image", 2),
     "distortion": Figure("distortion", "nats/image", "-log p(image | latents); lower is better", 2),
@@ -524,7 +527,7 @@ FIGURES = {
 
 HIGHER_IS_BETTER = {
     "psnr": True, "ssim": True, "elbo": True, "importance_weighted_bound": True,
-    "distortion": False, "lpips_alex": False, "lpips_vgg": False,
+    "distortion": False, "lpips_alex": False, "lpips_vgg": False, "lpips_squeeze": False,
 }  # fmt: skip
 
 

@@ -375,7 +375,7 @@ class TestReport:
                 if field.name != "per_image":
                     assert f"`{field.name}`" in text, field.name
 
-    @pytest.mark.parametrize("settings", [{"seed": -1}, {"draws": 0}, {"lpips": ("squeeze",)}, {"projection": "umap"}])
+    @pytest.mark.parametrize("settings", [{"seed": -1}, {"draws": 0}, {"lpips": ("resnet",)}, {"projection": "umap"}])
     def test_wrong_settings_name_themselves(self, settings):
         (name,) = settings
         with pytest.raises(ValueError, match=rf"evaluation\.{name} must"):

@@ -1,8 +1,10 @@
-"""Metrics, latent statistics and evaluation, on tiny real models and real digits."""
+"""Metrics, perceptual distances and latent statistics, on tiny real models and real digits."""
 
 import pytest
 import torch
+import torchvision
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from diffusers_vae import VAE
@@ -10,6 +12,7 @@ from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import LatentStatistics, measure_latents
 from diffusers_vae.metrics import frechet_distance, psnr, ssim
+from diffusers_vae.perceptual import FILES, LPIPS, PerceptualLoss
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,95 @@ class TestMetrics:
             alone = torch.cat([metric(a[None], b[None]) for a, b in zip(images, reconstructions, strict=True)])
             torch.testing.assert_close(metric(images, reconstructions), alone)
         assert ssim(images, images).tolist() == pytest.approx([1] * 6)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file with the name, keys and shapes of the published weights, at random, in a folder as torch caches them."""
+    folder = tmp_path_factory.mktemp("hub") / "checkpoints"
+    folder.mkdir()
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder / FILES["squeeze"])
+    return folder
+
+
+class TestPerceptualLoss:
+    def pair(self, channels=3, count=3, **kind):
+        generator = torch.Generator().manual_seed(0)
+        images, noise = torch.rand(2, count, channels, 24, 20, generator=generator).mul(2).sub(1).to(**kind)
+        return images, images + 0.3 * noise
+
+    def test_is_that_of_torchmetrics(self, weights, monkeypatch):
+        images, reconstructions = self.pair()
+        reconstructions = reconstructions.clamp(-1, 1)
+        measure, loss = LPIPS("squeeze", weights), PerceptualLoss("squeeze", weights)
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(weights.parent))
+        expected = learned_perceptual_image_patch_similarity(images, reconstructions, "squeeze", "none")
+        for ours in (measure, loss):
+            torch.testing.assert_close(ours(images, reconstructions), expected)
+        assert expected.min() > 1e-3
+
+    def test_one_value_per_image_whatever_its_neighbours(self, weights):
+        images, reconstructions = self.pair()
+        loss = PerceptualLoss("squeeze", weights)
+        pairs = zip(images.split(1), reconstructions.split(1), strict=True)
+        torch.testing.assert_close(loss(images, reconstructions), torch.cat([loss(*pair) for pair in pairs]))
+        assert loss(images, images).tolist() == [0, 0, 0]
+
+    @pytest.mark.parametrize("channels", [1, 2, 3])
+    def test_gradient_is_that_of_finite_differences(self, channels, weights):
+        loss = PerceptualLoss("squeeze", weights).double().train()
+        images, reconstructions = self.pair(channels, 2, dtype=torch.float64)
+        reconstructions.requires_grad_()
+        loss(images, reconstructions).sum().backward()
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            way = 1e-6 * torch.randn(images.shape, generator=generator, dtype=torch.float64)
+            with torch.no_grad():
+                change = (loss(images, reconstructions + way) - loss(images, reconstructions - way)).sum() / 2
+            assert change.item() == pytest.approx((reconstructions.grad * way).sum().item(), rel=1e-4)
+        assert not any(parameter.requires_grad for parameter in loss.parameters())
+
+    def test_trains_nothing_of_its_own_and_drops_nothing_out(self, weights):
+        loss = PerceptualLoss("squeeze", weights)
+        pair = self.pair()
+        before = loss(*pair)
+        assert torch.equal(loss.train()(*pair), before)
+        assert not any(parameter.requires_grad for parameter in loss.parameters())
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_is_computed_in_float32(self, dtype, weights):
+        loss = PerceptualLoss("squeeze", weights)
+        images, reconstructions = self.pair()
+        expected = loss(images, reconstructions.to(dtype).float())
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(loss(images, reconstructions.to(dtype)), expected)
+        assert expected.dtype == torch.float32
+
+    def test_channels_are_as_stated(self, weights):
+        loss = PerceptualLoss("squeeze", weights)
+        images, reconstructions = self.pair(4)
+        alone = [loss(images[:, k : k + 1], reconstructions[:, k : k + 1]) for k in range(4)]
+        torch.testing.assert_close(loss(images, reconstructions), torch.stack(alone).mean(0))
+        repeated = (images[:, [k] * 3] for k in (0, 1))
+        torch.testing.assert_close(loss(images[:, :1], images[:, 1:2]), loss(*repeated))
+
+    def test_smallest_images(self, weights):
+        loss = PerceptualLoss("squeeze", weights)
+        loss.check((17, 99))
+        assert loss(torch.zeros(1, 3, 17, 99), torch.ones(1, 3, 17, 99)).isfinite().all()
+        with pytest.raises(ValueError, match="LPIPS with squeeze needs sides of at least 17 pixels, got 99x16"):
+            loss.check((99, 16))
+
+    def test_missing_weights_name_the_setting(self, monkeypatch, tmp_path):
+        def fail(*arguments, **settings):
+            raise OSError("no network")
+
+        monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        monkeypatch.setattr(torch.hub, "set_dir", lambda folder: None)
+        with pytest.raises(FileNotFoundError, match=r"Put squeezenet1_1\S+pth into .*, or .* objective\.perceptual_w"):
+            PerceptualLoss("squeeze")
 
 
 class Features(torch.nn.Module):
