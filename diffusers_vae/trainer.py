@@ -26,7 +26,7 @@ from .images import to_model_range
 from .latent_cache import LatentDataset, matching_latents
 from .latents import measure_latents
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, run_task
-from .models import MLPVAE, VAE, ModelConfig, encoder_hash, load_autoencoder, weights_hash, without_adapters
+from .models import LATENT_PARTS, MLPVAE, VAE, ModelConfig, load_autoencoder, weights_hash, without_adapters
 from .objective import START_SCALE, ObjectiveConfig, TrainingObjective, VAEObjective
 from .perceptual import PerceptualLoss
 from .report import draw_report, report_html
@@ -112,14 +112,22 @@ class WithScale(nn.Module):
     `forward`.
     """
 
-    def __init__(self, autoencoder: VAE):
+    FASTER = 10.0
+    """Adam moves every parameter by about the learning rate a step: by that, a scale would need 700 steps to halve."""
+
+    def __init__(self, autoencoder: VAE | MLPVAE):
         super().__init__()
         self.autoencoder = autoencoder
-        self.log_scale = nn.Parameter(torch.full([1], math.log(START_SCALE)))  # no scalar, which FSDP2 refuses
+        self.slow_log_scale = nn.Parameter(torch.full([1], math.log(START_SCALE) / self.FASTER))  # FSDP2: no scalar
+
+    @property
+    def log_scale(self) -> torch.Tensor:
+        """The natural logarithm of the scale, a scalar."""
+        return self.FASTER * self.slow_log_scale[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """What the autoencoder gives, and log_scale."""
-        return (*self.autoencoder(*args, **kwargs), self.log_scale[0])
+        return (*self.autoencoder(*args, **kwargs), self.log_scale)
 
 
 @dataclass(frozen=True)
@@ -352,10 +360,10 @@ class AutoencoderTask(Task):
         data, autoencoder = self.config.data, _autoencoder(model)
         values = data.channels * data.size[0] * data.size[1]
         weight = self.config.objective.kl_weight
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        of = "" if trained == autoencoder.num_parameters() else f", {trained:,} of them trained,"
+        all_of_them, trained = (autoencoder.num_parameters(only_trainable=only) for only in (False, True))
+        of = "" if trained == all_of_them else f" ({trained:,} are trained)"
         return (
-            f"{type(autoencoder).__name__} with {autoencoder.num_parameters():,} parameters{of}, latents "
+            f"{type(autoencoder).__name__} with {all_of_them:,} parameters{of}, latents "
             f"{'x'.join(map(str, self.config.model.latent_shape(data.size)))}; {len(self.train_set):,} training and "
             f"{len(self.heldout):,} held-out images of {data.name} at {'x'.join(map(str, data.size))}; kl_weight "
             f"{weight:g}, which is {self.config.objective.kl_weight_per_value(values):.3g} where the loss is the mean "
@@ -465,7 +473,7 @@ class AutoencoderTask(Task):
         """
         config = self.config.model
         saved = load_autoencoder(str(Path(self.config.run.output_dir) / "model"))
-        hashes = (encoder_hash(base), encoder_hash(saved))
+        hashes = [weights_hash(model, LATENT_PARTS) for model in (base, saved)]
         if not config.trains_encoder and hashes[0] != hashes[1]:
             raise ValueError(
                 f"the encoder must be that of {config.pretrained}, since it was not trained, and its weights are "

@@ -18,6 +18,7 @@ from crash import left_behind
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoint import flip
 from test_trainer import ROOT, SCRIPT, TINY_VAE, launch, records, tiny, weights
+from whole import random_network, whole
 
 from diffusers_vae.checkpoint import find_checkpoint
 from diffusers_vae.data import DataConfig
@@ -38,15 +39,20 @@ def interrupted_at(images_seen, run, to):
     return to
 
 
-@pytest.fixture(scope="module", params=["no", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["no", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bf16", "whole"))]
+)
 def finished(request, tmp_path_factory):
     """A run with accumulation, evaluations and a second epoch, all of whose checkpoints were kept."""
     AcceleratorState._reset_state(True)
+    folder = tmp_path_factory.mktemp("finished")
     config = tiny(
-        tmp_path_factory.mktemp("finished") / "run", TINY_VAE, mixed_precision=request.param, max_images=1800,
+        folder / "run", TINY_VAE, mixed_precision="bf16" if request.param == "bf16" else "no", max_images=1800,
         batch_size=60, gradient_accumulation_steps=2, checkpoint_every=150, keep_checkpoints=100,
     )  # fmt: skip
     config = dataclasses.replace(config, evaluation=EvaluationConfig(every=1000, max_images=64))
+    if request.param == "whole":
+        config = whole(config, random_network(folder / "network"))
     train(config)
     return config
 
