@@ -339,6 +339,27 @@ class TestNumbers:
         sample, latent_dist = vae(images, return_posterior=True, return_dict=False)
         assert torch.equal(sample, reconstructions) and torch.equal(latent_dist.logvar, posterior.logvar)
 
+    @torch.no_grad()
+    def test_moments_stand_for_the_encoder(self, vae):
+        images = random_images(vae)
+        moments = vae.encode(images).latent_dist.parameters
+        noise = torch.randn(len(images), vae.config.latent_channels, 8, 12, generator=generator())
+        expected = vae(images, noise=noise, return_posterior=True)
+        calls = count_calls(vae.encoder)
+        output = vae(None, noise=noise, return_posterior=True, moments=moments)
+        assert torch.equal(output.sample, expected.sample)
+        assert torch.equal(output.latent_dist.parameters, moments)
+        assert torch.equal(vae(images, moments=moments).sample, vae.decode(expected.latent_dist.mode()).sample)
+        assert not calls
+        assert vae(None, moments=moments.bfloat16(), return_posterior=True).latent_dist.mean.dtype == torch.float32
+
+    @torch.no_grad()
+    def test_transform_of_the_latents(self, vae):
+        images = random_images(vae)
+        output = vae(images, return_posterior=True, transform=lambda latents: latents.flip(-1) * 2)
+        assert torch.equal(output.latent_dist.mean, vae.encode(images).latent_dist.mean)
+        assert torch.equal(output.sample, vae.decode(output.latent_dist.mean.flip(-1) * 2).sample)
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
     @torch.no_grad()
     def test_half_model(self, vae, dtype):
@@ -543,6 +564,38 @@ class TestMachinery:
         assert torch.equal(converted(images).sample, plain)
 
 
+class TestFrozenParts:
+    def test_stay_in_eval_mode(self, vae):
+        parts = [part for part in (vae.encoder, vae.quant_conv, vae.decoder, vae.post_quant_conv) if part is not None]
+        assert vae.train() is vae and all(part.training for part in parts)
+        vae.encoder.requires_grad_(False)
+        assert vae.train().training
+        assert [part.training for part in parts] == [part is not vae.encoder for part in parts]
+        next(vae.encoder.parameters()).requires_grad_(True)
+        assert vae.train().encoder.training
+        assert not any(module.training for module in vae.eval().modules())
+
+    def test_in_a_wrapper(self, vae):
+        vae.encoder.requires_grad_(False)
+        torch.nn.Sequential(vae).train()
+        assert vae.training and vae.decoder.training and not vae.encoder.mid_block.training
+
+    def test_decoder_learns_as_with_all_trained(self, vae):
+        stock, images = stock_twin(vae).train(), random_images(vae)
+        for part in (vae.encoder, vae.quant_conv):
+            if part is not None:
+                part.requires_grad_(False)
+        output = vae.train()(images, return_posterior=True)
+        assert not output.latent_dist.mean.requires_grad
+        output.sample.square().mean().backward()
+        stock(images).sample.square().mean().backward()
+        for (name, ours), theirs in zip(vae.named_parameters(), stock.parameters(), strict=True):
+            if name.startswith(("encoder", "quant_conv")):
+                assert ours.grad is None and theirs.grad.any(), name
+            else:
+                torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def count_calls(module):
     """A list that grows by one for every call of `module`."""
     calls = []
@@ -586,6 +639,11 @@ class TestErrors:
     def test_latents(self, latents, message):
         with pytest.raises(ValueError, match=message):
             build(TINY).decode(latents)
+
+    @pytest.mark.parametrize(("shape", "got"), [((1, 7, 8, 8), "8 channels .*got 7"), ((8, 8, 8), r"got \(8, 8, 8\)")])
+    def test_moments(self, shape, got):
+        with pytest.raises(ValueError, match=f"^moments must have .*{got}"):
+            build(TINY)(None, moments=torch.zeros(shape))
 
     def test_float64_is_refused_under_autocast_too(self):
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"got torch\.float64"):

@@ -2,6 +2,7 @@
 
 from .config import ModelConfig
 from .load import decode, encode, load_autoencoder, weights_hash
+from .lora import without_adapters
 from .mlp import MLPVAE
 from .scaling import LatentScaling
 from .vae import VAE, VAEOutput
@@ -16,4 +17,5 @@ __all__ = [
     "encode",
     "load_autoencoder",
     "weights_hash",
+    "without_adapters",
 ]

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any, Literal
 
+import torch
+
+from .load import load_autoencoder, read_config
+from .lora import add_lora
 from .mlp import MLPVAE
 from .vae import VAE
 
@@ -19,6 +26,7 @@ _DEFAULTS = {
     },
     "mlp": {"hidden_dim": 400, "latent_dim": 20},
 }
+_PRETRAINED_DEFAULTS = {"subfolder": None, "revision": None, "train": "all", "lora_rank": None}
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,8 @@ class ModelConfig:
     """Which model.
 
     A field of the other architecture must be left out; one of the own that is left out gets the value named in its
-    description, which the run's config.yaml then states.
+    description, which the run's config.yaml then states. With `pretrained`, the fields of both must be left out: the
+    architecture is that of the source.
     """
 
     architecture: Literal["vae", "mlp"] = "vae"
@@ -47,13 +56,34 @@ class ModelConfig:
     """mlp: width of the hidden layers (400)."""
     latent_dim: int | None = None
     """mlp: number of latent units (20)."""
+    pretrained: str | None = None
+    """Train on from this AutoencoderKL: folder of a model, a run or a pipeline, repository on the Hub, or file of an
+    original checkpoint (.ckpt, .safetensors)."""
+    subfolder: str | None = None
+    """pretrained: where in it the model lies; vae for the repository of a pipeline."""
+    revision: str | None = None
+    """pretrained: branch, tag or commit of the repository."""
+    train: Literal["decoder", "all"] | tuple[str, ...] = "all"
+    """pretrained: what is trained. decoder: it and post_quant_conv, so that latents stay as they are and diffusion
+    models of them keep working. Or patterns of parameter names: [decoder.up_blocks.3.*, decoder.conv_out.*]."""
+    lora_rank: int | None = None
+    """pretrained, with train decoder: train low-rank adapters (LoRA) on the decoder's convolutions and attention
+    instead of its weights, and merge them into these at the end. Needs peft."""
 
     def __post_init__(self):
         if self.architecture not in _DEFAULTS:
             raise ValueError(f"model.architecture must be one of {', '.join(_DEFAULTS)}, got {self.architecture}")
+        if self.pretrained is not None:
+            self._check_pretrained()
+            return
+        for name, default in _PRETRAINED_DEFAULTS.items():
+            if (value := getattr(self, name)) != default:
+                raise ValueError(f"model.{name} belongs to model.pretrained, which is not given, got {value}")
         own = _DEFAULTS[self.architecture]
-        for field in fields(self)[1:]:
+        for field in fields(self):
             value = getattr(self, field.name)
+            if field.name in ("architecture", "pretrained", *_PRETRAINED_DEFAULTS):
+                continue
             if field.name not in own:
                 if value is not None:
                     raise ValueError(
@@ -74,19 +104,77 @@ class ModelConfig:
                     f"{self.norm_num_groups}"
                 )
 
+    def _check_pretrained(self) -> None:
+        if not self.pretrained:
+            raise ValueError("model.pretrained must name a folder, a repository or a file, got an empty name")
+        if self.architecture != "vae":
+            raise ValueError(
+                f"model.pretrained goes with the architecture vae only, got {self.architecture} and {self.pretrained}"
+            )
+        given = [name for own in _DEFAULTS.values() for name in own if getattr(self, name) is not None]
+        if given:
+            raise ValueError(
+                f"{', '.join(f'model.{name}' for name in given)} must be left out with model.pretrained, whose "
+                f"architecture is that of {self.pretrained}"
+            )
+        if isinstance(self.train, str) and self.train not in ("decoder", "all"):
+            raise ValueError(f"model.train must be decoder, all or a list of patterns, got {self.train}")
+        if not self.train:
+            raise ValueError("model.train must hold at least one pattern, got an empty list")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"model.lora_rank must be at least 1, got {self.lora_rank}")
+        if self.lora_rank is not None and self.train != "decoder":
+            raise ValueError(f"model.lora_rank adapts the decoder: set model.train to decoder, got {self.train}")
+
+    @cached_property
+    def _source(self) -> Mapping[str, Any]:
+        """The whole config of `pretrained`, which is read once."""
+        try:
+            config = read_config(self.pretrained, self.subfolder, self.revision)
+        except OSError as error:
+            raise ValueError(f"model.pretrained: {error}") from error
+        if (name := config.get("_class_name")) != "AutoencoderKL":
+            raise ValueError(
+                f"model.pretrained must be an AutoencoderKL, got the {name} in {self.pretrained}, which cannot be "
+                "trained on here"
+            )
+        with torch.device("meta"):
+            return VAE.from_config(config).config  # what the file leaves out filled in
+
     @property
     def spatial_compression_ratio(self) -> int:
-        """By what the sides of the images must be divisible."""
-        return 2 ** (len(self.block_out_channels) - 1) if self.architecture == "vae" else 1
+        """By what the sides of the images must be divisible.
+
+        Raises:
+            ValueError: when there is no AutoencoderKL in `pretrained`.
+        """
+        if self.architecture == "mlp":
+            return 1
+        return 2 ** (len(self.block_out_channels or self._source["block_out_channels"]) - 1)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """Channels, height and width of the latents of one image of `size`."""
+        """Channels, height and width of the latents of one image of `size`.
+
+        Raises:
+            ValueError: when there is no AutoencoderKL in `pretrained`.
+        """
         if self.architecture == "mlp":
             return (self.latent_dim, 1, 1)
-        return (self.latent_channels, *(side // self.spatial_compression_ratio for side in size))
+        channels = self.latent_channels or self._source["latent_channels"]
+        return (channels, *(side // self.spatial_compression_ratio for side in size))
 
     def build(self, channels: int, size: tuple[int, int]) -> VAE | MLPVAE:
-        """A new model, randomly initialised, for images (channels, *size)."""
+        """A new model for images (channels, *size): randomly initialised, or `pretrained`, in float32, in which only
+        what `train` and `lora_rank` say requires a gradient. Under `torch.device("meta")` weights are not read.
+
+        Raises:
+            ImportError: when `lora_rank` needs peft.
+            ValueError: when `pretrained` holds no AutoencoderKL, one of images with other channels, or no parameter
+                that a pattern of `train` matches.
+            OSError: when its weights cannot be read.
+        """
+        if self.pretrained is not None:
+            return self._build_pretrained(channels)
         if self.architecture == "mlp":
             return MLPVAE(image_size=size, in_channels=channels, hidden_dim=self.hidden_dim, latent_dim=self.latent_dim)
         blocks = len(self.block_out_channels)
@@ -104,3 +192,29 @@ class ModelConfig:
             use_post_quant_conv=self.use_quant_conv,
             mid_block_add_attention=self.mid_block_add_attention,
         )
+
+    def _build_pretrained(self, channels: int) -> VAE:
+        of_source = {self._source["in_channels"], self._source["out_channels"]}
+        if of_source != {channels}:
+            raise ValueError(
+                f"data.channels must be {' and '.join(map(str, of_source))}, as the images of {self.pretrained} have, "
+                f"got {channels}"
+            )
+        if torch.get_default_device().type == "meta":
+            vae = VAE.from_config(self._source)
+        else:
+            vae = load_autoencoder(self.pretrained, self.subfolder, self.revision)
+        patterns = self.train
+        if isinstance(patterns, str):
+            patterns = {"all": ("*",), "decoder": ("decoder.*", "post_quant_conv.*")}[patterns]
+        names = [name for name, _ in vae.named_parameters()]
+        for pattern in patterns:
+            if not isinstance(self.train, str) and not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"model.train: {pattern} matches no parameter; some of their names: {', '.join(names[::24])}"
+                )
+        for name, parameter in vae.named_parameters():
+            parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
+        if self.lora_rank is not None:
+            add_lora(vae, self.lora_rank)
+        return vae.train()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -11,7 +14,10 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 
 from .mlp import MLPVAE
+from .single_file import load_single_file, read_single_file
 from .vae import VAE, posterior_from_moments
+
+logger = logging.getLogger(__name__)
 
 
 def load_autoencoder(
@@ -21,38 +27,68 @@ def load_autoencoder(
     `encode(...).latent_dist` and `decode(...).sample`.
 
     Args:
-        source: a model's folder, a run's (its model/ is taken), a pipeline's (its vae/ is taken), or a repository on
-            the Hub.
+        source: a model's folder, a run's (its model/ is taken), a pipeline's (its vae/ is taken), a repository on the
+            Hub, or a .ckpt or .safetensors file of latent-diffusion, Stable Diffusion or Flux.
         subfolder: where in `source` the model lies.
         revision: of the repository.
         dtype: of the weights.
 
     Raises:
         OSError: when there is no model.
-        ValueError: when it is no KL autoencoder of images.
+        ValueError: when it is no KL autoencoder of images, or lacks weights.
     """
-    folder = Path(source)
-    if subfolder is None and not (folder / "config.json").exists():
-        subfolder = next((name for name in ("model", "vae") if (folder / name / "config.json").exists()), None)
-    if folder.is_dir() and not (folder / (subfolder or "") / "config.json").exists():
+    config = read_config(source, subfolder, revision)
+    if Path(source).is_file():
+        return load_single_file(Path(source), dtype).requires_grad_(False)
+    name = config.get("_class_name")
+    kind = {"MLPVAE": MLPVAE, "AutoencoderKL": VAE}.get(name) or getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, ModelMixin) and hasattr(kind, "encode")):
+        raise ValueError(f"{source} must hold an autoencoder of diffusers or of this package, got the class {name}")
+    arguments = {"revision": revision, "torch_dtype": dtype, "output_loading_info": True}
+    place = _subfolder(source, subfolder)
+    try:
+        model, report = kind.from_pretrained(source, subfolder=place, **arguments)
+    except OSError as error:
+        try:  # some repositories hold no other weights
+            model, report = kind.from_pretrained(source, subfolder=place, variant="fp16", **arguments)
+        except OSError:
+            raise error from None
+        logger.warning("%s holds its weights in float16 only", source)
+    if missing := report["missing_keys"]:  # diffusers leaves them random
+        raise ValueError(f"{source} lacks {len(missing)} weights of its {name}, {', '.join(sorted(missing)[:3])}")
+    return model.eval().requires_grad_(False)
+
+
+def read_config(source: str, subfolder: str | None = None, revision: str | None = None) -> dict[str, Any]:
+    """The config of the autoencoder that `load_autoencoder` finds, with its class as `_class_name`.
+
+    Raises:
+        OSError: when there is no model.
+        ValueError: when it is a file, and no KL autoencoder of images.
+    """
+    folder, place = Path(source), _subfolder(source, subfolder)
+    if folder.is_file():
+        if subfolder or revision:
+            raise ValueError(f"{source} is a file, which has no subfolder or revision, got {subfolder or revision}")
+        return read_single_file(folder)[0]
+    if folder.is_dir() and not (folder / (place or "") / "config.json").exists():
         raise FileNotFoundError(
             f"{folder.resolve()} holds no model: neither config.json nor model/config.json (of a run) nor "
             "vae/config.json (of a pipeline) is there"
         )
     try:
-        config = MLPVAE.load_config(source, subfolder=subfolder, revision=revision)
+        return MLPVAE.load_config(source, subfolder=place, revision=revision)
     except OSError as error:
-        hint = "" if subfolder or folder.is_dir() else " (the autoencoder of a pipeline lies in its subfolder vae)"
+        hint = "" if place or folder.is_dir() else " (the autoencoder of a pipeline lies in its subfolder vae)"
         raise OSError(f"cannot load a model from {source}{hint}: {error}") from error
-    name = config.get("_class_name")
-    kind = {"MLPVAE": MLPVAE, "AutoencoderKL": VAE}.get(name) or getattr(diffusers, str(name), None)
-    if not (isinstance(kind, type) and issubclass(kind, ModelMixin) and hasattr(kind, "encode")):
-        raise ValueError(f"{source} must hold an autoencoder of diffusers or of this package, got the class {name}")
-    return (
-        kind.from_pretrained(source, subfolder=subfolder, revision=revision, torch_dtype=dtype)
-        .eval()
-        .requires_grad_(False)
-    )
+
+
+def _subfolder(source: str, subfolder: str | None) -> str | None:
+    """`subfolder`, or where the model lies in the folder of a run or a pipeline."""
+    folder = Path(source)
+    if subfolder is not None or (folder / "config.json").exists():
+        return subfolder
+    return next((name for name in ("model", "vae") if (folder / name / "config.json").exists()), None)
 
 
 def encode(model: ModelMixin, images: torch.Tensor) -> DiagonalGaussianDistribution:
@@ -78,10 +114,16 @@ def decode(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     return model.decode(latents.to(model.dtype)).sample.float()
 
 
-def weights_hash(model: torch.nn.Module) -> str:
-    """SHA-256 of all weights with their names, shapes and dtypes, the same however they were saved."""
+def weights_hash(model: torch.nn.Module, parts: Collection[str] | None = None) -> str:
+    """SHA-256 of all weights with their names, shapes and dtypes, the same however they were saved.
+
+    With `parts`, of those of these submodules: ("encoder", "quant_conv") decide the latents of a `VAE`. One that the
+    model has not is passed over.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if parts is not None and name.partition(".")[0] not in parts:
+            continue
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

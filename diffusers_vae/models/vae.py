@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -210,12 +211,14 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
 
     def forward(
         self,
-        sample: torch.Tensor,
+        sample: torch.Tensor | None,
         sample_posterior: bool = False,
         return_dict: bool = True,
         generator: torch.Generator | None = None,
         return_posterior: bool = False,
         noise: torch.Tensor | None = None,
+        moments: torch.Tensor | None = None,
+        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> DecoderOutput | VAEOutput | tuple[torch.Tensor, ...]:
         """`sample`: reconstructions (B, out_channels, H, W) of the images `sample`.
 
@@ -223,23 +226,40 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
         synchronised between processes, and autocast applied, only by the wrapped module's `forward`.
 
         Args:
-            sample: images, as for `encode`.
+            sample: images, as for `encode`; may be None where `moments` are given.
             sample_posterior: decode a draw from the posterior instead of its mode.
             return_dict: whether to return an output class rather than a tuple.
             generator: for the draw.
             return_posterior: return a `VAEOutput` (or a tuple of two) with the posterior.
             noise: standard normal, of the shape of the latents: decode mean + std * noise instead of a draw. So
                 training decides which noise an image gets, however a batch is cut.
+            moments: of the images, (B, 2 * latent_channels, h, w), as `encode(...).latent_dist.parameters` gives them:
+                the encoder is not run.
+            transform: of the latents, before they are decoded.
         """
-        posterior = self.encode(sample).latent_dist
+        if moments is None:
+            posterior = self.encode(sample).latent_dist
+        else:
+            check_batch(moments, 2 * self.config.latent_channels, "moments")
+            posterior = posterior_from_moments(moments)
         if noise is not None:
             latents = posterior.mean + posterior.std * noise
         else:
             latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        if transform is not None:
+            latents = transform(latents)
         reconstructions = self.decode(latents).sample
         if return_posterior:
             return VAEOutput(reconstructions, posterior) if return_dict else (reconstructions, posterior)
         return DecoderOutput(sample=reconstructions) if return_dict else (reconstructions,)
+
+    def train(self, mode: bool = True) -> VAE:
+        """This model in training mode, except for the parts that are frozen: these stay in eval mode."""
+        super().train(mode)
+        for part in (self.encoder, self.quant_conv, self.decoder, self.post_quant_conv):
+            if part is not None and not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """What a diffusion model sees, (B, latent_channels, h, w): (latents - shift_factor) * scaling_factor, or, where

@@ -1,0 +1,277 @@
+"""Training on from a published autoencoder: what is built, what is trained of it, and what is left at the end."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+from safetensors.torch import save_file
+
+from diffusers_vae import MLPVAE, VAE
+from diffusers_vae.config import TRAININGS, parse_settings
+from diffusers_vae.models import ModelConfig, weights_hash, without_adapters
+
+TINY = {
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "block_out_channels": [8, 8, 16],
+    "norm_num_groups": 4,
+    "latent_channels": 6,
+    "sample_size": 16,
+    "scaling_factor": 0.7,
+    "shift_factor": 0.1,
+}
+SIZE = (16, 24)
+IMAGES = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def stock():
+    torch.manual_seed(0)
+    return AutoencoderKL(**TINY).eval()
+
+
+@pytest.fixture(scope="module")
+def source(stock, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    stock.save_pretrained(folder)
+    return str(folder)
+
+
+def trained(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def step(model):
+    """One of training, large enough to be seen."""
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.5)
+    for _ in range(2):  # the first factor of an adapter moves once the second is no longer zero
+        optimizer.zero_grad()
+        (model(IMAGES).sample - IMAGES).square().mean().backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def assert_equal_to_stock(model, stock):
+    ours, theirs = ({name: each for name, each in m.config.items() if name[0] != "_"} for m in (model, stock))
+    assert ours == theirs
+    model.eval()
+    assert torch.equal(model.encode(IMAGES).latent_dist.parameters, stock.encode(IMAGES).latent_dist.parameters)
+    assert torch.equal(model(IMAGES).sample, stock(IMAGES).sample)
+
+
+class TestSources:
+    @pytest.mark.parametrize("place", ["", "model", "vae"])
+    def test_folders(self, place, source, stock, tmp_path):
+        shutil.copytree(source, tmp_path / "a" / place)
+        config = ModelConfig(pretrained=str(tmp_path / "a"))
+        assert config.spatial_compression_ratio == 4 and config.latent_shape(SIZE) == (6, 4, 6)
+        model = config.build(3, SIZE)
+        assert type(model) is VAE and model.training and len(trained(model)) == len(stock.state_dict())
+        assert_equal_to_stock(model, stock)
+
+    def test_subfolder(self, source, stock, tmp_path):
+        shutil.copytree(source, tmp_path / "ema")
+        with pytest.raises(ValueError, match=r"^model.pretrained: .* holds no model"):
+            _ = ModelConfig(pretrained=str(tmp_path)).spatial_compression_ratio
+        assert_equal_to_stock(ModelConfig(pretrained=str(tmp_path), subfolder="ema").build(3, SIZE), stock)
+
+    @pytest.mark.parametrize("arguments", [{"max_shard_size": "15KB"}, {}], ids=["sharded", "whole"])
+    def test_variant_only(self, arguments, source, tmp_path, caplog):
+        """Some repositories hold weights in float16 only."""
+        half = AutoencoderKL.from_pretrained(source).half()
+        half.save_pretrained(tmp_path, variant="fp16", **arguments)
+        model = ModelConfig(pretrained=str(tmp_path)).build(3, SIZE)
+        assert {each.dtype for each in model.parameters()} == {torch.float32}
+        assert_equal_to_stock(model, half.float())
+        assert "float16 only" in caplog.text
+
+    def test_missing_weights_are_not_random(self, source, stock, tmp_path):
+        shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+        state = {name: each for name, each in stock.state_dict().items() if not name.startswith("decoder.conv_out")}
+        save_file(state, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=r"lacks 2 weights of its AutoencoderKL, decoder.conv_out.bias"):
+            ModelConfig(pretrained=str(tmp_path)).build(3, SIZE)
+
+    def test_config_is_read_once_and_weights_not_on_meta(self, source, stock, tmp_path):
+        shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+        config = ModelConfig(pretrained=str(tmp_path), train="decoder")
+        assert config.spatial_compression_ratio == 4
+        shutil.rmtree(tmp_path)
+        with torch.device("meta"):
+            model = config.build(3, SIZE)
+        assert {each.device.type for each in model.state_dict().values()} == {"meta"}
+        assert list(model.state_dict()) == list(stock.state_dict())
+        with pytest.raises(OSError, match=tmp_path.name):
+            config.build(3, SIZE)
+
+
+class TestWhatIsTrained:
+    @pytest.mark.parametrize(
+        ("train", "prefixes"),
+        [
+            ("all", ("",)),
+            ("decoder", ("decoder.", "post_quant_conv.")),
+            (("decoder.up_blocks.0.*", "decoder.conv_out.*"), ("decoder.up_blocks.0.", "decoder.conv_out.")),
+            (("*encoder.conv_in.weight",), ("encoder.conv_in.weight",)),
+        ],
+    )
+    def test_names(self, train, prefixes, source):
+        model = ModelConfig(pretrained=source, train=train).build(3, SIZE)
+        assert trained(model) == {name for name in model.state_dict() if name.startswith(prefixes)}
+        assert model.encoder.training == any(name.startswith("encoder") for name in trained(model))
+
+    def test_latents_stay(self, source, stock):
+        model = ModelConfig(pretrained=source, train="decoder").build(3, SIZE)
+        parts, before = ("encoder", "quant_conv"), weights_hash(stock)
+        step(model)
+        assert weights_hash(model, parts) == weights_hash(stock, parts) and weights_hash(model) != before
+        assert torch.equal(model.encode(IMAGES).latent_dist.mean, stock.encode(IMAGES).latent_dist.mean)
+        torch.nn.init.zeros_(model.quant_conv.bias)
+        assert weights_hash(model, parts) != weights_hash(stock, parts)
+
+    @pytest.mark.parametrize("settings", [{}, {"train": "decoder"}, {"train": "decoder", "lora_rank": 2}])
+    def test_state_goes_through_meta(self, settings, source):
+        """As the loop keeps and resumes a model."""
+        config = ModelConfig(pretrained=source, **settings)
+        model = config.build(3, SIZE)
+        step(model)
+        with torch.device("meta"):
+            kept = config.build(3, SIZE)
+        assert trained(kept) == trained(model)
+        kept.to_empty(device="cpu")
+        kept.load_state_dict(model.state_dict())
+        assert_equal_to_stock(kept, model.eval())
+
+
+class TestLora:
+    @pytest.fixture
+    def tuned(self, source):
+        model = ModelConfig(pretrained=source, train="decoder", lora_rank=2).build(3, SIZE)
+        step(model)
+        return model.eval()
+
+    def test_trains_adapters_of_the_decoder(self, source, stock):
+        model = ModelConfig(pretrained=source, train="decoder", lora_rank=2).build(3, SIZE)
+        assert_equal_to_stock(model, stock)
+        names = trained(model)
+        assert all(name.startswith("decoder.") and ".lora_" in name for name in names)
+        adapted = {name.split(".lora_")[0] for name in names}
+        assert {f"{name}.weight" for name in adapted} == {
+            name for name, each in stock.state_dict().items() if name.startswith("decoder") and each.ndim > 1
+        }
+
+    @torch.no_grad()
+    def test_merges_into_stock_weights(self, tuned, stock, tmp_path):
+        expected = tuned(IMAGES).sample
+        merged = without_adapters(tuned)
+        assert list(merged.state_dict()) == list(stock.state_dict())
+        merged.save_pretrained(tmp_path)
+        loaded, report = AutoencoderKL.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report.values())
+        for model in (merged, loaded):
+            torch.testing.assert_close(model(IMAGES).sample, expected, atol=1e-5, rtol=0)
+        assert (expected - stock(IMAGES).sample).abs().max() > 1e-3
+        assert torch.equal(tuned(IMAGES).sample, expected), "merging changed the model itself"
+        assert without_adapters(merged) is merged
+
+    @torch.no_grad()
+    def test_adapters_load_in_stock(self, tuned, source, tmp_path):
+        tuned.save_lora_adapter(tmp_path)
+        stock = AutoencoderKL.from_pretrained(source)
+        stock.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+        assert torch.equal(stock(IMAGES).sample, tuned(IMAGES).sample)
+
+    def test_without_peft(self, source, monkeypatch):
+        monkeypatch.setitem(sys.modules, "peft", None)
+        with pytest.raises(ImportError, match="pip install peft"):
+            ModelConfig(pretrained=source, train="decoder", lora_rank=2).build(3, SIZE)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"train": "decoder"}, r"model.train belongs to model.pretrained, which is not given, got decoder"),
+            ({"subfolder": "vae"}, r"model.subfolder belongs"),
+            ({"revision": "main"}, r"model.revision belongs"),
+            ({"lora_rank": 4}, r"model.lora_rank belongs"),
+            ({"pretrained": ""}, r"model.pretrained must name"),
+            ({"pretrained": "a", "architecture": "mlp"}, r"architecture vae only, got mlp and a"),
+            (
+                {"pretrained": "a", "latent_channels": 4, "use_quant_conv": False},
+                r"^model.latent_channels, model.use_quant_conv must be left out with model.pretrained.* of a$",
+            ),
+            ({"pretrained": "a", "train": "encoder"}, r"model.train must be decoder, all or a list .*got encoder"),
+            ({"pretrained": "a", "train": ()}, r"model.train must hold at least one pattern"),
+            ({"pretrained": "a", "lora_rank": 0, "train": "decoder"}, r"lora_rank must be at least 1, got 0"),
+            ({"pretrained": "a", "lora_rank": 4}, r"set model.train to decoder, got all"),
+        ],
+    )
+    def test_settings(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            ModelConfig(**settings)
+
+    def test_missing_source_is_named(self, tmp_path):
+        config = ModelConfig(pretrained=str(tmp_path / "gone"))
+        for read in (
+            lambda: config.spatial_compression_ratio,
+            lambda: config.latent_shape(SIZE),
+            lambda: config.build(3, SIZE),
+        ):
+            with pytest.raises(ValueError, match=r"^model.pretrained: cannot load a model from .*gone"):
+                read()
+
+    def test_channels(self, source):
+        for device in ("cpu", "meta"):
+            with torch.device(device), pytest.raises(ValueError, match=r"^data.channels must be 3, as .*, got 1$"):
+                ModelConfig(pretrained=source).build(1, SIZE)
+
+    def test_pattern_without_a_parameter(self, source):
+        config = ModelConfig(pretrained=source, train=("decoder.*", "decoder.up.0.*"))
+        with torch.device("meta"), pytest.raises(ValueError, match=r"decoder\.up\.0\.\* matches no .* decoder\.conv_"):
+            config.build(3, SIZE)
+
+    def test_other_classes(self, tmp_path):
+        MLPVAE(8).save_pretrained(tmp_path / "mlp")
+        (tmp_path / "dc").mkdir()
+        (tmp_path / "dc" / "config.json").write_text(json.dumps({"_class_name": AutoencoderDC.__name__}))
+        for name, kind in (("mlp", "MLPVAE"), ("dc", "AutoencoderDC")):
+            with pytest.raises(ValueError, match=f"^model.pretrained must be an AutoencoderKL, got the {kind} in "):
+                _ = ModelConfig(pretrained=str(tmp_path / name)).spatial_compression_ratio
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("yaml", "flags", "train"),
+        [
+            ("", ["--model.train", "decoder"], "decoder"),
+            ("train: decoder", ["--model.train", "[decoder.up_blocks.*]"], ("decoder.up_blocks.*",)),
+            ("train: ['*.bias', decoder.conv_in.*]", [], ("*.bias", "decoder.conv_in.*")),
+        ],
+    )
+    def test_from_yaml_and_flags(self, yaml, flags, train, source, tmp_path):
+        (tmp_path / "a.yaml").write_text(f"model:\n  pretrained: {source}\n  {yaml}\n")
+        config, _ = parse_settings(TRAININGS["train"], ["--config", str(tmp_path / "a.yaml"), *flags])
+        assert config.model == ModelConfig(pretrained=source, train=train)
+
+    def test_resolved_config_gives_the_same(self, source, tmp_path):
+        config, _ = parse_settings(TRAININGS["train"], ["--model.pretrained", source, "--model.train", "[decoder.*]"])
+        config.save(tmp_path / "config.yaml")
+        assert parse_settings(TRAININGS["train"], ["--config", str(tmp_path / "config.yaml")])[0] == config
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (["--model.pretrained", "gone/model"], "model.pretrained: cannot load a model from gone/model"),
+            (["--model.train", "encoder.*"], "model.train"),
+            (["--model.lora_rank", "4"], "model.lora_rank"),
+            (["--model.pretrained", "a", "--model.layers_per_block", "2"], "model.layers_per_block must be left out"),
+        ],
+    )
+    def test_errors_name_the_key(self, flags, words, capsys):
+        with pytest.raises(SystemExit):
+            parse_settings(TRAININGS["train"], flags)
+        assert words in capsys.readouterr().err
