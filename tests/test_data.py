@@ -20,6 +20,7 @@ from diffusers_vae.data import (
     DataConfig,
     FolderImages,
     epoch_batches,
+    first_images,
     image_batches,
     load_data,
     load_split,
@@ -334,6 +335,155 @@ class TestFolder:
         Image.new("L", (16, 16)).save(tmp_path / "only.png")
         with pytest.raises(ValueError, match="no image is left to train on"):
             load_data(DataConfig(name="folder", root=str(tmp_path)))
+
+
+class TestCrops:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """Images whose pixels tell their row (red) and column (green), with captions, in two parts and two classes."""
+        for part in ("train", "val"):
+            for name, height, width in (("a", 40, 60), ("b", 60, 40), ("c", 16, 90), ("d", 10, 12), ("e", 24, 24)):
+                path = tmp_path / part / ("tall" if height > width else "wide") / f"{name}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = np.zeros((height, width, 3), np.uint8)
+                pixels[..., 0], pixels[..., 1] = np.mgrid[:height, :width]
+                Image.fromarray(pixels).save(path)
+                path.with_suffix(".txt").write_text(name)
+        return tmp_path
+
+    def load(self, folder, limit=None, **settings):
+        settings = {"resolution": 16, "channels": 3, "crops": 7} | settings
+        return load_data(DataConfig(name="folder", root=str(folder), **settings), captions=True, memory_limit=limit)
+
+    def pixels(self, image_set):
+        return image_set.__getitems__(range(len(image_set))).pixels
+
+    def test_are_parts_of_the_image_at_its_own_resolution(self, folder):
+        for part in self.load(folder):
+            assert len(part) == 35 and len(set(map(part.name, range(35)))) == 35
+            places = {name: [] for name in "abcde"}
+            for index, pixels in enumerate(part.pixels):
+                assert part.name(index) == f"{part.paths[index]}, crop {index // 5}"
+                if (name := part.paths[index].stem) == "d":
+                    continue
+                top, left = pixels[:2, 0, 0].tolist()
+                whole = read_image(part.paths[index], 3)
+                assert torch.equal(pixels, whole[:, top : top + 16, left : left + 16])
+                places[name].append((top, left))
+            assert {top for top, _ in places["c"]} == {0} and all(len(set(places[name])) > 3 for name in "abce")
+
+    def test_places_are_uniform_and_reach_the_borders(self, folder):
+        shutil.rmtree(folder / "val")
+        for name in "abd":
+            next(folder.rglob(f"{name}.png")).unlink()
+            next(folder.rglob(f"{name}.txt")).unlink()
+        train, heldout = self.load(folder, crops=3000)
+        part = train if train.paths[0].stem == "e" else heldout
+        for channel in (0, 1):
+            counts = torch.bincount(part.pixels[:, channel, 0, 0].long(), minlength=9)
+            assert len(counts) == 9 and (counts - 3000 / 9).abs().max() < 90  # five times the deviation
+
+    def test_small_images_are_scaled_to_cover(self, folder):
+        part, _ = self.load(folder)
+        whole = next(path for path in part.paths if path.stem == "d")
+        starts = set()
+        for index, pixels in enumerate(part.pixels):
+            if part.paths[index] == whole:
+                rows, columns = pixels[0, :, 8].tolist(), pixels[1, 8].tolist()
+                assert (rows[0], rows[-1]) == (0, 9) and rows == sorted(rows)
+                assert columns[-1] - columns[0] in (8, 9, 10) and columns == sorted(columns)
+                starts.add(columns[0])
+        assert starts <= {0, 1, 2} and len(starts) > 1
+
+    def test_read_on_demand_equal_those_in_memory(self, folder):
+        for memory, disk in zip(self.load(folder), self.load(folder, limit=0), strict=True):
+            assert isinstance(memory, ArrayImages) and isinstance(disk, FolderImages)
+            assert torch.equal(memory.pixels, self.pixels(disk))
+            assert torch.equal(memory.labels, disk.labels) and memory.captions == disk.captions
+            assert memory.paths == disk.paths and memory.crops == disk.crops
+            for index, path in enumerate(disk.paths):
+                assert disk.captions[index] == (path.stem,)
+                assert disk.classes[disk.labels[index]] == path.parent.name
+
+    def test_first_part_is_a_fair_sample(self, folder):
+        for limit in (0, None):
+            for part in self.load(folder, limit):
+                names = [path.stem for path in part.paths]
+                assert all(sorted(names[start : start + 5]) == list("abcde") for start in range(0, 35, 5))
+                first = first_images(part, 12)
+                assert len(first) == 12 and torch.equal(self.pixels(first), self.pixels(part)[:12])
+                assert first.name(11) == part.name(11) and first.captions == part.captions[:12]
+
+    def test_of_other_parts_stay_the_same(self, folder):
+        """A crop is of its file and its number alone: not of how many there are, nor of the other files."""
+
+        def by_name(part):
+            return {(path.stem, crop): pixels for path, crop, pixels in zip(part.paths, part.crops, part.pixels)}  # noqa: B905
+
+        before = by_name(self.load(folder)[0])
+        for name in "bd":
+            for path in folder.rglob(f"{name}.*"):
+                path.unlink()
+        after = by_name(self.load(folder, crops=3)[0])
+        assert len(after) == 9 and all(torch.equal(before[place], pixels) for place, pixels in after.items())
+
+    def test_both_parts_together(self, folder):
+        for path in (folder / "val").rglob("a.*"):
+            path.unlink()
+        train, heldout = self.load(folder)
+        for limit in (0, sources.MEMORY_LIMIT):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sources, "MEMORY_LIMIT", limit)
+                config = DataConfig(name="folder", root=str(folder), resolution=16, channels=3, crops=7)
+                both, _ = load_split(config, "all")
+            assert torch.equal(self.pixels(both), torch.cat([train.pixels, heldout.pixels]))
+            assert [both.name(index) for index in (34, 40)] == [train.name(34), heldout.name(5)]
+
+    def test_a_split_folder_shares_no_file(self, folder):
+        train, heldout = self.load(folder / "train", heldout_fraction=0.4)
+        assert (len(train), len(heldout)) == (21, 14) and not set(train.paths) & set(heldout.paths)
+
+    @pytest.mark.parametrize("limit", [0, None])
+    def test_fingerprint_is_of_the_crops(self, limit, folder, tmp_path):
+        (tmp_path / "moved").symlink_to(folder)
+        places = ((folder, 7), (tmp_path / "moved", 7), (folder, 8), (folder, 1), (folder, None))
+        first, moved, *others = (self.load(root, limit, crops=crops)[0].fingerprint() for root, crops in places)
+        assert first == moved and len({first, *others}) == 4
+
+    def test_bad_files_are_left_out_with_all_their_crops(self, folder):
+        good, _ = self.load(folder)
+        broken = next((folder / "train").rglob("b.png"))
+        for damage, limit in ((b"no image", 0), (b"no image", None), (broken.read_bytes()[:70], None)):
+            broken.write_bytes(damage)
+            train, _ = self.load(folder, limit, on_bad_image="skip")
+            kept = [index for index, path in enumerate(good.paths) if path != broken]
+            assert torch.equal(self.pixels(train), good.pixels[kept]) and len(train.errors) == 1
+            assert [train.name(index) for index in range(28)] == [good.name(index) for index in kept]
+        disk, _ = self.load(folder, 0, on_bad_image="skip")  # damage that only decoding shows
+        read = disk.__getitems__(range(35))
+        assert list(read.kept) == kept and len(read.errors) == 1 and torch.equal(read.pixels, good.pixels[kept])
+
+    def test_stand_in_the_protocol(self, folder):
+        words = DataConfig(name="folder", root=str(folder), crops=7).resize
+        assert words.startswith("cut out at 7 places of each") and "bicubic" in words
+
+    def test_strips_are_not_enlarged_whole(self, tmp_path, little_memory):
+        """That would take 60,000 x 64 x 64 pixels."""
+        for name in "ab":
+            Image.new("L", (60_000, 1)).save(tmp_path / f"{name}.png")
+        assert self.load(tmp_path, crops=3, resolution=64, channels=1)[0].pixels.shape == (3, 1, 64, 64)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"crops": 0}, r"data\.crops must be at least 1, got 0"),
+            ({"crops": 2, "name": "mnist"}, r"data\.crops are of the images of a folder, got data\.name mnist"),
+            ({"crops": 2, "fit": "pad"}, r"data\.fit must be crop, got pad"),
+        ],
+    )
+    def test_wrong_settings(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            DataConfig(**{"name": "folder"} | settings)
 
 
 class TestClassesAndCaptions:

@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar, get_args, get_type_hints
 
@@ -53,6 +52,9 @@ class DataConfig:
     """1: grey, 3: RGB."""
     fit: Literal["crop", "pad"] = "crop"
     """crop: scale the image to cover the resolution, cut the centre. pad: black borders, scaled only if too large."""
+    crops: int | None = None
+    """So many crops of each image of a folder at its own resolution, at places drawn once, instead of the whole image
+    brought to size; images smaller than the resolution are scaled up to cover it. Of the held-out images too."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What a file of a folder that cannot be read does. stop: an error that names it, before training starts if it
     shows when all are read or, in a set too large for memory, in their headers. skip: left out, counted and listed in
@@ -72,6 +74,13 @@ class DataConfig:
                 )
         if min(self.size) < 8:
             raise ValueError(f"data.resolution must be at least 8 pixels a side, got {self.resolution}")
+        if self.crops is not None:
+            if self.crops < 1:
+                raise ValueError(f"data.crops must be at least 1, got {self.crops}")
+            if self.name != "folder":
+                raise ValueError(f"data.crops are of the images of a folder, got data.name {self.name}")
+            if self.fit != "crop":
+                raise ValueError(f"data.crops leave nothing to pad: data.fit must be crop, got {self.fit}")
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"data.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
         if self.num_workers < 0:
@@ -86,6 +95,8 @@ class DataConfig:
     def resize(self) -> str:
         """How images of another size are brought to `resolution`, in words."""
         how = "bicubic with antialiasing, on 8-bit values"
+        if self.crops is not None:
+            return f"cut out at {self.crops} places of each, always the same; if smaller, scaled to cover ({how})"
         if self.fit == "crop":
             return f"scaled to cover ({how}), then the centre is cut out"
         return f"scaled if too large ({how}), then padded with black"
@@ -157,7 +168,7 @@ class ImageSet(Protocol):
 
 class ArrayImages:
     """Images kept in memory: uint8 `pixels` (N, C, H, W), their labels (N,) or None, the files they came from, the
-    names of the labels' classes, and captions.
+    names of the labels' classes, captions, and, of crops, the number of each among those of its file.
     """
 
     def __init__(
@@ -168,9 +179,10 @@ class ArrayImages:
         errors: tuple[str, ...] = (),
         classes: tuple[str, ...] | None = None,
         captions: Captions | None = None,
+        crops: Sequence[int] = (),
     ):
         self.pixels, self.labels, self.paths, self.errors = pixels, labels, paths, errors
-        self.classes, self.captions = classes, captions
+        self.classes, self.captions, self.crops = classes, captions, crops
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -179,7 +191,7 @@ class ArrayImages:
         return ReadImages(self.pixels[torch.as_tensor(indices)], range(len(indices)))
 
     def name(self, index: int) -> str:
-        return str(self.paths[index]) if self.paths else f"image {index}"
+        return _name(self.paths, self.crops, index) if self.paths else f"image {index}"
 
     def fingerprint(self) -> str:
         """Of all pixels."""
@@ -187,7 +199,7 @@ class ArrayImages:
 
 
 class FolderImages:
-    """Image files, read on demand as `config` says."""
+    """Image files, read on demand as `config` says; of crops, `crops` has the number of each among its file's."""
 
     def __init__(
         self,
@@ -197,9 +209,10 @@ class FolderImages:
         errors: tuple[str, ...] = (),
         classes: tuple[str, ...] | None = None,
         captions: Captions | None = None,
+        crops: Sequence[int] = (),
     ):
         self.paths, self.labels, self.config, self.errors = paths, labels, config, errors
-        self.classes, self.captions = classes, captions
+        self.classes, self.captions, self.crops = classes, captions, crops
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -211,24 +224,25 @@ class FolderImages:
                 pixels.append(self.read(index))
                 kept.append(place)
             except ValueError as error:
-                errors.append(str(error))
+                errors += [str(error)] * (str(error) not in errors)  # of two crops of a file
         empty = torch.zeros(0, self.config.channels, *self.config.size, dtype=torch.uint8)
         stop = self.config.on_bad_image == "stop"
         return ReadImages(torch.stack(pixels) if pixels else empty, kept, tuple(errors), stop)
 
     def read(self, index: int) -> torch.Tensor:
         """uint8 pixels (C, H, W); ValueError naming the file that cannot be read."""
-        return read_image(self.paths[index], self.config.channels, partial(_bring_to_size, config=self.config))
+        return _read(self.paths[index], self.config, self.crops[index : index + 1])[0]
 
     def name(self, index: int) -> str:
-        return str(self.paths[index])
+        return _name(self.paths, self.crops, index)
 
     def fingerprint(self) -> str:
-        """Of names below the root and sizes: reading all files for it would take as long as an epoch."""
+        """Of names below the root, sizes and crops: reading all files for it would take as long as an epoch."""
         digest = hashlib.sha256()
-        for path in self.paths:
-            name = path.relative_to(self.config.root).as_posix()
-            digest.update(f"{name}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
+        sizes = {path: path.stat().st_size for path in dict.fromkeys(self.paths)}
+        for index, path in enumerate(self.paths):
+            digest.update(_below_root(path, self.config) + f"\0{sizes[path]}\0".encode())
+            digest.update(f"crop {self.crops[index]}\0".encode() if self.crops else b"")
         return digest.hexdigest()
 
     def without(self, bad: dict[int, str]) -> FolderImages:
@@ -241,6 +255,24 @@ class FolderImages:
             (*self.errors, *(bad[index] for index in sorted(bad))),
             self.classes,
             None if self.captions is None else [self.captions[index] for index in good],
+            [self.crops[index] for index in good] if self.crops else (),
+        )
+
+    def cropped(self) -> FolderImages:
+        """Of a set of files, the set of their crops: the first of each, then the second of each, and so on, so that a
+        first part is a fair sample and neighbours are of different files. Without `config.crops` the set itself.
+        """
+        count = self.config.crops
+        if count is None:
+            return self
+        return FolderImages(
+            self.paths * count,
+            None if self.labels is None else self.labels.repeat(count),
+            self.config,
+            self.errors,
+            self.classes,
+            None if self.captions is None else self.captions * count,
+            np.repeat(np.arange(count), len(self)).tolist(),
         )
 
 
@@ -291,6 +323,7 @@ def load_split(
         "errors": (*train.errors, *heldout.errors),
         "classes": train.classes if labelled else None,
         "captions": None if train.captions is None else train.captions + heldout.captions,
+        "crops": [*train.crops, *heldout.crops],
     }
     if isinstance(train, FolderImages):
         return FolderImages(config=config, **common), split
@@ -305,10 +338,44 @@ def first_images(image_set: ImageSet, count: int) -> ImageSet:
         "errors": image_set.errors,
         "classes": image_set.classes,
         "captions": None if image_set.captions is None else image_set.captions[:count],
+        "crops": image_set.crops[:count],
     }
     if isinstance(image_set, FolderImages):
         return FolderImages(config=image_set.config, **first)
     return ArrayImages(image_set.pixels[:count], **first)
+
+
+def _name(paths: Sequence[Path], crops: Sequence[int], index: int) -> str:
+    return f"{paths[index]}, crop {crops[index]}" if crops else str(paths[index])
+
+
+def _below_root(path: Path, config: DataConfig) -> bytes:
+    return path.relative_to(config.root).as_posix().encode(errors="surrogateescape")
+
+
+def _read(path: Path, config: DataConfig, crops: Sequence[int]) -> torch.Tensor:
+    """uint8 (B, C, H, W), of a file the B crops with these numbers, or if `config` asks for none the image, B = 1."""
+
+    def fit(pixels: torch.Tensor) -> torch.Tensor:
+        if config.crops is None:
+            return _bring_to_size(pixels, config)[None]
+        # of the file's name alone, so that a file more or less moves no crop of the others
+        name = int.from_bytes(hashlib.sha256(_below_root(path, config)).digest(), "big")
+        places = (np.random.default_rng(np.random.SeedSequence([name, crop])).random(2) for crop in crops)
+        return torch.stack([_bring_to_size(_cut(pixels, config.size, place), config) for place in places])
+
+    return read_image(path, config.channels, fit)
+
+
+def _cut(pixels: torch.Tensor, size: tuple[int, int], place: np.ndarray) -> torch.Tensor:
+    """The part of an image (C, H, W) of that size, or, when the image is smaller and must be scaled to cover it, what
+    then fills it, `place` in [0, 1)^2 of the way from top left to bottom right.
+    """
+    height, width = pixels.shape[-2:]
+    scale = max(1, size[0] / height, size[1] / width)
+    rows, columns = min(height, math.ceil(size[0] / scale)), min(width, math.ceil(size[1] / scale))
+    top, left = int(place[0] * (height - rows + 1)), int(place[1] * (width - columns + 1))
+    return pixels[:, top : top + rows, left : left + columns]
 
 
 def _bring_to_size(pixels: torch.Tensor, config: DataConfig) -> torch.Tensor:
@@ -463,15 +530,24 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
         )
         for paths, own in zip(parts, labels, strict=True)
     )
-    size = config.size[0] * config.size[1] * config.channels
-    if (len(train) + len(heldout)) * size > memory_limit:
-        return _scan([train, heldout], lambda part, index: check_image(part.paths[index]), "checking files", progress)[
-            0
-        ]
-    parts, read = _scan([train, heldout], FolderImages.read, "reading images", progress)
+    count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels
+    if (len(train) + len(heldout)) * count * size > memory_limit:
+        parts, _ = _scan([train, heldout], lambda part, at: check_image(part.paths[at]), "checking files", progress)
+        return parts[0].cropped(), parts[1].cropped()
+    parts, read = _scan(
+        [train, heldout], lambda part, at: _read(part.paths[at], config, range(count)), "reading images", progress
+    )
     return tuple(
-        ArrayImages(torch.stack(pixels), part.labels, part.paths, part.errors, part.classes, part.captions)
-        for part, pixels in zip(parts, read, strict=True)
+        ArrayImages(
+            torch.stack(pixels, 1).flatten(0, 1),  # the order of `cropped`
+            part.labels,
+            part.paths,
+            part.errors,
+            part.classes,
+            part.captions,
+            part.crops,
+        )
+        for part, pixels in zip((part.cropped() for part in parts), read, strict=True)
     )
 
 
