@@ -16,7 +16,7 @@ PACKAGE = "diffusers_vae"
 ROWS = [
     {"images"},
     {"models", "objective", "diffusion", "tokenizer", "perceptual", "adversarial", "metrics", "data"},
-    {"latents"},
+    {"latents", "precision"},
     {"evaluation", "pictures", "checkpoint"},
     {"hub", "report", "pipelines", "latent_cache"},
     {"run_folder"},
