@@ -13,6 +13,7 @@ COMMANDS = {
     "train-text-to-image": "train a text-to-image model on an autoencoder's latents",
     "evaluate": "measure an autoencoder: figures, posterior health, pictures, a report to send",
     "compare": "measure two autoencoders on the same images, in pairs",
+    "fp16": "say whether an autoencoder can run in float16",
     "reconstruct": "encode and decode image files",
     "sample": "decode draws from the prior",
     "encode": "precompute the latents of a data set",

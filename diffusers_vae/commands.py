@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from .checkpoint import config_of_run, read_settings
+from .checkpoint import config_of_run, read_settings, write_file
 from .config import TRAININGS, Training, new_parser, parse_settings
 from .data import IMAGE_SUFFIXES, DataConfig, ImageSet, load_split
 from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, read_report, reconstruct
@@ -31,7 +31,8 @@ from .metrics import psnr
 from .models import MLPVAE, VAE, encode, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig
 from .pictures import comparison_picture, sample_picture
-from .report import comparison_table, draw_report, report_html, report_table
+from .precision import measure_precision
+from .report import comparison_table, draw_report, precision_table, report_html, report_table
 from .trainer import TrainResult
 
 RESUME_ME = 75  # EX_TEMPFAIL in sysexits.h: "the user is invited to try again later"
@@ -208,6 +209,56 @@ def _check_images(models: Sequence[ModelMixin], names: Sequence[str], images: Im
                 encode(model, to_model_range(pixels.to(model.device)))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+
+
+def run_fp16(arguments: Sequence[str]) -> int:
+    """Whether a model can run in float16."""
+    parser = _parser(
+        "fp16",
+        "MODEL [--data NAME|FOLDER] [--write true]",
+        "Say whether an autoencoder can run in float16: the largest activation of each block on real images, a run in "
+        "float16 itself, and whether force_upcast, by which pipelines in float16 run it in float32, can be false. Data "
+        "that are not given are those of the model's run; without one, channels and resolution are the model's.",
+        "diffusers-vae fp16 runs/mine --write true",
+    )
+    parser.add_argument("model", help=MODEL)
+    _add_source(parser)
+    _add_device(parser)
+    _add_images(parser)
+    parser.add_argument("--max_images", type=PositiveInt, default=256, help="At most this many are measured.")
+    parser.add_argument("--batch_size", type=PositiveInt, default=16, help="Images per forward.")
+    parser.add_argument(
+        "--write",
+        type=bool,
+        default=False,
+        help="Set force_upcast to false in the model's config.json, if that is safe.",
+    )
+    parsed, (model,) = _parse_measuring(parser, arguments, ["model"])
+    file = _config_file(parsed.model, parsed.subfolder)
+    if parsed.write and "force_upcast" not in model.config:
+        raise ValueError(f"--write sets force_upcast, which {type(model).__name__} does not have")
+    if parsed.write and file is None:
+        raise ValueError(f"--write changes a config.json on this machine, and {parsed.model} is a repository")
+    images, _ = load_split(parsed.data, parsed.split, True)
+    report = measure_precision(model, images, parsed.batch_size, parsed.max_images, True)
+    print(precision_table(asdict(report)))
+    if not parsed.write:
+        return 0
+    if not report.safe:
+        raise ValueError(f"{file} is left as it is. {report.advice}")
+    config = json.loads(file.read_text())
+    if config.get("force_upcast") is False:
+        print(f"force_upcast was false already in {file}")
+        return 0
+    write_file(file, json.dumps(config | {"force_upcast": False}, indent=2) + "\n")
+    print(f"force_upcast is now false in {file}")
+    return 0
+
+
+def _config_file(source: str, subfolder: str | None) -> Path | None:
+    """The config.json of the model in the folder `source`, where `load_autoencoder` looks; None of a repository."""
+    folders = [Path(source, inner) for inner in ([subfolder] if subfolder else ["", "model", "vae"])]
+    return next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
 
 
 def run_reconstruct(arguments: Sequence[str]) -> int:
@@ -512,12 +563,19 @@ def _device(parsed: Namespace) -> torch.device | str:
 
 def _load(parsed: Namespace, source: str) -> ModelMixin:
     device = _device(parsed)
-    return load_autoencoder(source, parsed.subfolder, parsed.revision, getattr(torch, parsed.dtype)).to(device)
+    dtype = getattr(torch, parsed.get("dtype", "float32"))
+    return load_autoencoder(source, parsed.subfolder, parsed.revision, dtype).to(device)
 
 
 def _add_measuring(parser: ArgumentParser) -> None:
     _add_loading(parser)
     parser.add_argument("--out", type=str | None, default=None, help="Folder for the results.")
+    _add_images(parser)
+    parser.add_class_arguments(ObjectiveConfig, "objective")
+    parser.add_class_arguments(EvaluationConfig, "evaluation", skip={"every"})
+
+
+def _add_images(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         type=Literal["held-out", "training", "all"] | None,
@@ -526,8 +584,6 @@ def _add_measuring(parser: ArgumentParser) -> None:
         "model was not trained on.",
     )
     parser.add_class_arguments(DataConfig, "data")
-    parser.add_class_arguments(ObjectiveConfig, "objective")
-    parser.add_class_arguments(EvaluationConfig, "evaluation", skip={"every"})
 
 
 def _parse_measuring(
@@ -543,7 +599,8 @@ def _parse_measuring(
         if not any(argument.startswith("--data.") for argument in arguments):
             parser.exit(2, f"error: say with --data on which images; {parsed[models[0]]} is of no run that tells\n")
         known = {"data": _data_for(loaded[0])}
-    parsed = _parse(parser, [*(f"--{name}={json.dumps(values)}" for name, values in known.items()), *arguments])
+    known = [f"--{name}={json.dumps(values)}" for name, values in known.items() if name in parsed]
+    parsed = _parse(parser, [*known, *arguments])
     same = [run["data"] for run in runs if run and _place(run["data"]) == _place(vars(parsed.data))]
     if parsed.split is None and same:  # some model was trained on these images, but for the held-out ones
         if {data["heldout_fraction"] for data in same} != {parsed.data.heldout_fraction}:

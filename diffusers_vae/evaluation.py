@@ -26,6 +26,7 @@ from .metrics import frechet_distance, gather_parts, mean_interval, process_shar
 from .models import decode, encode, weights_hash
 from .objective import VAEObjective
 from .perceptual import LPIPS, InceptionFeatures
+from .precision import PrecisionReport, measure_precision
 
 PACKAGES = (
     "diffusers-vae", "diffusers", "torch", "torchvision", "torchmetrics", "torch-fidelity", "numpy", "scipy", "pillow",
@@ -63,6 +64,8 @@ class EvaluationConfig:
     weights-inception-2015-12-05-6726825d.pth, for machines without a network; by default torch's cache."""
     projection: Literal["pca", "tsne"] = "pca"
     """Of latents of more than two dimensions, to picture them."""
+    fp16: bool = False
+    """Whether float16 is tried too: the largest activations of each block, and whether force_upcast can be false."""
 
     def __post_init__(self):
         for name in ("every", "max_images", "batch_size", "draws"):
@@ -236,6 +239,8 @@ class EvaluationReport:
     """Of the likelihood, in model range; of a run that learns it, the last. None for one without, bernoulli."""
     fine_tuning: FineTuning | None = None
     """In a run that began with a trained autoencoder."""
+    fp16: PrecisionReport | None = None
+    """Whether the model can run in float16; None when it was not asked for."""
     per_image: PerImage | None = field(default=None, compare=False, repr=False)
     """Not in evaluation.json but in evaluation.csv."""
 
@@ -255,11 +260,10 @@ class EvaluationReport:
             if values.pop("format") != FORMAT:
                 raise ValueError(f"no evaluation report of format {FORMAT}")
             kinds = (LatentSummary, PosteriorHealth, ModelSummary, Protocol)
-            parts = zip(("latents", "posterior", "model", "protocol"), kinds, strict=True)
-            read = {name: kind(**values[name]) for name, kind in parts}
-            if values.get("fine_tuning"):
-                read["fine_tuning"] = FineTuning(**values["fine_tuning"])
-            return cls(**values | read)
+            parts = dict(zip(("latents", "posterior", "model", "protocol"), kinds, strict=True))
+            later = {"fp16": PrecisionReport, "fine_tuning": FineTuning}  # which reports of older versions lack
+            parts |= {name: kind for name, kind in later.items() if values.get(name) is not None}
+            return cls(**values | {name: kind(**values[name]) for name, kind in parts.items()})
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"no evaluation report: {error}") from error
 
@@ -367,7 +371,8 @@ def evaluate(
 
     Raises:
         FileNotFoundError: when weights for LPIPS or rFID are not there.
-        ValueError: when there is no image that can be read, or the model does not take such images.
+        ValueError: when there is no image that can be read, the model does not take such images, or float16 is to be
+            tried and not even float32 gives finite activations.
     """
     if not len(image_set):
         raise ValueError("there must be at least one image to evaluate, got none")
@@ -409,6 +414,9 @@ def evaluate(
     rfid = None
     if config.rfid:
         rfid = frechet_distance(*(torch.cat([part[4][which] for part in parts]) for which in (0, 1)))
+    precision = None
+    if config.fp16:
+        precision = measure_precision(model, image_set, config.batch_size, config.max_images, progress)
     described = getattr(model, "config", {})
     return EvaluationReport(
         images=len(indices),
@@ -452,6 +460,7 @@ def evaluate(
             networks=networks,
             versions={"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         ),
+        fp16=precision,
         per_image=PerImage(indices, [image_set.name(index) for index in indices], figures),
         **{"importance_weighted_bound": None, "lpips_alex": None, "lpips_vgg": None} | means,
     )

@@ -18,6 +18,7 @@ from PIL import Image
 from .data import ImageSet
 from .evaluation import FIGURES, EvaluationConfig, EvaluationReport, Figure
 from .pictures import CAPTIONS, draw_all
+from .precision import LARGEST
 
 PNG_BYTES = 400_000  # above, a picture is a JPEG of quality 95 if that is smaller
 JPEG_QUALITIES = (95, 90, 80)  # the first that makes a picture no larger than the limit, or the last
@@ -40,7 +41,7 @@ def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], 
     """
     template = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "value": _value, "words": _words}
+    environment.filters |= {"number": _number, "value": _value, "words": _words, "precision": _precision_note}
     shown = []
     for name, picture in pictures.items():
         heading, caption = CAPTIONS.get(name, (_words(name).capitalize(), ""))
@@ -74,7 +75,24 @@ def report_table(report: Mapping[str, Any]) -> str:
             f"Latents: {posterior['verdict']}; {posterior['active_units']:,} of {posterior['units']:,} units active."
             + (f" {posterior['advice']}" if posterior.get("advice") else "")
         )
+    if report.get("fp16"):
+        notes.append(_precision_note(report["fp16"]))
     return "\n".join([*lines, "", *(line for note in notes for line in textwrap.wrap(note, 100))]) + "\n"
+
+
+def precision_table(precision: Mapping[str, Any]) -> str:
+    """What evaluation.json holds as fp16, as text for a terminal: blocks in the order in which they run."""
+    rows = [("", "largest", "of 65,504")]
+    rows += [(name, _number(value), f"{value / LARGEST:.3%}") for name, value in precision["blocks"].items()]
+    note = f"{precision['images']:,} images. {_precision_note(precision)}"
+    return "\n".join([*_aligned(rows, "<>>"), "", *textwrap.wrap(note, 100)]) + "\n"
+
+
+def _precision_note(precision: Mapping[str, Any]) -> str:
+    """The verdict on float16, and how close it comes to float32."""
+    closest = precision["fp16_psnr"]
+    exactness = "" if closest is None else f" PSNR against float32's reconstructions: {closest:.2f} dB or more."
+    return precision["advice"] + exactness
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:

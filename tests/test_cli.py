@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKL
 from PIL import Image
 from test_measures import tiny_vae
 from test_trainer import tiny
 
-from diffusers_vae import VAE, LatentDataset, cli
+from diffusers_vae import MLPVAE, VAE, LatentDataset, cli
 from diffusers_vae.data import DataConfig, load_data, load_split
 from diffusers_vae.evaluation import EvaluationReport
 from diffusers_vae.hub import HubConfig
@@ -187,7 +188,7 @@ class TestEvaluate:
             launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
             launch += ["--multi_gpu"] * (processes > 1)
             arguments = ["evaluate", str(run), "--out", str(tmp_path / str(processes)), "--evaluation.draws", "3"]
-            arguments += ["--evaluation.batch_size", "7"]  # 26 batches, the last of 5
+            arguments += ["--evaluation.batch_size", "7", "--evaluation.fp16", "true"]  # 26 batches, the last of 5
             done = subprocess.run(
                 [*launch, "-m", "diffusers_vae.cli", *arguments], capture_output=True, text=True, cwd=ROOT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -195,6 +196,69 @@ class TestEvaluate:
             assert done.returncode == 0, done.stderr
         for name in ("evaluation.json", "evaluation.csv"):
             assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+class TestFp16:
+    def test_a_run_is_told_safe_and_its_config_changed_when_asked(self, run, capsys, tmp_path):
+        folder = tmp_path / "run"
+        shutil.copytree(run, folder)
+        before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        code, out, _ = call(capsys, "fp16", folder, "--max_images", 20)
+        assert code == 0 and "decoder.up_blocks.1" in out and "20 images. Float16 is safe" in out
+        assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        code, out, _ = call(capsys, "fp16", folder, "--write", "true", "--max_images", 20)
+        config = folder / "model" / "config.json"
+        assert code == 0 and f"force_upcast is now false in {config}" in out
+        assert config.read_text() == before[config].decode().replace('"force_upcast": true', '"force_upcast": false')
+        after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        assert {file for file in after.keys() | before.keys() if after.get(file) != before.get(file)} == {config}
+        assert AutoencoderKL.from_pretrained(folder / "model").config.force_upcast is False
+        code, out, _ = call(capsys, "fp16", folder / "model", "--write", "true")
+        assert code == 0 and f"was false already in {config}" in out and config.read_bytes() == after[config]
+
+    def test_another_programs_config_keeps_its_order(self, capsys, tmp_path):
+        tiny_vae(sample_size=16).to_diffusers().save_pretrained(tmp_path / "pipeline" / "vae")
+        file = tmp_path / "pipeline" / "vae" / "config.json"
+        config = dict(reversed(json.loads(file.read_text()).items())) | {"unknown": [1e-7, "ü"]}
+        del config["force_upcast"]  # as in the oldest ones, where it is true
+        file.write_text(json.dumps(config))
+        assert (
+            call(capsys, "fp16", tmp_path / "pipeline", "--data", "digits", "--max_images", 20, "--write", "true")[0]
+            == 0
+        )
+        assert list(json.loads(file.read_text()).items()) == [*config.items(), ("force_upcast", False)]
+
+    def test_what_is_not_safe_is_left_alone(self, capsys, tmp_path):
+        vae = tiny_vae(sample_size=16)
+        with torch.no_grad():
+            vae.decoder.up_blocks[0].resnets[0].conv1.bias.fill_(1e5)
+        vae.save_pretrained(tmp_path)
+        before = (tmp_path / "config.json").read_bytes()
+        code, out, error = call(capsys, "fp16", tmp_path, "--data", "digits", "--max_images", 20, "--write", "true")
+        assert code == 1 and "Float16 overflows in decoder.up_blocks.0: keep force_upcast true." in out
+        assert error.endswith(
+            "config.json is left as it is. Float16 overflows in decoder.up_blocks.0: keep force_upcast true.\n"
+        )
+        assert (tmp_path / "config.json").read_bytes() == before
+        assert call(capsys, "fp16", tmp_path, "--data", "digits", "--max_images", 20)[0] == 0
+
+    def test_a_class_without_the_setting(self, capsys, tmp_path):
+        MLPVAE(16, latent_dim=2).save_pretrained(tmp_path)
+        code, out, error = call(capsys, "fp16", tmp_path, "--data", "digits", "--max_images", 20, "--write", "true")
+        assert code == 1 and out == "" and "MLPVAE does not have" in error
+
+    @pytest.mark.slow
+    def test_a_repository_is_not_written_to(self, tmp_path):
+        repository = tmp_path / "hub" / "models--me--vae"
+        tiny_vae(sample_size=16).save_pretrained(repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+        done = subprocess.run(
+            [sys.executable, "-m", "diffusers_vae.cli", "fp16", "me/vae", "--data", "digits", "--write", "true"],
+            capture_output=True, text=True, cwd=ROOT,
+            env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert done.returncode == 1 and "and me/vae is a repository" in done.stderr and done.stdout == ""
 
 
 class TestEncode:
@@ -357,8 +421,6 @@ class TestOthers:
         assert code == 1 and error == f"error: there is no image {tmp_path / 'none.png'}\n"
 
     def test_reconstruct_is_what_the_model_gives(self, run, capsys, tmp_path):
-        from diffusers import AutoencoderKL
-
         pixels = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "image.png")
         assert call(capsys, "reconstruct", run, tmp_path / "image.png", "--out", tmp_path / "out")[0] == 0

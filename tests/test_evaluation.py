@@ -42,6 +42,7 @@ from diffusers_vae.metrics import mean_interval, psnr, ssim
 from diffusers_vae.models import weights_hash
 from diffusers_vae.objective import Bernoulli, Gaussian
 from diffusers_vae.perceptual import FILES, LPIPS, InceptionFeatures
+from diffusers_vae.precision import PrecisionReport, measure_precision
 
 ROOT = Path(__file__).parents[1]
 
@@ -294,6 +295,19 @@ class TestReport:
         assert json.loads(reports[0].to_json())["psnr"] == reports[0].psnr
         assert EvaluationReport.from_json(reports[0].to_json()) == reports[0]
 
+    def test_float16_is_tried_when_asked_for(self, digits):
+        vae = tiny_vae()
+        report, without = (
+            evaluate(vae, digits, VAEObjective(), EvaluationConfig(max_images=6, batch_size=4, fp16=fp16))
+            for fp16 in (True, False)
+        )
+        assert report.fp16 == measure_precision(vae, digits, 4, 6) and report.fp16.images == 6
+        assert EvaluationReport.from_json(report.to_json()) == report
+        assert without == dataclasses.replace(report, fp16=None)
+        older = json.loads(without.to_json())
+        del older["fp16"]  # by a version that knew nothing of it
+        assert EvaluationReport.from_json(json.dumps(older)) == without
+
     @pytest.mark.parametrize("text", ["{}", "[]", '{"format": 0}', "", '{"images": 3, "psnr": 20}'])
     def test_what_is_no_report(self, text):
         with pytest.raises(ValueError):
@@ -370,7 +384,7 @@ class TestReport:
 
     def test_every_field_is_in_the_documented_schema(self):
         text = (ROOT / "docs" / "evaluation.md").read_text()
-        for kind in (EvaluationReport, LatentSummary, PosteriorHealth, ModelSummary, Protocol):
+        for kind in (EvaluationReport, LatentSummary, PosteriorHealth, ModelSummary, Protocol, PrecisionReport):
             for field in dataclasses.fields(kind):
                 if field.name != "per_image":
                     assert f"`{field.name}`" in text, field.name

@@ -16,17 +16,9 @@ PACKAGE = "diffusers_vae"
 ROWS = [
     {"images"},
     {
-        "models",
-        "objective",
-        "diffusion",
-        "tokenizer",
-        "perceptual",
-        "adversarial",
-        "equivariance",
-        "metrics",
-        "data",
-    },  # fmt: skip,
-    {"latents"},
+        "models", "objective", "diffusion", "tokenizer", "perceptual", "adversarial", "equivariance", "metrics", "data",
+    },  # fmt: skip
+    {"latents", "precision"},
     {"evaluation", "pictures", "checkpoint"},
     {"hub", "report", "pipelines", "latent_cache"},
     {"run_folder"},

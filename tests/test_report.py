@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_vae.report import report_html, report_table
+from diffusers_vae.report import precision_table, report_html, report_table
 
 
 def make_report(**changes):
@@ -179,6 +179,33 @@ def test_older_reports_have_a_page_too():
     report = {name: value for name, value in make_report().items() if not isinstance(value, dict)}
     assert "37.79" in "".join(Page(report_html(report, {}, "digits")).text)
     assert "37.79" in report_table(report)
+
+
+@pytest.mark.parametrize("fp16_psnr", [71.25, None])
+def test_float16_is_shown_where_it_was_tried(fp16_psnr):
+    precision = {
+        "images": 1234,
+        "blocks": {"encoder.conv_in": 2.125, "decoder.up_blocks.2": 131008.0},
+        "overflow": "decoder.up_blocks.2",
+        "fp16_psnr": fp16_psnr,
+        "verdict": "overflows",
+        "advice": "Float16 overflows in <b>decoder.up_blocks.2</b>: " + "advice " * 20,
+    }
+    page = Page(report_html(make_report(fp16=precision), {}, "digits"))
+    assert {2.125, 131008.0} <= set(page.numbers) and "b" not in page.tags
+    table, text = precision_table(precision), "".join(page.text)
+    lines = {line.split("  ")[0]: line.split()[1:] for line in table.splitlines()}
+    assert lines["encoder.conv_in"] == ["2.1250", "0.003%"] and lines["decoder.up_blocks.2"] == [
+        "131,008.0",
+        "200.000%",
+    ]
+    for shown in (text, table, report_table(make_report(fp16=precision))):
+        assert max(map(len, shown.splitlines())) <= 100 or shown is text
+        shown = " ".join(shown.split())
+        assert precision["advice"].strip() in shown and ("71.25 dB" in shown) == (fp16_psnr is not None)
+    assert "1,234 images" in table
+    for report in (make_report(fp16=None), make_report()):  # not asked for, and of an older version
+        assert "loat16" not in "".join(Page(report_html(report, {}, "digits")).text) + report_table(report)
 
 
 def test_table_holds_every_figure_in_100_columns():
