@@ -155,7 +155,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What a run has made of the autoencoder that it began with, measured on the same images under the same protocol."""
+    """What a run has made of the autoencoder that it began with, measured on the same images by the same protocol."""
 
     source: str
     """Repository, folder or file of that autoencoder."""

@@ -1,6 +1,6 @@
 """Runs that are killed again and again: a program, since a process that has computed must not be forked.
 
-`python tests/crash.py FOLDER --signal KILL --processes 2 --trials 20 --seed 0 [--precision bf16]` trains once without
+`python tests/crash.py FOLDER --signal KILL --processes 2 --trials 20 --seed 0 [--kind bf16 | whole]` trains once without
 interruption, then per trial starts the same run, kills its processes at random moments, every second time inside a
 save, starts it again until it was killed `--kills` times, lets it finish and compares every file that the two left.
 Prints one line per trial and exits with 1 if any differs.
@@ -22,6 +22,8 @@ from pathlib import Path
 import matplotlib.figure  # noqa: F401  what a run imports late, so that every fork has it
 import sklearn.datasets
 import sklearn.decomposition  # noqa: F401
+import torchmetrics.image.lpip  # noqa: F401
+from whole import random_network, whole
 
 from diffusers_vae.data import DataConfig
 from diffusers_vae.evaluation import EvaluationConfig
@@ -31,9 +33,9 @@ from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.trainer import TrainConfig, train
 
 
-def config_of(output_dir: Path, precision: str) -> TrainConfig:
+def config_of(output_dir: Path, kind: str) -> TrainConfig:
     """One epoch and a part of the next on real digits, in accumulated micro-steps, with a save every second step."""
-    return TrainConfig(
+    config = TrainConfig(
         data=DataConfig(resolution=8),
         model=ModelConfig(block_out_channels=(8, 8), norm_num_groups=4),
         objective=ObjectiveConfig(scale=0.5),
@@ -45,10 +47,11 @@ def config_of(output_dir: Path, precision: str) -> TrainConfig:
             checkpoint_every=120,
             log_every=150,
             tracker=None,
-            mixed_precision=precision,
+            mixed_precision="bf16" if kind == "bf16" else "no",
         ),
         evaluation=EvaluationConfig(every=1100, max_images=100),
     )
+    return whole(config, random_network(output_dir.parents[1] / "network")) if kind == "whole" else config
 
 
 def start(config: TrainConfig, processes: int, log: Path) -> list[int]:
@@ -149,7 +152,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", default="no")
+    parser.add_argument("--kind", choices=["plain", "bf16", "whole"], default="plain")
     options = parser.parse_args()
     number = getattr(signal, f"SIG{options.signal}")
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +160,7 @@ def main() -> int:
 
     began = time.monotonic()
     whole = options.folder / "reference" / "run"  # cards and reports name the folder
-    reference = config_of(whole, options.precision)
+    reference = config_of(whole, options.kind)
     codes = wait(start(reference, options.processes, log))
     assert not any(codes), (codes, log.read_text())
     duration = time.monotonic() - began
@@ -166,7 +169,7 @@ def main() -> int:
     for trial in range(options.trials):
         chance = random.Random(f"{options.seed} {trial}")
         output_dir = options.folder / f"trial-{trial}" / "run"
-        config = config_of(output_dir, options.precision)
+        config = config_of(output_dir, options.kind)
         struck, wrong = [], []
         while True:
             ids = start(config, options.processes, log)

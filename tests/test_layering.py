@@ -15,9 +15,7 @@ PACKAGE = "diffusers_vae"
 # Files of one row never see each other; a package (models, data) counts as one file.
 ROWS = [
     {"images"},
-    {
-        "models", "objective", "diffusion", "tokenizer", "perceptual", "adversarial", "equivariance", "metrics", "data",
-    },  # fmt: skip
+    {"models", "objective", "equivariance", "adversarial", "perceptual", "diffusion", "tokenizer", "metrics", "data"},
     {"latents", "precision"},
     {"evaluation", "pictures", "checkpoint"},
     {"hub", "report", "pipelines", "latent_cache"},

@@ -422,15 +422,17 @@ class TestSignals:
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs fork")
 @pytest.mark.parametrize(
-    ("name", "processes", "trials"),
-    [("KILL", 1, 20), ("TERM", 1, 20), ("KILL", 2, 20), ("TERM", 2, 20), ("KILL", 3, 2)],
-)
-def test_killed_again_and_again(name, processes, trials, tmp_path):
+    ("name", "processes", "trials", "kind"),
+    [
+        ("KILL", 1, 20, "plain"), ("TERM", 1, 20, "plain"), ("KILL", 2, 20, "bf16"), ("TERM", 2, 20, "bf16"),
+        ("KILL", 3, 2, "plain"), ("KILL", 1, 8, "whole"), ("TERM", 2, 4, "whole"),
+    ],
+)  # fmt: skip
+def test_killed_again_and_again(name, processes, trials, kind, tmp_path):
     """Runs that are killed up to 3 times at random moments, within a save too: all bit-identical at the end. Of three
     processes, whose gradients can be summed in more than one order, two runs show it.
     """
-    precision = "bf16" if processes == 2 else "no"
-    arguments = ["--signal", name, "--processes", processes, "--precision", precision, "--trials", trials]
+    arguments = ["--signal", name, "--processes", processes, "--kind", kind, "--trials", trials]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("crash.py")), tmp_path, *map(str, arguments)],
         capture_output=True, text=True, cwd=ROOT,

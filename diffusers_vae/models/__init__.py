@@ -1,13 +1,14 @@
 """The models. Each takes and gives images in [-1, 1] and has `encode`, `decode`, `forward` as `AutoencoderKL` has."""
 
 from .config import ModelConfig
-from .load import decode, encode, load_autoencoder, weights_hash
+from .load import LATENT_PARTS, decode, encode, load_autoencoder, weights_hash
 from .lora import without_adapters
 from .mlp import MLPVAE
 from .scaling import LatentScaling
 from .vae import VAE, VAEOutput
 
 __all__ = [
+    "LATENT_PARTS",
     "MLPVAE",
     "VAE",
     "LatentScaling",

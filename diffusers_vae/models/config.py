@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from .load import load_autoencoder, read_config
+from .load import LATENT_PARTS, load_autoencoder, read_config
 from .lora import add_lora
 from .mlp import MLPVAE
 from .vae import VAE
@@ -26,7 +26,7 @@ _DEFAULTS = {
     },
     "mlp": {"hidden_dim": 400, "latent_dim": 20},
 }
-_PRETRAINED_DEFAULTS = {"subfolder": None, "revision": None, "train": "all", "lora_rank": None}
+_PRETRAINED_DEFAULTS = {"subfolder": None, "revision": None, "train": "all", "lora_rank": None, "latents": None}
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,9 @@ class ModelConfig:
     lora_rank: int | None = None
     """pretrained, with train decoder: train low-rank adapters (LoRA) on the decoder's convolutions and attention
     instead of its weights, and merge them into these at the end. Needs peft."""
+    latents: str | None = None
+    """pretrained, where the encoder is not trained: folder with the latents of the training images, of kind posterior,
+    as `diffusers-vae encode DATA --split training` writes them; then the encoder does not run."""
 
     def __post_init__(self):
         if self.architecture not in _DEFAULTS:
@@ -125,6 +128,32 @@ class ModelConfig:
             raise ValueError(f"model.lora_rank must be at least 1, got {self.lora_rank}")
         if self.lora_rank is not None and self.train != "decoder":
             raise ValueError(f"model.lora_rank adapts the decoder: set model.train to decoder, got {self.train}")
+        if self.latents is not None and self.trains_encoder:
+            raise ValueError(
+                "model.latents are those of an encoder that is not trained: set model.train to decoder, got "
+                f"{self.train}"
+            )
+
+    @property
+    def _patterns(self) -> tuple[str, ...]:
+        """Of the names of the parameters that are trained."""
+        if isinstance(self.train, str):
+            return {"all": ("*",), "decoder": ("decoder.*", "post_quant_conv.*")}[self.train]
+        return tuple(self.train)
+
+    @cached_property
+    def trains_encoder(self) -> bool:
+        """Whether weights that decide the latents are trained.
+
+        Raises:
+            ValueError: when there is no AutoencoderKL in `pretrained`.
+        """
+        if self.train in ("all", "decoder"):
+            return self.train == "all"
+        with torch.device("meta"):
+            names = VAE.from_config(self._source).state_dict()
+        own = [name for name in names if name.startswith(LATENT_PARTS)]
+        return any(fnmatchcase(name, pattern) for name in own for pattern in self._patterns)
 
     @cached_property
     def _source(self) -> Mapping[str, Any]:
@@ -204,9 +233,7 @@ class ModelConfig:
             vae = VAE.from_config(self._source)
         else:
             vae = load_autoencoder(self.pretrained, self.subfolder, self.revision)
-        patterns = self.train
-        if isinstance(patterns, str):
-            patterns = {"all": ("*",), "decoder": ("decoder.*", "post_quant_conv.*")}[patterns]
+        patterns = self._patterns
         names = [name for name, _ in vae.named_parameters()]
         for pattern in patterns:
             if not isinstance(self.train, str) and not any(fnmatchcase(name, pattern) for name in names):

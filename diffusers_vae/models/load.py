@@ -114,6 +114,10 @@ def decode(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     return model.decode(latents.to(model.dtype)).sample.float()
 
 
+LATENT_PARTS = ("encoder", "quant_conv")
+"""The parts of a `VAE` that decide its latents."""
+
+
 def weights_hash(model: torch.nn.Module, parts: Collection[str] | None = None) -> str:
     """SHA-256 of all weights with their names, shapes and dtypes, the same however they were saved.
 
