@@ -411,13 +411,14 @@ def test_without_adaption_the_weight_is_the_configs_and_nothing_is_measured():
     assert adversary.begin_step(100) == {"adversarial_weight": 0.5}
 
 
-def test_lecam_averages_are_those_of_the_steps_before_without_bias():
-    adversary, logits = make_adversary(lecam_weight=1.0, adaptive=False), [3.0, -1.0, 5.0, 0.5]
+def test_penalties_are_weighted_and_lecam_averages_those_of_the_steps_before_without_bias():
+    adversary, logits = make_adversary(lecam_weight=0.7, r1_weight=3.0, adaptive=False), [3.0, -1.0, 5.0, 0.5]
     images, reconstructions = make_images(), make_images(seed=1)
     without = make_adversary(adaptive=False)
     for each in (adversary, without):
         each.begin_step(0)
     plain = without.discriminator_loss(images, reconstructions)[0]
+    plain = plain + 3 * r1_penalty(without.discriminator, images)
     assert torch.equal(adversary.discriminator_loss(images, reconstructions)[0], plain)
     for value in logits:
         adversary.end_step({"real_logits": torch.tensor(value), "fake_logits": torch.tensor(-value)})
@@ -427,7 +428,7 @@ def test_lecam_averages_are_those_of_the_steps_before_without_bias():
     assert adversary.state()["fake_average"] == pytest.approx(-mean)
     real, fake = adversary.discriminator(images), adversary.discriminator(reconstructions)
     loss, statistics = adversary.discriminator_loss(images, reconstructions)
-    torch.testing.assert_close(loss - plain, lecam_penalty(real, fake, mean, -mean), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss, plain + 0.7 * lecam_penalty(real, fake, mean, -mean))
     torch.testing.assert_close(statistics["real_logits"], real.mean())
     torch.testing.assert_close(statistics["fake_logits"], fake.mean())
 
