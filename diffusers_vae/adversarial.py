@@ -88,7 +88,7 @@ class _Conv(nn.Conv2d):
 
 class PatchDiscriminator(nn.Module):
     """Judges overlapping patches of images, positive for real ones: pix2pix (Isola et al. 2017) as in
-    taming-transformers (Esser et al. 2021), its batch norm by default replaced by the spectral norm (Miyato et al. 2018).
+    taming-transformers (Esser et al. 2021), by default with the spectral norm (Miyato et al. 2018) instead.
 
     The spectral norm makes one power iteration per `iterate` and none in a forward, so that a result does not depend on
     the number of forwards. The batch norm normalises by the statistics of the images of one forward, in eval mode too,
@@ -271,8 +271,8 @@ class Adversary:
     def gradients(
         self, reconstruction_loss: torch.Tensor, generator_loss: torch.Tensor, last_layer: nn.Parameter
     ) -> dict[str, torch.Tensor]:
-        """Statistics: the gradients at the decoder's last layer of both losses, each one per image (B,) or their mean; none
-        when nothing adapts to them. The graphs stay for the backward.
+        """Statistics: the gradients at the decoder's last layer of the two losses, which may be per image (B,) or
+        means; empty when nothing adapts to them. The graphs stay for the backward.
         """
         if not (self.active and self.config.adaptive):
             return {}
