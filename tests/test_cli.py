@@ -222,10 +222,8 @@ class TestFp16:
         config = dict(reversed(json.loads(file.read_text()).items())) | {"unknown": [1e-7, "ü"]}
         del config["force_upcast"]  # as in the oldest ones, where it is true
         file.write_text(json.dumps(config))
-        assert (
-            call(capsys, "fp16", tmp_path / "pipeline", "--data", "digits", "--max_images", 20, "--write", "true")[0]
-            == 0
-        )
+        arguments = ["--data", "digits", "--max_images", 20, "--write", "true"]
+        assert call(capsys, "fp16", tmp_path / "pipeline", *arguments)[0] == 0
         assert list(json.loads(file.read_text()).items()) == [*config.items(), ("force_upcast", False)]
 
     def test_what_is_not_safe_is_left_alone(self, capsys, tmp_path):

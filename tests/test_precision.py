@@ -9,6 +9,7 @@ from test_measures import tiny_vae
 from diffusers_vae import MLPVAE
 from diffusers_vae.data import ArrayImages, DataConfig, load_data
 from diffusers_vae.images import to_model_range
+from diffusers_vae.metrics import psnr
 from diffusers_vae.precision import EXACT, LARGEST, measure_precision
 
 IMAGES = 6
@@ -111,6 +112,10 @@ class TestVerdict:
         report = measure_precision(vae, digits, 4)
         assert report.overflow is None and max(report.blocks.values()) * 4 < LARGEST
         assert report.verdict == "inexact" and report.fp16_psnr < EXACT and not report.safe
+
+    def test_exact_is_within_a_step_of_8_bits(self):
+        black = torch.full((1, 1, 8, 8), -1.0)
+        assert psnr(black, black + 2 / 255).item() == pytest.approx(EXACT, rel=1e-5)
 
     def test_what_float32_cannot_do_either(self, digits):
         vae = tiny_vae()
