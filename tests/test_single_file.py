@@ -81,13 +81,14 @@ def assert_equal_to_stock(vae, stock):
 def test_equal_to_stock(config, suffix, tmp_path):
     stock = make(config)
     extras = {"loss.discriminator.main.0.weight": torch.zeros(3), "model_ema.decay": torch.zeros(())}
-    path = write(tmp_path / f"vae{suffix}", original(stock) | extras)
+    file = tmp_path / f"vae{suffix}"
+    path = write(file, original(stock) | extras)
     vae = load_autoencoder(path)
     assert {name: each for name, each in vae.config.items() if name[0] != "_"} == {
         name: each for name, each in stock.config.items() if name[0] != "_"
     }
+    file.write_bytes(bytes(file.stat().st_size))  # what was loaded is no map of the file
     assert_equal_to_stock(vae, stock)
-    (tmp_path / f"vae{suffix}").unlink()
     vae.save_pretrained(tmp_path / "saved")
     saved, report = AutoencoderKL.from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not any(report.values())
