@@ -217,10 +217,11 @@ def lecam_penalty(
 
 
 def adaptive_weight(reconstruction_gradient: torch.Tensor, generator_gradient: torch.Tensor) -> torch.Tensor:
-    """The factor in [0, 1e4], a scalar, that makes the generator's gradient at the last layer as large as that of the
-    reconstruction: Esser et al. 2021, equation 7, with the delta and the limit of their code.
+    """The factor, a scalar, that makes the generator's gradient at the last layer as large as that of the
+    reconstruction: Esser et al. 2021, equation 7, with the delta of their code, but not its limit of 1e4: losses that
+    are sums over the image in nats lie above it, and the product has the reconstruction's gradient as its limit.
     """
-    return (reconstruction_gradient.norm() / (generator_gradient.norm() + 1e-4)).clamp(0, 1e4)
+    return reconstruction_gradient.norm() / (generator_gradient.norm() + 1e-4)
 
 
 class Adversary:

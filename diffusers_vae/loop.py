@@ -380,6 +380,7 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
         # first step of a resumed run would sum the gradients of three or more processes in another order.
         accelerator.backward(task.blank(model, accelerator.device))
         optimizer.zero_grad()
+    set_seed(run.seed)  # whatever was drawn since
     discriminator = task.build_discriminator(accelerator.device)
     set_seed(run.seed, device_specific=True)  # for whatever draws without a generator of its own
     step = images_seen = skipped = skipped_in_a_row = 0

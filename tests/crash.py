@@ -1,6 +1,6 @@
 """Runs that are killed again and again: a program, since a process that has computed must not be forked.
 
-`python tests/crash.py FOLDER --signal KILL --processes 2 --trials 20 --seed 0 [--kind bf16 | whole]` trains once without
+`python tests/crash.py FOLDER --signal KILL --processes 2 --trials 20 [--kind bf16 | whole]` trains once without
 interruption, then per trial starts the same run, kills its processes at random moments, every second time inside a
 save, starts it again until it was killed `--kills` times, lets it finish and compares every file that the two left.
 Prints one line per trial and exits with 1 if any differs.
