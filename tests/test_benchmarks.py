@@ -7,18 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from scipy.stats import binomtest
 from test_vae import make_pipeline
 
 from diffusers_vae import VAE
 from diffusers_vae.data import DataConfig, load_data
+from diffusers_vae.images import to_model_range
+from diffusers_vae.metrics import psnr
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "judge_text_to_image.py"
-spec = importlib.util.spec_from_file_location("judge_text_to_image", SCRIPT)
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+
+def load_script(name):
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script, stock_loop = load_script("judge_text_to_image"), load_script("stock_loop")
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +199,26 @@ def test_wrong_input(arguments, code, message, capsys, tmp_path, monkeypatch):
 def test_a_missing_vae_is_named(pipeline, capsys):
     code, _, err = call(capsys, pipeline, "--vae", "nowhere")
     assert code == 1 and "error: there is no autoencoder in" in err
+
+
+@pytest.mark.slow
+class TestStockLoop:
+    def train(self, out, *more):
+        model = ["--block_out_channels", "[8,16]", "--layers_per_block", "1", "--norm_num_groups", "4"]
+        data = ["--data.name", "digits", "--data.resolution", "8", "--batch_size", "32"]
+        stock_loop.main([*data, *model, "--max_images", "320", "--out", str(out), *more])
+        return AutoencoderKL.from_pretrained(out)
+
+    def error(self, vae):
+        images = to_model_range(load_data(DataConfig(resolution=8))[1].pixels)
+        with torch.no_grad():
+            return -psnr(images, vae(images).sample).mean().item()
+
+    def test_trains_a_stock_autoencoder(self, tmp_path):
+        vae, slow, again = (
+            self.train(tmp_path / name, "--learning_rate", rate)
+            for name, rate in (("vae", "1e-2"), ("slow", "1e-9"), ("again", "1e-2"))
+        )
+        assert vae.config.block_out_channels == [8, 16] and vae.config.in_channels == 1
+        assert self.error(vae) < self.error(slow) - 3
+        assert all(map(torch.equal, vae.state_dict().values(), again.state_dict().values()))
