@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -567,11 +567,16 @@ def _load(parsed: Namespace, source: str) -> ModelMixin:
     return load_autoencoder(source, parsed.subfolder, parsed.revision, dtype).to(device)
 
 
+MEASURED = {"likelihood", "scale", "kl_weight"}
+"""What an objective is measured with; the rest of it is for training."""
+
+
 def _add_measuring(parser: ArgumentParser) -> None:
     _add_loading(parser)
     parser.add_argument("--out", type=str | None, default=None, help="Folder for the results.")
     _add_images(parser)
-    parser.add_class_arguments(ObjectiveConfig, "objective")
+    of_training = {field.name for field in fields(ObjectiveConfig)} - MEASURED
+    parser.add_class_arguments(ObjectiveConfig, "objective", skip=of_training)
     parser.add_class_arguments(EvaluationConfig, "evaluation", skip={"every"})
 
 
@@ -650,10 +655,14 @@ def _settings_of_run(source: str) -> dict[str, dict[str, Any]]:
     file = config_of_run(source)
     if file is None:
         return {}
-    names = ("data", "objective", "evaluation")
-    settings = read_settings(file, *names)
+    settings = read_settings(file, "data", "objective", "evaluation")
     settings["evaluation"].pop("every", None)
-    return {name: settings[name] for name in names}
+    objective = {name: settings["objective"][name] for name in MEASURED}
+    moved = isinstance(objective["scale"], str) or settings["objective"].get("target_rate") is not None
+    if moved and (file.parent / "evaluation.json").exists():
+        report = read_report(file.parent / "evaluation.json")
+        objective |= {"scale": report.scale, "kl_weight": report.kl_weight}
+    return {"data": settings["data"], "objective": objective, "evaluation": settings["evaluation"]}
 
 
 def _name(source: str) -> str:

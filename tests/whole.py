@@ -34,6 +34,6 @@ def whole(config, weights: Path):
             perceptual_weights=str(weights),
         ),
         adversarial=AdversarialConfig(
-            weight=0.1, start_images=100, warmup_images=300, width=8, layers=2, lecam_weight=0.1, r1_weight=0.01
+            weight=0.1, start_images=40, warmup_images=300, width=8, layers=2, lecam_weight=0.1, r1_weight=0.01
         ),
     )
