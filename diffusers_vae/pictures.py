@@ -409,8 +409,8 @@ def loss_picture(metrics: Path, panels: dict[str, str] = PANELS) -> Image.Image:
     names = [name for name in panels if name in logged]
     rows = max(1, math.ceil(len(names) / 2))
     figure = _figure(10, 3 * rows)
-    grid = figure.subplots(rows, 2, squeeze=False).flat
-    for axes in list(grid)[len(names) :]:
+    grid = list(figure.subplots(rows, 2, squeeze=False).flat)
+    for axes in grid[len(names) :]:
         axes.axis("off")
     for axes, name in zip(grid, names, strict=False):
         shown = []
