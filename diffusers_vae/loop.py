@@ -206,6 +206,8 @@ class StepTerms:
     """Each (B,), for people; they lead to the image when the loss is not finite."""
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
     """Means over its images of what the task has to know of the whole step, of any shape."""
+    readings: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Scalars to be logged beside those of `Task.begin_step`, the same in all parts of a step."""
     pair: tuple[torch.Tensor, torch.Tensor] | None = None
     """Images and reconstructions for the discriminator; None while it does not train."""
     discriminator_loss: torch.Tensor | None = None
@@ -512,8 +514,9 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
                 if images_seen >= next_log or images_seen >= total_images:
                     norm = grad_norm.item() if grad_norm.isfinite() else None  # of a step that was skipped
                     means = interval.take()
-                    rates = readings | {"learning_rate": learning_rate, "grad_norm": norm}
-                    log.write("train", counts | means | rates)
+                    readings |= {name: value.item() for name, value in terms.readings.items()}
+                    readings |= {"learning_rate": learning_rate, "grad_norm": norm}
+                    log.write("train", counts | means | readings)
                     next_log = (images_seen // run.log_every + 1) * run.log_every
                 if images_seen >= epoch_end:
                     means = epoch_terms.take()

@@ -418,7 +418,8 @@ def loss_picture(metrics: Path, panels: dict[str, str] = PANELS) -> Image.Image:
             chosen = [record for record in records if record["kind"] == kind and record.get(name) is not None]
             seen, values = ([record[key] for record in chosen] for key in ("images_seen", name))
             marker = "o" if kind == "evaluation" or len(values) == 1 else None
-            axes.plot(seen, values, linewidth=1.2, marker=marker, label=label)
+            if values:
+                axes.plot(seen, values, linewidth=1.2, marker=marker, label=label)
             shown += values[len(values) // 10 :] if kind == "train" else values
         if name != "learning_rate" and shown and max(shown) > min(shown):
             # the first steps of training are far off and would flatten all that follows

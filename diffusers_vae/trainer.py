@@ -303,7 +303,10 @@ class AutoencoderTask(Task):
             images = after.images(images)
         terms = self.objective(images, reconstructions, posterior, *log_scale)
         step = StepTerms(
-            terms.loss, {"distortion": terms.distortion, "rate": terms.rate}, statistics=dict(terms.statistics)
+            terms.loss,
+            {"distortion": terms.distortion, "rate": terms.rate},
+            statistics=dict(terms.statistics),
+            readings={"scale": value.detach().exp() for value in log_scale},
         )
         if self.perceptual:
             distance = self.perceptual(images, reconstructions)
