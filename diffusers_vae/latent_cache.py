@@ -623,6 +623,11 @@ class LatentDataset(Dataset):
         mean, logvar = (self._rows(name, rows).to(noise.device) for name in ("mean", "logvar"))
         return mean + torch.exp(0.5 * logvar) * noise.float()
 
+    def moments(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Moments (B, 2 C, h, w), mean and logvar stacked, of the rows `indices`, float32; of a cache of kind posterior."""
+        rows = [int(row) for row in indices]
+        return torch.cat([self._rows(name, rows) for name in ("mean", "logvar")], 1)
+
     def _rows(self, name: str, rows: list[int]) -> torch.Tensor:
         found = torch.empty(len(rows), *self.latent_shape)
         places = np.array([self._place(row) for row in rows]).reshape(-1, 2)

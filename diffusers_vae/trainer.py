@@ -306,7 +306,7 @@ class AutoencoderTask(Task):
             terms.loss,
             {"distortion": terms.distortion, "rate": terms.rate},
             statistics=dict(terms.statistics),
-            readings={"scale": value.detach().exp() for value in log_scale},
+            readings={"scale": log_scale[0].detach().exp()} if log_scale else {},
         )
         if self.perceptual:
             distance = self.perceptual(images, reconstructions)
