@@ -624,7 +624,7 @@ class LatentDataset(Dataset):
         return mean + torch.exp(0.5 * logvar) * noise.float()
 
     def moments(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """Moments (B, 2 C, h, w), mean and logvar stacked, of the rows `indices`, float32; of a cache of kind posterior."""
+        """Mean and logvar stacked, (B, 2 C, h, w) in float32, of the rows `indices`; of a cache of kind posterior."""
         rows = [int(row) for row in indices]
         return torch.cat([self._rows(name, rows) for name in ("mean", "logvar")], 1)
 
