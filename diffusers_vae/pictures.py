@@ -401,27 +401,40 @@ PANELS = {
 
 
 def loss_picture(metrics: Path, panels: dict[str, str] = PANELS) -> Image.Image:
-    """Values of a run's metrics.jsonl over images seen, each with its title: those of the `panels` that were logged."""
-    records = _records(metrics)
-    logged = {
-        name for record in records if record["kind"] == "train" for name, value in record.items() if value is not None
-    }
-    names = [name for name in panels if name in logged]
-    rows = max(1, math.ceil(len(names) / 2))
+    """Values of a run's metrics.jsonl over images seen, each with its title: the `panels` that were logged."""
+    training = [record for record in _records(metrics) if record["kind"] == "train"]
+    logged = {name for record in training for name, value in record.items() if value is not None}
+    return runs_picture({"training": metrics}, {name: title for name, title in panels.items() if name in logged})
+
+
+def runs_picture(metrics: dict[str, Path], panels: dict[str, str]) -> Image.Image:
+    """Values of the metrics.jsonl of runs, given by name, over images seen, a panel with its title for each: lines are
+    of training, dots of held-out images.
+    """
+    runs = {name: _records(path) for name, path in metrics.items()}
+    rows = max(1, math.ceil(len(panels) / 2))
     figure = _figure(10, 3 * rows)
     grid = list(figure.subplots(rows, 2, squeeze=False).flat)
-    for axes in grid[len(names) :]:
+    for axes in grid[len(panels) :]:
         axes.axis("off")
-    for axes, name in zip(grid, names, strict=False):
+    for axes, (key, title) in zip(grid, panels.items(), strict=False):
         shown = []
-        for kind, label in (("train", "training"), ("evaluation", "held-out")):
-            chosen = [record for record in records if record["kind"] == kind and record.get(name) is not None]
-            seen, values = ([record[key] for record in chosen] for key in ("images_seen", name))
-            marker = "o" if kind == "evaluation" or len(values) == 1 else None
-            if values:
-                axes.plot(seen, values, linewidth=1.2, marker=marker, label=label)
-            shown += values[len(values) // 10 :] if kind == "train" else values
-        if name != "learning_rate" and shown and max(shown) > min(shown):
+        for number, (name, records) in enumerate(runs.items()):
+            for kind in ("train", "evaluation"):
+                chosen = [record for record in records if record["kind"] == kind and record.get(key) is not None]
+                seen, values = ([record[which] for record in chosen] for which in ("images_seen", key))
+                alone = len(runs) == 1 and kind == "evaluation"
+                axes.plot(
+                    seen,
+                    values,
+                    color=f"C{number + alone}",
+                    linewidth=1.2,
+                    linestyle="-" if kind == "train" or alone else "",
+                    marker="o" if values and (kind == "evaluation" or len(values) == 1) else None,
+                    label="held-out" if alone and values else name if kind == "train" else None,
+                )
+                shown += values[len(values) // 10 :] if kind == "train" else values
+        if key != "learning_rate" and shown and max(shown) > min(shown):
             # the first steps of training are far off and would flatten all that follows
             margin = 0.1 * (max(shown) - min(shown))
             axes.set_ylim(min(shown) - margin, max(shown) + margin)
@@ -429,10 +442,10 @@ def loss_picture(metrics: Path, panels: dict[str, str] = PANELS) -> Image.Image:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
-        axes.set_title(panels[name], fontsize=10, loc="left")
-        if name == "learning_rate":
+        axes.set_title(title, fontsize=10, loc="left")
+        if key == "learning_rate":
             axes.set_ylim(bottom=0)
-        else:
+        elif len(runs) == 1 or axes is grid[0]:
             axes.legend(fontsize=8)
     return _render(figure)
 

@@ -25,6 +25,7 @@ from diffusers_vae.pictures import (
     rate_distortion_picture,
     rate_picture,
     reconstruction_picture,
+    runs_picture,
     sample_picture,
     slerp,
     traversal_picture,
@@ -255,6 +256,18 @@ class TestCurves:
             ways.append(np.asarray(rate_distortion_picture(metrics)))
         assert losses[0].shape != losses[1].shape or not np.array_equal(*losses)
         assert ways[0].shape != ways[1].shape or not np.array_equal(*ways)
+
+    def test_runs_side_by_side(self, tmp_path):
+        """Every run and every panel is seen, and held-out values too."""
+        runs = {}
+        for name, rate in (("first", 3.0), ("second", 5.0), ("third", 8.0)):
+            (tmp_path / name).mkdir()
+            records = [{"kind": "train", "images_seen": i, "loss": 9 - i, "rate": rate + i} for i in range(5)]
+            runs[name] = write(tmp_path / name, [*records, {"kind": "evaluation", "images_seen": 4, "rate": rate}])
+        panels = {"loss": "loss", "rate": "rate"}
+        pictures = [runs_picture(dict(list(runs.items())[:count]), panels) for count in (2, 3)]
+        assert len({picture.tobytes() for picture in pictures}) == 2
+        assert runs_picture(runs, panels | {"scale": "scale"}).height > pictures[1].height
 
     @pytest.mark.parametrize("kinds", [[], ["train"], ["evaluation"]])
     def test_short_runs(self, kinds, tmp_path):
