@@ -372,7 +372,7 @@ class TestCard:
         report |= {"fp16": precision | {"advice": "Float16 is safe: say so."}, "kl_weight": 1e-6, "scale": 0.125}
         (run / "evaluation.json").write_text(json.dumps(report))
         card = render_card(run)
-        assert "**Float16** (1,234 images): Float16 is safe: say so." in card
+        assert "Float16 is safe: say so. Tried on 1,234 images." in card
         assert "The loss has kl_weight 1e-06." in card and "0.125" not in card
 
     def test_is_the_same_each_time_and_has_no_local_path(self, run):
