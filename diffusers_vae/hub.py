@@ -26,6 +26,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from .adversarial import AdversarialConfig
 from .checkpoint import read_settings, write_file
 from .evaluation import FIGURES, Figure, read_report
 from .models import ModelConfig, load_autoencoder, weights_hash
@@ -55,7 +56,8 @@ class HubConfig:
     """Of the weights, as the Hub abbreviates it: apache-2.0, mit, cc-by-nc-4.0, ... By default the card names none,
     and nobody else may use them."""
     base_model: str | None = None
-    """NAMESPACE/NAME of the model that this one was made from, for the card."""
+    """NAMESPACE/NAME of the model that this one was made from, for the card; by default model.pretrained, when that is
+    a repository."""
 
     def __post_init__(self):
         if self.push and self.repo_id is None:
@@ -156,9 +158,28 @@ class _Run:
         """What is uploaded, besides the card, by its path in the repository: nothing that is not named here."""
         files = [self.path / "model" / "config.json", *self.weights]
         files += [self.path / "evaluation.json", self.path / "config.yaml"]
-        return {file.name: file for file in files} | {f"pictures/{file.name}": file for file in self.pictures}
+        found = {file.name: file for file in files} | {f"pictures/{file.name}": file for file in self.pictures}
+        return found | ({f"lora/{ADAPTER}": self.path / "lora" / ADAPTER} if self.lora_rank else {})
+
+    @property
+    def lora_rank(self) -> int | None:
+        """Of the adapters that were trained instead of the decoder's weights."""
+        return self.config["model"].get("lora_rank")
+
+    @property
+    def base_model(self) -> str | None:
+        """The repository on the Hub that the run began with."""
+        source = self.config["model"].get("pretrained")
+        if source is None or not REPOSITORY.fullmatch(source) or Path(source).suffix in CHECKPOINTS:
+            return None
+        # the run may be published from another folder than that from which it was started
+        local = any((folder / source).exists() for folder in (Path(), *self.path.resolve().parents))
+        return None if local else source
 
 
+ADAPTER = "pytorch_lora_weights.safetensors"
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+CHECKPOINTS = {".ckpt", ".safetensors"}
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
@@ -181,6 +202,7 @@ OPTIONS = {
     for section, settings, always in (
         ("objective", ObjectiveConfig, {"likelihood", "scale", "kl_weight"}),
         ("model", ModelConfig, {"architecture"}),
+        ("adversarial", AdversarialConfig, {"weight", "loss", "start_images", "adaptive", "norm", "width", "layers"}),
     )
     for option in fields(settings)
     if option.name not in always
@@ -189,6 +211,7 @@ OPTIONS = {
 RECIPE = ("data", "model", "objective", "optimizer", "run")
 NOT_RECIPE = {
     "root", "num_workers", "on_bad_image",
+    "pretrained", "subfolder", "revision", "latents", "perceptual_weights",
     "output_dir", "checkpoint_every", "keep_checkpoints", "allow_config_change", "on_nonfinite", "log_every", "tracker",
 }  # fmt: skip
 
@@ -230,11 +253,12 @@ def _render(run: _Run, config: HubConfig) -> str:
         for key, figure in measured.items()
     ]
     name = config.repo_id.rpartition("/")[2] if config.repo_id else run.name
+    base_model = config.base_model or run.base_model
     card_data = ModelCardData(
         license=config.license,
         library_name="diffusers" if stock else "diffusers_vae",
         tags=["autoencoder", "vae", "autoencoder-kl" if stock else "mlp-vae", "diffusers_vae"],
-        base_model=config.base_model,
+        base_model=base_model,
         datasets=[HUB_DATA[data["name"]]] if data["name"] in HUB_DATA else None,
         model_name=name,
         eval_results=results,
@@ -248,8 +272,10 @@ def _render(run: _Run, config: HubConfig) -> str:
             stock=stock,
             source=config.repo_id or (run.path / "model").as_posix(),
             revision=config.revision if config.repo_id else None,
+            repository=config.repo_id or run.path.as_posix(),
             license=config.license,
-            base_model=config.base_model,
+            base_model=base_model,
+            fine_tuning=_fine_tuning(run),
             evaluation=evaluation,
             protocol=protocol,
             model=evaluation["model"],
@@ -263,9 +289,8 @@ def _render(run: _Run, config: HubConfig) -> str:
             pictures=[(file.name, *CAPTIONS.get(file.stem, (file.stem, ""))) for file in run.pictures],
             measured_latents=run.config["evaluation"].get("max_images"),
             ratio=2 ** (len(run.model["block_out_channels"]) - 1) if stock else None,
-            pixel_terms_only=not (
-                run.config["objective"].get("perceptual") or run.config.get("adversarial", {}).get("weight")
-            ),
+            perceptual=run.config["objective"].get("perceptual"),
+            adversarial=run.config.get("adversarial", {}).get("weight"),
         )
     )
 
@@ -283,6 +308,35 @@ def _row(key: str, figure: Figure, evaluation: dict[str, Any]) -> tuple[str, str
     shown = f"{interval[0]:,.{figure.digits}f} to {interval[1]:,.{figure.digits}f}" if interval else ""
     meaning = f"{figure.unit}; {figure.meaning}".removeprefix("; ").replace("|", "\\|")
     return figure.label, f"{evaluation[key]:,.{figure.digits}f}", shown, meaning
+
+
+def _fine_tuning(run: _Run) -> dict[str, Any] | None:
+    """What the card says of a run that began with a trained autoencoder."""
+    found, settings = run.evaluation.get("fine_tuning"), run.config["model"]
+    if found is None:
+        return None
+    source = Path(found["source"])  # of a local one no more than its name, as a path says where somebody keeps it
+    name = run.base_model or (source.parent if source.name in ("model", "vae") else source).name
+    train = settings["train"]
+    trained = {"decoder": "its decoder was trained", "all": "all of it was trained"}.get(str(train))
+    if run.lora_rank:
+        trained = f"adapters of rank {run.lora_rank} on its decoder (LoRA) were trained, and merged into its weights"
+    elif trained is None:
+        trained = f"what {', '.join(f'`{pattern}`' for pattern in train)} matches of it was trained"
+    changes = []
+    for key, figure in FIGURES.items():
+        change = found["differences"].get(key)
+        if change and any(change):  # a rate that no weight has changed is no news
+            mean, low, high = (f"{value:+,.{figure.digits}f}" for value in change)
+            changes.append((figure.label, f"{mean} {figure.unit}".strip(), f"{low} to {high}"))
+    return found | {
+        "name": name,
+        "link": run.base_model,
+        "subfolder": settings.get("subfolder"),
+        "trained": trained,
+        "changes": changes,
+        "adapter": ADAPTER if run.lora_rank else None,
+    }
 
 
 def _recipe(config: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
@@ -357,7 +411,7 @@ def push(run: Path, config: HubConfig) -> str:
         stale = [  # diffusers would prefer the index of old shards to new weights in one file
             CommitOperationDelete(name)
             for name in api.list_repo_files(repo_id, revision=revision)
-            if WEIGHTS.fullmatch(name) and name not in here
+            if (WEIGHTS.fullmatch(name) or name.startswith("lora/")) and name not in here
         ]
         commit = api.create_commit(
             repo_id, [*additions, *stale], commit_message=message, revision=revision, create_pr=config.create_pr

@@ -23,6 +23,7 @@ from .precision import LARGEST
 PNG_BYTES = 400_000  # above, a picture is a JPEG of quality 95 if that is smaller
 JPEG_QUALITIES = (95, 90, 80)  # the first that makes a picture no larger than the limit, or the last
 JPEG_BYTES = 700_000
+SETTINGS = ("kl_weight", "scale")  # numbers of the report that are no figures
 POINTS = 5000  # images in the picture of the latents, at most
 
 
@@ -41,7 +42,9 @@ def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], 
     """
     template = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "value": _value, "words": _words, "precision": _precision_note}
+    environment.filters |= {"number": _number, "value": _value, "words": _words}
+    environment.filters |= {"precision": _precision_note, "origin": _origin, "weight": _weight}
+    environment.filters["compatibility"] = _compatibility
     shown = []
     for name, picture in pictures.items():
         heading, caption = CAPTIONS.get(name, (_words(name).capitalize(), ""))
@@ -56,7 +59,12 @@ def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], 
             }
         )
     return environment.from_string(template).render(
-        title=title, report=report, figures=list(_figures(report)), channels=_channels(report), pictures=shown
+        title=title,
+        report=report,
+        figures=list(_figures(report)),
+        changes=_changes(report),
+        channels=_channels(report),
+        pictures=shown,
     )
 
 
@@ -69,7 +77,9 @@ def report_table(report: Mapping[str, Any]) -> str:
     ]
     lines = _aligned([("", "mean", "95 % interval", ""), *rows], "<><<")
     posterior = report.get("posterior", {})
-    notes = [f"{report['images']:,} images; distortion, elbo and bits/dim are of the {report['density']}."]
+    notes = [
+        f"{report['images']:,} images; distortion, elbo and bits/dim are of the {report['density']}{_weight(report)}."
+    ]
     if posterior:
         notes.append(
             f"Latents: {posterior['verdict']}; {posterior['active_units']:,} of {posterior['units']:,} units active."
@@ -77,7 +87,13 @@ def report_table(report: Mapping[str, Any]) -> str:
         )
     if report.get("fp16"):
         notes.append(_precision_note(report["fp16"]))
-    return "\n".join([*lines, "", *(line for note in notes for line in textwrap.wrap(note, 100))]) + "\n"
+    text = [*lines, "", *(line for note in notes for line in textwrap.wrap(note, 100))]
+    if tuning := report.get("fine_tuning"):
+        changes = [(label, change, f"[{low}, {high}]", unit) for label, change, low, high, unit in _changes(report)]
+        text += ["", *textwrap.wrap(f"{_origin(tuning)} After minus before, in pairs:", 100)]
+        text += _aligned([("", "difference", "95 % interval", ""), *changes], "<><<")
+        text += ["", *textwrap.wrap(" ".join(_compatibility(tuning)), 100)]
+    return "\n".join(text) + "\n"
 
 
 def precision_table(precision: Mapping[str, Any]) -> str:
@@ -93,6 +109,42 @@ def _precision_note(precision: Mapping[str, Any]) -> str:
     closest = precision["fp16_psnr"]
     exactness = "" if closest is None else f" PSNR against float32's reconstructions: {closest:.2f} dB or more."
     return precision["advice"] + exactness
+
+
+def _weight(report: Mapping[str, Any]) -> str:
+    """That of the rate in the loss, where the report says it."""
+    weight = report.get("kl_weight")
+    return "" if weight is None else f"; the loss has kl_weight {weight:.4g}"
+
+
+def _origin(tuning: Mapping[str, Any]) -> str:
+    """What a fine-tuned model was made from."""
+    return f"Fine-tuned from {tuning['source']}{', revision ' + tuning['revision'] if tuning['revision'] else ''}."
+
+
+def _compatibility(tuning: Mapping[str, Any]) -> tuple[str, str]:
+    """Whether what was made for the source of a fine-tuned model still fits, and why."""
+    if tuning["latents_unchanged"]:
+        return (
+            "Latents unchanged: existing diffusion models keep working.",
+            f"The encoder's weights are bit for bit those of {tuning['source']} (SHA-256 {tuning['encoder_sha256']}); "
+            "scaling_factor and shift_factor are its own.",
+        )
+    return (
+        "Latents changed:",
+        f"the encoder was trained, so diffusion models that were made for {tuning['source']}, and latents that it "
+        "encoded, no longer fit. scaling_factor and shift_factor were measured anew.",
+    )
+
+
+def _changes(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Label, difference, ends of its interval and unit of every figure that fine-tuning has changed."""
+    differences = (report.get("fine_tuning") or {}).get("differences", {})
+    return [
+        (figure.label, *(f"{value:+,.{figure.digits}f}" for value in differences[name]), figure.unit)
+        for name, figure in FIGURES.items()
+        if any(differences.get(name, ()))
+    ]
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
@@ -123,7 +175,7 @@ def _figures(report: Mapping[str, Any]) -> Iterator[tuple[str, float, tuple[floa
     """Label, value, interval, unit and explanation of every number of the report that was measured."""
     intervals = report.get("intervals") or {}
     known = [name for name in FIGURES if name in report]
-    others = [name for name, value in report.items() if name not in FIGURES and isinstance(value, float)]
+    others = [name for name, value in report.items() if name not in (*FIGURES, *SETTINGS) and isinstance(value, float)]
     for name in known + others:
         if report[name] is not None:
             interval = intervals.get(name)

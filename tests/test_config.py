@@ -4,14 +4,17 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from diffusers_vae.config import TRAININGS, parse_settings, training_parser
 from diffusers_vae.data import DataConfig
 from diffusers_vae.loop import OptimizerConfig, RunConfig
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.objective import ObjectiveConfig
-from diffusers_vae.trainer import TrainConfig
+from diffusers_vae.trainer import TrainConfig, train
 
 PRESETS = sorted((Path(__file__).parents[1] / "training" / "configs").glob("*.yaml"))
 
@@ -24,17 +27,87 @@ def write(path, text):
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A small stand-in for the published autoencoders, alone and in the subfolder of a pipeline."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    stock = AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, scaling_factor=0.13025, **blocks)
+    stock.save_pretrained(folder)
+    stock.save_pretrained(folder / "vae")
+    return str(folder)
+
+
+def read_preset(preset, pretrained, *flags):
+    """Its settings; what it would fine-tune cannot be downloaded here."""
+    training = TEXT_TO_IMAGE if preset.stem.endswith("-t2i") else TRAIN
+    source = ["--model.pretrained", pretrained] if "  pretrained:" in preset.read_text() else []
+    return parse_settings(training, ["--config", str(preset), *source, *flags])
+
+
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 class TestPresets:
-    def test_parses_and_writes_to_its_own_folder(self, preset):
-        training = TEXT_TO_IMAGE if preset.stem.endswith("-t2i") else TRAIN
-        config, dry = parse_settings(training, ["--config", str(preset)])
+    def test_parses_and_writes_to_its_own_folder(self, preset, pretrained):
+        config, dry = read_preset(preset, pretrained)
         assert config.run.output_dir == f"runs/{preset.stem}" and not dry
 
     def test_says_what_to_expect(self, preset):
         head = preset.read_text().split("\n\n")[0]
         for word in ("Purpose:", "Hardware:", "Time:", "Expect:"):
             assert word in head
+
+
+class TestRecipes:
+    """The presets with published recipes, against these in the words of their sources."""
+
+    @staticmethod
+    def read(name, pretrained, *flags):
+        return read_preset(next(preset for preset in PRESETS if preset.stem == name), pretrained, *flags)[0]
+
+    @pytest.mark.parametrize(("name", "power"), [("kl-f8", 1), ("eq-vae", 1), ("sdxl-decoder", 1), ("sd-ft-mse", 2)])
+    def test_loss_is_that_of_latent_diffusion(self, name, power, pretrained):
+        generator = torch.Generator().manual_seed(0)
+        images, reconstructions = torch.rand(2, 3, 3, 8, 8, generator=generator) * 2 - 1
+        posterior = DiagonalGaussianDistribution(torch.randn(3, 8, 2, 2, generator=generator))
+        expected = (images - reconstructions).abs().pow(power).sum() / 3 + 0.000001 * posterior.kl().sum() / 3
+        objective = self.read(name, pretrained).objective
+        assert torch.allclose(objective.build()(images, reconstructions, posterior).loss, expected, rtol=1e-6)
+        assert objective.perceptual == "vgg" and objective.perceptual_weight == (0.1 if power == 2 else 1.0)
+
+    @pytest.mark.parametrize(
+        ("name", "images_per_gpu", "gpus", "first_step"), [("kl-f8", 12, 1, 50001), ("eq-vae", 10, 8, 0)]
+    )
+    def test_units_are_those_of_a_step(self, name, images_per_gpu, gpus, first_step, pretrained):
+        config = self.read(name, pretrained)
+        images = images_per_gpu * 2 * gpus
+        assert config.run.batch_size == images and config.optimizer.learning_rate == pytest.approx(4.5e-6 * images)
+        assert config.adversarial.start_images == first_step * images and config.adversarial.weight == 0.5
+        assert config.optimizer.betas == config.adversarial.betas == (0.5, 0.9)
+
+    def test_kl_f8_is_stable_diffusions_autoencoder(self, pretrained):
+        with torch.device("meta"):
+            parameters = self.read("kl-f8", pretrained).model.build(3, (256, 256)).num_parameters()
+        assert parameters == 83_653_863  # of CompVis/stable-diffusion-v1-4
+
+    @pytest.mark.parametrize("name", ["sd-ft-mse", "sdxl-decoder", "flux-16ch"])
+    def test_decoders_leave_latents_as_they_are(self, name, pretrained):
+        assert not self.read(name, pretrained).model.trains_encoder
+
+    @pytest.mark.slow
+    def test_recipe_runs_on_photographs(self, pretrained, shared_data, tmp_path):
+        small = [
+            f"--data.root={shared_data / 'kodak'}", "--data.resolution=64", "--run.batch_size=4", "--run.max_images=12",
+            "--run.gradient_accumulation_steps=2", "--run.mixed_precision=no", "--objective.perceptual=null",
+            "--adversarial.start_images=4", "--adversarial.width=8", "--run.tracker=null", "--evaluation.max_images=4",
+            f"--run.output_dir={tmp_path / 'run'}",
+        ]  # fmt: skip
+        report = train(self.read("sdxl-decoder", pretrained, *small)).report
+        assert report.fine_tuning.latents_unchanged and report.model.scaling_factor == 0.13025
+        assert report.fine_tuning.differences["psnr"][0] != 0 and report.fp16.blocks
+        card, page = ((tmp_path / "run" / name).read_text() for name in ("README.md", "report.html"))
+        for shown in (card, page):
+            assert "Latents unchanged: existing diffusion models keep working." in shown and "Float16" in shown
+        assert "fine texture may be invented" in card
 
 
 def test_default_then_file_then_flag(tmp_path):

@@ -1,5 +1,6 @@
 """Cards and pushes, by the real client in processes of their own, against a server that speaks the Hub's protocol."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,9 +22,13 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_vae import MLPVAE, VAE, cli
+from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.evaluation import FIGURES
 from diffusers_vae.hub import HubConfig, check_can_push, push, render_card, write_card
-from diffusers_vae.models import weights_hash
+from diffusers_vae.models import ModelConfig, weights_hash
+from diffusers_vae.models.lora import add_lora
+from diffusers_vae.objective import ObjectiveConfig
+from diffusers_vae.trainer import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "hf_ThisTokenMustNeverShow"
@@ -89,6 +94,25 @@ CONFIG = {
     "run": {"output_dir": "runs/tiny", "epochs": 15, "batch_size": 32, "mixed_precision": "no"},
     "evaluation": {"max_images": None},
 }
+
+
+TUNED = {
+    "source": "stabilityai/sd-vae-ft-mse", "revision": "v1", "weights_sha256": "ab" * 32, "encoder_sha256": "cd" * 32,
+    "latents_unchanged": True,
+    "differences": {"psnr": [0.5234, 0.49, 0.5512], "rate": [0.0, 0.0, 0.0], "ssim": [-0.001, -0.002, 0.0]},
+}  # fmt: skip
+ADAPTER = "lora/pytorch_lora_weights.safetensors"
+
+
+def tune(run: Path, fine_tuning: dict | None = None, **model) -> Path:
+    """Make of a run one that began with a trained autoencoder."""
+    fine_tuning = TUNED | (fine_tuning or {})
+    report = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps(report | {"fine_tuning": fine_tuning}))
+    defaults = {"subfolder": None, "train": "decoder", "lora_rank": None, "latents": None}
+    model = {"architecture": "vae", "pretrained": fine_tuning["source"], "revision": "v1"} | defaults | model
+    (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": model}))
+    return run
 
 
 def make_vae(seed: int = 0) -> VAE:
@@ -260,9 +284,96 @@ class TestCard:
         assert "no perceptual and no adversarial term" in render_card(run)
         assert "No licence was chosen" in render_card(run)
         assert "No licence was chosen" not in render_card(run, HubConfig(license="mit"))
-        config = CONFIG | {"objective": CONFIG["objective"] | {"perceptual_weight": 0.5}}
+        config = CONFIG | {"objective": CONFIG["objective"] | {"perceptual": "vgg"}}
         (run / "config.yaml").write_text(yaml.safe_dump(config))
-        assert "no perceptual" not in render_card(run)
+        assert "no perceptual" not in render_card(run) and "may be invented" not in render_card(run)
+        (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"adversarial": {"weight": 0.5}}))
+        assert "no perceptual" not in render_card(run) and "fine texture may be invented" in render_card(run)
+
+    def test_recipe_tells_of_options_only_where_they_are_used(self, run):
+        plain = TrainConfig(model=ModelConfig(), objective=ObjectiveConfig())
+        plain.save(run / "config.yaml")
+        (recipe,) = re.findall(r"## Training\n(.*?)\n\n\[config", render_card(run), re.S)
+        for option in (
+            "kl_schedule", "kl_warmup_images", "kl_cycles", "free_bits", "target_rate", "perceptual", "equivariance",
+            "pretrained", "train", "lora_rank", "latents ", "adversarial", "lecam_weight",
+        ):  # fmt: skip
+            assert option not in recipe, option
+        assert "| objective | likelihood gaussian, scale 0.1, kl_weight 1.0 |" in recipe
+        objective = ObjectiveConfig(kl_schedule="cyclical", perceptual="vgg", equivariance=0.5)
+        adversarial = AdversarialConfig(weight=0.5, start_images=600, layers=1, r1_weight=2.0)
+        dataclasses.replace(plain, objective=objective, adversarial=adversarial).save(run / "config.yaml")
+        (recipe,) = re.findall(r"## Training\n(.*?)\n\n\[config", render_card(run), re.S)
+        for used in ("kl_schedule cyclical", "perceptual vgg", "equivariance 0.5", "start_images 600", "r1_weight 2.0"):
+            assert used in recipe, used
+        assert "kl_cycles" not in recipe and "lecam_weight" not in recipe and "warmup_images 0" not in recipe
+
+    def test_decoder_alone_leaves_diffusion_models_working(self, run):
+        card = render_card(tune(run, subfolder="vae"))
+        link = "[stabilityai/sd-vae-ft-mse](https://huggingface.co/stabilityai/sd-vae-ft-mse"
+        assert f"trained on scikit-learn's digits from {link})." in card
+        assert (
+            f"Made from {link}/tree/v1), subfolder `vae`, revision `v1`" in card and "its decoder was trained" in card
+        )
+        assert "**Latents unchanged: existing diffusion models keep working.** The encoder's weights are bit" in card
+        assert f"SHA-256 `{TUNED['encoder_sha256']}`" in card and "are its own." in card
+        assert "| PSNR | +0.52 dB | +0.49 to +0.55 |" in card and "| SSIM | -0.0010 | -0.0020 to +0.0000 |" in card
+        assert "| rate | +0" not in card  # which the encoder alone decides
+        assert "mean 0 and std 1" not in card  # nobody has measured that
+        assert "latents are scaled by the factors of stabilityai/sd-vae-ft-mse" in card
+        assert "fine-tuned on scikit-learn's digits" in card and "It has seen" not in card
+        assert ModelCard(card).data.base_model == "stabilityai/sd-vae-ft-mse" and card_errors(card) == []
+        assert ModelCard(render_card(run, HubConfig(base_model="a/b"))).data.base_model == "a/b"
+
+    def test_trained_encoder_makes_other_latents(self, run):
+        card = render_card(tune(run, {"latents_unchanged": False}, train=["encoder.mid_block.*", "decoder.*"]))
+        assert "**Latents changed:** the encoder was trained" in card and "no longer fit" in card
+        assert "what `encoder.mid_block.*`, `decoder.*` matches of it was trained" in card
+        assert "mean 0 and std 1" in card and "unchanged" not in card and "keep working" not in card
+
+    @pytest.mark.parametrize("place", ["absolute", "relative", "elsewhere", "file"])
+    def test_source_on_this_machine_is_named_without_its_path(self, run, place, monkeypatch, tmp_path):
+        folder = tmp_path / "runs" / "secret-vae" / "model"
+        folder.mkdir(parents=True)
+        monkeypatch.chdir(tmp_path if place == "relative" else "/")
+        sources = {"absolute": str(folder), "file": "checkpoints/vae.ckpt"}
+        run = tune(run, {"source": sources.get(place, "runs/secret-vae")})
+        card = render_card(run, HubConfig(repo_id=REPO))
+        name = "vae.ckpt" if place == "file" else "secret-vae"
+        assert f"Made from {name}, revision" in card and f"from {name}." in card
+        assert str(tmp_path) not in card and "runs/secret" not in card and "huggingface.co/" not in card
+        assert ModelCard(card).data.base_model is None
+
+    def test_adapters_load_as_the_card_says(self, run):
+        base, tuned = make_vae(1).eval(), make_vae(1)
+        add_lora(tuned, 2)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in tuned.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(generator=generator)
+        tuned.save_lora_adapter(run / "lora")
+        card = render_card(tune(run, lora_rank=2))
+        assert "adapters of rank 2 on its decoder (LoRA) were trained" in card
+        (line,) = re.findall(r"`(base\.load_lora_adapter.*)`", card)
+        stock, latents = make_vae(1).to_diffusers().eval(), torch.randn(1, 2, 4, 4, generator=generator)
+        exec(line, {"base": stock})
+        with torch.no_grad():
+            expected = tuned.eval().decode(latents).sample
+            assert torch.allclose(stock.decode(latents).sample, expected, atol=1e-5)
+            assert not torch.allclose(base.decode(latents).sample, expected, atol=1e-2)
+        pushed = render_card(run, HubConfig(repo_id=REPO))
+        assert f'base.load_lora_adapter("{REPO}", prefix=None' in pushed
+
+    def test_tells_of_float16_and_of_the_weight_of_the_rate(self, run):
+        assert "Float16" not in render_card(run) and "The loss has" not in render_card(run)
+        report = json.loads((run / "evaluation.json").read_text())
+        precision = {"images": 1234, "blocks": {"a": 1.0}, "overflow": None, "fp16_psnr": 71.0, "verdict": "safe"}
+        report |= {"fp16": precision | {"advice": "Float16 is safe: say so."}, "kl_weight": 1e-6, "scale": 0.125}
+        (run / "evaluation.json").write_text(json.dumps(report))
+        card = render_card(run)
+        assert "Float16 is safe: say so. Tried on 1,234 images." in card
+        assert "The loss has kl_weight 1e-06." in card and "0.125" not in card
 
     def test_is_the_same_each_time_and_has_no_local_path(self, run):
         config = HubConfig(repo_id=REPO)
@@ -281,6 +392,15 @@ class TestPush:
         assert contents(run) == before
         assert len(hub.repos[REPO].commits) == 2 and not hub.repos[REPO].private
         assert hub.repos[REPO].at("main").message == "Upload tiny: PSNR 30.88 dB on 180 images"
+
+    def test_adapters_go_with_the_model_and_leave_with_it(self, hub, run):
+        (run / "lora").mkdir()
+        shutil.copy(run / "model" / "diffusion_pytorch_model.safetensors", run / ADAPTER)
+        push(tune(run, lora_rank=2), HubConfig(repo_id=REPO))
+        expected = expected_files(run, HubConfig(repo_id=REPO))
+        assert uploaded(hub) == expected | {ADAPTER: (run / ADAPTER).read_bytes()}
+        push(tune(run), HubConfig(repo_id=REPO))
+        assert uploaded(hub) == expected_files(run, HubConfig(repo_id=REPO))
 
     def test_repeated_changes_nothing(self, hub, run):
         push(run, HubConfig(repo_id=REPO))

@@ -208,6 +208,56 @@ def test_float16_is_shown_where_it_was_tried(fp16_psnr):
         assert "loat16" not in "".join(Page(report_html(report, {}, "digits")).text) + report_table(report)
 
 
+TUNED = {
+    "source": "someone/an-<b>autoencoder</b>",
+    "revision": "v1.2",
+    "weights_sha256": "ab" * 32,
+    "encoder_sha256": "cd" * 32,
+    "latents_unchanged": True,
+    "differences": {"psnr": [0.5234, 0.49, 0.5512], "ssim": [-0.00123, -0.002, 0.0], "rate": [0.0, 0.0, 0.0]},
+}
+
+
+def test_fine_tuning_is_shown_with_what_it_changed():
+    report = make_report(fine_tuning=TUNED)
+    page = Page(report_html(report, {}, "digits"))
+    table, text = report_table(report), " ".join("".join(page.text).split())
+    assert "b" not in page.tags and max(map(len, table.splitlines())) <= 100
+    assert "+0.52dB[+0.49, +0.55]" in "".join("".join(page.text).split("\n")).replace("  ", "")
+    section = table.partition("in pairs:")[2]
+    lines = {line.split("  ")[0]: line.split() for line in section.splitlines()}
+    assert lines["PSNR"][1:] == ["+0.52", "[+0.49,", "+0.55]", "dB"]
+    assert lines["SSIM"][1:] == ["-0.0012", "[-0.0020,", "+0.0000]"]
+    assert "rate" not in lines  # no weight that it depends on has changed
+    for shown in (text, " ".join(table.split())):
+        assert f"Fine-tuned from {TUNED['source']}, revision v1.2." in shown
+        assert "Latents unchanged: existing diffusion models keep working." in shown
+        assert f"bit for bit those of {TUNED['source']} (SHA-256 {TUNED['encoder_sha256']})" in shown
+
+
+def test_trained_encoder_is_no_longer_that_of_its_source():
+    report = make_report(fine_tuning=TUNED | {"latents_unchanged": False, "revision": None})
+    text = "".join(Page(report_html(report, {}, "digits")).text)
+    for shown in (text, report_table(report)):
+        shown = " ".join(shown.split())
+        assert "Latents changed: the encoder was trained" in shown and "no longer fit" in shown
+        assert "unchanged" not in shown and "revision" not in shown
+
+
+@pytest.mark.parametrize("changes", [{}, {"fine_tuning": None}])
+def test_run_from_scratch_has_no_such_section(changes):
+    assert "ine-tun" not in report_html(make_report(**changes), {}, "digits") + report_table(make_report(**changes))
+
+
+def test_settings_do_not_pass_for_figures():
+    report = make_report(kl_weight=1e-6, scale=0.71828)
+    page, table = Page(report_html(report, {}, "digits")), report_table(report)
+    assert not {1e-6, 0.71828} & set(page.numbers)
+    for shown in ("".join(page.text), table):
+        assert "the loss has kl_weight 1e-06." in " ".join(shown.split()) and "0.7183" not in shown
+    assert "has kl_weight" not in report_table(make_report(kl_weight=None))
+
+
 def test_table_holds_every_figure_in_100_columns():
     report = make_report(density="a density " * 30)
     report["posterior"]["advice"] = "advice " * 60
