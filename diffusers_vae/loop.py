@@ -684,11 +684,14 @@ def _progress(checkpoint: Path, accelerator: Accelerator, count: int) -> tuple[d
             "differently, so that this run is no longer bit-identical to one without interruption: %s",
             ", ".join(progress["changes"]),
         )
-    sums = {name: own.get(name, [0.0] * count) for name in ("interval", "epoch")}
+    parts = [own]
     if accelerator.is_main_process:
-        for process in range(accelerator.num_processes, before["processes"]):
-            _, gone = read_progress(checkpoint, process)
-            sums = {name: np.add(sums[name], gone[name]).tolist() for name in sums}
+        gone = range(accelerator.num_processes, before["processes"])
+        parts += [read_progress(checkpoint, process)[1] for process in gone]
+    sums = {}
+    for name in ("interval", "epoch"):  # of other terms, when settings were changed, the mean begins anew
+        known = [part[name] for part in parts if len(part.get(name, ())) == count]
+        sums[name] = np.sum(known, axis=0).tolist() if known else [0.0] * count
     return progress, sums
 
 

@@ -74,6 +74,20 @@ class TrainConfig(Settings):
             )
         if self.adversarial.weight:
             PatchDiscriminator.check(self.smallest_images, self.adversarial.layers)
+        if self.model.pretrained:
+            self._check_pretrained()
+
+    def _check_pretrained(self) -> None:
+        """Refuse what does not fit the source, before a run begins."""
+        with torch.device("meta"):
+            vae = self.model.build(self.data.channels, self.data.size)
+        adaptive = self.adversarial.weight and self.adversarial.adaptive
+        if adaptive and not vae.decoder.conv_out.weight.requires_grad:
+            left = f"lora_rank {self.model.lora_rank}" if self.model.lora_rank else f"train {self.model.train}"
+            raise ValueError(
+                "adversarial.adaptive compares gradients at the decoder's last layer, decoder.conv_out.weight, which "
+                f"model.{left} leaves as it is: train it, too, or set adversarial.adaptive to false"
+            )
 
     @property
     def smallest_images(self) -> tuple[int, int]:
