@@ -569,21 +569,12 @@ class TrainingObjective:
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state()` of the same settings.
-
-        Raises:
-            ValueError: when it is of others.
-        """
-        if state.keys() != self.state().keys():
-            raise ValueError(
-                f"the state of the objective must hold {sorted(self.state())}, got {sorted(state)}: it is of other "
-                "settings"
-            )
-        if self._controller:
+        """Go on from `state()`; parts that were not in use then begin anew."""
+        if self._controller and "rate_error" in state:
             self._controller.error, self._controller.integral = state["rate_error"], state["rate_integral"]
-        if self.config.free_bits:
+        if self.config.free_bits and "channel_rates" in state:
             self._channel_rates = state["channel_rates"]
-        if self.config.scale == "optimal":
+        if self.config.scale == "optimal" and "deviation" in state:
             self._deviation, self._deviation_weight = state["deviation"], state["deviation_weight"]
 
     def measured(self, log_scale: float | None = None) -> VAEObjective:
