@@ -98,7 +98,7 @@ def test_cards_show_what_was_measured(card):
 
 
 def test_cards_are_of_the_presets():
-    assert {card.parent.name for card in CARDS} == {"digits", "mnist-mlp-z2", "mnist-mlp-z20", "mnist-vae"}
+    assert {card.parent.name for card in CARDS} == {"digits", "mnist-mlp-z2", "mnist-mlp-z20", "mnist-vae", "rgb-small"}
     for card in CARDS:
         preset = yaml.safe_load((ROOT / "training" / "configs" / f"{card.parent.name}.yaml").read_text())
         ran = yaml.safe_load((card.parent / "config.yaml").read_text())
