@@ -72,6 +72,12 @@ class TrainConfig(Settings):
                 "objective.equivariance shapes the latents, so the encoder must be trained, and model.train "
                 f"{self.model.train} leaves it as it is"
             )
+        for name, unused in (("kl_schedule", "constant"), ("free_bits", 0), ("target_rate", None)):
+            if getattr(self.objective, name) != unused and not self.model.trains_encoder:
+                raise ValueError(
+                    f"objective.{name} {getattr(self.objective, name)} shapes the rate, and an encoder that is not "
+                    f"trained has always the same: leave it out with model.train {self.model.train}"
+                )
         if self.adversarial.weight:
             PatchDiscriminator.check(self.smallest_images, self.adversarial.layers)
         if self.model.pretrained:

@@ -418,6 +418,16 @@ class TestRefused:
                     objective=ObjectiveConfig(equivariance=0.5),
                 )
 
+    @pytest.mark.parametrize("objective", [{"kl_schedule": "cyclical"}, {"free_bits": 1.0}, {"target_rate": 20.0}])
+    def test_what_shapes_the_rate_of_an_encoder_that_is_not_trained(self, objective, tmp_path):
+        """The rate cannot move: a controller would take the weight to its bound, and the report would tell that."""
+        TINY_VAE.build(1, (8, 8)).save_pretrained(tmp_path)
+        data, objective = DataConfig(resolution=8), ObjectiveConfig(**objective)
+        for trained in ("decoder", ("decoder.*",)):
+            with pytest.raises(ValueError, match=r"objective\.\w+ .* shapes the rate, .* model\.train"):
+                TrainConfig(data=data, model=ModelConfig(pretrained=str(tmp_path), train=trained), objective=objective)
+        TrainConfig(data=data, model=ModelConfig(pretrained=str(tmp_path)), objective=objective)
+
     @pytest.mark.parametrize(
         ("size", "objective"), [(16, {}), (24, {"equivariance": 0.5})], ids=["small", "made small by equivariance"]
     )
