@@ -374,8 +374,15 @@ class AutoencoderTask(Task):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        if "objective" in state:
-            self.objective.restore(state["objective"])
+        known, kept = state.get("objective", {}), self.objective.state()
+        if known.keys() == kept.keys():
+            self.objective.restore(known)
+        elif self.accelerator.is_main_process:  # as the settings say, which run.allow_config_change let change
+            logger.warning(
+                "the checkpoint is of other settings of the objective: what it remembers from step to step begins anew "
+                "(%s)",
+                ", ".join(sorted(kept)) or f"without {', '.join(sorted(known))}",
+            )
         if self.adversary and state.get("adversary"):
             self.adversary.restore(state["adversary"])
 
