@@ -142,7 +142,7 @@ class PatchDiscriminator(nn.Module):
         if min(size) < smallest:
             raise ValueError(
                 f"a discriminator of {layers} layers needs sides of at least {smallest} pixels, got "
-                f"{size[0]}x{size[1]}: take larger images, or less adversarial.layers"
+                f"{size[0]}x{size[1]}: take larger images, or fewer adversarial.layers"
             )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

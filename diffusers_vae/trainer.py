@@ -72,6 +72,12 @@ class TrainConfig(Settings):
                 "objective.equivariance shapes the latents, so the encoder must be trained, and model.train "
                 f"{self.model.train} leaves it as it is"
             )
+        for name, unused in (("kl_schedule", "constant"), ("free_bits", 0), ("target_rate", None)):
+            if getattr(self.objective, name) != unused and not self.model.trains_encoder:
+                raise ValueError(
+                    f"objective.{name} {getattr(self.objective, name)} shapes the rate, and an encoder that is not "
+                    f"trained has always the same: leave it out with model.train {self.model.train}"
+                )
         if self.adversarial.weight:
             PatchDiscriminator.check(self.smallest_images, self.adversarial.layers)
         if self.model.pretrained:
@@ -368,8 +374,15 @@ class AutoencoderTask(Task):
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        if "objective" in state:
-            self.objective.restore(state["objective"])
+        known, kept = state.get("objective", {}), self.objective.state()
+        if known.keys() == kept.keys():
+            self.objective.restore(known)
+        elif self.accelerator.is_main_process:  # as the settings say, which run.allow_config_change let change
+            logger.warning(
+                "the checkpoint is of other settings of the objective: what it remembers from step to step begins anew "
+                "(%s)",
+                ", ".join(sorted(kept)) or f"without {', '.join(sorted(known))}",
+            )
         if self.adversary and state.get("adversary"):
             self.adversary.restore(state["adversary"])
 

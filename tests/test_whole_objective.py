@@ -418,6 +418,16 @@ class TestRefused:
                     objective=ObjectiveConfig(equivariance=0.5),
                 )
 
+    @pytest.mark.parametrize("objective", [{"kl_schedule": "cyclical"}, {"free_bits": 1.0}, {"target_rate": 20.0}])
+    def test_what_shapes_the_rate_of_an_encoder_that_is_not_trained(self, objective, tmp_path):
+        """The rate cannot move: a controller would take the weight to its bound, and the report would tell that."""
+        TINY_VAE.build(1, (8, 8)).save_pretrained(tmp_path)
+        data, objective = DataConfig(resolution=8), ObjectiveConfig(**objective)
+        for trained in ("decoder", ("decoder.*",)):
+            with pytest.raises(ValueError, match=r"objective\.\w+ .* shapes the rate, .* model\.train"):
+                TrainConfig(data=data, model=ModelConfig(pretrained=str(tmp_path), train=trained), objective=objective)
+        TrainConfig(data=data, model=ModelConfig(pretrained=str(tmp_path)), objective=objective)
+
     @pytest.mark.parametrize(
         ("size", "objective"), [(16, {}), (24, {"equivariance": 0.5})], ids=["small", "made small by equivariance"]
     )
@@ -439,6 +449,18 @@ class TestRefused:
             assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock"}
         (tmp_path / "gone").symlink_to(network)
         AutoencoderTask(config).load(Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [({}, {"free_bits": 1.0}), ({"target_rate": 5.0}, {}), ({"scale": "optimal"}, {})]
+)
+def test_a_run_goes_on_with_another_objective_when_told_to(before, after, tmp_path, caplog):
+    run = {"batch_size": 30, "ema_decay": None}
+    train(settings(tmp_path / "run", before, max_images=30, **run))
+    then = settings(tmp_path / "run", after, max_images=60, allow_config_change=True, **run)
+    train(then)
+    assert "what it remembers from step to step begins anew" in caplog.text
+    assert [record["images_seen"] for record in records(tmp_path / "run", "train")][-1] == 60
 
 
 @pytest.mark.slow
