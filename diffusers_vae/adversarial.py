@@ -27,7 +27,8 @@ class AdversarialConfig:
     """A discriminator that judges reconstructions by patches: Isola et al. 2017, Esser et al. 2021."""
 
     weight: float = 0.0
-    """Of the generator's loss, a mean over patches; 0: no discriminator. latent-diffusion: 0.5."""
+    """Of the generator's loss, a mean over patches; 0: no discriminator, whatever the other settings say.
+    latent-diffusion: 0.5."""
     loss: Literal["hinge", "non-saturating"] = "hinge"
     """hinge: Lim & Ye 2017; non-saturating: Goodfellow 2014."""
     start_images: int = 0

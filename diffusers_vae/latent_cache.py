@@ -452,10 +452,12 @@ def matching_latents(vae: ModelMixin, image_set: ImageSet, folder: str | Path, d
     latents = LatentDataset(folder, weights_hash(vae))
     found, wanted = latents.cache["data"], json.loads(json.dumps(_data_identity(image_set)))
     compared = ("fingerprint", "images", "image_shape", "resize")
-    if any(found[name] != wanted[name] for name in compared):
+    if differing := [name for name in compared if found[name] != wanted[name]]:
+        what = ", ".join(f"{name} {found[name]} and not {wanted[name]}" for name in differing if name != "fingerprint")
         raise ValueError(
             f"{Path(folder).resolve()} holds latents of other images: {found['images']:,}, "
-            f"{latents.index['data']}, where {wanted['images']:,}, {data}, are wanted. `diffusers-vae encode DATA "
+            f"{latents.index['data']}, where {wanted['images']:,}, {data}, are wanted{f' ({what})' if what else ''}. "
+            "`diffusers-vae encode DATA "
             "--split training`, with the same settings of the data, encodes those that are trained on"
         )
     return latents

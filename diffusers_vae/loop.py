@@ -490,9 +490,10 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
                     optimizer.step()
                     if ema and not optimizer.step_was_skipped:
                         ema.step(plain_model.parameters())
-                    if discriminator and terms.pair:
-                        discriminator.optimizer.step()
-                    task.end_step(statistics.means(accelerator), micro_batches[0].count)
+                    if not optimizer.step_was_skipped:
+                        if discriminator and terms.pair:
+                            discriminator.optimizer.step()
+                        task.end_step(statistics.means(accelerator), micro_batches[0].count)
                     interval.add(step_terms.sums)
                     epoch_terms.add(step_terms.sums)
                     skipped_in_a_row = 0

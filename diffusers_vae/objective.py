@@ -317,7 +317,8 @@ class ObjectiveConfig:
     network; by default torch's cache, to which they are downloaded."""
     equivariance: float = 0.0
     """Share of the steps that decode scaled and turned latents, and compare with images scaled and turned likewise
-    (EQ-VAE, Kouzelis 2025: 0.5): such latents are easier to diffuse."""
+    (EQ-VAE, Kouzelis 2025: 0.5): such latents are easier to diffuse. Of the other steps, a quarter sees its images
+    scaled down. What such steps log is of the smaller images."""
 
     def __post_init__(self):
         if self.likelihood not in ("gaussian", "laplace", "bernoulli"):

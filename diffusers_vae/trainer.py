@@ -55,8 +55,8 @@ class TrainConfig(Settings):
         ratio = self.model.spatial_compression_ratio
         if height % ratio or width % ratio:
             raise ValueError(
-                f"data.resolution must be divisible by {ratio}, by which model.block_out_channels makes the latents "
-                f"smaller, got {height}x{width}"
+                f"data.resolution must be divisible by {ratio}, by which "
+                f"{self.model.pretrained or 'model.block_out_channels'} makes the latents smaller, got {height}x{width}"
             )
         if self.objective.likelihood == "bernoulli" and self.model.architecture != "mlp":
             raise ValueError(
@@ -78,6 +78,12 @@ class TrainConfig(Settings):
                     f"objective.{name} {getattr(self.objective, name)} shapes the rate, and an encoder that is not "
                     f"trained has always the same: leave it out with model.train {self.model.train}"
                 )
+        latents = self.model.latent_shape(self.data.size)[1:]
+        if self.objective.equivariance and equivariance.smallest(latents)[0] == latents[0]:
+            raise ValueError(
+                f"objective.equivariance needs latents that can be made smaller, got {latents[0]}x{latents[1]}: take "
+                "larger images"
+            )
         if self.adversarial.weight:
             PatchDiscriminator.check(self.smallest_images, self.adversarial.layers)
         if self.model.pretrained:
@@ -245,8 +251,8 @@ class AutoencoderTask(Task):
 
     def _load_for_fine_tuning(self) -> None:
         model = self.config.model
-        pretrained = self._load_pretrained()
-        self.pretrained_hash = weights_hash(pretrained)
+        pretrained = load_autoencoder(model.pretrained, model.subfolder, model.revision)
+        self.pretrained, self.pretrained_hash = pretrained, weights_hash(pretrained)
         if model.latents:
             described = f"training images of {self.config.data.described}"
             latents = matching_latents(pretrained, self.train_set, model.latents, described)
@@ -375,13 +381,15 @@ class AutoencoderTask(Task):
 
     def restore(self, state: dict[str, Any]) -> None:
         known, kept = state.get("objective", {}), self.objective.state()
-        if known.keys() == kept.keys():
-            self.objective.restore(known)
-        elif self.accelerator.is_main_process:  # as the settings say, which run.allow_config_change let change
+        self.objective.restore(known)
+        if known.keys() != kept.keys() and self.accelerator.is_main_process:  # run.allow_config_change let them change
+            keys = kept.keys() - known.keys(), known.keys() - kept.keys()
+            new, gone = (", ".join(sorted(names)) or "nothing" for names in keys)
             logger.warning(
-                "the checkpoint is of other settings of the objective: what it remembers from step to step begins anew "
-                "(%s)",
-                ", ".join(sorted(kept)) or f"without {', '.join(sorted(known))}",
+                "the checkpoint is of other settings of the objective: of what it remembers from step to step, %s "
+                "begins anew, and %s is forgotten",
+                new,
+                gone,
             )
         if self.adversary and state.get("adversary"):
             self.adversary.restore(state["adversary"])
@@ -460,7 +468,7 @@ class AutoencoderTask(Task):
             self._measure_latents(model)
             on_main(self.accelerator, save)
         if config.model.pretrained:
-            base = self._load_pretrained().to(model.device)
+            base = self.pretrained.to(model.device)  # not read again: it may be another by now
             settings = (objective, config.evaluation, config.data, "held-out", config.model.pretrained)
             before = evaluate(base, self.heldout, *settings, self.accelerator.is_main_process)
             change = partial(self._fine_tuning, base, before)
@@ -490,10 +498,6 @@ class AutoencoderTask(Task):
                 f"training diverged: the latents have mean {statistics.mean} and std {statistics.std}. {STABLER}"
             )
         model.register_to_config(scaling_factor=statistics.scaling_factor, shift_factor=statistics.mean)
-
-    def _load_pretrained(self) -> VAE:
-        model = self.config.model
-        return load_autoencoder(model.pretrained, model.subfolder, model.revision)
 
     def _fine_tuning(self, base: VAE, before: EvaluationReport, report: EvaluationReport) -> FineTuning:
         """What the saved model has in common with the published one, and by what it is better.
