@@ -51,6 +51,9 @@ class TrainConfig(Settings):
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self):
+        run = Path(self.run.output_dir)
+        if self.model.pretrained and (run / "evaluation.json").exists():  # a finished run needs its source no more
+            self.model.made(run / "model")
         height, width = self.data.size
         ratio = self.model.spatial_compression_ratio
         if height % ratio or width % ratio:

@@ -293,16 +293,17 @@ class TestLora:
         assert_bit_identical_from(90, run, tmp_path / "run")
 
 
-class TestSource:
-    @pytest.fixture(scope="class")
-    def copied(self, base, tmp_path_factory):
-        """A run that was interrupted, and a copy of its source."""
-        folder = tmp_path_factory.mktemp("copied")
-        shutil.copytree(base, folder / "vae")
-        config = tuning(folder / "run", folder / "vae", max_images=60)
-        train(config)
-        return config
+@pytest.fixture(scope="module")
+def copied(base, tmp_path_factory):
+    """The settings of a finished run from a copy of the base."""
+    folder = tmp_path_factory.mktemp("copied")
+    shutil.copytree(base, folder / "vae")
+    config = tuning(folder / "run", folder / "vae", max_images=60)
+    train(config)
+    return config
 
+
+class TestSource:
     @pytest.mark.slow
     def test_that_changed_since_is_refused(self, copied, base, tmp_path):
         config = at(copied, interrupted_at(30, output(copied), tmp_path / "run"))
@@ -329,6 +330,15 @@ class TestSource:
                 train(config)
             with pytest.raises(ValueError, match=f"^model.pretrained: cannot load a model from {source}"):
                 tuning(tmp_path / "new", source)
+        finally:
+            (tmp_path / "elsewhere").rename(source)
+
+    def test_that_is_gone_is_not_missed_by_a_finished_run(self, copied, tmp_path):
+        source = Path(copied.model.pretrained)
+        source.rename(tmp_path / "elsewhere")
+        try:
+            again = dataclasses.replace(copied, model=dataclasses.replace(copied.model))  # read anew
+            assert train(again).report.fine_tuning.source == str(source)
         finally:
             (tmp_path / "elsewhere").rename(source)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,12 @@ _DEFAULTS = {
     "mlp": {"hidden_dim": 400, "latent_dim": 20},
 }
 _PRETRAINED_DEFAULTS = {"subfolder": None, "revision": None, "train": "all", "lora_rank": None, "latents": None}
+
+
+def _filled_in(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With what a config.json may leave out."""
+    with torch.device("meta"):
+        return VAE.from_config(config).config
 
 
 @dataclass(frozen=True)
@@ -167,8 +174,16 @@ class ModelConfig:
                 f"model.pretrained must be an AutoencoderKL, got the {name} in {self.pretrained}, which cannot be "
                 "trained on here"
             )
-        with torch.device("meta"):
-            return VAE.from_config(config).config  # what the file leaves out filled in
+        return _filled_in(config)
+
+    def made(self, folder: Path) -> None:
+        """Where `pretrained` is gone, take its config from `folder`, which holds what was made of it."""
+        try:
+            _ = self._source
+        except ValueError:
+            if not (folder / "config.json").exists():
+                raise
+            self.__dict__["_source"] = _filled_in(read_config(str(folder)))
 
     @property
     def spatial_compression_ratio(self) -> int:
