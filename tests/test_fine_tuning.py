@@ -253,44 +253,48 @@ class TestLatentCache:
         assert {path.name for path in (folder / "run").iterdir()} <= {".lock"}
 
 
+@pytest.fixture(scope="module")
+def adapted_run(base, tmp_path_factory):
+    """The settings of a finished run with adapters."""
+    config = tuning(tmp_path_factory.mktemp("lora") / "run", base, {"lora_rank": 2}, ema_decay=None)
+    train(config)
+    return config
+
+
 @pytest.mark.slow
 class TestLora:
-    @pytest.fixture(scope="class")
-    def run(self, base, tmp_path_factory):
-        config = tuning(tmp_path_factory.mktemp("lora") / "run", base, {"lora_rank": 2}, ema_decay=None)
-        train(config)
-        return config
-
-    def adapted(self, run):
+    def adapted(self, adapted_run):
         """The model as it was trained, from its last checkpoint, with its adapters beside the weights."""
-        model = run.model.build(1, (8, 8))
-        model.load_state_dict(load_file(output(run) / "checkpoints" / "images-000000000180" / "model.safetensors"))
+        model = adapted_run.model.build(1, (8, 8))
+        model.load_state_dict(
+            load_file(output(adapted_run) / "checkpoints" / "images-000000000180" / "model.safetensors")
+        )
         return model.eval()
 
     @torch.no_grad()
-    def test_the_model_is_stock_and_reconstructs_as_the_adapted_one(self, run, base):
+    def test_the_model_is_stock_and_reconstructs_as_the_adapted_one(self, adapted_run, base):
         stock, missing = AutoencoderKL.from_pretrained(
-            output(run) / "model", output_loading_info=True, low_cpu_mem_usage=False
+            output(adapted_run) / "model", output_loading_info=True, low_cpu_mem_usage=False
         )
         assert not any(missing.values())
         images = to_model_range(load_data(DATA)[1].pixels[:8])
-        expected = self.adapted(run)(images).sample
+        expected = self.adapted(adapted_run)(images).sample
         torch.testing.assert_close(stock(images).sample, expected, rtol=0, atol=1e-5)
         assert (expected - AutoencoderKL.from_pretrained(base)(images).sample).abs().max() > 1e-3
         decoder = {name for name in saved(base) if name.startswith("decoder.")}
-        assert moved(run, base) == {name for name in decoder if name.endswith("weight") and "norm" not in name}
-        assert evaluation(run)["fine_tuning"]["latents_unchanged"] is True
-        assert settings_of(output(run) / "model") == settings_of(base)
+        assert moved(adapted_run, base) == {name for name in decoder if name.endswith("weight") and "norm" not in name}
+        assert evaluation(adapted_run)["fine_tuning"]["latents_unchanged"] is True
+        assert settings_of(output(adapted_run) / "model") == settings_of(base)
 
     @torch.no_grad()
-    def test_the_adapters_load_on_the_source_in_stock(self, run, base):
+    def test_the_adapters_load_on_the_source_in_stock(self, adapted_run, base):
         stock = AutoencoderKL.from_pretrained(base)
-        stock.load_lora_adapter(output(run) / "lora", prefix=None, use_safetensors=True)
+        stock.load_lora_adapter(output(adapted_run) / "lora", prefix=None, use_safetensors=True)
         images = to_model_range(load_data(DATA)[1].pixels[:8])
-        assert torch.equal(stock(images).sample, self.adapted(run)(images).sample)
+        assert torch.equal(stock(images).sample, self.adapted(adapted_run)(images).sample)
 
-    def test_resumes_bit_identical(self, run, tmp_path):
-        assert_bit_identical_from(90, run, tmp_path / "run")
+    def test_resumes_bit_identical(self, adapted_run, tmp_path):
+        assert_bit_identical_from(90, adapted_run, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
