@@ -425,7 +425,7 @@ class TestSignals:
     ("name", "processes", "trials", "kind"),
     [
         ("KILL", 1, 20, "plain"), ("TERM", 1, 20, "plain"), ("KILL", 2, 20, "bf16"), ("TERM", 2, 20, "bf16"),
-        ("KILL", 3, 2, "plain"), ("KILL", 1, 8, "whole"), ("TERM", 2, 4, "whole"),
+        ("KILL", 3, 2, "plain"), ("KILL", 1, 3, "whole"), ("TERM", 2, 1, "whole"),
     ],
 )  # fmt: skip
 def test_killed_again_and_again(name, processes, trials, kind, tmp_path):
