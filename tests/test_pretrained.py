@@ -254,11 +254,15 @@ class TestSettings:
     )
     def test_from_yaml_and_flags(self, yaml, flags, train, source, tmp_path):
         (tmp_path / "a.yaml").write_text(f"model:\n  pretrained: {source}\n  {yaml}\n")
-        config, _ = parse_settings(TRAININGS["train"], ["--config", str(tmp_path / "a.yaml"), *flags])
+        config, _ = parse_settings(
+            TRAININGS["train"], ["--data.channels", "3", "--config", str(tmp_path / "a.yaml"), *flags]
+        )
         assert config.model == ModelConfig(pretrained=source, train=train)
 
     def test_resolved_config_gives_the_same(self, source, tmp_path):
-        config, _ = parse_settings(TRAININGS["train"], ["--model.pretrained", source, "--model.train", "[decoder.*]"])
+        config, _ = parse_settings(
+            TRAININGS["train"], ["--data.channels", "3", "--model.pretrained", source, "--model.train", "[decoder.*]"]
+        )
         config.save(tmp_path / "config.yaml")
         assert parse_settings(TRAININGS["train"], ["--config", str(tmp_path / "config.yaml")])[0] == config
 
