@@ -230,9 +230,8 @@ def save_checkpoint(
             partial.mkdir(parents=True)
 
     tensors: dict[str, dict[str, torch.Tensor]] = {}
-    for name, named in _tensors(
-        model, optimizer, ema, discriminator
-    ).items():  # together, so nothing here may fail on one process
+    # together, so nothing here may fail on one process
+    for name, named in _tensors(model, optimizer, ema, discriminator).items():
         tensors[name] = {}
         for key, tensor in named:
             gathered = whole(tensor)

@@ -28,7 +28,7 @@ from .images import read_image, to_model_range, to_pil
 from .latent_cache import DTYPES, Kind, encode_images
 from .loop import Interrupted, RunResult, Task, dry_run, run_task
 from .metrics import psnr
-from .models import MLPVAE, VAE, encode, load_autoencoder, weights_hash
+from .models import MLPVAE, VAE, encode, find_subfolder, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig
 from .pictures import comparison_picture, sample_picture
 from .precision import measure_precision
@@ -257,8 +257,8 @@ def run_fp16(arguments: Sequence[str]) -> int:
 
 def _config_file(source: str, subfolder: str | None) -> Path | None:
     """The config.json of the model in the folder `source`, where `load_autoencoder` looks; None of a repository."""
-    folders = [Path(source, inner) for inner in ([subfolder] if subfolder else ["", "model", "vae"])]
-    return next((folder / "config.json" for folder in folders if (folder / "config.json").is_file()), None)
+    file = Path(source, find_subfolder(source, subfolder) or "", "config.json")
+    return file if file.is_file() else None
 
 
 def run_reconstruct(arguments: Sequence[str]) -> int:

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -538,6 +538,17 @@ HIGHER_IS_BETTER = {
     "psnr": True, "ssim": True, "elbo": True, "importance_weighted_bound": True,
     "distortion": False, "lpips_alex": False, "lpips_vgg": False, "lpips_squeeze": False,
 }  # fmt: skip
+
+
+def changed_figures(differences: Mapping[str, Sequence[float]]) -> list[tuple[Figure, str, str, str]]:
+    """Of `FineTuning.differences`, each figure with mean and ends of the interval, with their signs, as people read
+    them; without those that are 0: a rate that no weight has changed is no news.
+    """
+    return [
+        (figure, *(f"{value:+,.{figure.digits}f}" for value in differences[name]))
+        for name, figure in FIGURES.items()
+        if any(differences.get(name, ()))
+    ]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from .adversarial import AdversarialConfig
 from .checkpoint import read_settings, write_file
-from .evaluation import FIGURES, Figure, read_report
+from .evaluation import FIGURES, Figure, changed_figures, read_report
 from .models import ModelConfig, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig
 from .pictures import CAPTIONS
@@ -323,12 +323,10 @@ def _fine_tuning(run: _Run) -> dict[str, Any] | None:
         trained = f"adapters of rank {run.lora_rank} on its decoder (LoRA) were trained, and merged into its weights"
     elif trained is None:
         trained = f"what {', '.join(f'`{pattern}`' for pattern in train)} matches of it was trained"
-    changes = []
-    for key, figure in FIGURES.items():
-        change = found["differences"].get(key)
-        if change and any(change):  # a rate that no weight has changed is no news
-            mean, low, high = (f"{value:+,.{figure.digits}f}" for value in change)
-            changes.append((figure.label, f"{mean} {figure.unit}".strip(), f"{low} to {high}"))
+    changes = [
+        (figure.label, f"{mean} {figure.unit}".strip(), f"{low} to {high}")
+        for figure, mean, low, high in changed_figures(found["differences"])
+    ]
     return found | {
         "name": name,
         "link": run.base_model,

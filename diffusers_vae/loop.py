@@ -488,9 +488,9 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
                     skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
                 else:
                     optimizer.step()
-                    if ema and not optimizer.step_was_skipped:
-                        ema.step(plain_model.parameters())
                     if not optimizer.step_was_skipped:
+                        if ema:
+                            ema.step(plain_model.parameters())
                         if discriminator and terms.pair:
                             discriminator.optimizer.step()
                         task.end_step(statistics.means(accelerator), micro_batches[0].count)

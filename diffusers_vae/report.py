@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from .data import ImageSet
-from .evaluation import FIGURES, EvaluationConfig, EvaluationReport, Figure
+from .evaluation import FIGURES, EvaluationConfig, EvaluationReport, Figure, changed_figures
 from .pictures import CAPTIONS, draw_all
 from .precision import LARGEST
 
@@ -140,11 +140,7 @@ def _compatibility(tuning: Mapping[str, Any]) -> tuple[str, str]:
 def _changes(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """Label, difference, ends of its interval and unit of every figure that fine-tuning has changed."""
     differences = (report.get("fine_tuning") or {}).get("differences", {})
-    return [
-        (figure.label, *(f"{value:+,.{figure.digits}f}" for value in differences[name]), figure.unit)
-        for name, figure in FIGURES.items()
-        if any(differences.get(name, ()))
-    ]
+    return [(figure.label, mean, low, high, figure.unit) for figure, mean, low, high in changed_figures(differences)]
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_st
 from .models import LATENT_PARTS, MLPVAE, VAE, ModelConfig, load_autoencoder, weights_hash, without_adapters
 from .objective import START_SCALE, ObjectiveConfig, TrainingObjective, VAEObjective
 from .perceptual import PerceptualLoss
-from .report import draw_report, report_html
+from .report import SETTINGS, draw_report, report_html
 from .run_folder import Log, Settings
 
 logger = logging.getLogger(__name__)
@@ -191,8 +191,8 @@ class EncodedImages:
 
     def __getitems__(self, indices: Sequence[int]) -> _Encoded:
         read = self.images.__getitems__(indices)
-        kept = [place for place in read.kept if indices[place] in self.rows]  # another read them once
-        pixels = read.pixels[[list(read.kept).index(place) for place in kept]]
+        found = [row for row, place in enumerate(read.kept) if indices[place] in self.rows]  # another read them once
+        kept, pixels = [read.kept[row] for row in found], read.pixels[found]
         moments = self.latents.moments([self.rows[indices[place]] for place in kept])
         return _Encoded(pixels, kept, read.errors, read.stop, moments)
 
@@ -433,9 +433,7 @@ class AutoencoderTask(Task):
         name, bar = Path(config.run.output_dir).resolve().name, self.accelerator.is_main_process
         report = evaluate(model, self.heldout, objective, settings, config.data, "held-out", name, bar)
         numbers = {
-            key: value
-            for key, value in vars(report).items()
-            if isinstance(value, float) and key not in ("kl_weight", "scale")  # settings, no figures
+            key: value for key, value in vars(report).items() if isinstance(value, float) and key not in SETTINGS
         }
         if bad := [name for name, value in numbers.items() if not math.isfinite(value)]:
             raise FloatingPointError(f"training diverged, not finite on held-out images: {', '.join(bad)}. {STABLER}")

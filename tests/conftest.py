@@ -48,6 +48,18 @@ def cifar_folder(shared_data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def no_download(monkeypatch, tmp_path):
+    """An empty cache of torch, and no network to fill it from."""
+
+    def fail(*arguments, **settings):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.set_dir", lambda folder: None)
+
+
+@pytest.fixture
 def little_memory():
     """At most 16 MB more address space than now, so that a large picture raises a MemoryError."""
     resource = pytest.importorskip("resource")

@@ -243,13 +243,7 @@ class TestNetworks:
             with pytest.raises(FileNotFoundError, match=rf"put \S+\.pth into {re.escape(str(tmp_path))}"):
                 network()
 
-    def test_weights_that_cannot_be_downloaded(self, monkeypatch, tmp_path):
-        def fail(*arguments, **settings):
-            raise OSError("no network")
-
-        monkeypatch.setattr("torch.hub.download_url_to_file", fail)
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-        monkeypatch.setattr(torch.hub, "set_dir", lambda folder: None)
+    def test_weights_that_cannot_be_downloaded(self, no_download):
         with pytest.raises(FileNotFoundError, match=r"Put alexnet\S+pth into .*checkpoints, or into a folder that"):
             LPIPS("alex")
 

@@ -146,13 +146,7 @@ class TestPerceptualLoss:
         with pytest.raises(ValueError, match="LPIPS with squeeze needs sides of at least 17 pixels, got 99x16"):
             loss.check((99, 16))
 
-    def test_missing_weights_name_the_setting(self, monkeypatch, tmp_path):
-        def fail(*arguments, **settings):
-            raise OSError("no network")
-
-        monkeypatch.setattr("torch.hub.download_url_to_file", fail)
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-        monkeypatch.setattr(torch.hub, "set_dir", lambda folder: None)
+    def test_missing_weights_name_the_setting(self, no_download):
         with pytest.raises(FileNotFoundError, match=r"Put squeezenet1_1\S+pth into .*, or .* objective\.perceptual_w"):
             PerceptualLoss("squeeze")
 

@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 from safetensors.torch import save_file
+from test_vae import original_name
 
 from diffusers_vae import VAE
 from diffusers_vae.models import ModelConfig, load_autoencoder
@@ -35,20 +36,8 @@ def original(stock):
     from the highest resolution, and 1x1 convolutions in the attention.
     """
     levels, state = len(stock.config.block_out_channels), {}
-    for name, tensor in stock.state_dict().items():
-        for pattern, replacement in (
-            (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
-            (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
-            (r"up_blocks\.(\d)\.resnets", lambda found: f"up.{levels - 1 - int(found[1])}.block"),
-            (r"up_blocks\.(\d)\.upsamplers\.0", lambda found: f"up.{levels - 1 - int(found[1])}.upsample"),
-            (r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}"),
-            (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
-            (r"mid_block\.attentions\.0\.to_(q|k|v)", r"mid.attn_1.\1"),
-            (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
-            ("conv_shortcut", "nin_shortcut"),
-            ("conv_norm_out", "norm_out"),
-        ):
-            name = re.sub(pattern, replacement, name)
+    for key, tensor in stock.state_dict().items():
+        name = original_name(key, levels)
         attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name)
         state[name] = (tensor[:, :, None, None] if attention else tensor).clone()
     return state

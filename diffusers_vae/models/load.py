@@ -37,15 +37,15 @@ def load_autoencoder(
         OSError: when there is no model.
         ValueError: when it is no KL autoencoder of images, or lacks weights.
     """
-    config = read_config(source, subfolder, revision)
-    if Path(source).is_file():
+    if _is_file(source, subfolder, revision):
         return load_single_file(Path(source), dtype).requires_grad_(False)
+    config = read_config(source, subfolder, revision)
     name = config.get("_class_name")
     kind = {"MLPVAE": MLPVAE, "AutoencoderKL": VAE}.get(name) or getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin) and hasattr(kind, "encode")):
         raise ValueError(f"{source} must hold an autoencoder of diffusers or of this package, got the class {name}")
     arguments = {"revision": revision, "torch_dtype": dtype, "output_loading_info": True}
-    place = _subfolder(source, subfolder)
+    place = find_subfolder(source, subfolder)
     try:
         model, report = kind.from_pretrained(source, subfolder=place, **arguments)
     except OSError as error:
@@ -66,10 +66,8 @@ def read_config(source: str, subfolder: str | None = None, revision: str | None 
         OSError: when there is no model.
         ValueError: when it is a file, and no KL autoencoder of images.
     """
-    folder, place = Path(source), _subfolder(source, subfolder)
-    if folder.is_file():
-        if subfolder or revision:
-            raise ValueError(f"{source} is a file, which has no subfolder or revision, got {subfolder or revision}")
+    folder, place = Path(source), find_subfolder(source, subfolder)
+    if _is_file(source, subfolder, revision):
         return read_single_file(folder)[0]
     if folder.is_dir() and not (folder / (place or "") / "config.json").exists():
         raise FileNotFoundError(
@@ -83,7 +81,16 @@ def read_config(source: str, subfolder: str | None = None, revision: str | None 
         raise OSError(f"cannot load a model from {source}{hint}: {error}") from error
 
 
-def _subfolder(source: str, subfolder: str | None) -> str | None:
+def _is_file(source: str, subfolder: str | None, revision: str | None) -> bool:
+    """Whether the model is a single file; ValueError when it is, and has to have a subfolder or a revision."""
+    if not Path(source).is_file():
+        return False
+    if subfolder or revision:
+        raise ValueError(f"{source} is a file, which has no subfolder or revision, got {subfolder or revision}")
+    return True
+
+
+def find_subfolder(source: str, subfolder: str | None) -> str | None:
     """`subfolder`, or where the model lies in the folder of a run or a pipeline."""
     folder = Path(source)
     if subfolder is not None or (folder / "config.json").exists():
