@@ -127,6 +127,7 @@ class TestEvaluate:
         assert (report.images, report.protocol.draws, report.protocol.split) == (5, 2, "training")
         assert report.importance_weighted_bound > -1e9
 
+    @pytest.mark.slow
     def test_a_stock_model_on_a_folder(self, capsys, tmp_path, cifar_folder):
         """Channels and resolution are the model's; a folder without parts is measured whole."""
         tiny_vae(3, sample_size=16).to_diffusers().save_pretrained(tmp_path / "vae")
@@ -163,6 +164,7 @@ class TestEvaluate:
         code, _, error = call(capsys, "compare", tmp_path / "other", tmp_path / "run", *arguments)
         assert code == 1 and "data.heldout_fraction must be that of the training" in error
 
+    @pytest.mark.slow
     def test_half_precision(self, run, capsys, tmp_path):
         assert call(capsys, "evaluate", run, "--out", tmp_path, "--dtype", "bfloat16")[0] == 0
         assert json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["dtype"] == "bfloat16"

@@ -74,6 +74,7 @@ class TestDigits:
 
 
 class TestNamedSets:
+    @pytest.mark.slow
     def test_mnist_packed_in_a_read_only_root(self, shared_data):
         before = contents(shared_data / "MNIST")
         train, heldout = load_data(DataConfig(name="mnist", root=str(shared_data), resolution=28))
@@ -191,6 +192,7 @@ class TestNamedSets:
 
 
 class TestFolder:
+    @pytest.mark.slow
     def test_train_and_test_subfolders_with_classes(self, cifar_folder):
         train, heldout = load_data(DataConfig(name="folder", root=str(cifar_folder), channels=3))
         assert (len(train), len(heldout)) == (4000, 1000)

@@ -217,7 +217,7 @@ class TestReferences:
         assert report.ssim == pytest.approx(torch.stack(similarities).mean().item(), rel=1e-4)
         assert report.rfid == pytest.approx(fid.compute().item(), rel=1e-2) and report.rfid > 0
 
-    @pytest.mark.parametrize("channels", [1, 3])
+    @pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.slow), 3])
     def test_lpips_is_that_of_torchmetrics(self, channels, weights, monkeypatch, tmp_path):
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randint(0, 256, (3, channels, 40, 40), generator=generator, dtype=torch.uint8)

@@ -337,6 +337,7 @@ class TestSource:
         finally:
             (tmp_path / "elsewhere").rename(source)
 
+    @pytest.mark.slow
     def test_that_is_gone_is_not_missed_by_a_finished_run(self, copied, tmp_path):
         source = Path(copied.model.pretrained)
         source.rename(tmp_path / "elsewhere")

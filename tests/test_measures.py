@@ -187,6 +187,7 @@ class TestFrechetDistance:
 
 
 class TestLatentStatistics:
+    @pytest.mark.slow
     def test_scaled_latents_have_mean_0_and_std_1(self):
         generator = torch.Generator().manual_seed(0)
         moments = torch.randn(400, 8, 4, 4, generator=generator) * 3 + 2

@@ -225,6 +225,7 @@ class TestWaysThroughTheLatents:
 
 
 class TestLatents:
+    @pytest.mark.slow
     def test_two_latent_units_are_drawn_as_they_are(self, digits, monkeypatch):
         monkeypatch.delattr("diffusers_vae.pictures.PCA")
         model = MLPVAE(16, latent_dim=2).eval()

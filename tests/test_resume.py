@@ -139,6 +139,7 @@ def run(tmp_path_factory):
     return config
 
 
+@pytest.mark.slow
 class TestAnotherRun:
     def test_is_never_overwritten(self, run):
         before = left_behind(Path(run.run.output_dir))

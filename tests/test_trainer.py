@@ -130,6 +130,7 @@ class TestRun:
         losses = [record["loss"] for record in records(tmp_path / "run", "train")]
         assert losses[-1] < 0.5 * losses[0]
 
+    @pytest.mark.slow
     def test_perceptron_saves_itself(self, tmp_path):
         result = train(tiny(tmp_path / "run"))
         assert result.latent_shape == (2, 1, 1)
@@ -332,6 +333,7 @@ class TestFaults:
         assert names == expected and len(listed) == 5
         assert "5 files could not be read and were left out" in caplog.text
 
+    @pytest.mark.slow
     def test_held_out_images_that_cannot_be_read_are_listed_too(self, ships_on_demand, tmp_path):
         data = ships_on_demand
         _, heldout = load_data(data)

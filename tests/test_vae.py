@@ -135,8 +135,11 @@ class TestFiles:
     @pytest.mark.parametrize("writer, reader", DIRECTIONS)
     @pytest.mark.parametrize(
         "config, files",
-        [*((TINY, name) for name in FILES), (GREY, "plain"), (BARE, "plain")],
-        ids=[*FILES, "grey", "bare"],
+        [
+            *(pytest.param(TINY, name, marks=() if name == "plain" else pytest.mark.slow, id=name) for name in FILES),
+            pytest.param(GREY, "plain", id="grey"),
+            pytest.param(BARE, "plain", id="bare"),
+        ],
     )
     def test_loads_bit_equal(self, config, files, writer, reader, tmp_path):
         save, load, evidence = FILES[files]
