@@ -238,7 +238,8 @@ def run_fp16(arguments: Sequence[str]) -> int:
     if parsed.write and "force_upcast" not in model.config:
         raise ValueError(f"--write sets force_upcast, which {type(model).__name__} does not have")
     if parsed.write and file is None:
-        raise ValueError(f"--write changes a config.json on this machine, and {parsed.model} is a repository")
+        kind = "a single file, without one" if Path(parsed.model).is_file() else "a repository"
+        raise ValueError(f"--write changes a config.json on this machine, and {parsed.model} is {kind}")
     images, _ = load_split(parsed.data, parsed.split, True)
     report = measure_precision(model, images, parsed.batch_size, parsed.max_images, True)
     print(precision_table(asdict(report)))
@@ -256,7 +257,7 @@ def run_fp16(arguments: Sequence[str]) -> int:
 
 
 def _config_file(source: str, subfolder: str | None) -> Path | None:
-    """The config.json of the model in the folder `source`, where `load_autoencoder` looks; None of a repository."""
+    """The config.json of the model in the folder `source`, where `load_autoencoder` looks, if it is one."""
     file = Path(source, find_subfolder(source, subfolder) or "", "config.json")
     return file if file.is_file() else None
 
