@@ -244,7 +244,7 @@ class ModelConfig:
                 f"data.channels must be {' and '.join(map(str, of_source))}, as the images of {self.pretrained} have, "
                 f"got {channels}"
             )
-        if torch.get_default_device().type == "meta":
+        if torch.empty(0).device.type == "meta":  # get_default_device of torch 2.7 does not see `with torch.device`
             vae = VAE.from_config(self._source)
         else:
             vae = load_autoencoder(self.pretrained, self.subfolder, self.revision)
