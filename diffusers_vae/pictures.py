@@ -435,9 +435,12 @@ def runs_picture(metrics: dict[str, Path], panels: dict[str, str]) -> Image.Imag
                 )
                 shown += values[len(values) // 10 :] if kind == "train" else values
         if key != "learning_rate" and shown and max(shown) > min(shown):
-            # the first steps of training are far off and would flatten all that follows
-            margin = 0.1 * (max(shown) - min(shown))
-            axes.set_ylim(min(shown) - margin, max(shown) + margin)
+            if key == "adversarial_weight" and max(shown) > 0:  # moves by factors
+                axes.set_yscale("log")
+            else:
+                # the first steps of training are far off and would flatten all that follows
+                margin = 0.1 * (max(shown) - min(shown))
+                axes.set_ylim(min(shown) - margin, max(shown) + margin)
         axes.set_xlabel("images seen", fontsize=8)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.tick_params(labelsize=8)
@@ -445,8 +448,10 @@ def runs_picture(metrics: dict[str, Path], panels: dict[str, str]) -> Image.Imag
         axes.set_title(title, fontsize=10, loc="left")
         if key == "learning_rate":
             axes.set_ylim(bottom=0)
-        elif len(runs) == 1 or axes is grid[0]:
+        elif len(runs) == 1:
             axes.legend(fontsize=8)
+    if len(runs) > 1:  # above the panels, where it hides nothing
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=8)
     return _render(figure)
 
 

@@ -666,12 +666,13 @@ def for_transformers_4(pipeline: StableDiffusionPipeline, folder: Path) -> None:
 def _load_vae(config: TextToImageConfig) -> VAE:
     """The autoencoder; ValueError when it is none that the pipeline takes, or takes other images."""
     source = config.vae.source
-    if not Path(source).exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+    try:
+        vae = load_autoencoder(source, config.vae.subfolder, config.vae.revision)
+    except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"vae.source: there is no folder {Path(source).resolve()}, and {source} is no repository's NAMESPACE/NAME. "
-            "Train an autoencoder first, `accelerate launch training/train_vae.py`, or say with --vae where one is"
-        )
-    vae = load_autoencoder(source, config.vae.subfolder, config.vae.revision)
+            f"vae.source: {error}. Train an autoencoder first, `accelerate launch training/train_vae.py`, or say with "
+            "--vae where one is"
+        ) from error
     if not isinstance(vae, VAE):
         raise ValueError(f"StableDiffusionPipeline takes an AutoencoderKL, got {type(vae).__name__} in {source}")
     if vae.config.in_channels != config.data.channels:

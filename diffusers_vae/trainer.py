@@ -400,15 +400,17 @@ class AutoencoderTask(Task):
     def summary(self, model: nn.Module) -> str:
         data, autoencoder = self.config.data, _autoencoder(model)
         values = data.channels * data.size[0] * data.size[1]
-        weight = self.config.objective.kl_weight
+        objective, adversarial = self.config.objective, self.config.adversarial
+        when = f", after {objective.kl_warmup_images:,} images" if objective.kl_warmup_images else ""
+        judged = f"; a discriminator after {adversarial.start_images:,} images" if adversarial.weight else ""
         all_of_them, trained = (autoencoder.num_parameters(only_trainable=only) for only in (False, True))
         of = "" if trained == all_of_them else f" ({trained:,} are trained)"
         return (
             f"{type(autoencoder).__name__} with {all_of_them:,} parameters{of}, latents "
             f"{'x'.join(map(str, self.config.model.latent_shape(data.size)))}; {len(self.train_set):,} training and "
             f"{len(self.heldout):,} held-out images of {data.name} at {'x'.join(map(str, data.size))}; kl_weight "
-            f"{weight:g}, which is {self.config.objective.kl_weight_per_value(values):.3g} where the loss is the mean "
-            f"over the {values:,} values of an image"
+            f"{objective.kl_weight:g}, which is {objective.kl_weight_per_value(values):.3g} where the loss is the mean "
+            f"over the {values:,} values of an image{when}{judged}"
         )
 
     def evaluate(

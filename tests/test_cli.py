@@ -85,6 +85,16 @@ class TestTop:
         code, _, error = call(capsys, *arguments)
         assert code == 2 and message in error and "Traceback" not in error
 
+    def test_an_autoencoder_that_is_not_there(self, capsys, tmp_path):
+        """Nor is it looked for on the Hub."""
+        missing = tmp_path / "none"
+        for arguments, begin in (
+            (["train-text-to-image", "--vae", missing, "--run.output_dir", tmp_path / "run"], "vae.source: "),
+            (["evaluate", missing, "--data", "digits"], ""),
+        ):
+            code, out, error = call(capsys, *arguments)
+            assert code == 1 and out == "" and f"{begin}there is no file or folder {missing}" in error
+
     def test_errors_are_one_line_unless_debug_is_asked_for(self, capsys, tmp_path):
         code, out, error = call(capsys, "evaluate", tmp_path)
         assert code == 1 and out == ""

@@ -332,7 +332,7 @@ class TestSource:
         try:
             with pytest.raises(OSError, match=str(source)):
                 train(config)
-            with pytest.raises(ValueError, match=f"^model.pretrained: cannot load a model from {source}"):
+            with pytest.raises(ValueError, match=f"^model.pretrained: there is no file or folder {source}"):
                 tuning(tmp_path / "new", source)
         finally:
             (tmp_path / "elsewhere").rename(source)

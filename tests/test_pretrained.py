@@ -221,7 +221,7 @@ class TestErrors:
             lambda: config.latent_shape(SIZE),
             lambda: config.build(3, SIZE),
         ):
-            with pytest.raises(ValueError, match=r"^model.pretrained: cannot load a model from .*gone"):
+            with pytest.raises(ValueError, match=r"^model.pretrained: there is no file or folder .*gone"):
                 read()
 
     def test_channels(self, source):
@@ -269,7 +269,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("flags", "words"),
         [
-            (["--model.pretrained", "gone/model"], "model.pretrained: cannot load a model from gone/model"),
+            (["--model.pretrained", "gone/model"], "from the Hub gone/model cannot be loaded"),
             (["--model.train", "encoder.*"], "model.train"),
             (["--model.lora_rank", "4"], "model.lora_rank"),
             (["--model.pretrained", "a", "--model.layers_per_block", "2"], "model.layers_per_block must be left out"),

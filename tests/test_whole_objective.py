@@ -333,6 +333,16 @@ def test_begin_step_sets_the_discriminators_learning_rate_by_both_schedules():
 
 
 @pytest.mark.slow
+def test_the_first_line_says_when_each_term_joins(tmp_path):
+    """So that a warm-up in images is not taken for one in steps, nor a start found to lie behind the end afterwards."""
+    objective = {"kl_weight": 2.88, "kl_schedule": "linear", "kl_warmup_images": 5000}
+    task = AutoencoderTask(settings(tmp_path, objective, AdversarialConfig(weight=0.1, start_images=7000)))
+    task.load(Accelerator(cpu=True))
+    said = task.summary(task.build())
+    assert "kl_weight 2.88, which is 0.005 where the loss is the mean over the 576 values of an image" in said
+    assert said.endswith(", after 5,000 images; a discriminator after 7,000 images")
+
+
 class TestSchedules:
     def test_kl_weight_is_logged(self, run):
         found = [record["kl_weight"] for record in records(run.run.output_dir, "train")]

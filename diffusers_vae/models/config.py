@@ -167,7 +167,7 @@ class ModelConfig:
         """The whole config of `pretrained`, which is read once."""
         try:
             config = read_config(self.pretrained, self.subfolder, self.revision)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"model.pretrained: {error}") from error
         if (name := config.get("_class_name")) != "AutoencoderKL":
             raise ValueError(

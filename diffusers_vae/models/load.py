@@ -69,6 +69,10 @@ def read_config(source: str, subfolder: str | None = None, revision: str | None 
     folder, place = Path(source), find_subfolder(source, subfolder)
     if _is_file(source, subfolder, revision):
         return read_single_file(folder)[0]
+    if not folder.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise FileNotFoundError(
+            f"there is no file or folder {folder.resolve()}, and {source} is no repository's NAMESPACE/NAME"
+        )
     if folder.is_dir() and not (folder / (place or "") / "config.json").exists():
         raise FileNotFoundError(
             f"{folder.resolve()} holds no model: neither config.json nor model/config.json (of a run) nor "
@@ -77,8 +81,12 @@ def read_config(source: str, subfolder: str | None = None, revision: str | None 
     try:
         return MLPVAE.load_config(source, subfolder=place, revision=revision)
     except OSError as error:
-        hint = "" if place or folder.is_dir() else " (the autoencoder of a pipeline lies in its subfolder vae)"
-        raise OSError(f"cannot load a model from {source}{hint}: {error}") from error
+        if folder.exists():
+            raise OSError(f"cannot load a model from {source}: {error}") from error
+        raise OSError(
+            f"there is no file or folder {folder.resolve()}, and from the Hub {source} cannot be loaded (the autoencoder "
+            f"of a pipeline lies in its subfolder vae): {error}"
+        ) from error
 
 
 def _is_file(source: str, subfolder: str | None, revision: str | None) -> bool:
