@@ -84,8 +84,8 @@ def read_config(source: str, subfolder: str | None = None, revision: str | None 
         if folder.exists():
             raise OSError(f"cannot load a model from {source}: {error}") from error
         raise OSError(
-            f"there is no file or folder {folder.resolve()}, and from the Hub {source} cannot be loaded (the autoencoder "
-            f"of a pipeline lies in its subfolder vae): {error}"
+            f"there is no file or folder {folder.resolve()}, and from the Hub {source} cannot be loaded (the "
+            f"autoencoder of a pipeline lies in its subfolder vae): {error}"
         ) from error
 
 
