@@ -275,7 +275,8 @@ class TestSettings:
             (["--model.pretrained", "a", "--model.layers_per_block", "2"], "model.layers_per_block must be left out"),
         ],
     )
-    def test_errors_name_the_key(self, flags, words, capsys, monkeypatch):
+    def test_errors_name_the_key(self, flags, words, capsys, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)  # a finished run in runs/ would need no source
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # which would retry for long
         with pytest.raises(SystemExit):
             parse_settings(TRAININGS["train"], flags)
