@@ -269,7 +269,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("flags", "words"),
         [
-            (["--model.pretrained", "gone/model"], "from the Hub gone/model cannot be loaded"),
+            (["--model.pretrained", "gone/model"], "model.pretrained: there is no file or folder"),
             (["--model.train", "encoder.*"], "model.train"),
             (["--model.lora_rank", "4"], "model.lora_rank"),
             (["--model.pretrained", "a", "--model.layers_per_block", "2"], "model.layers_per_block must be left out"),

@@ -332,7 +332,6 @@ def test_begin_step_sets_the_discriminators_learning_rate_by_both_schedules():
         assert readings["adversarial_weight"] == 30 * task.adversary.rise
 
 
-@pytest.mark.slow
 def test_the_first_line_says_when_each_term_joins(tmp_path):
     """So that a warm-up in images is not taken for one in steps, nor a start found to lie behind the end afterwards."""
     objective = {"kl_weight": 2.88, "kl_schedule": "linear", "kl_warmup_images": 5000}
@@ -343,6 +342,7 @@ def test_the_first_line_says_when_each_term_joins(tmp_path):
     assert said.endswith(", after 5,000 images; a discriminator after 7,000 images")
 
 
+@pytest.mark.slow
 class TestSchedules:
     def test_kl_weight_is_logged(self, run):
         found = [record["kl_weight"] for record in records(run.run.output_dir, "train")]
