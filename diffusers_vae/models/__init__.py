@@ -5,6 +5,7 @@ from .load import LATENT_PARTS, decode, encode, find_subfolder, load_autoencoder
 from .lora import without_adapters
 from .mlp import MLPVAE
 from .scaling import LatentScaling
+from .speed import fast_dtype, speed_up_norms
 from .vae import VAE, VAEOutput
 
 __all__ = [
@@ -16,8 +17,10 @@ __all__ = [
     "VAEOutput",
     "decode",
     "encode",
+    "fast_dtype",
     "find_subfolder",
     "load_autoencoder",
+    "speed_up_norms",
     "weights_hash",
     "without_adapters",
 ]
