@@ -11,24 +11,26 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
     is_torch_version,
+    parse_choice_from_env,
     set_seed,
 )
 from diffusers.training_utils import EMAModel
@@ -38,8 +40,19 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .checkpoint import Discriminator, naming, on_main, read_progress, restore, save_checkpoint, surroundings, whole
+from .checkpoint import (
+    Discriminator,
+    naming,
+    on_main,
+    read_progress,
+    read_settings,
+    restore,
+    save_checkpoint,
+    surroundings,
+    whole,
+)
 from .data import MicroBatch, epoch_batches, step_generator
+from .models import fast_dtype
 from .run_folder import BadImages, Log, Settings, begin, find_run, only_run_in
 
 logger = logging.getLogger(__name__)
@@ -86,6 +99,9 @@ class OptimizerConfig:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+Precision = Literal["no", "fp16", "bf16"]
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """How long, how many at a time, and where to."""
@@ -102,9 +118,11 @@ class RunConfig:
     """Images per optimiser step over all processes."""
     gradient_accumulation_steps: int = 1
     """Forwards per optimiser step on each process."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Autocast dtype; null leaves it to `accelerate launch`, and config.yaml states what it was. Weights, optimiser
-    and EMA are float32 in any case. In YAML, no needs quotes."""
+    mixed_precision: Precision | None = None
+    """Autocast dtype. null: what `accelerate launch` asks for; where it asks for none, bf16 for a convolutional
+    autoencoder on a device that multiplies it in hardware (a CPU with AVX512-BF16 or AMX, a GPU such as NVIDIA's from
+    Ampere on), else no, which is float32. A run that is continued keeps its own. A run's first line and config.yaml
+    state which it is. Weights, optimiser and EMA are float32 in any case. In YAML, no needs quotes."""
     ema_decay: float | None = 0.99
     """Decay of the moving average of the weights, which is what is evaluated and saved; null: none."""
     checkpoint_every: int = 10_000
@@ -229,6 +247,8 @@ class Task(Protocol):
     """Images between two evaluations while training."""
     workers: int
     """Processes that read images."""
+    convolutional: bool
+    """Whether it trains convolutions alone, which gain by bfloat16."""
     builds_at_once: bool
     """Whether `build` needs no `load` before."""
     train_set: TrainingSet
@@ -334,7 +354,7 @@ def run_task(task: Task) -> RunResult | None:
         torch.use_deterministic_algorithms(True)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # then several processes are told apart only when it is said
-        mixed_precision=run.mixed_precision,
+        mixed_precision=_precision(task),
         log_with=run.tracker,
         project_dir=run.output_dir,
         # the others wait while the main process reads images first, or draws
@@ -349,6 +369,21 @@ def run_task(task: Task) -> RunResult | None:
         finally:
             for tracker in accelerator.trackers:
                 tracker.finish()
+
+
+def _precision(task: Task) -> str:
+    """What config or launcher ask for, or the run was begun with; else bf16 where that is fast."""
+    run = task.config.run
+    if run.mixed_precision:
+        return run.mixed_precision
+    if (asked := parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # which is not told from nothing
+        return asked
+    with suppress(OSError, ValueError):  # what is wrong with it is told when the run is looked for
+        begun = read_settings(Path(run.output_dir) / "config.yaml", "run")["run"].get("mixed_precision")
+        if begun in get_args(Precision):
+            return begun
+    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    return "bf16" if task.convolutional and fast_dtype(device) == torch.bfloat16 else "no"
 
 
 def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult | None:
@@ -370,12 +405,15 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
         [p for p in model.parameters() if p.requires_grad],
         betas=config.optimizer.betas,
         weight_decay=config.optimizer.weight_decay,
+        fused=accelerator.device.type in ("cpu", "cuda") or None,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     plain_model = accelerator.unwrap_model(model)
+    parameters = list(plain_model.parameters())  # asking for them takes as long as a small model's step
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     ema = None
     if run.ema_decay:  # the decay rises as 1 - (1 + step)^-0.75, so that short runs do not keep their first weights
-        ema = EMAModel(plain_model.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75)
+        ema = EMAModel(parameters, decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     total_images = min(run.epochs * len(train_set), run.max_images or sys.maxsize)
     if accelerator.num_processes > 1:
         # DistributedDataParallel orders its buckets by its first backward. Without this one, which leaves no trace, the
@@ -416,142 +454,138 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
     warm, timed_images, timed_seconds = False, 0, 0.0  # the first step is left out: it sets much up
     signals.wait = True  # the loop asks after every step
     with logging_redirect_tqdm(), bar:
-        while images_seen < total_images:
-            epoch, start = divmod(images_seen, len(train_set))
+        steps = partial(_steps, len(train_set), run, accelerator, images_seen, total_images)
+        reads = _reads(train_set, steps(), task.workers, run.seed, accelerator.device)
+        model.train()
+        pending: list[_Flags] = []
+        for epoch, start, micro_batches in steps():
+            began = time.monotonic()
+            reached = images_seen + micro_batches[0].count
             epoch_end = min((epoch + 1) * len(train_set), total_images)
-            batches = partial(
-                epoch_batches,
-                len(train_set),
-                run.batch_size,
-                run.seed,
-                epoch,
-                accelerator.process_index,
-                accelerator.num_processes,
-                run.gradient_accumulation_steps,
-                start,
-            )
-            loader = iter(_loader(train_set, batches(), task.workers, run.seed))
-            model.train()
-            for micro_batches in batches():
-                began = time.monotonic()
-                learning_rate = config.optimizer.learning_rate_at(images_seen, total_images)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate
-                readings = task.begin_step(images_seen, total_images, learning_rate)
-                start = images_seen - epoch * len(train_set)
-                generator = step_generator(run.seed, epoch, start, accelerator.device)
-                draws = task.draws(micro_batches[0].count, generator)
-                seen: list[_Seen] = []
-                statistics = _Statistics()
-                for micro_step, micro_batch in enumerate(micro_batches, 1):
-                    read = next(loader).checked()
-                    bad_images.add(read.errors)
-                    share = micro_batch.share * len(read.kept) / len(micro_batch.indices)
-                    if not read.kept:  # every process must take part in the step
-                        read = read.blank()
-                    rows = [micro_batch.first + place for place in read.kept]
-                    own_draws = {name: values[rows] for name, values in draws.items()}
-                    with nullcontext() if micro_step == len(micro_batches) else accelerator.no_sync(model):
-                        terms = task.step(model, read, own_draws)
-                        # Gradients are averaged over processes, so that this sums to the mean over the step's images.
-                        accelerator.backward(terms.loss * share * accelerator.num_processes)
-                    if terms.pair:
-                        terms = task.discriminate(terms)
-                        (terms.discriminator_loss * share).backward()
-                    statistics.add(terms.statistics, share)
-                    if share:
-                        step_terms.add(_sums(terms, len(read.kept)))
-                        indices = [micro_batch.indices[place] for place in read.kept]
-                        seen.append(_Seen(micro_batch.count, indices, read, own_draws, terms))
-                grad_norm = accelerator.clip_grad_norm_(
-                    model.parameters(), config.optimizer.max_grad_norm or float("inf")
+            learning_rate = config.optimizer.learning_rate_at(images_seen, total_images)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            readings = task.begin_step(images_seen, total_images, learning_rate)
+            generator = step_generator(run.seed, epoch, start, accelerator.device)
+            draws = task.draws(micro_batches[0].count, generator)
+            seen: list[_Seen] = []
+            statistics = _Statistics()
+            for micro_step, micro_batch in enumerate(micro_batches, 1):
+                read = next(reads).checked()
+                bad_images.add(read.errors)
+                share = micro_batch.share * len(read.kept) / len(micro_batch.indices)
+                if not read.kept:  # every process must take part in the step
+                    read = read.blank()
+                rows = _rows(micro_batch, read)
+                own_draws = {name: values[rows] for name, values in draws.items()}
+                with nullcontext() if micro_step == len(micro_batches) else accelerator.no_sync(model):
+                    terms = task.step(model, read, own_draws)
+                    # Gradients are averaged over processes, so that this sums to the mean over the step's images.
+                    loss = terms.loss * share * accelerator.num_processes
+                    (accelerator.scaler.scale(loss) if accelerator.scaler else loss).backward()
+                if terms.pair:
+                    terms = task.discriminate(terms)
+                    (terms.discriminator_loss * share).backward()
+                statistics.add(terms.statistics, share)
+                if share:
+                    step_terms.add(_sums(terms, len(read.kept)))
+                    indices = [micro_batch.indices[place] for place in read.kept]
+                    seen.append(_Seen(micro_batch.count, indices, read, own_draws, terms))
+            grad_norm = _clip(accelerator, model, trained, config.optimizer.max_grad_norm)
+            norms = {"gradient": grad_norm}
+            if discriminator and terms.pair:
+                _sum_gradients(accelerator, discriminator.module)
+                norms["discriminator's gradient"] = nn.utils.clip_grad_norm_(
+                    discriminator.module.parameters(), config.optimizer.max_grad_norm or float("inf")
                 )
-                norms = {"gradient": grad_norm}
-                if discriminator and terms.pair:
-                    _sum_gradients(accelerator, discriminator.module)
-                    norms["discriminator's gradient"] = nn.utils.clip_grad_norm_(
-                        discriminator.module.parameters(), config.optimizer.max_grad_norm or float("inf")
-                    )
-                bad, stop = _agree(accelerator, step_terms, norms, signals.asked())
-                # A gradient in float16 may overflow: the scaler then skips the step and lowers its scale; below 1 it
-                # will not recover.
-                overflow = bad == ["gradient"] and accelerator.scaler and accelerator.scaler.get_scale() >= 1
-                if bad and not overflow:
-                    message = _not_finite(task, accelerator, step + 1, skipped, bad, seen)
-                    if run.on_nonfinite == "stop" or skipped_in_a_row + 1 >= SKIPS_IN_A_ROW:
-                        kept = f"The newest checkpoint is {checkpoint}. " if checkpoint else ""
-                        raise FloatingPointError(f"training stopped before step {message}. {kept}{task.advice}")
-                    if accelerator.is_main_process:
-                        logger.warning("skipped step %s", message)
-                    if accelerator.scaler:
-                        accelerator.scaler.update()
-                    skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-                else:
-                    optimizer.step()
-                    if not optimizer.step_was_skipped:
-                        if ema:
-                            ema.step(plain_model.parameters())
-                        if discriminator and terms.pair:
-                            discriminator.optimizer.step()
-                        task.end_step(statistics.means(accelerator), micro_batches[0].count)
-                    interval.add(step_terms.sums)
-                    epoch_terms.add(step_terms.sums)
-                    skipped_in_a_row = 0
-                optimizer.zero_grad()
-                if discriminator:
-                    discriminator.optimizer.zero_grad()
-                step_terms.sums.zero_()
+            pending.append(_Flags(accelerator, step_terms, norms, signals.asked(), step + 1, seen))
+            # Whether a step is finite is known when the device has done it. Where nothing here depends on that, it is
+            # asked a step later, so that the device does not wait for its next step, and before anything is written.
+            late = run.on_nonfinite == "stop" and not (statistics.sums or discriminator or accelerator.scaler)
+            writes = reached >= min(next_log, next_evaluation, next_checkpoint, epoch_end)
+            bad, stop = [], False
+            while pending and not bad and (writes or stop or not late or len(pending) > 1):
+                checked = pending.pop(0)
+                bad, asked = checked.read()
+                stop = stop or asked
+            # A gradient in float16 may overflow: the scaler then skips the step and lowers its scale; below 1 it
+            # will not recover.
+            overflow = bad == ["gradient"] and accelerator.scaler and accelerator.scaler.get_scale() >= 1
+            if bad and not overflow:
+                message = _not_finite(task, accelerator, checked, skipped, bad)
+                if run.on_nonfinite == "stop" or skipped_in_a_row + 1 >= SKIPS_IN_A_ROW:
+                    kept = f"The newest checkpoint is {checkpoint}. " if checkpoint else ""
+                    raise FloatingPointError(f"training stopped before step {message}. {kept}{task.advice}")
+                if accelerator.is_main_process:
+                    logger.warning("skipped step %s", message)
+                if accelerator.scaler:
+                    accelerator.scaler.update()
+                skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+            else:
+                if not _step(accelerator, optimizer):
+                    if ema:
+                        ema.step(parameters)
+                    if discriminator and terms.pair:
+                        discriminator.optimizer.step()
+                    task.end_step(statistics.means(accelerator), micro_batches[0].count)
+                interval.add(step_terms.sums)
+                epoch_terms.add(step_terms.sums)
+                skipped_in_a_row = 0
+            for parameter in trained:
+                parameter.grad = None
+            if discriminator:
+                discriminator.optimizer.zero_grad()
+            step_terms.sums.zero_()
 
-                if warm:
-                    timed_images += micro_batches[0].count
-                    timed_seconds += time.monotonic() - began
-                warm = True
-                step += 1
-                images_seen = min(images_seen + run.batch_size, (epoch + 1) * len(train_set))
-                bar.update(min(images_seen, total_images) - bar.n)
-                interval.show(bar)
-                progress = {"epoch": epoch + 1, "step": step, "images_seen": images_seen}
-                counts = progress | ({"skipped": skipped} if skipped else {})
-                if images_seen >= next_log or images_seen >= total_images:
-                    norm = grad_norm.item() if grad_norm.isfinite() else None  # of a step that was skipped
-                    means = interval.take()
-                    readings |= {name: value.item() for name, value in terms.readings.items()}
-                    readings |= {"learning_rate": learning_rate, "grad_norm": norm}
-                    log.write("train", counts | means | readings)
-                    next_log = (images_seen // run.log_every + 1) * run.log_every
-                if images_seen >= epoch_end:
-                    means = epoch_terms.take()
-                    log.write("epoch", counts | means)
-                    if accelerator.is_main_process:
-                        text = "  ".join(f"{name} {value:.4f}" for name, value in means.items() if value is not None)
-                        logger.info("epoch %d: %s", epoch + 1, text)
-                if images_seen >= next_evaluation and images_seen < total_images:
-                    task.evaluate(_model_to_keep(task, accelerator, plain_model, ema), log, progress)
-                    next_evaluation = (images_seen // task.evaluate_every + 1) * task.evaluate_every
-                if images_seen >= next_checkpoint or images_seen >= total_images or stop:
-                    checkpoint = save_checkpoint(
-                        output_dir / "checkpoints",
-                        accelerator,
-                        plain_model,
-                        optimizer.optimizer,
-                        ema,
-                        discriminator,
-                        progress
-                        | {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row, "changes": changes}
-                        | {"task": task.state()},
-                        {"interval": interval.sums.tolist(), "epoch": epoch_terms.sums.tolist()},
-                        [output_dir / "config.yaml", output_dir / "data.json", log.path],
-                        run.keep_checkpoints,
-                    )
-                    next_checkpoint = (images_seen // run.checkpoint_every + 1) * run.checkpoint_every
-                if stop:
-                    raise Interrupted(
-                        f"asked to stop ({signals.reason or 'as another process was'}) after {images_seen:,} of "
-                        f"{total_images:,} images; saved as {checkpoint}. The same command continues"
-                    )
-                if images_seen >= epoch_end:
-                    break
+            if warm:
+                timed_images += micro_batches[0].count
+                timed_seconds += time.monotonic() - began
+            warm = True
+            step += 1
+            images_seen = reached
+            bar.update(min(images_seen, total_images) - bar.n)
+            interval.show(bar)
+            progress = {"epoch": epoch + 1, "step": step, "images_seen": images_seen}
+            counts = progress | ({"skipped": skipped} if skipped else {})
+            if images_seen >= next_log or images_seen >= total_images:
+                norm = grad_norm.item() if grad_norm.isfinite() else None  # of a step that was skipped
+                means = interval.take()
+                readings |= {name: value.item() for name, value in terms.readings.items()}
+                readings |= {"learning_rate": learning_rate, "grad_norm": norm}
+                log.write("train", counts | means | readings)
+                next_log = (images_seen // run.log_every + 1) * run.log_every
+            if images_seen >= epoch_end:
+                means = epoch_terms.take()
+                log.write("epoch", counts | means)
+                if accelerator.is_main_process:
+                    text = "  ".join(f"{name} {value:.4f}" for name, value in means.items() if value is not None)
+                    logger.info("epoch %d: %s", epoch + 1, text)
+            if images_seen >= next_evaluation and images_seen < total_images:
+                task.evaluate(_model_to_keep(task, accelerator, plain_model, ema), log, progress)
+                next_evaluation = (images_seen // task.evaluate_every + 1) * task.evaluate_every
+            if images_seen >= next_checkpoint or images_seen >= total_images or stop:
+                checkpoint = save_checkpoint(
+                    output_dir / "checkpoints",
+                    accelerator,
+                    plain_model,
+                    optimizer.optimizer,
+                    ema,
+                    discriminator,
+                    progress
+                    | {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row, "changes": changes}
+                    | {"task": task.state()},
+                    {"interval": interval.sums.tolist(), "epoch": epoch_terms.sums.tolist()},
+                    [output_dir / "config.yaml", output_dir / "data.json", log.path],
+                    run.keep_checkpoints,
+                )
+                next_checkpoint = (images_seen // run.checkpoint_every + 1) * run.checkpoint_every
+            if stop:
+                raise Interrupted(
+                    f"asked to stop ({signals.reason or 'as another process was'}) after {images_seen:,} of "
+                    f"{total_images:,} images; saved as {checkpoint}. The same command continues"
+                )
 
+    del reads  # and its processes
     signals.wait = False  # all that follows can be done again from the checkpoint
     averaged = _model_to_keep(task, accelerator, plain_model, ema)
     if images_seen >= total_images + run.batch_size and accelerator.is_main_process:
@@ -755,16 +789,80 @@ def _model_to_keep(task: Task, accelerator: Accelerator, model: nn.Module, ema: 
     return kept.eval().requires_grad_(False)
 
 
-def _loader(train_set: TrainingSet, batches: Iterable[list[MicroBatch]], workers: int, seed: int) -> DataLoader:
-    """The images of one micro-batch after the other."""
-    return DataLoader(
+def _steps(
+    length: int, run: RunConfig, accelerator: Accelerator, images_seen: int, total_images: int
+) -> Iterator[tuple[int, int, list[MicroBatch]]]:
+    """Of each step from `images_seen` to `total_images` its epoch, from 0, the images of it before, and this process's
+    micro-batches, of `length` images in all.
+    """
+    while images_seen < total_images:
+        epoch, start = divmod(images_seen, length)
+        for micro_batches in epoch_batches(
+            length,
+            run.batch_size,
+            run.seed,
+            epoch,
+            accelerator.process_index,
+            accelerator.num_processes,
+            run.gradient_accumulation_steps,
+            start,
+        ):
+            if images_seen >= total_images:
+                return
+            yield epoch, images_seen - epoch * length, micro_batches
+            images_seen += micro_batches[0].count
+
+
+def _reads(
+    train_set: TrainingSet,
+    steps: Iterable[tuple[int, int, list[MicroBatch]]],
+    workers: int,
+    seed: int,
+    device: torch.device,
+) -> Iterator[Read]:
+    """The images of one micro-batch after the other; those that `workers` read, ahead of when they are needed."""
+    indices = (micro_batch.indices for _, _, micro_batches in steps for micro_batch in micro_batches)
+    if not workers:
+        return map(train_set.__getitems__, indices)
+    loader = DataLoader(
         train_set,
-        batch_sampler=(micro_batch.indices for micro_batches in batches for micro_batch in micro_batches),
+        batch_sampler=indices,
         num_workers=workers,
         collate_fn=_as_read,
         worker_init_fn=_ignore_signals,
         generator=torch.Generator().manual_seed(seed),  # otherwise every loader takes a number from the global one
+        pin_memory=device.type == "cuda",
     )
+    return iter(loader)
+
+
+def _rows(micro_batch: MicroBatch, read: Read) -> slice | list[int]:
+    """Where in the step's batch the images lie that could be read."""
+    if len(read.kept) == len(micro_batch.indices):
+        return slice(micro_batch.first, micro_batch.first + len(read.kept))
+    return [micro_batch.first + place for place in read.kept]
+
+
+def _clip(
+    accelerator: Accelerator, model: nn.Module, parameters: list[nn.Parameter], max_norm: float | None
+) -> torch.Tensor:
+    """The norm of the gradient, which is scaled down to `max_norm` if there is one."""
+    if accelerator.is_fsdp2:
+        return accelerator.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
+    accelerator.unscale_gradients()
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _step(accelerator: Accelerator, optimizer: AcceleratedOptimizer) -> bool:
+    """Take the step; returns whether the scaler of float16 left it out."""
+    if accelerator.scaler:
+        optimizer.step()
+        return optimizer.step_was_skipped
+    optimizer.optimizer.step()  # Accelerate's own looks for packages that could be installed, at every step
+    return False
 
 
 def _ignore_signals(worker: int) -> None:
@@ -864,18 +962,39 @@ def _sum_gradients(accelerator: Accelerator, module: nn.Module) -> None:
             gradient.copy_(total.view_as(gradient))
 
 
-def _agree(
-    accelerator: Accelerator, step_terms: _RunningTerms, norms: dict[str, torch.Tensor], asked: bool
-) -> tuple[list[str], bool]:
-    """Which terms of the step are not finite on any process, and whether any was asked to stop."""
-    sums = step_terms.sums
-    finite = torch.cat([sums[:-1], *(whole(norm).to(sums).view(1) for norm in norms.values())]).isfinite()
-    if accelerator.num_processes == 1:
-        flags = [not ok for ok in finite.tolist()] + [asked]
-    else:
-        both = torch.cat([~finite, torch.tensor([asked], device=finite.device)])
-        flags = accelerator.reduce(both.int(), "sum").tolist()
-    return [name for name, flag in zip((*step_terms.names, *norms), flags, strict=False) if flag], bool(flags[-1])
+class _Flags:
+    """Which terms of a step are not finite on any process, and whether any was asked to stop; on its way from the
+    device, which goes on meanwhile.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        step_terms: _RunningTerms,
+        norms: dict[str, torch.Tensor],
+        asked: bool,
+        step: int,
+        seen: list[_Seen],
+    ):
+        self.names, self.asked, self.step, self.seen = (*step_terms.names, *norms), asked, step, seen
+        sums = step_terms.sums
+        flags = ~torch.cat([sums[:-1], *(whole(norm).to(sums).view(1) for norm in norms.values())]).isfinite()
+        if accelerator.num_processes > 1:
+            both = torch.cat([flags, torch.full([1], asked, device=flags.device)])
+            flags = accelerator.reduce(both.int(), "sum")
+        self.done = None
+        if flags.is_cuda:
+            flags, self.done = flags.to("cpu", non_blocking=True), torch.cuda.Event()
+            self.done.record()
+        self.flags = flags
+
+    def read(self) -> tuple[list[str], bool]:
+        """The names of the terms, and whether to stop; waits until the device has come so far."""
+        if self.done:
+            self.done.synchronize()
+        flags = [*self.flags.tolist(), self.asked]
+        bad = [name for name, flag in zip(self.names, flags, strict=False) if flag]
+        return bad, bool(flags[len(self.names)])
 
 
 SKIPS_IN_A_ROW = 20
@@ -884,10 +1003,9 @@ SKIPS_IN_A_ROW = 20
 MAX_DUMPS = 10
 
 
-def _not_finite(
-    task: Task, accelerator: Accelerator, step: int, skipped: int, bad: list[str], seen: list[_Seen]
-) -> str:
-    """What is wrong with `step`, in words, after its batch was written to output_dir."""
+def _not_finite(task: Task, accelerator: Accelerator, checked: _Flags, skipped: int, bad: list[str]) -> str:
+    """What is wrong with the step, in words, after its batch was written to output_dir."""
+    step, seen = checked.step, checked.seen
     culprits = [
         task.train_set.name(index)
         for part in seen

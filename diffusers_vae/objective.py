@@ -158,17 +158,20 @@ class Bernoulli:
 
     def error(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         low, high = reconstructions.detach().aminmax()
-        if low < -1 or high > 1:  # NaN is for the training loop to report
+        # NaN is for the training loop to report, and so is, as NaN, what other devices would be waited for to tell
+        if reconstructions.device.type == "cpu" and (low < -1 or high > 1):
             raise ValueError(
                 "a Bernoulli likelihood needs reconstructions that are probabilities: in [-1, 1] after the rescaling "
                 f"of images, got values from {low.item():.3g} to {high.item():.3g}. The decoder of VAE is unbounded; "
                 "use MLPVAE, which ends in a sigmoid, or a Gaussian or Laplace likelihood"
             )
+        outside = torch.where((low < -1) | (high > 1), math.nan, 0.0)
         epsilon = torch.finfo(reconstructions.dtype).eps
         probabilities = to_unit_range(reconstructions).clamp(epsilon, 1 - epsilon)
         values = to_unit_range(images)
         # written out: F.binary_cross_entropy refuses to run under CUDA autocast
-        return -(values * probabilities.log() + (1 - values) * (-probabilities).log1p()).flatten(1).sum(1)
+        error = -(values * probabilities.log() + (1 - values) * (-probabilities).log1p()).flatten(1).sum(1)
+        return error + outside
 
     def constant(self) -> float:
         return 0.0

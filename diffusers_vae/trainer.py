@@ -26,7 +26,16 @@ from .images import to_model_range
 from .latent_cache import LatentDataset, matching_latents
 from .latents import measure_latents
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, run_task
-from .models import LATENT_PARTS, MLPVAE, VAE, ModelConfig, load_autoencoder, weights_hash, without_adapters
+from .models import (
+    LATENT_PARTS,
+    MLPVAE,
+    VAE,
+    ModelConfig,
+    load_autoencoder,
+    speed_up_norms,
+    weights_hash,
+    without_adapters,
+)
 from .objective import START_SCALE, ObjectiveConfig, TrainingObjective, VAEObjective
 from .perceptual import PerceptualLoss
 from .report import SETTINGS, draw_report, report_html
@@ -221,6 +230,7 @@ class AutoencoderTask(Task):
         self.config, self.memory_limit = config, memory_limit
         self.objective = TrainingObjective(config.objective)
         self.evaluate_every = config.evaluation.every
+        self.convolutional = config.model.architecture == "vae"
         self.perceptual: PerceptualLoss | None = None
         self.adversary: Adversary | None = None
         self.terms = ("distortion", "rate")
@@ -277,7 +287,7 @@ class AutoencoderTask(Task):
         yield from self.heldout.errors
 
     def build(self) -> nn.Module:
-        model = self.config.model.build(self.config.data.channels, self.config.data.size)
+        model = speed_up_norms(self.config.model.build(self.config.data.channels, self.config.data.size))
         return WithScale(model) if self.config.objective.scale == "learned" else model
 
     def blank(self, model: nn.Module, device: torch.device) -> torch.Tensor:
@@ -306,8 +316,11 @@ class AutoencoderTask(Task):
     def draws(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         shape = self.config.model.latent_shape(self.config.data.size)
         drawn = {"noise": torch.randn(count, *shape, generator=generator, device=generator.device)}
-        if self.config.objective.equivariance:  # the same for all images of a step
-            chances = torch.rand(1, equivariance.DRAWS, generator=generator, device=generator.device)
+        if (
+            self.config.objective.equivariance
+        ):  # the same for all images of a step, and on the CPU, which decides by them
+            own = torch.Generator().manual_seed(generator.initial_seed() ^ 1)
+            chances = torch.rand(1, equivariance.DRAWS, generator=own)
             drawn["chances"] = chances.expand(count, -1)
         return drawn
 

@@ -11,7 +11,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..images import to_model_range, to_unit_range
-from .vae import VAE, check_batch, check_dtype, posterior_from_moments
+from .vae import VAE, check_batch, check_dtype, in_dtype_of, posterior_from_moments
 
 
 class MLPVAE(ModelMixin, ConfigMixin):
@@ -80,7 +80,7 @@ class MLPVAE(ModelMixin, ConfigMixin):
         check_batch(z, self.config.latent_dim, "latents")
         if z.shape[2:] != (1, 1):
             raise ValueError(f"latents must have the shape (batch, {z.shape[1]}, 1, 1), got {tuple(z.shape)}")
-        logits = self.decoder(z.to(self.dtype).flatten(1)).view(-1, *self.image_shape)
+        logits = self.decoder(in_dtype_of(self, z).flatten(1)).view(-1, *self.image_shape)
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()  # a sigmoid in half precision rounds dark pixels to probability 0
         sample = to_model_range(torch.sigmoid(logits))

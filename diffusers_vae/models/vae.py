@@ -55,10 +55,17 @@ def check_batch(tensor: torch.Tensor, channels: int, what: str) -> None:
 
 def check_dtype(model: ModelMixin, images: torch.Tensor) -> None:
     """Refuse images of another floating dtype than the model's, with a ValueError, unless autocast takes care of it."""
+    if images.dtype == next(model.parameters()).dtype:  # asking for model.dtype goes through all modules
+        return
     device = images.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if images.dtype != model.dtype and (not autocast or images.dtype == torch.float64):  # which it leaves alone
         raise ValueError(f"images must have the model's dtype, {model.dtype}, got {images.dtype}")
+
+
+def in_dtype_of(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """The latents in the dtype in which the model computes."""
+    return latents if latents.dtype == next(model.parameters()).dtype else latents.to(model.dtype)
 
 
 class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOriginalModelMixin, PeftAdapterMixin):
@@ -197,7 +204,7 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
             ValueError: for another shape, channel count or dtype.
         """
         check_batch(z, self.config.latent_channels, "latents")
-        z = z.to(self.dtype)
+        z = in_dtype_of(self, z)
         slices = z.split(1) if self.use_slicing and len(z) > 1 else (z,)
         sample = torch.cat([self._decode(latents).sample for latents in slices])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
