@@ -123,6 +123,10 @@ class RunConfig:
     autoencoder on a device that multiplies it in hardware (a CPU with AVX512-BF16 or AMX, a GPU such as NVIDIA's from
     Ampere on), else no, which is float32. A run that is continued keeps its own. A run's first line and config.yaml
     state which it is. Weights, optimiser and EMA are float32 in any case. In YAML, no needs quotes."""
+    compile: bool | None = None
+    """Whether torch.compile makes one program of the autoencoder's forward and the objective, seconds to minutes at the
+    first step and less when it is kept from a run before; not for text-to-image. null: in runs of 10,000 steps or more,
+    on a CUDA GPU, and of a perceptron on a CPU that has a C++ compiler; not if deterministic."""
     ema_decay: float | None = 0.99
     """Decay of the moving average of the weights, which is what is evaluated and saved; null: none."""
     checkpoint_every: int = 10_000

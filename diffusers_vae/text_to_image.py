@@ -210,6 +210,10 @@ class TextToImageConfig(Settings):
     run: RunConfig = field(default_factory=partial(RunConfig, output_dir="runs/digits-t2i", epochs=60, batch_size=64))
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
+    def __post_init__(self):
+        if self.run.compile:
+            raise ValueError("run.compile is for the training of autoencoders, got true: leave it out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImageResult(RunResult):

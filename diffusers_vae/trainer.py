@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -96,6 +98,11 @@ class TrainConfig(Settings):
                 f"objective.equivariance needs latents that can be made smaller, got {latents[0]}x{latents[1]}: take "
                 "larger images"
             )
+        if self.run.compile and self.changes_by_step:
+            raise ValueError(
+                f"run.compile needs an objective that is the same in every step, got {self.changes_by_step}: leave "
+                "run.compile out"
+            )
         if self.adversarial.weight:
             PatchDiscriminator.check(self.smallest_images, self.adversarial.layers)
         if self.model.pretrained:
@@ -112,6 +119,14 @@ class TrainConfig(Settings):
                 "adversarial.adaptive compares gradients at the decoder's last layer, decoder.conv_out.weight, which "
                 f"model.{left} leaves as it is: train it, too, or set adversarial.adaptive to false"
             )
+
+    @property
+    def changes_by_step(self) -> str:
+        """The settings of the objective by which a step is another program than the one before, or nothing."""
+        constant = {"kl_schedule": "constant", "target_rate": None, "free_bits": 0, "equivariance": 0}
+        changing = [name for name, value in constant.items() if getattr(self.objective, name) != value]
+        changing += ["scale"] * (self.objective.scale == "optimal")
+        return ", ".join(f"objective.{name} {getattr(self.objective, name)}" for name in changing)
 
     @property
     def smallest_images(self) -> tuple[int, int]:
@@ -138,6 +153,9 @@ def train(config: TrainConfig, memory_limit: int | None = None) -> TrainResult |
     """
     return run_task(AutoencoderTask(config, memory_limit))
 
+
+STEPS_TO_COMPILE = 10_000
+"""From which torch.compile, which takes some 10 to 30 seconds on two cores, saves more time than that."""
 
 STABLER = (
     "More stable are a lower optimizer.learning_rate, a longer optimizer.warmup_images, a lower "
@@ -231,6 +249,7 @@ class AutoencoderTask(Task):
         self.objective = TrainingObjective(config.objective)
         self.evaluate_every = config.evaluation.every
         self.convolutional = config.model.architecture == "vae"
+        self.forward = self._forward
         self.perceptual: PerceptualLoss | None = None
         self.adversary: Adversary | None = None
         self.terms = ("distortion", "rate")
@@ -257,10 +276,26 @@ class AutoencoderTask(Task):
                 "adversarial.adaptive needs the decoder's last layer whole on every process, which FSDP2 cuts up; let "
                 "the processes work together by DDP, or set it to false"
             )
+        if self._compiles():
+            # a program for each size of batch: one for all sizes would take over as soon as it is there, and round
+            # otherwise, so that a run would depend on where it was interrupted
+            from torch import _dynamo  # which takes a second to import
+
+            _dynamo.config.recompile_limit = 64
+            self.forward = torch.compile(self._forward, dynamic=False)
         if config.objective.perceptual:
             self.perceptual = PerceptualLoss(config.objective.perceptual, config.objective.perceptual_weights)
             self.perceptual.check(config.smallest_images)
             self.perceptual.to(accelerator.device)
+
+    def _compiles(self) -> bool:
+        """Whether `run.compile` asks for it, or leaves it open and it pays."""
+        run, device = self.config.run, self.accelerator.device.type
+        if run.compile is not None:
+            return run.compile
+        steps = min(run.epochs * self.images, run.max_images or sys.maxsize) / run.batch_size
+        pays = device == "cuda" or (device == "cpu" and not self.convolutional and shutil.which("g++") is not None)
+        return pays and steps >= STEPS_TO_COMPILE and not run.deterministic and not self.config.changes_by_step
 
     def _load_for_fine_tuning(self) -> None:
         model = self.config.model
@@ -316,9 +351,8 @@ class AutoencoderTask(Task):
     def draws(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         shape = self.config.model.latent_shape(self.config.data.size)
         drawn = {"noise": torch.randn(count, *shape, generator=generator, device=generator.device)}
-        if (
-            self.config.objective.equivariance
-        ):  # the same for all images of a step, and on the CPU, which decides by them
+        if self.config.objective.equivariance:
+            # the same for all images of a step; on the CPU, which decides by them without waiting for the device
             own = torch.Generator().manual_seed(generator.initial_seed() ^ 1)
             chances = torch.rand(1, equivariance.DRAWS, generator=own)
             drawn["chances"] = chances.expand(count, -1)
@@ -326,24 +360,17 @@ class AutoencoderTask(Task):
 
     def step(self, model: nn.Module, read: ReadImages, draws: dict[str, torch.Tensor]) -> StepTerms:
         noise, keywords = draws["noise"], {}
-        images = to_model_range(read.pixels.to(noise.device))
+        pixels = read.pixels.to(noise.device, non_blocking=True)
         before = after = None
         if "chances" in draws:
             ratio = self.config.model.spatial_compression_ratio
             probability = self.config.objective.equivariance
             before, after = equivariance.draw(draws["chances"][0], probability, tuple(noise.shape[-2:]), ratio)
         if before:
-            images, noise = before.images(images), noise[..., : before.size[0], : before.size[1]]
-        if after:
-            keywords["transform"] = after.latents
+            noise = noise[..., : before.size[0], : before.size[1]]
         if isinstance(read, _Encoded):
-            keywords["moments"] = read.moments.to(noise.device)
-        reconstructions, posterior, *log_scale = model(
-            images, return_dict=False, return_posterior=True, noise=noise, **keywords
-        )
-        if after:
-            images = after.images(images)
-        terms = self.objective(images, reconstructions, posterior, *log_scale)
+            keywords["moments"] = read.moments.to(noise.device, non_blocking=True)
+        images, reconstructions, terms, *log_scale = self.forward(model, pixels, noise, before, after, **keywords)
         step = StepTerms(
             terms.loss,
             {"distortion": terms.distortion, "rate": terms.rate},
@@ -360,6 +387,28 @@ class AutoencoderTask(Task):
         if self.adversary and self.adversary.active:
             step = self._judged(step, images, reconstructions, _autoencoder(self.accelerator.unwrap_model(model)))
         return step
+
+    def _forward(
+        self,
+        model: nn.Module,
+        pixels: torch.Tensor,
+        noise: torch.Tensor,
+        before: equivariance.Transformation | None,
+        after: equivariance.Transformation | None,
+        **keywords: torch.Tensor,
+    ) -> tuple[Any, ...]:
+        """Images, reconstructions, terms of the objective and, if it is learned, log_scale: what is compiled."""
+        images = to_model_range(pixels)
+        if before:
+            images = before.images(images)
+        if after:
+            keywords["transform"] = after.latents
+        reconstructions, posterior, *log_scale = model(
+            images, return_dict=False, return_posterior=True, noise=noise, **keywords
+        )
+        if after:
+            images = after.images(images)
+        return images, reconstructions, self.objective(images, reconstructions, posterior, *log_scale), *log_scale
 
     def _judged(self, step: StepTerms, images: torch.Tensor, reconstructions: torch.Tensor, model: VAE) -> StepTerms:
         """The step with what the discriminator makes of it."""
@@ -417,9 +466,10 @@ class AutoencoderTask(Task):
         when = f", after {objective.kl_warmup_images:,} images" if objective.kl_warmup_images else ""
         judged = f"; a discriminator after {adversarial.start_images:,} images" if adversarial.weight else ""
         all_of_them, trained = (autoencoder.num_parameters(only_trainable=only) for only in (False, True))
+        compiled = "" if self.forward == self._forward else ", compiled"
         of = "" if trained == all_of_them else f" ({trained:,} are trained)"
         return (
-            f"{type(autoencoder).__name__} with {all_of_them:,} parameters{of}, latents "
+            f"{type(autoencoder).__name__} with {all_of_them:,} parameters{of}{compiled}, latents "
             f"{'x'.join(map(str, self.config.model.latent_shape(data.size)))}; {len(self.train_set):,} training and "
             f"{len(self.heldout):,} held-out images of {data.name} at {'x'.join(map(str, data.size))}; kl_weight "
             f"{objective.kl_weight:g}, which is {objective.kl_weight_per_value(values):.3g} where the loss is the mean "
