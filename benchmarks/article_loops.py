@@ -1,13 +1,13 @@
-"""The training loops of the three articles with code, as plainly as they describe them: the baseline to be faster than, at
-equal loss.
+"""The training loops of the three articles with code, as plainly as they describe them: the baseline to be faster
+than, at equal loss.
 
     python article_loops.py mlp-z2  --root DATA --epochs 2   # article 001: z=2, cross entropy, batch 50, 20 epochs
     python article_loops.py mlp-z20 --root DATA --epochs 2   # article 003: z=20, squared error, batch 128, 10 epochs
     python article_loops.py conv    --root DATA --steps 20   # article 000: diffusers' blocks, batch 32, 30 epochs
 
-DATA holds MNIST/raw with the four unpacked IDX files (article 000 uses QMNIST, whose training images are MNIST's, rebuilt).
-One JSON line per epoch (or for the steps): losses are sums over pixels in [0, 1] and latents, per image; seconds are of the
-training loop alone.
+DATA holds MNIST/raw with the four unpacked IDX files (article 000 uses QMNIST, whose training images are MNIST's,
+rebuilt). One JSON line per epoch (or for the steps): losses are sums over pixels in [0, 1] and latents, per image;
+seconds are of the training loop alone.
 """
 
 import argparse

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import torch
+import yaml
+from side_by_side import follow, speed, write
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "training" / "configs"
@@ -27,7 +25,6 @@ RUNS = {  # preset, recommended recipe, epochs of the article
     "mlp-z20": ("mnist-mlp-z20", "mnist-mlp-z20-fast", 10),
     "conv": ("qmnist-vae", None, 30),
 }
-BAR = re.compile(rb"(\d+)/(\d+) \[[^\]]*img/s")
 
 
 def main() -> None:
@@ -44,18 +41,17 @@ def main() -> None:
     for name in arguments.runs:
         measured[name] = reach(name, arguments) if arguments.reach else compare(name, arguments)
     if arguments.out:
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        Path(arguments.out).write_text(json.dumps({"command": sys.argv, **versions, "runs": measured}, indent=2) + "\n")
+        write(arguments.out, measured)
 
 
 def compare(name: str, arguments: argparse.Namespace) -> dict:
     """Rounds of both, in turn."""
     length = ["--steps", str(arguments.images // 32)] if name == "conv" else ["--epochs", "1"]
-    ours = ["--run.max_images", str(arguments.images)] if name == "conv" else ["--run.epochs", "1"]
+    images = arguments.images if name == "conv" else 60_000
     rounds = []
     for number in range(arguments.rounds):
         loop = article(name, arguments.root, *length)[-1]
-        run = train(RUNS[name][0], arguments, *ours)
+        run = train(RUNS[name][0], images, arguments, "--run.max_images", str(images))
         rounds.append({"loop": loop, "ours": run})
         ratio = run["images_per_second"] / loop["images_per_second"]
         print(
@@ -73,9 +69,10 @@ def compare(name: str, arguments: argparse.Namespace) -> dict:
 def reach(name: str, arguments: argparse.Namespace) -> dict:
     """Both to their end: the seconds of training alone, and the held-out loss, of one draw of each posterior."""
     _, recipe, epochs = RUNS[name]
+    images = 60_000 * yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text())["run"]["epochs"]
     loop = article(name, arguments.root, "--epochs", str(epochs))
     seconds, loss = sum(epoch["seconds"] for epoch in loop), loop[-1]["test_loss"]
-    run = train(recipe, arguments, "--evaluation.max_images", "null")
+    run = train(recipe, images, arguments, "--evaluation.max_images", "null")
     print(
         f"{name}: the loop's {epochs} epochs take {seconds:.1f} s to a held-out loss of {loss:.2f}; ours "
         f"{run['seconds']:.1f} s to {run['heldout_loss']:.2f}: {seconds / run['seconds']:.1f} times shorter\n",
@@ -91,45 +88,25 @@ def article(name: str, root: str, *settings: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def train(config: str, arguments: argparse.Namespace, *settings: str) -> dict:
+def train(config: str, images: int, arguments: argparse.Namespace, *settings: str) -> dict:
     """Our run by `accelerate launch`: images/s from the first step's end, seconds from before it, and losses."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["accelerate", "launch", str(HERE.parent / "training" / "train_vae.py")]
         command += ["--config", str(CONFIGS / f"{config}.yaml"), "--data.name", "mnist", "--data.root", arguments.root]
         command += ["--run.output_dir", f"{folder}/run", "--run.tracker", "null", "--evaluation.draws", "1"]
         command += ["--evaluation.max_images", "500", *settings, *arguments.settings.split()]
-        marks, tail = follow(command)
+        marks, summary = follow(command, images)
         records = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
         heldout = json.loads(Path(folder, "run", "evaluation.json").read_text())["loss"]
-    first = next(mark for mark in marks if mark[1] > 0)
-    (start, _), (end, images) = marks[0], marks[-1]
     losses = [record["loss"] for record in records if record["kind"] == "epoch"]
     return {
-        "images_per_second": (images - first[1]) / (end - first[0]),
-        "seconds": end - start,
-        "images": images,
+        "images_per_second": speed(marks),
+        "seconds": marks[-1][0] - marks[0][0],
+        "images": marks[-1][1],
         "train_loss": losses[0],
         "heldout_loss": heldout,
-        "summary": tail,
+        "summary": summary,
     }
-
-
-def follow(command: list[str]) -> tuple[list[tuple[float, int]], str]:
-    """When the bar of training stood at which image, and the line that says what is trained, and how."""
-    marks: list[tuple[float, int]] = []
-    text, total = b"", None
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        while chunk := process.stdout.read1():
-            now = time.perf_counter()
-            text += chunk
-            for done, of in BAR.findall(chunk):
-                total = total or of  # other bars come later
-                if of == total and (not marks or int(done) > marks[-1][1]):
-                    marks.append((now, int(done)))
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{text.decode(errors='replace')[-2000:]}")
-    summary = next(line for line in text.decode(errors="replace").splitlines() if "parameters" in line)
-    return marks, summary.strip()
 
 
 if __name__ == "__main__":
