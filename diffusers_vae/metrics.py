@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from scipy.stats import bootstrap
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from .images import to_unit_range
 
@@ -18,6 +17,8 @@ def psnr(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
 
     At most 100 dB, a mean squared error of 1e-10 of the squared range: an exact copy would make every mean infinite.
     """
+    from torchmetrics.functional.image import peak_signal_noise_ratio  # here, since it loads matplotlib
+
     ratio = peak_signal_noise_ratio(
         reconstructions.clamp(-1, 1), images, data_range=2.0, reduction="none", dim=(1, 2, 3)
     )
@@ -29,6 +30,8 @@ def ssim(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
     with their Gaussian window of 11 pixels and std 1.5, on pixels in [0, 1]: it compares means, which have no zero in
     model range. Reconstructions are clamped, not rounded.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure  # here, since it loads matplotlib
+
     pixels, reconstructed = to_unit_range(images), to_unit_range(reconstructions.clamp(-1, 1))
     similarity = structural_similarity_index_measure(reconstructed, pixels, data_range=1.0, reduction="none")
     return similarity.view(len(images))

@@ -9,20 +9,13 @@ import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
-from matplotlib.transforms import Bbox
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
 from .data import ImageSet, image_batches
 from .images import shown_channels, to_pil
@@ -30,6 +23,10 @@ from .latents import COLLAPSED
 from .models import decode, encode
 from .objective import rate_per_unit
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# matplotlib and scikit-learn are imported where something is drawn: `--help` and `import *` need not wait for them
 DPI = 120
 PAGE_WIDTH = 1056  # pixels of images side by side: 16 of 64 with lines between them
 AMPLIFICATION = 4  # of differences
@@ -81,6 +78,9 @@ CAPTIONS = {
 
 
 def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches
     FigureCanvasAgg(figure)
@@ -310,11 +310,15 @@ def latent_picture(
     if units == 2:
         points, title, axis = means, "Posterior means", "latent unit"
     elif projection == "tsne":
+        from sklearn.manifold import TSNE
+
         perplexity = min(30, (len(means) - 1) / 3)
         points = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(means)
         title = f"Posterior means of {len(means):,} images, t-SNE of {units} units to 2"
         axis = "t-SNE"
     else:
+        from sklearn.decomposition import PCA
+
         pca = PCA(2, svd_solver="randomized", random_state=0).fit(means)
         points, axis = pca.transform(means), "principal component"
         explained = 100 * pca.explained_variance_ratio_.sum()
@@ -325,6 +329,8 @@ def latent_picture(
     if image_set.labels is None:
         axes.scatter(*points.T, s=size, alpha=0.6, color="tab:blue", linewidths=0)
     else:
+        from matplotlib import colormaps
+
         labels = image_set.labels[indices].numpy()
         colours = colormaps["tab10" if labels.max() < 10 else "tab20"].colors
         for label in sorted(set(labels.tolist())):
@@ -345,6 +351,8 @@ def rate_picture(rate_per_channel: Sequence[float], rate_per_position: Sequence[
     """The rate per channel of the latents, the largest first when they are many, beside that per position, where there
     are several; nats per image.
     """
+    from matplotlib.ticker import EngFormatter, ScalarFormatter
+
     rates, positions = np.asarray(rate_per_channel, dtype=float), np.asarray(rate_per_position, dtype=float)
     many, several_positions = len(rates) > 10, positions.size > 1
     order = np.argsort(-rates, kind="stable") if many else np.arange(len(rates))
@@ -411,6 +419,8 @@ def runs_picture(metrics: dict[str, Path], panels: dict[str, str]) -> Image.Imag
     """Values of the metrics.jsonl of runs, given by name, over images seen, a panel with its title for each: lines are
     of training, dots of held-out images.
     """
+    from matplotlib.ticker import EngFormatter
+
     runs = {name: _records(path) for name, path in metrics.items()}
     rows = max(1, math.ceil(len(panels) / 2))
     figure = _figure(10, 3 * rows)
@@ -459,6 +469,8 @@ def rate_distortion_picture(metrics: Path) -> Image.Image:
     """The way of a run through the plane of rate and distortion, coloured by images seen, from its metrics.jsonl. All
     points of a dashed line have the same elbo.
     """
+    from matplotlib.ticker import EngFormatter
+
     figure = _figure(7.5, 5)
     axes = figure.add_subplot()
     records = [record for record in _records(metrics) if record.get("rate") is not None]
@@ -497,6 +509,8 @@ def rate_distortion_picture(metrics: Path) -> Image.Image:
 
 def _elbo_lines(axes) -> None:
     """Dashed lines of the same rate + distortion through the part of the plane that is shown."""
+    from matplotlib.ticker import MaxNLocator
+
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     for total in MaxNLocator(9).tick_values(left + bottom, right + top):
         axes.plot([left, right], [total - left, total - right], "--", color="0.85", linewidth=0.8, zorder=0)
@@ -508,6 +522,8 @@ def rate_distortion_curve(points: Sequence[tuple[str, float, float, str]]) -> Im
     """Several models in the plane of rate and distortion, nats per image, joined in the order of their rates: label,
     rate, distortion and verdict of each.
     """
+    from matplotlib.ticker import EngFormatter
+
     points = sorted(points, key=lambda point: point[1])
     figure = _figure(7.5, 5)
     axes = figure.add_subplot()
@@ -534,6 +550,8 @@ def rate_distortion_curve(points: Sequence[tuple[str, float, float, str]]) -> Im
 
 def _label_points(axes, points: Sequence[tuple[str, float, float]]) -> None:
     """A text beside each point, at the first of some places where it covers no point and no text."""
+    from matplotlib.transforms import Bbox
+
     places = axes.transData.transform([point[1:] for point in points])
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in places]
     for (label, *point), own in zip(points, list(taken), strict=True):

@@ -27,6 +27,7 @@ def load_script(name):
 
 
 script, stock_loop = load_script("judge_text_to_image"), load_script("stock_loop")
+startup = load_script("startup")
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +223,15 @@ class TestStockLoop:
         assert vae.config.block_out_channels == [8, 16] and vae.config.in_channels == 1
         assert self.error(vae) < self.error(slow) - 3
         assert all(map(torch.equal, vae.state_dict().values(), again.state_dict().values()))
+
+
+class TestStartup:
+    def test_only_the_lines_asked_for_are_run_and_all_seconds_are_kept(self, tmp_path, capsys):
+        startup.main(["--rounds", "2", "--only", "diffusers-vae --help", "--out", str(tmp_path / "out.json")])
+        figures = json.loads((tmp_path / "out.json").read_text())["figures"]
+        assert list(figures) == ["diffusers-vae --help"] and len(figures["diffusers-vae --help"]["seconds"]) == 2
+        assert "diffusers-vae --help" in capsys.readouterr().out
+
+    def test_every_line_is_compared_with_one_that_is_run_too(self, tmp_path):
+        commands = startup.commands(tmp_path)
+        assert {against for _, against in commands.values() if against} <= commands.keys()

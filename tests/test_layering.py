@@ -125,16 +125,35 @@ def test_package_init_holds_only_public_names():
         _ = diffusers_vae.VAEE
 
 
+# diffusers loads accelerate, peft, scipy, torchvision and transformers where it finds them: what counts is the rest
+STOCK = "from diffusers import AutoencoderKL; before = set(sys.modules)"
+HEAVY = {"datasets", "matplotlib", "sklearn", "tensorboard", "torch_fidelity", "torchmetrics"}  # imported where used
+ROWS_BELOW_MODELS = {f"{PACKAGE}.{name}" for row in ROWS[2:] for name in row}
+
+
+def modules_after(code: str) -> set[str]:
+    """Names of the modules that a fresh interpreter has loaded after `code`, without those that it calls `before`."""
+    code = f"import sys; before = set(); {code}; print(*(set(sys.modules) - before))"
+    command = [sys.executable, "-c", code]
+    return set(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.split())
+
+
+def test_importing_the_package_loads_no_library():
+    tops = {name.partition(".")[0] for name in modules_after("import diffusers_vae; dir(diffusers_vae)")}
+    assert PACKAGE in tops
+    assert not tops & {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "jsonargparse", *HEAVY}
+
+
 @pytest.mark.slow
-def test_importing_the_package_is_light():
-    # diffusers loads accelerate where it finds it: what counts is what comes on top
-    code = (
-        "import sys; from diffusers import AutoencoderKL; before = set(sys.modules); import diffusers_vae;"
-        "diffusers_vae.VAE; print(*(set(sys.modules) - before))"
-    )
-    added = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    added = set(added.split())
-    assert f"{PACKAGE}.models.vae" in added
-    heavy = {"accelerate", "jsonargparse", "matplotlib", "sklearn", "datasets"}
-    assert not {name for name in added if name.partition(".")[0] in heavy}
-    assert not {f"{PACKAGE}.{name}" for row in ROWS[2:] for name in row} & added
+@pytest.mark.parametrize(
+    ("code", "loaded", "others"),
+    [
+        ("from diffusers_vae import VAE", "models.vae", {"accelerate", "jsonargparse", *ROWS_BELOW_MODELS}),
+        ("from diffusers_vae import *", "latent_cache", {"jsonargparse", f"{PACKAGE}.trainer"}),
+        ("from diffusers_vae import commands", "trainer", set()),  # for which each `--help` waits
+    ],
+)
+def test_libraries_that_only_some_uses_need_are_not_loaded_before(code, loaded, others):
+    added = modules_after(f"{STOCK}; {code}")
+    assert f"{PACKAGE}.{loaded}" in added
+    assert not {name for name in added if {name, name.partition(".")[0]} & (HEAVY | others)}

@@ -227,7 +227,7 @@ class TestWaysThroughTheLatents:
 class TestLatents:
     @pytest.mark.slow
     def test_two_latent_units_are_drawn_as_they_are(self, digits, monkeypatch):
-        monkeypatch.delattr("diffusers_vae.pictures.PCA")
+        monkeypatch.delattr("sklearn.decomposition.PCA")
         model = MLPVAE(16, latent_dim=2).eval()
         unlabelled = ArrayImages(digits.pixels)
         plain, coloured = (np.asarray(latent_picture(model, images, 60, 100)) for images in (unlabelled, digits))
