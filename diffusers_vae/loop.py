@@ -31,8 +31,10 @@ from accelerate.utils import (
     gather_object,
     is_torch_version,
     parse_choice_from_env,
+    release_memory,
     set_seed,
 )
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -118,6 +120,11 @@ class RunConfig:
     """Images per optimiser step over all processes."""
     gradient_accumulation_steps: int = 1
     """Forwards per optimiser step on each process."""
+    device_batch_size: Literal["auto"] | None = None
+    """auto: as few forwards per optimiser step as memory allows, found by trying before the first step; config.yaml
+    then states them as gradient_accumulation_steps, which must be left out."""
+    gradient_checkpointing: bool = False
+    """Compute what the backward needs a second time instead of keeping it: less memory, slower, the same result."""
     mixed_precision: Precision | None = None
     """Autocast dtype. null: what `accelerate launch` asks for; where it asks for none, bf16 for a convolutional
     autoencoder on a device that multiplies it in hardware (a CPU with AVX512-BF16 or AMX, a GPU such as NVIDIA's from
@@ -155,6 +162,13 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"run.{name} must be at least 1, got {value}")
+        if self.device_batch_size not in ("auto", None):
+            raise ValueError(f"run.device_batch_size must be auto or null, got {self.device_batch_size}")
+        if self.device_batch_size and self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                "run.device_batch_size auto finds run.gradient_accumulation_steps: leave one of the two out, got "
+                f"{self.gradient_accumulation_steps} for the latter"
+            )
         if self.on_nonfinite not in ("stop", "skip"):
             raise ValueError(f"run.on_nonfinite must be stop or skip, got {self.on_nonfinite}")
         if not 0 <= self.seed < 2**31:
@@ -382,12 +396,16 @@ def _precision(task: Task) -> str:
         return run.mixed_precision
     if (asked := parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # which is not told from nothing
         return asked
-    with suppress(OSError, ValueError):  # what is wrong with it is told when the run is looked for
-        begun = read_settings(Path(run.output_dir) / "config.yaml", "run")["run"].get("mixed_precision")
-        if begun in get_args(Precision):
-            return begun
+    if (begun := _begun(run, "mixed_precision")) in get_args(Precision):
+        return begun
     device = PartialState(cpu=not torch.accelerator.is_available()).device
     return "bf16" if task.convolutional and fast_dtype(device) == torch.bfloat16 else "no"
+
+
+def _begun(run: RunConfig, name: str) -> Any:
+    """The setting `name` of the run that output_dir holds; None if it holds none."""
+    with suppress(OSError, ValueError):  # what is wrong with it is told when the run is looked for
+        return read_settings(Path(run.output_dir) / "config.yaml", "run")["run"].get(name)
 
 
 def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult | None:
@@ -401,6 +419,7 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
         logger.info("continuing from %s", checkpoint)
     task.load(accelerator)
     train_set = task.train_set
+    accumulated = broadcast_object_list([_begun(run, "gradient_accumulation_steps") or 1])[0]
     on_main(accelerator, lambda: begin(config, checkpoint, task.data(), task.build))
 
     set_seed(run.seed)
@@ -426,6 +445,11 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
         optimizer.zero_grad()
     set_seed(run.seed)  # whatever was drawn since
     discriminator = task.build_discriminator(accelerator.device)
+    if run.device_batch_size:
+        fewest = _fewest_forwards(task, accelerator, model, trained, discriminator, accumulated)
+        run = replace(run, gradient_accumulation_steps=fewest, device_batch_size=None)
+        task.config = config = replace(config, run=run)
+        on_main(accelerator, lambda: config.save(output_dir / "config.yaml"))
     set_seed(run.seed, device_specific=True)  # for whatever draws without a generator of its own
     step = images_seen = skipped = skipped_in_a_row = 0
     changes: list[str] = []
@@ -845,6 +869,72 @@ def _rows(micro_batch: MicroBatch, read: Read) -> slice | list[int]:
     if len(read.kept) == len(micro_batch.indices):
         return slice(micro_batch.first, micro_batch.first + len(read.kept))
     return [micro_batch.first + place for place in read.kept]
+
+
+def _fewest_forwards(
+    task: Task,
+    accelerator: Accelerator,
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    discriminator: Discriminator | None,
+    at_least: int,
+) -> int:
+    """In how many forwards, `at_least`, a step must be cut to fit into the memory of every process, found by trying.
+
+    Raises:
+        ValueError: when one image alone is too much.
+    """
+    own = task.config.run.batch_size // accelerator.num_processes
+    for forwards in (count for count in range(at_least, own + 1) if own % count == 0):
+        fits = _fits(task, accelerator, model, parameters, discriminator, own // forwards)
+        if accelerator.reduce(torch.tensor([int(fits)], device=accelerator.device), "sum") == accelerator.num_processes:
+            return forwards
+    raise ValueError(
+        f"a step with one image per forward needs more memory than there is on {accelerator.device}: take a smaller "
+        "model or data.resolution, run.gradient_checkpointing true or run.mixed_precision bf16"
+    )
+
+
+def _fits(
+    task: Task,
+    accelerator: Accelerator,
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    discriminator: Discriminator | None,
+    count: int,
+) -> bool:
+    """Whether forward and backward of so many images fit into memory; leaves no trace."""
+    buffers = {name: value.clone() for name, value in discriminator.module.named_buffers()} if discriminator else {}
+    try:
+        _forward_and_backward(task, accelerator, model, parameters, count)
+        fits = True
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        fits = False
+    for name, value in buffers.items():
+        discriminator.module.get_buffer(name).copy_(value)
+    for parameter in (*parameters, *(discriminator.module.parameters() if discriminator else ())):
+        parameter.grad = None
+    release_memory()
+    return fits
+
+
+def _forward_and_backward(
+    task: Task, accelerator: Accelerator, model: nn.Module, parameters: list[nn.Parameter], count: int
+) -> None:
+    """Those of the first `count` images, with all terms, beside as much memory as the optimiser will take."""
+    config = task.config
+    moments = [torch.empty_like(parameter) for parameter in parameters for _ in range(2)]
+    read = task.train_set.__getitems__([place % len(task.train_set) for place in range(count)]).checked()
+    task.begin_step(sys.maxsize, sys.maxsize, config.optimizer.learning_rate)  # when all terms have joined
+    draws = task.draws(count, step_generator(config.run.seed, 0, 0, accelerator.device))
+    with accelerator.no_sync(model):  # another process may have no memory left, and would be waited for
+        terms = task.step(model, read, {name: values[: len(read.kept)] for name, values in draws.items()})
+        accelerator.backward(terms.loss)
+    if terms.pair:
+        task.discriminate(terms).discriminator_loss.backward()
+    del moments
 
 
 def _clip(

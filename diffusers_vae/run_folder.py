@@ -51,7 +51,8 @@ def only_run_in(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
 FREE_SETTINGS = {
     "data.root", "data.num_workers", "data.on_bad_image", "run.output_dir", "run.checkpoint_every",
     "run.keep_checkpoints", "run.allow_config_change", "run.on_nonfinite", "run.tracker",
-    "run.gradient_accumulation_steps", "vae.source", "vae.subfolder", "vae.revision", "latents.folder",
+    "run.gradient_accumulation_steps", "run.device_batch_size", "run.gradient_checkpointing",
+    "vae.source", "vae.subfolder", "vae.revision", "latents.folder",
     "objective.perceptual_weights", "model.pretrained", "model.subfolder", "model.revision",
 }  # fmt: skip
 """A run may be continued with others of these: they change no result (of an autoencoder the weights count, not where

@@ -465,6 +465,8 @@ class TextToImageTask(Task):
             norm_num_groups=model.norm_num_groups,
             cross_attention_dim=model.text_width,
         )
+        if self.config.run.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
         tokenizer = self.tokenizer
         text = CLIPTextConfig(
             vocab_size=len(tokenizer),

@@ -98,6 +98,8 @@ class TrainConfig(Settings):
                 f"objective.equivariance needs latents that can be made smaller, got {latents[0]}x{latents[1]}: take "
                 "larger images"
             )
+        if self.run.gradient_checkpointing and self.model.architecture == "mlp":
+            raise ValueError("run.gradient_checkpointing needs the architecture vae: a perceptron keeps nearly nothing")
         if self.run.compile and self.changes_by_step:
             raise ValueError(
                 f"run.compile needs an objective that is the same in every step, got {self.changes_by_step}: leave "
@@ -323,6 +325,8 @@ class AutoencoderTask(Task):
 
     def build(self) -> nn.Module:
         model = speed_up_norms(self.config.model.build(self.config.data.channels, self.config.data.size))
+        if self.config.run.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
         return WithScale(model) if self.config.objective.scale == "learned" else model
 
     def blank(self, model: nn.Module, device: torch.device) -> torch.Tensor:
