@@ -253,8 +253,8 @@ class TestFolder:
         assert "5 of 29 files cannot be read and are left out" in caplog.text
         for part in (train, heldout):  # pixels, labels and names still belong together
             index = len(part) - 1
-            expected = sources._bring_to_size(read_image(part.name(index), 3), self.awkward(shared_data))
-            assert torch.equal(part.__getitems__([index]).pixels[0], expected)
+            expected = sources._read(part.paths[index], self.awkward(shared_data), ())
+            assert torch.equal(part.__getitems__([index]).pixels, expected)
 
     @pytest.mark.slow
     @pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
