@@ -18,8 +18,10 @@ from torchvision.utils import make_grid
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 LARGE = 2**24  # pixels; what is larger takes up to a gigabyte or two
-OVERSIZE = 2
-"""How many times as large as wanted, or more, a JPEG is still decoded that is to be scaled down."""
+OVERSIZE = 3
+"""A JPEG that is to be scaled down is decoded at least so many times as large as wanted. The least PSNR between 224
+photographs scaled so and those that were decoded whole was 43.2 dB; with 2, 39.8 dB, for little more speed.
+"""
 _ONE_LARGE = threading.Lock()
 
 

@@ -301,12 +301,12 @@ class TestFolder:
             for path, read in zip(image_set.paths, image_set.__getitems__(range(len(image_set))).pixels, strict=True):
                 whole = sources._bring_to_size(read_image(path, channels), config)
                 assert not torch.equal(read, whole) and read.shape == whole.shape
-                assert (read.float() - whole.float()).square().mean() < 255**2 / 10**4  # 40 dB
+                assert (read.float() - whole.float()).square().mean() < 255**2 / 10**4.5  # 45 dB
                 assert torch.equal(read.sum(0) == 0, whole.sum(0) == 0) or fit == "crop"  # the borders
 
     def test_protocol_says_how_large_jpegs_are_decoded(self, tmp_path):
         words = DataConfig(name="folder", root=str(tmp_path)).resize
-        assert words.startswith("scaled to cover (bicubic") and "JPEGs that are 4 times as large or more" in words
+        assert words.startswith("scaled to cover (bicubic") and "JPEGs that are 6 times as large or more" in words
         assert "JPEG" not in DataConfig().resize + DataConfig(name="folder", root=str(tmp_path), crops=2).resize
 
     BROKEN = ("truncated_jpeg.jpg", "truncated_image.png")  # which only decoding shows
@@ -451,7 +451,7 @@ class TestCrops:
             assert {top for top, _ in places["c"]} == {0} and all(len(set(places[name])) > 3 for name in "abce")
 
     def test_of_large_jpegs_are_of_all_their_pixels(self, tmp_path):
-        noise = np.random.default_rng(0).integers(0, 256, (90, 100, 3), np.uint8)
+        noise = np.random.default_rng(0).integers(0, 256, (100, 120, 3), np.uint8)
         for name in "ab":
             Image.fromarray(noise).save(tmp_path / f"{name}.jpg")
         whole = read_image(tmp_path / "a.jpg", 3).unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
