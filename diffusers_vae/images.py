@@ -13,11 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from torchvision.utils import make_grid
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 LARGE = 2**24  # pixels; what is larger takes up to a gigabyte or two
+OVERSIZE = 3
+"""A JPEG that is to be scaled down is decoded at least so many times as large as wanted. The least PSNR between 224
+photographs scaled so and those that were decoded whole was 43.2 dB; with 2, 39.8 dB, for little more speed.
+"""
 _ONE_LARGE = threading.Lock()
 
 
@@ -53,7 +57,10 @@ def check_image(path: str | Path) -> None:
 
 
 def read_image(
-    path: str | Path, channels: int, transform: Callable[[torch.Tensor], torch.Tensor] | None = None
+    path: str | Path,
+    channels: int,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    scaled: Callable[[int, int], tuple[int, int]] | None = None,
 ) -> torch.Tensor:
     """uint8 pixels (channels, H, W) of the first frame of an image file, turned upright.
 
@@ -62,8 +69,11 @@ def read_image(
     Args:
         path: any file that Pillow opens.
         channels: 1 (grey) or 3 (RGB).
-        transform: applied to the pixels before they are returned. Threads that read images of more than `LARGE` pixels
-            do so one after the other, this included.
+        transform: applied to the pixels before they are returned. Threads that decode images of more than `LARGE`
+            pixels do so one after the other, this included.
+        scaled: from height and width of the upright image, those to which `transform` will scale it. A JPEG that is
+            2 `OVERSIZE` times as large or more is decoded at a half, quarter or eighth of its scale, still `OVERSIZE`
+            times as large, and scaled to them here (bicubic with antialiasing); other files are not scaled.
 
     Raises:
         ValueError: naming the file, when it cannot be decoded, claims more than `PIL.Image.MAX_IMAGE_PIXELS` (None
@@ -71,11 +81,34 @@ def read_image(
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
-    with _opened(path) as image, _ONE_LARGE if image.width * image.height > LARGE else nullcontext():
-        ImageOps.exif_transpose(image, in_place=True)
-        values = np.array(_to_mode(image, "L" if channels == 1 else "RGB"))
-        pixels = torch.from_numpy(values).view(*values.shape[:2], channels).permute(2, 0, 1)
-        return pixels if transform is None else transform(pixels)
+    mode = "L" if channels == 1 else "RGB"
+    with _opened(path) as image:
+        reduced = None if scaled is None else _reduce(image, scaled)
+        with _ONE_LARGE if image.width * image.height > LARGE else nullcontext():
+            if reduced:
+                size, box = reduced
+                image = _to_mode(image, mode).resize(size, Image.Resampling.BICUBIC, box)
+            ImageOps.exif_transpose(image, in_place=True)
+            values = np.array(_to_mode(image, mode))
+            pixels = torch.from_numpy(values).view(*values.shape[:2], channels).permute(2, 0, 1)
+            return pixels if transform is None else transform(pixels)
+
+
+def _reduce(
+    image: Image.Image, scaled: Callable[[int, int], tuple[int, int]]
+) -> tuple[tuple[int, int], tuple[float, float, float, float]] | None:
+    """Have a JPEG decoded at a reduced scale if it is large enough: to which width and height it is to be scaled then,
+    and which part of the decoded pixels is the image: the last row and column may lie beyond it in part.
+    """
+    if image.format not in ("JPEG", "MPO"):
+        return None
+    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # height and width change places
+    size = scaled(*image.size) if turned else scaled(*image.size[::-1])[::-1]
+    width, height = (OVERSIZE * side for side in size)
+    if image.width < 2 * width or image.height < 2 * height:
+        return None
+    # not the mode, too: luma is not the same as grey from RGB where colours were clipped
+    return size, image.draft(None, (width, height))[1]
 
 
 @contextmanager

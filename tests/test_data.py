@@ -28,6 +28,7 @@ from diffusers_vae.data import (
     step_generator,
 )
 from diffusers_vae.data.order import PARTS
+from diffusers_vae.data.sources import ReadImages
 from diffusers_vae.images import read_image
 
 
@@ -191,6 +192,54 @@ class TestNamedSets:
         assert (tmp_path / "cifar-10-python.tar.gz").read_bytes() == b"not an archive"
 
 
+class TestArrayImages:
+    @pytest.fixture
+    def digits(self):
+        return load_data(DataConfig(resolution=8))[0]
+
+    @pytest.mark.parametrize("indices", [[5, 3, 700, 5], range(7, 60), torch.tensor([9, 0, 1616]), [], range(0)])
+    def test_takes_indices_of_every_kind(self, indices, digits):
+        read = digits.__getitems__(indices)
+        expected = [digits.pixels[int(index)].tolist() for index in indices]
+        assert read.pixels.tolist() == expected and list(read.kept) == list(range(len(indices)))
+        assert read.pixels.dtype == torch.uint8 and read.pixels.shape[1:] == (1, 8, 8)
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+    def test_pixels_on_a_device(self, device, digits):
+        if device != "cpu" and not getattr(torch, device).is_available():
+            pytest.skip(f"needs {device}")
+        moved = ArrayImages(
+            digits.pixels, digits.labels, ["a", "b"], ("c is broken",), digits.classes, [("d",)], [4, 5]
+        ).to(device)
+        assert moved.pixels.device.type == device and moved.labels.device.type == "cpu"
+        assert torch.equal(moved.__getitems__([5, 3]).pixels.cpu(), digits.pixels[[5, 3]])
+        assert moved.fingerprint() == digits.fingerprint() and moved.classes == digits.classes
+        assert moved.errors == ("c is broken",) and moved.captions == [("d",)] and moved.name(1) == "b, crop 5"
+
+
+class TestReadImages:
+    @dataclasses.dataclass(frozen=True)
+    class More(ReadImages):
+        moments: torch.Tensor | None = None
+
+    def test_pins_all_tensors(self, monkeypatch):
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # pinning itself needs a device
+        read = self.More(torch.tensor([1, 2]), [0, 2], ("b is broken",), True, torch.tensor([3.0, 4.0]))
+        pinned = read.pin_memory()
+        assert type(pinned) is self.More and pinned.pixels.tolist() == [2, 3] and pinned.moments.tolist() == [4, 5]
+        assert (pinned.kept, pinned.errors, pinned.stop) == (read.kept, read.errors, read.stop)
+        assert self.More(torch.tensor([1]), [0]).pin_memory().moments is None
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_loader_pins(self):
+        digits, _ = load_data(DataConfig(resolution=8))
+        loader = torch.utils.data.DataLoader(
+            digits, batch_sampler=[[5, 3]], collate_fn=lambda read: read, pin_memory=True
+        )
+        (read,) = loader
+        assert read.pixels.is_pinned() and torch.equal(read.pixels, digits.pixels[[5, 3]])
+
+
 class TestFolder:
     @pytest.mark.slow
     def test_train_and_test_subfolders_with_classes(self, cifar_folder):
@@ -233,6 +282,33 @@ class TestFolder:
         assert [memory.name(i) for i in indices] == [disk.name(i) for i in indices]
         assert torch.equal(memory.labels, disk.labels)
 
+    @pytest.fixture
+    def photographs(self, shared_data, tmp_path):
+        """Large JPEGs, wide and tall, stored upright and turned, of sides that no scale divides."""
+        for place, number in enumerate(("01", "05", "09", "23")):
+            exif = Image.Exif()
+            exif[0x0112] = (1, 6, 3, 8)[place]
+            with Image.open(shared_data / "kodak" / f"kodim{number}.png") as image:
+                image.crop((0, 0, image.width - 7, image.height - 3)).save(tmp_path / f"{place}.jpg", exif=exif)
+        return tmp_path
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    @pytest.mark.parametrize("resolution", [48, (40, 80), (80, 40)])
+    @pytest.mark.parametrize("fit", ["crop", "pad"])
+    def test_large_jpegs_are_as_if_decoded_whole(self, fit, resolution, channels, photographs):
+        config = DataConfig(name="folder", root=str(photographs), resolution=resolution, channels=channels, fit=fit)
+        for image_set in load_data(config, memory_limit=0):
+            for path, read in zip(image_set.paths, image_set.__getitems__(range(len(image_set))).pixels, strict=True):
+                whole = sources._bring_to_size(read_image(path, channels), config)
+                assert not torch.equal(read, whole) and read.shape == whole.shape
+                assert (read.float() - whole.float()).square().mean() < 255**2 / 10**4.5  # 45 dB
+                assert torch.equal(read.sum(0) == 0, whole.sum(0) == 0) or fit == "crop"  # the borders
+
+    def test_protocol_says_how_large_jpegs_are_decoded(self, tmp_path):
+        words = DataConfig(name="folder", root=str(tmp_path)).resize
+        assert words.startswith("scaled to cover (bicubic") and "JPEGs that are 6 times as large or more" in words
+        assert "JPEG" not in DataConfig().resize + DataConfig(name="folder", root=str(tmp_path), crops=2).resize
+
     BROKEN = ("truncated_jpeg.jpg", "truncated_image.png")  # which only decoding shows
     REFUSED = ("decompression_bomb.gif", "zero_width.gif", "10ct_32bit_128.tiff")
 
@@ -253,8 +329,8 @@ class TestFolder:
         assert "5 of 29 files cannot be read and are left out" in caplog.text
         for part in (train, heldout):  # pixels, labels and names still belong together
             index = len(part) - 1
-            expected = sources._bring_to_size(read_image(part.name(index), 3), self.awkward(shared_data))
-            assert torch.equal(part.__getitems__([index]).pixels[0], expected)
+            expected = sources._read(part.paths[index], self.awkward(shared_data), ())
+            assert torch.equal(part.__getitems__([index]).pixels, expected)
 
     @pytest.mark.slow
     @pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
@@ -373,6 +449,14 @@ class TestCrops:
                 assert torch.equal(pixels, whole[:, top : top + 16, left : left + 16])
                 places[name].append((top, left))
             assert {top for top, _ in places["c"]} == {0} and all(len(set(places[name])) > 3 for name in "abce")
+
+    def test_of_large_jpegs_are_of_all_their_pixels(self, tmp_path):
+        noise = np.random.default_rng(0).integers(0, 256, (100, 120, 3), np.uint8)
+        for name in "ab":
+            Image.fromarray(noise).save(tmp_path / f"{name}.jpg")
+        whole = read_image(tmp_path / "a.jpg", 3).unfold(1, 16, 1).unfold(2, 16, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        for pixels in self.pixels(self.load(tmp_path)[0]):
+            assert (whole == pixels).flatten(1).all(1).sum() == 1
 
     def test_places_are_uniform_and_reach_the_borders(self, folder):
         shutil.rmtree(folder / "val")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, features
+from torchvision.transforms.v2 import functional as transforms
 
 from diffusers_vae.images import read_image, shown_channels, to_model_range, to_pil, to_uint8, to_unit_range
 
@@ -146,6 +147,68 @@ def test_reads_the_first_frame(suffix, tmp_path):
     assert read_image(tmp_path / f"frames.{suffix}", 3).flatten(1).T.unique(dim=0).tolist() == [[255, 0, 0]]
 
 
+# --- decoded at a reduced scale
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    """Asymmetric, with detail, and of sides that no scale divides."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = (torch.rand(1, 3, 19, 27, generator=generator) * 300 - 20).clamp(0, 255)
+    pixels = torch.nn.functional.interpolate(coarse, (229, 331), mode="bicubic").clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+
+
+def reduced_and_whole(path, channels, size):
+    """The file scaled to `size`, after it was decoded at a reduced scale and whole, and their PSNR in dB."""
+    whole, asked = read_image(path, channels), []
+    reduced = read_image(path, channels, scaled=lambda *upright: asked.append(upright) or size)
+    assert asked == [tuple(whole.shape[1:])]
+    whole = transforms.resize(whole, list(size), transforms.InterpolationMode.BICUBIC, antialias=True)
+    assert reduced.dtype == whole.dtype
+    assert reduced.shape == whole.shape
+    return reduced, whole, 10 * torch.log10(255**2 / (reduced.float() - whole.float()).square().mean())
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_reduced_images_are_upright_and_in_place(orientation, photograph, tmp_path):
+    """A shift by a quarter of a pixel would show: the last decoded row and column lie beyond the image in part."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photograph.save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    for short, long in ((9, 13), (19, 27), (38, 55)):  # from an eighth, a quarter and a half
+        size = (short, long) if orientation < 5 else (long, short)
+        reduced, whole, psnr = reduced_and_whole(tmp_path / "turned.jpg", 3, size)
+        assert not torch.equal(reduced, whole)
+        assert psnr > 42
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_reduced_images_of_every_mode(mode, channels, photograph, tmp_path):
+    photograph.convert(mode).save(tmp_path / "image.jpg", quality=90, progressive=True)
+    assert reduced_and_whole(tmp_path / "image.jpg", channels, (28, 41))[2] > 42
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("number", ["08", "13"])  # of much detail
+def test_reduced_photographs_are_close_to_those_decoded_whole(number, channels, shared_data, tmp_path):
+    with Image.open(shared_data / "kodak" / f"kodim{number}.png") as image:
+        image.save(tmp_path / "photograph.jpg", quality=90)
+    for size in ((21, 32), (42, 64), (85, 128)):  # the worst case: just three times as large when decoded
+        assert reduced_and_whole(tmp_path / "photograph.jpg", channels, size)[2] > 45
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("image.jpg", (39, 55)), ("image.jpg", (38, 56)), ("image.jpg", (500, 700)), ("image.png", (9, 9))],
+)
+def test_other_images_are_decoded_whole(name, size, photograph, tmp_path):
+    """Those less than six times as large, and those that are no JPEG."""
+    photograph.save(tmp_path / name)
+    assert torch.equal(read_image(tmp_path / name, 3, scaled=lambda *upright: size), read_image(tmp_path / name, 3))
+
+
 # --- faults
 
 
@@ -195,6 +258,8 @@ def test_truncated_files_are_refused(suffix, noise, tmp_path):
     for part in (0.1, 0.5, 0.8):
         path.write_bytes(content[: int(part * len(content))])
         assert refusal(path)
+        with pytest.raises(ValueError, match=re.escape(f"cannot read the image {path}: ")):
+            read_image(path, 3, scaled=lambda *upright: (8, 6))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")

@@ -12,7 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar, get_args, get_type_hints
 
@@ -23,7 +23,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from ..images import check_image, read_image
+from ..images import OVERSIZE, check_image, read_image
 from .captions import read_captions
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,8 @@ class DataConfig:
         how = "bicubic with antialiasing, on 8-bit values"
         if self.crops is not None:
             return f"cut out at {self.crops} places of each, always the same; if smaller, scaled to cover ({how})"
+        if self.name == "folder":
+            how += f"; JPEGs that are {2 * OVERSIZE} times as large or more, from a decode at reduced scale"
         if self.fit == "crop":
             return f"scaled to cover ({how}), then the centre is cut out"
         return f"scaled if too large ({how}), then padded with black"
@@ -134,6 +136,12 @@ class ReadImages:
         """One black image, for a process that is left without any and must take part all the same."""
         return ReadImages(self.pixels.new_zeros(1, *self.pixels.shape[1:]), [0])
 
+    def pin_memory(self) -> ReadImages:
+        """The same in page-locked memory, from which a device copies without waiting; torch's `DataLoader` calls it."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        pinned = {name: value.pin_memory() for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **pinned)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What was read, by name."""
         return {"pixels": self.pixels}
@@ -169,6 +177,8 @@ class ImageSet(Protocol):
 class ArrayImages:
     """Images kept in memory: uint8 `pixels` (N, C, H, W), their labels (N,) or None, the files they came from, the
     names of the labels' classes, captions, and, of crops, the number of each among those of its file.
+
+    Only the pixels can be on another device than the CPU: `to`.
     """
 
     def __init__(
@@ -188,14 +198,22 @@ class ArrayImages:
         return len(self.pixels)
 
     def __getitems__(self, indices: Sequence[int]) -> ReadImages:
-        return ReadImages(self.pixels[torch.as_tensor(indices)], range(len(indices)))
+        # several times faster on a CPU than to index with a list
+        rows = torch.as_tensor(indices, dtype=torch.long, device=self.pixels.device)
+        return ReadImages(self.pixels.index_select(0, rows), range(len(indices)))
+
+    def to(self, device: torch.device | str) -> ArrayImages:
+        """The same images with their pixels on `device`."""
+        return ArrayImages(
+            self.pixels.to(device), self.labels, self.paths, self.errors, self.classes, self.captions, self.crops
+        )
 
     def name(self, index: int) -> str:
         return _name(self.paths, self.crops, index) if self.paths else f"image {index}"
 
     def fingerprint(self) -> str:
         """Of all pixels."""
-        return hashlib.sha256(self.pixels.contiguous().numpy().data).hexdigest()
+        return hashlib.sha256(self.pixels.cpu().contiguous().numpy().data).hexdigest()
 
 
 class FolderImages:
@@ -364,7 +382,8 @@ def _read(path: Path, config: DataConfig, crops: Sequence[int]) -> torch.Tensor:
         places = (np.random.default_rng(np.random.SeedSequence([name, crop])).random(2) for crop in crops)
         return torch.stack([_bring_to_size(_cut(pixels, config.size, place), config) for place in places])
 
-    return read_image(path, config.channels, fit)
+    # crops are of the image at its own resolution
+    return read_image(path, config.channels, fit, None if config.crops else lambda *size: _scaled_size(*size, config))
 
 
 def _cut(pixels: torch.Tensor, size: tuple[int, int], place: np.ndarray) -> torch.Tensor:
@@ -378,20 +397,29 @@ def _cut(pixels: torch.Tensor, size: tuple[int, int], place: np.ndarray) -> torc
     return pixels[:, top : top + rows, left : left + columns]
 
 
+def _scale(height: int, width: int, config: DataConfig) -> float:
+    """By which an image of that size is multiplied; then its centre is cut out, or it is padded."""
+    scales = (config.size[0] / height, config.size[1] / width)
+    return max(scales) if config.fit == "crop" else min(1.0, *scales)
+
+
+def _scaled_size(height: int, width: int, config: DataConfig) -> tuple[int, int]:
+    scale = _scale(height, width, config)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
 def _bring_to_size(pixels: torch.Tensor, config: DataConfig) -> torch.Tensor:
     height, width = pixels.shape[-2:]
-    target_height, target_width = config.size
     if (height, width) == config.size:
         return pixels
-    scales = (target_height / height, target_width / width)
-    scale = max(scales) if config.fit == "crop" else min(1.0, *scales)
+    scale = _scale(height, width, config)
     # what will be cut off anyway must not be enlarged first: a strip of 1x100000 pixels would take gigabytes
     needed = [math.ceil(4 * side / scale) for side in config.size]
     if height > needed[0] or width > needed[1]:
         pixels = transforms.center_crop(pixels, [min(height, needed[0]), min(width, needed[1])])
         height, width = pixels.shape[-2:]
     if scale != 1:
-        size = [max(1, round(height * scale)), max(1, round(width * scale))]
+        size = list(_scaled_size(height, width, config))
         pixels = transforms.resize(pixels, size, transforms.InterpolationMode.BICUBIC, antialias=True)
     return transforms.center_crop(pixels, list(config.size))  # pads with 0 where the image is smaller
 
