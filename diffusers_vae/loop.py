@@ -909,7 +909,9 @@ def _fits(
         _forward_and_backward(task, accelerator, model, parameters, count)
         fits = True
     except RuntimeError as error:
-        if not should_reduce_batch_size(error):
+        if not (
+            should_reduce_batch_size(error) or "could not create a primitive" in str(error)
+        ):  # the latter: oneDNN's
             raise
         fits = False
     for name, value in buffers.items():
@@ -929,11 +931,12 @@ def _forward_and_backward(
     read = task.train_set.__getitems__([place % len(task.train_set) for place in range(count)]).checked()
     task.begin_step(sys.maxsize, sys.maxsize, config.optimizer.learning_rate)  # when all terms have joined
     draws = task.draws(count, step_generator(config.run.seed, 0, 0, accelerator.device))
-    with accelerator.no_sync(model):  # another process may have no memory left, and would be waited for
-        terms = task.step(model, read, {name: values[: len(read.kept)] for name, values in draws.items()})
-        accelerator.backward(terms.loss)
-    if terms.pair:
-        task.discriminate(terms).discriminator_loss.backward()
+    for _ in range(2):  # the second one beside the gradients of the first
+        with accelerator.no_sync(model):  # another process may have no memory left, and would be waited for
+            terms = task.step(model, read, {name: values[: len(read.kept)] for name, values in draws.items()})
+            accelerator.backward(terms.loss)
+        if terms.pair:
+            task.discriminate(terms).discriminator_loss.backward()
     del moments
 
 

@@ -199,7 +199,9 @@ class ArrayImages:
 
     def __getitems__(self, indices: Sequence[int]) -> ReadImages:
         # several times faster on a CPU than to index with a list
-        rows = torch.as_tensor(indices, dtype=torch.long, device=self.pixels.device)
+        rows = torch.as_tensor(indices, dtype=torch.long)
+        if self.pixels.is_cuda:  # from pinned memory, so that nothing waits for the copy
+            rows = rows.pin_memory().to(self.pixels.device, non_blocking=True)
         return ReadImages(self.pixels.index_select(0, rows), range(len(indices)))
 
     def to(self, device: torch.device | str) -> ArrayImages:
