@@ -1,0 +1,68 @@
+"""What makes a model fast leaves its answers as they are, and the model that it was given."""
+
+import pytest
+import torch
+from test_measures import tiny_vae
+
+from diffusers_vae import MLPVAE
+from diffusers_vae.models import decode, encode, for_inference
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def images(channels=1, side=40):
+    """40 pixels a side: feature maps above and below the size at which the layout of a norm changes."""
+    return torch.rand(3, channels, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+class TestForInference:
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_as_near_to_float32_as_a_plain_cast(self, channels):
+        vae = tiny_vae(channels)
+        sample = images(channels)
+        with torch.no_grad():
+            exact = encode(vae, sample).parameters
+            expected = decode(vae, exact[:, :4])
+            fast = for_inference(vae, torch.bfloat16)
+            plain = encode(tiny_vae(channels).bfloat16(), sample).parameters
+            found = encode(fast, sample).parameters
+            decoded = decode(fast, exact[:, :4])
+        assert found.dtype == torch.float32
+        assert 0 < (found - exact).std() < 1.2 * (plain - exact).std() < 0.02 * exact.std()
+        assert 0 < (decoded - expected).std() < 0.03 * expected.std()
+
+    def test_on_a_cpu_small_norms_alone_are_contiguous(self):
+        fast, layouts = for_inference(tiny_vae(3), torch.bfloat16), {}
+
+        def note(module, inputs):
+            if inputs[0].ndim == 4:
+                layouts.setdefault(inputs[0].shape[-1], set()).add(inputs[0].is_contiguous())
+
+        for module in fast.encoder.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                module.register_forward_pre_hook(note)
+        with torch.no_grad():
+            encode(fast, images(3))
+        assert layouts == {40: {False}, 20: {True}}
+
+    def test_the_model_is_left_as_it_was(self):
+        vae = tiny_vae()
+        vae.encoder.conv_in.weight.requires_grad_(True)
+        before = {name: (tensor.clone(), tensor.stride()) for name, tensor in vae.state_dict().items()}
+        fast = for_inference(vae, torch.bfloat16)
+        assert fast is not vae and fast.dtype == torch.bfloat16 and not fast.training
+        for name, tensor in vae.state_dict().items():
+            assert tensor.stride() == before[name][1] and torch.equal(tensor, before[name][0])
+        assert not any(module._forward_pre_hooks for module in vae.modules())
+
+    def test_without_a_change_it_is_the_model(self):
+        for dtype in (torch.float32, torch.float16):
+            vae = tiny_vae().to(dtype)
+            assert for_inference(vae, dtype) is vae
+
+    def test_perceptron(self):
+        vae = MLPVAE(image_size=8, hidden_dim=16, latent_dim=2).eval()
+        with torch.no_grad():
+            exact, found = (encode(for_inference(vae, dtype), images(side=8)).mean for dtype in DTYPES)
+        torch.testing.assert_close(found, exact, atol=0.02, rtol=0.02)
+        assert not torch.equal(found, exact)
