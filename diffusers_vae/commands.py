@@ -411,7 +411,7 @@ def run_encode(arguments: Sequence[str]) -> int:
         "--batch_size",
         type=PositiveInt | None,
         default=None,
-        help="Images per forward on one process; by default as many as have 2^16 pixels on a CPU, 2^22 on a GPU.",
+        help="Images per forward on one process; by default as many as keep a CPU's caches or a GPU busy.",
     )
     parser.add_argument("--shard_images", type=PositiveInt, default=4096, help="Images per file.")
     parser.add_class_arguments(DataConfig, "data")

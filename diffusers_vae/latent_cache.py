@@ -45,8 +45,8 @@ HEADER = "latent_cache"
 Kind = Literal["posterior", "sample", "mode"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LISTED = 20
-CPU_PIXELS, DEVICE_PIXELS = 2**16, 2**22
-"""Of the images of a forward: feature maps that stay in a CPU's caches, and that fill a GPU within its memory."""
+CPU_VALUES, DEVICE_VALUES = 2**21, 2**29
+"""Of the first feature map of a forward: such as stay in a CPU's caches, and such as fill a GPU within its memory."""
 GATHERED = 16
 """Batches after which latents leave the device, and after which processes hear of each other: both make it wait."""
 T = TypeVar("T")
@@ -83,7 +83,8 @@ def encode_images(
         compute_dtype: in which the encoder runs: torch.float32, bfloat16 or float16. By default that in which the
             folder was begun, if it was; else for a float32 `vae` bfloat16 on devices that multiply it in hardware
             (`models.fast_dtype`), for others their own. How far bfloat16 is from float32: docs/pipeline.md.
-        batch_size: images per forward; by default as many as have 2^16 pixels on a CPU, 2^22 on another device.
+        batch_size: images per forward; by default as many as have 2^21 values in the first feature map on a CPU (128 of
+            32x32 with 16 channels), 2^29 on another device (64 of 256x256 with 128).
         seed: of the draws.
         shard_images: images per file.
         data: which images these are, in words, for the index.
@@ -119,8 +120,8 @@ def encode_images(
         _on_main(lambda: _clear(folder, cache))
         fast = for_inference(vae, getattr(torch, cache.get(*COMPUTED)))
         if batch_size is None:
-            pixels = CPU_PIXELS if vae.device.type == "cpu" else DEVICE_PIXELS
-            batch_size = max(1, pixels // math.prod(cache["data"]["image_shape"][1:]))
+            values = math.prod(cache["data"]["image_shape"][1:]) * vae.config.get("block_out_channels", [1])[0]
+            batch_size = max(1, (CPU_VALUES if vae.device.type == "cpu" else DEVICE_VALUES) // values)
         shards = _encode_shards(fast, image_set, folder, cache, batch_size, progress)
 
         def finish() -> None:

@@ -236,9 +236,9 @@ class TestComputeDtype:
         cache = json.loads((encode(vae, digits, tmp_path, compute_dtype=BF16).folder / "index.json").read_text())
         assert cache["cache"]["compute_dtype"] == "bfloat16"
 
-    def test_default_batches_are_sized_by_pixels(self, vae, digits, tmp_path, monkeypatch):
-        """With room for 640 pixels, 10 images of 8x8: the files of batches of 10."""
-        monkeypatch.setattr("diffusers_vae.latent_cache.CPU_PIXELS", 640)
+    def test_default_batches_are_sized_by_values(self, vae, digits, tmp_path, monkeypatch):
+        """With room for 10 images of 8x8 in 8 channels, batches of 10."""
+        monkeypatch.setattr("diffusers_vae.latent_cache.CPU_VALUES", 10 * 8 * 8 * 8)
         sizes = []
         handle = vae.encoder.conv_in.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
         encode(vae, digits, tmp_path, batch_size=None)
