@@ -109,6 +109,8 @@ def work_on_own_cores(settings: Namespace, data: DataConfig) -> None:
     """One process of several, or the one that they are compared with: prints the rate of all together."""
     rank, cores = int(os.environ["RANK"]), sorted(os.sched_getaffinity(0))
     share = len(cores) // settings.worker
+    if not share:
+        raise ValueError(f"{settings.worker} processes need as many cores, got {len(cores)}")
     os.sched_setaffinity(0, cores[rank * share : (rank + 1) * share])
     torch.set_num_threads(share)
     vae = load_vae(settings, data)
