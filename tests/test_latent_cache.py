@@ -167,8 +167,8 @@ class TestEncode:
     def test_what_is_not_finite_is_named(self, batch_size, value, vae, digits, tmp_path):
         """It is looked for after some batches, all of a shard or fewer."""
         images = ArrayImages(digits.pixels / 255.0)
-        images.pixels[25, 0, 3, 3] = value
-        with pytest.raises(FloatingPointError, match="latents of image 25 is not finite"):
+        images.pixels[38, 0, 3, 3] = value
+        with pytest.raises(FloatingPointError, match="latents of image 38 is not finite"):
             encode(vae, images, tmp_path, batch_size=batch_size)
         assert [path.name for path in tmp_path.glob("*shard*")] == ["shard-00000.safetensors"]
 
