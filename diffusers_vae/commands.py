@@ -385,7 +385,14 @@ def run_encode(arguments: Sequence[str]) -> int:
         help="posterior: mean and logvar, from which each epoch can draw anew. sample: one draw. mode: the mean.",
     )
     parser.add_argument(
-        "--dtype", type=Literal[tuple(DTYPES)], default="float32", help="Of the stored values; the model is float32."
+        "--dtype", type=Literal[tuple(DTYPES)], default="float32", help="Of the stored values; the weights are float32."
+    )
+    parser.add_argument(
+        "--compute_dtype",
+        type=Literal[tuple(DTYPES)] | None,
+        default=None,
+        help="In which the encoder runs, as the result says. By default as FOLDER was begun, if it was; else bfloat16 "
+        "where the device multiplies it in hardware, and float32 elsewhere. How far apart they are: docs/pipeline.md.",
     )
     parser.add_argument(
         "--split",
@@ -400,7 +407,12 @@ def run_encode(arguments: Sequence[str]) -> int:
         help="Those of a folder: `text` or `caption` in metadata.jsonl, or NAME.txt beside NAME.png, one a line.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Of the draws of --kind sample.")
-    parser.add_argument("--batch_size", type=PositiveInt, default=64, help="Images per forward on one process.")
+    parser.add_argument(
+        "--batch_size",
+        type=PositiveInt | None,
+        default=None,
+        help="Images per forward on one process; by default as many as keep a CPU's caches or a GPU busy.",
+    )
     parser.add_argument("--shard_images", type=PositiveInt, default=4096, help="Images per file.")
     parser.add_class_arguments(DataConfig, "data")
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -424,6 +436,7 @@ def run_encode(arguments: Sequence[str]) -> int:
         parsed.out,
         kind=parsed.kind,
         dtype=DTYPES[parsed.dtype],
+        compute_dtype=parsed.compute_dtype and DTYPES[parsed.compute_dtype],
         batch_size=parsed.batch_size,
         seed=parsed.seed,
         shard_images=parsed.shard_images,
@@ -435,6 +448,7 @@ def run_encode(arguments: Sequence[str]) -> int:
         if unreadable := unreadable + len(images) - len(latents):
             print(f"left out    {unreadable:,} that cannot be read")
         print(f"latents     {'x'.join(map(str, latents.latent_shape))}, {parsed.kind}, {parsed.dtype}")
+        print(f"computed    in {str(latents.compute_dtype).removeprefix('torch.')} on {vae.device.type}")
         print(f"size        {latents.bytes / 2**20:,.1f} MiB")
         print(f"folder      {parsed.out}")
         print(f'open it     from diffusers_vae import LatentDataset; latents = LatentDataset("{parsed.out}")')

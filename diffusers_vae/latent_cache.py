@@ -11,9 +11,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -27,24 +27,28 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .checkpoint import acquire, described, naming, whole_file, write_file
-from .data import FolderImages, ImageSet, ReadImages, kept_images
+from .data import FolderImages, ImageSet, kept_images, read_ahead
 from .evaluation import draw
 from .metrics import gather_parts, process_share
-from .models import VAE, encode, weights_hash
+from .models import VAE, encode, fast_dtype, for_inference, weights_hash
 
 if TYPE_CHECKING:
     import datasets
 
 
 FORMAT = 1
+COMPUTED = ("compute_dtype", "float32")
+"""Key in what a cache was computed from, and what one without it was computed in, as older ones are."""
 INDEX = "index.json"
 HEADER = "latent_cache"
 """Key in a shard's header; one alone, since safetensors writes several in a random order."""
 Kind = Literal["posterior", "sample", "mode"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LISTED = 20
-AHEAD = 4
-"""Batches that are read while one is encoded."""
+CPU_VALUES, DEVICE_VALUES = 2**21, 2**29
+"""Of the first feature map of a forward: such as stay in a CPU's caches, and such as fill a GPU within its memory."""
+GATHERED = 16
+"""Batches after which latents leave the device, and after which processes hear of each other: both make it wait."""
 T = TypeVar("T")
 
 
@@ -56,7 +60,8 @@ def encode_images(
     *,
     kind: Kind = "posterior",
     dtype: torch.dtype = torch.float32,
-    batch_size: int = 64,
+    compute_dtype: torch.dtype | None = None,
+    batch_size: int | None = None,
     seed: int = 0,
     shard_images: int = 4096,
     data: str = "",
@@ -69,13 +74,17 @@ def encode_images(
     by byte on one kind of device.
 
     Args:
-        vae: on the device where it is to run, in the dtype in which it is to compute.
+        vae: on the device where it is to run.
         image_set: the images; those that cannot be read are left out if the set says so.
         folder: to write to, on storage that every process sees.
         kind: posterior: mean and logvar. sample: one draw per image, which depends on seed and index alone. mode: the
             posterior's.
         dtype: of the stored values: torch.float32, bfloat16 or float16.
-        batch_size: images per forward.
+        compute_dtype: in which the encoder runs: torch.float32, bfloat16 or float16. By default that in which the
+            folder was begun, if it was; else for a float32 `vae` bfloat16 on devices that multiply it in hardware
+            (`models.fast_dtype`), for others their own. How far bfloat16 is from float32: docs/pipeline.md.
+        batch_size: images per forward; by default as many as have 2^21 values in the first feature map on a CPU (128 of
+            32x32 with 16 channels), 2^29 on another device (64 of 256x256 with 128).
         seed: of the draws.
         shard_images: images per file.
         data: which images these are, in words, for the index.
@@ -92,18 +101,28 @@ def encode_images(
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind}")
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
-    if min(batch_size, shard_images) < 1:
+    if compute_dtype not in (None, *DTYPES.values()):
+        raise ValueError(
+            f"compute_dtype must be one of {', '.join(map(str, DTYPES.values()))} or None, got {compute_dtype}"
+        )
+    if shard_images < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"batch_size and shard_images must be at least 1, got {batch_size} and {shard_images}")
     if not len(image_set):
         raise ValueError("there must be at least one image to encode, got none")
-    cache = _on_main(lambda: _identity(vae, image_set, kind, dtype, seed, shard_images))
+    cache = _on_main(
+        lambda: _identity(vae, image_set, kind, dtype, compute_dtype or _compute_dtype(vae, folder), seed, shard_images)
+    )
     if _on_main(lambda: _is_complete(folder, cache)):
         return LatentDataset(folder)
     with _alone_in(folder):
         if _on_main(lambda: _is_complete(folder, cache)):  # by whom it was in use
             return LatentDataset(folder)
         _on_main(lambda: _clear(folder, cache))
-        shards = _encode_shards(vae, image_set, folder, cache, batch_size, progress)
+        fast = for_inference(vae, getattr(torch, cache.get(*COMPUTED)))
+        if batch_size is None:
+            values = math.prod(cache["data"]["image_shape"][1:]) * vae.config.get("block_out_channels", [1])[0]
+            batch_size = max(1, (CPU_VALUES if vae.device.type == "cpu" else DEVICE_VALUES) // values)
+        shards = _encode_shards(fast, image_set, folder, cache, batch_size, progress)
 
         def finish() -> None:
             if not any(shard["rows"] for shard in shards):
@@ -119,8 +138,22 @@ def encode_images(
     return LatentDataset(folder)
 
 
+def _compute_dtype(vae: ModelMixin, folder: Path) -> torch.dtype:
+    """In which the latents in `folder` were begun, or, if none were, in which they are to be computed by default."""
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        if header := _header(path):
+            return getattr(torch, header["cache"].get(*COMPUTED))
+    return fast_dtype(vae.device) if vae.dtype == torch.float32 else vae.dtype
+
+
 def _identity(
-    vae: ModelMixin, image_set: ImageSet, kind: Kind, dtype: torch.dtype, seed: int, shard_images: int
+    vae: ModelMixin,
+    image_set: ImageSet,
+    kind: Kind,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    seed: int,
+    shard_images: int,
 ) -> dict[str, Any]:
     """All that decides what is in a cache."""
     identity = {
@@ -136,6 +169,8 @@ def _identity(
         },
         "data": _data_identity(image_set),
     }
+    if compute_dtype != torch.float32:
+        identity["compute_dtype"] = str(compute_dtype).removeprefix("torch.")
     return json.loads(json.dumps(identity))  # as it is read again, without tuples
 
 
@@ -215,7 +250,7 @@ def _clear(folder: Path, cache: dict[str, Any]) -> None:
 
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    old, new = _flat(found), _flat(wanted)
+    old, new = (_flat(dict([COMPUTED]) | cache) for cache in (found, wanted))
     different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if different:
         listed = "\n".join(f"{name}: {old.get(name)} there, {new.get(name)} here" for name in different)
@@ -276,13 +311,14 @@ def _encode_shards(
 
 
 def _together(work: Iterator[int], steps: int) -> Iterator[int]:
-    """What `work` yields, step by step, summed over all processes; an error in one is raised on all at that step, so
-    that none waits for another for longer. After `steps`, all have come to their end.
+    """What `work` yields, step by step, of several processes summed over all and some steps; an error in one is raised
+    on all after these, so that none waits for another for longer. After `steps`, all have come to their end.
     """
-    for _ in range(steps + 1):
+    each = 1 if process_share()[1] == 1 else GATHERED
+    for _ in range(0, steps + 1, each):
         error, done = None, 0
         try:
-            done = next(work, 0)
+            done = sum(islice(work, each))
         except Exception as raised:
             error = raised
         if process_share()[1] > 1:
@@ -305,7 +341,10 @@ def _encode_shard(
     kept: list[int] = []
     names = ("mean", "logvar") if cache["kind"] == "posterior" else ("latents",)
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    for indices, read in _read_ahead(image_set, images, batch_size):
+    waiting: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    checked = 0
+    batches = [range(start, min(start + batch_size, images.stop)) for start in images[::batch_size]]
+    for indices, read in read_ahead(image_set, batches):
         own, batch = kept_images(image_set, indices, read, vae.device)
         if not own:  # the shape of the latents all the same
             batch = torch.zeros(1, *cache["data"]["image_shape"], device=vae.device)
@@ -317,9 +356,16 @@ def _encode_shard(
         else:
             values = (posterior.mode(),)
         for name, value in zip(names, values, strict=True):
-            parts[name].append(_stored(value[: len(own)], DTYPES[cache["dtype"]], name, own, image_set))
+            waiting[name].append(value[: len(own)])
         kept += own
-        if indices.stop < images.stop:
+        last = indices.stop == images.stop
+        if last or len(waiting[names[0]]) == GATHERED:
+            for name in names:
+                values = torch.cat(waiting[name])
+                parts[name].append(_stored(values, DTYPES[cache["dtype"]], name, kept[checked:], image_set))
+                waiting[name].clear()
+            checked = len(kept)
+        if not last:
             yield len(indices)
     tensors = {name: torch.cat(values) for name, values in parts.items()}
     tensors["indices"] = torch.tensor(kept, dtype=torch.long)
@@ -333,17 +379,6 @@ def _encode_shard(
     with whole_file(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, header)
     yield len(indices)
-
-
-def _read_ahead(image_set: ImageSet, images: range, batch_size: int) -> Iterator[tuple[range, ReadImages]]:
-    """Batch by batch, indices and what could be read, the next ones by threads while one is used."""
-    batches = [range(i, min(i + batch_size, images.stop)) for i in range(images.start, images.stop, batch_size)]
-    with ThreadPoolExecutor(AHEAD) as pool:
-        reading: list[Any] = [pool.submit(image_set.__getitems__, batch) for batch in batches[:AHEAD]]
-        for number, batch in enumerate(batches):
-            yield batch, reading[number].result()
-            reading[number] = None
-            reading += [pool.submit(image_set.__getitems__, later) for later in batches[number + AHEAD :][:1]]
 
 
 def _stored(
@@ -516,6 +551,11 @@ class LatentDataset(Dataset):
     def dtype(self) -> torch.dtype:
         """Of the stored values."""
         return DTYPES[self.cache["dtype"]]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """In which the encoder ran."""
+        return getattr(torch, self.cache.get(*COMPUTED))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from scipy.stats import binomtest
 from test_vae import make_pipeline
 
-from diffusers_vae import VAE
+from diffusers_vae import VAE, LatentDataset
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.images import to_model_range
 from diffusers_vae.metrics import psnr
@@ -28,6 +30,7 @@ def load_script(name):
 
 script, stock_loop = load_script("judge_text_to_image"), load_script("stock_loop")
 startup = load_script("startup")
+latent_cache = load_script("latent_cache")
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +238,48 @@ class TestStartup:
     def test_every_line_is_compared_with_one_that_is_run_too(self, tmp_path):
         commands = startup.commands(tmp_path)
         assert {against for _, against in commands.values() if against} <= commands.keys()
+
+
+@pytest.mark.slow
+class TestLatentCache:
+    def call(self, out, *more):
+        """On files of real digits, with a tiny model of random weights."""
+        images, _ = load_data(DataConfig(resolution=16))
+        (out / "images" / "all").mkdir(parents=True)
+        for index in range(24):
+            Image.fromarray(images.pixels[index, 0].numpy()).convert("RGB").save(
+                out / "images" / "all" / f"{index}.png"
+            )
+        data = ["--data.name", "folder", "--data.root", str(out / "images"), "--data.channels", "3"]
+        model = ["--data.resolution", "16", "--block_out_channels", "[32,32]", "--rounds", "3"]
+        latent_cache.main([*data, *model, "--out", str(out / "timings.json"), *more])
+        return json.loads((out / "timings.json").read_text())
+
+    def test_both_are_timed_in_turns(self, tmp_path, capsys):
+        found = self.call(tmp_path, "--compute_dtype", "float32", "--max_images", "20")
+        assert [len(rates) for rates in found["images per second"].values()] == [2, 2]
+        assert found["compute_dtype"] == "float32" and found["ratio"] > 0
+        assert "plain loop" in capsys.readouterr().out
+
+    def test_both_give_the_same_latents(self, tmp_path):
+        self.call(tmp_path)
+        data = DataConfig(name="folder", root=str(tmp_path / "images"), channels=3, resolution=16)
+        arguments = ["--data.name=folder", f"--data.root={data.root}", "--compute_dtype=float32"]
+        settings, _ = latent_cache.read_settings([*arguments, "--block_out_channels=[32,32]"])
+        vae = latent_cache.load_vae(settings, data)
+        for name, work in (("plain", latent_cache.plain_loop), ("ours", latent_cache.ours)):
+            (tmp_path / name).mkdir()
+            assert work(vae, settings, data, tmp_path / name) == 24
+        plain = load_file(tmp_path / "plain" / "latents.safetensors")
+        ours = LatentDataset(tmp_path / "ours")
+        torch.testing.assert_close(
+            ours.latents(range(24)).sum((1, 2, 3)).sort()[0],
+            plain["mean"].sum((1, 2, 3)).sort()[0],
+            rtol=1e-3,
+            atol=1e-3,
+        )
+
+    @pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2, reason="needs two cores")
+    def test_several_processes(self, tmp_path):
+        found = self.call(tmp_path, "--processes", "2", "--shard_images", "6", "--rounds", "1")
+        assert list(found["images per second"]) == ["1 process", "2 processes"]

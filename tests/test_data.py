@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 from urllib.error import URLError
 
 import numpy as np
@@ -27,7 +28,7 @@ from diffusers_vae.data import (
     sources,
     step_generator,
 )
-from diffusers_vae.data.order import PARTS
+from diffusers_vae.data.order import AHEAD, PARTS
 from diffusers_vae.data.sources import ReadImages
 from diffusers_vae.images import read_image
 
@@ -821,6 +822,28 @@ class TestOrder:
         joined = torch.cat([batch for _, _, batch in batches])
         assert joined.min() == -1 and joined.max() == 1
         assert torch.equal(((joined + 1) * 127.5).round().to(torch.uint8), images.pixels[:100])
+
+    def test_batches_are_read_ahead_in_order_and_no_further(self):
+        """Each once, by whatever thread is first; an error comes where its batch would."""
+
+        class Slow(ArrayImages):
+            def __getitems__(self, indices):
+                read.append(indices[0])
+                time.sleep(0.05 if indices[0] == 0 else 0)
+                if indices[0] == 12:
+                    raise OSError("gone")
+                return super().__getitems__(indices)
+
+        read: list[int] = []
+        images = Slow(torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1))
+        found = image_batches(images, 2, None, torch.device("cpu"))
+        assert next(found)[1] == [0, 1] and sorted(read)[-1] <= 2 * AHEAD
+        seen = []
+        with pytest.raises(OSError, match="gone"):
+            for _, indices, pixels in found:
+                seen += indices
+                assert ((pixels.flatten() + 1) * 127.5).round().tolist() == indices
+        assert seen == list(range(2, 12)) and len(set(read)) == len(read)
 
     @pytest.mark.parametrize("processes", [1, 2, 3, 7])
     def test_parts_are_the_same_for_any_number_of_processes(self, processes):

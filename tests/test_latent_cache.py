@@ -1,5 +1,6 @@
 """Latents on disk: those of stock diffusers, the same files whatever happens in between, and never stale ones."""
 
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from filelock import FileLock
 from PIL import Image
 from test_measures import tiny_vae
@@ -21,7 +23,7 @@ from diffusers_vae import LatentDataset, encode_images
 from diffusers_vae.data import ArrayImages, DataConfig, FolderImages, load_data
 from diffusers_vae.evaluation import draw
 from diffusers_vae.images import to_model_range
-from diffusers_vae.models import weights_hash
+from diffusers_vae.models import fast_dtype, weights_hash
 
 ROOT = Path(__file__).parents[1]
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -41,8 +43,9 @@ def vae():
 
 
 def encode(vae, images, folder, **settings):
-    """In 3 shards, of 2, 2 and 1 batches."""
-    return encode_images(vae, images, folder, **{"shard_images": 20, "batch_size": 10} | settings)
+    """In 3 shards, of 2, 2 and 1 batches, in float32 on every device."""
+    known = {"shard_images": 20, "batch_size": 10, "compute_dtype": torch.float32}
+    return encode_images(vae, images, folder, **known | settings)
 
 
 @pytest.fixture(scope="module")
@@ -160,11 +163,13 @@ class TestEncode:
         encode(vae, digits, tmp_path, dtype=BF16)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_what_is_not_finite_is_named(self, value, vae, digits, tmp_path):
+    @pytest.mark.parametrize("batch_size", [10, 1])
+    def test_what_is_not_finite_is_named(self, batch_size, value, vae, digits, tmp_path):
+        """It is looked for after some batches, all of a shard or fewer."""
         images = ArrayImages(digits.pixels / 255.0)
-        images.pixels[25, 0, 3, 3] = value
-        with pytest.raises(FloatingPointError, match="latents of image 25 is not finite"):
-            encode(vae, images, tmp_path)
+        images.pixels[38, 0, 3, 3] = value
+        with pytest.raises(FloatingPointError, match="latents of image 38 is not finite"):
+            encode(vae, images, tmp_path, batch_size=batch_size)
         assert [path.name for path in tmp_path.glob("*shard*")] == ["shard-00000.safetensors"]
 
     @pytest.mark.parametrize(
@@ -172,7 +177,9 @@ class TestEncode:
         [
             ({"kind": "mean"}, "kind must be one of posterior, sample, mode, got mean"),
             ({"dtype": torch.float64}, "dtype must be one of .*got torch.float64"),
+            ({"compute_dtype": torch.int8}, "compute_dtype must be one of .*or None, got torch.int8"),
             ({"shard_images": 0}, "must be at least 1, got 10 and 0"),
+            ({"batch_size": 0}, "must be at least 1, got 0 and 20"),
         ],
     )
     def test_wrong_settings(self, settings, message, vae, digits, tmp_path):
@@ -188,6 +195,55 @@ class TestEncode:
         means = torch.cat([posterior.mean for posterior in stock_posteriors(vae, images.pixels, 100)])
         assert torch.equal(latents.latents(range(1000)), means)
         assert latents.latent_shape == (4, 14, 14) and torch.equal(latents.labels, train.labels[:1000])
+
+
+class TestComputeDtype:
+    @pytest.mark.parametrize(("dtype", "within"), [(BF16, 0.02), (FP16, 0.003)])
+    def test_close_to_float32_and_the_model_as_it_was(self, dtype, within, digits, whole, tmp_path):
+        vae = tiny_vae(sample_size=8)
+        before = weights_hash(vae)
+        latents = encode(vae, digits, tmp_path, compute_dtype=dtype)
+        found, exact = (cache.moments(range(45)) for cache in (latents, LatentDataset(whole)))
+        assert 0 < (found - exact).std() < within * exact.std()
+        assert latents.compute_dtype == dtype and LatentDataset(whole).compute_dtype == torch.float32
+        assert weights_hash(vae) == before and vae.dtype == torch.float32
+        assert not any(module._forward_pre_hooks for module in vae.modules())
+
+    def test_draws_are_float32(self, vae, digits, tmp_path):
+        """The mean and the noise are not rounded to the precision of the encoder when they are added."""
+        posterior = encode(vae, digits, tmp_path / "posterior", compute_dtype=BF16)
+        sample = encode(vae, digits, tmp_path / "sample", kind="sample", seed=3, compute_dtype=BF16)
+        known = DiagonalGaussianDistribution(posterior.moments(range(45)))
+        expected = next(draw(known, list(range(45)), 3, 1))
+        assert torch.equal(sample.latents(range(45)), expected)
+        assert not torch.equal(expected, expected.bfloat16().float())
+
+    def test_default_is_what_is_fast_and_a_models_own_below_float32(self, vae, digits, tmp_path):
+        latents = encode(vae, digits, tmp_path / "fast", compute_dtype=None)
+        assert latents.compute_dtype == fast_dtype(vae.device)
+        half = copy.deepcopy(vae).half()
+        assert encode(half, digits, tmp_path / "half", compute_dtype=None).compute_dtype == FP16
+
+    @pytest.mark.parametrize("dtype", [torch.float32, BF16])
+    def test_default_continues_as_begun(self, dtype, vae, digits, tmp_path):
+        before = contents(encode(vae, digits, tmp_path, compute_dtype=dtype).folder)
+        (tmp_path / "shard-00001.safetensors").unlink()
+        encode(vae, digits, tmp_path, compute_dtype=None).verify()
+        assert contents(tmp_path) == before
+
+    def test_float32_is_not_said_as_in_caches_of_older_versions(self, whole, vae, digits, tmp_path):
+        assert "compute_dtype" not in json.loads((whole / "index.json").read_text())["cache"]
+        cache = json.loads((encode(vae, digits, tmp_path, compute_dtype=BF16).folder / "index.json").read_text())
+        assert cache["cache"]["compute_dtype"] == "bfloat16"
+
+    def test_default_batches_are_sized_by_values(self, vae, digits, tmp_path, monkeypatch):
+        """With room for 10 images of 8x8 in 8 channels, batches of 10."""
+        monkeypatch.setattr("diffusers_vae.latent_cache.CPU_VALUES", 10 * 8 * 8 * 8)
+        sizes = []
+        handle = vae.encoder.conv_in.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        encode(vae, digits, tmp_path, batch_size=None)
+        handle.remove()
+        assert sizes == [10, 10, 10, 10, 5]
 
 
 class TestResume:
@@ -257,7 +313,8 @@ class TestResume:
             ("classes", r"data\.labels: \w{64} there, \w{64} here"),
             ("captions", r"data\.captions: \w{64} there, \w{64} here"),
             ("kind", "kind: posterior there, mode here"),
-            ("dtype", "dtype: float32 there, bfloat16 here"),
+            ("dtype", "\ndtype: float32 there, bfloat16 here"),
+            ("compute_dtype", "\ncompute_dtype: float32 there, bfloat16 here"),
             ("shard_images", "shard_images: 20 there, 30 here"),
         ],
     )
@@ -265,7 +322,7 @@ class TestResume:
         for name, content in contents(whole).items():
             if index or name != "index.json":
                 (tmp_path / name).write_bytes(content)
-        settings = {"kind": "mode", "dtype": BF16, "shard_images": 30}
+        settings = {"kind": "mode", "dtype": BF16, "compute_dtype": BF16, "shard_images": 30}
         settings = {change: settings[change]} if change in settings else {}
         images = ArrayImages(digits.pixels, digits.labels, classes=digits.classes, captions=digits.captions)
         if change == "weights":

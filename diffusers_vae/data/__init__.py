@@ -1,7 +1,7 @@
 """Where images come from, and in which order."""
 
 from .captions import read_captions
-from .order import MicroBatch, epoch_batches, image_batches, kept_images, step_generator
+from .order import MicroBatch, epoch_batches, image_batches, kept_images, read_ahead, step_generator
 from .sources import (
     IMAGE_SUFFIXES,
     ArrayImages,
@@ -28,6 +28,7 @@ __all__ = [
     "kept_images",
     "load_data",
     "load_split",
+    "read_ahead",
     "read_captions",
     "step_generator",
 ]

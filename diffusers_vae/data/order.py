@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -13,6 +16,8 @@ from .sources import ImageSet, ReadImages
 
 PARTS = 64
 """Into which a data set is cut to be measured: enough for as many processes."""
+AHEAD = 4
+"""Batches that are read while one is used."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +101,26 @@ def image_batches(
     """
     count = len(image_set) if max_images is None else min(max_images, len(image_set))
     starts = range(0, count, batch_size)
-    for part, own in enumerate(np.array_split(starts, min(PARTS, max(1, len(starts))))):
-        for start in own.tolist() if part % processes == rank else ():
-            indices = range(start, min(start + batch_size, count))
-            kept, images = kept_images(image_set, indices, image_set.__getitems__(indices), device)
-            if kept:
-                yield part, kept, images
+    cut = np.array_split(starts, min(PARTS, max(1, len(starts))))
+    own = [(part, start) for part in range(rank, len(cut), processes) for start in cut[part].tolist()]
+    batches = [range(start, min(start + batch_size, count)) for _, start in own]
+    for (part, _), (indices, read) in zip(own, read_ahead(image_set, batches), strict=True):
+        kept, images = kept_images(image_set, indices, read, device)
+        if kept:
+            yield part, kept, images
+
+
+def read_ahead(image_set: ImageSet, batches: Sequence[range]) -> Iterator[tuple[range, ReadImages]]:
+    """Batch by batch, indices and what could be read, the next ones by threads while one is used."""
+    pool = ThreadPoolExecutor(AHEAD)
+    later = iter(batches)
+    reading = deque(pool.submit(image_set.__getitems__, batch) for batch in islice(later, AHEAD))
+    try:
+        for batch in batches:
+            yield batch, reading.popleft().result()
+            reading += [pool.submit(image_set.__getitems__, next_one) for next_one in islice(later, 1)]
+    finally:  # where not all are wanted, none is waited for
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def kept_images(
@@ -112,4 +131,6 @@ def kept_images(
     """
     read.checked()
     image_set.errors += tuple(error for error in read.errors if error not in image_set.errors)
-    return [indices[place] for place in read.kept], to_model_range(read.pixels.to(device))
+    cuda = device.type == "cuda"  # whose work so far is not waited for, if memory is pinned
+    pixels = read.pixels.pin_memory() if cuda else read.pixels
+    return [indices[place] for place in read.kept], to_model_range(pixels.to(device, non_blocking=cuda))

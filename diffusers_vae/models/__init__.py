@@ -5,7 +5,7 @@ from .load import LATENT_PARTS, decode, encode, find_subfolder, load_autoencoder
 from .lora import without_adapters
 from .mlp import MLPVAE
 from .scaling import LatentScaling
-from .speed import fast_dtype, speed_up_norms
+from .speed import fast_dtype, for_inference, speed_up_norms
 from .vae import VAE, VAEOutput
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "encode",
     "fast_dtype",
     "find_subfolder",
+    "for_inference",
     "load_autoencoder",
     "speed_up_norms",
     "weights_hash",

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
+
+SMALL = 1024
+"""Positions in a feature map below which torch's group norm in bfloat16 is slow for channels-last input on a CPU."""
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -34,3 +40,28 @@ def speed_up_norms(model: nn.Module) -> nn.Module:
 def _contiguous(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     (images,) = inputs
     return (images.contiguous(),) if images.device.type == "cpu" and images.dtype != torch.float32 else inputs
+
+
+def for_inference(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
+    """`model` as it encodes and decodes fast in `dtype`: itself, or a copy whose weights are cast once, where autocast
+    would cast them at every call.
+
+    In bfloat16 on a CPU, convolutions of the copy are channels-last, which spares each two copies of its output, and
+    group norms of small feature maps are not.
+    """
+    channels_last = model.device.type == "cpu" and dtype == torch.bfloat16
+    if model.dtype == dtype and not channels_last:
+        return model
+    fast = nn.Module.to(copy.deepcopy(model), dtype)  # that of diffusers warns, whatever the model
+    if channels_last:
+        for module in fast.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
+            elif isinstance(module, nn.GroupNorm):
+                module.register_forward_pre_hook(_small_contiguous)
+    return fast
+
+
+def _small_contiguous(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    (images,) = inputs
+    return (images.contiguous(),) if images.shape[2:].numel() < SMALL else inputs
