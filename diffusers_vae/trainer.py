@@ -599,7 +599,7 @@ class AutoencoderTask(Task):
 
     def few(self, folder: Path) -> AutoencoderTask:
         config = self.config
-        evaluation = replace(config.evaluation, max_images=config.evaluation.batch_size, every=1)
+        evaluation = replace(config.evaluation, max_images=config.evaluation.batch_size, every=None)
         return AutoencoderTask(replace(config, run=few_steps(config.run, folder), evaluation=evaluation), 0)
 
     def _result(self, report: EvaluationReport, model: nn.Module) -> TrainResult:

@@ -131,6 +131,7 @@ def kept_images(
     """
     read.checked()
     image_set.errors += tuple(error for error in read.errors if error not in image_set.errors)
-    cuda = device.type == "cuda"  # whose work so far is not waited for, if memory is pinned
-    pixels = read.pixels.pin_memory() if cuda else read.pixels
-    return [indices[place] for place in read.kept], to_model_range(pixels.to(device, non_blocking=cuda))
+    pixels = read.pixels
+    if device.type == "cuda" and not pixels.is_cuda:  # whose work so far is not waited for, if memory is pinned
+        pixels = pixels.pin_memory()
+    return [indices[place] for place in read.kept], to_model_range(pixels.to(device, non_blocking=True))
