@@ -62,12 +62,13 @@ def epoch_batches(
     order = np.random.default_rng([seed, epoch]).permutation(length)
     for begin in range(start, length, batch_size):
         batch = order[begin : begin + batch_size]
-        parts = np.array_split(np.arange(len(batch)), processes * micro_steps)[rank::processes]
+        size, larger = divmod(len(batch), processes * micro_steps)  # the first parts have one image more
+        ends = [part * size + min(part, larger) for part in range(processes * micro_steps + 1)]
         yield [
-            MicroBatch(batch[part].tolist(), int(part[0]), len(batch), len(part) / len(batch))
-            if len(part)
+            MicroBatch(batch[first:end].tolist(), first, len(batch), (end - first) / len(batch))
+            if end > first
             else MicroBatch([int(batch[0])], 0, len(batch), 0.0)
-            for part in parts
+            for first, end in list(zip(ends, ends[1:], strict=False))[rank::processes]
         ]
 
 
