@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ def epoch_batches(
             MicroBatch(batch[first:end].tolist(), first, len(batch), (end - first) / len(batch))
             if end > first
             else MicroBatch([int(batch[0])], 0, len(batch), 0.0)
-            for first, end in list(zip(ends, ends[1:], strict=False))[rank::processes]
+            for first, end in list(pairwise(ends))[rank::processes]
         ]
 
 
