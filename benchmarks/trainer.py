@@ -44,7 +44,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             stock = [sys.executable, str(HERE / "stock_loop.py"), *data, "--max_images", str(arguments.images)]
             stock += ["--batch_size", str(BATCH), "--out", f"{folder}/stock"]
-            stock += [text.removeprefix("--model.") if text[:2] != "--" else "--" + text[8:] for text in model]
+            stock += [text.replace("--model.", "--", 1) for text in model]
             ours = ["accelerate", "launch", str(HERE.parent / "training" / "train_vae.py"), *data, *model]
             ours += ["--run.max_images", str(arguments.images), "--run.batch_size", str(BATCH)]
             ours += ["--run.output_dir", f"{folder}/run", "--run.tracker", "null", "--evaluation.max_images", "32"]

@@ -122,18 +122,22 @@ class RunConfig:
     """Forwards per optimiser step on each process."""
     device_batch_size: Literal["auto"] | None = None
     """auto: as few forwards per optimiser step as memory allows, found by trying before the first step; config.yaml
-    then states them as gradient_accumulation_steps, which must be left out."""
+    then states them as gradient_accumulation_steps, which must be left out. On a CPU, only a limit of address space
+    shows before the system ends the process."""
     gradient_checkpointing: bool = False
     """Compute what the backward needs a second time instead of keeping it: less memory, slower, the same result."""
     mixed_precision: Precision | None = None
     """Autocast dtype. null: what `accelerate launch` asks for; where it asks for none, bf16 for a convolutional
     autoencoder on a device that multiplies it in hardware (a CPU with AVX512-BF16 or AMX, a GPU such as NVIDIA's from
-    Ampere on), else no, which is float32. A run that is continued keeps its own. A run's first line and config.yaml
-    state which it is. Weights, optimiser and EMA are float32 in any case. In YAML, no needs quotes."""
+    Ampere on), else no, which is float32. The launcher's own no cannot be told from its saying nothing, so float32 there
+    has to be asked for here. A run that is continued keeps its own. A run's first line and config.yaml state which it
+    is. Weights, optimiser and EMA are float32 in any case. In YAML, no needs quotes."""
     compile: bool | None = None
-    """Whether torch.compile makes one program of the autoencoder's forward and the objective, seconds to minutes at the
-    first step and less when it is kept from a run before; not for text-to-image. null: in runs of 10,000 steps or more,
-    on a CUDA GPU, and of a perceptron on a CPU that has a C++ compiler; not if deterministic."""
+    """Whether torch.compile makes one program of the autoencoder's forward and the objective for each size of batch,
+    seconds to minutes at the first step and less when it is kept from a run before; networks of other losses are left
+    out. Not for text-to-image, nor with a discriminator or what changes the objective by step: kl_schedule, target_rate,
+    free_bits, equivariance, scale optimal. null: where it works, in runs of 10,000 steps or more, on a CUDA GPU, and of a
+    perceptron on a CPU; not if deterministic. A run that is continued keeps its own."""
     ema_decay: float | None = 0.99
     """Decay of the moving average of the weights, which is what is evaluated and saved; null: none."""
     checkpoint_every: int = 10_000
@@ -143,8 +147,8 @@ class RunConfig:
     allow_config_change: bool = False
     """Continue the run in output_dir although settings, or the images, are not those that it was begun with."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """When loss or gradient are not finite, no step is taken and the batch is written to output_dir. stop: with an
-    error. skip: go on, and count; 20 in a row stop the run."""
+    """When loss or gradient are not finite, nothing of the step is kept and the batch is written to output_dir. stop:
+    with an error. skip: go on, and count; 20 in a row stop the run."""
     deterministic: bool = False
     """Use algorithms alone that repeat bit by bit. On a CPU all do; on a GPU exact resume needs it, and is slower."""
     log_every: int = 1000
@@ -290,6 +294,10 @@ class Task(Protocol):
         """Of images that were left out so far."""
         ...
 
+    def compiles(self) -> bool:
+        """Whether torch.compile pays, where `run.compile` leaves it open; after `load`, on the main process."""
+        return False
+
     def build(self) -> nn.Module:
         """A new model; after `load`, unless it `builds_at_once`."""
         ...
@@ -401,7 +409,8 @@ def _precision(task: Task) -> str:
         return asked
     if (begun := _begun(run, "mixed_precision")) in get_args(Precision):
         return begun
-    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    cpu = torch.device("cpu")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else cpu
     return "bf16" if task.convolutional and fast_dtype(device) == torch.bfloat16 else "no"
 
 
@@ -422,7 +431,10 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
         logger.info("continuing from %s", checkpoint)
     task.load(accelerator)
     train_set = task.train_set
-    accumulated = broadcast_object_list([_begun(run, "gradient_accumulation_steps") or 1])[0]
+    if run.compile is None:
+        begun = _begun(run, "compile")
+        run = replace(run, compile=on_main(accelerator, lambda: task.compiles() if begun is None else begun))
+        config = task.config = replace(config, run=run)
     on_main(accelerator, lambda: begin(config, checkpoint, task.data(), task.build))
 
     set_seed(run.seed)
@@ -431,7 +443,8 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
         [p for p in model.parameters() if p.requires_grad],
         betas=config.optimizer.betas,
         weight_decay=config.optimizer.weight_decay,
-        fused=accelerator.device.type in ("cpu", "cuda") or None,
+        # with a scaler, a fused one hides from Accelerate which steps were left out
+        fused=(accelerator.device.type in ("cpu", "cuda") and not accelerator.scaler) or None,
     )
     model, optimizer = accelerator.prepare(model, optimizer)
     plain_model = accelerator.unwrap_model(model)
@@ -439,7 +452,9 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     ema = None
     if run.ema_decay:  # the decay rises as 1 - (1 + step)^-0.75, so that short runs do not keep their first weights
-        ema = EMAModel(parameters, decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+        ema = EMAModel(
+            parameters, decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=not accelerator.is_fsdp2
+        )
     total_images = min(run.epochs * len(train_set), run.max_images or sys.maxsize)
     if accelerator.num_processes > 1:
         # DistributedDataParallel orders its buckets by its first backward. Without this one, which leaves no trace, the
@@ -449,7 +464,7 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
     set_seed(run.seed)  # whatever was drawn since
     discriminator = task.build_discriminator(accelerator.device)
     if run.device_batch_size:
-        fewest = _fewest_forwards(task, accelerator, model, trained, discriminator, accumulated)
+        fewest = _fewest_forwards(task, accelerator, model, trained, discriminator, checkpoint)
         run = replace(run, gradient_accumulation_steps=fewest, device_batch_size=None)
         task.config = config = replace(config, run=run)
         on_main(accelerator, lambda: config.save(output_dir / "config.yaml"))
@@ -502,8 +517,8 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
             seen: list[_Seen] = []
             statistics = _Statistics()
             for micro_step, micro_batch in enumerate(micro_batches, 1):
-                read = (next(reads) if reads else train_set.__getitems__(micro_batch.indices)).checked()
-                bad_images.add(read.errors)
+                read = train_set.__getitems__(micro_batch.indices) if reads is None else next(reads)
+                bad_images.add(read.checked().errors)
                 share = micro_batch.share * len(read.kept) / len(micro_batch.indices)
                 if not read.kept:  # every process must take part in the step
                     read = read.blank()
@@ -534,7 +549,7 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
             # asked a step later, so that the device does not wait for its next step, and before anything is written.
             late = run.on_nonfinite == "stop" and not (statistics.sums or discriminator or accelerator.scaler)
             writes = reached >= min(next_log, next_evaluation, next_checkpoint, epoch_end)
-            bad, stop = [], False
+            bad, stop = [], accelerator.num_processes == 1 and signals.asked()
             while pending and not bad and (writes or stop or not late or len(pending) > 1):
                 checked = pending.pop(0)
                 bad, asked = checked.read()
@@ -791,6 +806,11 @@ def _check_launch(accelerator: Accelerator, run: RunConfig) -> None:
             "run.batch_size must be divisible by the number of processes times run.gradient_accumulation_steps, "
             f"{parts}, got {run.batch_size}"
         )
+    if run.device_batch_size and kind == DistributedType.FSDP:
+        raise ValueError(
+            "run.device_batch_size auto cannot try a step with FSDP2, where a process without memory left would be waited "
+            "for: set run.gradient_accumulation_steps instead"
+        )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             "gradient accumulation is set by run.gradient_accumulation_steps, not by the launcher, got "
@@ -879,17 +899,23 @@ def _fewest_forwards(
     model: nn.Module,
     parameters: list[nn.Parameter],
     discriminator: Discriminator | None,
-    at_least: int,
+    checkpoint: Path | None,
 ) -> int:
-    """In how many forwards, `at_least`, a step must be cut to fit into the memory of every process, found by trying.
+    """In how many forwards a step must be cut to fit into the memory of every process, found by trying; at least as many
+    as before the `checkpoint`, if it is of as many processes, so that a run that goes on sums in the same order.
 
     Raises:
         ValueError: when one image alone is too much.
     """
     own = task.config.run.batch_size // accelerator.num_processes
+    at_least = 1
+    if checkpoint and read_progress(checkpoint, 0)[0]["surroundings"]["processes"] == accelerator.num_processes:
+        at_least = read_settings(checkpoint / "config.yaml", "run")["run"]["gradient_accumulation_steps"]
     for forwards in (count for count in range(at_least, own + 1) if own % count == 0):
         fits = _fits(task, accelerator, model, parameters, discriminator, own // forwards)
         if accelerator.reduce(torch.tensor([int(fits)], device=accelerator.device), "sum") == accelerator.num_processes:
+            if accelerator.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             return forwards
     raise ValueError(
         f"a step with one image per forward needs more memory than there is on {accelerator.device}: take a smaller "

@@ -160,7 +160,7 @@ def _differing(path: Path, config: Settings) -> list[str]:
         f"{name}: {old} -> {new}"
         for name in sorted(wanted.keys() | stated.keys())
         if name not in FREE_SETTINGS
-        and not (name == "run.mixed_precision" and wanted[name] is None)  # of a dry run: whatever it is
+        and not (name in ("run.mixed_precision", "run.compile") and wanted[name] is None)  # what the run was begun with
         and not name.startswith("hub.")
         and (old := stated.get(name, defaults.get(name))) != (new := wanted.get(name))
     ]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +127,10 @@ class TrainConfig(Settings):
         constant = {"kl_schedule": "constant", "target_rate": None, "free_bits": 0, "equivariance": 0}
         changing = [name for name, value in constant.items() if getattr(self.objective, name) != value]
         changing += ["scale"] * (self.objective.scale == "optimal")
-        return ", ".join(f"objective.{name} {getattr(self.objective, name)}" for name in changing)
+        named = [f"objective.{name} {getattr(self.objective, name)}" for name in changing]
+        # which joins late, and whose adaptive weight goes through the backward twice
+        named += [f"adversarial.weight {self.adversarial.weight}"] * bool(self.adversarial.weight)
+        return ", ".join(named)
 
     @property
     def smallest_images(self) -> tuple[int, int]:
@@ -251,7 +253,6 @@ class AutoencoderTask(Task):
         self.objective = TrainingObjective(config.objective)
         self.evaluate_every = config.evaluation.every
         self.convolutional = config.model.architecture == "vae"
-        self.forward = self._forward
         self.perceptual: PerceptualLoss | None = None
         self.adversary: Adversary | None = None
         self.terms = ("distortion", "rate")
@@ -282,26 +283,24 @@ class AutoencoderTask(Task):
                 "adversarial.adaptive needs the decoder's last layer whole on every process, which FSDP2 cuts up; let "
                 "the processes work together by DDP, or set it to false"
             )
-        if self._compiles():
-            # a program for each size of batch: one for all sizes would take over as soon as it is there, and round
-            # otherwise, so that a run would depend on where it was interrupted
-            from torch import _dynamo  # which takes a second to import
-
-            _dynamo.config.recompile_limit = 64
-            self.forward = torch.compile(self._forward, dynamic=False)
         if config.objective.perceptual:
             self.perceptual = PerceptualLoss(config.objective.perceptual, config.objective.perceptual_weights)
             self.perceptual.check(config.smallest_images)
             self.perceptual.to(accelerator.device)
 
-    def _compiles(self) -> bool:
-        """Whether `run.compile` asks for it, or leaves it open and it pays."""
-        run, device = self.config.run, self.accelerator.device.type
-        if run.compile is not None:
-            return run.compile
+    def compiles(self) -> bool:
+        run, device = self.config.run, self.accelerator.device
         steps = min(run.epochs * self.images, run.max_images or sys.maxsize) / run.batch_size
-        pays = device == "cuda" or (device == "cpu" and not self.convolutional and shutil.which("g++") is not None)
-        return pays and steps >= STEPS_TO_COMPILE and not run.deterministic and not self.config.changes_by_step
+        pays = device.type == "cuda" or (device.type == "cpu" and not self.convolutional)
+        if not pays or steps < STEPS_TO_COMPILE or run.deterministic or self.config.changes_by_step:
+            return False
+        try:
+            torch.compile(torch.Tensor.exp)(torch.ones(8, device=device))
+        except Exception as error:  # no compiler, no headers, no Triton, too old a GPU: each has an error of its own
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning("torch.compile does not work here, so the run goes without: %s", reason)
+            return False
+        return True
 
     def _load_for_fine_tuning(self) -> None:
         model = self.config.model
@@ -378,7 +377,7 @@ class AutoencoderTask(Task):
             noise = noise[..., : before.size[0], : before.size[1]]
         if isinstance(read, _Encoded):
             keywords["moments"] = read.moments.to(noise.device, non_blocking=True)
-        images, reconstructions, terms, *log_scale = self.forward(model, pixels, noise, before, after, **keywords)
+        images, reconstructions, terms, *log_scale = self._program(model, pixels, noise, before, after, **keywords)
         step = StepTerms(
             terms.loss,
             {"distortion": terms.distortion, "rate": terms.rate},
@@ -395,6 +394,18 @@ class AutoencoderTask(Task):
         if self.adversary and self.adversary.active:
             step = self._judged(step, images, reconstructions, _autoencoder(self.accelerator.unwrap_model(model)))
         return step
+
+    @cached_property
+    def _program(self) -> Callable[..., tuple[Any, ...]]:
+        """`_forward`, compiled if the run is."""
+        if not self.config.run.compile:
+            return self._forward
+        from torch import _dynamo  # which takes a second to import
+
+        # a program for each size of batch: one for all sizes would take over as soon as it is there, and round
+        # otherwise, so that a run would depend on where it was interrupted
+        _dynamo.config.recompile_limit = 64
+        return torch.compile(self._forward, dynamic=False)
 
     def _forward(
         self,
@@ -474,7 +485,7 @@ class AutoencoderTask(Task):
         when = f", after {objective.kl_warmup_images:,} images" if objective.kl_warmup_images else ""
         judged = f"; a discriminator after {adversarial.start_images:,} images" if adversarial.weight else ""
         all_of_them, trained = (autoencoder.num_parameters(only_trainable=only) for only in (False, True))
-        compiled = "" if self.forward == self._forward else ", compiled"
+        compiled = ", compiled" if self.config.run.compile else ""
         of = "" if trained == all_of_them else f" ({trained:,} are trained)"
         return (
             f"{type(autoencoder).__name__} with {all_of_them:,} parameters{of}{compiled}, latents "

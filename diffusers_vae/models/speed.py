@@ -19,7 +19,8 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     CPU with AVX512-BF16, which every CPU with AMX has, too.
     """
     if device.type == "cuda":
-        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            supported = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         supported = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if supported else torch.float32
