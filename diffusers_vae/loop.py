@@ -129,15 +129,15 @@ class RunConfig:
     mixed_precision: Precision | None = None
     """Autocast dtype. null: what `accelerate launch` asks for; where it asks for none, bf16 for a convolutional
     autoencoder on a device that multiplies it in hardware (a CPU with AVX512-BF16 or AMX, a GPU such as NVIDIA's from
-    Ampere on), else no, which is float32. The launcher's own no cannot be told from its saying nothing, so float32 there
-    has to be asked for here. A run that is continued keeps its own. A run's first line and config.yaml state which it
-    is. Weights, optimiser and EMA are float32 in any case. In YAML, no needs quotes."""
+    Ampere on), else no, which is float32. The launcher's no cannot be told from its saying nothing, so that float32 has
+    to be asked for here. A run that is continued keeps its own. A run's first line and config.yaml state which it is.
+    Weights, optimiser and EMA are float32 in any case. In YAML, no needs quotes."""
     compile: bool | None = None
     """Whether torch.compile makes one program of the autoencoder's forward and the objective for each size of batch,
     seconds to minutes at the first step and less when it is kept from a run before; networks of other losses are left
-    out. Not for text-to-image, nor with a discriminator or what changes the objective by step: kl_schedule, target_rate,
-    free_bits, equivariance, scale optimal. null: where it works, in runs of 10,000 steps or more, on a CUDA GPU, and of a
-    perceptron on a CPU; not if deterministic. A run that is continued keeps its own."""
+    out. Not for text-to-image, nor with a discriminator or what changes the objective by step: kl_schedule,
+    target_rate, free_bits, equivariance, scale optimal. null: where it works, in runs of 10,000 steps or more, on a
+    CUDA GPU, and of a perceptron on a CPU; not if deterministic. A run that is continued keeps its own."""
     ema_decay: float | None = 0.99
     """Decay of the moving average of the weights, which is what is evaluated and saved; null: none."""
     checkpoint_every: int = 10_000
@@ -370,7 +370,7 @@ def run_task(task: Task) -> RunResult | None:
     Raises:
         Interrupted: after SIGTERM, SIGINT or SIGUSR1.
         FileExistsError: when `run.output_dir` holds a run with other settings.
-        FloatingPointError: when loss, gradient or result are not finite; before the step is taken if that shows there.
+        FloatingPointError: when loss, gradient or result are not finite; before anything of such a step is written.
         OSError: naming what cannot be read or written.
         ValueError: when config and launcher do not fit each other, or images cannot be read.
     """
@@ -808,8 +808,8 @@ def _check_launch(accelerator: Accelerator, run: RunConfig) -> None:
         )
     if run.device_batch_size and kind == DistributedType.FSDP:
         raise ValueError(
-            "run.device_batch_size auto cannot try a step with FSDP2, where a process without memory left would be waited "
-            "for: set run.gradient_accumulation_steps instead"
+            "run.device_batch_size auto cannot try a step with FSDP2, where a process without memory left would be "
+            "waited for: set run.gradient_accumulation_steps instead"
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
@@ -901,8 +901,8 @@ def _fewest_forwards(
     discriminator: Discriminator | None,
     checkpoint: Path | None,
 ) -> int:
-    """In how many forwards a step must be cut to fit into the memory of every process, found by trying; at least as many
-    as before the `checkpoint`, if it is of as many processes, so that a run that goes on sums in the same order.
+    """In how many forwards a step must be cut to fit into the memory of every process, found by trying; at least as
+    many as before the `checkpoint`, if it is of as many processes, so that a run that goes on sums in the same order.
 
     Raises:
         ValueError: when one image alone is too much.

@@ -152,7 +152,8 @@ class Laplace:
 class Bernoulli:
     """Every value is 1 with the probability (reconstruction + 1) / 2; grey values count as probabilities.
 
-    Needs reconstructions in [-1, 1]. Probabilities are kept a float32 epsilon away from 0 and 1, as
+    Needs reconstructions in [-1, 1]: others are a ValueError on a CPU, and NaN on other devices, which would have to be
+    waited for, and where it is compiled. Probabilities are kept a float32 epsilon away from 0 and 1, as
     `torch.distributions.Bernoulli` does.
     """
 
@@ -240,7 +241,7 @@ class VAEObjective:
 
         Raises:
             ValueError: when shapes or numbers of images differ, images are integers, reconstructions are no
-                probabilities for a Bernoulli likelihood, or one is given a scale.
+                probabilities for a `Bernoulli` likelihood, as it says, or one is given a scale.
         """
         if not images.is_floating_point():
             raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")

@@ -443,10 +443,11 @@ class TextToImageTask(Task):
         images = {name: latents.cache["data"][name] for name in ("fingerprint", "image_shape", "resize")}
         digest = sha256(json.dumps([images, captions.distinct]).encode())
         digest.update(captions.rows.numpy().tobytes() + captions.counts.numpy().tobytes())
+        computed = [f"computed in {latents.compute_dtype}"] * (latents.compute_dtype != torch.float32)
         return {
             "training": {"images": len(latents), "fingerprint": digest.hexdigest()},
             "autoencoder": {"fingerprint": latents.weights_hash},
-            "kind of latents": {"fingerprint": f"{latents.kind}, {latents.cache['dtype']}"},
+            "kind of latents": {"fingerprint": ", ".join([latents.kind, latents.cache["dtype"], *computed])},
         }
 
     def build(self) -> TextToImage:
