@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ class TestPrecision:
 
     @pytest.mark.parametrize(("model", "expected"), [(TINY_VAE, FAST), (TINY_MLP, "no")])
     def test_of_a_run_is_by_rule_when_nobody_asks(self, model, expected, tmp_path):
-        train(tiny(tmp_path / "run", model, max_images=30))
+        train(tiny(tmp_path / "run", model, max_images=30, mixed_precision=None))
         assert run_settings(tmp_path / "run")["mixed_precision"] == expected
 
     @pytest.mark.parametrize("asked", ["bf16", "no"])
@@ -51,7 +52,7 @@ class TestPrecision:
 
     def test_launcher_comes_before_the_rule(self, tmp_path, monkeypatch):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-        train(tiny(tmp_path / "run", max_images=30))
+        train(tiny(tmp_path / "run", max_images=30, mixed_precision=None))
         assert run_settings(tmp_path / "run")["mixed_precision"] == "bf16"
 
     def test_a_run_keeps_its_own(self, tmp_path):
@@ -176,7 +177,7 @@ class TestCompiling:
     def test_gives_the_losses_of_the_same_program(self, model, tmp_path):
         for name in ("eager", "compiled"):
             AcceleratorState._reset_state(True)
-            train(tiny(tmp_path / name, model, max_images=120, mixed_precision="no", compile=name == "compiled"))
+            train(tiny(tmp_path / name, model, max_images=120, compile=name == "compiled"))
         losses = [
             json.loads((tmp_path / name / "evaluation.json").read_text())["loss"] for name in ("eager", "compiled")
         ]
@@ -185,6 +186,22 @@ class TestCompiling:
         assert not same(eager, compiled)  # rounded otherwise: it was compiled
         for name, value in eager.items():
             torch.testing.assert_close(compiled[name], value, rtol=1e-2, atol=1e-3)
+
+    @pytest.mark.slow
+    def test_is_bit_identical_after_an_interruption(self, tmp_path):
+        config = tiny(tmp_path / "run", max_images=300, batch_size=40, checkpoint_every=40, keep_checkpoints=9)
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, compile=True))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout_fraction=0.95))  # 90 images
+        train(config)
+        whole_run = weights(tmp_path / "run")
+        for path in (tmp_path / "run" / "checkpoints").iterdir():
+            if int(path.name.removeprefix("images-")) > 130:
+                shutil.rmtree(path)
+        (tmp_path / "run" / "evaluation.json").unlink()
+        AcceleratorState._reset_state(True)
+        train(dataclasses.replace(config, run=dataclasses.replace(config.run, compile=None)))  # it keeps its own
+        assert run_settings(tmp_path / "run")["compile"] is True
+        assert same(whole_run, weights(tmp_path / "run"))
 
     @pytest.mark.parametrize(
         "objective",
