@@ -912,7 +912,9 @@ def _fewest_forwards(
     if checkpoint and read_progress(checkpoint, 0)[0]["surroundings"]["processes"] == accelerator.num_processes:
         at_least = read_settings(checkpoint / "config.yaml", "run")["run"]["gradient_accumulation_steps"]
     for forwards in (count for count in range(at_least, own + 1) if own % count == 0):
-        fits = _fits(task, accelerator, model, parameters, discriminator, own // forwards)
+        count = own // forwards
+        # a quarter more than needed: what was freed lies in pieces, and the rest of the run takes memory, too
+        fits = _fits(task, accelerator, model, parameters, discriminator, count + count // 4)
         if accelerator.reduce(torch.tensor([int(fits)], device=accelerator.device), "sum") == accelerator.num_processes:
             if accelerator.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
