@@ -289,7 +289,7 @@ class TestOtherProcesses:
         arguments = [
             "--data.resolution", 8, "--model.block_out_channels", "[8,8]", "--model.norm_num_groups", 4,
             "--run.tracker", "null", "--run.batch_size", 60, "--run.max_images", 1200, "--run.log_every", 240,
-            "--run.checkpoint_every", 100, "--run.keep_checkpoints", 100,
+            "--run.checkpoint_every", 100, "--run.keep_checkpoints", 100, "--run.mixed_precision", "no",
         ]  # fmt: skip
         done = launch(*arguments, "--run.output_dir", tmp_path / "two", processes=2)
         assert done.returncode == 0, done.stderr
