@@ -115,7 +115,7 @@ class TestNoWaiting:
             with _Questions() as questions:
                 train(dataclasses.replace(config, objective=ObjectiveConfig(scale=scale)))
             counts.append(questions.count)
-        assert counts[0] == counts[1] > 0  # those of evaluation
+        assert counts[0] > 0 and abs(counts[1] - counts[0]) < 3  # those of evaluation, and not of six more steps
 
     def test_a_step_that_is_not_finite_is_named_before_anything_is_written(self, tmp_path):
         config = tiny(tmp_path / "run", TINY_VAE, max_images=300, log_every=10**6, checkpoint_every=120)
@@ -141,26 +141,6 @@ class TestMemory:
             config = tiny(tmp_path / name, TINY_VAE, max_images=120, **other)
             train(whole(config, random_network(tmp_path / f"{name}-network")))
         assert same(weights(tmp_path / "plain"), weights(tmp_path / "tried"))
-
-    @pytest.mark.slow
-    def test_a_step_is_cut_until_it_fits(self, tmp_path):
-        resource = pytest.importorskip("resource")
-        statm = Path("/proc/self/statm")
-        if not statm.exists():
-            pytest.skip("needs /proc")
-        train(tiny(tmp_path / "warm", TINY_VAE, max_images=30))  # what is loaded once
-        config = tiny(tmp_path / "run", TINY_VAE, max_images=800, batch_size=800, device_batch_size="auto")
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, resolution=64))
-        AcceleratorState._reset_state(True)
-        limits = resource.getrlimit(resource.RLIMIT_AS)
-        used = int(statm.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**29, limits[1]))
-        try:
-            train(config)
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, limits)
-        settings = run_settings(tmp_path / "run")
-        assert settings["gradient_accumulation_steps"] > 1 and settings["device_batch_size"] is None
 
     def test_auto_and_a_number_contradict_each_other(self, tmp_path):
         with pytest.raises(ValueError, match="leave one of the two out, got 2"):
