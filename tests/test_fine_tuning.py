@@ -72,7 +72,8 @@ def decoder_run(base, tmp_path_factory):
 def cache(base, tmp_path_factory):
     """The latents of all training images."""
     folder = tmp_path_factory.mktemp("cache")
-    encode_images(load_autoencoder(str(base)), load_data(DATA)[0], folder / "latents")
+    vae, images = load_autoencoder(str(base)), load_data(DATA)[0]
+    encode_images(vae, images, folder / "latents", compute_dtype=torch.float32)  # as the encoder of a run computes
     return folder / "latents"
 
 
