@@ -24,6 +24,7 @@ import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
@@ -381,9 +382,12 @@ def run_task(task: Task) -> RunResult | None:
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    precision = _precision(task)
+    if AcceleratorState._shared_state.get("_mixed_precision") not in (None, precision):
+        AcceleratorState._reset_state()  # of a run before in this process, which Accelerate would hold this one to
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # then several processes are told apart only when it is said
-        mixed_precision=_precision(task),
+        mixed_precision=precision,
         log_with=run.tracker,
         project_dir=run.output_dir,
         # the others wait while the main process reads images first, or draws
