@@ -83,6 +83,9 @@ class LatentsConfig:
     run.output_dir."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """In which they are kept, if they are not there yet."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """In which the encoder runs, if they are not there yet; null: as they were begun, else bfloat16 where that is fast,
+    and float32 elsewhere."""
     sample_posterior: bool = True
     """Train on draws from the posterior, others each time, which is what the decoder was trained on, and not on its
     mean."""
@@ -411,6 +414,7 @@ class TextToImageTask(Task):
             images if self.max_images is None else first_images(images, self.max_images),
             config.folder or Path(self.config.run.output_dir) / "latents",
             dtype=getattr(torch, config.dtype),
+            compute_dtype=config.compute_dtype and getattr(torch, config.compute_dtype),
             batch_size=config.batch_size,
             data=data,
             progress=self.accelerator.is_main_process,
