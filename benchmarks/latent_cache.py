@@ -24,6 +24,7 @@ import torch
 from diffusers import AutoencoderKL
 from jsonargparse import ArgumentParser, Namespace
 from safetensors.torch import save_file
+from side_by_side import stock_vae
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
@@ -54,15 +55,7 @@ def load_vae(settings: Namespace, data: DataConfig) -> AutoencoderKL:
     if settings.vae:
         return AutoencoderKL.from_pretrained(settings.vae).eval().to(device)
     torch.manual_seed(0)
-    blocks = len(settings.block_out_channels)
-    vae = AutoencoderKL(
-        in_channels=data.channels,
-        out_channels=data.channels,
-        down_block_types=["DownEncoderBlock2D"] * blocks,
-        up_block_types=["UpDecoderBlock2D"] * blocks,
-        block_out_channels=settings.block_out_channels,
-        layers_per_block=2,
-    )
+    vae = stock_vae(data.channels, settings.block_out_channels, layers_per_block=2)
     return vae.eval().to(device)
 
 

@@ -1,4 +1,4 @@
-"""What the scripts beside this file have in common: they time other programs by their progress bars, in turn."""
+"""What the scripts beside this file have in common: a stock model, and other programs timed by their progress bars."""
 
 from __future__ import annotations
 
@@ -8,11 +8,27 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 
 BAR = re.compile(rb"(\d+)/(\d+) \[[^\]]*img/s")
+
+
+def stock_vae(channels: int, block_out_channels: Sequence[int], **settings: Any) -> AutoencoderKL:
+    """A stock autoencoder with random weights, in stock's blocks for as many levels as there are widths."""
+    blocks = len(block_out_channels)
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=["DownEncoderBlock2D"] * blocks,
+        up_block_types=["UpDecoderBlock2D"] * blocks,
+        block_out_channels=block_out_channels,
+        **settings,
+    )
 
 
 def follow(command: list[str], images: int) -> tuple[list[tuple[float, int]], str]:

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from diffusers import AutoencoderKL
 from jsonargparse import ArgumentParser
+from side_by_side import stock_vae
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
@@ -44,13 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = parser.instantiate(settings).data
     images, _ = load_data(data, progress=True, memory_limit=sys.maxsize)
     loader = DataLoader(TensorDataset(to_model_range(images.pixels)), settings.batch_size, shuffle=True)
-    blocks = len(settings.block_out_channels)
-    vae = AutoencoderKL(
-        in_channels=data.channels,
-        out_channels=data.channels,
-        down_block_types=["DownEncoderBlock2D"] * blocks,
-        up_block_types=["UpDecoderBlock2D"] * blocks,
-        block_out_channels=settings.block_out_channels,
+    vae = stock_vae(
+        data.channels,
+        settings.block_out_channels,
         layers_per_block=settings.layers_per_block,
         latent_channels=settings.latent_channels,
         norm_num_groups=settings.norm_num_groups,
