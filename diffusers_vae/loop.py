@@ -548,12 +548,13 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
                 norms["discriminator's gradient"] = nn.utils.clip_grad_norm_(
                     discriminator.module.parameters(), config.optimizer.max_grad_norm or float("inf")
                 )
-            pending.append(_Flags(accelerator, step_terms, norms, signals.asked(), step + 1, seen))
+            asked_here = signals.asked()
+            pending.append(_Flags(accelerator, step_terms, norms, asked_here, step + 1, seen))
             # Whether a step is finite is known when the device has done it. Where nothing here depends on that, it is
             # asked a step later, so that the device does not wait for its next step, and before anything is written.
             late = run.on_nonfinite == "stop" and not (statistics.sums or discriminator or accelerator.scaler)
             writes = reached >= min(next_log, next_evaluation, next_checkpoint, epoch_end)
-            bad, stop = [], accelerator.num_processes == 1 and signals.asked()
+            bad, stop = [], accelerator.num_processes == 1 and asked_here
             while pending and not bad and (writes or stop or not late or len(pending) > 1):
                 checked = pending.pop(0)
                 bad, asked = checked.read()
@@ -943,9 +944,8 @@ def _fits(
         _forward_and_backward(task, accelerator, model, parameters, count)
         fits = True
     except RuntimeError as error:
-        if not (
-            should_reduce_batch_size(error) or "could not create a primitive" in str(error)
-        ):  # the latter: oneDNN's
+        of_onednn = "could not create a primitive" in str(error)  # how it says that there is no memory left
+        if not (should_reduce_batch_size(error) or of_onednn):
             raise
         fits = False
     for name, value in buffers.items():
