@@ -413,6 +413,8 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved
     states: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in saved.items():
         kind, _, name = key.partition(".")
+        # load_state_dict keeps what it is given: a view of the mapped file, which may be deleted or replaced
+        tensor = tensor.clone()
         placed = _like(tensor, parameters[name]) if tensor.shape == parameters[name].shape else tensor
         states.setdefault(index[id(parameters[name])], {})[kind] = placed
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -82,4 +82,5 @@ def small_disk(tmp_path):
     if os.name == "nt" or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    # lazily: what a failed run had open may wait for the garbage collector
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)

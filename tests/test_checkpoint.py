@@ -1,5 +1,6 @@
 """The state of a run on disk: whole or not there, found whatever happened to it, restored to the last bit."""
 
+import gc
 import os
 import random
 from contextlib import contextmanager
@@ -91,6 +92,16 @@ class TestRoundTrip:
         for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True):
             a, b = first.optimizer.state[p], second.optimizer.state[q]
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+    def test_nothing_stays_in_the_file(self, folder):
+        """Its space is free as soon as it is deleted, and a disk that goes away takes no state along."""
+        maps = Path("/proc/self/maps")
+        if not maps.exists():
+            pytest.skip("needs /proc")
+        first, second = State(seed=0, steps=1), State(seed=1)
+        restore(first.save(folder, 12), *second.parts())
+        gc.collect()
+        assert str(folder) not in maps.read_text()
 
     def test_a_discriminator_that_it_does_not_hold_stays_new(self, folder):
         first, second = State(seed=0, steps=2), State(seed=1)
