@@ -128,9 +128,9 @@ class RunConfig:
     gradient_checkpointing: bool = False
     """Compute what the backward needs a second time instead of keeping it: less memory, slower, the same result."""
     mixed_precision: Precision | None = None
-    """Autocast dtype. null: what `accelerate launch` asks for; where it asks for none, bf16 for a convolutional
-    autoencoder on a device that multiplies it in hardware (a CPU with AVX512-BF16 or AMX, a GPU such as NVIDIA's from
-    Ampere on), else no, which is float32. The launcher's no cannot be told from its saying nothing, so that float32 has
+    """Autocast dtype. null: what `accelerate launch` asks for; where it asks for none, bf16 for an autoencoder that is
+    convolutional, or trains by batches of 256 images or more, on a device that multiplies it in hardware (a CPU with
+    AVX512-BF16 or AMX, a GPU such as NVIDIA's from Ampere on), else no, which is float32. The launcher's no cannot be told from its saying nothing, so that float32 has
     to be asked for here. A run that is continued keeps its own. A run's first line and config.yaml state which it is.
     Weights, optimiser and EMA are float32 in any case. In YAML, no needs quotes."""
     compile: bool | None = None
@@ -270,8 +270,8 @@ class Task(Protocol):
     """Images between two evaluations while training."""
     workers: int
     """Processes that read images."""
-    convolutional: bool
-    """Whether it trains convolutions alone, which gain by bfloat16."""
+    gains_by_bfloat16: bool
+    """Whether autocast makes its steps faster where bfloat16 is multiplied in hardware."""
     builds_at_once: bool
     """Whether `build` needs no `load` before."""
     train_set: TrainingSet
@@ -415,7 +415,7 @@ def _precision(task: Task) -> str:
         return begun
     cpu = torch.device("cpu")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else cpu
-    return "bf16" if task.convolutional and fast_dtype(device) == torch.bfloat16 else "no"
+    return "bf16" if task.gains_by_bfloat16 and fast_dtype(device) == torch.bfloat16 else "no"
 
 
 def _begun(run: RunConfig, name: str) -> Any:

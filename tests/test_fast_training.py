@@ -40,9 +40,11 @@ class TestPrecision:
     def test_other_devices_stay_exact(self):
         assert fast_dtype(torch.device("meta")) == torch.float32
 
-    @pytest.mark.parametrize(("model", "expected"), [(TINY_VAE, FAST), (TINY_MLP, "no")])
-    def test_of_a_run_is_by_rule_when_nobody_asks(self, model, expected, tmp_path):
-        train(tiny(tmp_path / "run", model, max_images=30, mixed_precision=None))
+    @pytest.mark.parametrize(
+        ("model", "batch_size", "expected"), [(TINY_VAE, 16, FAST), (TINY_MLP, 255, "no"), (TINY_MLP, 256, FAST)]
+    )
+    def test_of_a_run_is_by_rule_when_nobody_asks(self, model, batch_size, expected, tmp_path):
+        train(tiny(tmp_path / "run", model, batch_size=batch_size, max_images=30, mixed_precision=None))
         assert run_settings(tmp_path / "run")["mixed_precision"] == expected
 
     @pytest.mark.parametrize("asked", ["bf16", "no"])
