@@ -21,7 +21,7 @@ from side_by_side import follow, speed, write
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "training" / "configs"
 RUNS = {  # preset, recommended recipe, epochs of the article
-    "mlp-z2": ("mnist-mlp-z2", None, 20),
+    "mlp-z2": ("mnist-mlp-z2", "mnist-mlp-z2-fast", 20),
     "mlp-z20": ("mnist-mlp-z20", "mnist-mlp-z20-fast", 10),
     "conv": ("qmnist-vae", None, 30),
 }

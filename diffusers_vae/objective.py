@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from .images import to_unit_range
@@ -99,7 +100,8 @@ class Gaussian:
     std: float | torch.Tensor = 1.0
 
     def error(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        return ((images - reconstructions) ** 2).flatten(1).sum(1) / (2 * self.std**2)
+        squared = F.mse_loss(reconstructions, images, reduction="none")  # half the passes of writing it out
+        return squared.flatten(1).sum(1) / (2 * self.std**2)
 
     def constant(self) -> float | torch.Tensor:
         return _log(self.std) + 0.5 * math.log(2 * math.pi)
