@@ -30,7 +30,7 @@ from .checkpoint import acquire, described, naming, whole_file, write_file
 from .data import FolderImages, ImageSet, kept_images, read_ahead
 from .evaluation import draw
 from .metrics import gather_parts, process_share
-from .models import VAE, encode, fast_dtype, for_inference, weights_hash
+from .models import VAE, encode, fast_dtype, for_inference, several_at_once, weights_hash
 
 if TYPE_CHECKING:
     import datasets
@@ -344,11 +344,15 @@ def _encode_shard(
     waiting: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     checked = 0
     batches = [range(start, min(start + batch_size, images.stop)) for start in images[::batch_size]]
-    for indices, read in read_ahead(image_set, batches):
-        own, batch = kept_images(image_set, indices, read, vae.device)
-        if not own:  # the shape of the latents all the same
-            batch = torch.zeros(1, *cache["data"]["image_shape"], device=vae.device)
-        posterior = encode(vae, batch)
+
+    def read() -> Iterator[tuple[range, list[int], torch.Tensor]]:
+        for indices, pixels in read_ahead(image_set, batches):
+            own, batch = kept_images(image_set, indices, pixels, vae.device)
+            if not own:  # the shape of the latents all the same
+                batch = torch.zeros(1, *cache["data"]["image_shape"], device=vae.device)
+            yield indices, own, batch
+
+    for (indices, own, _), posterior in several_at_once(lambda part: encode(vae, part[2]), read(), vae.device):
         if cache["kind"] == "posterior":
             values = (posterior.mean, posterior.logvar)
         elif own and cache["kind"] == "sample":

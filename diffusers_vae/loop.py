@@ -128,11 +128,12 @@ class RunConfig:
     gradient_checkpointing: bool = False
     """Compute what the backward needs a second time instead of keeping it: less memory, slower, the same result."""
     mixed_precision: Precision | None = None
-    """Autocast dtype. null: what `accelerate launch` asks for; where it asks for none, bf16 for an autoencoder that is
-    convolutional, or trains by batches of 256 images or more, on a device that multiplies it in hardware (a CPU with
-    AVX512-BF16 or AMX, a GPU such as NVIDIA's from Ampere on), else no, which is float32. The launcher's no cannot be told from its saying nothing, so that float32 has
-    to be asked for here. A run that is continued keeps its own. A run's first line and config.yaml state which it is.
-    Weights, optimiser and EMA are float32 in any case. In YAML, no needs quotes."""
+    """Autocast dtype. null: what `accelerate launch` asks for; where it asks for none, bf16 for an autoencoder that
+    is convolutional, or trains by batches of 256 images or more, on a device that multiplies it in hardware (a CPU
+    with AVX512-BF16 or AMX, a GPU such as NVIDIA's from Ampere on), else no, which is float32. The launcher's no
+    cannot be told from its saying nothing, so that float32 has to be asked for here. A run that is continued keeps
+    its own. A run's first line and config.yaml state which it is. Weights, optimiser and EMA are float32 in any
+    case. In YAML, no needs quotes."""
     compile: bool | None = None
     """Whether torch.compile makes one program of the autoencoder's forward and the objective for each size of batch,
     seconds to minutes at the first step and less when it is kept from a run before; networks of other losses are left

@@ -1,11 +1,15 @@
 """What makes a model fast leaves its answers as they are, and the model that it was given."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from test_measures import tiny_vae
 
 from diffusers_vae import MLPVAE
-from diffusers_vae.models import decode, encode, for_inference
+from diffusers_vae.models import decode, encode, for_inference, several_at_once
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -66,3 +70,58 @@ class TestForInference:
             exact, found = (encode(for_inference(vae, dtype), images(side=8)).mean for dtype in DTYPES)
         torch.testing.assert_close(found, exact, atol=0.02, rtol=0.02)
         assert not torch.equal(found, exact)
+
+
+class TestSeveralAtOnce:
+    @pytest.fixture(params=[1, 2, 3])
+    def threads(self, request):
+        before = torch.get_num_threads()
+        torch.set_num_threads(request.param)
+        yield request.param
+        torch.set_num_threads(before)
+
+    def test_gives_what_one_after_the_other_gives(self, threads):
+        vae = tiny_vae()
+        batches = [images(side=8 * count) for count in range(1, 8)]
+        found = list(several_at_once(lambda batch: encode(vae, batch).parameters, batches, vae.device))
+        assert [batch for batch, _ in found] == batches
+        for batch, parameters in found:
+            assert not parameters.requires_grad
+            with torch.no_grad():
+                torch.testing.assert_close(parameters, encode(vae, batch).parameters)
+
+    def test_so_many_at_a_time_by_one_thread_each(self, threads):
+        """All come together, or the barrier breaks."""
+        meeting = threading.Barrier(threads, timeout=20)
+
+        def meet(item):
+            meeting.wait()
+            return torch.get_num_threads()
+
+        found = list(several_at_once(meet, range(3 * threads), torch.device("cpu")))
+        assert found == [(item, 1) for item in range(3 * threads)]
+
+    def test_torch_has_its_threads_back(self, threads):
+        for _ in several_at_once(lambda item: item, range(5), torch.device("cpu")):
+            break
+        assert torch.get_num_threads() == threads
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == threads
+
+    def test_items_are_not_made_far_ahead(self, threads):
+        made = []
+        items = (made.append(item) or item for item in range(50))
+        for item, _ in several_at_once(lambda item: item, items, torch.device("cpu")):
+            assert len(made) <= item + 1 + threads
+
+    def test_an_error_comes_in_its_turn(self, threads):
+        def fail(item):
+            if item == 2:
+                raise OverflowError("too large")
+            time.sleep(0.01)
+
+        seen = []
+        with pytest.raises(OverflowError, match="too large"):
+            for item, _ in several_at_once(fail, range(9), torch.device("cpu")):
+                seen.append(item)
+        assert seen == [0, 1]

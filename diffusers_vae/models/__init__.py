@@ -5,7 +5,7 @@ from .load import LATENT_PARTS, decode, encode, find_subfolder, load_autoencoder
 from .lora import without_adapters
 from .mlp import MLPVAE
 from .scaling import LatentScaling
-from .speed import fast_dtype, for_inference, speed_up_norms
+from .speed import fast_dtype, for_inference, several_at_once, speed_up_norms
 from .vae import VAE, VAEOutput
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "find_subfolder",
     "for_inference",
     "load_autoencoder",
+    "several_at_once",
     "speed_up_norms",
     "weights_hash",
     "without_adapters",

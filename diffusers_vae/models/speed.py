@@ -1,13 +1,21 @@
-"""What makes a convolutional autoencoder fast on a device: the precision, and the memory layout of its group norms."""
+"""What makes a convolutional autoencoder fast on a device: the precision, the memory layout of its group norms, and how
+a CPU's threads are used."""
 
 from __future__ import annotations
 
 import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+T, U = TypeVar("T"), TypeVar("U")
+AT_ONCE = 8
+"""At most so many batches are in work, since each takes memory."""
 SMALL = 1024
 """Positions in a feature map below which torch's group norm in bfloat16 is slow for channels-last input on a CPU."""
 
@@ -41,6 +49,36 @@ def speed_up_norms(model: nn.Module) -> nn.Module:
 def _contiguous(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     (images,) = inputs
     return (images.contiguous(),) if images.device.type == "cpu" and images.dtype != torch.float32 else inputs
+
+
+def several_at_once(function: Callable[[T], U], items: Iterable[T], device: torch.device) -> Iterator[tuple[T, U]]:
+    """Each of the items with `function` of it, in their order; without gradients.
+
+    On a CPU, as many at a time as torch has threads, by one thread each: several threads in one convolution of a small
+    feature map wait for each other. Above `AT_ONCE` threads, each item has its share of them.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    workers = min(threads, AT_ONCE)
+
+    @torch.no_grad()  # which holds for one thread alone
+    def work(item: T) -> tuple[T, U]:
+        return item, function(item)
+
+    if workers == 1:
+        yield from map(work, items)
+        return
+    waiting = deque()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # of this thread, too, and of those that are yet to come
 
 
 def for_inference(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
