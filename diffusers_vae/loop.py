@@ -363,11 +363,12 @@ class Interrupted(BaseException):
     """
 
 
-def run_task(task: Task) -> RunResult | None:
+def run_task(task: Task, finish: bool = True) -> RunResult | None:
     """Train, evaluate and save what `task` says, on the processes that `accelerate launch` started; continue the run
     that `run.output_dir` holds. From now on this process computes with 0 in the place of denormal numbers.
 
-    Returns the result on the main process, None on the others.
+    Returns the result on the main process, None on the others, and without `finish`, which ends it by the last
+    checkpoint.
 
     Raises:
         Interrupted: after SIGTERM, SIGINT or SIGUSR1.
@@ -399,7 +400,7 @@ def run_task(task: Task) -> RunResult | None:
     task.config = replace(task.config, run=replace(run, mixed_precision=accelerator.mixed_precision))
     with _Signals() as signals, only_run_in(Path(run.output_dir), accelerator):
         try:
-            return _run(task, accelerator, signals)
+            return _run(task, accelerator, signals, finish)
         finally:
             for tracker in accelerator.trackers:
                 tracker.finish()
@@ -425,7 +426,7 @@ def _begun(run: RunConfig, name: str) -> Any:
         return read_settings(Path(run.output_dir) / "config.yaml", "run")["run"].get(name)
 
 
-def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult | None:
+def _run(task: Task, accelerator: Accelerator, signals: _Signals, finish: bool) -> RunResult | None:
     config = task.config
     run, output_dir = config.run, Path(config.run.output_dir)
     checkpoint, finished = on_main(accelerator, partial(_find, task))
@@ -638,6 +639,8 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals) -> RunResult |
                 )
 
     del reads  # and its processes
+    if not finish:
+        return None
     signals.wait = False  # all that follows can be done again from the checkpoint
     averaged = _model_to_keep(task, accelerator, plain_model, ema)
     if images_seen >= total_images + run.batch_size and accelerator.is_main_process:
@@ -682,10 +685,10 @@ def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:
                 (folder / "evaluation.json").unlink()
                 shutil.rmtree(newest)
             broadcast_object_list([None])
-            again = run_task(task.few(folder))
+            run_task(task.few(folder), finish=False)
         except Interrupted as interruption:
             raise Interrupted("the dry run was asked to stop; nothing was kept") from interruption
-        if not (result and again):
+        if not result:
             return None
         after = _tensors_in(newest)
         same = all(torch.equal(before[name], value) for name, value in after.items())
