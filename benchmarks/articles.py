@@ -2,7 +2,7 @@
 `accelerate launch`, and the training loss of the same epoch. README.md beside this file says what is compared.
 
     python benchmarks/articles.py mlp-z2 mlp-z20 conv --root data --out articles.json
-    python benchmarks/articles.py mlp-z20 --root data --reach     # time to the loop's final held-out loss
+    python benchmarks/articles.py mlp-z2 mlp-z20 --root data --reach     # time to the loop's final held-out loss
 """
 
 from __future__ import annotations
