@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -48,11 +49,11 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (to_unit_range(images.float()).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def check_image(path: str | Path) -> None:
+def check_image(path: str | Path, content: Callable[[], BinaryIO] | None = None) -> None:
     """Raise what `read_image` would for a file whose header tells: one that is no image, too large, or of pixels
     without a stated range. The pixels are not decoded, so damage there goes unnoticed.
     """
-    with _opened(path):
+    with _opened(path, content):
         pass
 
 
@@ -61,6 +62,7 @@ def read_image(
     channels: int,
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     scaled: Callable[[int, int], tuple[int, int]] | None = None,
+    content: Callable[[], BinaryIO] | None = None,
 ) -> torch.Tensor:
     """uint8 pixels (channels, H, W) of the first frame of an image file, turned upright.
 
@@ -74,6 +76,7 @@ def read_image(
         scaled: from height and width of the upright image, those to which `transform` will scale it. A JPEG that is
             2 `OVERSIZE` times as large or more is decoded at a half, quarter or eighth of its scale, still `OVERSIZE`
             times as large, and scaled to them here (bicubic with antialiasing); other files are not scaled.
+        content: opens a file that lies in an archive, `path` being its name then.
 
     Raises:
         ValueError: naming the file, when it cannot be decoded, claims more than `PIL.Image.MAX_IMAGE_PIXELS` (None
@@ -82,7 +85,7 @@ def read_image(
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
     mode = "L" if channels == 1 else "RGB"
-    with _opened(path) as image:
+    with _opened(path, content) as image:
         reduced = None if scaled is None else _reduce(image, scaled)
         with _ONE_LARGE if image.width * image.height > LARGE else nullcontext():
             if reduced:
@@ -112,11 +115,11 @@ def _reduce(
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(path: str | Path, content: Callable[[], BinaryIO] | None) -> Iterator[Image.Image]:
     """The image in a file; whatever is wrong with it, within too, is a ValueError that names the file."""
     limit = Image.MAX_IMAGE_PIXELS
     try:
-        with Image.open(path) as image:
+        with Image.open(content() if content else path) as image:
             if limit is not None and image.width * image.height > limit:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {limit:,}")
             if image.mode in ("I", "F"):
