@@ -153,6 +153,28 @@ class TestReading:
             assert (len(train_set), len(heldout)) == (40, 20)
             assert train_set.classes == ("cat", "ship") and not heldout.labels.any()
 
+    @pytest.mark.parametrize("kind", ["folder", "tar", "zip", "folder of tars"])
+    def test_classes_beside_the_images(self, kind, cifar_folder, tmp_path):
+        root, expected = tmp_path / "images", {}
+        root.mkdir()
+        for number, name in ((10, "truck"), (3, "cat"), (2, "bird")):
+            for path in sorted((cifar_folder / "test" / name).iterdir())[:5]:
+                shutil.copyfile(path, root / f"{path.stem}-{name}.png")
+                (root / f"{path.stem}-{name}.cls").write_text(f"{number}\n")
+                expected[f"{path.stem}-{name}.png"] = str(number)
+        packed = root
+        if kind == "folder of tars":
+            packed = tmp_path / "shards"
+            packed.mkdir()
+            tarred(root, packed / "000.tar")
+        elif kind != "folder":
+            packed = pack(kind, root, tmp_path / "packed")
+        both, _ = load_split(config(packed), "all")
+        assert both.classes == ("2", "3", "10")
+        assert {path.name: both.classes[label] for path, label in zip(both.paths, both.labels, strict=True)} == expected
+        next(root.glob("*.cls")).unlink()
+        assert load_split(config(root), "all")[0].labels is None
+
     def test_crops_are_those_of_the_folder(self, folder, tmp_path):
         cut = {"crops": 3, "resolution": 8}
         for kind in ("tar", "zip"):

@@ -201,6 +201,8 @@ def _members(archive: str) -> dict[str, Member]:
                 for entry in opened:
                     if not entry.isreg():
                         continue
+                    if entry.issparse():
+                        raise ValueError(f"{entry.name} has holes; pack it without --sparse")
                     if entry.offset_data + entry.size > end:
                         raise ValueError(f"it ends within {entry.name}")
                     listed[entry.name] = Member(archive, entry.offset_data, entry.size, entry.size)

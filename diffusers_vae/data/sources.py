@@ -48,8 +48,8 @@ class DataConfig:
     The others: torchvision's."""
     root: str = "data"
     """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing. Of a
-    folder, one with image files, zip archives and tars (WebDataset's shards) below it, or such an archive itself.
-    Archives are read where they are, without unpacking."""
+    folder, one with image files, zip archives and tars (WebDataset's shards) below it, or such an archive itself:
+    archives are read where they are, without unpacking."""
     resolution: int | tuple[int, int] = 32
     """Side of the images in pixels, or [height, width]."""
     channels: Literal[1, 3] = 1
@@ -644,18 +644,31 @@ def _images(folders: Sequence[Path], files: Found) -> Found:
 
 
 def _labelled(files: Files, parts: list[Found]) -> tuple[list[torch.Tensor | None], tuple[str, ...] | None]:
-    """As labels the places of the subfolders in which all files of a part lie, and the names of these when there are
-    two or more, the same in all parts; else None.
+    """As labels the places of the subfolders in which all files of a part lie, or of what their `.cls` files say, and
+    the names of these when there are two or more, the same in all parts; else None.
     """
-    names: list[list[str] | None] = []
-    for part in parts:
-        own = [files.place(path, folder) for path, folder in part]
-        names.append([place[0] for place in own] if all(len(place) > 1 for place in own) else None)
-    classes = sorted({name for own in names for name in own or ()})
-    if len(classes) < 2:
+    names = [_class_names(files, part) for part in parts]
+    known = {name for own in names for name in own or ()}
+    if len(known) < 2:
         return [None] * len(parts), None
+    numbers = all(name.isdecimal() for name in known) and not any(_in_subfolders(files, part) for part in parts)
+    classes = sorted(known, key=int if numbers else None)
     place_of = {name: place for place, name in enumerate(classes)}
     return [None if own is None else torch.tensor([place_of[name] for name in own]) for own in names], tuple(classes)
+
+
+def _in_subfolders(files: Files, part: Found) -> bool:
+    return all(len(files.place(path, folder)) > 1 for path, folder in part)
+
+
+def _class_names(files: Files, part: Found) -> list[str] | None:
+    """Of the subfolders, or in a `NAME.cls` beside each `NAME.png`, as WebDataset has it; None where some have none."""
+    if _in_subfolders(files, part):
+        return [files.place(path, folder)[0] for path, folder in part]
+    beside = [str(path.with_suffix(".cls")) for path, _ in part]
+    if not all(map(files.exists, beside)):
+        return None
+    return [files.read(path).decode(errors="replace").strip() for path in beside]
 
 
 def _scan(
