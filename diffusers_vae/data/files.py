@@ -105,7 +105,7 @@ class Files:
                 hint = "; a compressed tar cannot be read at any place: pack the images in a .tar without compression"
             raise FileNotFoundError(
                 f"data.root must be a folder of images or an archive of them ({', '.join(ARCHIVES)}), got "
-                f"{root.resolve()}, which is neither{hint}"
+                f"{root.resolve()}, which is {'neither' if root.exists() else 'not there'}{hint}"
             )
 
     def top(self) -> dict[Path, bool]:
