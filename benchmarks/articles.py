@@ -75,9 +75,10 @@ def reach(name: str, arguments: argparse.Namespace) -> dict:
     loop = article(name, arguments.root, "--epochs", str(epochs))
     seconds, loss = sum(epoch["seconds"] for epoch in loop), loop[-1]["test_loss"]
     run = train(recipe, images, arguments, "--evaluation.max_images", "null")
+    outcome = f"{seconds / run['seconds']:.1f} times shorter" if run["heldout_loss"] <= loss else "not reached"
     print(
         f"{name}: the loop's {epochs} epochs take {seconds:.1f} s to a held-out loss of {loss:.2f}; ours "
-        f"{run['seconds']:.1f} s to {run['heldout_loss']:.2f}: {seconds / run['seconds']:.1f} times shorter\n",
+        f"{run['seconds']:.1f} s to {run['heldout_loss']:.2f}: {outcome}\n",
         flush=True,
     )
     return {"loop": loop, "loop_seconds": seconds, "ours": run, "ratio": seconds / run["seconds"]}

@@ -47,6 +47,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LISTED = 20
 CPU_VALUES, DEVICE_VALUES = 2**21, 2**29
 """Of the first feature map of a forward: such as stay in a CPU's caches, and such as fill a GPU within its memory."""
+AT_ONCE = 8 * CPU_VALUES
+"""Of those of all forwards that a CPU does at a time."""
 GATHERED = 16
 """Batches after which latents leave the device, and after which processes hear of each other: both make it wait."""
 T = TypeVar("T")
@@ -83,8 +85,9 @@ def encode_images(
         compute_dtype: in which the encoder runs: torch.float32, bfloat16 or float16. By default that in which the
             folder was begun, if it was; else for a float32 `vae` bfloat16 on devices that multiply it in hardware
             (`models.fast_dtype`), for others their own. How far bfloat16 is from float32: docs/pipeline.md.
-        batch_size: images per forward; by default as many as have 2^21 values in the first feature map on a CPU (128 of
-            32x32 with 16 channels), 2^29 on another device (64 of 256x256 with 128).
+        batch_size: images per forward, of which a CPU does several at a time where they are small; by default as many
+            as have 2^21 values in the first feature map on a CPU (128 of 32x32 with 16 channels), 2^29 on another
+            device (64 of 256x256 with 128).
         seed: of the draws.
         shard_images: images per file.
         data: which images these are, in words, for the index.
@@ -119,10 +122,11 @@ def encode_images(
             return LatentDataset(folder)
         _on_main(lambda: _clear(folder, cache))
         fast = for_inference(vae, getattr(torch, cache.get(*COMPUTED)))
+        values = math.prod(cache["data"]["image_shape"][1:]) * vae.config.get("block_out_channels", [1])[0]
         if batch_size is None:
-            values = math.prod(cache["data"]["image_shape"][1:]) * vae.config.get("block_out_channels", [1])[0]
             batch_size = max(1, (CPU_VALUES if vae.device.type == "cpu" else DEVICE_VALUES) // values)
-        shards = _encode_shards(fast, image_set, folder, cache, batch_size, progress)
+        at_once = max(1, AT_ONCE // (batch_size * values))
+        shards = _encode_shards(fast, image_set, folder, cache, batch_size, at_once, progress)
 
         def finish() -> None:
             if not any(shard["rows"] for shard in shards):
@@ -269,9 +273,15 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _encode_shards(
-    vae: ModelMixin, image_set: ImageSet, folder: Path, cache: dict[str, Any], batch_size: int, progress: bool
+    vae: ModelMixin,
+    image_set: ImageSet,
+    folder: Path,
+    cache: dict[str, Any],
+    batch_size: int,
+    at_once: int,
+    progress: bool,
 ) -> list[dict[str, Any]]:
-    """What each shard holds, after those that were not whole are written."""
+    """What each shard holds, after those that were not whole are written, on a CPU by `at_once` forwards at a time."""
     rank, processes = process_share()
     length = cache["shard_images"]
     count = math.ceil(len(image_set) / length)
@@ -293,7 +303,8 @@ def _encode_shards(
 
     def work() -> Iterator[int]:
         for number in own:
-            yield from _encode_shard(vae, image_set, images[number], _shard(folder, number), cache, batch_size)
+            path = _shard(folder, number)
+            yield from _encode_shard(vae, image_set, images[number], path, cache, batch_size, at_once)
             found[number] = _whole(_shard(folder, number), cache)
             assert found[number] is not None
 
@@ -335,7 +346,13 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def _encode_shard(
-    vae: ModelMixin, image_set: ImageSet, images: range, path: Path, cache: dict[str, Any], batch_size: int
+    vae: ModelMixin,
+    image_set: ImageSet,
+    images: range,
+    path: Path,
+    cache: dict[str, Any],
+    batch_size: int,
+    at_once: int,
 ) -> Iterator[int]:
     """Writes the shard of `images` after its last batch, and yields after each batch how many were done."""
     kept: list[int] = []
@@ -352,7 +369,8 @@ def _encode_shard(
                 batch = torch.zeros(1, *cache["data"]["image_shape"], device=vae.device)
             yield indices, own, batch
 
-    for (indices, own, _), posterior in several_at_once(lambda part: encode(vae, part[2]), read(), vae.device):
+    at_once = min(at_once, len(batches))
+    for (indices, own, _), posterior in several_at_once(lambda part: encode(vae, part[2]), read(), vae.device, at_once):
         if cache["kind"] == "posterior":
             values = (posterior.mean, posterior.logvar)
         elif own and cache["kind"] == "sample":

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .data import ImageSet, image_batches
 from .metrics import gather_parts, process_share
-from .models import encode, several_at_once
+from .models import encode
 from .objective import rate_per_unit
 
 ACTIVE = 0.01
@@ -174,10 +174,8 @@ def measure_latents(
     count = len(image_set) if max_images is None else min(max_images, len(image_set))
     parts: dict[int, LatentStatistics] = {}
     with tqdm(total=count, desc="latents", unit="img", disable=not progress, leave=False) as bar:
-        batches = image_batches(image_set, batch_size, max_images, model.device, *process_share())
-        encoded = several_at_once(lambda batch: encode(model, batch[2]), batches, model.device)
-        for (part, indices, _), posterior in encoded:
-            parts.setdefault(part, LatentStatistics()).update(posterior)
+        for part, indices, images in image_batches(image_set, batch_size, max_images, model.device, *process_share()):
+            parts.setdefault(part, LatentStatistics()).update(encode(model, images))
             bar.update(len(indices) * process_share()[1])
     return total(parts)
 

@@ -128,12 +128,12 @@ class RunConfig:
     gradient_checkpointing: bool = False
     """Compute what the backward needs a second time instead of keeping it: less memory, slower, the same result."""
     mixed_precision: Precision | None = None
-    """Autocast dtype. null: what `accelerate launch` asks for; where it asks for none, bf16 for an autoencoder that
-    is convolutional, or trains by batches of 256 images or more, on a device that multiplies it in hardware (a CPU
-    with AVX512-BF16 or AMX, a GPU such as NVIDIA's from Ampere on), else no, which is float32. The launcher's no
-    cannot be told from its saying nothing, so that float32 has to be asked for here. A run that is continued keeps
-    its own. A run's first line and config.yaml state which it is. Weights, optimiser and EMA are float32 in any
-    case. In YAML, no needs quotes."""
+    """Autocast dtype. null: what `accelerate launch` asks for; where it asks for none, bf16 for a convolutional
+    autoencoder, and on a CPU for a perceptron by 256 images or more per forward, on a device that multiplies it in
+    hardware (a CPU with AVX512-BF16 or AMX, a GPU such as NVIDIA's from Ampere on), else no, which is float32. The
+    launcher's no cannot be told from its saying nothing, so that float32 has to be asked for here. A run that is
+    continued keeps its own. A run's first line and config.yaml state which it is. Weights, optimiser and EMA are
+    float32 in any case. In YAML, no needs quotes."""
     compile: bool | None = None
     """Whether torch.compile makes one program of the autoencoder's forward and the objective for each size of batch,
     seconds to minutes at the first step and less when it is kept from a run before; networks of other losses are left
@@ -271,8 +271,6 @@ class Task(Protocol):
     """Images between two evaluations while training."""
     workers: int
     """Processes that read images."""
-    gains_by_bfloat16: bool
-    """Whether autocast makes its steps faster where bfloat16 is multiplied in hardware."""
     builds_at_once: bool
     """Whether `build` needs no `load` before."""
     train_set: TrainingSet
@@ -295,6 +293,10 @@ class Task(Protocol):
     def image_errors(self) -> Iterable[str]:
         """Of images that were left out so far."""
         ...
+
+    def gains_by_bfloat16(self, device: torch.device) -> bool:
+        """Whether autocast makes steps faster, if `device` multiplies bfloat16 in hardware; before `load`."""
+        return False
 
     def compiles(self) -> bool:
         """Whether torch.compile pays, where `run.compile` leaves it open; after `load`, on the main process."""
@@ -367,8 +369,8 @@ def run_task(task: Task, finish: bool = True) -> RunResult | None:
     """Train, evaluate and save what `task` says, on the processes that `accelerate launch` started; continue the run
     that `run.output_dir` holds. From now on this process computes with 0 in the place of denormal numbers.
 
-    Returns the result on the main process, None on the others, and without `finish`, which ends it by the last
-    checkpoint.
+    Returns the result on the main process, None on the others. Without `finish`, training ends by its last checkpoint,
+    nothing is evaluated or saved, and all get None.
 
     Raises:
         Interrupted: after SIGTERM, SIGINT or SIGUSR1.
@@ -417,7 +419,7 @@ def _precision(task: Task) -> str:
         return begun
     cpu = torch.device("cpu")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else cpu
-    return "bf16" if task.gains_by_bfloat16 and fast_dtype(device) == torch.bfloat16 else "no"
+    return "bf16" if task.gains_by_bfloat16(device) and fast_dtype(device) == torch.bfloat16 else "no"
 
 
 def _begun(run: RunConfig, name: str) -> Any:
@@ -691,7 +693,7 @@ def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:
         if not result:
             return None
         after = _tensors_in(newest)
-        same = all(torch.equal(before[name], value) for name, value in after.items())
+        same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
         total = min(run.epochs * result.train_images, run.max_images or sys.maxsize)
         return result, same, total / result.images_per_second if result.images_per_second else None
 

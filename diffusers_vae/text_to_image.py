@@ -340,7 +340,6 @@ class TextToImageTask(Task):
     )
     workers = 0
     builds_at_once = False
-    gains_by_bfloat16 = False
 
     def __init__(self, config: TextToImageConfig, max_images: int | None = None):
         self.config, self.max_images = config, max_images

@@ -1,5 +1,6 @@
 """Shared fixtures. Real data sets lie in ../shared/data beside the checkout; tests that need them skip without."""
 
+import gc
 import gzip
 import os
 import shutil
@@ -82,5 +83,7 @@ def small_disk(tmp_path):
     if os.name == "nt" or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")
     yield disk
-    # lazily: what a failed run had open may wait for the garbage collector
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    gc.collect()  # what a failed run had open may wait for it
+    if subprocess.run(["umount", str(disk)]).returncode:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+        pytest.fail("something is still open on the disk")

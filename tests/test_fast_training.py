@@ -18,7 +18,7 @@ from whole import random_network, whole
 from diffusers_vae import VAE
 from diffusers_vae.models import fast_dtype, speed_up_norms
 from diffusers_vae.objective import ObjectiveConfig
-from diffusers_vae.trainer import train
+from diffusers_vae.trainer import AutoencoderTask, train
 
 FAST = "bf16" if fast_dtype(torch.device("cpu")) == torch.bfloat16 else "no"
 
@@ -46,6 +46,17 @@ class TestPrecision:
     def test_of_a_run_is_by_rule_when_nobody_asks(self, model, batch_size, expected, tmp_path):
         train(tiny(tmp_path / "run", model, batch_size=batch_size, max_images=30, mixed_precision=None))
         assert run_settings(tmp_path / "run")["mixed_precision"] == expected
+
+    def test_of_a_perceptron_goes_by_the_images_in_a_forward(self, tmp_path, monkeypatch):
+        cpu = torch.device("cpu")
+        for forwards, expected in ((1, True), (2, False)):
+            run = tiny(tmp_path, TINY_MLP, batch_size=256, gradient_accumulation_steps=forwards)
+            assert AutoencoderTask(run).gains_by_bfloat16(cpu) == expected
+        whole = AutoencoderTask(tiny(tmp_path, TINY_MLP, batch_size=256))
+        assert not whole.gains_by_bfloat16(torch.device("cuda"))  # never tried
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert not whole.gains_by_bfloat16(cpu)
+        assert AutoencoderTask(tiny(tmp_path, TINY_VAE)).gains_by_bfloat16(cpu)
 
     @pytest.mark.parametrize("asked", ["bf16", "no"])
     def test_what_is_asked_for_comes_first(self, asked, tmp_path):

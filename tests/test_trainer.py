@@ -25,7 +25,7 @@ from diffusers_vae.data import ArrayImages, DataConfig, epoch_batches, load_data
 from diffusers_vae.evaluation import EvaluationConfig, evaluate
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import measure_latents
-from diffusers_vae.loop import OptimizerConfig, RunConfig, dry_run
+from diffusers_vae.loop import OptimizerConfig, RunConfig, dry_run, run_task
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.trainer import AutoencoderTask, TrainConfig, train
@@ -382,6 +382,26 @@ class TestFaults:
         assert result.latent_shape == (4, 4, 4) and result.memory > 0
         assert same and seconds == pytest.approx(300 / result.images_per_second)
         assert not (tmp_path / "run").exists() and not result.output_dir.exists()
+
+    @pytest.mark.slow
+    def test_dry_run_tells_a_run_that_is_not_repeated(self, tmp_path):
+        class Careless(AutoencoderTask):
+            """Draws on from wherever it is, whatever step that is for."""
+
+            generator = torch.Generator().manual_seed(0)
+
+            def draws(self, count, generator):
+                return super().draws(count, self.generator)
+
+            def few(self, folder):
+                return Careless(super().few(folder).config, 0)
+
+        assert not dry_run(Careless(tiny(tmp_path / "run")))[1]
+
+    def test_may_end_by_its_last_checkpoint(self, tmp_path):
+        assert run_task(AutoencoderTask(tiny(tmp_path / "run")), finish=False) is None
+        saved = {path.name for path in (tmp_path / "run").iterdir()}
+        assert "checkpoints" in saved and not saved & {"model", "evaluation.json", "report.html"}
 
     @pytest.mark.slow
     def test_dry_run_of_less_than_a_batch_resumes_too(self, tmp_path, caplog):

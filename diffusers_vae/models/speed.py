@@ -4,6 +4,7 @@ a CPU's threads are used."""
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 T, U = TypeVar("T"), TypeVar("U")
-AT_ONCE = 8
-"""At most so many batches are in work, since each takes memory."""
 SMALL = 1024
 """Positions in a feature map below which torch's group norm in bfloat16 is slow for channels-last input on a CPU."""
 
@@ -51,14 +50,18 @@ def _contiguous(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[to
     return (images.contiguous(),) if images.device.type == "cpu" and images.dtype != torch.float32 else inputs
 
 
-def several_at_once(function: Callable[[T], U], items: Iterable[T], device: torch.device) -> Iterator[tuple[T, U]]:
+def several_at_once(
+    function: Callable[[T], U], items: Iterable[T], device: torch.device, most: int
+) -> Iterator[tuple[T, U]]:
     """Each of the items with `function` of it, in their order; without gradients.
 
-    On a CPU, as many at a time as torch has threads, by one thread each: several threads in one convolution of a small
-    feature map wait for each other. Above `AT_ONCE` threads, each item has its share of them.
+    On a CPU, at most `most` at a time, which share torch's threads: several threads in one convolution of a small
+    feature map wait for each other. An error comes in its item's turn; like an interruption, it waits for those in
+    work.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    workers = min(threads, AT_ONCE)
+    each = math.ceil(threads / most)
+    workers = threads // each
 
     @torch.no_grad()  # which holds for one thread alone
     def work(item: T) -> tuple[T, U]:
@@ -68,17 +71,19 @@ def several_at_once(function: Callable[[T], U], items: Iterable[T], device: torc
         yield from map(work, items)
         return
     waiting = deque()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,))
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > workers:
                 yield waiting.popleft().result()
-        finally:
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        try:
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)  # of this thread, too, and of those that are yet to come
+        finally:
+            torch.set_num_threads(threads)  # of the threads that are yet to come, too
 
 
 def for_inference(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
