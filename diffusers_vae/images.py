@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 from torchvision.utils import make_grid
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
+TURNED = (5, 6, 7, 8)  # orientations by which height and width change places
 LARGE = 2**24  # pixels; what is larger takes up to a gigabyte or two
 OVERSIZE = 3
 """A JPEG that is to be scaled down is decoded at least so many times as large as wanted. The least PSNR between 224
@@ -49,12 +51,31 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (to_unit_range(images.float()).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def check_image(path: str | Path, content: Callable[[], BinaryIO] | None = None) -> None:
-    """Raise what `read_image` would for a file whose header tells: one that is no image, too large, or of pixels
-    without a stated range. The pixels are not decoded, so damage there goes unnoticed.
+@dataclass(frozen=True)
+class Header:
+    """What an image file says of itself before a pixel is decoded."""
+
+    format: str
+    """As Pillow names it: JPEG, PNG, ..."""
+    mode: str
+    """Of its pixels, as Pillow names it: L is 8-bit grey, RGB, RGBA, P a palette, I;16 16-bit grey, ..."""
+    height: int
+    width: int
+    """Both of the upright image."""
+
+
+def read_header(path: str | Path, content: Callable[[], BinaryIO] | None = None) -> Header:
+    """Of the first frame of an image file. The pixels are not decoded, so damage there goes unnoticed.
+
+    Raises:
+        ValueError: what `read_image` would for a file whose header tells: one that is no image, too large, or of pixels
+            without a stated range.
     """
-    with _opened(path, content):
-        pass
+    with _opened(path, content) as image:
+        known = image.format != "PNG" or "exif" in image.info  # to look for more, Pillow decodes a PNG
+        turned = known and image.getexif().get(ExifTags.Base.Orientation) in TURNED
+        width, height = image.size[::-1] if turned else image.size
+        return Header(image.format or "?", image.mode, height, width)
 
 
 def read_image(
@@ -105,7 +126,7 @@ def _reduce(
     """
     if image.format not in ("JPEG", "MPO"):
         return None
-    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # height and width change places
+    turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
     size = scaled(*image.size) if turned else scaled(*image.size[::-1])[::-1]
     width, height = (OVERSIZE * side for side in size)
     if image.width < 2 * width or image.height < 2 * height:

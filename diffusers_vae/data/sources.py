@@ -24,7 +24,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from ..images import OVERSIZE, check_image, read_image
+from ..images import OVERSIZE, Header, read_header, read_image
 from .captions import read_captions
 from .files import ARCHIVES, Files, Member
 
@@ -266,10 +266,20 @@ class FolderImages:
         member = self.members.get(str(self.paths[index]))
         return _read(self.paths[index], self.config, crops, member and (lambda: io.BytesIO(member.read())))
 
-    def check(self, index: int) -> None:
-        """ValueError naming a file whose header tells that it cannot be read."""
+    def header(self, index: int) -> Header:
+        """Of the file of an image; ValueError naming it when its header tells that it cannot be read."""
         member = self.members.get(str(self.paths[index]))
-        check_image(self.paths[index], member and member.open)
+        return read_header(self.paths[index], member and member.open)
+
+    def file_size(self, index: int) -> int:
+        """Bytes of the file of an image."""
+        member = self.members.get(str(self.paths[index]))
+        return self.paths[index].stat().st_size if member is None else member.size
+
+    def content(self, index: int) -> bytes:
+        """The bytes of the file of an image; ValueError when it lies in an archive and is damaged there."""
+        member = self.members.get(str(self.paths[index]))
+        return self.paths[index].read_bytes() if member is None else member.read()
 
     def name(self, index: int) -> str:
         return _name(self.paths, self.crops, index)
@@ -277,11 +287,7 @@ class FolderImages:
     def fingerprint(self) -> str:
         """Of names below the root, sizes and crops: reading all files for it would take as long as an epoch."""
         digest = hashlib.sha256()
-        members = self.members
-        sizes = {
-            path: members[str(path)].size if str(path) in members else path.stat().st_size
-            for path in dict.fromkeys(self.paths)
-        }
+        sizes = {path: self.file_size(index) for path, index in {path: i for i, path in enumerate(self.paths)}.items()}
         for index, path in enumerate(self.paths):
             digest.update(_below_root(path, self.config) + f"\0{sizes[path]}\0".encode())
             digest.update(f"crop {self.crops[index]}\0".encode() if self.crops else b"")
@@ -592,7 +598,7 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
     )
     count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels
     if (len(train) + len(heldout)) * count * size > memory_limit:
-        parts, _ = _scan([train, heldout], FolderImages.check, "checking files", progress)
+        parts, _ = _scan([train, heldout], FolderImages.header, "checking files", progress)
         return parts[0].cropped(), parts[1].cropped()
     parts, read = _scan([train, heldout], lambda part, at: part.read_file(at, range(count)), "reading images", progress)
     return tuple(
@@ -624,6 +630,13 @@ def _look_into(config: DataConfig) -> tuple[Files, dict[str, list[Path]], list[P
         elif is_folder or packed or path.suffix.lower() in IMAGE_SUFFIXES:
             others.append(path)
     return files, named, others
+
+
+def has_parts(config: DataConfig) -> bool:
+    """Whether the set has a part to train on and one that is held out, and need not be cut."""
+    if config.name == "folder":
+        return _is_split(_look_into(config)[1])
+    return config.name != "digits"
 
 
 def _is_split(named: Mapping[str, list[Path]]) -> bool:
