@@ -40,7 +40,8 @@ class Member:
     def read(self) -> bytes:
         """The content; ValueError when it is damaged."""
         with _Part(self) as part:
-            content = part.read()
+            part.file.seek(part.start)
+            content = part.file.read(part.length)
         if self.deflated:
             try:
                 content = zlib.decompress(content, -zlib.MAX_WBITS)
