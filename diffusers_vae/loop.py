@@ -727,6 +727,7 @@ class _Signals:
 
     def __init__(self):
         self.wait, self.reason = False, ""
+        self.interrupted: Interrupted | None = None
         self.parent = os.getppid()
         try:
             command = " ".join(psutil.Process(self.parent).cmdline())
@@ -745,16 +746,19 @@ class _Signals:
     def numbers() -> list[int]:
         return [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if self.interrupted and isinstance(error, Exception):  # code in C, such as an import, may make another of it
+            raise self.interrupted from error
 
     def _note(self, number: int, frame: object) -> None:
         self.reason = signal.Signals(number).name
         for other in self.previous:
             signal.signal(other, signal.SIG_DFL)
         if not self.wait:
-            raise Interrupted(f"asked to stop ({self.reason}). The same command continues")
+            self.interrupted = Interrupted(f"asked to stop ({self.reason}). The same command continues")
+            raise self.interrupted
         os.write(2, f"\n{self.reason}: finishing the step and saving; a second signal stops at once\n".encode())
 
     def asked(self) -> bool:

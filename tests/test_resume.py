@@ -23,7 +23,8 @@ from whole import random_network, whole
 from diffusers_vae.checkpoint import find_checkpoint
 from diffusers_vae.data import DataConfig
 from diffusers_vae.evaluation import EvaluationConfig
-from diffusers_vae.trainer import train
+from diffusers_vae.loop import Interrupted, run_task
+from diffusers_vae.trainer import AutoencoderTask, train
 
 
 def interrupted_at(images_seen, run, to):
@@ -373,6 +374,21 @@ class TestSignals:
             output = process.communicate(timeout=60)[0]
             assert process.returncode == 75 and "Traceback" not in output, output
             assert group_is_gone(process, 10)
+
+    def test_stays_one_where_code_makes_another_error_of_it(self, tmp_path):
+        """As the import of a library in C does."""
+
+        class Importing(AutoencoderTask):
+            def finish(self, *arguments):
+                try:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(5)
+                except BaseException as error:
+                    raise ImportError("initialization failed") from error
+
+        with pytest.raises(Interrupted, match=r"asked to stop \(SIGTERM\)"):
+            run_task(Importing(tiny(tmp_path / "run")))
+        assert train(tiny(tmp_path / "run")).report.images == 180
 
     @pytest.mark.parametrize("on_bad_image", ["stop", "skip"])
     def test_while_the_end_is_measured(self, on_bad_image, cifar_folder, tmp_path):
