@@ -136,6 +136,9 @@ def run_data(arguments: Sequence[str]) -> int:
     path = Path(parsed.out)
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(f"--out must be a picture, {', '.join(IMAGE_SUFFIXES)}, got {path}")
+    root = Path(parsed.data.root).resolve()
+    if parsed.data.name == "folder" and path.resolve().is_relative_to(root):
+        raise ValueError(f"--out would be an image of the set; give it another place than {root}")
     path.parent.mkdir(parents=True, exist_ok=True)
     found = look(parsed.data, parsed.max_images, True)
     print(look_table(found))

@@ -111,15 +111,17 @@ def look_table(found: Look) -> str:
     source = "the set's own parts" if found.split else "cut here"
     rows = [("images", ", ".join(f"{count:,} {part}" for part, count in found.parts.items()) + f" ({source})")]
     rows += [("classes", f"{len(found.classes)}: {listed(found.classes)}")] if found.classes else []
-    rows += [("captions", "yes")] if found.captioned else []
+    rows += [("captions", found.captions)] if found.files else []
     if files := found.files:
         rows += [("formats", listed(files.formats)), ("modes", listed(files.modes))]
         rows += [("sizes", f"{listed(files.sizes)} (height x width)")]
         rows += [("shorter side", f"{files.sides[0]:,} to {files.sides[2]:,} pixels, median {files.sides[1]:,}")]
-        groups = [" = ".join(group) for group in files.duplicates]
+        groups = [
+            " = ".join(group[:3]) + f" = {len(group) - 3:,} more" * (len(group) > 3) for group in files.duplicates
+        ]
         rows += [("duplicates", named(groups) if groups else "none")]
         if files.leaks:
-            rows += [("", f"{files.leaks:,} of these are trained on and held out: figures will be too good")]
+            rows += [("", f"{files.leaks:,} held-out files are trained on, too: figures will be too good")]
     rows += [("unreadable", named(found.unreadable) if found.unreadable else "none")]
     rows += [("decoded", f"{found.measured:,} of the training images")]
     rows += [(name, "  ".join(f"{value:.4f}" for value in getattr(found, name))) for name in ("mean", "std")]

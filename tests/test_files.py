@@ -129,8 +129,12 @@ class TestReading:
             assert opened.seek(-3, io.SEEK_END) == len(content) - 3 and opened.read() == content[-3:]
             assert opened.seek(1000) == 1000 and opened.read(10) == content[1000:1010]
         assert member.read() == content
+        whole = archive.read_bytes()
+        archive.write_bytes(whole[: whole.index(content) + io.DEFAULT_BUFFER_SIZE])
+        with member.open() as opened:
+            assert opened.read(5) == content[:5]
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", ["zip", "tar"])
     def test_parts_by_the_names_of_archives(self, kind, folder, tmp_path):
         root = tmp_path / "set"
         root.mkdir()
@@ -175,6 +179,15 @@ class TestReading:
         next(root.glob("*.cls")).unlink()
         assert load_split(config(root), "all")[0].labels is None
 
+    def test_from_within_the_folder(self, folder, tmp_path, monkeypatch):
+        packed = pack("shards", folder, tmp_path / "packed")
+        expected = load_data(config(packed), captions=True)[0]
+        monkeypatch.chdir(packed)
+        found = load_data(config("."), captions=True)[0]
+        assert torch.equal(found.pixels, expected.pixels) and found.captions == expected.captions
+        monkeypatch.chdir(folder / "cat")
+        assert load_data(config("."), captions=True)[0].captions
+
     def test_crops_are_those_of_the_folder(self, folder, tmp_path):
         cut = {"crops": 3, "resolution": 8}
         for kind in ("tar", "zip"):
@@ -217,11 +230,51 @@ class TestDamage:
         packed = tmp_path / "images.tar.gz"
         with tarfile.open(packed, "w:gz") as opened:
             opened.add(folder, "images")
-        with pytest.raises(FileNotFoundError, match=r"neither; a compressed tar cannot be read at any place: pack"):
-            load_data(config(packed))
+        for root in (packed, tmp_path):
+            with pytest.raises(ValueError, match=r"a compressed tar cannot be read at any place: pack .*gz"):
+                load_data(config(root))
         shutil.copyfile(packed, tmp_path / "images.tar")
         with pytest.raises(ValueError, match=r"cannot read the archive .*images\.tar"):
             load_data(config(tmp_path / "images.tar"))
+
+    def test_what_lies_unpacked_beside_it(self, folder, tmp_path):
+        zipped(folder, tmp_path / "original.zip")
+        shutil.move(tmp_path / "original.zip", folder)
+        with pytest.raises(ValueError, match=r"original\.zip holds a file that also lies unpacked beside it"):
+            load_data(config(folder))
+        (tmp_path / "set").mkdir()
+        shutil.copytree(folder / "cat", tmp_path / "set" / "train")
+        tarred(folder / "ship", tmp_path / "set" / "train.tar")
+        with pytest.raises(ValueError, match="train is there as a folder and as archives"):
+            load_data(config(tmp_path / "set"))
+
+    def test_links_and_ways_out(self, folder, tmp_path):
+        image = next((folder / "cat").glob("[0-9]*.png"))
+        (folder / "cat" / "link.png").symlink_to(image)
+        with pytest.raises(ValueError, match=r"link\.png is a link; pack it with --dereference"):
+            load_data(config(tarred(folder, tmp_path / "a.tar")))
+        with tarfile.open(tmp_path / "b.tar", "w") as opened:
+            opened.add(image, "../out.png")
+        with pytest.raises(ValueError, match=r"\.\./out\.png would lie outside"):
+            load_data(config(tmp_path / "b.tar"))
+
+    def test_tars_put_together(self, folder, tmp_path):
+        first = tarred(folder, tmp_path / "a.tar")
+        first.write_bytes(2 * first.read_bytes())
+        with pytest.raises(ValueError, match="it goes on after its end"):
+            load_data(config(first))
+
+    def test_a_damaged_class_is_named(self, folder, tmp_path):
+        for path in (folder / "cat").glob("[0-9]*.png"):
+            path.with_suffix(".cls").write_text("3")
+        archive = zipped(folder / "cat", tmp_path / "a.zip", zipfile.ZIP_STORED)
+        data = bytearray(archive.read_bytes())
+        with zipfile.ZipFile(archive) as opened:
+            entry = next(entry for entry in opened.infolist() if entry.filename.endswith(".cls"))
+        data[entry.header_offset + 30 + len(entry.filename)] ^= 1
+        archive.write_bytes(data)
+        with pytest.raises(ValueError, match=r"cannot read .*\.cls: it is damaged in the archive"):
+            load_data(config(archive))
 
     def test_other_compressions(self, folder, tmp_path):
         archive = zipped(folder, tmp_path / "a.zip", zipfile.ZIP_LZMA)

@@ -1,6 +1,8 @@
 """What a look at a data set tells is so."""
 
+import io
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,7 @@ def config(root, **settings):
 class TestFolder:
     def test_counts_sizes_and_kinds(self, folder):
         found = look(config(folder), 100)
-        assert found.parts == {"training": 27, "held-out": 2} and found.split and not found.captioned
+        assert found.parts == {"training": 27, "held-out": 2} and found.split and found.captions == "none"
         assert found.classes == {"cat": 19, "ship": 10}
         with Image.open(folder / "train" / "cat" / "turned.jpg") as turned:
             width, height = turned.size
@@ -65,6 +67,21 @@ class TestFolder:
         assert torch.equal(found.shown, train.pixels)
         assert look(config(folder), 5).measured <= 5
 
+    def test_damage_in_an_archive_and_in_captions(self, folder, tmp_path):
+        archive = tmp_path / "set.zip"
+        with zipfile.ZipFile(archive, "w") as opened:
+            for number in range(6):
+                buffer = io.BytesIO()
+                Image.effect_noise((40, 40), 90).convert("RGB").save(buffer, "BMP")
+                opened.writestr(f"{number}.bmp", buffer.getvalue())
+            opened.writestr("3.txt", "a caption")
+        data = bytearray(archive.read_bytes())
+        with zipfile.ZipFile(archive) as opened:
+            data[opened.getinfo("2.bmp").header_offset + 2000] ^= 1
+        archive.write_bytes(data)
+        found = look(config(archive), 100)
+        assert [text for text in found.unreadable if "2.bmp" in text] and "has no caption" in found.captions
+
     def test_without_parts_or_damage(self, cifar_folder):
         found = look(config(cifar_folder / "test" / "ship"), 10)
         assert not found.split and not found.classes and not found.unreadable and not found.files.duplicates
@@ -78,8 +95,8 @@ class TestFolder:
 
 
 class TestRecommended:
-    @pytest.mark.parametrize("kind", ["small", "grey", "photographs", "digits"])
-    def test_is_a_command_that_is_taken(self, kind, folder, shared_data, tmp_path):
+    @pytest.mark.parametrize("kind", ["small", "grey", "photographs", "digits", "mnist"])
+    def test_is_a_command_that_is_taken(self, kind, folder, shared_data, mnist_root):
         if kind == "grey":
             shutil.rmtree(folder)
             folder.mkdir()
@@ -87,15 +104,19 @@ class TestRecommended:
                 Image.effect_noise((side, side), 50).save(folder / f"{side}.png")
         if kind == "photographs":
             folder = shared_data / "kodak"
-        data = DataConfig() if kind == "digits" else config(folder)
+        data = config(folder, heldout_fraction=0.3)
+        if kind in ("digits", "mnist"):
+            data = DataConfig(name=kind, root=str(mnist_root))
         preset, settings = recommended(look(data, 8), data)
         flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
         parsed = parse_settings(TRAININGS["train"], ["--config", str(CONFIGS / f"{preset}.yaml"), *flags])[0]
         expected = {"small": (32, 3, "rgb-small"), "grey": (32, 1, "mnist-vae"), "photographs": (64, 3, "rgb-small")}
-        expected["digits"] = (32, 1, "digits")
+        expected |= {"digits": (32, 1, "digits"), "mnist": (32, 1, "mnist-vae")}
         assert (parsed.data.resolution, parsed.data.channels, preset) == expected[kind]
         assert parsed.data.on_bad_image == ("skip" if kind == "small" else "stop")
         assert (parsed.data.crops is not None) == (kind == "photographs")
+        assert parsed.data.fit == ("pad" if kind in ("mnist", "grey") else "crop")
+        assert parsed.data.heldout_fraction == (0.1 if kind in ("digits", "mnist") else 0.3)
 
 
 def test_command(folder, tmp_path, capsys):
@@ -106,5 +127,7 @@ def test_command(folder, tmp_path, capsys):
     assert f"--data.root {folder} --data.channels 3 --data.on_bad_image skip" in told
     with Image.open(picture) as sheet:
         assert sheet.width > 16 * 32
+    assert cli.main(["data", str(folder), "--out", str(folder / "sheet.png")]) == 1
+    assert "would be an image of the set" in capsys.readouterr().err
     assert cli.main(["data", str(tmp_path / "nowhere")]) == 1
     assert "which is not there" in capsys.readouterr().err

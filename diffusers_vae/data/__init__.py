@@ -1,6 +1,5 @@
 """Where images come from, and in which order."""
 
-from .captions import read_captions
 from .look import Look, look, recommended
 from .order import MicroBatch, epoch_batches, image_batches, kept_images, read_ahead, step_generator
 from .sources import (
@@ -32,7 +31,6 @@ __all__ = [
     "load_split",
     "look",
     "read_ahead",
-    "read_captions",
     "recommended",
     "step_generator",
 ]

@@ -30,7 +30,8 @@ def read_captions(below: Files, paths: Sequence[Path]) -> list[tuple[str, ...]] 
     """
     files = [str(path) for path in paths]
     problems: list[str] = []
-    found = _from_metadata(below, _folders(str(below.root), files), set(files), problems)
+    root = "" if str(below.root) == "." else str(below.root)  # as the files' names begin
+    found = _from_metadata(below, _folders(root, files), set(files), problems)
     beside = _beside(below, files)
     both = [file for file in files if file in found and file in beside]
     problems += [f"{file} has captions in {beside[file]} and in a {METADATA}" for file in both]
@@ -82,7 +83,7 @@ def _read(below: Files, path: str) -> str | ValueError:
     try:
         content = below.read(path)
     except ValueError as error:
-        return ValueError(f"cannot read {path}: {error}")
+        return error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -101,12 +101,10 @@ class Files:
         if root.is_file() and root.suffix.lower() in ARCHIVES:
             self._list(str(root))
         elif not root.is_dir():
-            hint = ""
-            if root.name.lower().endswith(COMPRESSED):
-                hint = "; a compressed tar cannot be read at any place: pack the images in a .tar without compression"
+            _refuse_compressed(root.name)
             raise FileNotFoundError(
                 f"data.root must be a folder of images or an archive of them ({', '.join(ARCHIVES)}), got "
-                f"{root.resolve()}, which is {'neither' if root.exists() else 'not there'}{hint}"
+                f"{root.resolve()}, which is {'neither' if root.exists() else 'not there'}"
             )
 
     def top(self) -> dict[Path, bool]:
@@ -120,7 +118,11 @@ class Files:
         return found
 
     def below(self, folder: Path) -> list[Path]:
-        """All files below a folder, or in an archive or a folder of it, sorted."""
+        """All files below a folder, or in an archive or a folder of it, sorted.
+
+        Raises:
+            ValueError: naming an archive that cannot be read, or holds what also lies beside it.
+        """
         if str(self.root) in self.archives:
             inside = "" if folder == self.root else f"{folder}{os.sep}"
             return sorted(Path(path) for path in self.archives[str(self.root)] if path.startswith(inside))
@@ -134,9 +136,19 @@ class Files:
             read.add(os.path.realpath(parent))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
-                packed = path.lower().endswith(ARCHIVES)
+                _refuse_compressed(path)
+                packed = path.lower().endswith(ARCHIVES) and os.path.exists(path)
                 paths += self._list(path) if packed else [path]
-        return sorted(map(Path, paths))
+        found = sorted(map(Path, paths))
+        unpacked = {self.place(path, folder): path for path in found if str(path) not in self.members}
+        for path in found:
+            twin = unpacked.get(self.place(path, folder), path)
+            if twin != path:
+                raise ValueError(
+                    f"{self.members[str(path)].archive} holds a file that also lies unpacked beside it, {twin}: its "
+                    "images would be there twice. Move one of the two elsewhere"
+                )
+        return found
 
     def place(self, path: Path, folder: Path) -> tuple[str, ...]:
         """The names on the way from the folder to a file below it, without that of an archive on it."""
@@ -147,9 +159,12 @@ class Files:
         return archive.parent.relative_to(folder).parts + path.relative_to(archive).parts
 
     def read(self, path: str) -> bytes:
-        """The content of a file; ValueError when it lies in an archive and is damaged there."""
+        """The content of a file; ValueError naming it when it lies in an archive and is damaged there."""
         member = self.members.get(path)
-        return Path(path).read_bytes() if member is None else member.read()
+        try:
+            return Path(path).read_bytes() if member is None else member.read()
+        except ValueError as error:
+            raise ValueError(f"cannot read {path}: {error}") from error
 
     def exists(self, path: str) -> bool:
         """Whether there is such a file."""
@@ -158,7 +173,7 @@ class Files:
     def beside(self, path: str) -> set[str]:
         """The names of the files in the folder of a file, which may lie in an archive."""
         folder = os.path.dirname(path)
-        return self._names[folder] if path in self.members else set(os.listdir(folder))
+        return self._names[folder] if path in self.members else set(os.listdir(folder or "."))
 
     @cached_property
     def _names(self) -> dict[str, set[str]]:
@@ -170,6 +185,7 @@ class Files:
 
     def _list(self, archive: str) -> list[str]:
         """The files in an archive, which join the members."""
+        archive = str(Path(archive))  # as the paths below it will be
         if archive not in self.archives:
             found = _members(archive)
             self.archives[archive] = list(found)
@@ -177,11 +193,19 @@ class Files:
         return self.archives[archive]
 
 
+def _refuse_compressed(path: str) -> None:
+    if path.lower().endswith(COMPRESSED):
+        raise ValueError(
+            f"a compressed tar cannot be read at any place: pack the images of {path} in a .tar without compression, "
+            "or move it elsewhere"
+        )
+
+
 def _members(archive: str) -> dict[str, Member]:
     """By the paths that they would have if the archive was a folder; ValueError naming it when it is damaged."""
-    end = os.path.getsize(archive)
     listed: dict[str, Member] = {}
     try:
+        end = os.path.getsize(archive)
         if archive.lower().endswith(".zip"):
             with zipfile.ZipFile(archive) as opened:
                 for entry in opened.infolist():
@@ -189,7 +213,8 @@ def _members(archive: str) -> dict[str, Member]:
                         continue
                     if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                         raise ValueError(f"{entry.filename} is encrypted or packed otherwise than by deflate")
-                    listed[entry.filename] = Member(
+                    name = entry.filename if "/" in entry.filename else entry.filename.replace("\\", "/")
+                    listed[name] = Member(
                         archive,
                         entry.header_offset,
                         entry.compress_size,
@@ -200,6 +225,8 @@ def _members(archive: str) -> dict[str, Member]:
         else:
             with tarfile.open(archive, "r:") as opened:
                 for entry in opened:
+                    if entry.islnk() or entry.issym():
+                        raise ValueError(f"{entry.name} is a link; pack it with --dereference --hard-dereference")
                     if not entry.isreg():
                         continue
                     if entry.issparse():
@@ -210,11 +237,15 @@ def _members(archive: str) -> dict[str, Member]:
                 opened.fileobj.seek(opened.offset)
                 if any(opened.fileobj.read(tarfile.BLOCKSIZE) or b"cut"):  # tarfile takes any end for one
                     raise ValueError("it has no end, as if it was cut short; pack it again")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, ValueError) as error:
+                if any(opened.fileobj.read(2**20)):
+                    raise ValueError("it goes on after its end, as tars do that were put together; pack it again")
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, OSError, ValueError) as error:
         raise ValueError(f"cannot read the archive {archive}: {error}") from error
     files = {}
     for name, member in listed.items():
         parts = [part for part in name.split("/") if part not in ("", ".")]
+        if ".." in parts:
+            raise ValueError(f"cannot read the archive {archive}: {name} would lie outside of it")
         if not any(part.startswith((".", "__MACOSX")) for part in parts):
             files[os.path.join(archive, *parts)] = member
     return files

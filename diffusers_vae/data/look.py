@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from tqdm import tqdm
 
-from ..images import Header
+from ..images import Header, to_uint8
 from .order import image_batches
 from .sources import DataConfig, FolderImages, ImageSet, has_parts, load_data
 
@@ -24,7 +24,7 @@ SHOWN = 64
 
 
 @dataclass(frozen=True)
-class Files:
+class FileFigures:
     """What the files of a set are."""
 
     formats: dict[str, int]
@@ -38,7 +38,7 @@ class Files:
     duplicates: tuple[tuple[str, ...], ...]
     """Groups of files with the same bytes."""
     leaks: int
-    """Of these groups, those of which some are to train on and some are held out."""
+    """Held-out files that are to train on, too."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ class Look:
     """What there is in a set of images."""
 
     parts: dict[str, int]
-    """Images in each that can be read, as far as that was tried."""
+    """Images in each, without those whose headers tell that they cannot be read."""
     split: bool
     """Whether these parts are the set's own."""
     classes: dict[str, int]
     """Images of each class."""
-    captioned: bool
+    captions: str
+    """yes, none, or what is wrong with them."""
     unreadable: tuple[str, ...]
     """Why files cannot be read, with their names."""
     measured: int
@@ -63,7 +64,7 @@ class Look:
     """Images in which hardly anything is to be seen."""
     shown: torch.Tensor
     """The first of them, uint8 (B, C, H, W)."""
-    files: Files | None
+    files: FileFigures | None
     """None for sets that are no files of images."""
 
 
@@ -78,7 +79,13 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         ValueError: when nothing in it can be read, or captions are not as they should be.
     """
     config = replace(config, on_bad_image="skip", crops=None)
-    train, heldout = load_data(config, memory_limit=0, captions=config.name == "folder")
+    train, heldout = load_data(config, memory_limit=0)
+    captions = "none"
+    if config.name == "folder":
+        try:
+            captions = "none" if load_data(config, memory_limit=0, captions=True)[0].captions is None else "yes"
+        except ValueError as error:
+            captions = str(error)
     count = min(max_images, len(train))
     sums, squares = torch.zeros(2, config.channels, dtype=torch.float64)
     shown, constant, measured = [], [], 0
@@ -88,25 +95,26 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
             sums, squares = sums + values.mean((2, 3)).sum(0), squares + (values**2).mean((2, 3)).sum(0)
             flat = values.flatten(1).std(1, correction=0) <= NEARLY_CONSTANT
             constant += [train.name(index) for index, is_flat in zip(indices, flat.tolist(), strict=True) if is_flat]
-            shown += [train.__getitems__([index]).pixels for index in indices[: max(0, SHOWN - len(shown))]]
+            shown += [to_uint8(images)] if len(shown) * 64 < SHOWN else []
             measured += len(indices)
             bar.update(min(64, count - bar.n))
     if not measured:
         raise ValueError(f"none of {count} training images can be read: {train.errors[0]}")
     mean = sums / measured
-    parts = {"training": train, "held-out": heldout}
+    parts, bad = {"training": train, "held-out": heldout}, [*train.errors, *heldout.errors]
+    files = _files(parts, bad, progress) if isinstance(train, FolderImages) else None
     return Look(
         parts={name: len(part) for name, part in parts.items()},
         split=has_parts(config),
         classes=_classes(parts.values()),
-        captioned=train.captions is not None,
-        unreadable=tuple(dict.fromkeys((*train.errors, *heldout.errors))),
+        captions=captions,
+        unreadable=tuple(dict.fromkeys(bad)),
         measured=measured,
         mean=tuple(mean.tolist()),
         std=tuple((squares / measured - mean**2).clamp(min=0).sqrt().tolist()),
         constant=tuple(constant),
-        shown=torch.cat(shown),
-        files=_files(parts, progress) if isinstance(train, FolderImages) else None,
+        shown=torch.cat(shown)[:SHOWN],
+        files=files,
     )
 
 
@@ -116,7 +124,8 @@ def _classes(parts: Sequence[ImageSet]) -> dict[str, int]:
     return {name: counts[label] for part in labelled[:1] for label, name in enumerate(part.classes)}
 
 
-def _files(parts: Mapping[str, FolderImages], progress: bool) -> Files:
+def _files(parts: Mapping[str, FolderImages], bad: list[str], progress: bool) -> FileFigures:
+    """What cannot be read joins `bad`."""
     places = [(name, part, index) for name, part in parts.items() for index in range(len(part))]
     with ThreadPoolExecutor() as pool:
         read = pool.map(lambda place: place[1].header(place[2]), places)
@@ -125,41 +134,57 @@ def _files(parts: Mapping[str, FolderImages], progress: bool) -> Files:
         for name, part, index in places:
             of_size[part.file_size(index)].append((name, part, index))
         alike = [place for group in of_size.values() if len(group) > 1 for place in group]
-        hashed = pool.map(lambda place: hashlib.sha256(place[1].content(place[2])).digest(), alike)
+        hashed = pool.map(lambda place: _digest(*place[1:]), alike)
         groups = defaultdict(list)
         for (name, part, index), digest in zip(
             alike, tqdm(hashed, "duplicates", len(alike), unit="img", disable=not progress, leave=False), strict=True
         ):
-            groups[digest].append((name, part.name(index)))
+            if isinstance(digest, ValueError):
+                bad.append(str(digest))
+            else:
+                groups[digest].append((name, part.name(index)))
     same = [group for group in groups.values() if len(group) > 1]
     sides = sorted(min(header.height, header.width) for header in headers)
 
     def counted(values: Sequence[str]) -> dict[str, int]:
         return dict(Counter(values).most_common())
 
-    return Files(
+    return FileFigures(
         formats=counted([header.format for header in headers]),
         modes=counted([header.mode for header in headers]),
         sizes=counted([f"{header.height}x{header.width}" for header in headers]),
         sides=(sides[0], sides[len(sides) // 2], sides[-1]),
         duplicates=tuple(sorted(tuple(sorted(file for _, file in group)) for group in same)),
-        leaks=sum(len({name for name, _ in group}) > 1 for group in same),
+        leaks=sum(len([name for name, _ in group if name == "held-out"]) for group in same if len({*dict(group)}) > 1),
     )
 
 
+def _digest(part: FolderImages, index: int) -> bytes | ValueError:
+    """Of the file of an image."""
+    try:
+        return hashlib.sha256(part.content(index)).digest()
+    except ValueError as error:
+        return error
+
+
 def recommended(found: Look, config: DataConfig) -> tuple[str, dict[str, str]]:
-    """The preset to begin with, and the settings to give with it."""
-    if config.name == "digits":
-        return "digits", {}
-    height, width = found.shown.shape[2:]
-    side = found.files.sides[1] if found.files else min(height, width)
-    grey = set(found.files.modes) <= set(GREY) if found.files else config.name != "cifar10"
-    settings = {"data.name": config.name, "data.root": config.root, "data.channels": "1" if grey else "3"}
+    """The preset to begin with, and the settings to give with it; of a folder, what `config` asks for otherwise than by
+    default stays.
+    """
+    settings = {"data.name": config.name, "data.root": config.root}
+    if config.name == "cifar10":
+        return "rgb-small", settings | {"data.resolution": "32", "data.crops": "null"}
+    if not found.files:
+        return ("digits", {}) if config.name == "digits" else ("mnist-vae", settings)
+    side, grey = found.files.sides[1], set(found.files.modes) <= set(GREY)
+    settings["data.channels"] = "1" if grey else "3"
     if found.unreadable:
         settings["data.on_bad_image"] = "skip"
-    if side >= 128:
+    asked = {name: getattr(config, name) for name in ("resolution", "fit", "heldout_fraction")}
+    kept = {f"data.{name}": str(value) for name, value in asked.items() if value != getattr(DataConfig(), name)}
+    if side >= 128 and "data.fit" not in kept and not grey:
         settings["data.crops"] = str(min(100, math.ceil(20_000 / found.parts["training"])))
-        return "rgb-small", settings
+        return "rgb-small", settings | kept
     settings |= {"data.resolution": "32" if side < 64 else "64", "data.fit": "pad" if side < 32 else "crop"}
-    epochs = {"run.epochs": str(math.ceil(40_000 / found.parts["training"]))}
-    return ("mnist-vae", settings | epochs) if grey else ("rgb-small", settings | {"data.crops": "null"} | epochs)
+    settings |= kept | {"run.epochs": str(math.ceil(40_000 / found.parts["training"]))}
+    return ("mnist-vae", settings) if grey else ("rgb-small", settings | {"data.crops": "null"})

@@ -277,9 +277,12 @@ class FolderImages:
         return self.paths[index].stat().st_size if member is None else member.size
 
     def content(self, index: int) -> bytes:
-        """The bytes of the file of an image; ValueError when it lies in an archive and is damaged there."""
+        """The bytes of the file of an image; ValueError naming it when it lies in an archive and is damaged there."""
         member = self.members.get(str(self.paths[index]))
-        return self.paths[index].read_bytes() if member is None else member.read()
+        try:
+            return self.paths[index].read_bytes() if member is None else member.read()
+        except ValueError as error:
+            raise ValueError(f"cannot read the image {self.paths[index]}: {error}") from error
 
     def name(self, index: int) -> str:
         return _name(self.paths, self.crops, index)
@@ -376,7 +379,7 @@ def load_split(
         "crops": [*train.crops, *heldout.crops],
     }
     if isinstance(train, FolderImages):
-        return FolderImages(config=config, members=train.members, **common), split
+        return FolderImages(config=config, members={**train.members, **heldout.members}, **common), split
     return ArrayImages(torch.cat([train.pixels, heldout.pixels]), **common), split
 
 
@@ -564,6 +567,12 @@ def _download(download, folder: Path, files: list[str]) -> None:
 
 def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> tuple[ImageSet, ImageSet]:
     files, named, others = _look_into(config)
+    for part, group in named.items():
+        if len({path.is_dir() for path in group}) > 1:
+            listed = ", ".join(path.name for path in group[:5])
+            raise ValueError(
+                f"{part} is there as a folder and as archives in {files.root.resolve()}: {listed}. Move one elsewhere"
+            )
     if _is_split(named):
         groups = [named.pop("train"), *named.values()]
         below = [[(path, folder) for folder in group for path in files.below(folder)] for group in groups]
@@ -592,7 +601,7 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
             config,
             classes=None if classed is None else classes,
             captions=None if told is None else (told[: len(own)] if own is paths[0] else told[-len(own) :]),
-            members=files.members,
+            members={str(path): files.members[str(path)] for path in own if str(path) in files.members},
         )
         for own, classed in zip(paths, labels, strict=True)
     )
@@ -623,7 +632,7 @@ def _look_into(config: DataConfig) -> tuple[Files, dict[str, list[Path]], list[P
     named: dict[str, list[Path]] = {}
     others = []
     for path, is_folder in sorted(files.top().items()):
-        packed = not is_folder and path.suffix.lower() in ARCHIVES
+        packed = path.suffix.lower() in ARCHIVES and path.is_file()  # archives within archives are not read
         part = re.match("[a-z]*", path.name)[0] if packed else path.name
         if (is_folder or packed) and part in ("train", *HELDOUT_FOLDERS):
             named.setdefault(part, []).append(path)
