@@ -30,6 +30,7 @@ from diffusers_vae.images import to_model_range
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="With image files, in it or below it.")
+    parser.add_argument("--packed", type=Path, nargs="*", default=[], help="Archives of the same files, read too.")
     parser.add_argument("--resolution", type=int, default=256, help="Side of the images in pixels.")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="Processes that read, one run for each.")
     parser.add_argument("--rounds", type=int, default=5, help="How often each way reads all files.")
@@ -37,11 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="File for the figures, as JSON.")
     settings = parser.parse_args(arguments)
 
-    config = DataConfig(name="folder", root=str(settings.folder), resolution=settings.resolution, channels=3)
-    parts = load_data(config, memory_limit=0)  # so that they are read on demand
-    ours = FolderImages([path for part in parts for path in part.paths], None, config)
-    for path in ours.paths:
-        path.read_bytes()  # from now on in the system's cache
+    sets = {}
+    for root in (settings.folder, *settings.packed):
+        config = DataConfig(name="folder", root=str(root), resolution=settings.resolution, channels=3)
+        parts = load_data(config, memory_limit=0)  # so that they are read on demand
+        members = parts[0].members
+        images = FolderImages([path for part in parts for path in part.paths], None, config, members=members)
+        sets[root.name if members else "diffusers_vae"] = images
+        for index in range(len(images)):
+            images.content(index)  # from now on in the system's cache
+    ours = sets["diffusers_vae"]
     indices = range(len(ours))
     batches = [indices[start : start + settings.batch_size] for start in indices[:: settings.batch_size]]
     results = []
@@ -57,28 +63,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"torchvision finds {len(theirs)} images in {settings.folder}, this package {len(ours)}")
         for workers in settings.workers:
             loaders = {
-                "diffusers_vae": (
-                    DataLoader(ours, batch_sampler=batches, num_workers=workers, collate_fn=_as_read),
-                    _images,
-                ),
-                "torchvision": (DataLoader(theirs, batch_sampler=batches, num_workers=workers), _first),
+                name: (DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=_as_read), _images)
+                for name, images in sets.items()
             }
+            loaders["torchvision"] = (DataLoader(theirs, batch_sampler=batches, num_workers=workers), _first)
             rates = {name: [] for name in loaders}
             for _ in range(settings.rounds):
                 for name, (loader, images) in loaders.items():
                     rates[name].append(_rate(loader, images))
-            ratios = [own / other for own, other in zip(*rates.values(), strict=True)]
+            ratios = {
+                name: [own / other for own, other in zip(rates[name], rates["torchvision"], strict=True)]
+                for name in sets
+            }
             results.append({"workers": workers, "images_per_second": rates, "ratios": ratios})
 
     print(f"{len(ours)} files to {settings.resolution}x{settings.resolution}, medians of {settings.rounds} rounds")
-    print(f"{'workers':>7}{'diffusers_vae':>16}{'torchvision':>14}{'ratio':>8}{'least':>8}{'most':>8}")
+    print(f"{'workers':>7}  {'read by':<20}{'img/s':>8}{'torchvision':>13}{'ratio':>8}{'least':>8}{'most':>8}")
     for result in results:
-        own, other = map(median, result["images_per_second"].values())
-        ratios = result["ratios"]
-        print(
-            f"{result['workers']:7}{own:10.1f} img/s{other:8.1f} img/s"
-            f"{median(ratios):8.2f}{min(ratios):8.2f}{max(ratios):8.2f}"
-        )
+        rates = {name: median(values) for name, values in result["images_per_second"].items()}
+        for name, ratios in result["ratios"].items():
+            print(
+                f"{result['workers']:7}  {name:<20}{rates[name]:8.1f}{rates['torchvision']:13.1f}"
+                f"{median(ratios):8.2f}{min(ratios):8.2f}{max(ratios):8.2f}"
+            )
     if settings.out:
         machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()}
         machine |= {module.__name__: module.__version__ for module in (PIL, torch, torchvision)}

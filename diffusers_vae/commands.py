@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from .checkpoint import config_of_run, read_settings, write_file
 from .config import TRAININGS, Training, new_parser, parse_settings
-from .data import IMAGE_SUFFIXES, DataConfig, ImageSet, load_split
+from .data import IMAGE_SUFFIXES, DataConfig, ImageSet, load_split, look, recommended
 from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, read_report, reconstruct
 from .hub import HubConfig, check_can_push, push
 from .images import read_image, to_model_range, to_pil
@@ -30,9 +31,9 @@ from .loop import Interrupted, RunResult, Task, dry_run, run_task
 from .metrics import psnr
 from .models import MLPVAE, VAE, encode, find_subfolder, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig
-from .pictures import comparison_picture, sample_picture
+from .pictures import comparison_picture, contact_sheet, sample_picture
 from .precision import measure_precision
-from .report import comparison_table, draw_report, precision_table, report_html, report_table
+from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
 from .trainer import TrainResult
 
 RESUME_ME = 75  # EX_TEMPFAIL in sysexits.h: "the user is invited to try again later"
@@ -112,6 +113,42 @@ def _describe(result: RunResult) -> None:
     print(f"evaluation  {result.output_dir / 'evaluation.json'}")
     print(f"{result.saved:<12}{result.output_dir / result.saved}")
     print(f"load it     {result.load_line}")
+
+
+def run_data(arguments: Sequence[str]) -> int:
+    """What is in a data set."""
+    parser = _parser(
+        "data",
+        "DATA [--out FILE] [--data.KEY VALUE ...]",
+        "Look at a data set before a training: how many images there are, of which sizes and kinds, which files cannot "
+        "be read, are the same, or show hardly anything; the statistics of their channels; a contact sheet of them as "
+        "a training sees them; and the command that we would begin with.",
+        "diffusers-vae data photos/ --data.channels 3 --data.resolution 64",
+    )
+    parser.add_argument("images", metavar="DATA", help="A set, as in data.name, or a folder or archive of images.")
+    parser.add_argument("--out", type=str, default="contact-sheet.png", help="The picture.")
+    parser.add_argument(
+        "--max_images", type=PositiveInt, default=2000, help="So many training images, at most, are decoded."
+    )
+    parser.add_class_arguments(DataConfig, "data", skip={"crops", "on_bad_image", "num_workers"})
+    parsed = _parse(parser, arguments)
+    parsed = _parse(parser, [*arguments, *_data_flags(parsed.images)])
+    path = Path(parsed.out)
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"--out must be a picture, {', '.join(IMAGE_SUFFIXES)}, got {path}")
+    root = Path(parsed.data.root).resolve()
+    if parsed.data.name == "folder" and path.resolve().is_relative_to(root):
+        raise ValueError(f"--out would be an image of the set; give it another place than {root}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = look(parsed.data, parsed.max_images, True)
+    print(look_table(found))
+    contact_sheet(to_model_range(found.shown), parsed.data.described).save(path)
+    preset, settings = recommended(found, parsed.data)
+    flags = [f"--{name} {shlex.quote(value)}" for name, value in settings.items()]
+    print(f"picture       {path}")
+    print(f"begin with    training/configs/{preset}.yaml:\n")
+    print(f"accelerate launch training/train_vae.py --config training/configs/{preset}.yaml {' '.join(flags)}")
+    return 0
 
 
 def run_evaluate(arguments: Sequence[str]) -> int:
@@ -373,7 +410,7 @@ def run_encode(arguments: Sequence[str]) -> int:
         "launch -m diffusers_vae.cli encode ...`, on several processes.",
         "diffusers-vae encode photos/ --vae runs/mine --out latents/photos --dtype float16",
     )
-    parser.add_argument("images", metavar="DATA", help="Name of a set, as in data.name, or a folder of images.")
+    parser.add_argument("images", metavar="DATA", help="A set, as in data.name, or a folder or archive of images.")
     parser.add_argument("--vae", required=True, help=MODEL)
     _add_source(parser)
     _add_device(parser)
@@ -418,8 +455,8 @@ def run_encode(arguments: Sequence[str]) -> int:
     state = PartialState(cpu=not torch.accelerator.is_available())
     parsed = _parse(parser, arguments)  # wrong ones are told before a model is loaded
     place = _data_flags(parsed.images)
-    if "folder" in place and not Path(parsed.images).is_dir():
-        raise FileNotFoundError(f"DATA must be {', '.join(SETS)} or a folder of images, got {parsed.images}")
+    if "folder" in place and not Path(parsed.images).exists():
+        raise FileNotFoundError(f"DATA must be {', '.join(SETS)} or a folder or archive of images, got {parsed.images}")
     vae = load_autoencoder(parsed.vae, parsed.subfolder, parsed.revision).to(_device(parsed))
     known = _settings_of_run(parsed.vae).get("data") or _data_for(vae)
     if known.get("name") == "folder":  # whose root is no place for other sets

@@ -9,7 +9,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 from torchvision.utils import make_grid
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
+TURNED = (5, 6, 7, 8)  # orientations by which height and width change places
 LARGE = 2**24  # pixels; what is larger takes up to a gigabyte or two
 OVERSIZE = 3
 """A JPEG that is to be scaled down is decoded at least so many times as large as wanted. The least PSNR between 224
@@ -48,12 +51,31 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (to_unit_range(images.float()).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def check_image(path: str | Path) -> None:
-    """Raise what `read_image` would for a file whose header tells: one that is no image, too large, or of pixels
-    without a stated range. The pixels are not decoded, so damage there goes unnoticed.
+@dataclass(frozen=True)
+class Header:
+    """What an image file says of itself before a pixel is decoded."""
+
+    format: str
+    """As Pillow names it: JPEG, PNG, ..."""
+    mode: str
+    """Of its pixels, as Pillow names it: L is 8-bit grey, RGB, RGBA, P a palette, I;16 16-bit grey, ..."""
+    height: int
+    width: int
+    """Both of the upright image."""
+
+
+def read_header(path: str | Path, content: Callable[[], BinaryIO] | None = None) -> Header:
+    """Of the first frame of an image file. The pixels are not decoded, so damage there goes unnoticed.
+
+    Raises:
+        ValueError: what `read_image` would for a file whose header tells: one that is no image, too large, or of pixels
+            without a stated range.
     """
-    with _opened(path):
-        pass
+    with _opened(path, content) as image:
+        known = image.format != "PNG" or "exif" in image.info  # to look for more, Pillow decodes a PNG
+        turned = known and image.getexif().get(ExifTags.Base.Orientation) in TURNED
+        width, height = image.size[::-1] if turned else image.size
+        return Header(image.format or "?", image.mode, height, width)
 
 
 def read_image(
@@ -61,6 +83,7 @@ def read_image(
     channels: int,
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     scaled: Callable[[int, int], tuple[int, int]] | None = None,
+    content: Callable[[], BinaryIO] | None = None,
 ) -> torch.Tensor:
     """uint8 pixels (channels, H, W) of the first frame of an image file, turned upright.
 
@@ -74,6 +97,7 @@ def read_image(
         scaled: from height and width of the upright image, those to which `transform` will scale it. A JPEG that is
             2 `OVERSIZE` times as large or more is decoded at a half, quarter or eighth of its scale, still `OVERSIZE`
             times as large, and scaled to them here (bicubic with antialiasing); other files are not scaled.
+        content: opens a file that lies in an archive, `path` being its name then.
 
     Raises:
         ValueError: naming the file, when it cannot be decoded, claims more than `PIL.Image.MAX_IMAGE_PIXELS` (None
@@ -82,7 +106,7 @@ def read_image(
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
     mode = "L" if channels == 1 else "RGB"
-    with _opened(path) as image:
+    with _opened(path, content) as image:
         reduced = None if scaled is None else _reduce(image, scaled)
         with _ONE_LARGE if image.width * image.height > LARGE else nullcontext():
             if reduced:
@@ -102,7 +126,7 @@ def _reduce(
     """
     if image.format not in ("JPEG", "MPO"):
         return None
-    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # height and width change places
+    turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
     size = scaled(*image.size) if turned else scaled(*image.size[::-1])[::-1]
     width, height = (OVERSIZE * side for side in size)
     if image.width < 2 * width or image.height < 2 * height:
@@ -112,11 +136,11 @@ def _reduce(
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(path: str | Path, content: Callable[[], BinaryIO] | None) -> Iterator[Image.Image]:
     """The image in a file; whatever is wrong with it, within too, is a ValueError that names the file."""
     limit = Image.MAX_IMAGE_PIXELS
     try:
-        with Image.open(path) as image:
+        with Image.open(content() if content else path) as image:
             if limit is not None and image.width * image.height > limit:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {limit:,}")
             if image.mode in ("I", "F"):

@@ -188,6 +188,11 @@ def reconstruction_picture(model: ModelMixin, images: torch.Tensor, batch_size: 
     return _page(torch.cat([torch.cat(triple) for triple in triples]), columns, title, labels)
 
 
+def contact_sheet(images: torch.Tensor, name: str) -> Image.Image:
+    """The images (B, C, H, W) in [-1, 1] of a set with this name."""
+    return _page(images, min(len(images), _columns(images.shape[-1])), f"{name}: as a training sees it")
+
+
 def sample_picture(
     model: ModelMixin, latent_shape: tuple[int, ...], batch_size: int, seed: int, count: int
 ) -> Image.Image:

@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from .data import ImageSet
+from .data import ImageSet, Look
 from .evaluation import FIGURES, EvaluationConfig, EvaluationReport, Figure, changed_figures
 from .pictures import CAPTIONS, draw_all
 from .precision import LARGEST
@@ -24,6 +24,7 @@ PNG_BYTES = 400_000  # above, a picture is a JPEG of quality 95 if that is small
 JPEG_QUALITIES = (95, 90, 80)  # the first that makes a picture no larger than the limit, or the last
 JPEG_BYTES = 700_000
 SETTINGS = ("kl_weight", "scale")  # numbers of the report that are no figures
+LISTED = 10  # names and kinds, in a table of a set
 POINTS = 5000  # images in the picture of the latents, at most
 
 
@@ -94,6 +95,38 @@ def report_table(report: Mapping[str, Any]) -> str:
         text += _aligned([("", "difference", "95 % interval", ""), *changes], "<><<")
         text += ["", *textwrap.wrap(" ".join(_compatibility(tuning)), 100)]
     return "\n".join(text) + "\n"
+
+
+def look_table(found: Look) -> str:
+    """What there is in a set of images, as text for a terminal."""
+
+    def listed(counts: Mapping[str, int]) -> str:
+        first = [f"{name} {count:,}" for name, count in list(counts.items())[:LISTED]]
+        return ", ".join(first) + (f" and {len(counts) - LISTED} more" if len(counts) > LISTED else "")
+
+    def named(names: Sequence[str]) -> str:
+        more = [f"{'':14}and {len(names) - LISTED} more"] if len(names) > LISTED else []
+        return "\n".join([f"{len(names):,}", *(f"{'':14}{name}" for name in names[:LISTED]), *more])
+
+    source = "the set's own parts" if found.split else "cut here"
+    rows = [("images", ", ".join(f"{count:,} {part}" for part, count in found.parts.items()) + f" ({source})")]
+    rows += [("classes", f"{len(found.classes)}: {listed(found.classes)}")] if found.classes else []
+    rows += [("captions", found.captions)] if found.files else []
+    if files := found.files:
+        rows += [("formats", listed(files.formats)), ("modes", listed(files.modes))]
+        rows += [("sizes", f"{listed(files.sizes)} (height x width)")]
+        rows += [("shorter side", f"{files.sides[0]:,} to {files.sides[2]:,} pixels, median {files.sides[1]:,}")]
+        groups = [
+            " = ".join(group[:3]) + f" = {len(group) - 3:,} more" * (len(group) > 3) for group in files.duplicates
+        ]
+        rows += [("duplicates", named(groups) if groups else "none")]
+        if files.leaks:
+            rows += [("", f"{files.leaks:,} held-out files are trained on, too: figures will be too good")]
+    rows += [("unreadable", named(found.unreadable) if found.unreadable else "none")]
+    rows += [("decoded", f"{found.measured:,} of the training images")]
+    rows += [(name, "  ".join(f"{value:.4f}" for value in getattr(found, name))) for name in ("mean", "std")]
+    rows += [("constant", named(found.constant) if found.constant else "none")]
+    return "\n".join(f"{label:<14}{text}" for label, text in rows)
 
 
 def precision_table(precision: Mapping[str, Any]) -> str:

@@ -63,14 +63,18 @@ class TestTop:
         example = out[out.index("example: ") :]
         assert "diffusers" in example or "training/train_" in example
         told = {"evaluate": "Draws from the posterior per image", "compare": "Draws from the posterior per image"}
-        told |= {"push": "Visible to its owners only", "train": "Passes over the training images"}
+        told |= {
+            "data": "are decoded",
+            "push": "Visible to its owners only",
+            "train": "Passes over the training images",
+        }
         told |= {"train-text-to-image": "Share of images that are seen with the empty prompt"}
         assert told.get(name, "Where in a repository the model lies") in " ".join(out.split())
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["foo"], "foo is no command; there are train, train-text-to-image, evaluate"),
+            (["foo"], "foo is no command; there are train, train-text-to-image, data"),
             (["evaluate"], "model"),
             (["evaluate", "x", "--evaluation.draws", "none"], "evaluation.draws"),
             (["evaluate", "x", "--evaluation.draws", "0"], "evaluation.draws must be at least 1, got 0"),
@@ -182,7 +186,7 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--data", "nowhere"], "which is not a folder"),
+            (["--data", "nowhere"], "which is not there"),
             (["--evaluation.lpips", '["alex"]', "--evaluation.weights", "."], "put alexnet-owt-7be5be79.pth into"),
             (["--data.channels", "3"], "takes images of 1 channels, got 3"),
             (["--data.resolution", "17"], "must be divisible by 2"),
@@ -329,7 +333,7 @@ class TestEncode:
             (
                 ["nowhere"],
                 1,
-                "DATA must be digits, mnist, qmnist, fashion-mnist, cifar10 or a folder of images, got no",
+                "DATA must be digits, mnist, qmnist, fashion-mnist, cifar10 or a folder or archive of images, got no",
             ),
             (["digits", "--data.channels", "3"], 1, "takes images of 1 channels, got 3"),
             (["digits", "--data.resolution", "17"], 1, "must be divisible by 2"),

@@ -404,7 +404,7 @@ class TestFolder:
         assert len(train) + len(heldout) == 106 + 112
 
     def test_no_folder_and_no_images(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="not a folder"):
+        with pytest.raises(FileNotFoundError, match="not there"):
             load_data(DataConfig(name="folder", root=str(tmp_path / "missing")))
         (tmp_path / "notes.txt").write_text("no image")
         with pytest.raises(FileNotFoundError, match="no image below"):

@@ -1,6 +1,6 @@
 """Where images come from, and in which order."""
 
-from .captions import read_captions
+from .look import Look, look, recommended
 from .order import MicroBatch, epoch_batches, image_batches, kept_images, read_ahead, step_generator
 from .sources import (
     IMAGE_SUFFIXES,
@@ -20,6 +20,7 @@ __all__ = [
     "DataConfig",
     "FolderImages",
     "ImageSet",
+    "Look",
     "MicroBatch",
     "ReadImages",
     "epoch_batches",
@@ -28,7 +29,8 @@ __all__ = [
     "kept_images",
     "load_data",
     "load_split",
+    "look",
     "read_ahead",
-    "read_captions",
+    "recommended",
     "step_generator",
 ]

@@ -1,4 +1,4 @@
-"""Captions of the images of a folder, by the conventions that people have."""
+"""Captions of the images of a folder or an archive, by the conventions that people have."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from .files import Files
 
 METADATA = "metadata.jsonl"
 KEYS = ("text", "caption")
@@ -15,24 +18,25 @@ LISTED = 20
 """Names in an error, at most."""
 
 
-def read_captions(root: Path, paths: Sequence[Path]) -> list[tuple[str, ...]] | None:
-    """One or more captions of each of the image files `paths` below `root`, or None if there are none at all.
+def read_captions(below: Files, paths: Sequence[Path]) -> list[tuple[str, ...]] | None:
+    """One or more captions of each of the image files `paths`, or None if there are none at all.
 
     They stand in a `metadata.jsonl`, as Hugging Face's imagefolder has it, in the folder of the image or one above it
-    up to `root`: a line per image, with `file_name` relative to the file and `text` or `caption`, a string or several.
-    Or in a text file beside the image and named like it, a caption a line.
+    up to the root: a line per image, with `file_name` relative to the file and `text` or `caption`, a string or
+    several. Or in a text file beside the image and named like it, a caption a line.
 
     Raises:
         ValueError: naming what is not as it should be, an image without a caption among others that have one too.
     """
     files = [str(path) for path in paths]
     problems: list[str] = []
-    found = _from_metadata(_folders(root, files), set(files), problems)
-    beside = _beside(files)
+    root = "" if str(below.root) == "." else str(below.root)  # as the files' names begin
+    found = _from_metadata(below, _folders(root, files), set(files), problems)
+    beside = _beside(below, files)
     both = [file for file in files if file in found and file in beside]
     problems += [f"{file} has captions in {beside[file]} and in a {METADATA}" for file in both]
     with ThreadPoolExecutor() as pool:
-        texts = dict(zip(beside, pool.map(_from_text, beside.values()), strict=True))
+        texts = dict(zip(beside, pool.map(partial(_from_text, below), beside.values()), strict=True))
     problems += sorted({text for text in texts.values() if isinstance(text, str)})
     found |= texts
     if not found and not problems:
@@ -40,13 +44,13 @@ def read_captions(root: Path, paths: Sequence[Path]) -> list[tuple[str, ...]] | 
     problems = problems or [f"{file} has no caption, and others have one" for file in files if file not in found]
     if problems:
         listed = "\n".join(problems[:LISTED] + [f"and {len(problems) - LISTED} more"] * (len(problems) > LISTED))
-        raise ValueError(f"the captions below {root.resolve()} are not as they should be:\n{listed}")
+        raise ValueError(f"the captions below {below.root.resolve()} are not as they should be:\n{listed}")
     return [found[file] for file in files]
 
 
-def _folders(root: Path, files: Sequence[str]) -> list[str]:
+def _folders(root: str, files: Sequence[str]) -> list[str]:
     """Of the files, and those above up to `root`."""
-    folders: set[str] = {str(root)}
+    folders: set[str] = {root}
     for folder in {os.path.dirname(file) for file in files}:
         while folder not in folders:
             folders.add(folder)
@@ -54,9 +58,10 @@ def _folders(root: Path, files: Sequence[str]) -> list[str]:
     return sorted(folders)
 
 
-def _beside(files: Sequence[str]) -> dict[str, str]:
+def _beside(below: Files, files: Sequence[str]) -> dict[str, str]:
     """The text file beside each image file that has one."""
-    texts = {folder: set(os.listdir(folder)) for folder in {os.path.dirname(file) for file in files}}
+    one_of_each = {os.path.dirname(file): file for file in files}
+    texts = {folder: below.beside(file) for folder, file in one_of_each.items()}
     beside = {}
     for file in files:
         folder, name = os.path.split(file)
@@ -66,16 +71,19 @@ def _beside(files: Sequence[str]) -> dict[str, str]:
     return beside
 
 
-def _from_text(path: str) -> tuple[str, ...] | str:
+def _from_text(below: Files, path: str) -> tuple[str, ...] | str:
     """The captions in a text file, or what is wrong with it."""
-    text = _read(path)
+    text = _read(below, path)
     if isinstance(text, ValueError):
         return str(text)
     return tuple(line.strip() for line in text.split("\n") if line.strip()) or f"{path} holds no caption"
 
 
-def _read(path: str) -> str | ValueError:
-    content = Path(path).read_bytes()
+def _read(below: Files, path: str) -> str | ValueError:
+    try:
+        content = below.read(path)
+    except ValueError as error:
+        return error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -83,14 +91,16 @@ def _read(path: str) -> str | ValueError:
         return ValueError(f"{path}, line {line} is not UTF-8")
 
 
-def _from_metadata(folders: Sequence[str], files: set[str], problems: list[str]) -> dict[str, tuple[str, ...]]:
+def _from_metadata(
+    below: Files, folders: Sequence[str], files: set[str], problems: list[str]
+) -> dict[str, tuple[str, ...]]:
     """The captions in the metadata files of the folders, by image file; what is wrong with them joins `problems`."""
     found: dict[str, tuple[str, ...]] = {}
     places: dict[str, str] = {}
     for metadata in (os.path.join(folder, METADATA) for folder in folders):
-        if not os.path.isfile(metadata):
+        if not below.exists(metadata):
             continue
-        text = _read(metadata)
+        text = _read(below, metadata)
         if isinstance(text, ValueError):
             problems.append(str(text))
             continue
@@ -103,7 +113,7 @@ def _from_metadata(folders: Sequence[str], files: set[str], problems: list[str])
                 file = os.path.join(os.path.dirname(metadata), os.path.normpath(name))
                 if file in places:
                     raise ValueError(f"{name} has a line already, {places[file]}; several captions go into a list")
-                if file not in files and not os.path.exists(file):  # files of other kinds may be described too
+                if file not in files and not below.exists(file):  # files of other kinds may be described too
                     raise ValueError(f"there is no file {name}")
             except ValueError as error:
                 problems.append(f"{place}: {error}")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import logging
 import math
-import os
+import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar, get_args, get_type_hints
+from typing import BinaryIO, Literal, Protocol, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -23,8 +24,9 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from ..images import OVERSIZE, check_image, read_image
+from ..images import OVERSIZE, Header, read_header, read_image
 from .captions import read_captions
+from .files import ARCHIVES, Files, Member
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,9 @@ class DataConfig:
     """digits: scikit-learn's 1,797 embedded 8x8 digits, with a margin of one pixel. folder: image files below `root`.
     The others: torchvision's."""
     root: str = "data"
-    """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing."""
+    """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing. Of a
+    folder, one with image files, zip archives and tars (WebDataset's shards) below it, or such an archive itself:
+    archives are read where they are, without unpacking."""
     resolution: int | tuple[int, int] = 32
     """Side of the images in pixels, or [height, width]."""
     channels: Literal[1, 3] = 1
@@ -61,7 +65,8 @@ class DataConfig:
     bad_images.txt."""
     heldout_fraction: float = 0.1
     """Held out, at random but always the same, of sets without a test part. A folder has one when its images lie in
-    train/ and in one of test/, val/, valid/, validation/, heldout/."""
+    train/ and in one of test/, val/, valid/, validation/, heldout/, or in archives that are named so, with anything
+    but a letter after it: train-000.tar."""
     num_workers: int = 2
     """Processes that read images, for sets that are too large to be kept in memory."""
 
@@ -219,7 +224,9 @@ class ArrayImages:
 
 
 class FolderImages:
-    """Image files, read on demand as `config` says; of crops, `crops` has the number of each among its file's."""
+    """Image files, read on demand as `config` says; of crops, `crops` has the number of each among its file's. Of files
+    that lie in archives, `members` says where.
+    """
 
     def __init__(
         self,
@@ -230,9 +237,10 @@ class FolderImages:
         classes: tuple[str, ...] | None = None,
         captions: Captions | None = None,
         crops: Sequence[int] = (),
+        members: Mapping[str, Member] | None = None,
     ):
         self.paths, self.labels, self.config, self.errors = paths, labels, config, errors
-        self.classes, self.captions, self.crops = classes, captions, crops
+        self.classes, self.captions, self.crops, self.members = classes, captions, crops, members or {}
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -251,7 +259,30 @@ class FolderImages:
 
     def read(self, index: int) -> torch.Tensor:
         """uint8 pixels (C, H, W); ValueError naming the file that cannot be read."""
-        return _read(self.paths[index], self.config, self.crops[index : index + 1])[0]
+        return self.read_file(index, self.crops[index : index + 1])[0]
+
+    def read_file(self, index: int, crops: Sequence[int]) -> torch.Tensor:
+        """uint8 (B, C, H, W): the crops of these numbers of a file or, of a set without, the image, B = 1."""
+        member = self.members.get(str(self.paths[index]))
+        return _read(self.paths[index], self.config, crops, member and (lambda: io.BytesIO(member.read())))
+
+    def header(self, index: int) -> Header:
+        """Of the file of an image; ValueError naming it when its header tells that it cannot be read."""
+        member = self.members.get(str(self.paths[index]))
+        return read_header(self.paths[index], member and member.open)
+
+    def file_size(self, index: int) -> int:
+        """Bytes of the file of an image."""
+        member = self.members.get(str(self.paths[index]))
+        return self.paths[index].stat().st_size if member is None else member.size
+
+    def content(self, index: int) -> bytes:
+        """The bytes of the file of an image; ValueError naming it when it lies in an archive and is damaged there."""
+        member = self.members.get(str(self.paths[index]))
+        try:
+            return self.paths[index].read_bytes() if member is None else member.read()
+        except ValueError as error:
+            raise ValueError(f"cannot read the image {self.paths[index]}: {error}") from error
 
     def name(self, index: int) -> str:
         return _name(self.paths, self.crops, index)
@@ -259,7 +290,7 @@ class FolderImages:
     def fingerprint(self) -> str:
         """Of names below the root, sizes and crops: reading all files for it would take as long as an epoch."""
         digest = hashlib.sha256()
-        sizes = {path: path.stat().st_size for path in dict.fromkeys(self.paths)}
+        sizes = {path: self.file_size(index) for path, index in {path: i for i, path in enumerate(self.paths)}.items()}
         for index, path in enumerate(self.paths):
             digest.update(_below_root(path, self.config) + f"\0{sizes[path]}\0".encode())
             digest.update(f"crop {self.crops[index]}\0".encode() if self.crops else b"")
@@ -276,6 +307,7 @@ class FolderImages:
             self.classes,
             None if self.captions is None else [self.captions[index] for index in good],
             [self.crops[index] for index in good] if self.crops else (),
+            self.members,
         )
 
     def cropped(self) -> FolderImages:
@@ -293,6 +325,7 @@ class FolderImages:
             self.classes,
             None if self.captions is None else self.captions * count,
             np.repeat(np.arange(count), len(self)).tolist(),
+            self.members,
         )
 
 
@@ -332,7 +365,7 @@ def load_split(
     if split not in (None, "held-out", "training", "all"):
         raise ValueError(f"split must be held-out, training or all, got {split}")
     if split is None:
-        split = "all" if config.name == "folder" and not _is_split(_look_into(config)[2]) else default
+        split = "all" if config.name == "folder" and not _is_split(_look_into(config)[1]) else default
     train, heldout = load_data(config, progress, captions=captions)
     if split != "all":
         return (train if split == "training" else heldout), split
@@ -346,7 +379,7 @@ def load_split(
         "crops": [*train.crops, *heldout.crops],
     }
     if isinstance(train, FolderImages):
-        return FolderImages(config=config, **common), split
+        return FolderImages(config=config, members={**train.members, **heldout.members}, **common), split
     return ArrayImages(torch.cat([train.pixels, heldout.pixels]), **common), split
 
 
@@ -361,7 +394,7 @@ def first_images(image_set: ImageSet, count: int) -> ImageSet:
         "crops": image_set.crops[:count],
     }
     if isinstance(image_set, FolderImages):
-        return FolderImages(config=image_set.config, **first)
+        return FolderImages(config=image_set.config, members=image_set.members, **first)
     return ArrayImages(image_set.pixels[:count], **first)
 
 
@@ -373,7 +406,9 @@ def _below_root(path: Path, config: DataConfig) -> bytes:
     return path.relative_to(config.root).as_posix().encode(errors="surrogateescape")
 
 
-def _read(path: Path, config: DataConfig, crops: Sequence[int]) -> torch.Tensor:
+def _read(
+    path: Path, config: DataConfig, crops: Sequence[int], content: Callable[[], BinaryIO] | None = None
+) -> torch.Tensor:
     """uint8 (B, C, H, W), of a file the B crops with these numbers, or if `config` asks for none the image, B = 1."""
 
     def fit(pixels: torch.Tensor) -> torch.Tensor:
@@ -385,7 +420,8 @@ def _read(path: Path, config: DataConfig, crops: Sequence[int]) -> torch.Tensor:
         return torch.stack([_bring_to_size(_cut(pixels, config.size, place), config) for place in places])
 
     # crops are of the image at its own resolution
-    return read_image(path, config.channels, fit, None if config.crops else lambda *size: _scaled_size(*size, config))
+    scaled = None if config.crops else lambda *size: _scaled_size(*size, config)
+    return read_image(path, config.channels, fit, scaled, content)
 
 
 def _cut(pixels: torch.Tensor, size: tuple[int, int], place: np.ndarray) -> torch.Tensor:
@@ -530,43 +566,50 @@ def _download(download, folder: Path, files: list[str]) -> None:
 
 
 def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> tuple[ImageSet, ImageSet]:
-    root, visible, named = _look_into(config)
-    if _is_split(named):
-        folders = [root / "train", next(path for path in named if path.name != "train")]
-        parts = [_files_below(folder) for folder in folders]
-        labels, classes = _labelled(folders, parts)
-    else:
-        others = [path for path in visible if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES]
-        if named and len(others) > 1:
+    files, named, others = _look_into(config)
+    for part, group in named.items():
+        if len({path.is_dir() for path in group}) > 1:
+            listed = ", ".join(path.name for path in group[:5])
             raise ValueError(
-                f"it is not clear what to train on in {root.resolve()}: its images are either in train/ and one of "
-                f"{', '.join(name + '/' for name in HELDOUT_FOLDERS)}, or in none of these, got "
-                f"{', '.join(sorted(path.name for path in others)[:10])}. Point data.root inside or rename folders"
+                f"{part} is there as a folder and as archives in {files.root.resolve()}: {listed}. Move one elsewhere"
             )
-        folder = named[0] if named else root
-        paths = _files_below(folder)
-        (of_all,), classes = _labelled([folder], [paths])
-        indices = _heldout_indices(len(paths), config)
-        parts = [[paths[i] for i in part] for part in indices]
+    if _is_split(named):
+        groups = [named.pop("train"), *named.values()]
+        below = [[(path, folder) for folder in group for path in files.below(folder)] for group in groups]
+        parts = [_images(group, found) for group, found in zip(groups, below, strict=True)]
+        labels, classes = _labelled(files, parts)
+    else:
+        if named and (others or len(named) > 1):
+            names = sorted(path.name for path in [*others, *(path for group in named.values() for path in group)])
+            raise ValueError(
+                f"it is not clear what to train on in {files.root.resolve()}: its images are either in train/ and one "
+                f"of {', '.join(name + '/' for name in HELDOUT_FOLDERS)}, or in none of these, got "
+                f"{', '.join(names[:10])}. Point data.root inside or rename folders"
+            )
+        group = next(iter(named.values()), [files.root])
+        found = _images(group, [(path, folder) for folder in group for path in files.below(folder)])
+        (of_all,), classes = _labelled(files, [found])
+        indices = _heldout_indices(len(found), config)
+        parts = [[found[i] for i in part] for part in indices]
         labels = [None if of_all is None else of_all[torch.from_numpy(part)] for part in indices]
-    told = read_captions(root, [path for part in parts for path in part]) if captions else None
+    paths = [[path for path, _ in part] for part in parts]
+    told = read_captions(files, [path for part in paths for path in part]) if captions else None
     train, heldout = (
         FolderImages(
-            paths,
             own,
+            classed,
             config,
-            classes=None if own is None else classes,
-            captions=None if told is None else (told[: len(paths)] if paths is parts[0] else told[-len(paths) :]),
+            classes=None if classed is None else classes,
+            captions=None if told is None else (told[: len(own)] if own is paths[0] else told[-len(own) :]),
+            members={str(path): files.members[str(path)] for path in own if str(path) in files.members},
         )
-        for paths, own in zip(parts, labels, strict=True)
+        for own, classed in zip(paths, labels, strict=True)
     )
     count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels
     if (len(train) + len(heldout)) * count * size > memory_limit:
-        parts, _ = _scan([train, heldout], lambda part, at: check_image(part.paths[at]), "checking files", progress)
+        parts, _ = _scan([train, heldout], FolderImages.header, "checking files", progress)
         return parts[0].cropped(), parts[1].cropped()
-    parts, read = _scan(
-        [train, heldout], lambda part, at: _read(part.paths[at], config, range(count)), "reading images", progress
-    )
+    parts, read = _scan([train, heldout], lambda part, at: part.read_file(at, range(count)), "reading images", progress)
     return tuple(
         ArrayImages(
             torch.stack(pixels, 1).flatten(0, 1),  # the order of `cropped`
@@ -581,50 +624,73 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
     )
 
 
-def _look_into(config: DataConfig) -> tuple[Path, list[Path], list[Path]]:
-    """The root of a folder of images, what lies in it, and what of that is named as a part of a set."""
-    root = Path(config.root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"data.root must be a folder of images, got {root.resolve()}, which is not a folder")
-    visible = [path for path in root.iterdir() if not path.name.startswith(".")]
-    return root, visible, [path for path in visible if path.name in ("train", *HELDOUT_FOLDERS) and path.is_dir()]
-
-
-def _is_split(named: list[Path]) -> bool:
-    return len(named) == 2 and "train" in (path.name for path in named)
-
-
-def _files_below(folder: Path) -> list[Path]:
-    """Image files in a fixed random order. Hidden files and folders are left out; links are followed, but no folder is
-    read twice.
+def _look_into(config: DataConfig) -> tuple[Files, dict[str, list[Path]], list[Path]]:
+    """The files of a set, the folders and archives in its root that are named as a part, by part, and what else there
+    is with images.
     """
-    paths, read = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in read:
-            folders.clear()
-            continue
-        read.add(os.path.realpath(parent))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths += [Path(parent) / name for name in names if not name.startswith(".")]
-    paths = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise FileNotFoundError(f"no image below {folder.resolve()}: none of {', '.join(IMAGE_SUFFIXES)}")
-    return [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]
+    files = Files(Path(config.root))
+    named: dict[str, list[Path]] = {}
+    others = []
+    for path, is_folder in sorted(files.top().items()):
+        packed = path.suffix.lower() in ARCHIVES and path.is_file()  # archives within archives are not read
+        part = re.match("[a-z]*", path.name)[0] if packed else path.name
+        if (is_folder or packed) and part in ("train", *HELDOUT_FOLDERS):
+            named.setdefault(part, []).append(path)
+        elif is_folder or packed or path.suffix.lower() in IMAGE_SUFFIXES:
+            others.append(path)
+    return files, named, others
 
 
-def _labelled(folders: list[Path], parts: list[list[Path]]) -> tuple[list[torch.Tensor | None], tuple[str, ...] | None]:
-    """As labels the places of the subfolders of `folders` in which all files of a part lie, and the names of these when
-    there are two or more, the same in all parts; else None.
+def has_parts(config: DataConfig) -> bool:
+    """Whether the set has a part to train on and one that is held out, and need not be cut."""
+    if config.name == "folder":
+        return _is_split(_look_into(config)[1])
+    return config.name != "digits"
+
+
+def _is_split(named: Mapping[str, list[Path]]) -> bool:
+    return len(named) == 2 and "train" in named
+
+
+Found = list[tuple[Path, Path]]
+"""Files, each with the folder that it was looked for in."""
+
+
+def _images(folders: Sequence[Path], files: Found) -> Found:
+    """The image files among `files`, in a fixed random order."""
+    images = [(path, folder) for path, folder in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
+        where = ", ".join(str(folder.resolve()) for folder in folders[:3])
+        raise FileNotFoundError(f"no image below {where}: none of {', '.join(IMAGE_SUFFIXES)}")
+    return [images[i] for i in np.random.default_rng(0).permutation(len(images))]
+
+
+def _labelled(files: Files, parts: list[Found]) -> tuple[list[torch.Tensor | None], tuple[str, ...] | None]:
+    """As labels the places of the subfolders in which all files of a part lie, or of what their `.cls` files say, and
+    the names of these when there are two or more, the same in all parts; else None.
     """
-    names: list[list[str] | None] = []
-    for folder, paths in zip(folders, parts, strict=True):
-        own = [path.relative_to(folder).parts for path in paths]
-        names.append([place[0] for place in own] if all(len(place) > 1 for place in own) else None)
-    classes = sorted({name for own in names for name in own or ()})
-    if len(classes) < 2:
+    names = [_class_names(files, part) for part in parts]
+    known = {name for own in names for name in own or ()}
+    if len(known) < 2:
         return [None] * len(parts), None
+    numbers = all(name.isdecimal() for name in known) and not any(_in_subfolders(files, part) for part in parts)
+    classes = sorted(known, key=int if numbers else None)
     place_of = {name: place for place, name in enumerate(classes)}
     return [None if own is None else torch.tensor([place_of[name] for name in own]) for own in names], tuple(classes)
+
+
+def _in_subfolders(files: Files, part: Found) -> bool:
+    return all(len(files.place(path, folder)) > 1 for path, folder in part)
+
+
+def _class_names(files: Files, part: Found) -> list[str] | None:
+    """Of the subfolders, or in a `NAME.cls` beside each `NAME.png`, as WebDataset has it; None where some have none."""
+    if _in_subfolders(files, part):
+        return [files.place(path, folder)[0] for path, folder in part]
+    beside = [str(path.with_suffix(".cls")) for path, _ in part]
+    if not all(map(files.exists, beside)):
+        return None
+    return [files.read(path).decode(errors="replace").strip() for path in beside]
 
 
 def _scan(

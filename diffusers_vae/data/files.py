@@ -1,0 +1,251 @@
+"""The files of a data set by name, in folders and in archives."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+ARCHIVES = (".tar", ".zip")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst")
+LOCAL_HEADER = 30
+"""Bytes of a zip archive before the name of a file (PKWARE, APPNOTE.TXT, 4.3.7)."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in an archive, for any process and thread to read on its own."""
+
+    archive: str
+    offset: int
+    """Of the content in a tar, of the local header in a zip."""
+    stored: int
+    """Bytes of the content as it lies there."""
+    size: int
+    """Bytes of the content."""
+    crc: int | None = None
+    """CRC-32 of the content, in a zip."""
+    deflated: bool = False
+
+    def open(self) -> BinaryIO:
+        """The content, of which no more is read than is asked for, unless it is compressed; nothing is checked."""
+        return io.BytesIO(self.read()) if self.deflated else io.BufferedReader(_Part(self))
+
+    def read(self) -> bytes:
+        """The content; ValueError when it is damaged."""
+        with _Part(self) as part:
+            part.file.seek(part.start)
+            content = part.file.read(part.length)
+        if self.deflated:
+            try:
+                content = zlib.decompress(content, -zlib.MAX_WBITS)
+            except zlib.error as error:
+                raise ValueError(f"it is damaged in the archive: {error}") from error
+        if len(content) != self.size or (self.crc is not None and zlib.crc32(content) != self.crc):
+            raise ValueError("it is damaged in the archive")
+        return content
+
+
+class _Part(io.RawIOBase):
+    """The bytes of a member as they lie in its archive."""
+
+    def __init__(self, member: Member):
+        self.file = open(member.archive, "rb", buffering=0)  # noqa: SIM115, closed with this
+        self.start, self.length, self.at = member.offset, member.stored, 0
+        if member.crc is not None:  # what follows the name may be longer here than in the directory
+            self.file.seek(member.offset)
+            header = self.file.read(LOCAL_HEADER)
+            self.start += LOCAL_HEADER + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence])
+        return self.at
+
+    def readinto(self, buffer: memoryview) -> int:
+        self.file.seek(self.start + self.at)
+        count = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.at)])
+        self.at += count
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+class Files:
+    """The files below `root`, a folder or an archive; those in an archive stand below it as below a folder.
+
+    Hidden files and folders are left out. Links are followed, but below one folder none is read twice. Archives are
+    listed when they are met, and not unpacked.
+
+    Raises:
+        FileNotFoundError: when `root` is neither a folder nor an archive.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.members: dict[str, Member] = {}
+        self.archives: dict[str, list[str]] = {}
+        if root.is_file() and root.suffix.lower() in ARCHIVES:
+            self._list(str(root))
+        elif not root.is_dir():
+            _refuse_compressed(root.name)
+            raise FileNotFoundError(
+                f"data.root must be a folder of images or an archive of them ({', '.join(ARCHIVES)}), got "
+                f"{root.resolve()}, which is {'neither' if root.exists() else 'not there'}"
+            )
+
+    def top(self) -> dict[Path, bool]:
+        """What lies in the root, and whether it is a folder there."""
+        if str(self.root) not in self.archives:
+            return {path: path.is_dir() for path in self.root.iterdir() if not path.name.startswith(".")}
+        found: dict[Path, bool] = {}
+        for path in map(Path, self.archives[str(self.root)]):
+            first, *rest = path.relative_to(self.root).parts
+            found[self.root / first] = found.get(self.root / first, False) or bool(rest)
+        return found
+
+    def below(self, folder: Path) -> list[Path]:
+        """All files below a folder, or in an archive or a folder of it, sorted.
+
+        Raises:
+            ValueError: naming an archive that cannot be read, or holds what also lies beside it.
+        """
+        if str(self.root) in self.archives:
+            inside = "" if folder == self.root else f"{folder}{os.sep}"
+            return sorted(Path(path) for path in self.archives[str(self.root)] if path.startswith(inside))
+        if folder.is_file():
+            return sorted(map(Path, self._list(str(folder))))
+        paths, read = [], set()
+        for parent, folders, names in os.walk(folder, followlinks=True):
+            if os.path.realpath(parent) in read:
+                folders.clear()
+                continue
+            read.add(os.path.realpath(parent))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
+                _refuse_compressed(path)
+                packed = path.lower().endswith(ARCHIVES) and os.path.exists(path)
+                paths += self._list(path) if packed else [path]
+        found = sorted(map(Path, paths))
+        unpacked = {self.place(path, folder): path for path in found if str(path) not in self.members}
+        for path in found:
+            twin = unpacked.get(self.place(path, folder), path)
+            if twin != path:
+                raise ValueError(
+                    f"{self.members[str(path)].archive} holds a file that also lies unpacked beside it, {twin}: its "
+                    "images would be there twice. Move one of the two elsewhere"
+                )
+        return found
+
+    def place(self, path: Path, folder: Path) -> tuple[str, ...]:
+        """The names on the way from the folder to a file below it, without that of an archive on it."""
+        member = self.members.get(str(path))
+        if member is None or not Path(member.archive).is_relative_to(folder) or Path(member.archive) == folder:
+            return path.relative_to(folder).parts
+        archive = Path(member.archive)
+        return archive.parent.relative_to(folder).parts + path.relative_to(archive).parts
+
+    def read(self, path: str) -> bytes:
+        """The content of a file; ValueError naming it when it lies in an archive and is damaged there."""
+        member = self.members.get(path)
+        try:
+            return Path(path).read_bytes() if member is None else member.read()
+        except ValueError as error:
+            raise ValueError(f"cannot read {path}: {error}") from error
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file."""
+        return path in self.members or os.path.isfile(path)
+
+    def beside(self, path: str) -> set[str]:
+        """The names of the files in the folder of a file, which may lie in an archive."""
+        folder = os.path.dirname(path)
+        return self._names[folder] if path in self.members else set(os.listdir(folder or "."))
+
+    @cached_property
+    def _names(self) -> dict[str, set[str]]:
+        """Of the files in archives, by folder."""
+        names: dict[str, set[str]] = {}
+        for path in self.members:
+            names.setdefault(os.path.dirname(path), set()).add(os.path.basename(path))
+        return names
+
+    def _list(self, archive: str) -> list[str]:
+        """The files in an archive, which join the members."""
+        archive = str(Path(archive))  # as the paths below it will be
+        if archive not in self.archives:
+            found = _members(archive)
+            self.archives[archive] = list(found)
+            self.members |= found
+        return self.archives[archive]
+
+
+def _refuse_compressed(path: str) -> None:
+    if path.lower().endswith(COMPRESSED):
+        raise ValueError(
+            f"a compressed tar cannot be read at any place: pack the images of {path} in a .tar without compression, "
+            "or move it elsewhere"
+        )
+
+
+def _members(archive: str) -> dict[str, Member]:
+    """By the paths that they would have if the archive was a folder; ValueError naming it when it is damaged."""
+    listed: dict[str, Member] = {}
+    try:
+        end = os.path.getsize(archive)
+        if archive.lower().endswith(".zip"):
+            with zipfile.ZipFile(archive) as opened:
+                for entry in opened.infolist():
+                    if entry.is_dir():
+                        continue
+                    if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                        raise ValueError(f"{entry.filename} is encrypted or packed otherwise than by deflate")
+                    name = entry.filename if "/" in entry.filename else entry.filename.replace("\\", "/")
+                    listed[name] = Member(
+                        archive,
+                        entry.header_offset,
+                        entry.compress_size,
+                        entry.file_size,
+                        entry.CRC,
+                        entry.compress_type == zipfile.ZIP_DEFLATED,
+                    )
+        else:
+            with tarfile.open(archive, "r:") as opened:
+                for entry in opened:
+                    if entry.islnk() or entry.issym():
+                        raise ValueError(f"{entry.name} is a link; pack it with --dereference --hard-dereference")
+                    if not entry.isreg():
+                        continue
+                    if entry.issparse():
+                        raise ValueError(f"{entry.name} has holes; pack it without --sparse")
+                    if entry.offset_data + entry.size > end:
+                        raise ValueError(f"it ends within {entry.name}")
+                    listed[entry.name] = Member(archive, entry.offset_data, entry.size, entry.size)
+                opened.fileobj.seek(opened.offset)
+                if any(opened.fileobj.read(tarfile.BLOCKSIZE) or b"cut"):  # tarfile takes any end for one
+                    raise ValueError("it has no end, as if it was cut short; pack it again")
+                if any(opened.fileobj.read(2**20)):
+                    raise ValueError("it goes on after its end, as tars do that were put together; pack it again")
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, OSError, ValueError) as error:
+        raise ValueError(f"cannot read the archive {archive}: {error}") from error
+    files = {}
+    for name, member in listed.items():
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        if ".." in parts:
+            raise ValueError(f"cannot read the archive {archive}: {name} would lie outside of it")
+        if not any(part.startswith((".", "__MACOSX")) for part in parts):
+            files[os.path.join(archive, *parts)] = member
+    return files

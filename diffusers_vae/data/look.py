@@ -1,0 +1,190 @@
+"""What is in a set of images, before a model is trained on it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from tqdm import tqdm
+
+from ..images import Header, to_uint8
+from .order import image_batches
+from .sources import DataConfig, FolderImages, ImageSet, has_parts, load_data
+
+GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
+NEARLY_CONSTANT = 2 / 255
+"""Std of the values of an image in [0, 1] up to which there is hardly anything to see in it."""
+SHOWN = 64
+"""Images on a contact sheet."""
+
+
+@dataclass(frozen=True)
+class FileFigures:
+    """What the files of a set are."""
+
+    formats: dict[str, int]
+    """Files of each, most first."""
+    modes: dict[str, int]
+    """Files of each mode of Pillow's, most first: L is 8-bit grey, RGB, RGBA, P a palette, I;16 16-bit grey."""
+    sizes: dict[str, int]
+    """Files of each HEIGHTxWIDTH, most first."""
+    sides: tuple[int, int, int]
+    """Least, median and largest of the shorter sides."""
+    duplicates: tuple[tuple[str, ...], ...]
+    """Groups of files with the same bytes."""
+    leaks: int
+    """Held-out files that are to train on, too."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What there is in a set of images."""
+
+    parts: dict[str, int]
+    """Images in each, without those whose headers tell that they cannot be read."""
+    split: bool
+    """Whether these parts are the set's own."""
+    classes: dict[str, int]
+    """Images of each class."""
+    captions: str
+    """yes, none, or what is wrong with them."""
+    unreadable: tuple[str, ...]
+    """Why files cannot be read, with their names."""
+    measured: int
+    """Training images, brought to the resolution asked for, of which the rest is."""
+    mean: tuple[float, ...]
+    """Of each channel, of values in [0, 1]."""
+    std: tuple[float, ...]
+    constant: tuple[str, ...]
+    """Images in which hardly anything is to be seen."""
+    shown: torch.Tensor
+    """The first of them, uint8 (B, C, H, W)."""
+    files: FileFigures | None
+    """None for sets that are no files of images."""
+
+
+def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
+    """What there is in the set that `config` says, whatever it says of crops and bad images.
+
+    Of a folder, the headers of all files are read, and files of one size in bytes are compared. Pixels are read of at
+    most `max_images` training images, a fair sample.
+
+    Raises:
+        FileNotFoundError: when there is no such set.
+        ValueError: when nothing in it can be read, or captions are not as they should be.
+    """
+    config = replace(config, on_bad_image="skip", crops=None)
+    train, heldout = load_data(config, memory_limit=0)
+    captions = "none"
+    if config.name == "folder":
+        try:
+            captions = "none" if load_data(config, memory_limit=0, captions=True)[0].captions is None else "yes"
+        except ValueError as error:
+            captions = str(error)
+    count = min(max_images, len(train))
+    sums, squares = torch.zeros(2, config.channels, dtype=torch.float64)
+    shown, constant, measured = [], [], 0
+    with tqdm(total=count, desc="reading images", unit="img", disable=not progress, leave=False) as bar:
+        for _, indices, images in image_batches(train, 64, count, torch.device("cpu")):
+            values = (images.double() + 1) / 2
+            sums, squares = sums + values.mean((2, 3)).sum(0), squares + (values**2).mean((2, 3)).sum(0)
+            flat = values.flatten(1).std(1, correction=0) <= NEARLY_CONSTANT
+            constant += [train.name(index) for index, is_flat in zip(indices, flat.tolist(), strict=True) if is_flat]
+            shown += [to_uint8(images)] if len(shown) * 64 < SHOWN else []
+            measured += len(indices)
+            bar.update(min(64, count - bar.n))
+    if not measured:
+        raise ValueError(f"none of {count} training images can be read: {train.errors[0]}")
+    mean = sums / measured
+    parts, bad = {"training": train, "held-out": heldout}, [*train.errors, *heldout.errors]
+    files = _files(parts, bad, progress) if isinstance(train, FolderImages) else None
+    return Look(
+        parts={name: len(part) for name, part in parts.items()},
+        split=has_parts(config),
+        classes=_classes(parts.values()),
+        captions=captions,
+        unreadable=tuple(dict.fromkeys(bad)),
+        measured=measured,
+        mean=tuple(mean.tolist()),
+        std=tuple((squares / measured - mean**2).clamp(min=0).sqrt().tolist()),
+        constant=tuple(constant),
+        shown=torch.cat(shown)[:SHOWN],
+        files=files,
+    )
+
+
+def _classes(parts: Sequence[ImageSet]) -> dict[str, int]:
+    labelled = [part for part in parts if part.labels is not None]
+    counts = Counter(label for part in labelled for label in part.labels.tolist())
+    return {name: counts[label] for part in labelled[:1] for label, name in enumerate(part.classes)}
+
+
+def _files(parts: Mapping[str, FolderImages], bad: list[str], progress: bool) -> FileFigures:
+    """What cannot be read joins `bad`."""
+    places = [(name, part, index) for name, part in parts.items() for index in range(len(part))]
+    with ThreadPoolExecutor() as pool:
+        read = pool.map(lambda place: place[1].header(place[2]), places)
+        headers: list[Header] = list(tqdm(read, "headers", len(places), unit="img", disable=not progress, leave=False))
+        of_size = defaultdict(list)
+        for name, part, index in places:
+            of_size[part.file_size(index)].append((name, part, index))
+        alike = [place for group in of_size.values() if len(group) > 1 for place in group]
+        hashed = pool.map(lambda place: _digest(*place[1:]), alike)
+        groups = defaultdict(list)
+        for (name, part, index), digest in zip(
+            alike, tqdm(hashed, "duplicates", len(alike), unit="img", disable=not progress, leave=False), strict=True
+        ):
+            if isinstance(digest, ValueError):
+                bad.append(str(digest))
+            else:
+                groups[digest].append((name, part.name(index)))
+    same = [group for group in groups.values() if len(group) > 1]
+    sides = sorted(min(header.height, header.width) for header in headers)
+
+    def counted(values: Sequence[str]) -> dict[str, int]:
+        return dict(Counter(values).most_common())
+
+    return FileFigures(
+        formats=counted([header.format for header in headers]),
+        modes=counted([header.mode for header in headers]),
+        sizes=counted([f"{header.height}x{header.width}" for header in headers]),
+        sides=(sides[0], sides[len(sides) // 2], sides[-1]),
+        duplicates=tuple(sorted(tuple(sorted(file for _, file in group)) for group in same)),
+        leaks=sum(len([name for name, _ in group if name == "held-out"]) for group in same if len({*dict(group)}) > 1),
+    )
+
+
+def _digest(part: FolderImages, index: int) -> bytes | ValueError:
+    """Of the file of an image."""
+    try:
+        return hashlib.sha256(part.content(index)).digest()
+    except ValueError as error:
+        return error
+
+
+def recommended(found: Look, config: DataConfig) -> tuple[str, dict[str, str]]:
+    """The preset to begin with, and the settings to give with it; of a folder, what `config` asks for otherwise than by
+    default stays.
+    """
+    settings = {"data.name": config.name, "data.root": config.root}
+    if config.name == "cifar10":
+        return "rgb-small", settings | {"data.resolution": "32", "data.crops": "null"}
+    if not found.files:
+        return ("digits", {}) if config.name == "digits" else ("mnist-vae", settings)
+    side, grey = found.files.sides[1], set(found.files.modes) <= set(GREY)
+    settings["data.channels"] = "1" if grey else "3"
+    if found.unreadable:
+        settings["data.on_bad_image"] = "skip"
+    asked = {name: getattr(config, name) for name in ("resolution", "fit", "heldout_fraction")}
+    kept = {f"data.{name}": str(value) for name, value in asked.items() if value != getattr(DataConfig(), name)}
+    if side >= 128 and "data.fit" not in kept and not grey:
+        settings["data.crops"] = str(min(100, math.ceil(20_000 / found.parts["training"])))
+        return "rgb-small", settings | kept
+    settings |= {"data.resolution": "32" if side < 64 else "64", "data.fit": "pad" if side < 32 else "crop"}
+    settings |= kept | {"run.epochs": str(math.ceil(40_000 / found.parts["training"]))}
+    return ("mnist-vae", settings) if grey else ("rgb-small", settings | {"data.crops": "null"})

@@ -1,0 +1,133 @@
+"""What a look at a data set tells is so."""
+
+import io
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_vae import cli
+from diffusers_vae.config import TRAININGS, parse_settings
+from diffusers_vae.data import DataConfig, load_data, look, recommended
+
+CONFIGS = Path(__file__).parents[1] / "training" / "configs"
+
+
+@pytest.fixture
+def folder(cifar_folder, shared_data, tmp_path):
+    """Cats and ships to train on, a ship and one of the cats held out, and what is wrong with sets."""
+    root = tmp_path / "set"
+    for part, name, count in (("train", "cat", 16), ("train", "ship", 8), ("val", "ship", 1)):
+        (root / part / name).mkdir(parents=True)
+        images = sorted((cifar_folder / "test" / name).iterdir())
+        for path in images[:count] if part == "train" else images[-count:]:
+            shutil.copyfile(path, root / part / name / path.name)
+    (root / "val" / "cat").mkdir()
+    cat = sorted((root / "train" / "cat").iterdir())[3]
+    shutil.copyfile(cat, root / "val" / "cat" / "again.png")
+    Image.new("L", (40, 20), 90).save(root / "train" / "ship" / "flat.png")
+    for name in ("truncated_jpeg.jpg", "zero_width.gif"):
+        shutil.copyfile(shared_data / "awkward" / name, root / "train" / "cat" / name)
+    shutil.copyfile(shared_data / "awkward" / "orientation_rectangle.jpg", root / "train" / "cat" / "turned.jpg")
+    return root
+
+
+def config(root, **settings):
+    return DataConfig(name="folder", root=str(root), **({"channels": 3, "resolution": 32} | settings))
+
+
+class TestFolder:
+    def test_counts_sizes_and_kinds(self, folder):
+        found = look(config(folder), 100)
+        assert found.parts == {"training": 27, "held-out": 2} and found.split and found.captions == "none"
+        assert found.classes == {"cat": 19, "ship": 10}
+        with Image.open(folder / "train" / "cat" / "turned.jpg") as turned:
+            width, height = turned.size
+        sizes = found.files.sizes
+        assert sizes.pop("32x32") == 26 and sizes.pop("20x40") == 1 and sizes.pop(f"{width}x{height}") == 1
+        assert found.files.formats == {"PNG": 27, "JPEG": 2} and found.files.modes["L"] == 1
+
+    def test_damage_duplicates_and_emptiness(self, folder):
+        found = look(config(folder), 100)
+        assert len(found.unreadable) == 2 and all("train/cat/" in text for text in found.unreadable)
+        ((first, second),) = found.files.duplicates
+        assert first.endswith(".png") and second.endswith("val/cat/again.png") and found.files.leaks == 1
+        assert [name.rpartition("/")[2] for name in found.constant] == ["flat.png"]
+
+    def test_statistics_are_those_of_the_pixels(self, folder):
+        train, _ = load_data(config(folder, on_bad_image="skip"))
+        found = look(config(folder), 100)
+        values = train.pixels.double().transpose(0, 1).flatten(1) / 255
+        assert found.measured == len(train) == 26
+        torch.testing.assert_close(torch.tensor(found.mean, dtype=torch.float64), values.mean(1))
+        torch.testing.assert_close(torch.tensor(found.std, dtype=torch.float64), values.std(1, correction=0))
+        assert torch.equal(found.shown, train.pixels)
+        assert look(config(folder), 5).measured <= 5
+
+    def test_damage_in_an_archive_and_in_captions(self, folder, tmp_path):
+        archive = tmp_path / "set.zip"
+        with zipfile.ZipFile(archive, "w") as opened:
+            for number in range(6):
+                buffer = io.BytesIO()
+                Image.effect_noise((40, 40), 90).convert("RGB").save(buffer, "BMP")
+                opened.writestr(f"{number}.bmp", buffer.getvalue())
+            opened.writestr("3.txt", "a caption")
+        data = bytearray(archive.read_bytes())
+        with zipfile.ZipFile(archive) as opened:
+            data[opened.getinfo("2.bmp").header_offset + 2000] ^= 1
+        archive.write_bytes(data)
+        found = look(config(archive), 100)
+        assert [text for text in found.unreadable if "2.bmp" in text] and "has no caption" in found.captions
+
+    def test_without_parts_or_damage(self, cifar_folder):
+        found = look(config(cifar_folder / "test" / "ship"), 10)
+        assert not found.split and not found.classes and not found.unreadable and not found.files.duplicates
+
+    def test_nothing_can_be_read(self, folder, tmp_path):
+        (tmp_path / "bad").mkdir()
+        for number in range(4):
+            shutil.copyfile(folder / "train" / "cat" / "truncated_jpeg.jpg", tmp_path / "bad" / f"{number}.jpg")
+        with pytest.raises(ValueError, match="none of 3 training images can be read: cannot read the image"):
+            look(config(tmp_path / "bad"), 10)
+
+
+class TestRecommended:
+    @pytest.mark.parametrize("kind", ["small", "grey", "photographs", "digits", "mnist"])
+    def test_is_a_command_that_is_taken(self, kind, folder, shared_data, mnist_root):
+        if kind == "grey":
+            shutil.rmtree(folder)
+            folder.mkdir()
+            for side in (24, 28, 26):
+                Image.effect_noise((side, side), 50).save(folder / f"{side}.png")
+        if kind == "photographs":
+            folder = shared_data / "kodak"
+        data = config(folder, heldout_fraction=0.3)
+        if kind in ("digits", "mnist"):
+            data = DataConfig(name=kind, root=str(mnist_root))
+        preset, settings = recommended(look(data, 8), data)
+        flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
+        parsed = parse_settings(TRAININGS["train"], ["--config", str(CONFIGS / f"{preset}.yaml"), *flags])[0]
+        expected = {"small": (32, 3, "rgb-small"), "grey": (32, 1, "mnist-vae"), "photographs": (64, 3, "rgb-small")}
+        expected |= {"digits": (32, 1, "digits"), "mnist": (32, 1, "mnist-vae")}
+        assert (parsed.data.resolution, parsed.data.channels, preset) == expected[kind]
+        assert parsed.data.on_bad_image == ("skip" if kind == "small" else "stop")
+        assert (parsed.data.crops is not None) == (kind == "photographs")
+        assert parsed.data.fit == ("pad" if kind in ("mnist", "grey") else "crop")
+        assert parsed.data.heldout_fraction == (0.1 if kind in ("digits", "mnist") else 0.3)
+
+
+def test_command(folder, tmp_path, capsys):
+    picture = tmp_path / "new" / "sheet.png"
+    assert cli.main(["data", str(folder), "--data.channels", "3", "--out", str(picture)]) == 0
+    told = capsys.readouterr().out
+    assert "27 training, 2 held-out (the set's own parts)" in told and "again.png" in told
+    assert f"--data.root {folder} --data.channels 3 --data.on_bad_image skip" in told
+    with Image.open(picture) as sheet:
+        assert sheet.width > 16 * 32
+    assert cli.main(["data", str(folder), "--out", str(folder / "sheet.png")]) == 1
+    assert "would be an image of the set" in capsys.readouterr().err
+    assert cli.main(["data", str(tmp_path / "nowhere")]) == 1
+    assert "which is not there" in capsys.readouterr().err
