@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for root in (settings.folder, *settings.packed):
         config = DataConfig(name="folder", root=str(root), resolution=settings.resolution, channels=3)
         parts = load_data(config, memory_limit=0)  # so that they are read on demand
-        members = parts[0].members
+        members = {**parts[0].members, **parts[1].members}
         images = FolderImages([path for part in parts for path in part.paths], None, config, members=members)
         sets[root.name if members else "diffusers_vae"] = images
         for index in range(len(images)):

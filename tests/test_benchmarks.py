@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ def load_script(name):
 
 
 script, stock_loop = load_script("judge_text_to_image"), load_script("stock_loop")
-startup = load_script("startup")
+startup, reading = load_script("startup"), load_script("reading")
 latent_cache = load_script("latent_cache")
 
 
@@ -283,3 +285,15 @@ class TestLatentCache:
     def test_several_processes(self, tmp_path):
         found = self.call(tmp_path, "--processes", "2", "--shard_images", "6", "--rounds", "1")
         assert list(found["images per second"]) == ["1 process", "2 processes"]
+
+
+@pytest.mark.slow
+def test_reading_of_a_folder_and_its_archive(cifar_folder, tmp_path, capsys):
+    folder, archive = tmp_path / "images", tmp_path / "images.zip"
+    shutil.copytree(cifar_folder / "test" / "ship", folder)
+    with zipfile.ZipFile(archive, "w") as opened:
+        for path in folder.iterdir():
+            opened.write(path, path.name)
+    reading.main([str(folder), "--packed", str(archive), "--resolution", "16", "--workers", "0", "--rounds", "1"])
+    told = capsys.readouterr().out
+    assert "106 files to 16x16" in told and "images.zip" in told
