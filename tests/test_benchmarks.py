@@ -291,7 +291,7 @@ class TestLatentCache:
 def test_reading_of_a_folder_and_its_archive(cifar_folder, tmp_path, capsys):
     folder, archive = tmp_path / "images", tmp_path / "images.zip"
     shutil.copytree(cifar_folder / "test" / "ship", folder)
-    with zipfile.ZipFile(archive, "w") as opened:
+    with zipfile.ZipFile(archive, "w", strict_timestamps=False) as opened:
         for path in folder.iterdir():
             opened.write(path, path.name)
     reading.main([str(folder), "--packed", str(archive), "--resolution", "16", "--workers", "0", "--rounds", "1"])
