@@ -40,6 +40,7 @@ class TestPrecision:
     def test_other_devices_stay_exact(self):
         assert fast_dtype(torch.device("meta")) == torch.float32
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("model", "batch_size", "expected"), [(TINY_VAE, 16, FAST), (TINY_MLP, 255, "no"), (TINY_MLP, 256, FAST)]
     )
@@ -58,6 +59,7 @@ class TestPrecision:
         assert not whole.gains_by_bfloat16(cpu)
         assert AutoencoderTask(tiny(tmp_path, TINY_VAE)).gains_by_bfloat16(cpu)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("asked", ["bf16", "no"])
     def test_what_is_asked_for_comes_first(self, asked, tmp_path):
         train(tiny(tmp_path / "run", TINY_VAE, max_images=30, mixed_precision=asked))
@@ -68,6 +70,7 @@ class TestPrecision:
         train(tiny(tmp_path / "run", max_images=30, mixed_precision=None))
         assert run_settings(tmp_path / "run")["mixed_precision"] == "bf16"
 
+    @pytest.mark.slow
     def test_a_run_keeps_its_own(self, tmp_path):
         begun = "no" if FAST == "bf16" else "bf16"
         config = tiny(tmp_path / "run", TINY_VAE, max_images=60, checkpoint_every=30, mixed_precision=begun)
@@ -118,6 +121,7 @@ class _Questions(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
+@pytest.mark.slow
 class TestNoWaiting:
     @pytest.mark.parametrize("model", [TINY_VAE, TINY_MLP])
     @pytest.mark.parametrize("scale", [0.5, "learned"])
@@ -139,6 +143,7 @@ class TestNoWaiting:
         assert (tmp_path / "run" / "nonfinite" / "step-000000002-process-0.safetensors").exists()
 
 
+@pytest.mark.slow
 class TestMemory:
     @pytest.mark.parametrize("other", [{"gradient_checkpointing": True}, {"device_batch_size": "auto"}])
     def test_what_saves_it_leaves_no_trace_in_the_weights(self, other, tmp_path):
