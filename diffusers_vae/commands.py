@@ -133,9 +133,7 @@ def run_data(arguments: Sequence[str]) -> int:
     parser.add_class_arguments(DataConfig, "data", skip={"crops", "on_bad_image", "num_workers"})
     parsed = _parse(parser, arguments)
     parsed = _parse(parser, [*arguments, *_data_flags(parsed.images)])
-    path = Path(parsed.out)
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"--out must be a picture, {', '.join(IMAGE_SUFFIXES)}, got {path}")
+    path = _picture(parsed)
     root = Path(parsed.data.root).resolve()
     if parsed.data.name == "folder" and path.resolve().is_relative_to(root):
         raise ValueError(f"--out would be an image of the set; give it another place than {root}")
@@ -389,9 +387,7 @@ def run_sample(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="Of the draws.")
     parser.add_argument("--out", type=str, default="samples.png", help="The picture.")
     parsed = _parse(parser, arguments)
-    path = Path(parsed.out)
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"--out must be a picture, {', '.join(IMAGE_SUFFIXES)}, got {path}")
+    path = _picture(parsed)
     path.parent.mkdir(parents=True, exist_ok=True)
     model = _load(parsed, parsed.model)
     sample_picture(model, _latent_shape(model), 16, parsed.seed, parsed.count).save(path)
@@ -585,6 +581,14 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         return parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
+
+
+def _picture(parsed: Namespace) -> Path:
+    """Where --out says that a picture goes."""
+    path = Path(parsed.out)
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"--out must be a picture, {', '.join(IMAGE_SUFFIXES)}, got {path}")
+    return path
 
 
 def _add_source(parser: ArgumentParser) -> None:

@@ -305,7 +305,7 @@ def _encode_shards(
         for number in own:
             path = _shard(folder, number)
             yield from _encode_shard(vae, image_set, images[number], path, cache, batch_size, at_once)
-            found[number] = _whole(_shard(folder, number), cache)
+            found[number] = _whole(path, cache)
             assert found[number] is not None
 
     steps = max((sum(batches[number] for number in missing[k::processes]) for k in range(processes)), default=0)

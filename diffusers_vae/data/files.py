@@ -128,7 +128,7 @@ class Files:
             return sorted(Path(path) for path in self.archives[str(self.root)] if path.startswith(inside))
         if folder.is_file():
             return sorted(map(Path, self._list(str(folder))))
-        paths, read = [], set()
+        paths, packed, read = [], [], set()
         for parent, folders, names in os.walk(folder, followlinks=True):
             if os.path.realpath(parent) in read:
                 folders.clear()
@@ -137,25 +137,25 @@ class Files:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
                 _refuse_compressed(path)
-                packed = path.lower().endswith(ARCHIVES) and os.path.exists(path)
-                paths += self._list(path) if packed else [path]
-        found = sorted(map(Path, paths))
-        unpacked = {self.place(path, folder): path for path in found if str(path) not in self.members}
-        for path in found:
-            twin = unpacked.get(self.place(path, folder), path)
-            if twin != path:
+                if path.lower().endswith(ARCHIVES) and os.path.exists(path):
+                    packed += self._list(path)
+                else:
+                    paths.append(path)
+        unpacked = {Path(path).relative_to(folder).parts: path for path in paths} if packed else {}
+        for path in packed:
+            if twin := unpacked.get(self.place(Path(path), folder)):
                 raise ValueError(
-                    f"{self.members[str(path)].archive} holds a file that also lies unpacked beside it, {twin}: its "
-                    "images would be there twice. Move one of the two elsewhere"
+                    f"{self.members[path].archive} holds a file that also lies unpacked beside it, {twin}: its images "
+                    "would be there twice. Move one of the two elsewhere"
                 )
-        return found
+        return sorted(map(Path, paths + packed))
 
     def place(self, path: Path, folder: Path) -> tuple[str, ...]:
         """The names on the way from the folder to a file below it, without that of an archive on it."""
         member = self.members.get(str(path))
-        if member is None or not Path(member.archive).is_relative_to(folder) or Path(member.archive) == folder:
+        archive = member and Path(member.archive)
+        if archive is None or archive == folder or not archive.is_relative_to(folder):
             return path.relative_to(folder).parts
-        archive = Path(member.archive)
         return archive.parent.relative_to(folder).parts + path.relative_to(archive).parts
 
     def read(self, path: str) -> bytes:

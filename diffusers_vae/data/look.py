@@ -20,7 +20,7 @@ GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
 NEARLY_CONSTANT = 2 / 255
 """Std of the values of an image in [0, 1] up to which there is hardly anything to see in it."""
 SHOWN = 64
-"""Images on a contact sheet."""
+"""Images on a contact sheet, and read at a time."""
 
 
 @dataclass(frozen=True)
@@ -76,28 +76,27 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
 
     Raises:
         FileNotFoundError: when there is no such set.
-        ValueError: when nothing in it can be read, or captions are not as they should be.
+        ValueError: when nothing in it can be read.
     """
     config = replace(config, on_bad_image="skip", crops=None)
-    train, heldout = load_data(config, memory_limit=0)
-    captions = "none"
-    if config.name == "folder":
-        try:
-            captions = "none" if load_data(config, memory_limit=0, captions=True)[0].captions is None else "yes"
-        except ValueError as error:
-            captions = str(error)
+    try:
+        train, heldout = load_data(config, memory_limit=0, captions=True)
+        captions = "none" if train.captions is None else "yes"
+    except ValueError as error:
+        train, heldout = load_data(config, memory_limit=0)  # and so it was about the captions
+        captions = str(error)
     count = min(max_images, len(train))
     sums, squares = torch.zeros(2, config.channels, dtype=torch.float64)
-    shown, constant, measured = [], [], 0
+    shown, constant, measured = None, [], 0
     with tqdm(total=count, desc="reading images", unit="img", disable=not progress, leave=False) as bar:
-        for _, indices, images in image_batches(train, 64, count, torch.device("cpu")):
+        for _, indices, images in image_batches(train, SHOWN, count, torch.device("cpu")):
             values = (images.double() + 1) / 2
             sums, squares = sums + values.mean((2, 3)).sum(0), squares + (values**2).mean((2, 3)).sum(0)
             flat = values.flatten(1).std(1, correction=0) <= NEARLY_CONSTANT
             constant += [train.name(index) for index, is_flat in zip(indices, flat.tolist(), strict=True) if is_flat]
-            shown += [to_uint8(images)] if len(shown) * 64 < SHOWN else []
+            shown = to_uint8(images) if shown is None else shown
             measured += len(indices)
-            bar.update(min(64, count - bar.n))
+            bar.update(min(SHOWN, count - bar.n))
     if not measured:
         raise ValueError(f"none of {count} training images can be read: {train.errors[0]}")
     mean = sums / measured
@@ -113,7 +112,7 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         mean=tuple(mean.tolist()),
         std=tuple((squares / measured - mean**2).clamp(min=0).sqrt().tolist()),
         constant=tuple(constant),
-        shown=torch.cat(shown)[:SHOWN],
+        shown=shown,
         files=files,
     )
 

@@ -261,24 +261,28 @@ class FolderImages:
         """uint8 pixels (C, H, W); ValueError naming the file that cannot be read."""
         return self.read_file(index, self.crops[index : index + 1])[0]
 
+    def _member(self, index: int) -> Member | None:
+        """Where the file of an image lies in an archive, if it does."""
+        return self.members.get(str(self.paths[index]))
+
     def read_file(self, index: int, crops: Sequence[int]) -> torch.Tensor:
         """uint8 (B, C, H, W): the crops of these numbers of a file or, of a set without, the image, B = 1."""
-        member = self.members.get(str(self.paths[index]))
+        member = self._member(index)
         return _read(self.paths[index], self.config, crops, member and (lambda: io.BytesIO(member.read())))
 
     def header(self, index: int) -> Header:
         """Of the file of an image; ValueError naming it when its header tells that it cannot be read."""
-        member = self.members.get(str(self.paths[index]))
+        member = self._member(index)
         return read_header(self.paths[index], member and member.open)
 
     def file_size(self, index: int) -> int:
         """Bytes of the file of an image."""
-        member = self.members.get(str(self.paths[index]))
+        member = self._member(index)
         return self.paths[index].stat().st_size if member is None else member.size
 
     def content(self, index: int) -> bytes:
         """The bytes of the file of an image; ValueError naming it when it lies in an archive and is damaged there."""
-        member = self.members.get(str(self.paths[index]))
+        member = self._member(index)
         try:
             return self.paths[index].read_bytes() if member is None else member.read()
         except ValueError as error:
@@ -289,9 +293,10 @@ class FolderImages:
 
     def fingerprint(self) -> str:
         """Of names below the root, sizes and crops: reading all files for it would take as long as an epoch."""
-        digest = hashlib.sha256()
-        sizes = {path: self.file_size(index) for path, index in {path: i for i, path in enumerate(self.paths)}.items()}
+        digest, sizes = hashlib.sha256(), {}
         for index, path in enumerate(self.paths):
+            if path not in sizes:  # crops share a file
+                sizes[path] = self.file_size(index)
             digest.update(_below_root(path, self.config) + f"\0{sizes[path]}\0".encode())
             digest.update(f"crop {self.crops[index]}\0".encode() if self.crops else b"")
         return digest.hexdigest()
@@ -365,7 +370,7 @@ def load_split(
     if split not in (None, "held-out", "training", "all"):
         raise ValueError(f"split must be held-out, training or all, got {split}")
     if split is None:
-        split = "all" if config.name == "folder" and not _is_split(_look_into(config)[1]) else default
+        split = "all" if config.name == "folder" and not has_parts(config) else default
     train, heldout = load_data(config, progress, captions=captions)
     if split != "all":
         return (train if split == "training" else heldout), split
@@ -669,24 +674,25 @@ def _labelled(files: Files, parts: list[Found]) -> tuple[list[torch.Tensor | Non
     """As labels the places of the subfolders in which all files of a part lie, or of what their `.cls` files say, and
     the names of these when there are two or more, the same in all parts; else None.
     """
-    names = [_class_names(files, part) for part in parts]
+    names, in_folders = [], False
+    for part in parts:
+        places = [files.place(path, folder) for path, folder in part]
+        if all(len(place) > 1 for place in places):
+            names.append([place[0] for place in places])
+            in_folders = True
+        else:
+            names.append(_told_beside(files, part))
     known = {name for own in names for name in own or ()}
     if len(known) < 2:
         return [None] * len(parts), None
-    numbers = all(name.isdecimal() for name in known) and not any(_in_subfolders(files, part) for part in parts)
+    numbers = not in_folders and all(name.isdecimal() for name in known)
     classes = sorted(known, key=int if numbers else None)
     place_of = {name: place for place, name in enumerate(classes)}
     return [None if own is None else torch.tensor([place_of[name] for name in own]) for own in names], tuple(classes)
 
 
-def _in_subfolders(files: Files, part: Found) -> bool:
-    return all(len(files.place(path, folder)) > 1 for path, folder in part)
-
-
-def _class_names(files: Files, part: Found) -> list[str] | None:
-    """Of the subfolders, or in a `NAME.cls` beside each `NAME.png`, as WebDataset has it; None where some have none."""
-    if _in_subfolders(files, part):
-        return [files.place(path, folder)[0] for path, folder in part]
+def _told_beside(files: Files, part: Found) -> list[str] | None:
+    """What a `NAME.cls` beside each `NAME.png` says, as WebDataset has it; None where some have none."""
     beside = [str(path.with_suffix(".cls")) for path, _ in part]
     if not all(map(files.exists, beside)):
         return None
