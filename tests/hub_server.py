@@ -516,7 +516,9 @@ class _Hub(_Handler):
             headers |= {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}
             return 404, json.dumps(message).encode(), headers
         if file.lfs is None:
-            return self._part(file.content, headers | {"ETag": f'"{_git_oid(file.content)}"', "Content-Type": "text/plain"})
+            return self._part(
+                file.content, headers | {"ETag": f'"{_git_oid(file.content)}"', "Content-Type": "text/plain"}
+            )
         size = len(self.hub.objects[file.lfs])
         headers |= {"X-Linked-Size": str(size), "X-Linked-Etag": f'"{file.lfs}"', "ETag": f'"{_oid(file, size)}"'}
         return 302, b"Found", headers | {"Location": self._signed(file.lfs)}

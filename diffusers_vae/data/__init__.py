@@ -2,13 +2,16 @@
 
 from .look import Look, look, recommended
 from .order import MicroBatch, epoch_batches, image_batches, kept_images, read_ahead, step_generator
+from .rows import RowStore, is_hub_id
 from .sources import (
     IMAGE_SUFFIXES,
+    OF_ROWS,
     ArrayImages,
     DataConfig,
     ImageSet,
     ReadImages,
     StoredImages,
+    holds_rows,
     load_data,
     load_split,
 )
@@ -16,6 +19,7 @@ from .store import FileStore, Store
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "OF_ROWS",
     "ArrayImages",
     "DataConfig",
     "FileStore",
@@ -23,10 +27,13 @@ __all__ = [
     "Look",
     "MicroBatch",
     "ReadImages",
+    "RowStore",
     "Store",
     "StoredImages",
     "epoch_batches",
+    "holds_rows",
     "image_batches",
+    "is_hub_id",
     "kept_images",
     "load_data",
     "load_split",
