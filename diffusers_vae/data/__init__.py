@@ -3,13 +3,16 @@
 from .look import Look, look, recommended
 from .order import MicroBatch, Read, TrainingSet, deal, epoch_batches, step_generator
 from .reading import image_batches, kept_images, read_ahead
+from .rows import RowStore, is_hub_id
 from .sources import (
     IMAGE_SUFFIXES,
+    OF_ROWS,
     ArrayImages,
     DataConfig,
     ImageSet,
     ReadImages,
     StoredImages,
+    holds_rows,
     load_data,
     load_split,
 )
@@ -17,6 +20,7 @@ from .store import FileStore, Store
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "OF_ROWS",
     "ArrayImages",
     "DataConfig",
     "FileStore",
@@ -25,12 +29,15 @@ __all__ = [
     "MicroBatch",
     "Read",
     "ReadImages",
+    "RowStore",
     "Store",
     "StoredImages",
     "TrainingSet",
     "deal",
     "epoch_batches",
+    "holds_rows",
     "image_batches",
+    "is_hub_id",
     "kept_images",
     "load_data",
     "load_split",

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import logging
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -30,12 +31,25 @@ from .augmentation import Augmentation
 from .captions import read_captions
 from .files import ARCHIVES, Files
 from .order import Batches, MicroBatch, TrainingSet, bucketed
+from .rows import (
+    PARQUET,
+    RowStore,
+    find_columns,
+    find_parts,
+    is_hub_id,
+    open_rows,
+    read_labels,
+    read_row_captions,
+    was_saved,
+)
 from .store import FileStore, Store
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")
+OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column")
+"""Settings of `DataConfig` that belong to one data set of rows."""
 MEMORY_LIMIT = 2**31
 """Bytes of uint8 pixels up to which a set is read once and kept in memory."""
 IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
@@ -49,13 +63,27 @@ T = TypeVar("T")
 class DataConfig:
     """Which images, and how they are brought to one size."""
 
-    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder"] = "digits"
+    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder", "datasets"] = "digits"
     """digits: scikit-learn's 1,797 embedded 8x8 digits, with a margin of one pixel. folder: image files below `root`.
-    The others: torchvision's."""
+    datasets: what Hugging Face's `datasets` opens, on the Hub or here: Parquet, Arrow, WebDataset. The others:
+    torchvision's."""
     root: str = "data"
     """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing. Of a
     folder, one with image files, zip archives and tars (WebDataset's shards) below it, or such an archive itself:
-    archives are read where they are, without unpacking."""
+    archives are read where they are, without unpacking. Of datasets, NAMESPACE/NAME on the Hub, a folder or a .parquet
+    file; it is prepared once in the cache of `datasets`, which takes as much room as the set."""
+    subset: str | None = None
+    """Of datasets, which configuration of the set, where it has several."""
+    revision: str | None = None
+    """Of datasets on the Hub, a branch, a tag or a commit; by default what is newest."""
+    image_column: str | None = None
+    """Of datasets, where the images are; by default the only column of type Image. One with the bytes of image files,
+    alone or as `bytes` beside their `path`, must be named."""
+    label_column: str | None = None
+    """Of datasets, where the classes are, whole numbers or words; by default the only column of type ClassLabel."""
+    caption_column: str | None = None
+    """Of datasets, where the captions are, a string or a list of strings each, for what needs any; by default a column
+    named text or caption."""
     resolution: int | tuple[int, int] = 32
     """Side of the images in pixels, or [height, width]."""
     channels: Literal[1, 3] = 1
@@ -101,7 +129,7 @@ class DataConfig:
             if self.crops != "random" and self.crops < 1:
                 raise ValueError(f"data.crops must be at least 1, got {self.crops}")
             if self.name in IN_MEMORY:
-                raise ValueError(f"data.crops are of the images of a folder, got data.name {self.name}")
+                raise ValueError(f"data.crops are of the images of folder and datasets, got data.name {self.name}")
             if self.fit != "crop":
                 raise ValueError(f"data.crops leave nothing to pad: data.fit must be crop, got {self.fit}")
         if self.buckets is not None:
@@ -127,6 +155,11 @@ class DataConfig:
                 v2.ColorJitter(*self.color_jitter)
             except ValueError as error:
                 raise ValueError(f"data.color_jitter {list(self.color_jitter)} is not one: {error}") from error
+        for name in OF_ROWS:
+            if getattr(self, name) is not None and self.name != "datasets":
+                raise ValueError(
+                    f"data.{name} is of data.name datasets, got {getattr(self, name)} with data.name {self.name}"
+                )
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"data.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
         if self.num_workers < 0:
@@ -134,7 +167,9 @@ class DataConfig:
 
     @property
     def described(self) -> str:
-        """The set's name, of a folder its own."""
+        """The set's name, of a folder or file its own, of one on the Hub with its namespace."""
+        if self.name == "datasets":
+            return self.root if is_hub_id(self.root) else Path(self.root).resolve().name
         return Path(self.root).resolve().name if self.name == "folder" else self.name
 
     @property
@@ -144,7 +179,7 @@ class DataConfig:
         if self.crops is not None:
             places = "a place" if self.crops == "random" else f"{self.crops} places"
             return f"cut out at {places} of each, always the same; if smaller, scaled to cover ({how})"
-        if self.name == "folder":
+        if self.name not in IN_MEMORY:
             how += f"; JPEGs that are {2 * OVERSIZE} times as large or more, from a decode at reduced scale"
         if self.fit == "crop":
             return f"scaled to cover ({how}), then the centre is cut out"
@@ -438,15 +473,18 @@ def load_data(
         progress: show a bar while a folder is read, and say which files are skipped.
         memory_limit: bytes of pixels up to which the images of a folder are read now and kept, and not on demand; by
             default `MEMORY_LIMIT`.
-        captions: read those of a folder too, as `read_captions` says; else there are none, whatever text files mean.
+        captions: read those of a folder too, as `read_captions` says, or of rows; else there are none, whatever text
+            files mean.
 
     Raises:
         FileNotFoundError: saying which files go where, when they are missing and cannot be downloaded.
+        OSError: saying what to do, when a data set on the Hub cannot be had.
         ValueError: for files that cannot be read, by name.
     """
-    if config.name == "folder":
+    stored = {"folder": _load_folder, "datasets": _load_rows}
+    if config.name in stored:
         limit = MEMORY_LIMIT if memory_limit is None else memory_limit
-        train, heldout = _load_folder(config, progress, limit, captions)
+        train, heldout = stored[config.name](config, progress, limit, captions)
     else:
         load = {"digits": _load_digits, "cifar10": _load_cifar10}.get(config.name, _load_mnist)
         train, heldout = (_in_memory(*part, config) for part in load(config))
@@ -468,7 +506,7 @@ def load_split(
     if split not in (None, "held-out", "training", "all"):
         raise ValueError(f"split must be held-out, training or all, got {split}")
     if split is None:
-        split = "all" if config.name == "folder" and not has_parts(config) else default
+        split = "all" if config.name in ("folder", "datasets") and not has_parts(config) else default
     train, heldout = load_data(config, progress, memory_limit, captions)
     if split != "all":
         return (train if split == "training" else heldout), split
@@ -669,6 +707,36 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
     return _in_size(train, heldout, progress, memory_limit)
 
 
+def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> tuple[ImageSet, ImageSet]:
+    found, root = open_rows(config, progress), config.described
+    parts = {name: found[name] for name in find_parts(list(found), root)}
+    of_each = [find_columns(part.features, config, captions) for part in parts.values()]
+    columns = of_each[0]
+    if any(own != columns for own in of_each):
+        raise ValueError(f"the columns of {' and '.join(parts)} in {root} must be the same")
+    store = RowStore(root, parts, columns.image)
+    labels, classes = read_labels(root, parts, columns.label) if columns.label else (None, None)
+    told = read_row_captions(root, parts, columns.caption) if captions and columns.caption else None
+    if len(parts) == 1:
+        rows = _heldout_indices(len(store), config)
+    else:
+        counts = [len(part) for part in parts.values()]
+        rows = [np.random.default_rng(0).permutation(count) for count in counts]
+        rows[1] += counts[0]
+    train, heldout = (
+        StoredImages(
+            config,
+            store,
+            own,
+            labels=labels[own] if labelled else None,
+            classes=classes if labelled else None,
+            captions=None if told is None else [told[row] for row in own],
+        )
+        for own, labelled in ((own, labels is not None and labels[own[0]] >= 0) for own in rows)
+    )
+    return _in_size(train, heldout, progress, memory_limit)
+
+
 def _in_size(
     train: StoredImages, heldout: StoredImages, progress: bool, memory_limit: int
 ) -> tuple[ImageSet, ImageSet]:
@@ -720,7 +788,26 @@ def has_parts(config: DataConfig) -> bool:
     """Whether the set has a part to train on and one that is held out, and need not be cut."""
     if config.name == "folder":
         return _is_split(_look_into(config)[1])
+    if config.name == "datasets":
+        return len(find_parts(list(open_rows(config)), config.described)) == 2
     return config.name != "digits"
+
+
+def holds_rows(place: str) -> bool:
+    """Whether a place is one for data.name datasets: a set on the Hub, a Parquet file, what `save_to_disk` has written,
+    or a folder with Parquet files and with neither images nor archives.
+    """
+    path = Path(place)
+    if not path.is_dir():
+        return is_hub_id(place) or path.suffix.lower() == PARQUET
+    found = was_saved(path)
+    for _, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        suffixes = {Path(name).suffix.lower() for name in names}
+        if suffixes & {*IMAGE_SUFFIXES, *ARCHIVES}:
+            return False
+        found |= PARQUET in suffixes
+    return found
 
 
 def _is_split(named: Mapping[str, list[Path]]) -> bool:
