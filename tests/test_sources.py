@@ -14,6 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from epochs import BATCH, EPOCHS, PART
 from hub_server import HubServer, User
 from test_files import pack, tarred
+from test_trainer import weights
 
 ROOT = Path(__file__).parents[1]
 TRAIN, HELDOUT = 53, 9

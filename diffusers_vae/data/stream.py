@@ -62,10 +62,10 @@ class ParquetStore:
     def __init__(self, root: str, files: Sequence[str], groups: np.ndarray, column: str, patience: int):
         self.root, self.files, self.groups, self.column, self.patience = root, files, groups, column, patience
         self.ends = groups["rows"].cumsum()
-        self._kept = _Kept(os.getpid())
+        self._kept: _Kept | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": _Kept(-1)}
+        return self.__dict__ | {"_kept": None}
 
     def name(self, row: int) -> str:
         return f"{self.root}, {self.key(row)}"
@@ -105,9 +105,9 @@ class ParquetStore:
         return self.groups[number], row - int(self.ends[number] - self.groups["rows"][number])
 
     def _value(self, row: int) -> Any:
-        if self._kept.process != os.getpid():
-            self._kept = _Kept(os.getpid())
         kept = self._kept
+        if kept is None or kept.process != os.getpid():
+            kept = self._kept = _Kept(os.getpid())
         number = int(self.ends.searchsorted(row, side="right"))
         with kept.lock:
             kept.rows += 1

@@ -1,0 +1,59 @@
+"""`python tests/memory.py ROOT EPOCHS OUTPUT_DIR` trains on the stream of Parquet files below ROOT and prints, as JSON,
+the images seen and the bytes that the process and its workers take together then, every 1,000 images.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import psutil
+
+from diffusers_vae.data import DataConfig
+from diffusers_vae.evaluation import EvaluationConfig
+from diffusers_vae.loop import RunConfig, run_task
+from diffusers_vae.models import ModelConfig
+from diffusers_vae.objective import ObjectiveConfig
+from diffusers_vae.trainer import AutoencoderTask, TrainConfig
+
+BATCH = 50
+EVERY = 20
+"""Steps between two looks."""
+
+
+class Measured(AutoencoderTask):
+    """The same, with a look at the memory now and then."""
+
+    found: list[tuple[int, int]]
+
+    def begin_step(self, images_seen, total_images, learning_rate):
+        if images_seen % (EVERY * BATCH) == 0:
+            main = psutil.Process()
+            used = sum(process.memory_full_info().pss for process in (main, *main.children(recursive=True)))
+            self.found.append((images_seen, used))
+        return super().begin_step(images_seen, total_images, learning_rate)
+
+
+def main(root: str, epochs: int, output_dir: Path) -> None:
+    config = TrainConfig(
+        data=DataConfig(name="datasets", root=root, streaming=True, resolution=28, shuffle_buffer=1000),
+        model=ModelConfig(architecture="mlp", hidden_dim=16),
+        objective=ObjectiveConfig(scale=0.5),
+        run=RunConfig(
+            output_dir=str(output_dir),
+            epochs=epochs,
+            batch_size=BATCH,
+            checkpoint_every=10**9,
+            log_every=10 * BATCH,
+            tracker=None,
+            mixed_precision="no",
+        ),
+        evaluation=EvaluationConfig(max_images=100),
+    )
+    task = Measured(config)
+    task.found = []
+    run_task(task, finish=False)
+    print(json.dumps(task.found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

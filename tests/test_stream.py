@@ -1,0 +1,248 @@
+"""Streams of Parquet files: their images, the row groups that are in memory, and what is refused."""
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from pyarrow import parquet
+from torch.utils.data import DataLoader
+
+from diffusers_vae.data import DataConfig, epoch_batches, image_batches, load_data, stream
+from diffusers_vae.data.order import MicroBatch, deal
+from diffusers_vae.images import read_image
+
+ROOT = Path(__file__).parents[1]
+
+
+def config(root, **settings):
+    settings = {"channels": 3, "resolution": 16, "shuffle_buffer": 24, "num_workers": 0} | settings
+    return DataConfig(name="datasets", root=str(root), streaming=True, **settings)
+
+
+def table(files):
+    columns = {"image": [{"bytes": file.read_bytes(), "path": file.name} for file in files]}
+    return Dataset.from_dict(columns, Features({"image": Image()}))
+
+
+@pytest.fixture(scope="module")
+def files(cifar_folder):
+    return sorted((cifar_folder / "train" / "ship").iterdir())[:130]
+
+
+@pytest.fixture(scope="module")
+def root(files, tmp_path_factory):
+    """Three files with 5 or 4 row groups of 10 images or less, and one of held-out ones."""
+    root = tmp_path_factory.mktemp("stream")
+    for number, own in enumerate((files[:43], files[43:80], files[80:120])):
+        table(own).to_parquet(root / f"train-{number}.parquet", batch_size=10)
+    table(files[120:]).to_parquet(root / "test.parquet", batch_size=10)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
+
+
+def pixels_of(images, indices=None):
+    return images.__getitems__(range(len(images)) if indices is None else indices).pixels
+
+
+class TestImages:
+    def test_are_those_of_the_files(self, root, files):
+        train, heldout = load_data(config(root, resolution=32))
+        assert (len(train), len(heldout)) == (120, 10)
+        for images, own in ((train, files[:120]), (heldout, files[120:])):
+            expected = {bytes(read_image(file, 3).numpy()) for file in own}
+            assert {bytes(pixels.numpy()) for pixels in pixels_of(images)} == expected and len(expected) == len(own)
+        by_name = {f"train-{part}.parquet, row {row}": file for part, row, file in self.places(files)}
+        for index in (0, 57, 119):
+            name = train.name(index).split(", ", 1)[1]
+            assert torch.equal(pixels_of(train, [index])[0], read_image(by_name[name], 3))
+
+    def places(self, files):
+        for part, own in enumerate((files[:43], files[43:80], files[80:120])):
+            for row, file in enumerate(own):
+                yield part, row, file
+
+    def test_without_a_held_out_part_row_groups_are_held_out(self, root, tmp_path):
+        (tmp_path / "one.parquet").symlink_to(root / "train-0.parquet")
+        train, heldout = load_data(config(tmp_path, heldout_fraction=0.3))
+        assert (len(train), len(heldout)) == (30, 13)
+        names = [{images.name(index) for index in range(len(images))} for images in (train, heldout)]
+        assert not names[0] & names[1] and len(names[0] | names[1]) == 43
+        assert sorted(index for batch, _ in train.batches(8, 0, 0, 0) for index in batch) == list(range(30))
+
+    def test_bytes_without_the_type_image(self, files, tmp_path):
+        own = pyarrow.table({"png": [file.read_bytes() for file in files[:20]], "other": [1] * 20})
+        parquet.write_table(own, tmp_path / "a.parquet", row_group_size=7)
+        images, _ = load_data(config(tmp_path / "a.parquet", image_column="png"))
+        assert len(images) == 18 and pixels_of(images).shape == (18, 3, 16, 16)
+        with pytest.raises(
+            ValueError, match=r"data\.image_column must say which column has the images.* png \(binary\)"
+        ):
+            load_data(config(tmp_path / "a.parquet"))
+
+    def test_the_same_by_threads_and_other_processes(self, root):
+        train, _ = load_data(config(root))
+        expected = pixels_of(train)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda index: pixels_of(train, [index])[0], range(len(train))))
+        assert torch.equal(torch.stack(found), expected)
+        assert torch.equal(pixels_of(pickle.loads(pickle.dumps(train)), [7, 80]), expected[[7, 80]])
+        loader = DataLoader(train, 4, num_workers=2, collate_fn=lambda read: read.pixels)
+        assert torch.equal(torch.cat(list(loader)), expected)
+
+    def test_measured_in_their_own_order(self, root):
+        train, _ = load_data(config(root))
+        parts = [part for _, _, part in image_batches(train, 8, 50, torch.device("cpu"))]
+        assert torch.equal(torch.cat(parts), pixels_of(train, range(50)) / 127.5 - 1)
+        assert torch.equal(pixels_of(train.first(30)), pixels_of(train, range(30))) and len(train.first(30)) == 30
+
+    def test_fingerprint_is_of_the_files_wherever_they_lie(self, root, files, tmp_path):
+        first = load_data(config(root))[0].fingerprint()
+        moved = tmp_path / "moved"
+        moved.mkdir()
+        for file in root.iterdir():
+            (moved / file.name).write_bytes(file.read_bytes())
+        train, heldout = load_data(config(moved))
+        assert train.fingerprint() == first != heldout.fingerprint()
+        table(files[1:44]).to_parquet(moved / "train-0.parquet", batch_size=10)
+        assert load_data(config(moved))[0].fingerprint() != first
+
+
+class TestRowGroups:
+    def reads(self, train, monkeypatch, ranks=1, workers=1):
+        """How often each row group is read in an epoch by each worker, and how many are kept at most."""
+        counts, most = {}, 0
+        read = stream.ParquetStore._read_group
+
+        def counted(store, number):
+            counts[rank, worker, number] = counts.get((rank, worker, number), 0) + 1
+            return read(store, number)
+
+        monkeypatch.setattr(stream.ParquetStore, "_read_group", counted)
+        for rank in range(ranks):
+            for worker in range(workers):
+                own = pickle.loads(pickle.dumps(train))  # what it has in memory is its own
+                for step, (micro,) in enumerate(deal(own.batches(8, 0, 0, 0), 0, 0, rank, ranks)):
+                    if step % workers == worker:
+                        own.read(micro)
+                        most = max(most, len(own.store._kept.groups))
+        return counts, most
+
+    def test_each_is_read_once(self, root, monkeypatch):
+        train, _ = load_data(config(root))
+        counts, most = self.reads(train, monkeypatch)
+        assert set(counts.values()) == {1} and len(counts) == 13 and most <= 24 // 10 + 2
+
+    def test_each_is_read_by_one_worker(self, root, monkeypatch):
+        """But for those at the ends of the 4 pieces, and of the last batch."""
+        train, _ = load_data(config(root, lanes=(2, 2)))
+        counts, _ = self.reads(train, monkeypatch, ranks=2, workers=2)
+        assert len({(rank, worker) for rank, worker, _ in counts}) == 4 and 13 <= sum(counts.values()) <= 13 + 4
+
+    def test_what_is_left_over_is_let_go(self, root):
+        """Of row groups that other processes read the rest of."""
+        train, _ = load_data(config(root))
+        for index in [0, *range(20, 120)]:
+            train.__getitems__([index])
+        assert not train.store._kept.groups
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(sys.platform != "linux", reason="needs the memory of processes without what they share")
+    def test_memory_is_flat(self, shared_data, mnist_root, tmp_path):
+        """Over 10 epochs, and over a set 50 times as large."""
+        from PIL import Image as Picture
+        from torchvision.datasets import MNIST
+
+        images = []
+        for pixels in MNIST(mnist_root).data[:2000].numpy():
+            content = io.BytesIO()
+            Picture.fromarray(pixels).save(content, "PNG", compress_level=1)
+            images.append({"bytes": content.getvalue(), "path": None})
+        digits = Dataset.from_dict({"image": images}, Features({"image": Image()}))
+        found = []
+        for name, times, epochs in (("small", 1, 10), ("large", 50, 1)):
+            (tmp_path / name).mkdir()
+            for number in range(times):
+                digits.to_parquet(tmp_path / name / f"train-{number:03d}.parquet", batch_size=100)
+            program = [sys.executable, str(ROOT / "tests" / "memory.py"), str(tmp_path / name), str(epochs)]
+            ended = subprocess.run([*program, str(tmp_path / f"{name}-run")], capture_output=True, text=True)
+            assert not ended.returncode, ended.stderr
+            found.append([used for seen, used in json.loads(ended.stdout.splitlines()[-1]) if seen > 1800])
+        small, large = (np.array(used) for used in found)
+        assert small.max() < 1.05 * small[0] and large.max() < 1.05 * large[0] and large.max() < 1.05 * small.max()
+
+
+class TestErrors:
+    def test_a_damaged_row(self, files, tmp_path):
+        images = [{"bytes": file.read_bytes(), "path": file.name} for file in files[:40]]
+        images[7]["bytes"] = images[7]["bytes"][:500]
+        images[20]["bytes"] = None
+        damaged = Dataset.from_dict({"image": images}, Features({"image": Image()}))
+        damaged.to_parquet(tmp_path / "a.parquet", batch_size=10)
+        train, heldout = load_data(config(tmp_path, on_bad_image="skip"))
+        read = [images.__getitems__(range(len(images))) for images in (train, heldout)]
+        errors = " ".join(error for own in read for error in own.errors)
+        assert sum(len(own.kept) for own in read) == 38
+        assert "a.parquet, row 7: image file is truncated" in errors and "row 20: there is none in the row" in errors
+        train, heldout = load_data(config(tmp_path))
+        with pytest.raises(ValueError, match=r"cannot read the image .*a\.parquet, row (7|20)"):
+            for own in (train, heldout):
+                own.__getitems__(range(len(own))).checked()
+
+    def test_a_damaged_file(self, root, tmp_path):
+        content = (root / "train-0.parquet").read_bytes()
+        (tmp_path / "a.parquet").write_bytes(content[:-100])
+        with pytest.raises((ValueError, OSError), match=r"a\.parquet"):
+            load_data(config(tmp_path))
+
+    def test_other_kinds_of_files(self, cifar_folder):
+        with pytest.raises(ValueError, match=r"data\.streaming needs Parquet files, got .* of the kind imagefolder"):
+            load_data(config(cifar_folder / "test"))
+
+    def test_columns_of_different_types(self, root, files, tmp_path):
+        (tmp_path / "train-0.parquet").symlink_to(root / "train-0.parquet")
+        own = Dataset.from_dict({"image": [b"x"] * 3}, Features({"image": Value("binary")}))
+        own.to_parquet(tmp_path / "train-1.parquet")
+        with pytest.raises(ValueError, match="must be of the same type in all files, and is not so in"):
+            load_data(config(tmp_path, image_column="image"))
+
+    def test_too_few_images(self, files, tmp_path):
+        table(files[:1]).to_parquet(tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match="must have images to train on and others to hold out, got 0 and 1"):
+            load_data(config(tmp_path))
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"name": "folder"}, r"data\.streaming is of data\.name datasets.* got data\.name folder"),
+            ({"crops": 3}, r"got data\.crops 3"),
+            ({"buckets": 8}, r"got data\.buckets 8"),
+            ({"label_column": "a"}, r"got data\.label_column a"),
+            ({"shuffle_buffer": 0}, r"data\.shuffle_buffer must be at least 1, got 0"),
+            ({"lanes": (0, 1)}, r"data\.lanes must be at least 1 each, got \[0, 1\]"),
+        ],
+    )
+    def test_wrong_settings(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            DataConfig(**{"name": "datasets", "streaming": True} | settings)
+
+
+def test_another_order_than_of_a_set_that_is_prepared(root):
+    train, _ = load_data(config(root))
+    batches = [batch.tolist() for batch, _ in train.batches(8, 0, 0, 0)]
+    assert batches != [micro.indices for (micro,) in epoch_batches(120, 8, 0, 0)]
+    assert torch.equal(train.read(MicroBatch(batches[0], 0, 8, 1.0)).pixels, pixels_of(train, batches[0]))
