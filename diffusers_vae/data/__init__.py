@@ -1,7 +1,8 @@
 """Where images come from, and in which order."""
 
 from .look import Look, look, recommended
-from .order import MicroBatch, epoch_batches, image_batches, kept_images, read_ahead, step_generator
+from .order import MicroBatch, Read, TrainingSet, deal, epoch_batches, step_generator
+from .reading import image_batches, kept_images, read_ahead
 from .rows import RowStore, is_hub_id
 from .sources import (
     IMAGE_SUFFIXES,
@@ -26,10 +27,13 @@ __all__ = [
     "ImageSet",
     "Look",
     "MicroBatch",
+    "Read",
     "ReadImages",
     "RowStore",
     "Store",
     "StoredImages",
+    "TrainingSet",
+    "deal",
     "epoch_batches",
     "holds_rows",
     "image_batches",

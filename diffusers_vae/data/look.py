@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ..images import Header, to_uint8
-from .order import image_batches
+from .reading import image_batches
 from .sources import OF_ROWS, DataConfig, ImageSet, StoredImages, has_parts, load_data
 
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
