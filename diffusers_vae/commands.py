@@ -451,8 +451,8 @@ def run_encode(arguments: Sequence[str]) -> int:
     parsed, place = _parse_data(parser, arguments)  # wrong ones are told before a model is loaded
     if "folder" in place and not Path(parsed.images).exists():
         raise FileNotFoundError(
-            f"DATA must be {', '.join(SETS)}, a folder or archive of images, Parquet or NAMESPACE/NAME on the Hub, got "
-            f"{parsed.images}"
+            f"DATA must be {', '.join(SETS)}, a folder or archive of images, Parquet, or NAMESPACE/NAME on the Hub, "
+            f"got {parsed.images}"
         )
     vae = load_autoencoder(parsed.vae, parsed.subfolder, parsed.revision).to(_device(parsed))
     known = _settings_of_run(parsed.vae).get("data") or _data_for(vae)

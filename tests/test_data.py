@@ -569,7 +569,7 @@ class TestCrops:
         ("settings", "message"),
         [
             ({"crops": 0}, r"data\.crops must be at least 1, got 0"),
-            ({"crops": 2, "name": "mnist"}, r"data\.crops are of the images of a folder, got data\.name mnist"),
+            ({"crops": 2, "name": "mnist"}, r"data\.crops are of the images of folder and datasets, got"),
             ({"crops": 2, "fit": "pad"}, r"data\.fit must be crop, got pad"),
         ],
     )

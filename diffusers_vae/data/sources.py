@@ -40,6 +40,7 @@ from .rows import (
     open_rows,
     read_labels,
     read_row_captions,
+    rows_builder,
     was_saved,
 )
 from .store import FileStore, Store
@@ -113,6 +114,16 @@ class DataConfig:
     """Held out, at random but always the same, of sets without a test part. A folder has one when its images lie in
     train/ and in one of test/, val/, valid/, validation/, heldout/, or in archives that are named so, with anything
     but a letter after it: train-000.tar."""
+    streaming: bool = False
+    """Read Parquet files, of data.name datasets, a row group at a time while training, here or from the Hub, instead of
+    preparing all on the disk first. Each epoch has its own order, in which row groups come at random and their images
+    are shuffled among `shuffle_buffer`. Without labels and captions; files are not checked before."""
+    shuffle_buffer: int = 4096
+    """Images of a stream, over all processes, among which the next ones are drawn; their files are kept in memory."""
+    lanes: tuple[int, int] | None = None
+    """Pieces of a stream that are read side by side: so many parts of a batch times so many batches in a row. null:
+    as many as forwards of a step, over all processes, and workers, so that each row group is read once; a run that is
+    continued keeps its own, and with them its order, whatever the number of processes."""
     num_workers: int = 2
     """Processes that read images, for sets that are too large to be kept in memory."""
 
@@ -129,7 +140,7 @@ class DataConfig:
             if self.crops != "random" and self.crops < 1:
                 raise ValueError(f"data.crops must be at least 1, got {self.crops}")
             if self.name in IN_MEMORY:
-                raise ValueError(f"data.crops are of the images of a folder, got data.name {self.name}")
+                raise ValueError(f"data.crops are of the images of folder and datasets, got data.name {self.name}")
             if self.fit != "crop":
                 raise ValueError(f"data.crops leave nothing to pad: data.fit must be crop, got {self.fit}")
         if self.buckets is not None:
@@ -160,6 +171,18 @@ class DataConfig:
                 raise ValueError(
                     f"data.{name} is of data.name datasets, got {getattr(self, name)} with data.name {self.name}"
                 )
+        if self.streaming:
+            refused = {"name": self.name != "datasets", "crops": isinstance(self.crops, int)}
+            refused |= {name: getattr(self, name) is not None for name in ("buckets", "label_column", "caption_column")}
+            for name in [name for name, wrong in refused.items() if wrong]:
+                raise ValueError(
+                    "data.streaming is of data.name datasets, without data.buckets, label_column, caption_column and "
+                    f"a number of data.crops, got data.{name} {getattr(self, name)}"
+                )
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"data.shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
+        if self.lanes is not None and min(self.lanes) < 1:
+            raise ValueError(f"data.lanes must be at least 1 each, got {list(self.lanes)}")
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"data.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
         if self.num_workers < 0:
@@ -179,7 +202,7 @@ class DataConfig:
         if self.crops is not None:
             places = "a place" if self.crops == "random" else f"{self.crops} places"
             return f"cut out at {places} of each, always the same; if smaller, scaled to cover ({how})"
-        if self.name in ("folder", "datasets"):
+        if self.name not in IN_MEMORY:
             how += f"; JPEGs that are {2 * OVERSIZE} times as large or more, from a decode at reduced scale"
         if self.fit == "crop":
             return f"scaled to cover ({how}), then the centre is cut out"
@@ -482,7 +505,11 @@ def load_data(
         ValueError: for files that cannot be read, by name.
     """
     stored = {"folder": _load_folder, "datasets": _load_rows}
-    if config.name in stored:
+    if config.streaming:
+        from .stream import load_stream  # which needs this file
+
+        train, heldout = load_stream(config, progress)
+    elif config.name in stored:
         limit = MEMORY_LIMIT if memory_limit is None else memory_limit
         train, heldout = stored[config.name](config, progress, limit, captions)
     else:
@@ -789,7 +816,8 @@ def has_parts(config: DataConfig) -> bool:
     if config.name == "folder":
         return _is_split(_look_into(config)[1])
     if config.name == "datasets":
-        return len(find_parts(list(open_rows(config)), config.described)) == 2
+        found = rows_builder(config).config.data_files if config.streaming else open_rows(config)
+        return len(find_parts(list(map(str, found)), config.described)) == 2
     return config.name != "digits"
 
 
