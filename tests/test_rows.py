@@ -13,8 +13,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from crash import left_behind
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from hub_server import HubServer, User
+from test_distributed import LAUNCH
+from test_resume import interrupted_at, reading_on_demand
+from test_trainer import ROOT, TINY_VAE, records, tiny, weights
 from torch.utils.data import DataLoader
 
 from diffusers_vae import cli
