@@ -24,6 +24,7 @@ from diffusers_vae import cli
 from diffusers_vae.data import DataConfig, holds_rows, load_data, load_split, look, sources
 from diffusers_vae.data.rows import find_columns, find_parts, read_labels
 
+SLOW = pytest.mark.slow
 TOKEN = "hf_" + "a" * 34
 CLASSES = ["cat", "ship"]
 FEATURES = Features({"img": Image(), "label": ClassLabel(names=CLASSES), "text": Value("string")})
@@ -129,7 +130,7 @@ def by_file(images):
 
 
 class TestTheSameAsAFolder:
-    @pytest.mark.parametrize("kind", ["hub", "parquet", "saved"])
+    @pytest.mark.parametrize("kind", [pytest.param("hub", marks=SLOW), "parquet", pytest.param("saved", marks=SLOW)])
     @pytest.mark.parametrize("limit", [None, 0], ids=["memory", "on demand"])
     def test_images_labels_and_captions(self, kind, limit, folder, tmp_path, hub):
         found = load_data(config(placed(kind, folder, tmp_path / "rows", hub)), memory_limit=limit, captions=True)
@@ -140,6 +141,7 @@ class TestTheSameAsAFolder:
         again = load_data(config(placed("parquet", folder, tmp_path / "copy")), memory_limit=limit)
         assert [part.fingerprint() for part in again] == [part.fingerprint() for part in found]
 
+    @pytest.mark.slow
     def test_webdataset_and_imagefolder(self, folder, tmp_path):
         expected, _ = load_data(config(folder, name="folder"))
         shards = config(placed("webdataset", folder, tmp_path / "rows"))
@@ -168,6 +170,7 @@ class TestTheSameAsAFolder:
         ):
             load_data(config(tmp_path / "a.parquet"))
 
+    @pytest.mark.slow
     def test_photographs(self, shared_data, tmp_path):
         (tmp_path / "photographs").mkdir()
         with tarfile.open(shared_data / "bsds500-val.tar") as archive:
@@ -182,6 +185,7 @@ class TestTheSameAsAFolder:
         crops = load_data(config(tmp_path / "a.parquet", crops=3))[0]
         assert len(crops) == 21 and len({found[0] for found in images_of(crops)}) == 21
 
+    @pytest.mark.slow
     def test_digits(self, mnist_root, tmp_path):
         mnist, _ = load_data(config(mnist_root, name="mnist", channels=1))
         raw = (mnist_root / "MNIST" / "raw" / "train-images-idx3-ubyte").read_bytes()[16:]
@@ -353,11 +357,20 @@ class TestRefused:
                 r"be visible to you .*/datasets/ann/private; if it is private, log in with `hf auth login`",
             ),
             ("ann/gated", {}, r"it is gated\. Ask for access on http.*/ann/gated, and log in with `hf auth login`"),
-            ("ann/two", {}, r"data\.subset must name one of its configurations, got None .*\['a', 'b'\]"),
+            pytest.param(
+                "ann/two", {}, r"data\.subset must name one of its configurations, got None .*\['a', 'b'\]", marks=SLOW
+            ),
             ("ann/two", {"subset": "c"}, r"data\.subset must name one of .*, got c .*Available: \['a', 'b'\]"),
-            ("ann/two", {"revision": "v9"}, r"data\.revision must be a branch, a tag or a commit of it, got v9"),
-            ("ann/broken", {}, r"cannot load the data set ann/broken: .*not a parquet file"),
-            ("ann/empty", {}, r"cannot load the data set ann/empty: .*doesn't contain any data files"),
+            pytest.param(
+                "ann/two",
+                {"revision": "v9"},
+                r"data\.revision must be a branch, a tag or a commit of it, got v9",
+                marks=SLOW,
+            ),
+            pytest.param("ann/broken", {}, r"cannot load the data set ann/broken: .*not a parquet file", marks=SLOW),
+            pytest.param(
+                "ann/empty", {}, r"cannot load the data set ann/empty: .*doesn't contain any data files", marks=SLOW
+            ),
         ],
     )
     def test_by_the_hub(self, root, settings, message, folder, hub):
@@ -376,6 +389,7 @@ class TestRefused:
         if root == "ann/two":
             assert len(load_split(config(root, subset="b"), "all")[0]) == 10
 
+    @pytest.mark.slow
     def test_with_a_token_it_is_loaded(self, folder, hub, monkeypatch):
         hub.put("datasets/ann/private", {"a.parquet": packed(tables(folder)["test"])}, private=True, gated=True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -428,6 +442,7 @@ class TestCommands:
         assert not holds_rows(str(tmp_path / "parquet")) and not holds_rows(str(folder))
         assert holds_rows("ann/pets") and not holds_rows(str(tmp_path / "gone")) and not holds_rows("./pets")
 
+    @pytest.mark.slow
     def test_data(self, folder, tmp_path, hub, capsys):
         shutil.copyfile(*sorted((folder / "train" / "cat").glob("*.png"))[:2])
         root = placed("hub", folder, tmp_path, hub)
