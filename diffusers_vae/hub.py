@@ -170,7 +170,17 @@ class _Run:
     def base_model(self) -> str | None:
         """The repository on the Hub that the run began with."""
         source = self.config["model"].get("pretrained")
-        if source is None or not REPOSITORY.fullmatch(source) or Path(source).suffix in CHECKPOINTS:
+        return None if source is None or Path(source).suffix in CHECKPOINTS else self._on_hub(source)
+
+    @property
+    def trained_on(self) -> str | None:
+        """The data set on the Hub that the run was trained on."""
+        data = self.config["data"]
+        return self._on_hub(data["root"]) if data["name"] == "datasets" else HUB_DATA.get(data["name"])
+
+    def _on_hub(self, source: str) -> str | None:
+        """`source`, if that is a repository on the Hub."""
+        if not REPOSITORY.fullmatch(source):
             return None
         # the run may be published from another folder than that from which it was started
         local = any((folder / source).exists() for folder in (Path(), *self.path.resolve().parents))
@@ -191,6 +201,7 @@ DATA_NAMES = {
     "fashion-mnist": "Fashion-MNIST",
     "cifar10": "CIFAR-10",
     "folder": "a folder of images",
+    "datasets": "a data set of rows",
 }
 HUB_DATA = {
     "mnist": "ylecun/mnist",
@@ -237,6 +248,8 @@ def _render(run: _Run, config: HubConfig) -> str:
     data = run.config["data"]
     size = [data["resolution"]] * 2 if isinstance(data["resolution"], int) else data["resolution"]
     trained_on = DATA_NAMES.get(data["name"], data["name"])
+    if data["name"] == "datasets" and run.trained_on:
+        trained_on = run.trained_on
     measured_on = DATA_NAMES.get(protocol["data"], protocol["data"])
     measured = {key: figure for key, figure in FIGURES.items() if evaluation.get(key) is not None}
     results = [
@@ -259,7 +272,7 @@ def _render(run: _Run, config: HubConfig) -> str:
         library_name="diffusers" if stock else "diffusers_vae",
         tags=["autoencoder", "vae", "autoencoder-kl" if stock else "mlp-vae", "diffusers_vae"],
         base_model=base_model,
-        datasets=[HUB_DATA[data["name"]]] if data["name"] in HUB_DATA else None,
+        datasets=[run.trained_on] if run.trained_on else None,
         model_name=name,
         eval_results=results,
     )

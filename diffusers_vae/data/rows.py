@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .sources import DataConfig
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 """What the name of a data set on the Hub looks like."""
 PARQUET = ".parquet"
 HELDOUT_SPLITS = ("validation", "valid", "val", "test", "heldout")
@@ -355,7 +355,7 @@ class RowStore:
         transform: Callable[[torch.Tensor], torch.Tensor],
         scaled: Callable[[int, int], tuple[int, int]] | None,
     ) -> torch.Tensor:
-        return read_image(self.name(row), config.channels, transform, scaled, lambda: io.BytesIO(self.content(row)))
+        return read_image(self.name(row), config.channels, transform, scaled, lambda: self._open(row))
 
     def _place(self, row: int) -> tuple[int, int]:
         """Number of the table, and row in it."""
@@ -377,7 +377,7 @@ class RowStore:
 
         content, path = self._value(row)
         if content is not None:
-            return BufferReader(content)
+            return io.BufferedReader(BufferReader(content))  # of a header, no more than it needs
         if path is None:
-            raise ValueError(f"cannot read the image {self.name(row)}: there is none in the row")
+            raise FileNotFoundError("there is none in the row")
         return open(path, "rb")

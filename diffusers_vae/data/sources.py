@@ -533,7 +533,7 @@ def load_split(
     if split not in (None, "held-out", "training", "all"):
         raise ValueError(f"split must be held-out, training or all, got {split}")
     if split is None:
-        split = "all" if config.name in ("folder", "datasets") and not has_parts(config) else default
+        split = "all" if config.name not in IN_MEMORY and not has_parts(config) else default
     train, heldout = load_data(config, progress, memory_limit, captions)
     if split != "all":
         return (train if split == "training" else heldout), split
