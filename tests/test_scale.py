@@ -1,12 +1,10 @@
 """Many nodes: the launchers in training/cluster/ start, stop and continue a run, and who writes what."""
 
-import json
 import os
 import re
 import shlex
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
@@ -16,8 +14,6 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from crash import left_behind
-from safetensors.torch import load_file
 from test_trainer import ROOT, weights
 
 from diffusers_vae.config import TRAININGS, parse_settings
@@ -25,7 +21,7 @@ from diffusers_vae.config import TRAININGS, parse_settings
 CLUSTER = ROOT / "training" / "cluster"
 SLURM, NODE, KUBERNETES = (CLUSTER / name for name in ("slurm.sh", "node.sh", "kubernetes.yaml"))
 TINY = [
-    "--data.resolution", 8, "--model.block_out_channels", "[8,8]", "--model.norm_num_groups", 4, "--run.tracker", "null",
+    "--data.resolution", 8, "--model.block_out_channels", "[8,8]", "--model.norm_num_groups", 4,
     "--run.batch_size", 60, "--run.max_images", 1800, "--run.log_every", 240, "--run.checkpoint_every", 600,
     "--run.keep_checkpoints", 100, "--run.mixed_precision", "no", "--evaluation.max_images", 64,
 ]  # fmt: skip
@@ -142,6 +138,25 @@ case $1 in
 esac
 """,
 }
+WATCH = """
+import os, sys
+def note(event, arguments):
+    if event == "open":
+        path, _, flags = arguments
+        changed = [path] if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else []
+    elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"):
+        changed = [argument for argument in arguments if isinstance(argument, (str, bytes, os.PathLike))]
+    else:
+        return
+    for path in changed:
+        if isinstance(path, int) or not os.fsdecode(path).startswith(os.environ["WATCHED"] + "/"):
+            continue
+        with open(os.environ["NODE_DISK"] + "/written", "a") as log:
+            log.write(os.fsdecode(path) + "\\n")
+if "RANK" in os.environ:
+    sys.addaudithook(note)
+"""
+"""What Python itself writes, each process that trains notes on its node's disk."""
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +166,9 @@ def slurm(tmp_path_factory):
     for name, text in STUBS.items():
         (folder / name).write_text(text.format(python=sys.executable) if name == "srun" else text)
         (folder / name).chmod(0o755)
-    (folder / "accelerate").write_text(f'#!/bin/bash\nexec {sys.executable} -m accelerate.commands.launch "$@"\n')
+    cli = f'exec {sys.executable} -m accelerate.commands.accelerate_cli "$@"'
+    (folder / "accelerate").write_text(f"#!/bin/bash\n{cli}\n")
+    (folder / "sitecustomize.py").write_text(WATCH)
     (folder / "accelerate").chmod(0o755)
 
     def start(output_dir, *flags, **environment):
@@ -162,7 +179,7 @@ def slurm(tmp_path_factory):
             "PATH": f"{folder}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "SLURM_JOB_ID": str(number),
             "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "local[0-1]", "PROCESSES_PER_NODE": "1",
             "NODE_DISK": str(output_dir) + "-disks", "REQUEUED": str(output_dir) + "-requeued",
-            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{folder}:{ROOT}", "WATCHED": str(output_dir), "OMP_NUM_THREADS": "1",
         } | environment  # fmt: skip
         return subprocess.Popen(
             ["bash", str(SLURM), *map(str, [*TINY, "--run.output_dir", output_dir, *flags])], stdout=subprocess.PIPE,
@@ -186,7 +203,7 @@ def uninterrupted(slurm, tmp_path_factory):
 class TestSlurm:
     def test_a_run_of_two_nodes(self, uninterrupted):
         output_dir, output = uninterrupted
-        assert "float32 on 2 x cpu, 30 images per forward" in output
+        assert re.search("float32 on 2 x cpu.*, 30 images per forward", output), output
         assert (output_dir / "evaluation.json").exists() and not Path(f"{output_dir}-requeued").exists()
 
     def test_saved_before_its_time_is_over_and_queued_again(self, slurm, uninterrupted, tmp_path):
@@ -209,3 +226,16 @@ class TestSlurm:
         first, second = weights(uninterrupted[0]), weights(output_dir)
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert (output_dir / "metrics.jsonl").read_text() == (uninterrupted[0] / "metrics.jsonl").read_text()
+
+    def test_only_its_own_part_of_a_checkpoint_is_not_written_by_the_main_process(self, uninterrupted):
+        output_dir, _ = uninterrupted
+        # the second node's umask leaves what it makes to its owner alone, be it made by Python or not
+        files = [path for path in output_dir.rglob("*") if path.is_file()]
+        by_second = {str(path.relative_to(output_dir)) for path in files if not path.stat().st_mode & 0o044}
+        checkpoints = [path.name for path in (output_dir / "checkpoints").iterdir()]
+        assert len(checkpoints) == 3 and len(files) > 20
+        assert by_second == {f"checkpoints/{name}/process-00001.json" for name in checkpoints}
+        # nor did it touch what the other had made
+        first, second = ((Path(f"{output_dir}-disks") / node / "written").read_text().split() for node in "01")
+        assert {Path(path).name for path in second} == {"process-00001.json"}
+        assert {"metrics.jsonl", "manifest.json", ".lock"} <= {Path(path).name for path in first}
