@@ -17,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -223,13 +224,13 @@ def estimate(
         "all-reduce of the discriminator": all_reduce(4 * counted.discriminator, processes, nodes, assumed),
     }
     seen = recipe.images * recipe.epochs
-    headers = recipe.images / (measured.headers_in_tar if packed else measured.headers)
+    # every process looks for itself, the first of a node before the others
+    headers = min(2, processes) * recipe.images / (measured.headers_in_tar if packed else measured.headers)
     if not (packed or on_disk):
-        headers = max(headers, nodes * recipe.images / assumed.shared_opens)
+        headers = max(headers, gpus * recipe.images / assumed.shared_opens)
     once = {
         "copy to the disks": nodes * set_bytes / from_storage if on_disk else 0.0,
-        # every process does it, the first of a node before the others
-        "check headers": headers * min(2, processes),
+        "check headers": headers,
         "order of images": recipe.epochs * recipe.images * measured.permutation,
         "checkpoints": seen // recipe.checkpoint_every * write_checkpoint(counted, measured, assumed),
         "evaluations": seen
@@ -263,6 +264,7 @@ def memory_of_names(recipe: Recipe, measured: Measured, assumed: Assumed) -> tup
     return names, 2 * 8 * recipe.images * assumed.gpus_per_node
 
 
+@cache
 def count() -> Counted:
     """Of the model, LPIPS and discriminator of training/configs/kl-f8.yaml, an image of 256 pixels a side."""
     discriminator, patches = PatchDiscriminator(3), torch.zeros(1, 3, RESOLUTION, RESOLUTION)  # small enough
@@ -316,7 +318,7 @@ def measure(folder: Path, scratch: Path, rounds: int) -> tuple[Measured, dict[st
         sets[name] = load_data(DataConfig("folder", str(scratch / name), RESOLUTION, 3), memory_limit=0)[0]
     for _ in tqdm(range(rounds + 1), "decoding", disable=None):  # the first round is not counted
         for name, images in sets.items():
-            found.setdefault(f"decode {name}", []).append(seconds(lambda: images.__getitems__(range(len(images)))))
+            found.setdefault(f"decode {name}", []).append(seconds(images.__getitems__, range(len(images))))
     for name, images in sets.items():
         found[f"decode {name}"] = [len(images) / took for took in found[f"decode {name}"][1:]]
 
@@ -390,23 +392,22 @@ def checkpoint_rates(folder: Path, rounds: int) -> tuple[list[float], list[float
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
-    ema = EMAModel(model.parameters())
-    discriminator = Discriminator(judge, optimizers[1])
+    judged = Discriminator(judge, optimizers[1])
+    state = (accelerator, model, optimizers[0], EMAModel(model.parameters()), judged)
     write, read = [], []
     for number in tqdm(range(rounds), "checkpoints", disable=None):
         progress = {"step": number, "images_seen": number + 1}
-        state = (accelerator, model, optimizers[0], ema, discriminator)
-        took = seconds(lambda: save_checkpoint(folder, *state, progress, {}, [], 1))
+        wrote = seconds(save_checkpoint, folder, *state, progress, {}, [], 1)
         path = next(folder.iterdir())
         size = sum(file.stat().st_size for file in path.iterdir())
-        write.append(size / took)
-        read.append(size / seconds(lambda: (find_checkpoint(folder), restore(path, *state))))
+        write.append(size / wrote)
+        read.append(size / (seconds(find_checkpoint, folder) + seconds(restore, path, *state)))
     return write, read
 
 
-def seconds(work) -> float:
+def seconds(work: Callable[..., object], *arguments: object) -> float:
     start = time.perf_counter()
-    work()
+    work(*arguments)
     return time.perf_counter() - start
 
 

@@ -1,5 +1,6 @@
 """Many nodes: the launchers in training/cluster/ start, stop and continue a run, and who writes what."""
 
+import dataclasses
 import os
 import re
 import shlex
@@ -10,13 +11,20 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from PIL import Image
 from test_trainer import ROOT, weights
 
+from diffusers_vae.adversarial import PatchDiscriminator
 from diffusers_vae.config import TRAININGS, parse_settings
+from diffusers_vae.models import ModelConfig
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import scale
 
 CLUSTER = ROOT / "training" / "cluster"
 SLURM, NODE, KUBERNETES = (CLUSTER / name for name in ("slurm.sh", "node.sh", "kubernetes.yaml"))
@@ -107,6 +115,133 @@ class TestSyntax:
         given = {entry["name"]: int(entry["value"]) for entry in container["env"] if entry["value"].isdecimal()}
         processes = given["NODES"] * given["PROCESSES_PER_NODE"]
         assert config.run.batch_size % (processes * config.run.gradient_accumulation_steps) == 0
+
+
+COUNTED = scale.Counted(
+    parameters=10**8, discriminator=10**7, checkpoint=2 * 10**9, step_bf16=1e12, step_float32=1e11, forward=3e11
+)
+MEASURED = scale.Measured(
+    decode={"kind": 100.0}, headers=1000.0, headers_in_tar=2000.0, bytes_per_file=500.0, permutation=1e-7,
+    checkpoint_write=5e8, checkpoint_read=1e9,
+)  # fmt: skip
+ASSUMED = scale.Assumed(
+    gpus_per_node=8, cores_per_node=72, gpu_bf16=1e15, gpu_tf32=5e14, gpu_used=0.5, gpu_memory=1e12, gpu_copy=1e10,
+    gpu_link=1e11, node_link=1e10, node_read=1e9, shared_read=4e9, shared_write=1e9, shared_opens=1e4, disk_read=2e9,
+)  # fmt: skip
+RECIPE = scale.Recipe("a set", 1_024_000, 1e5, "kind", 4, 512, 512_000, 1_024_000, 6400)
+
+
+def estimated(gpus=8, recipe=RECIPE, measured=MEASURED, assumed=ASSUMED, **way):
+    return scale.estimate(recipe, gpus, COUNTED, measured, assumed, **way)
+
+
+class TestEstimate:
+    def test_in_numbers_that_can_be_checked_by_hand(self):
+        found = estimated(num_workers=4)
+        assert found.overlapping == {
+            "read": pytest.approx(512 * 1e5 / 1e9),
+            "open files": 0,
+            "decode": pytest.approx(512 / (8 * 4 * 100)),
+            "copy to GPU": pytest.approx(64 * 196_608 / 1e10),
+            "compute": pytest.approx(64 * (1e12 / 1e15 + 1e11 / 5e14) / 0.5),
+            "all-reduce": pytest.approx(2 * 7 / 8 * 4e8 / 1e11),
+        }
+        after = {"optimiser": 9 * 4e8 / 1e12, "all-reduce of the discriminator": 2 * 7 / 8 * 4e7 / 1e11}
+        assert found.after == pytest.approx(after)
+        assert (found.steps_per_epoch, found.steps) == (2000, 8000)
+        assert found.once == pytest.approx(
+            {
+                "copy to the disks": 0,
+                "check headers": 2 * 1_024_000 / 2000,
+                "order of images": 4 * 1_024_000 * 1e-7,
+                "checkpoints": 8 * 2e9 / 5e8,
+                "evaluations": 4 * 6400 * (3e11 / (8 * 2.5e14) + 1 / (4 * 8 * 100)),
+            }
+        )
+
+    def test_a_step_is_the_slowest_of_what_overlaps_and_all_that_does_not(self):
+        found = estimated()
+        assert found.step == max(found.overlapping.values()) + sum(found.after.values())
+        assert found.epoch == 2000 * found.step
+        assert found.whole == pytest.approx(4 * found.epoch + sum(found.once.values()))
+
+    def test_twice_the_gpus_halve_what_they_compute(self):
+        for gpus in (8, 16, 32):
+            few, many = estimated(gpus), estimated(2 * gpus)
+            for name in ("compute", "copy to GPU", "decode"):
+                assert many.overlapping[name] == pytest.approx(few.overlapping[name] / 2)
+            assert many.after["optimiser"] == few.after["optimiser"]  # each has the whole model
+            assert many.overlapping["all-reduce"] > few.overlapping["all-reduce"]
+
+    @pytest.mark.parametrize(
+        ("assumption", "stage"),
+        [("node_read", "read"), ("gpu_copy", "copy to GPU"), ("gpu_used", "compute"), ("gpu_link", "all-reduce")],
+    )
+    def test_what_is_a_thousand_times_slower_saturates(self, assumption, stage):
+        slower = dataclasses.replace(ASSUMED, **{assumption: getattr(ASSUMED, assumption) / 1000})
+        found = estimated(assumed=slower)
+        assert found.saturated[0] == stage
+        assert found.overlapping[stage] == pytest.approx(1000 * estimated().overlapping[stage])
+
+    def test_storage_is_shared_and_disks_are_not(self):
+        rates = {nodes: 512 * 1e5 / estimated(8 * nodes).overlapping["read"] for nodes in (1, 2, 4, 8)}
+        assert rates == pytest.approx({1: 1e9, 2: 2e9, 4: 4e9, 8: 4e9})
+        on_disk = estimated(64, on_disk=True)
+        assert on_disk.overlapping["read"] == pytest.approx(512 * 1e5 / (8 * 2e9))
+        assert on_disk.once["copy to the disks"] == pytest.approx(8 * 1_024_000 * 1e5 / 4e9)  # each node has it all
+
+    def test_files_by_themselves_are_opened_one_by_one(self):
+        assert estimated(packed=False).overlapping["open files"] == pytest.approx(512 / 1e4)
+        assert estimated(packed=False).once["check headers"] == pytest.approx(2 * 1_024_000 / 1000)
+        slow = dataclasses.replace(ASSUMED, shared_opens=100.0)
+        # of each of the 16 processes, since each looks for itself
+        assert estimated(16, assumed=slow, packed=False).once["check headers"] == pytest.approx(16 * 1_024_000 / 100)
+
+    def test_there_are_no_more_workers_than_cores(self):
+        assert estimated(num_workers=100).overlapping["decode"] == pytest.approx(512 / (64 * 100))
+
+    def test_one_process_sums_nothing(self):
+        assert scale.all_reduce(4e8, 1, 1, ASSUMED) == 0
+        assert scale.all_reduce(4e8, 1, 2, ASSUMED) == pytest.approx(4e8 / 1e10)
+
+    def test_memory(self):
+        names, orders = scale.memory_of_names(RECIPE, MEASURED, ASSUMED)
+        assert (names, orders) == (8 * 1_024_000 * 500, 8 * 2 * 1_024_000 * 8)
+
+
+def test_counts_are_of_stable_diffusion():
+    found = scale.count()
+    assert found.parameters == 83_653_863  # as published
+    assert found.step_bf16 == pytest.approx(3 * found.forward, rel=0.01)  # a backward is two forwards
+    per_image = 2 * 15.35e9 * (256 / 224) ** 2  # VGG-16: 15.3 GMAC of convolutions at 224
+    assert 4 * per_image < found.step_float32 < 6 * per_image
+
+
+def test_checkpoints_are_as_large_as_counted(tmp_path, monkeypatch):
+    tiny = ModelConfig(block_out_channels=(32, 64), norm_num_groups=4)
+    monkeypatch.setattr(scale, "SD", tiny)
+    write, read = scale.checkpoint_rates(tmp_path, 1)
+    assert write[0] > 0 < read[0]
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    vae, judge = tiny.build(3, (256, 256)), PatchDiscriminator(3)
+    numbers = [sum(p.numel() for p in module.parameters()) for module in (vae, judge)]
+    assert size == pytest.approx(4 * (4 * numbers[0] + 3 * numbers[1]), rel=0.02)
+
+
+def test_files_to_measure_with_are_of_the_size_asked_for(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
+    scale.compress([Image.fromarray(pixels) for pixels in noise], tmp_path / "files", "jpg", 5000)
+    sizes = [path.stat().st_size for path in (tmp_path / "files").iterdir()]
+    assert len(sizes) == 3 and 4000 < sum(sizes) / 3 <= 5000
+
+
+def test_output_names_what_is_assumed(capsys):
+    scale.main(["--gpus", "64", "--set", "shared_read=1e8"])
+    text = capsys.readouterr().out
+    assert "shared_read                        1e+08" in text.partition("ASSUMED")[2]
+    assert text.count("saturated first: read") == 3
+    with pytest.raises(SystemExit):
+        scale.main(["--set", "shared_reed=1"])
 
 
 STUBS = {
