@@ -97,15 +97,15 @@ class Measured:
     """Medians of several rounds on one core: `measure`. The defaults are those of docs/scale.md."""
 
     decode: dict[str, float]
-    """Images/s that a core reads from memory, decodes and scales, by kind of file."""
+    """Images that are read from memory, decoded and scaled per second of a core, by kind of file."""
     headers: float
-    """Files/s that a process lists and checks at the start, in one folder that the system has in memory."""
+    """Files of one folder that a process lists and checks per second of a core, when the system has them in memory."""
     headers_in_tar: float
     """Likewise, of the members of a tar."""
     bytes_per_file: float
-    """Memory that a process keeps for each file of a set."""
+    """Memory that a process takes for each file of a set."""
     permutation: float
-    """Seconds for the order of the images of an epoch, per image."""
+    """Seconds of a core for the order of the images of an epoch, per image."""
     checkpoint_write: float
     """Bytes/s, with checksums and until they are on the disk."""
     checkpoint_read: float
@@ -297,6 +297,17 @@ def count() -> Counted:
     )
 
 
+LOOK = """
+import resource, sys, time
+from diffusers_vae.data import DataConfig, load_data
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for root in sys.argv[1:]:
+    before, start = peak(), time.process_time()
+    kept = load_data(DataConfig("folder", root, 256, 3), memory_limit=0)
+    print(time.process_time() - start, *([peak() - before] if root == sys.argv[1] else []))
+"""
+
+
 def measure(folder: Path, scratch: Path, rounds: int) -> tuple[Measured, dict[str, list[float]]]:
     """Medians, and the figures of all rounds, in files below `scratch`, made of the photographs in `folder`."""
     torch.set_num_threads(1)
@@ -316,11 +327,10 @@ def measure(folder: Path, scratch: Path, rounds: int) -> tuple[Measured, dict[st
         kept = sum(path.stat().st_size for path in files) / len(files)
         logging.info("%s: %d files of %.0f bytes in the mean, quality %d", name, len(files), kept, quality)
         sets[name] = load_data(DataConfig("folder", str(scratch / name), RESOLUTION, 3), memory_limit=0)[0]
-    for _ in tqdm(range(rounds + 1), "decoding", disable=None):  # the first round is not counted
-        for name, images in sets.items():
-            found.setdefault(f"decode {name}", []).append(seconds(images.__getitems__, range(len(images))))
     for name, images in sets.items():
-        found[f"decode {name}"] = [len(images) / took for took in found[f"decode {name}"][1:]]
+        rows = range(len(images))
+        images.__getitems__(rows)  # from now on in the system's memory
+        found[f"decode {name}"] = [len(rows) / processor(images.__getitems__, rows) for _ in range(rounds)]
 
     many, copies = scratch / "many", 20_000
     many.mkdir()
@@ -329,35 +339,28 @@ def measure(folder: Path, scratch: Path, rounds: int) -> tuple[Measured, dict[st
         (many / f"n{number:08d}.jpg").write_bytes(content[:20_000])  # headers alone are read
     (scratch / "tars").mkdir()
     subprocess.run(["tar", "-cf", scratch / "tars" / "many.tar", "-C", scratch, "many"], check=True)
-    code = (
-        "import resource, sys, time\n"
-        "from diffusers_vae.data import DataConfig, load_data\n"
-        "before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()\n"
-        "kept = load_data(DataConfig('folder', sys.argv[1], 256, 3), memory_limit=0)\n"
-        "print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
-    )
-    for number in tqdm(range(rounds + 1), "headers", disable=None):
-        for name, root in (("headers", many), ("headers_in_tar", scratch / "tars")):
-            done = subprocess.run(
-                [sys.executable, "-c", code, root], check=True, capture_output=True, text=True
-            ).stdout.split()
-            if number:
-                found.setdefault(name, []).append(copies / float(done[0]))
-                found.setdefault(f"bytes_per_file {name}", []).append(1024 * float(done[1]) / copies)
-
-    for _ in range(rounds):
-        for images in (1_281_167, 100_000_000):
-            took = seconds(lambda images=images: next(epoch_batches(images, 512, 0, 0)))
-            found.setdefault(f"permutation of {images}", []).append(took / images)
+    for _ in range(rounds):  # memory, of a new process
+        done = subprocess.run([sys.executable, "-c", LOOK, many, scratch / "tars"], check=True, stdout=subprocess.PIPE)
+        folder_took, memory, tar_took = map(float, done.stdout.split())
+        for name, value in (
+            ("headers", copies / folder_took), ("headers_in_tar", copies / tar_took),
+            ("bytes_per_file", memory / copies),
+        ):  # fmt: skip
+            found.setdefault(name, []).append(value)
     write, read = checkpoint_rates(scratch / "checkpoints", rounds)
     found |= {"checkpoint_write": write, "checkpoint_read": read}
+    for count in (1_281_167, 100_000_000):
+        took = [processor(next, epoch_batches(count, 512, 0, 0)) for _ in range(rounds)]
+        found[f"permutation of {count}"] = [value / count for value in took]
+    for name, values in found.items():
+        logging.info("%-28s%s", name, "  ".join(f"{value:.4g}" for value in values))
     middle = {name: median(values) for name, values in found.items()}
     return (
         Measured(
             decode={name: middle[f"decode {name}"] for name in kinds},
             headers=middle["headers"],
             headers_in_tar=middle["headers_in_tar"],
-            bytes_per_file=middle["bytes_per_file headers"],
+            bytes_per_file=middle["bytes_per_file"],
             permutation=middle["permutation of 100000000"],
             checkpoint_write=middle["checkpoint_write"],
             checkpoint_read=middle["checkpoint_read"],
@@ -403,6 +406,13 @@ def checkpoint_rates(folder: Path, rounds: int) -> tuple[list[float], list[float
         write.append(size / wrote)
         read.append(size / (seconds(find_checkpoint, folder) + seconds(restore, path, *state)))
     return write, read
+
+
+def processor(work: Callable[..., object], *arguments: object) -> float:
+    """Seconds of a core, which do not depend on what else the machine does."""
+    start = time.process_time()
+    work(*arguments)
+    return time.process_time() - start
 
 
 def seconds(work: Callable[..., object], *arguments: object) -> float:
