@@ -1,31 +1,43 @@
 """Where images come from, and in which order."""
 
 from .look import Look, look, recommended
-from .order import MicroBatch, epoch_batches, image_batches, kept_images, read_ahead, step_generator
+from .order import MicroBatch, Read, TrainingSet, deal, epoch_batches, step_generator
+from .reading import image_batches, kept_images, read_ahead
+from .rows import RowStore, is_hub_id
 from .sources import (
     IMAGE_SUFFIXES,
+    OF_ROWS,
     ArrayImages,
     DataConfig,
-    FolderImages,
     ImageSet,
     ReadImages,
-    first_images,
+    StoredImages,
+    holds_rows,
     load_data,
     load_split,
 )
+from .store import FileStore, Store
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "OF_ROWS",
     "ArrayImages",
     "DataConfig",
-    "FolderImages",
+    "FileStore",
     "ImageSet",
     "Look",
     "MicroBatch",
+    "Read",
     "ReadImages",
+    "RowStore",
+    "Store",
+    "StoredImages",
+    "TrainingSet",
+    "deal",
     "epoch_batches",
-    "first_images",
+    "holds_rows",
     "image_batches",
+    "is_hub_id",
     "kept_images",
     "load_data",
     "load_split",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import logging
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -14,26 +14,47 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import torch
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from ..images import OVERSIZE, Header, read_header, read_image
+from ..images import OVERSIZE, Header
+from .augmentation import Augmentation
 from .captions import read_captions
-from .files import ARCHIVES, Files, Member
+from .files import ARCHIVES, Files
+from .order import Batches, MicroBatch, TrainingSet, bucketed
+from .rows import (
+    PARQUET,
+    RowStore,
+    find_columns,
+    find_parts,
+    is_hub_id,
+    open_rows,
+    read_labels,
+    read_row_captions,
+    rows_builder,
+    was_saved,
+)
+from .store import FileStore, Store
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")
+OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column")
+"""Settings of `DataConfig` that belong to one data set of rows."""
 MEMORY_LIMIT = 2**31
 """Bytes of uint8 pixels up to which a set is read once and kept in memory."""
+IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
+"""Names of sets whose images are all of one size, and in memory."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 Captions = list[tuple[str, ...]]
 T = TypeVar("T")
@@ -43,22 +64,48 @@ T = TypeVar("T")
 class DataConfig:
     """Which images, and how they are brought to one size."""
 
-    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder"] = "digits"
+    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder", "datasets"] = "digits"
     """digits: scikit-learn's 1,797 embedded 8x8 digits, with a margin of one pixel. folder: image files below `root`.
-    The others: torchvision's."""
+    datasets: what Hugging Face's `datasets` opens, on the Hub or here: Parquet, Arrow, WebDataset. The others:
+    torchvision's."""
     root: str = "data"
     """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing. Of a
     folder, one with image files, zip archives and tars (WebDataset's shards) below it, or such an archive itself:
-    archives are read where they are, without unpacking."""
+    archives are read where they are, without unpacking. Of datasets, NAMESPACE/NAME on the Hub, a folder or a .parquet
+    file; it is prepared once in the cache of `datasets`, which takes as much room as the set."""
+    subset: str | None = None
+    """Of datasets, which configuration of the set, where it has several."""
+    revision: str | None = None
+    """Of datasets on the Hub, a branch, a tag or a commit; by default what is newest."""
+    image_column: str | None = None
+    """Of datasets, where the images are; by default the only column of type Image. One with the bytes of image files,
+    alone or as `bytes` beside their `path`, must be named."""
+    label_column: str | None = None
+    """Of datasets, where the classes are, whole numbers or words; by default the only column of type ClassLabel."""
+    caption_column: str | None = None
+    """Of datasets, where the captions are, a string or a list of strings each, for what needs any; by default a column
+    named text or caption."""
     resolution: int | tuple[int, int] = 32
     """Side of the images in pixels, or [height, width]."""
     channels: Literal[1, 3] = 1
     """1: grey, 3: RGB."""
     fit: Literal["crop", "pad"] = "crop"
     """crop: scale the image to cover the resolution, cut the centre. pad: black borders, scaled only if too large."""
-    crops: int | None = None
+    crops: int | Literal["random"] | None = None
     """So many crops of each image of a folder at its own resolution, at places drawn once, instead of the whole image
-    brought to size; images smaller than the resolution are scaled up to cover it. Of the held-out images too."""
+    brought to size; images smaller than the resolution are scaled up to cover it. Of the held-out images too. random:
+    one of each image, at another place in every epoch; of the held-out images always at the same."""
+    buckets: int | None = None
+    """Train on images of several sizes, as many pixels as `resolution` has or less, with sides that this divides and
+    aspect ratios from 1:2 to 2:1: each image is brought to that which is most like its own, and a batch has images of
+    one size. The held-out images are brought to `resolution`."""
+    horizontal_flip: bool = False
+    """Mirror every second training image, drawn anew in every epoch: for what looks as well the other way round."""
+    vertical_flip: bool = False
+    """Likewise, upside down: for pictures from above, of cells or of materials."""
+    color_jitter: tuple[float, float, float, float] | None = None
+    """[brightness, contrast, saturation, hue]: how far these of training images are changed at random at most, as in
+    torchvision's ColorJitter; the model learns the colours that it is shown."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What a file of a folder that cannot be read does. stop: an error that names it, before training starts if it
     shows when all are read or, in a set too large for memory, in their headers. skip: left out, counted and listed in
@@ -67,6 +114,16 @@ class DataConfig:
     """Held out, at random but always the same, of sets without a test part. A folder has one when its images lie in
     train/ and in one of test/, val/, valid/, validation/, heldout/, or in archives that are named so, with anything
     but a letter after it: train-000.tar."""
+    streaming: bool = False
+    """Read Parquet files, of data.name datasets, a row group at a time while training, here or from the Hub, instead of
+    preparing all on the disk first. Each epoch has its own order, in which row groups come at random and their images
+    are shuffled among `shuffle_buffer`. Without labels and captions; files are not checked before."""
+    shuffle_buffer: int = 4096
+    """Images of a stream, over all processes, among which the next ones are drawn; their files are kept in memory."""
+    lanes: tuple[int, int] | None = None
+    """Pieces of a stream that are read side by side: so many parts of a batch times so many batches in a row. null:
+    as many as forwards of a step, over all processes, and workers, so that each row group is read once; a run that is
+    continued keeps its own, and with them its order, whatever the number of processes."""
     num_workers: int = 2
     """Processes that read images, for sets that are too large to be kept in memory."""
 
@@ -80,12 +137,52 @@ class DataConfig:
         if min(self.size) < 8:
             raise ValueError(f"data.resolution must be at least 8 pixels a side, got {self.resolution}")
         if self.crops is not None:
-            if self.crops < 1:
+            if self.crops != "random" and self.crops < 1:
                 raise ValueError(f"data.crops must be at least 1, got {self.crops}")
-            if self.name != "folder":
-                raise ValueError(f"data.crops are of the images of a folder, got data.name {self.name}")
+            if self.name in IN_MEMORY:
+                raise ValueError(f"data.crops are of the images of folder and datasets, got data.name {self.name}")
             if self.fit != "crop":
                 raise ValueError(f"data.crops leave nothing to pad: data.fit must be crop, got {self.fit}")
+        if self.buckets is not None:
+            if self.buckets < 1 or min(self.size) < self.buckets:
+                raise ValueError(
+                    f"data.buckets must be at least 1 and at most the sides of data.resolution, got {self.buckets} and "
+                    f"{self.size[0]}x{self.size[1]}"
+                )
+            if self.name in IN_MEMORY:
+                raise ValueError(f"data.buckets are for images of several sizes, got data.name {self.name}")
+            if self.crops is not None or self.fit != "crop":
+                raise ValueError(
+                    f"data.buckets bring whole images to size: leave out data.crops and data.fit pad, got {self.crops} "
+                    f"and {self.fit}"
+                )
+        for name in ("horizontal_flip", "vertical_flip"):
+            if getattr(self, name) and self.name in ("digits", "mnist", "qmnist"):
+                raise ValueError(f"data.{name} makes another sign of a digit: leave it out with data.name {self.name}")
+        if self.color_jitter is not None:
+            if self.channels not in (1, 3):
+                raise ValueError(f"data.color_jitter is for grey or RGB images, got data.channels {self.channels}")
+            try:
+                v2.ColorJitter(*self.color_jitter)
+            except ValueError as error:
+                raise ValueError(f"data.color_jitter {list(self.color_jitter)} is not one: {error}") from error
+        for name in OF_ROWS:
+            if getattr(self, name) is not None and self.name != "datasets":
+                raise ValueError(
+                    f"data.{name} is of data.name datasets, got {getattr(self, name)} with data.name {self.name}"
+                )
+        if self.streaming:
+            refused = {"name": self.name != "datasets", "crops": isinstance(self.crops, int)}
+            refused |= {name: getattr(self, name) is not None for name in ("buckets", "label_column", "caption_column")}
+            for name in [name for name, wrong in refused.items() if wrong]:
+                raise ValueError(
+                    "data.streaming is of data.name datasets, without data.buckets, label_column, caption_column and "
+                    f"a number of data.crops, got data.{name} {getattr(self, name)}"
+                )
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"data.shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
+        if self.lanes is not None and min(self.lanes) < 1:
+            raise ValueError(f"data.lanes must be at least 1 each, got {list(self.lanes)}")
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"data.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
         if self.num_workers < 0:
@@ -93,7 +190,9 @@ class DataConfig:
 
     @property
     def described(self) -> str:
-        """The set's name, of a folder its own."""
+        """The set's name, of a folder or file its own, of one on the Hub with its namespace."""
+        if self.name == "datasets":
+            return self.root if is_hub_id(self.root) else Path(self.root).resolve().name
         return Path(self.root).resolve().name if self.name == "folder" else self.name
 
     @property
@@ -101,8 +200,9 @@ class DataConfig:
         """How images of another size are brought to `resolution`, in words."""
         how = "bicubic with antialiasing, on 8-bit values"
         if self.crops is not None:
-            return f"cut out at {self.crops} places of each, always the same; if smaller, scaled to cover ({how})"
-        if self.name == "folder":
+            places = "a place" if self.crops == "random" else f"{self.crops} places"
+            return f"cut out at {places} of each, always the same; if smaller, scaled to cover ({how})"
+        if self.name not in IN_MEMORY:
             how += f"; JPEGs that are {2 * OVERSIZE} times as large or more, from a decode at reduced scale"
         if self.fit == "crop":
             return f"scaled to cover ({how}), then the centre is cut out"
@@ -112,6 +212,27 @@ class DataConfig:
     def size(self) -> tuple[int, int]:
         """(height, width) of the images."""
         return (self.resolution, self.resolution) if isinstance(self.resolution, int) else tuple(self.resolution)
+
+    @property
+    def bucket_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of those that training images are brought to."""
+        if self.buckets is None:
+            return [self.size]
+        pixels, step = self.size[0] * self.size[1], self.buckets
+        sizes = {self.size}
+        for height in range(step, math.isqrt(2 * pixels) + 1, step):
+            width = pixels // height // step * step
+            if height <= 2 * width and width <= 2 * height:
+                sizes.add((height, width))
+        return sorted(sizes)
+
+    @property
+    def changes_images(self) -> str:
+        """The settings by which a training image is another in every epoch, or of another size, or nothing."""
+        unchanged = {"buckets": None, "horizontal_flip": False, "vertical_flip": False, "color_jitter": None}
+        changing = [name for name, value in unchanged.items() if getattr(self, name) != value]
+        changing += ["crops"] * (self.crops == "random")
+        return ", ".join(f"data.{name} {getattr(self, name)}" for name in changing)
 
 
 @dataclass(frozen=True)
@@ -152,8 +273,8 @@ class ReadImages:
         return {"pixels": self.pixels}
 
 
-class ImageSet(Protocol):
-    """Images of one size, with or without labels, read by the batch; any first part of it is a fair sample."""
+class ImageSet(TrainingSet, Protocol):
+    """Images with or without labels, of one size unless they are trained on; any first part is a fair sample."""
 
     labels: torch.Tensor | None
     """(N,) int64 classes."""
@@ -164,8 +285,6 @@ class ImageSet(Protocol):
     errors: tuple[str, ...]
     """Why files were left out so far, with their names."""
 
-    def __len__(self) -> int: ...
-
     def __getitems__(self, indices: Sequence[int]) -> ReadImages:
         """The images at `indices`."""
         ...
@@ -174,30 +293,74 @@ class ImageSet(Protocol):
         """Of an image, for people: its file, or its number."""
         ...
 
+    def first(self, count: int) -> ImageSet:
+        """The first `count` images, which are a fair sample."""
+        ...
+
     def fingerprint(self) -> str:
         """The same for the same images in the same order, and for others another."""
         ...
 
 
-class ArrayImages:
-    """Images kept in memory: uint8 `pixels` (N, C, H, W), their labels (N,) or None, the files they came from, the
-    names of the labels' classes, captions, and, of crops, the number of each among those of its file.
+class _Images(TrainingSet):
+    """What sets of images have in common but for the pixels: labels (N,) or None, the names of the labels' classes,
+    captions, the rows of a store that they come from, if any, and, of crops, the number of each among its row's.
+    """
+
+    augmentation: Augmentation | None = None
+    """Of the images when they are trained on."""
+
+    def __init__(
+        self,
+        labels: torch.Tensor | None = None,
+        classes: tuple[str, ...] | None = None,
+        captions: Captions | None = None,
+        store: Store | None = None,
+        rows: np.ndarray | None = None,
+        crops: np.ndarray | None = None,
+        errors: tuple[str, ...] = (),
+    ):
+        self.labels, self.classes, self.captions = labels, classes, captions
+        self.store, self.rows, self.crops, self.errors = store, rows, crops, errors
+
+    def about(self, indices: slice | np.ndarray | None = None) -> dict[str, Any]:
+        """All of this by keyword, of the images at `indices`."""
+        indices = slice(None) if indices is None else indices
+        places = range(0 if self.captions is None else len(self.captions))
+        chosen = places[indices] if isinstance(indices, slice) else indices
+        return {
+            "labels": None if self.labels is None else self.labels[indices],
+            "classes": self.classes,
+            "captions": None if self.captions is None else [self.captions[index] for index in chosen],
+            "store": self.store,
+            "rows": None if self.rows is None else self.rows[indices],
+            "crops": None if self.crops is None else self.crops[indices],
+            "errors": self.errors,
+        }
+
+    def name(self, index: int) -> str:
+        if self.store is None:
+            return f"image {index}"
+        name = self.store.name(int(self.rows[index]))
+        return name if self.crops is None else f"{name}, crop {self.crops[index]}"
+
+    def read(self, batch: MicroBatch) -> ReadImages:
+        read = self._read(batch)
+        return self.augmentation(read, batch) if self.augmentation else read
+
+    def _read(self, batch: MicroBatch) -> ReadImages:
+        return self.__getitems__(batch.indices)
+
+
+class ArrayImages(_Images):
+    """Images kept in memory: uint8 `pixels` (N, C, H, W), and what `_Images` has.
 
     Only the pixels can be on another device than the CPU: `to`.
     """
 
-    def __init__(
-        self,
-        pixels: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        paths: Sequence[Path] = (),
-        errors: tuple[str, ...] = (),
-        classes: tuple[str, ...] | None = None,
-        captions: Captions | None = None,
-        crops: Sequence[int] = (),
-    ):
-        self.pixels, self.labels, self.paths, self.errors = pixels, labels, paths, errors
-        self.classes, self.captions, self.crops = classes, captions, crops
+    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor | None = None, **about: Any):
+        super().__init__(labels, **about)
+        self.pixels = pixels
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -211,127 +374,116 @@ class ArrayImages:
 
     def to(self, device: torch.device | str) -> ArrayImages:
         """The same images with their pixels on `device`."""
-        return ArrayImages(
-            self.pixels.to(device), self.labels, self.paths, self.errors, self.classes, self.captions, self.crops
-        )
+        return ArrayImages(self.pixels.to(device), **self.about())
 
-    def name(self, index: int) -> str:
-        return _name(self.paths, self.crops, index) if self.paths else f"image {index}"
+    def first(self, count: int) -> ArrayImages:
+        """The first `count` images, which are a fair sample."""
+        return ArrayImages(self.pixels[:count], **self.about(slice(count)))
 
     def fingerprint(self) -> str:
         """Of all pixels."""
         return hashlib.sha256(self.pixels.cpu().contiguous().numpy().data).hexdigest()
 
 
-class FolderImages:
-    """Image files, read on demand as `config` says; of crops, `crops` has the number of each among its file's. Of files
-    that lie in archives, `members` says where.
+class StoredImages(_Images):
+    """Images of a store, read on demand as `config` says, and what `_Images` has; in `buckets` (N,), if `config` asks
+    for them, the place of each image's size in `config.bucket_sizes`.
     """
 
     def __init__(
-        self,
-        paths: list[Path],
-        labels: torch.Tensor | None,
-        config: DataConfig,
-        errors: tuple[str, ...] = (),
-        classes: tuple[str, ...] | None = None,
-        captions: Captions | None = None,
-        crops: Sequence[int] = (),
-        members: Mapping[str, Member] | None = None,
+        self, config: DataConfig, store: Store, rows: np.ndarray, buckets: np.ndarray | None = None, **about: Any
     ):
-        self.paths, self.labels, self.config, self.errors = paths, labels, config, errors
-        self.classes, self.captions, self.crops, self.members = classes, captions, crops, members or {}
+        super().__init__(store=store, rows=rows, **about)
+        self.config, self.buckets = config, buckets
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.rows)
 
     def __getitems__(self, indices: Sequence[int]) -> ReadImages:
+        return self._read_as(indices, self.config, (0,))
+
+    def batches(self, batch_size: int, seed: int, epoch: int, start: int) -> Batches:
+        if self.buckets is None:
+            return super().batches(batch_size, seed, epoch, start)
+        return bucketed(self.buckets, self.config.bucket_sizes, batch_size, seed, epoch, start)
+
+    def _read(self, batch: MicroBatch) -> ReadImages:
+        config = self.config if batch.size is None else _at_size(self.config, batch.size)
+        return self._read_as(batch.indices, config, (batch.seed, batch.epoch))
+
+    def _read_as(self, indices: Sequence[int], config: DataConfig, place: tuple[int, ...]) -> ReadImages:
+        """The images at the indices; random crops at the place of this number."""
         pixels, kept, errors = [], [], []
-        for place, index in enumerate(indices):
+        for number, index in enumerate(indices):
+            crops = [place] if config.crops == "random" else []
+            crops = crops if self.crops is None else [(int(self.crops[index]),)]
             try:
-                pixels.append(self.read(index))
-                kept.append(place)
+                pixels.append(self._read_one(index, config, crops)[0])
+                kept.append(number)
             except ValueError as error:
                 errors += [str(error)] * (str(error) not in errors)  # of two crops of a file
-        empty = torch.zeros(0, self.config.channels, *self.config.size, dtype=torch.uint8)
-        stop = self.config.on_bad_image == "stop"
+        empty = torch.zeros(0, config.channels, *config.size, dtype=torch.uint8)
+        stop = config.on_bad_image == "stop"
         return ReadImages(torch.stack(pixels) if pixels else empty, kept, tuple(errors), stop)
 
-    def read(self, index: int) -> torch.Tensor:
-        """uint8 pixels (C, H, W); ValueError naming the file that cannot be read."""
-        return self.read_file(index, self.crops[index : index + 1])[0]
+    def read_all(self, index: int) -> torch.Tensor:
+        """Pixels (B, C, H, W): all crops of an image, of which this is a set of whole ones, or the image, B = 1.
+        ValueError naming it when it cannot be read.
+        """
+        crops = {"random": 1, None: 0}.get(self.config.crops, self.config.crops)
+        return self._read_one(index, self.config, [(crop,) for crop in range(crops)])
 
-    def _member(self, index: int) -> Member | None:
-        """Where the file of an image lies in an archive, if it does."""
-        return self.members.get(str(self.paths[index]))
+    def _read_one(self, index: int, config: DataConfig, crops: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """Pixels (B, C, H, W): the crops of these numbers of an image or, without, the whole, B = 1."""
+        row = int(self.rows[index])
 
-    def read_file(self, index: int, crops: Sequence[int]) -> torch.Tensor:
-        """uint8 (B, C, H, W): the crops of these numbers of a file or, of a set without, the image, B = 1."""
-        member = self._member(index)
-        return _read(self.paths[index], self.config, crops, member and (lambda: io.BytesIO(member.read())))
+        def fit(pixels: torch.Tensor) -> torch.Tensor:
+            if not crops:
+                return _bring_to_size(pixels, config)[None]
+            # of the name alone, so that an image more or less moves no crop of the others
+            name = hashlib.sha256(self.store.key(row).encode(errors="surrogateescape")).digest()
+            seeds = (np.random.SeedSequence([int.from_bytes(name, "big"), *crop]) for crop in crops)
+            places = (np.random.default_rng(seed).random(2) for seed in seeds)
+            return torch.stack([_bring_to_size(_cut(pixels, config.size, place), config) for place in places])
+
+        # crops are of the image at its own resolution
+        scaled = None if crops else lambda *size: _scaled_size(*size, config)
+        return self.store.read(row, config, fit, scaled)
 
     def header(self, index: int) -> Header:
-        """Of the file of an image; ValueError naming it when its header tells that it cannot be read."""
-        member = self._member(index)
-        return read_header(self.paths[index], member and member.open)
+        """Of an image; ValueError naming it when that tells that it cannot be read."""
+        return self.store.header(int(self.rows[index]))
 
-    def file_size(self, index: int) -> int:
-        """Bytes of the file of an image."""
-        member = self._member(index)
-        return self.paths[index].stat().st_size if member is None else member.size
-
-    def content(self, index: int) -> bytes:
-        """The bytes of the file of an image; ValueError naming it when it lies in an archive and is damaged there."""
-        member = self._member(index)
-        try:
-            return self.paths[index].read_bytes() if member is None else member.read()
-        except ValueError as error:
-            raise ValueError(f"cannot read the image {self.paths[index]}: {error}") from error
-
-    def name(self, index: int) -> str:
-        return _name(self.paths, self.crops, index)
+    def first(self, count: int) -> StoredImages:
+        """The first `count` images, which are a fair sample."""
+        return StoredImages(self.config, **self.about(slice(count)))
 
     def fingerprint(self) -> str:
-        """Of names below the root, sizes and crops: reading all files for it would take as long as an epoch."""
-        digest, sizes = hashlib.sha256(), {}
-        for index, path in enumerate(self.paths):
-            if path not in sizes:  # crops share a file
-                sizes[path] = self.file_size(index)
-            digest.update(_below_root(path, self.config) + f"\0{sizes[path]}\0".encode())
-            digest.update(f"crop {self.crops[index]}\0".encode() if self.crops else b"")
+        """Of what the store tells without reading, which would take as long as an epoch, and of the crops."""
+        digest, known = hashlib.sha256(), {}
+        for index, row in enumerate(self.rows.tolist()):
+            if row not in known:  # crops share a file
+                known[row] = self.store.identity(row)
+            digest.update(known[row])
+            digest.update(b"" if self.crops is None else f"crop {self.crops[index]}\0".encode())
         return digest.hexdigest()
 
-    def without(self, bad: dict[int, str]) -> FolderImages:
+    def without(self, bad: dict[int, str]) -> StoredImages:
         """The set without the images at the indices `bad`, which gives the reasons."""
-        good = [index for index in range(len(self)) if index not in bad]
-        return FolderImages(
-            [self.paths[index] for index in good],
-            None if self.labels is None else self.labels[torch.tensor(good, dtype=torch.long)],
-            self.config,
-            (*self.errors, *(bad[index] for index in sorted(bad))),
-            self.classes,
-            None if self.captions is None else [self.captions[index] for index in good],
-            [self.crops[index] for index in good] if self.crops else (),
-            self.members,
-        )
+        good = np.array([index for index in range(len(self)) if index not in bad], dtype=np.int64)
+        errors = (*self.errors, *(bad[index] for index in sorted(bad)))
+        return StoredImages(self.config, **self.about(good) | {"errors": errors})
 
-    def cropped(self) -> FolderImages:
-        """Of a set of files, the set of their crops: the first of each, then the second of each, and so on, so that a
-        first part is a fair sample and neighbours are of different files. Without `config.crops` the set itself.
+    def cropped(self) -> StoredImages:
+        """Of a set of whole images, the set of their crops: the first of each, then the second of each, and so on, so
+        that a first part is a fair sample and neighbours are of different images. Without so many `config.crops`
+        the set itself.
         """
         count = self.config.crops
-        if count is None:
+        if not isinstance(count, int):
             return self
-        return FolderImages(
-            self.paths * count,
-            None if self.labels is None else self.labels.repeat(count),
-            self.config,
-            self.errors,
-            self.classes,
-            None if self.captions is None else self.captions * count,
-            np.repeat(np.arange(count), len(self)).tolist(),
-            self.members,
-        )
+        every = np.tile(np.arange(len(self)), count)
+        return StoredImages(self.config, **self.about(every) | {"crops": np.repeat(np.arange(count), len(self))})
 
 
 def load_data(
@@ -344,16 +496,26 @@ def load_data(
         progress: show a bar while a folder is read, and say which files are skipped.
         memory_limit: bytes of pixels up to which the images of a folder are read now and kept, and not on demand; by
             default `MEMORY_LIMIT`.
-        captions: read those of a folder too, as `read_captions` says; else there are none, whatever text files mean.
+        captions: read those of a folder too, as `read_captions` says, or of rows; else there are none, whatever text
+            files mean.
 
     Raises:
         FileNotFoundError: saying which files go where, when they are missing and cannot be downloaded.
+        OSError: saying what to do, when a data set on the Hub cannot be had.
         ValueError: for files that cannot be read, by name.
     """
-    if config.name == "folder":
-        return _load_folder(config, progress, MEMORY_LIMIT if memory_limit is None else memory_limit, captions)
-    load = {"digits": _load_digits, "cifar10": _load_cifar10}.get(config.name, _load_mnist)
-    train, heldout = (_in_memory(*part, config) for part in load(config))
+    stored = {"folder": _load_folder, "datasets": _load_rows}
+    if config.streaming:
+        from .stream import load_stream  # which needs this file
+
+        train, heldout = load_stream(config, progress)
+    elif config.name in stored:
+        limit = MEMORY_LIMIT if memory_limit is None else memory_limit
+        train, heldout = stored[config.name](config, progress, limit, captions)
+    else:
+        load = {"digits": _load_digits, "cifar10": _load_cifar10}.get(config.name, _load_mnist)
+        train, heldout = (_in_memory(*part, config) for part in load(config))
+    train.augmentation = Augmentation.of(config)
     return train, heldout
 
 
@@ -363,70 +525,28 @@ def load_split(
     progress: bool = False,
     captions: bool = False,
     default: Literal["held-out", "training"] = "held-out",
+    memory_limit: int | None = None,
 ) -> tuple[ImageSet, str]:
     """The images of `split`, held-out, training or all, and which that is: by default `default`, but all of a folder
-    that has no parts. Progress, captions and errors are those of `load_data`.
+    that has no parts. Progress, captions, memory_limit and errors are those of `load_data`.
     """
     if split not in (None, "held-out", "training", "all"):
         raise ValueError(f"split must be held-out, training or all, got {split}")
     if split is None:
-        split = "all" if config.name == "folder" and not has_parts(config) else default
-    train, heldout = load_data(config, progress, captions=captions)
+        split = "all" if config.name in ("folder", "datasets") and not has_parts(config) else default
+    train, heldout = load_data(config, progress, memory_limit, captions)
     if split != "all":
         return (train if split == "training" else heldout), split
-    labelled = train.labels is not None and heldout.labels is not None
-    common = {
-        "labels": torch.cat([train.labels, heldout.labels]) if labelled else None,
-        "paths": [*train.paths, *heldout.paths],
-        "errors": (*train.errors, *heldout.errors),
-        "classes": train.classes if labelled else None,
-        "captions": None if train.captions is None else train.captions + heldout.captions,
-        "crops": [*train.crops, *heldout.crops],
-    }
-    if isinstance(train, FolderImages):
-        return FolderImages(config=config, members={**train.members, **heldout.members}, **common), split
-    return ArrayImages(torch.cat([train.pixels, heldout.pixels]), **common), split
-
-
-def first_images(image_set: ImageSet, count: int) -> ImageSet:
-    """The first `count` images, which are a fair sample."""
-    first = {
-        "labels": None if image_set.labels is None else image_set.labels[:count],
-        "paths": image_set.paths[:count],
-        "errors": image_set.errors,
-        "classes": image_set.classes,
-        "captions": None if image_set.captions is None else image_set.captions[:count],
-        "crops": image_set.crops[:count],
-    }
-    if isinstance(image_set, FolderImages):
-        return FolderImages(config=image_set.config, members=image_set.members, **first)
-    return ArrayImages(image_set.pixels[:count], **first)
-
-
-def _name(paths: Sequence[Path], crops: Sequence[int], index: int) -> str:
-    return f"{paths[index]}, crop {crops[index]}" if crops else str(paths[index])
-
-
-def _below_root(path: Path, config: DataConfig) -> bytes:
-    return path.relative_to(config.root).as_posix().encode(errors="surrogateescape")
-
-
-def _read(
-    path: Path, config: DataConfig, crops: Sequence[int], content: Callable[[], BinaryIO] | None = None
-) -> torch.Tensor:
-    """uint8 (B, C, H, W), of a file the B crops with these numbers, or if `config` asks for none the image, B = 1."""
-
-    def fit(pixels: torch.Tensor) -> torch.Tensor:
-        if config.crops is None:
-            return _bring_to_size(pixels, config)[None]
-        # of the file's name alone, so that a file more or less moves no crop of the others
-        name = int.from_bytes(hashlib.sha256(_below_root(path, config)).digest(), "big")
-        places = (np.random.default_rng(np.random.SeedSequence([name, crop])).random(2) for crop in crops)
-        return torch.stack([_bring_to_size(_cut(pixels, config.size, place), config) for place in places])
-
-    # crops are of the image at its own resolution
-    scaled = None if config.crops else lambda *size: _scaled_size(*size, config)
-    return read_image(path, config.channels, fit, scaled, content)
+    one, two = train.about(), heldout.about()
+    both: dict[str, Any] = {"errors": train.errors + heldout.errors, "store": train.store}
+    if train.labels is not None and heldout.labels is not None:
+        both |= {"labels": torch.cat([train.labels, heldout.labels]), "classes": train.classes}
+    if train.captions is not None:
+        both["captions"] = train.captions + heldout.captions
+    both |= {name: np.concatenate([one[name], two[name]]) for name in ("rows", "crops") if one[name] is not None}
+    if isinstance(train, StoredImages):
+        return StoredImages(config, **both), split
+    return ArrayImages(torch.cat([train.pixels, heldout.pixels]), **both), split
 
 
 def _cut(pixels: torch.Tensor, size: tuple[int, int], place: np.ndarray) -> torch.Tensor:
@@ -597,36 +717,81 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
         indices = _heldout_indices(len(found), config)
         parts = [[found[i] for i in part] for part in indices]
         labels = [None if of_all is None else of_all[torch.from_numpy(part)] for part in indices]
-    paths = [[path for path, _ in part] for part in parts]
-    told = read_captions(files, [path for part in paths for path in part]) if captions else None
+    paths = [path for part in parts for path, _ in part]
+    told = read_captions(files, paths) if captions else None
+    store, count = FileStore(files.root, paths, files.members), len(parts[0])
     train, heldout = (
-        FolderImages(
-            own,
-            classed,
+        StoredImages(
             config,
+            store,
+            np.arange(len(paths))[part],
+            labels=classed,
             classes=None if classed is None else classes,
-            captions=None if told is None else (told[: len(own)] if own is paths[0] else told[-len(own) :]),
-            members={str(path): files.members[str(path)] for path in own if str(path) in files.members},
+            captions=None if told is None else told[part],
         )
-        for own, classed in zip(paths, labels, strict=True)
+        for part, classed in zip((slice(count), slice(count, None)), labels, strict=True)
     )
+    return _in_size(train, heldout, progress, memory_limit)
+
+
+def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> tuple[ImageSet, ImageSet]:
+    found, root = open_rows(config, progress), config.described
+    parts = {name: found[name] for name in find_parts(list(found), root)}
+    of_each = [find_columns(part.features, config, captions) for part in parts.values()]
+    columns = of_each[0]
+    if any(own != columns for own in of_each):
+        raise ValueError(f"the columns of {' and '.join(parts)} in {root} must be the same")
+    store = RowStore(root, parts, columns.image)
+    labels, classes = read_labels(root, parts, columns.label) if columns.label else (None, None)
+    told = read_row_captions(root, parts, columns.caption) if captions and columns.caption else None
+    if len(parts) == 1:
+        rows = _heldout_indices(len(store), config)
+    else:
+        counts = [len(part) for part in parts.values()]
+        rows = [np.random.default_rng(0).permutation(count) for count in counts]
+        rows[1] += counts[0]
+    train, heldout = (
+        StoredImages(
+            config,
+            store,
+            own,
+            labels=labels[own] if labelled else None,
+            classes=classes if labelled else None,
+            captions=None if told is None else [told[row] for row in own],
+        )
+        for own, labelled in ((own, labels is not None and labels[own[0]] >= 0) for own in rows)
+    )
+    return _in_size(train, heldout, progress, memory_limit)
+
+
+def _in_size(
+    train: StoredImages, heldout: StoredImages, progress: bool, memory_limit: int
+) -> tuple[ImageSet, ImageSet]:
+    """The sets in memory, if their pixels fit, else to be read on demand; without the images that cannot be read."""
+    config = train.config
     count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels
-    if (len(train) + len(heldout)) * count * size > memory_limit:
-        parts, _ = _scan([train, heldout], FolderImages.header, "checking files", progress)
+    several = config.buckets or count == "random"  # of a training image there is more than the pixels at one size
+    if several or (len(train) + len(heldout)) * count * size > memory_limit:
+        parts, headers = _scan([train, heldout], StoredImages.header, "checking files", progress)
+        if config.buckets:
+            parts[0].buckets = _nearest(headers[0], config.bucket_sizes)
         return parts[0].cropped(), parts[1].cropped()
-    parts, read = _scan([train, heldout], lambda part, at: part.read_file(at, range(count)), "reading images", progress)
+    parts, read = _scan([train, heldout], StoredImages.read_all, "reading images", progress)
     return tuple(
-        ArrayImages(
-            torch.stack(pixels, 1).flatten(0, 1),  # the order of `cropped`
-            part.labels,
-            part.paths,
-            part.errors,
-            part.classes,
-            part.captions,
-            part.crops,
-        )
-        for part, pixels in zip((part.cropped() for part in parts), read, strict=True)
+        ArrayImages(torch.stack(pixels, 1).flatten(0, 1), **part.cropped().about())  # the order of `cropped`
+        for part, pixels in zip(parts, read, strict=True)
     )
+
+
+@cache
+def _at_size(config: DataConfig, size: tuple[int, int]) -> DataConfig:
+    return replace(config, resolution=size, buckets=None)
+
+
+def _nearest(headers: Sequence[Header], sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Of each image (N,) the place in `sizes` of that whose aspect ratio is most like its own."""
+    own = np.log([header.height / header.width for header in headers])
+    return np.abs(own[:, None] - np.log([height / width for height, width in sizes])).argmin(1)
 
 
 def _look_into(config: DataConfig) -> tuple[Files, dict[str, list[Path]], list[Path]]:
@@ -650,7 +815,27 @@ def has_parts(config: DataConfig) -> bool:
     """Whether the set has a part to train on and one that is held out, and need not be cut."""
     if config.name == "folder":
         return _is_split(_look_into(config)[1])
+    if config.name == "datasets":
+        found = rows_builder(config).config.data_files if config.streaming else open_rows(config)
+        return len(find_parts(list(map(str, found)), config.described)) == 2
     return config.name != "digits"
+
+
+def holds_rows(place: str) -> bool:
+    """Whether a place is one for data.name datasets: a set on the Hub, a Parquet file, what `save_to_disk` has written,
+    or a folder with Parquet files and with neither images nor archives.
+    """
+    path = Path(place)
+    if not path.is_dir():
+        return is_hub_id(place) or path.suffix.lower() == PARQUET
+    found = was_saved(path)
+    for _, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        suffixes = {Path(name).suffix.lower() for name in names}
+        if suffixes & {*IMAGE_SUFFIXES, *ARCHIVES}:
+            return False
+        found |= PARQUET in suffixes
+    return found
 
 
 def _is_split(named: Mapping[str, list[Path]]) -> bool:
@@ -700,15 +885,15 @@ def _told_beside(files: Files, part: Found) -> list[str] | None:
 
 
 def _scan(
-    parts: list[FolderImages], look: Callable[[FolderImages, int], T], title: str, progress: bool
-) -> tuple[list[FolderImages], list[list[T]]]:
+    parts: list[StoredImages], look: Callable[[StoredImages, int], T], title: str, progress: bool
+) -> tuple[list[StoredImages], list[list[T]]]:
     """The parts without the files at which `look` raises ValueError, and what it returns for the others.
 
     Raises:
         ValueError: naming all those files, unless they are to be skipped.
     """
 
-    def attempt(place: tuple[FolderImages, int]) -> tuple[T | None, str | None]:
+    def attempt(place: tuple[StoredImages, int]) -> tuple[T | None, str | None]:
         try:
             return look(*place), None
         except ValueError as error:
