@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from statistics import median
+from typing import Literal, get_args
 
 import torch
 import torchvision
@@ -45,6 +46,8 @@ SD = ModelConfig(
 )
 """That of training/configs/kl-f8.yaml."""
 RESOLUTION = 256
+Stored = Literal["files", "archives", "stream"]
+"""By themselves; in .tar or .zip; in Parquet files with data.streaming."""
 
 
 @dataclass(frozen=True)
@@ -198,11 +201,11 @@ def estimate(
     measured: Measured,
     assumed: Assumed,
     num_workers: int = 8,
-    packed: bool = True,
+    stored: Stored = "archives",
     on_disk: bool = False,
 ) -> Estimate:
-    """What a run takes. `num_workers`: data.num_workers, of each process, as far as there are cores. `packed`: in
-    archives or shards, instead of files by themselves. `on_disk`: copied to each node's disk before.
+    """What a run takes. `num_workers`: data.num_workers, of each process, as far as there are cores. `on_disk`:
+    archives are copied to each node's disk before.
     """
     nodes, processes = -(-gpus // assumed.gpus_per_node), min(gpus, assumed.gpus_per_node)
     batch, own = recipe.batch_size, recipe.batch_size / gpus
@@ -212,7 +215,7 @@ def estimate(
     compute = counted.step_bf16 / assumed.gpu_bf16 + counted.step_float32 / assumed.gpu_tf32
     overlapping = {
         "read": batch * recipe.file_bytes / (nodes * assumed.disk_read if on_disk else from_storage),
-        "open files": 0.0 if packed or on_disk else batch / assumed.shared_opens,
+        "open files": batch / assumed.shared_opens if stored == "files" else 0.0,
         "decode": batch / (workers * measured.decode[recipe.decoded]),
         "copy to GPU": own * 3 * RESOLUTION**2 / assumed.gpu_copy,  # as uint8
         "compute": own * compute / assumed.gpu_used,
@@ -225,13 +228,15 @@ def estimate(
     }
     seen = recipe.images * recipe.epochs
     # every process looks for itself, the first of a node before the others
-    headers = min(2, processes) * recipe.images / (measured.headers_in_tar if packed else measured.headers)
-    if not (packed or on_disk):
+    checked = {"files": measured.headers, "archives": measured.headers_in_tar, "stream": float("inf")}[stored]
+    headers = min(2, processes) * recipe.images / checked
+    if stored == "files":
         headers = max(headers, gpus * recipe.images / assumed.shared_opens)
+    ordered = 0 if stored == "stream" else recipe.images  # a stream orders its row groups
     once = {
         "copy to the disks": nodes * set_bytes / from_storage if on_disk else 0.0,
         "check headers": headers,
-        "order of images": recipe.epochs * recipe.images * measured.permutation,
+        "order of images": recipe.epochs * ordered * measured.permutation,
         "checkpoints": seen // recipe.checkpoint_every * write_checkpoint(counted, measured, assumed),
         "evaluations": seen
         // recipe.evaluate_every
@@ -257,8 +262,8 @@ def write_checkpoint(counted: Counted, measured: Measured, assumed: Assumed) -> 
 
 
 def memory_of_names(recipe: Recipe, measured: Measured, assumed: Assumed) -> tuple[float, float]:
-    """Bytes on a node: of the files' names, and of the orders of images, of all its processes without their workers.
-    There are two orders, one for the steps and one for the workers that read ahead.
+    """Bytes on a node, of a set that is no stream: of the files' names, and of the orders of images, of all processes
+    without their workers. There are two orders, one for the steps and one for the workers that read ahead.
     """
     names = recipe.images * measured.bytes_per_file * assumed.gpus_per_node
     return names, 2 * 8 * recipe.images * assumed.gpus_per_node
@@ -298,13 +303,14 @@ def count() -> Counted:
 
 
 LOOK = """
-import resource, sys, time
+import sys, time
+import psutil
 from diffusers_vae.data import DataConfig, load_data
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+kept = load_data(DataConfig(name="digits"))  # whatever is imported late
 for root in sys.argv[1:]:
-    before, start = peak(), time.process_time()
-    kept = load_data(DataConfig("folder", root, 256, 3), memory_limit=0)
-    print(time.process_time() - start, *([peak() - before] if root == sys.argv[1] else []))
+    before, start = psutil.Process().memory_info().rss, time.process_time()
+    kept = load_data(DataConfig(name="folder", root=root, resolution=256, channels=3), memory_limit=0)
+    print(time.process_time() - start, psutil.Process().memory_info().rss - before)
 """
 
 
@@ -326,22 +332,24 @@ def measure(folder: Path, scratch: Path, rounds: int) -> tuple[Measured, dict[st
         files = list((scratch / name).iterdir())
         kept = sum(path.stat().st_size for path in files) / len(files)
         logging.info("%s: %d files of %.0f bytes in the mean, quality %d", name, len(files), kept, quality)
-        sets[name] = load_data(DataConfig("folder", str(scratch / name), RESOLUTION, 3), memory_limit=0)[0]
+        sets[name] = load_data(
+            DataConfig(name="folder", root=str(scratch / name), resolution=RESOLUTION, channels=3), memory_limit=0
+        )[0]
     for name, images in sets.items():
         rows = range(len(images))
         images.__getitems__(rows)  # from now on in the system's memory
         found[f"decode {name}"] = [len(rows) / processor(images.__getitems__, rows) for _ in range(rounds)]
 
-    many, copies = scratch / "many", 20_000
+    many, copies = scratch / "many", 10_000
     many.mkdir()
     content = next((scratch / "500x375 JPEG").iterdir()).read_bytes()
     for number in range(copies):
-        (many / f"n{number:08d}.jpg").write_bytes(content[:20_000])  # headers alone are read
+        (many / f"n{number:08d}.jpg").write_bytes(content[:5000])  # headers alone are read
     (scratch / "tars").mkdir()
     subprocess.run(["tar", "-cf", scratch / "tars" / "many.tar", "-C", scratch, "many"], check=True)
     for _ in range(rounds):  # memory, of a new process
         done = subprocess.run([sys.executable, "-c", LOOK, many, scratch / "tars"], check=True, stdout=subprocess.PIPE)
-        folder_took, memory, tar_took = map(float, done.stdout.split())
+        folder_took, memory, tar_took, _ = map(float, done.stdout.split())
         for name, value in (
             ("headers", copies / folder_took), ("headers_in_tar", copies / tar_took),
             ("bytes_per_file", memory / copies),
@@ -457,12 +465,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--num_workers", type=int, default=8, help="data.num_workers: of each process, that is GPU.")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="Assumptions, as they are printed.")
-    parser.add_argument("--files", action="store_true", help="Files by themselves on shared storage, not in archives.")
+    parser.add_argument("--stored", choices=get_args(Stored), default="archives", help="How the images lie there.")
     parser.add_argument("--on_disk", action="store_true", help="Archives are copied to each node's disk first.")
     parser.add_argument("--out", type=Path, help="File for all figures, as JSON.")
     settings = parser.parse_args(arguments)
-    if settings.files and settings.on_disk:
-        parser.error("--on_disk is of archives: leave --files out")
+    if settings.on_disk and settings.stored != "archives":
+        parser.error(f"--on_disk is of archives, got --stored {settings.stored}")
     assumed, known = Assumed(), {field.name for field in fields(Assumed)}
     for name, _, value in (text.partition("=") for text in settings.set):
         if name not in known:
@@ -490,7 +498,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = []
     for recipe in RECIPES:
         for gpus in settings.gpus:
-            way = {"num_workers": settings.num_workers, "packed": not settings.files, "on_disk": settings.on_disk}
+            way = {"num_workers": settings.num_workers, "stored": settings.stored, "on_disk": settings.on_disk}
             found = estimate(recipe, gpus, counted, measured, assumed, **way)
             limits = {name: recipe.batch_size / took for name, took in found.overlapping.items() if took}
             print(f"\n{recipe.name}, {gpus} GPUs, by assumption")
@@ -513,7 +521,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             wanted = recipe.batch_size / max(found.overlapping["compute"], found.overlapping["all-reduce"])
             needed = wanted / gpus / measured.decode[recipe.decoded]
             print(f"data.num_workers that keep the GPUs busy: {needed:.1f}")
-            print(f"memory of a node: {names / 1e9:,.1f} GB of names, {orders / 1e9:,.1f} GB for the order of images")
+            if settings.stored != "stream":
+                text = f"{names / 1e9:,.1f} GB of names, {orders / 1e9:,.1f} GB for the order of images"
+                print(f"memory of a node: {text}")
             results.append(
                 {"recipe": asdict(recipe), "gpus": gpus, **way, "saturated": found.saturated, "step": found.step}
                 | {"epoch": found.epoch, "whole": found.whole, **asdict(found)}

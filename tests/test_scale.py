@@ -191,11 +191,15 @@ class TestEstimate:
         assert on_disk.once["copy to the disks"] == pytest.approx(8 * 1_024_000 * 1e5 / 4e9)  # each node has it all
 
     def test_files_by_themselves_are_opened_one_by_one(self):
-        assert estimated(packed=False).overlapping["open files"] == pytest.approx(512 / 1e4)
-        assert estimated(packed=False).once["check headers"] == pytest.approx(2 * 1_024_000 / 1000)
+        assert estimated(stored="files").overlapping["open files"] == pytest.approx(512 / 1e4)
+        assert estimated(stored="files").once["check headers"] == pytest.approx(2 * 1_024_000 / 1000)
         slow = dataclasses.replace(ASSUMED, shared_opens=100.0)
         # of each of the 16 processes, since each looks for itself
-        assert estimated(16, assumed=slow, packed=False).once["check headers"] == pytest.approx(16 * 1_024_000 / 100)
+        assert estimated(16, assumed=slow, stored="files").once["check headers"] == pytest.approx(16 * 1_024_000 / 100)
+
+    def test_a_stream_is_neither_checked_nor_ordered_by_images(self):
+        once = estimated(stored="stream").once
+        assert once["check headers"] == once["order of images"] == 0
 
     def test_there_are_no_more_workers_than_cores(self):
         assert estimated(num_workers=100).overlapping["decode"] == pytest.approx(512 / (64 * 100))
