@@ -1,0 +1,383 @@
+"""Many nodes: the launchers in training/cluster/ start, stop and continue a run, and who writes what."""
+
+import dataclasses
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from PIL import Image
+from test_trainer import ROOT, weights
+
+from diffusers_vae.adversarial import PatchDiscriminator
+from diffusers_vae.config import TRAININGS, parse_settings
+from diffusers_vae.models import ModelConfig
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import scale
+
+CLUSTER = ROOT / "training" / "cluster"
+SLURM, NODE, KUBERNETES = (CLUSTER / name for name in ("slurm.sh", "node.sh", "kubernetes.yaml"))
+TINY = [
+    "--data.resolution", 8, "--model.block_out_channels", "[8,8]", "--model.norm_num_groups", 4,
+    "--run.batch_size", 60, "--run.max_images", 1800, "--run.log_every", 240, "--run.checkpoint_every", 600,
+    "--run.keep_checkpoints", 100, "--run.mixed_precision", "no", "--evaluation.max_images", 64,
+]  # fmt: skip
+
+
+def settings_of(*flags):
+    """What training/train_vae.py makes of the flags; they end the process if it knows them not."""
+    return parse_settings(TRAININGS["train"], [str(flag) for flag in flags])[0]
+
+
+class TestSyntax:
+    @pytest.mark.parametrize("script", [SLURM, NODE], ids=lambda script: script.name)
+    def test_of_the_scripts(self, script):
+        done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert os.access(script, os.X_OK)
+
+    def test_of_what_slurm_is_asked_for(self):
+        text = SLURM.read_text()
+        head = text[: text.index("\nset -")]  # after the first command, sbatch reads no more
+        assert text.count("#SBATCH") == head.count("#SBATCH")
+        asked = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", head, re.M))
+        assert len(asked) == head.count("#SBATCH")
+        assert asked["nodes"] == "2" and asked["ntasks-per-node"] == "1" and asked["gpus-per-node"] == "8"
+        assert asked["signal"] == "B:USR1@600" and asked["requeue"] == "" and asked["open-mode"] == "append"
+        assert re.fullmatch(r"\d+:\d\d:\d\d", asked["time"])
+
+    def test_accelerate_knows_its_flags(self):
+        command = re.search(
+            r"^accelerate launch(.*?) training/train_vae\.py", NODE.read_text().replace("\\\n", ""), re.M
+        )
+        values = {"$NODES": "2", "$((NODES * PROCESSES_PER_NODE))": "16", "$rank": "1", "$MAIN_PORT": "29500"}
+        line = command[1]
+        for name, value in values.items():
+            line = line.replace(f'"{name}"', value).replace(name, value)
+        parsed = launch_command_parser().parse_args([*shlex.split(line), "training/train_vae.py", "--a", "b"])
+        assert (parsed.num_machines, parsed.num_processes, parsed.machine_rank) == (2, 16, 1)
+        assert parsed.main_process_ip == "$MAIN_HOST" and parsed.main_process_port == 29500
+        assert (ROOT / parsed.config_file).exists() and parsed.training_script_args == ["--a", "b"]
+
+    def test_of_what_kubernetes_is_asked_for(self):
+        service, job = yaml.safe_load_all(KUBERNETES.read_text())
+        assert (service["apiVersion"], service["kind"]) == ("v1", "Service")
+        assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+        assert service["spec"]["clusterIP"] == "None"  # a text, in YAML: no null
+        spec = job["spec"]
+        pod = spec["template"]["spec"]
+        labels = spec["template"]["metadata"]["labels"]
+        assert service["spec"]["selector"].items() <= labels.items()
+        (nodes,) = pod["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert nodes["labelSelector"]["matchLabels"] == labels
+        (container,) = pod["containers"]
+        assert all(isinstance(entry["value"], str) for entry in container["env"])
+        given = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"] == int(given["NODES"])
+        assert given["MAIN_HOST"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+        assert pod["subdomain"] == service["metadata"]["name"]
+        assert pod["restartPolicy"] == "OnFailure" and pod["terminationGracePeriodSeconds"] >= 300
+        assert container["command"] == ["bash", str(NODE.relative_to(ROOT))]
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == int(given["PROCESSES_PER_NODE"])
+        assert given.keys() == set(re.findall(r"^#   (\w+)(?:, (\w+))?", NODE.read_text(), re.M)[0]) | set(
+            re.findall(r"^#   (\w+)  ", NODE.read_text(), re.M)
+        ) | {"MAIN_HOST", "MAIN_PORT"}
+
+    def test_of_the_volumes(self):
+        _, job = yaml.safe_load_all(KUBERNETES.read_text())
+        pod = job["spec"]["template"]["spec"]
+        volumes = {volume.pop("name"): volume for volume in pod["volumes"]}
+        places = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert places.keys() == volumes.keys()
+        given = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+        assert places["memory"] == "/dev/shm" and volumes["memory"]["emptyDir"]["medium"] == "Memory"
+        assert "persistentVolumeClaim" in volumes["shared"] and "emptyDir" in volumes["node-disk"]
+        assert given["NODE_DISK"] == places["node-disk"] and given["ARCHIVES"].startswith(places["shared"])
+
+    def test_training_knows_its_flags(self, monkeypatch):
+        monkeypatch.chdir(ROOT)
+        _, job = yaml.safe_load_all(KUBERNETES.read_text())
+        (container,) = job["spec"]["template"]["spec"]["containers"]
+        added = shlex.split(re.search(r'set -- "\$@" (.*)', NODE.read_text())[1])
+        config = settings_of(*container["args"], *added)
+        assert config.run.output_dir.startswith("/shared/") and config.data.name == "folder"
+        given = {entry["name"]: int(entry["value"]) for entry in container["env"] if entry["value"].isdecimal()}
+        processes = given["NODES"] * given["PROCESSES_PER_NODE"]
+        assert config.run.batch_size % (processes * config.run.gradient_accumulation_steps) == 0
+
+
+COUNTED = scale.Counted(
+    parameters=10**8, discriminator=10**7, checkpoint=2 * 10**9, step_bf16=1e12, step_float32=1e11, forward=3e11
+)
+MEASURED = scale.Measured(
+    decode={"kind": 100.0}, headers=1000.0, headers_in_tar=2000.0, bytes_per_file=500.0, permutation=1e-7,
+    checkpoint_write=5e8, checkpoint_read=1e9,
+)  # fmt: skip
+ASSUMED = scale.Assumed(
+    gpus_per_node=8, cores_per_node=72, gpu_bf16=1e15, gpu_tf32=5e14, gpu_used=0.5, gpu_memory=1e12, gpu_copy=1e10,
+    gpu_link=1e11, node_link=1e10, node_read=1e9, shared_read=4e9, shared_write=1e9, shared_opens=1e4, disk_read=2e9,
+)  # fmt: skip
+RECIPE = scale.Recipe("a set", 1_024_000, 1e5, "kind", 4, 512, 512_000, 1_024_000, 6400)
+
+
+def estimated(gpus=8, recipe=RECIPE, measured=MEASURED, assumed=ASSUMED, **way):
+    return scale.estimate(recipe, gpus, COUNTED, measured, assumed, **way)
+
+
+class TestEstimate:
+    def test_in_numbers_that_can_be_checked_by_hand(self):
+        found = estimated(num_workers=4)
+        assert found.overlapping == {
+            "read": pytest.approx(512 * 1e5 / 1e9),
+            "open files": 0,
+            "decode": pytest.approx(512 / (8 * 4 * 100)),
+            "copy to GPU": pytest.approx(64 * 196_608 / 1e10),
+            "compute": pytest.approx(64 * (1e12 / 1e15 + 1e11 / 5e14) / 0.5),
+            "all-reduce": pytest.approx(2 * 7 / 8 * 4e8 / 1e11),
+        }
+        after = {"optimiser": 9 * 4e8 / 1e12, "all-reduce of the discriminator": 2 * 7 / 8 * 4e7 / 1e11}
+        assert found.after == pytest.approx(after)
+        assert (found.steps_per_epoch, found.steps) == (2000, 8000)
+        assert found.once == pytest.approx(
+            {
+                "copy to the disks": 0,
+                "check headers": 2 * 1_024_000 / 2000,
+                "order of images": 4 * 1_024_000 * 1e-7,
+                "checkpoints": 8 * 2e9 / 5e8,
+                "evaluations": 4 * 6400 * (3e11 / (8 * 2.5e14) + 1 / (4 * 8 * 100)),
+            }
+        )
+
+    def test_a_step_is_the_slowest_of_what_overlaps_and_all_that_does_not(self):
+        found = estimated()
+        assert found.step == max(found.overlapping.values()) + sum(found.after.values())
+        assert found.epoch == 2000 * found.step
+        assert found.whole == pytest.approx(4 * found.epoch + sum(found.once.values()))
+
+    def test_twice_the_gpus_halve_what_they_compute(self):
+        for gpus in (8, 16, 32):
+            few, many = estimated(gpus), estimated(2 * gpus)
+            for name in ("compute", "copy to GPU", "decode"):
+                assert many.overlapping[name] == pytest.approx(few.overlapping[name] / 2)
+            assert many.after["optimiser"] == few.after["optimiser"]  # each has the whole model
+            assert many.overlapping["all-reduce"] > few.overlapping["all-reduce"]
+
+    @pytest.mark.parametrize(
+        ("assumption", "stage"),
+        [("node_read", "read"), ("gpu_copy", "copy to GPU"), ("gpu_used", "compute"), ("gpu_link", "all-reduce")],
+    )
+    def test_what_is_a_thousand_times_slower_saturates(self, assumption, stage):
+        slower = dataclasses.replace(ASSUMED, **{assumption: getattr(ASSUMED, assumption) / 1000})
+        found = estimated(assumed=slower)
+        assert found.saturated[0] == stage
+        assert found.overlapping[stage] == pytest.approx(1000 * estimated().overlapping[stage])
+
+    def test_storage_is_shared_and_disks_are_not(self):
+        rates = {nodes: 512 * 1e5 / estimated(8 * nodes).overlapping["read"] for nodes in (1, 2, 4, 8)}
+        assert rates == pytest.approx({1: 1e9, 2: 2e9, 4: 4e9, 8: 4e9})
+        on_disk = estimated(64, on_disk=True)
+        assert on_disk.overlapping["read"] == pytest.approx(512 * 1e5 / (8 * 2e9))
+        assert on_disk.once["copy to the disks"] == pytest.approx(8 * 1_024_000 * 1e5 / 4e9)  # each node has it all
+
+    def test_files_by_themselves_are_opened_one_by_one(self):
+        assert estimated(stored="files").overlapping["open files"] == pytest.approx(512 / 1e4)
+        assert estimated(stored="files").once["check headers"] == pytest.approx(2 * 1_024_000 / 1000)
+        slow = dataclasses.replace(ASSUMED, shared_opens=100.0)
+        # of each of the 16 processes, since each looks for itself
+        assert estimated(16, assumed=slow, stored="files").once["check headers"] == pytest.approx(16 * 1_024_000 / 100)
+
+    def test_a_stream_is_neither_checked_nor_ordered_by_images(self):
+        once = estimated(stored="stream").once
+        assert once["check headers"] == once["order of images"] == 0
+
+    def test_there_are_no_more_workers_than_cores(self):
+        assert estimated(num_workers=100).overlapping["decode"] == pytest.approx(512 / (64 * 100))
+
+    def test_one_process_sums_nothing(self):
+        assert scale.all_reduce(4e8, 1, 1, ASSUMED) == 0
+        assert scale.all_reduce(4e8, 1, 2, ASSUMED) == pytest.approx(4e8 / 1e10)
+
+    def test_memory(self):
+        names, orders = scale.memory_of_names(RECIPE, MEASURED, ASSUMED)
+        assert (names, orders) == (8 * 1_024_000 * 500, 8 * 2 * 1_024_000 * 8)
+
+
+def test_counts_are_of_stable_diffusion():
+    found = scale.count()
+    assert found.parameters == 83_653_863  # as published
+    assert found.step_bf16 == pytest.approx(3 * found.forward, rel=0.01)  # a backward is two forwards
+    per_image = 2 * 15.35e9 * (256 / 224) ** 2  # VGG-16: 15.3 GMAC of convolutions at 224
+    assert 4 * per_image < found.step_float32 < 6 * per_image
+
+
+def test_checkpoints_are_as_large_as_counted(tmp_path, monkeypatch):
+    tiny = ModelConfig(block_out_channels=(32, 64), norm_num_groups=4)
+    monkeypatch.setattr(scale, "SD", tiny)
+    write, read = scale.checkpoint_rates(tmp_path, 1)
+    assert write[0] > 0 < read[0]
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    vae, judge = tiny.build(3, (256, 256)), PatchDiscriminator(3)
+    numbers = [sum(p.numel() for p in module.parameters()) for module in (vae, judge)]
+    assert size == pytest.approx(4 * (4 * numbers[0] + 3 * numbers[1]), rel=0.02)
+
+
+def test_files_to_measure_with_are_of_the_size_asked_for(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
+    scale.compress([Image.fromarray(pixels) for pixels in noise], tmp_path / "files", "jpg", 5000)
+    sizes = [path.stat().st_size for path in (tmp_path / "files").iterdir()]
+    assert len(sizes) == 3 and 4000 < sum(sizes) / 3 <= 5000
+
+
+def test_output_names_what_is_assumed(capsys):
+    scale.main(["--gpus", "64", "--set", "shared_read=1e8"])
+    text = capsys.readouterr().out
+    assert "shared_read                        1e+08" in text.partition("ASSUMED")[2]
+    assert text.count("saturated first: read") == 3
+    with pytest.raises(SystemExit):
+        scale.main(["--set", "shared_reed=1"])
+
+
+STUBS = {
+    # starts its command as the tasks of two nodes, passes signals on, and ends all when one fails
+    "srun": """#!{python}
+import os, signal, subprocess, sys
+command = [argument for argument in sys.argv[1:] if argument != "--kill-on-bad-exit=1"]
+tasks = []
+for node in range(int(os.environ["SLURM_JOB_NUM_NODES"])):
+    own = dict(os.environ, SLURM_NODEID=str(node), NODE_DISK=os.environ["NODE_DISK"] + f"/{{node}}", NODE=str(node))
+    os.makedirs(own["NODE_DISK"], exist_ok=True)
+    umask = (0o022, 0o077)[node]
+    tasks.append(subprocess.Popen(command, env=own, umask=umask, start_new_session=True))
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: [task.send_signal(number) for task in tasks])
+codes = []
+while len(codes) < len(tasks):
+    os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+    codes = [task.poll() for task in tasks if task.poll() is not None]
+    if any(codes):
+        [task.terminate() for task in tasks]
+        codes = [task.wait() for task in tasks]
+sys.exit(max(abs(code) for code in codes))
+""",
+    "scontrol": """#!/bin/bash
+case $1 in
+    show) echo localhost ;;
+    requeue) echo "$2" >> "$REQUEUED" ;;
+esac
+""",
+}
+WATCH = """
+import os, sys
+def note(event, arguments):
+    if event == "open":
+        path, _, flags = arguments
+        changed = [path] if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else []
+    elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"):
+        changed = [argument for argument in arguments if isinstance(argument, (str, bytes, os.PathLike))]
+    else:
+        return
+    for path in changed:
+        if isinstance(path, int) or not os.fsdecode(path).startswith(os.environ["WATCHED"] + "/"):
+            continue
+        with open(os.environ["NODE_DISK"] + "/written", "a") as log:
+            log.write(os.fsdecode(path) + "\\n")
+if "RANK" in os.environ:
+    sys.addaudithook(note)
+"""
+"""What Python itself writes, each process that trains notes on its node's disk."""
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """Starts training/cluster/slurm.sh as SLURM does on two nodes, which are two groups of processes here."""
+    folder = tmp_path_factory.mktemp("slurm")
+    for name, text in STUBS.items():
+        (folder / name).write_text(text.format(python=sys.executable) if name == "srun" else text)
+        (folder / name).chmod(0o755)
+    cli = f'exec {sys.executable} -m accelerate.commands.accelerate_cli "$@"'
+    (folder / "accelerate").write_text(f"#!/bin/bash\n{cli}\n")
+    (folder / "sitecustomize.py").write_text(WATCH)
+    (folder / "accelerate").chmod(0o755)
+
+    def start(output_dir, *flags, **environment):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            number = 20000 + free.getsockname()[1] % 10000 - 20000  # from which the script makes a port
+        environment = {
+            "PATH": f"{folder}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "SLURM_JOB_ID": str(number),
+            "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "local[0-1]", "PROCESSES_PER_NODE": "1",
+            "NODE_DISK": str(output_dir) + "-disks", "REQUEUED": str(output_dir) + "-requeued",
+            "PYTHONPATH": f"{folder}:{ROOT}", "WATCHED": str(output_dir), "OMP_NUM_THREADS": "1",
+        } | environment  # fmt: skip
+        return subprocess.Popen(
+            ["bash", str(SLURM), *map(str, [*TINY, "--run.output_dir", output_dir, *flags])], stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=os.environ | environment,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(slurm, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    process = slurm(output_dir)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    return output_dir, output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+class TestSlurm:
+    def test_a_run_of_two_nodes(self, uninterrupted):
+        output_dir, output = uninterrupted
+        assert re.search("float32 on 2 x cpu.*, 30 images per forward", output), output
+        assert (output_dir / "evaluation.json").exists() and not Path(f"{output_dir}-requeued").exists()
+
+    def test_saved_before_its_time_is_over_and_queued_again(self, slurm, uninterrupted, tmp_path):
+        output_dir = tmp_path / "run"
+        process = slurm(output_dir)
+        deadline = time.monotonic() + 120
+        while not any((output_dir / "checkpoints").glob("images-*")):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 75, output
+        assert "asked to stop (SIGUSR1)" in output and "saved as" in output
+        assert len(Path(f"{output_dir}-requeued").read_text().split()) == 1
+        assert not (output_dir / "evaluation.json").exists()
+        again = slurm(output_dir)
+        output = again.communicate(timeout=240)[0]
+        assert again.returncode == 0 and "continuing from" in output, output
+        assert len(Path(f"{output_dir}-requeued").read_text().split()) == 1
+        first, second = weights(uninterrupted[0]), weights(output_dir)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert (output_dir / "metrics.jsonl").read_text() == (uninterrupted[0] / "metrics.jsonl").read_text()
+
+    def test_only_its_own_part_of_a_checkpoint_is_not_written_by_the_main_process(self, uninterrupted):
+        output_dir, _ = uninterrupted
+        # The second node's umask leaves what it makes to its owner alone, and so does safetensors, whose files are
+        # opened a second time, to be synced, by the process that wrote them.
+        files = [path for path in output_dir.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+        by_second = {str(path.relative_to(output_dir)) for path in files if not path.stat().st_mode & 0o044}
+        checkpoints = [path.name for path in (output_dir / "checkpoints").iterdir()]
+        assert len(checkpoints) == 3 and len(files) > 20
+        assert by_second == {f"checkpoints/{name}/process-00001.json" for name in checkpoints}
+        # nor did it touch what the other had made
+        first, second = ((Path(f"{output_dir}-disks") / node / "written").read_text().split() for node in "01")
+        assert {Path(path).name for path in second} == {"process-00001.json"}
+        assert {"metrics.jsonl", "manifest.json", ".lock", "ema.safetensors", "evaluation.json"} <= {
+            Path(path).name for path in first
+        }
