@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .checkpoint import config_of_run, read_settings, write_file
 from .config import TRAININGS, Training, new_parser, parse_settings
-from .data import IMAGE_SUFFIXES, DataConfig, ImageSet, load_split, look, recommended
+from .data import IMAGE_SUFFIXES, STORED, DataConfig, ImageSet, holds_arrays, load_split, look, recommended
 from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, read_report, reconstruct
 from .hub import HubConfig, check_can_push, push
 from .images import read_image, to_model_range, to_pil
@@ -125,7 +125,7 @@ def run_data(arguments: Sequence[str]) -> int:
         "a training sees them; and the command that we would begin with.",
         "diffusers-vae data photos/ --data.channels 3 --data.resolution 64",
     )
-    parser.add_argument("images", metavar="DATA", help="A set, as in data.name, or a folder or archive of images.")
+    parser.add_argument("images", metavar="DATA", help=DATA_HELP)
     parser.add_argument("--out", type=str, default="contact-sheet.png", help="The picture.")
     parser.add_argument(
         "--max_images", type=PositiveInt, default=2000, help="So many training images, at most, are decoded."
@@ -406,7 +406,7 @@ def run_encode(arguments: Sequence[str]) -> int:
         "launch -m diffusers_vae.cli encode ...`, on several processes.",
         "diffusers-vae encode photos/ --vae runs/mine --out latents/photos --dtype float16",
     )
-    parser.add_argument("images", metavar="DATA", help="A set, as in data.name, or a folder or archive of images.")
+    parser.add_argument("images", metavar="DATA", help=DATA_HELP)
     parser.add_argument("--vae", required=True, help=MODEL)
     _add_source(parser)
     _add_device(parser)
@@ -451,11 +451,13 @@ def run_encode(arguments: Sequence[str]) -> int:
     state = PartialState(cpu=not torch.accelerator.is_available())
     parsed = _parse(parser, arguments)  # wrong ones are told before a model is loaded
     place = _data_flags(parsed.images)
-    if "folder" in place and not Path(parsed.images).exists():
-        raise FileNotFoundError(f"DATA must be {', '.join(SETS)} or a folder or archive of images, got {parsed.images}")
+    if "--data.root" in place and not Path(parsed.images).exists():
+        raise FileNotFoundError(
+            f"DATA must be {', '.join(SETS)} or a folder or archive of images, or an array of them, got {parsed.images}"
+        )
     vae = load_autoencoder(parsed.vae, parsed.subfolder, parsed.revision).to(_device(parsed))
     known = _settings_of_run(parsed.vae).get("data") or _data_for(vae)
-    if known.get("name") == "folder":  # whose root is no place for other sets
+    if known.get("name") in STORED:  # whose root is no place for other sets
         del known["root"]
     parsed = _parse(parser, [f"--data={json.dumps(known)}", *arguments, *place])
     with state.local_main_process_first():
@@ -694,12 +696,15 @@ def _with_data(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-SETS = [name for name in get_args(get_type_hints(DataConfig)["name"]) if name != "folder"]
+DATA_HELP = "A set, as in data.name, or a folder or archive of images, or an array of them: .npy, .npz."
+SETS = [name for name in get_args(get_type_hints(DataConfig)["name"]) if name not in STORED]
 
 
 def _data_flags(value: str) -> list[str]:
-    """What the name of a set, or a folder, stands for."""
-    return ["--data.name", value] if value in SETS else ["--data.name", "folder", "--data.root", value]
+    """What the name of a set, or a folder or file, stands for."""
+    if value in SETS:
+        return ["--data.name", value]
+    return ["--data.name", "array" if holds_arrays(Path(value)) else "folder", "--data.root", value]
 
 
 def _halves(argument: str) -> list[str]:

@@ -191,6 +191,7 @@ DATA_NAMES = {
     "fashion-mnist": "Fashion-MNIST",
     "cifar10": "CIFAR-10",
     "folder": "a folder of images",
+    "array": "NumPy arrays of images",
 }
 HUB_DATA = {
     "mnist": "ylecun/mnist",

@@ -1,9 +1,11 @@
 """Where images come from, and in which order."""
 
+from .arrays import ArrayStore, holds_arrays
 from .look import Look, look, recommended
 from .order import MicroBatch, epoch_batches, image_batches, kept_images, read_ahead, step_generator
 from .sources import (
     IMAGE_SUFFIXES,
+    STORED,
     ArrayImages,
     DataConfig,
     ImageSet,
@@ -16,7 +18,9 @@ from .store import FileStore, Store
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "STORED",
     "ArrayImages",
+    "ArrayStore",
     "DataConfig",
     "FileStore",
     "ImageSet",
@@ -26,6 +30,7 @@ __all__ = [
     "Store",
     "StoredImages",
     "epoch_batches",
+    "holds_arrays",
     "image_batches",
     "kept_images",
     "load_data",

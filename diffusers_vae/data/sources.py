@@ -24,6 +24,7 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from ..images import OVERSIZE, Header
+from .arrays import ArrayStore, ImageArray, array_classes, array_files
 from .captions import read_captions
 from .files import ARCHIVES, Files
 from .store import FileStore, Store
@@ -31,6 +32,8 @@ from .store import FileStore, Store
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+STORED = ("folder", "array")
+"""Sets in `data.root` of any images, which can be too many for memory."""
 HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")
 MEMORY_LIMIT = 2**31
 """Bytes of uint8 pixels up to which a set is read once and kept in memory."""
@@ -43,22 +46,29 @@ T = TypeVar("T")
 class DataConfig:
     """Which images, and how they are brought to one size."""
 
-    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder"] = "digits"
+    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder", "array"] = "digits"
     """digits: scikit-learn's 1,797 embedded 8x8 digits, with a margin of one pixel. folder: image files below `root`.
-    The others: torchvision's."""
+    array: NumPy arrays of many images in `root`. The others: torchvision's."""
     root: str = "data"
     """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing. Of a
     folder, one with image files, zip archives and tars (WebDataset's shards) below it, or such an archive itself:
-    archives are read where they are, without unpacking."""
+    archives are read where they are, without unpacking. Of arrays, an .npy or .npz, or a folder with such files:
+    (N, height, width), (N, channels, height, width) or (N, height, width, channels), an .npy with its labels in
+    NAME.labels.npy."""
     resolution: int | tuple[int, int] = 32
     """Side of the images in pixels, or [height, width]."""
     channels: Literal[1, 3] = 1
     """1: grey, 3: RGB."""
     fit: Literal["crop", "pad"] = "crop"
     """crop: scale the image to cover the resolution, cut the centre. pad: black borders, scaled only if too large."""
+    image_column: str | None = None
+    """array: key of the images in an .npz; null for its only array of three or four axes."""
+    label_column: str | None = None
+    """array: key of the labels in an .npz; null for none."""
     crops: int | None = None
-    """So many crops of each image of a folder at its own resolution, at places drawn once, instead of the whole image
-    brought to size; images smaller than the resolution are scaled up to cover it. Of the held-out images too."""
+    """So many crops of each image of a folder or an array at its own resolution, at places drawn once, instead of the
+    whole image brought to size; images smaller than the resolution are scaled up to cover it. Of the held-out images
+    too."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What a file of a folder that cannot be read does. stop: an error that names it, before training starts if it
     shows when all are read or, in a set too large for memory, in their headers. skip: left out, counted and listed in
@@ -66,7 +76,7 @@ class DataConfig:
     heldout_fraction: float = 0.1
     """Held out, at random but always the same, of sets without a test part. A folder has one when its images lie in
     train/ and in one of test/, val/, valid/, validation/, heldout/, or in archives that are named so, with anything
-    but a letter after it: train-000.tar."""
+    but a letter after it: train-000.tar. Arrays have one in files of such names: train.npy, test.npy."""
     num_workers: int = 2
     """Processes that read images, for sets that are too large to be kept in memory."""
 
@@ -82,8 +92,8 @@ class DataConfig:
         if self.crops is not None:
             if self.crops < 1:
                 raise ValueError(f"data.crops must be at least 1, got {self.crops}")
-            if self.name != "folder":
-                raise ValueError(f"data.crops are of the images of a folder, got data.name {self.name}")
+            if self.name not in STORED:
+                raise ValueError(f"data.crops are of the images of a folder or an array, got data.name {self.name}")
             if self.fit != "crop":
                 raise ValueError(f"data.crops leave nothing to pad: data.fit must be crop, got {self.fit}")
         if not 0 < self.heldout_fraction < 1:
@@ -93,8 +103,8 @@ class DataConfig:
 
     @property
     def described(self) -> str:
-        """The set's name, of a folder its own."""
-        return Path(self.root).resolve().name if self.name == "folder" else self.name
+        """The set's name, of a folder or a file its own."""
+        return Path(self.root).resolve().name if self.name in STORED else self.name
 
     @property
     def resize(self) -> str:
@@ -353,6 +363,8 @@ def load_data(
     """
     if config.name == "folder":
         return _load_folder(config, progress, MEMORY_LIMIT if memory_limit is None else memory_limit, captions)
+    if config.name == "array":
+        return _load_arrays(config, progress, MEMORY_LIMIT if memory_limit is None else memory_limit)
     load = {"digits": _load_digits, "cifar10": _load_cifar10}.get(config.name, _load_mnist)
     train, heldout = (_in_memory(*part, config) for part in load(config))
     return train, heldout
@@ -367,12 +379,12 @@ def load_split(
     memory_limit: int | None = None,
 ) -> tuple[ImageSet, str]:
     """The images of `split`, held-out, training or all, and which that is: by default `default`, but all of a folder
-    that has no parts. Progress, captions, memory_limit and errors are those of `load_data`.
+    or of arrays without parts. Progress, captions, memory_limit and errors are those of `load_data`.
     """
     if split not in (None, "held-out", "training", "all"):
         raise ValueError(f"split must be held-out, training or all, got {split}")
     if split is None:
-        split = "all" if config.name == "folder" and not has_parts(config) else default
+        split = "all" if config.name in STORED and not has_parts(config) else default
     train, heldout = load_data(config, progress, memory_limit, captions)
     if split != "all":
         return (train if split == "training" else heldout), split
@@ -573,14 +585,54 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
     return _in_size(train, heldout, progress, memory_limit)
 
 
+def _load_arrays(config: DataConfig, progress: bool, memory_limit: int) -> tuple[ImageSet, ImageSet]:
+    root = Path(config.root)
+    named, others = array_files(root, ("train", *HELDOUT_FOLDERS))
+    if named and not _is_split(named) and (others or len(named) > 1):
+        names = sorted(path.name for path in [*others, *(path for group in named.values() for path in group)])
+        raise ValueError(
+            f"it is not clear what to train on in {root.resolve()}: its arrays are either in files named train and one "
+            f"of {', '.join(HELDOUT_FOLDERS)}, or none is named so, got {', '.join(names[:10])}. Rename or move some"
+        )
+    groups = [named.pop("train"), *named.values()] if _is_split(named) else [next(iter(named.values()), others)]
+    parts = [[ImageArray(path, config.image_column, config.channels) for path in group] for group in groups]
+    store = ArrayStore(root, [array for arrays in parts for array in arrays])
+    labels, classes = array_classes(parts, config.label_column)
+    if len(parts) == 2:
+        counts = [sum(map(len, arrays)) for arrays in parts]
+        orders = [np.random.default_rng(0).permutation(count) for count in counts]
+        rows = [orders[0], counts[0] + orders[1]]
+    else:
+        rows = orders = list(_heldout_indices(len(store), config))
+        labels = labels * 2
+    train, heldout = (
+        StoredImages(
+            config,
+            store,
+            own,
+            labels=None if classed is None else classed[torch.from_numpy(order)],
+            classes=None if classed is None else classes,
+        )
+        for own, order, classed in zip(rows, orders, labels, strict=True)
+    )
+    parts = _in_size(train, heldout, progress, memory_limit, headers=False)
+    if isinstance(parts[0], ArrayImages):
+        store.forget()
+    return parts
+
+
 def _in_size(
-    train: StoredImages, heldout: StoredImages, progress: bool, memory_limit: int
+    train: StoredImages, heldout: StoredImages, progress: bool, memory_limit: int, headers: bool = True
 ) -> tuple[ImageSet, ImageSet]:
-    """The sets in memory, if their pixels fit, else to be read on demand; without the images that cannot be read."""
+    """The sets in memory, if their pixels fit, else to be read on demand; without the images that cannot be read, as
+    far as, in sets to be read on demand, their `headers` tell.
+    """
     config = train.config
     count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels
     if (len(train) + len(heldout)) * count * size > memory_limit:
-        parts, _ = _scan([train, heldout], StoredImages.header, "checking files", progress)
+        parts = [train, heldout]
+        if headers:
+            parts, _ = _scan(parts, StoredImages.header, "checking files", progress)
         return parts[0].cropped(), parts[1].cropped()
     parts, read = _scan([train, heldout], lambda part, at: part.read_all(at, range(count)), "reading images", progress)
     return tuple(
@@ -610,6 +662,8 @@ def has_parts(config: DataConfig) -> bool:
     """Whether the set has a part to train on and one that is held out, and need not be cut."""
     if config.name == "folder":
         return _is_split(_look_into(config)[1])
+    if config.name == "array":
+        return _is_split(array_files(Path(config.root), ("train", *HELDOUT_FOLDERS))[0])
     return config.name != "digits"
 
 
