@@ -22,7 +22,18 @@ from tqdm import tqdm
 
 from .checkpoint import config_of_run, read_settings, write_file
 from .config import TRAININGS, Training, new_parser, parse_settings
-from .data import IMAGE_SUFFIXES, STORED, DataConfig, ImageSet, holds_arrays, load_split, look, recommended
+from .data import (
+    IMAGE_SUFFIXES,
+    OF_ROWS,
+    DataConfig,
+    ImageSet,
+    holds_arrays,
+    holds_rows,
+    is_hub_id,
+    load_split,
+    look,
+    recommended,
+)
 from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, read_report, reconstruct
 from .hub import HubConfig, check_can_push, push
 from .images import read_image, to_model_range, to_pil
@@ -125,17 +136,16 @@ def run_data(arguments: Sequence[str]) -> int:
         "a training sees them; and the command that we would begin with.",
         "diffusers-vae data photos/ --data.channels 3 --data.resolution 64",
     )
-    parser.add_argument("images", metavar="DATA", help=DATA_HELP)
+    parser.add_argument("images", metavar="DATA", help=IMAGES)
     parser.add_argument("--out", type=str, default="contact-sheet.png", help="The picture.")
     parser.add_argument(
         "--max_images", type=PositiveInt, default=2000, help="So many training images, at most, are decoded."
     )
     parser.add_class_arguments(DataConfig, "data", skip={"crops", "on_bad_image", "num_workers"})
-    parsed = _parse(parser, arguments)
-    parsed = _parse(parser, [*arguments, *_data_flags(parsed.images)])
+    parsed, _ = _parse_data(parser, arguments)
     path = _picture(parsed)
     root = Path(parsed.data.root).resolve()
-    if parsed.data.name == "folder" and path.resolve().is_relative_to(root):
+    if parsed.data.name in PLACED and path.resolve().is_relative_to(root):
         raise ValueError(f"--out would be an image of the set; give it another place than {root}")
     path.parent.mkdir(parents=True, exist_ok=True)
     found = look(parsed.data, parsed.max_images, True)
@@ -406,7 +416,7 @@ def run_encode(arguments: Sequence[str]) -> int:
         "launch -m diffusers_vae.cli encode ...`, on several processes.",
         "diffusers-vae encode photos/ --vae runs/mine --out latents/photos --dtype float16",
     )
-    parser.add_argument("images", metavar="DATA", help=DATA_HELP)
+    parser.add_argument("images", metavar="DATA", help=IMAGES)
     parser.add_argument("--vae", required=True, help=MODEL)
     _add_source(parser)
     _add_device(parser)
@@ -449,15 +459,16 @@ def run_encode(arguments: Sequence[str]) -> int:
     parser.add_argument("--shard_images", type=PositiveInt, default=4096, help="Images per file.")
     parser.add_class_arguments(DataConfig, "data")
     state = PartialState(cpu=not torch.accelerator.is_available())
-    parsed = _parse(parser, arguments)  # wrong ones are told before a model is loaded
-    place = _data_flags(parsed.images)
-    if "--data.root" in place and not Path(parsed.images).exists():
+    parsed, place = _parse_data(parser, arguments)  # wrong ones are told before a model is loaded
+    if "--data.root" in place and "datasets" not in place and not Path(parsed.images).exists():
         raise FileNotFoundError(
-            f"DATA must be {', '.join(SETS)} or a folder or archive of images, or an array of them, got {parsed.images}"
+            f"DATA must be {', '.join(SETS)}, a folder or archive of images, an array of them, Parquet, or "
+            f"NAMESPACE/NAME on the Hub, got {parsed.images}"
         )
     vae = load_autoencoder(parsed.vae, parsed.subfolder, parsed.revision).to(_device(parsed))
     known = _settings_of_run(parsed.vae).get("data") or _data_for(vae)
-    if known.get("name") in STORED:  # whose root is no place for other sets
+    known = _of_another_set(known, parsed.data, place)
+    if known.get("name") in PLACED:  # whose root is no place for other sets
         del known["root"]
     parsed = _parse(parser, [f"--data={json.dumps(known)}", *arguments, *place])
     with state.local_main_process_first():
@@ -571,6 +582,7 @@ def run_info(arguments: Sequence[str]) -> int:
     return 0
 
 
+IMAGES = "A set, as in data.name, a folder or archive of images, an array (.npy, .npz), Parquet, or a set on the Hub."
 MODEL = "Folder of a model, of a run or of a pipeline, or a repository on the Hub."
 
 
@@ -583,6 +595,17 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
         return parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
+
+
+def _parse_data(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """The settings, and what DATA adds to them."""
+    try:
+        images = parser.parse_args(arguments).images
+    except (ArgumentError, ValueError) as error:
+        parser.exit(2, f"error: {error}\n")
+    named = any(argument.partition("=")[0] == "--data.name" for argument in arguments)
+    place = ["--data.root", images] if named else _data_flags(images)
+    return _parse(parser, [*arguments, *place]), place
 
 
 def _picture(parsed: Namespace) -> Path:
@@ -662,6 +685,7 @@ def _parse_measuring(
         if not any(argument.startswith("--data.") for argument in arguments):
             parser.exit(2, f"error: say with --data on which images; {parsed[models[0]]} is of no run that tells\n")
         known = {"data": _data_for(loaded[0])}
+    known = known | {"data": _of_another_set(known["data"], parsed.data, arguments)}
     known = [f"--{name}={json.dumps(values)}" for name, values in known.items() if name in parsed]
     parsed = _parse(parser, [*known, *arguments])
     same = [run["data"] for run in runs if run and _place(run["data"]) == _place(vars(parsed.data))]
@@ -685,7 +709,16 @@ def _data_for(model: ModelMixin) -> dict[str, Any]:
 
 def _place(data: dict[str, Any]) -> tuple[str, Path]:
     """Of a set of images: two settings with the same place mean the same."""
-    return data["name"], Path(data["root"]).resolve()
+    on_hub = data["name"] == "datasets" and is_hub_id(data["root"])
+    return data["name"], Path(data["root"]) if on_hub else Path(data["root"]).resolve()
+
+
+def _of_another_set(known: dict[str, Any], asked: DataConfig, flags: Sequence[str]) -> dict[str, Any]:
+    """Settings of a run's data, without what is of its own set alone where `flags` ask for another."""
+    given = any(flag.startswith(("--data.name", "--data.root")) for flag in flags)
+    if not given or known.get("name") != "datasets" or _place(known) == _place(vars(asked)):
+        return known
+    return {name: value for name, value in known.items() if name not in OF_ROWS}
 
 
 def _with_data(arguments: Sequence[str]) -> list[str]:
@@ -696,15 +729,17 @@ def _with_data(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-DATA_HELP = "A set, as in data.name, or a folder or archive of images, or an array of them: .npy, .npz."
-SETS = [name for name in get_args(get_type_hints(DataConfig)["name"]) if name not in STORED]
+PLACED = ("folder", "array", "datasets")
+"""Names of sets that `data.root` says."""
+SETS = [name for name in get_args(get_type_hints(DataConfig)["name"]) if name not in PLACED]
 
 
 def _data_flags(value: str) -> list[str]:
-    """What the name of a set, or a folder or file, stands for."""
+    """What the name of a set, a place on this machine or one on the Hub stands for."""
     if value in SETS:
         return ["--data.name", value]
-    return ["--data.name", "array" if holds_arrays(Path(value)) else "folder", "--data.root", value]
+    name = "datasets" if holds_rows(value) else "array" if holds_arrays(Path(value)) else "folder"
+    return ["--data.name", name, "--data.root", value]
 
 
 def _halves(argument: str) -> list[str]:

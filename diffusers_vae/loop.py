@@ -54,7 +54,7 @@ from .checkpoint import (
     surroundings,
     whole,
 )
-from .data import MicroBatch, epoch_batches, step_generator
+from .data import MicroBatch, Read, TrainingSet, deal, step_generator
 from .models import fast_dtype
 from .run_folder import BadImages, Log, Settings, begin, find_run, only_run_in
 
@@ -205,39 +205,6 @@ class RunResult:
     """Of training steps, all processes together; None when there was only one to take, or none."""
 
 
-class Read(Protocol):
-    """What was asked for of a training set and could be read."""
-
-    kept: Sequence[int]
-    """Places, in the indices asked for, of what was read."""
-    errors: tuple[str, ...]
-    """Why the others could not be read, with their names."""
-
-    def checked(self) -> Read:
-        """This; ValueError when `errors` are to stop the run."""
-        ...
-
-    def blank(self) -> Read:
-        """One image in place of none."""
-        ...
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What was read, by name."""
-        ...
-
-
-class TrainingSet(Protocol):
-    """What is trained on, read by the batch."""
-
-    errors: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-    def __getitems__(self, indices: Sequence[int]) -> Read: ...
-
-    def name(self, index: int) -> str: ...
-
-
 @dataclass(frozen=True)
 class StepTerms:
     """What came of a micro-batch."""
@@ -318,8 +285,12 @@ class Task(Protocol):
         """Set what depends on how far the run is; returns what of it is to be logged."""
         return {}
 
-    def draws(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """All that is random in a step of `count` images, (count, ...) each, on the generator's device."""
+    def draws(
+        self, count: int, generator: torch.Generator, size: tuple[int, int] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """All that is random in a step of `count` images, (count, ...) each, on the generator's device; of images of
+        this size, where it differs from step to step.
+        """
         ...
 
     def step(self, model: nn.Module, read: Read, draws: dict[str, torch.Tensor]) -> StepTerms:
@@ -508,7 +479,7 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals, finish: bool) 
     warm, timed_images, timed_seconds = False, 0, 0.0  # the first step is left out: it sets much up
     signals.wait = True  # the loop asks after every step
     with logging_redirect_tqdm(), bar:
-        steps = partial(_steps, len(train_set), run, accelerator, images_seen, total_images)
+        steps = partial(_steps, train_set, run, accelerator, images_seen, total_images)
         reads = _read_by_workers(train_set, steps(), task.workers, run.seed, accelerator.device)
         model.train()
         pending: list[_Flags] = []
@@ -521,11 +492,11 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals, finish: bool) 
                 group["lr"] = learning_rate
             readings = task.begin_step(images_seen, total_images, learning_rate)
             generator = step_generator(run.seed, epoch, start, accelerator.device)
-            draws = task.draws(micro_batches[0].count, generator)
+            draws = task.draws(micro_batches[0].count, generator, micro_batches[0].size)
             seen: list[_Seen] = []
             statistics = _Statistics()
             for micro_step, micro_batch in enumerate(micro_batches, 1):
-                read = train_set.__getitems__(micro_batch.indices) if reads is None else next(reads)
+                read = train_set.read(micro_batch) if reads is None else next(reads)
                 bad_images.add(read.checked().errors)
                 share = micro_batch.share * len(read.kept) / len(micro_batch.indices)
                 if not read.kept:  # every process must take part in the step
@@ -856,26 +827,19 @@ def _model_to_keep(task: Task, accelerator: Accelerator, model: nn.Module, ema: 
 
 
 def _steps(
-    length: int, run: RunConfig, accelerator: Accelerator, images_seen: int, total_images: int
+    train_set: TrainingSet, run: RunConfig, accelerator: Accelerator, images_seen: int, total_images: int
 ) -> Iterator[tuple[int, int, list[MicroBatch]]]:
     """Of each step from `images_seen` to `total_images` its epoch, from 0, the images of it before, and this process's
-    micro-batches, of `length` images in all.
+    micro-batches.
     """
     while images_seen < total_images:
-        epoch, start = divmod(images_seen, length)
-        for micro_batches in epoch_batches(
-            length,
-            run.batch_size,
-            run.seed,
-            epoch,
-            accelerator.process_index,
-            accelerator.num_processes,
-            run.gradient_accumulation_steps,
-            start,
-        ):
+        epoch, start = divmod(images_seen, len(train_set))
+        batches = train_set.batches(run.batch_size, run.seed, epoch, start)
+        place = accelerator.process_index, accelerator.num_processes, run.gradient_accumulation_steps
+        for micro_batches in deal(batches, run.seed, epoch, *place):
             if images_seen >= total_images:
                 return
-            yield epoch, images_seen - epoch * length, micro_batches
+            yield epoch, images_seen - epoch * len(train_set), micro_batches
             images_seen += micro_batches[0].count
 
 
@@ -890,8 +854,8 @@ def _read_by_workers(
     if not workers:
         return None
     loader = DataLoader(
-        train_set,
-        batch_sampler=(micro_batch.indices for _, _, micro_batches in steps for micro_batch in micro_batches),
+        _ByMicroBatch(train_set),
+        batch_sampler=(micro_batch for _, _, micro_batches in steps for micro_batch in micro_batches),
         num_workers=workers,
         collate_fn=_as_read,
         worker_init_fn=_ignore_signals,
@@ -899,6 +863,19 @@ def _read_by_workers(
         pin_memory=device.type == "cuda",
     )
     return iter(loader)
+
+
+@dataclass(frozen=True)
+class _ByMicroBatch:
+    """A training set as torch's `DataLoader` reads one, which hands on what the sampler gives."""
+
+    train_set: TrainingSet
+
+    def __len__(self) -> int:
+        return len(self.train_set)
+
+    def __getitems__(self, batch: MicroBatch) -> Read:
+        return self.train_set.read(batch)
 
 
 def _rows(micro_batch: MicroBatch, read: Read) -> slice | list[int]:
@@ -972,7 +949,8 @@ def _forward_and_backward(
     """Those of the first `count` images, with all terms, beside as much memory as the optimiser will take."""
     config = task.config
     moments = [torch.empty_like(parameter) for parameter in parameters for _ in range(2)]
-    read = task.train_set.__getitems__([place % len(task.train_set) for place in range(count)]).checked()
+    indices = [place % len(task.train_set) for place in range(count)]
+    read = task.train_set.read(MicroBatch(indices, 0, count, 1.0)).checked()
     task.begin_step(sys.maxsize, sys.maxsize, config.optimizer.learning_rate)  # when all terms have joined
     draws = task.draws(count, step_generator(config.run.seed, 0, 0, accelerator.device))
     for _ in range(2):  # the second one beside the gradients of the first

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from .checkpoint import config_of_run, on_main, read_settings, whole_folder, write_file
-from .data import DataConfig, ImageSet, image_batches, load_data
+from .data import DataConfig, ImageSet, TrainingSet, image_batches, load_data
 from .diffusion import DiffusionConfig
 from .images import to_model_range
 from .latent_cache import INDEX, LatentDataset, encode_images, matching_latents
@@ -216,6 +216,8 @@ class TextToImageConfig(Settings):
     def __post_init__(self):
         if self.run.compile:
             raise ValueError("run.compile is for the training of autoencoders, got true: leave it out")
+        if self.data.changes_images:
+            raise ValueError(f"latents are encoded once, of images as they are: leave out {self.data.changes_images}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +262,7 @@ class _Asked:
         return {"latents": self.latents.latents(self.indices)}
 
 
-class EncodedImages:
+class EncodedImages(TrainingSet):
     """Latents of a set of images, all of them but those that could not be read: what the loop trains on."""
 
     def __init__(self, latents: LatentDataset, images: ImageSet):
@@ -490,7 +492,9 @@ class TextToImageTask(Task):
         latents = torch.zeros(1, *self.train_set.latents.latent_shape, device=device)
         return model(latents, torch.zeros(1, dtype=torch.long, device=device), self.no_prompt.to(device)).sum()
 
-    def draws(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def draws(
+        self, count: int, generator: torch.Generator, size: tuple[int, int] | None = None
+    ) -> dict[str, torch.Tensor]:
         on = {"generator": generator, "device": generator.device}
         shape = (count, *self.train_set.latents.latent_shape)
         return {

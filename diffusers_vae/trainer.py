@@ -21,7 +21,7 @@ from torch import nn
 from . import equivariance
 from .adversarial import AdversarialConfig, Adversary, PatchDiscriminator
 from .checkpoint import Discriminator, on_main, whole_folder, write_file
-from .data import ArrayImages, DataConfig, ImageSet, ReadImages, StoredImages, load_data
+from .data import DataConfig, ImageSet, ReadImages, StoredImages, TrainingSet, load_data
 from .evaluation import EvaluationConfig, EvaluationReport, FineTuning, compare, evaluate, load_judges
 from .hub import HubConfig, write_card
 from .images import to_model_range
@@ -92,21 +92,32 @@ class TrainConfig(Settings):
                     f"objective.{name} {getattr(self.objective, name)} shapes the rate, and an encoder that is not "
                     f"trained has always the same: leave it out with model.train {self.model.train}"
                 )
-        latents = self.model.latent_shape(self.data.size)[1:]
-        if self.objective.equivariance and equivariance.smallest(latents)[0] == latents[0]:
-            raise ValueError(
-                f"objective.equivariance needs latents that can be made smaller, got {latents[0]}x{latents[1]}: take "
-                "larger images"
-            )
+        for size in self.data.bucket_sizes * bool(self.objective.equivariance):
+            latents = self.model.latent_shape(size)[1:]
+            if equivariance.smallest(latents)[0] == latents[0]:
+                raise ValueError(
+                    "objective.equivariance needs latents that can be made smaller, got "
+                    f"{latents[0]}x{latents[1]}: take larger images"
+                )
         if self.run.gradient_checkpointing and self.model.architecture == "mlp":
             raise ValueError("run.gradient_checkpointing needs the architecture vae: a perceptron keeps nearly nothing")
         if self.run.compile and self.changes_by_step:
             raise ValueError(
-                f"run.compile needs an objective that is the same in every step, got {self.changes_by_step}: leave "
+                f"run.compile needs steps that are all the same program, got {self.changes_by_step}: leave "
                 "run.compile out"
             )
+        if self.data.buckets and self.data.buckets % ratio:
+            raise ValueError(f"data.buckets must be divisible by {ratio} likewise, got {self.data.buckets}")
+        if self.data.buckets and self.model.architecture == "mlp":
+            raise ValueError("data.buckets needs the architecture vae: a perceptron takes images of one size")
+        if self.model.latents and self.data.changes_images:
+            raise ValueError(
+                "model.latents are of the images as they are, and training would show others: leave out "
+                f"{self.data.changes_images}"
+            )
         if self.adversarial.weight:
-            PatchDiscriminator.check(self.smallest_images, self.adversarial.layers)
+            for size in self.smallest_images:
+                PatchDiscriminator.check(size, self.adversarial.layers)
         if self.model.pretrained:
             self._check_pretrained()
 
@@ -124,23 +135,25 @@ class TrainConfig(Settings):
 
     @property
     def changes_by_step(self) -> str:
-        """The settings of the objective by which a step is another program than the one before, or nothing."""
+        """The settings by which a step is another program than the one before, or nothing."""
         constant = {"kl_schedule": "constant", "target_rate": None, "free_bits": 0, "equivariance": 0}
         changing = [name for name, value in constant.items() if getattr(self.objective, name) != value]
         changing += ["scale"] * (self.objective.scale == "optimal")
         named = [f"objective.{name} {getattr(self.objective, name)}" for name in changing]
         # which joins late, and whose adaptive weight goes through the backward twice
         named += [f"adversarial.weight {self.adversarial.weight}"] * bool(self.adversarial.weight)
+        named += [f"data.buckets {self.data.buckets}"] * bool(self.data.buckets)
         return ", ".join(named)
 
     @property
-    def smallest_images(self) -> tuple[int, int]:
-        """Height and width of the smallest images that the losses see."""
+    def smallest_images(self) -> list[tuple[int, int]]:
+        """Height and width of the smallest images that the losses see, for each size that is trained on."""
+        sizes = self.data.bucket_sizes
         if not self.objective.equivariance:
-            return self.data.size
+            return sizes
         ratio = self.model.spatial_compression_ratio
-        height, width = equivariance.smallest(self.model.latent_shape(self.data.size)[1:])
-        return height * ratio, width * ratio
+        latents = (equivariance.smallest(self.model.latent_shape(size)[1:]) for size in sizes)
+        return [(height * ratio, width * ratio) for height, width in latents]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +220,7 @@ class _Encoded(ReadImages):
         return super().tensors() | {"moments": self.moments}
 
 
-class EncodedImages:
+class EncodedImages(TrainingSet):
     """Images with latents that were encoded before: what a decoder alone is trained on."""
 
     def __init__(self, images: ImageSet, latents: LatentDataset):
@@ -273,8 +286,9 @@ class AutoencoderTask(Task):
         with accelerator.local_main_process_first():
             self.train_set, self.heldout = load_data(config.data, accelerator.is_local_main_process, self.memory_limit)
         load_judges(config.evaluation, config.data.channels, config.data.size)  # are missed now, not after days
-        self.workers = config.data.num_workers if isinstance(self.train_set, StoredImages) else 0
-        if isinstance(self.train_set, ArrayImages) and accelerator.device.type == "cuda":
+        on_demand = isinstance(self.train_set, StoredImages) or self.train_set.augmentation
+        self.workers = config.data.num_workers if on_demand else 0
+        if not on_demand and accelerator.device.type == "cuda":
             free = torch.cuda.mem_get_info(accelerator.device)[0]
             if self.train_set.pixels.nbytes <= free / 8:  # a step then copies nothing but its indices
                 self.train_set = self.train_set.to(accelerator.device)
@@ -288,7 +302,8 @@ class AutoencoderTask(Task):
             )
         if config.objective.perceptual:
             self.perceptual = PerceptualLoss(config.objective.perceptual, config.objective.perceptual_weights)
-            self.perceptual.check(config.smallest_images)
+            for size in config.smallest_images:
+                self.perceptual.check(size)
             self.perceptual.to(accelerator.device)
 
     def gains_by_bfloat16(self, device: torch.device) -> bool:
@@ -365,8 +380,10 @@ class AutoencoderTask(Task):
                 group["lr"] = own
         return readings
 
-    def draws(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        shape = self.config.model.latent_shape(self.config.data.size)
+    def draws(
+        self, count: int, generator: torch.Generator, size: tuple[int, int] | None = None
+    ) -> dict[str, torch.Tensor]:
+        shape = self.config.model.latent_shape(size or self.config.data.size)
         drawn = {"noise": torch.randn(count, *shape, generator=generator, device=generator.device)}
         if self.config.objective.equivariance:
             # the same for all images of a step; on the CPU, which decides by them without waiting for the device

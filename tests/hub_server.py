@@ -1,5 +1,5 @@
 """A server on loopback that speaks the protocol of the Hugging Face Hub as its client does: for tests that push models
-and load them back, with faults that can be switched on.
+and load them back, and that load data sets, with faults that can be switched on.
 
 What the real one enforces is enforced: tokens, roles and namespaces, visibility, sizes and SHA-256 of LFS objects, that
 they are there before the commit that names them, card metadata, no binary files outside of LFS. Storage has an origin
@@ -24,8 +24,9 @@ from urllib.parse import parse_qs, unquote
 import yaml
 
 LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "openrail", "other"}
-LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".zip")
+LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".zip", ".parquet", ".tar")
 MAX_REGULAR = 10 * 2**20
+KIND = r"((?:models|datasets)/[^/]+/[^/]+)"
 NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
 
 
@@ -58,7 +59,10 @@ class Commit:
 @dataclass
 class Repo:
     name: str
+    """NAMESPACE/NAME of a model; that of a data set begins with datasets/."""
     private: bool
+    gated: bool = False
+    """Whether its files are for those only whom its owner lets in."""
     commits: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     """Of a branch or a refs/pr/N to its newest commit."""
@@ -129,6 +133,20 @@ class HubServer:
             path: self.objects[file.lfs] if file.lfs else file.content
             for path, file in self.repos[repo].at(revision).files.items()
         }
+
+    def put(self, name: str, files: dict[str, bytes], **settings: bool) -> Commit:
+        """A commit of these files to the main branch of a repository, which is created if it is missing."""
+        repo = self.repos.get(name) or self.create(name)
+        for setting, value in settings.items():
+            setattr(repo, setting, value)
+        stored = dict(repo.at("main").files)
+        for path, content in files.items():
+            stored[path] = File(content=content)
+            if path.endswith(LFS_SUFFIXES) or b"\0" in content:
+                oid = hashlib.sha256(content).hexdigest()
+                self.objects[oid] = content
+                stored[path] = File(lfs=oid)
+        return repo.commit("main", "put", "", stored, repo.refs["main"])
 
     def create(self, name: str, private: bool = False) -> Repo:
         attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
@@ -210,6 +228,18 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self) -> tuple[int, bytes, dict[str, str]]:
         raise NotImplementedError
 
+    def _part(self, content: bytes, headers: dict[str, str]) -> tuple[int, bytes, dict[str, str]]:
+        """What the header Range asks for, FIRST-LAST or FIRST-, or all."""
+        headers |= {"Accept-Ranges": "bytes"}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked is None:
+            return 200, content, headers
+        first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
+        if first > last:
+            return 416, b"", headers | {"Content-Range": f"bytes */{len(content)}"}
+        headers |= {"Content-Range": f"bytes {first}-{last}/{len(content)}"}
+        return 206, content[first : last + 1], headers
+
 
 def _json(value, status: int = 200) -> tuple[int, bytes, dict[str, str]]:
     return status, json.dumps(value).encode(), {"Content-Type": "application/json; charset=utf-8"}
@@ -229,7 +259,7 @@ class _Storage(_Handler):
             self.hub.objects[oid] = self.body
             self.hub.uploads.append(oid)
             return 200, b"", {"ETag": f'"{hashlib.md5(self.body).hexdigest()}"'}
-        return 200, self.hub.objects[oid], {"ETag": f'"{oid}"', "Content-Type": "binary/octet-stream"}
+        return self._part(self.hub.objects[oid], {"ETag": f'"{oid}"', "Content-Type": "binary/octet-stream"})
 
 
 class _Hub(_Handler):
@@ -243,17 +273,18 @@ class _Hub(_Handler):
             ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", self.preupload),
             ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", self.commit),
             ("POST", r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", self.branch),
-            ("GET", r"/api/models/([^/]+/[^/]+)/refs", self.refs),
-            ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", self.tree),
-            ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", self.info),
+            ("GET", rf"/api/{KIND}/refs", self.refs),
+            ("GET", rf"/api/{KIND}/tree/([^/]+)(?:/(.+))?", self.tree),
+            ("POST", rf"/api/{KIND}/paths-info/([^/]+)", self.paths_info),
+            ("GET", rf"/api/{KIND}(?:/revision/([^/]+))?", self.info),
             ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self.batch),
             ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/verify", self.verify),
-            ("GET|HEAD", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
+            ("GET|HEAD", r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
         ]
         for methods, pattern, serve in routes:
             found = re.fullmatch(pattern, path)
             if found and self.command in methods.split("|"):
-                return serve(*(part and unquote(part) for part in found.groups()))
+                return serve(*(part and unquote(part).removeprefix("models/") for part in found.groups()))
         raise _Error(404, f"Sorry, we can't find the page you are looking for: {self.command} {path}")
 
     def _user(self) -> User | None:
@@ -271,7 +302,7 @@ class _Hub(_Handler):
     def _repo(self, name: str, write: bool = False, for_request: bool = False) -> Repo:
         """The repository if the user may see it, or write to it; a pull request may come from everybody."""
         repo = self.hub.repos.get(name)
-        owns = self._owns(name.partition("/")[0])
+        owns = self._owns(name.removeprefix("datasets/").partition("/")[0])
         if repo is None or (repo.private and not owns):
             if self.user is None:
                 raise _Error(401, "Invalid username or password.", "RepoNotFound")
@@ -282,6 +313,11 @@ class _Hub(_Handler):
             if self.user.role == "read" or not (owns or for_request):
                 raise _Error(403, "Forbidden: you must use a write token to upload to a repository.")
         return repo
+
+    def _let_in(self, repo: Repo) -> None:
+        if repo.gated and not self._owns(repo.name.removeprefix("datasets/").partition("/")[0]):
+            message = f"Access to {repo.name} is restricted and you are not in the authorized list."
+            raise _Error(401 if self.user is None else 403, message, "GatedRepo")
 
     def _at(self, repo: Repo, revision: str | None) -> Commit:
         commit = repo.at(revision or "main")
@@ -432,30 +468,47 @@ class _Hub(_Handler):
         return _json({"branches": branches, "tags": [], "converts": []})
 
     def tree(self, name, revision, folder):
-        commit = self._at(self._repo(name), revision)
-        entries = []
-        for path, file in sorted(commit.files.items()):
-            if folder and not path.startswith(folder + "/"):
-                continue
-            size = len(self.hub.objects[file.lfs]) if file.lfs else len(file.content)
-            entry = {"type": "file", "path": path, "size": size, "oid": _oid(file, size)}
-            if file.lfs:
-                entry["lfs"] = {"oid": file.lfs, "size": size, "pointerSize": len(_pointer(file.lfs, size))}
-            entries.append(entry)
+        commit, folder = self._at(self._repo(name), revision), folder.strip("/") + "/" if folder else ""
+        entries = [entry for path, entry in self._entries(commit).items() if path.startswith(folder)]
+        if folder and not entries:
+            raise _Error(404, f"{folder} does not exist on {revision}", "EntryNotFound")
         if self.query.get("recursive", ["false"])[0].lower() not in ("true", "1"):
-            entries = [entry for entry in entries if "/" not in entry["path"]]
+            entries = [entry for entry in entries if "/" not in entry["path"][len(folder) :]]
         return _json(entries)
 
+    def paths_info(self, name, revision):
+        entries = self._entries(self._at(self._repo(name), revision))
+        asked = json.loads(self.body) if "json" in self.headers["Content-Type"] else parse_qs(self.body.decode())
+        return _json([entries[path] for path in asked["paths"] if path in entries])
+
+    def _entries(self, commit: Commit) -> dict[str, dict]:
+        """What the API says of all files and folders, by path."""
+        entries = {}
+        for path, file in sorted(commit.files.items()):
+            parts = path.split("/")
+            for folder in ("/".join(parts[:depth]) for depth in range(1, len(parts))):
+                oid = hashlib.sha1(folder.encode()).hexdigest()
+                entries.setdefault(folder, {"type": "directory", "path": folder, "size": 0, "oid": oid})
+            size = len(self.hub.objects[file.lfs]) if file.lfs else len(file.content)
+            entries[path] = {"type": "file", "path": path, "size": size, "oid": _oid(file, size)}
+            if file.lfs:
+                pointer = len(_pointer(file.lfs, size))
+                entries[path]["lfs"] = {"oid": file.lfs, "size": size, "pointerSize": pointer}
+        return entries
+
     def info(self, name, revision):
-        repo = self._repo(name)
+        repo, name = self._repo(name), name.removeprefix("datasets/")
         commit = self._at(repo, revision)
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         values = {"_id": hashlib.sha1(name.encode()).hexdigest()[:24], "id": name, "modelId": name, "sha": commit.oid}
-        values |= {"author": name.partition("/")[0], "private": repo.private, "gated": False, "disabled": False}
+        values |= {"author": name.partition("/")[0], "private": repo.private, "disabled": False}
+        values |= {"gated": "manual" if repo.gated else False}
         return _json(values | {"siblings": siblings, "tags": [], "downloads": 0, "likes": 0})
 
     def resolve(self, name, revision, path):
-        commit = self._at(self._repo(name), revision)
+        repo = self._repo(name)
+        self._let_in(repo)
+        commit = self._at(repo, revision)
         headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
         file = commit.files.get(path)
         if file is None:
@@ -463,7 +516,9 @@ class _Hub(_Handler):
             headers |= {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}
             return 404, json.dumps(message).encode(), headers
         if file.lfs is None:
-            return 200, file.content, headers | {"ETag": f'"{_git_oid(file.content)}"', "Content-Type": "text/plain"}
+            return self._part(
+                file.content, headers | {"ETag": f'"{_git_oid(file.content)}"', "Content-Type": "text/plain"}
+            )
         size = len(self.hub.objects[file.lfs])
         headers |= {"X-Linked-Size": str(size), "X-Linked-Etag": f'"{file.lfs}"', "ETag": f'"{_oid(file, size)}"'}
         return 302, b"Found", headers | {"Location": self._signed(file.lfs)}

@@ -116,7 +116,8 @@ class TestReading:
         images, _ = load_data(config(**save(kind, tmp_path / "arrays", *cifar)), memory_limit=0)
         expected = pixels_of(images)
         with ThreadPoolExecutor(4) as pool:
-            assert torch.equal(torch.stack(list(pool.map(images.read, range(len(images))))), expected)
+            read = pool.map(lambda index: images.__getitems__([index]).pixels, range(len(images)))
+            assert torch.equal(torch.cat(list(read)), expected)
         loader = DataLoader(images, 9, num_workers=2, collate_fn=lambda read: read.pixels)
         assert torch.equal(torch.cat(list(loader)), expected)
         packed = pickle.dumps(images)
@@ -145,7 +146,7 @@ class TestReading:
         for index in range(0, 108, 20):
             place = int(sets[0].name(index).split("image ")[1].split(",")[0])
             shifts = np.lib.stride_tricks.sliding_window_view(cifar[0][place], (8, 8, 3)).reshape(-1, 8, 8, 3)
-            assert bytes(sets[0].read(index).permute(1, 2, 0).numpy()) in set(map(bytes, shifts))
+            assert bytes(pixels_of(sets[0])[index].permute(1, 2, 0).numpy()) in set(map(bytes, shifts))
 
     def test_bool_is_black_and_white(self, cifar, tmp_path):
         np.save(tmp_path / "masks.npy", cifar[0][..., 0] > 128)
@@ -267,7 +268,7 @@ class TestErrors:
     def test_places(self, tmp_path):
         self.refused("which is not there", tmp_path / "a.npy")
         self.refused(r"no array in .*none of \.npy, \.npz", tmp_path)
-        with pytest.raises(ValueError, match=r"a folder or an array, got .* mnist"):
+        with pytest.raises(ValueError, match=r"folder, array and datasets, got .* mnist"):
             DataConfig(name="mnist", crops=2)
 
 
@@ -296,13 +297,13 @@ def recording(folder):
     script = reading_on_demand(folder)
     wrapped = (
         "import os, torch\n"
-        "read = sources.StoredImages.__getitems__\n"
-        "def noted(self, indices):\n"
+        "read = sources.StoredImages._read\n"
+        "def noted(self, batch):\n"
         "    if torch.utils.data.get_worker_info():  # and so to train\n"
         f"        with open(os.path.join({str(folder)!r}, f\"read-{{os.environ.get('RANK', 0)}}\"), 'a') as file:\n"
-        "            file.write(' '.join(self.name(i).rpartition('/')[2].replace(' ', '') for i in indices) + '\\n')\n"
-        "    return read(self, indices)\n"
-        "sources.StoredImages.__getitems__ = noted\n"
+        "            file.write(' '.join(str(self.rows[i]) for i in batch.indices) + '\\n')\n"
+        "    return read(self, batch)\n"
+        "sources.StoredImages._read = noted\n"
     )
     script.write_text(script.read_text().replace("import train_vae\n", wrapped + "import train_vae\n"))
     return script
@@ -314,25 +315,24 @@ def test_every_image_once_by_two_processes_of_two_workers(mnist, tmp_path):
     """In the order of one process; killed and started again, the run ends bit-identical."""
     data = DataConfig(name="array", root=str(mnist), resolution=8, num_workers=2)
     run = {"batch_size": 20, "max_images": None, "epochs": 2, "log_every": 40}
-    length = len(load_data(data, memory_limit=0)[0])
-    expected = [epoch_batches(length, 20, 0, epoch) for epoch in range(2)]
-    images, _ = load_data(data, memory_limit=0)
-    names = [images.name(index).rpartition("/")[2].replace(" ", "") for index in range(length)]
-    assert length == len(set(names)) == 203
-    expected = [{names[index] for index in step[0].indices} for steps in expected for step in steps]
+    rows = load_data(data, memory_limit=0)[0].rows.tolist()
+    epochs = [epoch_batches(len(rows), 20, 0, epoch) for epoch in range(2)]
+    expected = [{rows[index] for index in step[0].indices} for steps in epochs for step in steps]
     for processes in (1, 2):
         (tmp_path / f"{processes}").mkdir()
         config = dataclasses.replace(tiny(tmp_path / f"{processes}" / "run", TINY_VAE, **run), data=data)
         script = recording(tmp_path / f"{processes}")
         run_in(processes, config, *["--multi_gpu"] * (processes > 1), script=script)
         read = [
-            [set(line.split()) for line in (tmp_path / f"{processes}" / f"read-{rank}").read_text().splitlines()]
+            [
+                {*map(int, line.split())}
+                for line in (tmp_path / f"{processes}" / f"read-{rank}").read_text().splitlines()
+            ]
             for rank in range(processes)
         ]
         assert all(len(batches) == len(expected) == 22 for batches in read)
-        everything = sorted(name for batches in read for batch in batches for name in batch)
-        assert everything == sorted(names * 2)
         parts = [batch for batches in read for batch in batches]
+        assert sorted(row for batch in parts for row in batch) == sorted([*range(203)] * 2)
         for step in expected:  # workers note their batches in any order
             assert set().union(*(batch for batch in parts if batch <= step)) == step
     flags = ["--config", tmp_path / "2" / "run.yaml", "--run.checkpoint_every", 40]
@@ -370,7 +370,7 @@ def test_a_large_array_takes_no_memory(tmp_path):
         "small.__getitems__(range(20))\n"
         "before = used()\n"
         "images, _ = load_data(config, memory_limit=0)\n"
-        "assert not any(images.read(index).any() for index in range(len(images)))\n"
+        "assert not any(images.__getitems__([index]).pixels.any() for index in range(len(images)))\n"
         "print(used() - before)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "a.npy")]

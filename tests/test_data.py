@@ -30,7 +30,7 @@ from diffusers_vae.data import (
     sources,
     step_generator,
 )
-from diffusers_vae.data.order import AHEAD, PARTS
+from diffusers_vae.data.reading import AHEAD, PARTS
 from diffusers_vae.data.sources import ReadImages
 from diffusers_vae.images import read_image
 
@@ -335,8 +335,8 @@ class TestFolder:
         assert "5 of 29 files cannot be read and are left out" in caplog.text
         for part in (train, heldout):  # pixels, labels and names still belong together
             index = len(part) - 1
-            expected = StoredImages(self.awkward(shared_data), part.store, part.rows).read(index)
-            assert torch.equal(part.__getitems__([index]).pixels[0], expected)
+            expected = StoredImages(self.awkward(shared_data), part.store, part.rows).__getitems__([index])
+            assert torch.equal(part.__getitems__([index]).pixels, expected.pixels)
 
     @pytest.mark.slow
     @pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
@@ -569,7 +569,7 @@ class TestCrops:
         ("settings", "message"),
         [
             ({"crops": 0}, r"data\.crops must be at least 1, got 0"),
-            ({"crops": 2, "name": "mnist"}, r"data\.crops are of the images of a folder, got data\.name mnist"),
+            ({"crops": 2, "name": "mnist"}, r"data\.crops are of the images of folder and datasets, got"),
             ({"crops": 2, "fit": "pad"}, r"data\.fit must be crop, got pad"),
         ],
     )

@@ -109,11 +109,11 @@ class TestReading:
         images, _ = load_data(config(pack(kind, folder, tmp_path / "packed")), memory_limit=0)
         expected = images.__getitems__(range(len(images))).pixels
         with ThreadPoolExecutor(4) as pool:
-            read = list(pool.map(images.read, range(len(images))))
+            read = list(pool.map(lambda index: images.__getitems__([index]).pixels[0], range(len(images))))
         assert torch.equal(torch.stack(read), expected)
         loader = DataLoader(images, 4, num_workers=2, collate_fn=lambda read: read.pixels)
         assert torch.equal(torch.cat(list(loader)), expected)
-        assert torch.equal(pickle.loads(pickle.dumps(images)).read(3), expected[3])
+        assert torch.equal(pickle.loads(pickle.dumps(images)).__getitems__([3]).pixels[0], expected[3])
 
     @pytest.mark.parametrize("name", ["a.tar", "a.zip"])
     def test_no_more_than_is_asked_for(self, name, tmp_path):

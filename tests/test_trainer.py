@@ -391,8 +391,8 @@ class TestFaults:
 
             generator = torch.Generator().manual_seed(0)
 
-            def draws(self, count, generator):
-                return super().draws(count, self.generator)
+            def draws(self, count, generator, size=None):
+                return super().draws(count, self.generator, size)
 
             def few(self, folder):
                 return Careless(super().few(folder).config, 0)

@@ -2,15 +2,18 @@
 
 from .arrays import ArrayStore, holds_arrays
 from .look import Look, look, recommended
-from .order import MicroBatch, epoch_batches, image_batches, kept_images, read_ahead, step_generator
+from .order import MicroBatch, Read, TrainingSet, deal, epoch_batches, step_generator
+from .reading import image_batches, kept_images, read_ahead
+from .rows import RowStore, is_hub_id
 from .sources import (
     IMAGE_SUFFIXES,
-    STORED,
+    OF_ROWS,
     ArrayImages,
     DataConfig,
     ImageSet,
     ReadImages,
     StoredImages,
+    holds_rows,
     load_data,
     load_split,
 )
@@ -18,7 +21,7 @@ from .store import FileStore, Store
 
 __all__ = [
     "IMAGE_SUFFIXES",
-    "STORED",
+    "OF_ROWS",
     "ArrayImages",
     "ArrayStore",
     "DataConfig",
@@ -26,12 +29,18 @@ __all__ = [
     "ImageSet",
     "Look",
     "MicroBatch",
+    "Read",
     "ReadImages",
+    "RowStore",
     "Store",
     "StoredImages",
+    "TrainingSet",
+    "deal",
     "epoch_batches",
     "holds_arrays",
+    "holds_rows",
     "image_batches",
+    "is_hub_id",
     "kept_images",
     "load_data",
     "load_split",

@@ -158,10 +158,10 @@ class ImageArray:
 
 
 class ArrayStore:
-    """The images of several arrays below `root`, one after the other."""
+    """The images of several arrays, one after the other."""
 
-    def __init__(self, root: Path, arrays: Sequence[ImageArray]):
-        self.root, self.arrays = root, arrays
+    def __init__(self, arrays: Sequence[ImageArray]):
+        self.arrays = arrays
         self.starts = [0, *accumulate(map(len, arrays))]
 
     def __len__(self) -> int:
@@ -257,9 +257,9 @@ def array_files(root: Path, parts: Sequence[str]) -> tuple[dict[str, list[Path]]
 
 def array_classes(
     parts: Sequence[Sequence[ImageArray]], column: str | None
-) -> tuple[list[torch.Tensor | None], tuple[str, ...] | None]:
-    """Labels (N,) of the images of each part, and the names of the classes: the integers or texts of all parts, sorted,
-    when there are two or more.
+) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:
+    """Labels (N,) of all images, -1 in a part without, and the names of the classes: the integers or texts of all
+    parts, sorted. None when there are less than two.
 
     Raises:
         ValueError: when only some files of a part have labels.
@@ -270,21 +270,19 @@ def array_classes(
         missing = [array for array, labels in zip(arrays, own, strict=True) if labels is None]
         if 0 < len(missing) < len(own):
             raise ValueError(f"{missing[0].path} has no {missing[0].path.stem + LABELS} beside it, others have")
-        found.append(None if missing else [np.unique(labels, return_inverse=True) for labels in own])
-    known = {str(value) for own in found for values, _ in own or () for value in values}
+        found += [None if labels is None else np.unique(labels, return_inverse=True) for labels in own]
+    known = {str(value) for own in found if own is not None for value in own[0]}
     if len(known) < 2:
-        return [None] * len(parts), None
+        return None, None
     numbers = all(re.fullmatch("-?[0-9]+", name) for name in known)
     classes = sorted(known, key=int if numbers else None)
     place_of = {name: place for place, name in enumerate(classes)}
 
-    def numbered(values: np.ndarray, inverse: np.ndarray) -> np.ndarray:
-        return np.array([place_of[str(value)] for value in values])[inverse]
-
-    return [
-        None if own is None else torch.from_numpy(np.concatenate([numbered(*labels) for labels in own]))
-        for own in found
-    ], tuple(classes)
+    labels = [
+        np.full(len(array), -1) if own is None else np.array([place_of[str(value)] for value in own[0]])[own[1]]
+        for array, own in zip((array for arrays in parts for array in arrays), found, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(labels)), tuple(classes)
 
 
 def holds_arrays(path: Path) -> bool:

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from ..images import Header, to_uint8
-from .order import image_batches
-from .sources import DataConfig, ImageSet, StoredImages, has_parts, load_data
+from .reading import image_batches
+from .sources import OF_ROWS, DataConfig, ImageSet, StoredImages, has_parts, load_data
 
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
 NEARLY_CONSTANT = 2 / 255
@@ -167,8 +167,8 @@ def _digest(part: StoredImages, index: int) -> bytes | ValueError:
 
 
 def recommended(found: Look, config: DataConfig) -> tuple[str, dict[str, str]]:
-    """The preset to begin with, and the settings to give with it; of a folder, what `config` asks for otherwise than by
-    default stays.
+    """The preset to begin with, and the settings to give with it; of a folder or of rows, what `config` asks for
+    otherwise than by default stays.
     """
     settings = {"data.name": config.name, "data.root": config.root}
     if config.name == "cifar10":
@@ -179,7 +179,7 @@ def recommended(found: Look, config: DataConfig) -> tuple[str, dict[str, str]]:
     settings["data.channels"] = "1" if grey else "3"
     if found.unreadable:
         settings["data.on_bad_image"] = "skip"
-    asked = {name: getattr(config, name) for name in ("resolution", "fit", "heldout_fraction")}
+    asked = {name: getattr(config, name) for name in ("resolution", "fit", "heldout_fraction", *OF_ROWS)}
     kept = {f"data.{name}": str(value) for name, value in asked.items() if value != getattr(DataConfig(), name)}
     if side >= 128 and "data.fit" not in kept and not grey:
         settings["data.crops"] = str(min(100, math.ceil(20_000 / found.parts["training"])))

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
-
-from ..images import to_model_range
-from .sources import ImageSet, ReadImages
-
-PARTS = 64
-"""Into which a data set is cut to be measured: enough for as many processes."""
-AHEAD = 4
-"""Batches that are read while one is used."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +23,150 @@ class MicroBatch:
     """Images in the optimiser step's batch, over all processes and micro-steps."""
     share: float
     """What these images are of their optimiser step's batch. The shares of all processes and micro-steps sum to 1."""
+    seed: int = 0
+    """Of the run, and"""
+    epoch: int = 0
+    """from 0: for what is random in the reading of an image."""
+    size: tuple[int, int] | None = None
+    """Height and width of the images, where they differ from step to step."""
+
+
+Batches = Iterator[tuple[np.ndarray, tuple[int, int] | None]]
+"""Of each optimiser step of an epoch the images, as indices, and their size, where it differs from step to step."""
+
+
+class Read(Protocol):
+    """What was asked for of a training set and could be read."""
+
+    kept: Sequence[int]
+    """Places, in the indices asked for, of what was read."""
+    errors: tuple[str, ...]
+    """Why the others could not be read, with their names."""
+
+    def checked(self) -> Read:
+        """This; ValueError when `errors` are to stop the run."""
+        ...
+
+    def blank(self) -> Read:
+        """One image in place of none."""
+        ...
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What was read, by name."""
+        ...
+
+
+class TrainingSet(Protocol):
+    """What is trained on, read by the batch, every image once per epoch."""
+
+    errors: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: Sequence[int]) -> Read: ...
+
+    def name(self, index: int) -> str: ...
+
+    def batches(self, batch_size: int, seed: int, epoch: int, start: int) -> Batches:
+        """Those of an epoch, after the first `start` images of it: a pure function of the arguments."""
+        return shuffled(len(self), batch_size, seed, epoch, start)
+
+    def read(self, batch: MicroBatch) -> Read:
+        """Its images, as they are to be trained on in its epoch."""
+        return self.__getitems__(batch.indices)
+
+
+def shuffled(length: int, batch_size: int, seed: int, epoch: int, start: int) -> Batches:
+    """`length` images in random order; the last batch of an epoch holds what remains."""
+    order = np.random.default_rng([seed, epoch]).permutation(length)
+    return ((order[begin : begin + batch_size], None) for begin in range(start, length, batch_size))
+
+
+def bucketed(
+    buckets: np.ndarray, sizes: Sequence[tuple[int, int]], batch_size: int, seed: int, epoch: int, start: int
+) -> Batches:
+    """Batches of images of one size each, in random order, `buckets` (N,) being the place of each image's size in
+    `sizes`. Of each size one batch holds what remains.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(buckets))
+    batches = []
+    for bucket, size in enumerate(sizes):
+        own = order[buckets[order] == bucket]
+        batches += [(own[begin : begin + batch_size], size) for begin in range(0, len(own), batch_size)]
+    seen = 0
+    for place in rng.permutation(len(batches)).tolist():
+        indices, size = batches[place]
+        left = max(0, start - seen)  # whole batches, unless their size was changed since
+        seen += len(indices)
+        if left < len(indices):
+            yield indices[left:], size
+
+
+def streamed(
+    counts: np.ndarray,
+    lanes: tuple[int, int],
+    buffer: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    start: int,
+) -> Batches:
+    """Images of blocks of `counts` (K,) each, which lie side by side, in an order in which few blocks are needed at a
+    time: a block is read once an epoch by one worker of one process.
+
+    The blocks are put in random order and cut into `lanes[0]` times `lanes[1]` pieces of equal length. Each of
+    `lanes[0]` parts of a batch comes from a piece of its own, and so does each of `lanes[1]` batches in a row: so a
+    process, which has the same part of each batch, and its workers, which take batches in turn, each have their own
+    pieces. In a piece, images are shuffled among `buffer` over all pieces.
+
+    Raises:
+        ValueError: when `start` lies within a batch: then which images were seen depends on the batch size before.
+    """
+    length, (parts, phases) = int(counts.sum()), lanes
+    if start % batch_size:
+        raise ValueError(
+            f"a stream goes on between two batches, and {start} images of this epoch were seen, which {batch_size} "
+            "does not divide: continue with the run.batch_size that the run was begun with"
+        )
+    order = np.random.default_rng([seed, epoch]).permutation(len(counts))
+    ends = counts[order].cumsum()
+    firsts = (counts.cumsum() - counts)[order]  # of each block the index of its first image
+    cuts = [batch_size * part // parts for part in range(parts + 1)]
+    whole, rest = divmod(length, batch_size)
+    sizes = np.zeros((parts, phases), dtype=np.int64)
+    for part, (low, high) in enumerate(pairwise(cuts)):
+        for phase in range(phases):
+            sizes[part, phase] = len(range(phase, whole, phases)) * (high - low)
+        sizes[part, whole % phases] += max(0, min(high, rest) - low)
+    begins = (sizes.cumsum() - sizes.ravel()).reshape(sizes.shape)
+    window = max(1, buffer // (parts * phases))
+    mixed: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+
+    def piece(part: int, phase: int, low: int, high: int) -> np.ndarray:
+        """The places, in the blocks side by side, of the images `low` to `high` of a piece."""
+        found = []
+        for number in range(low // window, (high - 1) // window + 1):
+            begin = number * window
+            if mixed.get((part, phase), (None,))[0] != number:
+                count = min(window, int(sizes[part, phase]) - begin)
+                rng = np.random.default_rng([seed, epoch, part, phase, number])
+                mixed[part, phase] = number, rng.permutation(count)
+            found.append(begin + mixed[part, phase][1][max(low - begin, 0) : high - begin])
+        return begins[part, phase] + np.concatenate(found)
+
+    for step in range(start // batch_size, whole + (rest > 0)):
+        phase, earlier = step % phases, step // phases
+        size = batch_size if step < whole else rest
+        places = np.concatenate(
+            [
+                piece(part, phase, earlier * (high - low), earlier * (high - low) + min(high, size) - low)
+                for part, (low, high) in enumerate(pairwise(cuts))
+                if low < min(high, size)
+            ]
+        )
+        blocks = ends.searchsorted(places, side="right")
+        yield firsts[blocks] + places - (ends[blocks] - counts[order[blocks]]), None
 
 
 def epoch_batches(
@@ -44,30 +179,28 @@ def epoch_batches(
     micro_steps: int = 1,
     start: int = 0,
 ) -> Iterator[list[MicroBatch]]:
-    """One list of `micro_steps` micro-batches per optimiser step, for process `rank`; every image once per epoch.
+    """`deal` of `shuffled`: every image once per epoch."""
+    return deal(shuffled(length, batch_size, seed, epoch, start), seed, epoch, rank, processes, micro_steps)
 
-    The images of an optimiser step do not depend on `processes` or `micro_steps`. The last batch of an epoch holds
-    what remains; a process left without images there repeats one with share 0, since every process must take part.
 
-    Args:
-        length: number of images in the data set.
-        batch_size: images per optimiser step over all processes.
-        seed: of the run.
-        epoch: from 0.
-        rank: this process, from 0.
-        processes: how many there are.
-        micro_steps: forwards per optimiser step on one process (gradient accumulation).
-        start: images of this epoch that were seen already: where an interrupted run goes on.
+def deal(
+    batches: Batches, seed: int, epoch: int, rank: int = 0, processes: int = 1, micro_steps: int = 1
+) -> Iterator[list[MicroBatch]]:
+    """One list of `micro_steps` micro-batches per optimiser step, for process `rank` of `processes`.
+
+    The images of an optimiser step do not depend on `processes` or `micro_steps`, forwards per optimiser step on one
+    process (gradient accumulation). A process left without images in a small batch repeats one with share 0, since
+    every process must take part.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(length)
-    for begin in range(start, length, batch_size):
-        batch = order[begin : begin + batch_size]
+    for batch, image_size in batches:
         size, larger = divmod(len(batch), processes * micro_steps)  # the first parts have one image more
         ends = [part * size + min(part, larger) for part in range(processes * micro_steps + 1)]
         yield [
-            MicroBatch(batch[first:end].tolist(), first, len(batch), (end - first) / len(batch))
+            MicroBatch(
+                batch[first:end].tolist(), first, len(batch), (end - first) / len(batch), seed, epoch, image_size
+            )
             if end > first
-            else MicroBatch([int(batch[0])], 0, len(batch), 0.0)
+            else MicroBatch([int(batch[0])], 0, len(batch), 0.0, seed, epoch, image_size)
             for first, end in list(pairwise(ends))[rank::processes]
         ]
 
@@ -81,58 +214,3 @@ def step_generator(seed: int, epoch: int, start: int, device: torch.device) -> t
     """
     state = np.random.SeedSequence([seed, epoch, start]).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(state[0]) >> 1)
-
-
-def image_batches(
-    image_set: ImageSet,
-    batch_size: int,
-    max_images: int | None,
-    device: torch.device,
-    rank: int = 0,
-    processes: int = 1,
-) -> Iterator[tuple[int, list[int], torch.Tensor]]:
-    """Part, indices and images (B, C, H, W) in [-1, 1] on `device`, in the set's own order, of the first `max_images`.
-
-    A part is a run of whole batches that one process sees, whatever `processes`: figures of an image, and sums over a
-    part, are the same for any number of them. There are at most `PARTS`, so that one sum a part can be kept.
-
-    Raises:
-        ValueError: naming the file that cannot be read, unless the set skips such files; then they are left out, and
-            join its `errors`.
-    """
-    count = len(image_set) if max_images is None else min(max_images, len(image_set))
-    starts = range(0, count, batch_size)
-    cut = np.array_split(starts, min(PARTS, max(1, len(starts))))
-    own = [(part, start) for part in range(rank, len(cut), processes) for start in cut[part].tolist()]
-    batches = [range(start, min(start + batch_size, count)) for _, start in own]
-    for (part, _), (indices, read) in zip(own, read_ahead(image_set, batches), strict=True):
-        kept, images = kept_images(image_set, indices, read, device)
-        if kept:
-            yield part, kept, images
-
-
-def read_ahead(image_set: ImageSet, batches: Sequence[range]) -> Iterator[tuple[range, ReadImages]]:
-    """Batch by batch, indices and what could be read, the next ones by threads while one is used."""
-    pool = ThreadPoolExecutor(AHEAD)
-    later = iter(batches)
-    reading = deque(pool.submit(image_set.__getitems__, batch) for batch in islice(later, AHEAD))
-    try:
-        for batch in batches:
-            yield batch, reading.popleft().result()
-            reading += [pool.submit(image_set.__getitems__, next_one) for next_one in islice(later, 1)]
-    finally:  # where not all are wanted, none is waited for
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def kept_images(
-    image_set: ImageSet, indices: Sequence[int], read: ReadImages, device: torch.device
-) -> tuple[list[int], torch.Tensor]:
-    """Those of the indices whose images could be read, and these, (B, C, H, W) in [-1, 1] on `device`; the others join
-    the set's `errors`, or are a ValueError, as the set has it.
-    """
-    read.checked()
-    image_set.errors += tuple(error for error in read.errors if error not in image_set.errors)
-    pixels = read.pixels
-    if device.type == "cuda" and not pixels.is_cuda:  # whose work so far is not waited for, if memory is pinned
-        pixels = pixels.pin_memory()
-    return [indices[place] for place in read.kept], to_model_range(pixels.to(device, non_blocking=True))

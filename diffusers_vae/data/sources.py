@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import logging
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
@@ -20,23 +22,39 @@ import numpy as np
 import torch
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from ..images import OVERSIZE, Header
 from .arrays import ArrayStore, ImageArray, array_classes, array_files
+from .augmentation import Augmentation
 from .captions import read_captions
 from .files import ARCHIVES, Files
+from .order import Batches, MicroBatch, TrainingSet, bucketed
+from .rows import (
+    PARQUET,
+    RowStore,
+    find_columns,
+    find_parts,
+    is_hub_id,
+    open_rows,
+    read_labels,
+    read_row_captions,
+    was_saved,
+)
 from .store import FileStore, Store
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-STORED = ("folder", "array")
-"""Sets in `data.root` of any images, which can be too many for memory."""
 HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")
+OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column")
+"""Settings of `DataConfig` that belong to one data set of rows."""
 MEMORY_LIMIT = 2**31
 """Bytes of uint8 pixels up to which a set is read once and kept in memory."""
+IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
+"""Names of sets whose images are all of one size, and in memory."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 Captions = list[tuple[str, ...]]
 T = TypeVar("T")
@@ -46,29 +64,52 @@ T = TypeVar("T")
 class DataConfig:
     """Which images, and how they are brought to one size."""
 
-    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder", "array"] = "digits"
+    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder", "array", "datasets"] = "digits"
     """digits: scikit-learn's 1,797 embedded 8x8 digits, with a margin of one pixel. folder: image files below `root`.
-    array: NumPy arrays of many images in `root`. The others: torchvision's."""
+    array: NumPy arrays of many images. datasets: what Hugging Face's `datasets` opens, on the Hub or here: Parquet,
+    Arrow, WebDataset. The others: torchvision's."""
     root: str = "data"
     """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing. Of a
     folder, one with image files, zip archives and tars (WebDataset's shards) below it, or such an archive itself:
-    archives are read where they are, without unpacking. Of arrays, an .npy or .npz, or a folder with such files:
-    (N, height, width), (N, channels, height, width) or (N, height, width, channels), an .npy with its labels in
-    NAME.labels.npy."""
+    archives are read where they are, without unpacking. Of arrays, an .npy or .npz, or a folder with such files, of
+    (N, height, width), (N, channels, height, width) or (N, height, width, channels). Of datasets, NAMESPACE/NAME on the
+    Hub, a folder or a .parquet file; it is prepared once in the cache of `datasets`, which takes as much room as the
+    set."""
+    subset: str | None = None
+    """Of datasets, which configuration of the set, where it has several."""
+    revision: str | None = None
+    """Of datasets on the Hub, a branch, a tag or a commit; by default what is newest."""
+    image_column: str | None = None
+    """Of datasets, where the images are; by default the only column of type Image. One with the bytes of image files,
+    alone or as `bytes` beside their `path`, must be named. Of an .npz, the key of its images; by default the only array
+    with three or four axes."""
+    label_column: str | None = None
+    """Of datasets, where the classes are, whole numbers or words; by default the only column of type ClassLabel.
+    Of an .npz, the key of the labels; by default there are none. An .npy has them in NAME.labels.npy beside it."""
+    caption_column: str | None = None
+    """Of datasets, where the captions are, a string or a list of strings each, for what needs any; by default a column
+    named text or caption."""
     resolution: int | tuple[int, int] = 32
     """Side of the images in pixels, or [height, width]."""
     channels: Literal[1, 3] = 1
     """1: grey, 3: RGB."""
     fit: Literal["crop", "pad"] = "crop"
     """crop: scale the image to cover the resolution, cut the centre. pad: black borders, scaled only if too large."""
-    image_column: str | None = None
-    """array: key of the images in an .npz; null for its only array of three or four axes."""
-    label_column: str | None = None
-    """array: key of the labels in an .npz; null for none."""
-    crops: int | None = None
-    """So many crops of each image of a folder or an array at its own resolution, at places drawn once, instead of the
-    whole image brought to size; images smaller than the resolution are scaled up to cover it. Of the held-out images
-    too."""
+    crops: int | Literal["random"] | None = None
+    """So many crops of each image of a folder at its own resolution, at places drawn once, instead of the whole image
+    brought to size; images smaller than the resolution are scaled up to cover it. Of the held-out images too. random:
+    one of each image, at another place in every epoch; of the held-out images always at the same."""
+    buckets: int | None = None
+    """Train on images of several sizes, as many pixels as `resolution` has or less, with sides that this divides and
+    aspect ratios from 1:2 to 2:1: each image is brought to that which is most like its own, and a batch has images of
+    one size. The held-out images are brought to `resolution`."""
+    horizontal_flip: bool = False
+    """Mirror every second training image, drawn anew in every epoch: for what looks as well the other way round."""
+    vertical_flip: bool = False
+    """Likewise, upside down: for pictures from above, of cells or of materials."""
+    color_jitter: tuple[float, float, float, float] | None = None
+    """[brightness, contrast, saturation, hue]: how far these of training images are changed at random at most, as in
+    torchvision's ColorJitter; the model learns the colours that it is shown."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """What a file of a folder that cannot be read does. stop: an error that names it, before training starts if it
     shows when all are read or, in a set too large for memory, in their headers. skip: left out, counted and listed in
@@ -90,12 +131,41 @@ class DataConfig:
         if min(self.size) < 8:
             raise ValueError(f"data.resolution must be at least 8 pixels a side, got {self.resolution}")
         if self.crops is not None:
-            if self.crops < 1:
+            if self.crops != "random" and self.crops < 1:
                 raise ValueError(f"data.crops must be at least 1, got {self.crops}")
-            if self.name not in STORED:
-                raise ValueError(f"data.crops are of the images of a folder or an array, got data.name {self.name}")
+            if self.name in IN_MEMORY:
+                raise ValueError(f"data.crops are of folder, array and datasets, got data.name {self.name}")
             if self.fit != "crop":
                 raise ValueError(f"data.crops leave nothing to pad: data.fit must be crop, got {self.fit}")
+        if self.buckets is not None:
+            if self.buckets < 1 or min(self.size) < self.buckets:
+                raise ValueError(
+                    f"data.buckets must be at least 1 and at most the sides of data.resolution, got {self.buckets} and "
+                    f"{self.size[0]}x{self.size[1]}"
+                )
+            if self.name in IN_MEMORY:
+                raise ValueError(f"data.buckets are for images of several sizes, got data.name {self.name}")
+            if self.crops is not None or self.fit != "crop":
+                raise ValueError(
+                    f"data.buckets bring whole images to size: leave out data.crops and data.fit pad, got {self.crops} "
+                    f"and {self.fit}"
+                )
+        for name in ("horizontal_flip", "vertical_flip"):
+            if getattr(self, name) and self.name in ("digits", "mnist", "qmnist"):
+                raise ValueError(f"data.{name} makes another sign of a digit: leave it out with data.name {self.name}")
+        if self.color_jitter is not None:
+            if self.channels not in (1, 3):
+                raise ValueError(f"data.color_jitter is for grey or RGB images, got data.channels {self.channels}")
+            try:
+                v2.ColorJitter(*self.color_jitter)
+            except ValueError as error:
+                raise ValueError(f"data.color_jitter {list(self.color_jitter)} is not one: {error}") from error
+        for name in OF_ROWS:
+            of_array = self.name == "array" and name in ("image_column", "label_column")
+            if getattr(self, name) is not None and self.name != "datasets" and not of_array:
+                raise ValueError(
+                    f"data.{name} is of data.name datasets, got {getattr(self, name)} with data.name {self.name}"
+                )
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"data.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
         if self.num_workers < 0:
@@ -103,16 +173,19 @@ class DataConfig:
 
     @property
     def described(self) -> str:
-        """The set's name, of a folder or a file its own."""
-        return Path(self.root).resolve().name if self.name in STORED else self.name
+        """The set's name, of a folder or file its own, of one on the Hub with its namespace."""
+        if self.name == "datasets":
+            return self.root if is_hub_id(self.root) else Path(self.root).resolve().name
+        return Path(self.root).resolve().name if self.name in ("folder", "array") else self.name
 
     @property
     def resize(self) -> str:
         """How images of another size are brought to `resolution`, in words."""
         how = "bicubic with antialiasing, on 8-bit values"
         if self.crops is not None:
-            return f"cut out at {self.crops} places of each, always the same; if smaller, scaled to cover ({how})"
-        if self.name == "folder":
+            places = "a place" if self.crops == "random" else f"{self.crops} places"
+            return f"cut out at {places} of each, always the same; if smaller, scaled to cover ({how})"
+        if self.name not in IN_MEMORY:
             how += f"; JPEGs that are {2 * OVERSIZE} times as large or more, from a decode at reduced scale"
         if self.fit == "crop":
             return f"scaled to cover ({how}), then the centre is cut out"
@@ -122,6 +195,27 @@ class DataConfig:
     def size(self) -> tuple[int, int]:
         """(height, width) of the images."""
         return (self.resolution, self.resolution) if isinstance(self.resolution, int) else tuple(self.resolution)
+
+    @property
+    def bucket_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of those that training images are brought to."""
+        if self.buckets is None:
+            return [self.size]
+        pixels, step = self.size[0] * self.size[1], self.buckets
+        sizes = {self.size}
+        for height in range(step, math.isqrt(2 * pixels) + 1, step):
+            width = pixels // height // step * step
+            if height <= 2 * width and width <= 2 * height:
+                sizes.add((height, width))
+        return sorted(sizes)
+
+    @property
+    def changes_images(self) -> str:
+        """The settings by which a training image is another in every epoch, or of another size, or nothing."""
+        unchanged = {"buckets": None, "horizontal_flip": False, "vertical_flip": False, "color_jitter": None}
+        changing = [name for name, value in unchanged.items() if getattr(self, name) != value]
+        changing += ["crops"] * (self.crops == "random")
+        return ", ".join(f"data.{name} {getattr(self, name)}" for name in changing)
 
 
 @dataclass(frozen=True)
@@ -162,8 +256,8 @@ class ReadImages:
         return {"pixels": self.pixels}
 
 
-class ImageSet(Protocol):
-    """Images of one size, with or without labels, read by the batch; any first part of it is a fair sample."""
+class ImageSet(TrainingSet, Protocol):
+    """Images with or without labels, of one size unless they are trained on; any first part is a fair sample."""
 
     labels: torch.Tensor | None
     """(N,) int64 classes."""
@@ -173,8 +267,6 @@ class ImageSet(Protocol):
     """One or more of each image."""
     errors: tuple[str, ...]
     """Why files were left out so far, with their names."""
-
-    def __len__(self) -> int: ...
 
     def __getitems__(self, indices: Sequence[int]) -> ReadImages:
         """The images at `indices`."""
@@ -193,10 +285,13 @@ class ImageSet(Protocol):
         ...
 
 
-class _Images:
+class _Images(TrainingSet):
     """What sets of images have in common but for the pixels: labels (N,) or None, the names of the labels' classes,
     captions, the rows of a store that they come from, if any, and, of crops, the number of each among its row's.
     """
+
+    augmentation: Augmentation | None = None
+    """Of the images when they are trained on."""
 
     def __init__(
         self,
@@ -231,6 +326,13 @@ class _Images:
             return f"image {index}"
         name = self.store.name(int(self.rows[index]))
         return name if self.crops is None else f"{name}, crop {self.crops[index]}"
+
+    def read(self, batch: MicroBatch) -> ReadImages:
+        read = self._read(batch)
+        return self.augmentation(read, batch) if self.augmentation else read
+
+    def _read(self, batch: MicroBatch) -> ReadImages:
+        return self.__getitems__(batch.indices)
 
 
 class ArrayImages(_Images):
@@ -267,46 +369,68 @@ class ArrayImages(_Images):
 
 
 class StoredImages(_Images):
-    """Images of a store, read on demand as `config` says, and what `_Images` has."""
+    """Images of a store, read on demand as `config` says, and what `_Images` has; in `buckets` (N,), if `config` asks
+    for them, the place of each image's size in `config.bucket_sizes`.
+    """
 
-    def __init__(self, config: DataConfig, store: Store, rows: np.ndarray, **about: Any):
+    def __init__(
+        self, config: DataConfig, store: Store, rows: np.ndarray, buckets: np.ndarray | None = None, **about: Any
+    ):
         super().__init__(store=store, rows=rows, **about)
-        self.config = config
+        self.config, self.buckets = config, buckets
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitems__(self, indices: Sequence[int]) -> ReadImages:
+        return self._read_as(indices, self.config, (0,))
+
+    def batches(self, batch_size: int, seed: int, epoch: int, start: int) -> Batches:
+        if self.buckets is None:
+            return super().batches(batch_size, seed, epoch, start)
+        return bucketed(self.buckets, self.config.bucket_sizes, batch_size, seed, epoch, start)
+
+    def _read(self, batch: MicroBatch) -> ReadImages:
+        config = self.config if batch.size is None else _at_size(self.config, batch.size)
+        return self._read_as(batch.indices, config, (batch.seed, batch.epoch))
+
+    def _read_as(self, indices: Sequence[int], config: DataConfig, place: tuple[int, ...]) -> ReadImages:
+        """The images at the indices; random crops at the place of this number."""
         pixels, kept, errors = [], [], []
-        for place, index in enumerate(indices):
+        for number, index in enumerate(indices):
+            crops = [place] if config.crops == "random" else []
+            crops = crops if self.crops is None else [(int(self.crops[index]),)]
             try:
-                pixels.append(self.read(index))
-                kept.append(place)
+                pixels.append(self._read_one(index, config, crops)[0])
+                kept.append(number)
             except ValueError as error:
                 errors += [str(error)] * (str(error) not in errors)  # of two crops of a file
-        empty = torch.zeros(0, self.config.channels, *self.config.size, dtype=torch.uint8)
-        stop = self.config.on_bad_image == "stop"
+        empty = torch.zeros(0, config.channels, *config.size, dtype=torch.uint8)
+        stop = config.on_bad_image == "stop"
         return ReadImages(torch.stack(pixels) if pixels else empty, kept, tuple(errors), stop)
 
-    def read(self, index: int) -> torch.Tensor:
-        """Pixels (C, H, W) of an image; ValueError naming it when it cannot be read."""
-        return self.read_all(index, () if self.crops is None else self.crops[index : index + 1])[0]
+    def read_all(self, index: int) -> torch.Tensor:
+        """Pixels (B, C, H, W): all crops of an image, of which this is a set of whole ones, or the image, B = 1.
+        ValueError naming it when it cannot be read.
+        """
+        crops = {"random": 1, None: 0}.get(self.config.crops, self.config.crops)
+        return self._read_one(index, self.config, [(crop,) for crop in range(crops)])
 
-    def read_all(self, index: int, crops: Sequence[int]) -> torch.Tensor:
-        """Pixels (B, C, H, W): the crops of these numbers of an image or, of a set without, the whole, B = 1."""
-        config, row = self.config, int(self.rows[index])
+    def _read_one(self, index: int, config: DataConfig, crops: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """Pixels (B, C, H, W): the crops of these numbers of an image or, without, the whole, B = 1."""
+        row = int(self.rows[index])
 
         def fit(pixels: torch.Tensor) -> torch.Tensor:
-            if config.crops is None:
+            if not crops:
                 return _bring_to_size(pixels, config)[None]
             # of the name alone, so that an image more or less moves no crop of the others
             name = hashlib.sha256(self.store.key(row).encode(errors="surrogateescape")).digest()
-            seeds = (np.random.SeedSequence([int.from_bytes(name, "big"), int(crop)]) for crop in crops)
+            seeds = (np.random.SeedSequence([int.from_bytes(name, "big"), *crop]) for crop in crops)
             places = (np.random.default_rng(seed).random(2) for seed in seeds)
             return torch.stack([_bring_to_size(_cut(pixels, config.size, place), config) for place in places])
 
         # crops are of the image at its own resolution
-        scaled = None if config.crops else lambda *size: _scaled_size(*size, config)
+        scaled = None if crops else lambda *size: _scaled_size(*size, config)
         return self.store.read(row, config, fit, scaled)
 
     def header(self, index: int) -> Header:
@@ -335,11 +459,11 @@ class StoredImages(_Images):
 
     def cropped(self) -> StoredImages:
         """Of a set of whole images, the set of their crops: the first of each, then the second of each, and so on, so
-        that a first part is a fair sample and neighbours are of different images. Without `config.crops` the set
-        itself.
+        that a first part is a fair sample and neighbours are of different images. Without so many `config.crops`
+        the set itself.
         """
         count = self.config.crops
-        if count is None:
+        if not isinstance(count, int):
             return self
         every = np.tile(np.arange(len(self)), count)
         return StoredImages(self.config, **self.about(every) | {"crops": np.repeat(np.arange(count), len(self))})
@@ -355,18 +479,22 @@ def load_data(
         progress: show a bar while a folder is read, and say which files are skipped.
         memory_limit: bytes of pixels up to which the images of a folder are read now and kept, and not on demand; by
             default `MEMORY_LIMIT`.
-        captions: read those of a folder too, as `read_captions` says; else there are none, whatever text files mean.
+        captions: read those of a folder too, as `read_captions` says, or of rows; else there are none, whatever text
+            files mean.
 
     Raises:
         FileNotFoundError: saying which files go where, when they are missing and cannot be downloaded.
+        OSError: saying what to do, when a data set on the Hub cannot be had.
         ValueError: for files that cannot be read, by name.
     """
-    if config.name == "folder":
-        return _load_folder(config, progress, MEMORY_LIMIT if memory_limit is None else memory_limit, captions)
-    if config.name == "array":
-        return _load_arrays(config, progress, MEMORY_LIMIT if memory_limit is None else memory_limit)
-    load = {"digits": _load_digits, "cifar10": _load_cifar10}.get(config.name, _load_mnist)
-    train, heldout = (_in_memory(*part, config) for part in load(config))
+    stored = {"folder": _load_folder, "array": _load_arrays, "datasets": _load_rows}
+    if config.name in stored:
+        limit = MEMORY_LIMIT if memory_limit is None else memory_limit
+        train, heldout = stored[config.name](config, progress, limit, captions)
+    else:
+        load = {"digits": _load_digits, "cifar10": _load_cifar10}.get(config.name, _load_mnist)
+        train, heldout = (_in_memory(*part, config) for part in load(config))
+    train.augmentation = Augmentation.of(config)
     return train, heldout
 
 
@@ -384,7 +512,7 @@ def load_split(
     if split not in (None, "held-out", "training", "all"):
         raise ValueError(f"split must be held-out, training or all, got {split}")
     if split is None:
-        split = "all" if config.name in STORED and not has_parts(config) else default
+        split = "all" if config.name in ("folder", "array", "datasets") and not has_parts(config) else default
     train, heldout = load_data(config, progress, memory_limit, captions)
     if split != "all":
         return (train if split == "training" else heldout), split
@@ -585,7 +713,7 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
     return _in_size(train, heldout, progress, memory_limit)
 
 
-def _load_arrays(config: DataConfig, progress: bool, memory_limit: int) -> tuple[ImageSet, ImageSet]:
+def _load_arrays(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> tuple[ImageSet, ImageSet]:
     root = Path(config.root)
     named, others = array_files(root, ("train", *HELDOUT_FOLDERS))
     if named and not _is_split(named) and (others or len(named) > 1):
@@ -596,49 +724,91 @@ def _load_arrays(config: DataConfig, progress: bool, memory_limit: int) -> tuple
         )
     groups = [named.pop("train"), *named.values()] if _is_split(named) else [next(iter(named.values()), others)]
     parts = [[ImageArray(path, config.image_column, config.channels) for path in group] for group in groups]
-    store = ArrayStore(root, [array for arrays in parts for array in arrays])
+    store = ArrayStore([array for arrays in parts for array in arrays])
     labels, classes = array_classes(parts, config.label_column)
-    if len(parts) == 2:
-        counts = [sum(map(len, arrays)) for arrays in parts]
-        orders = [np.random.default_rng(0).permutation(count) for count in counts]
-        rows = [orders[0], counts[0] + orders[1]]
+    counts = [sum(map(len, arrays)) for arrays in parts]
+    loaded = _in_size(*_stored(config, store, counts, labels, classes, None), progress, memory_limit, headers=False)
+    if isinstance(loaded[0], ArrayImages):
+        store.forget()
+    return loaded
+
+
+def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> tuple[ImageSet, ImageSet]:
+    found, root = open_rows(config, progress), config.described
+    parts = {name: found[name] for name in find_parts(list(found), root)}
+    of_each = [find_columns(part.features, config, captions) for part in parts.values()]
+    columns = of_each[0]
+    if any(own != columns for own in of_each):
+        raise ValueError(f"the columns of {' and '.join(parts)} in {root} must be the same")
+    store = RowStore(root, parts, columns.image)
+    labels, classes = read_labels(root, parts, columns.label) if columns.label else (None, None)
+    told = read_row_captions(root, parts, columns.caption) if captions and columns.caption else None
+    counts = [len(part) for part in parts.values()]
+    return _in_size(*_stored(config, store, counts, labels, classes, told), progress, memory_limit)
+
+
+def _stored(
+    config: DataConfig,
+    store: Store,
+    counts: Sequence[int],
+    labels: torch.Tensor | None,
+    classes: tuple[str, ...] | None,
+    told: Captions | None,
+) -> tuple[StoredImages, StoredImages]:
+    """The parts to train on and held out, each in a fixed random order, of the images of a store: cut at random, or so
+    many each. Labels are negative in a part that has none.
+    """
+    if len(counts) == 1:
+        rows = _heldout_indices(counts[0], config)
     else:
-        rows = orders = list(_heldout_indices(len(store), config))
-        labels = labels * 2
+        rows = [np.random.default_rng(0).permutation(count) for count in counts]
+        rows[1] += counts[0]
     train, heldout = (
         StoredImages(
             config,
             store,
             own,
-            labels=None if classed is None else classed[torch.from_numpy(order)],
-            classes=None if classed is None else classes,
+            labels=labels[own] if labelled else None,
+            classes=classes if labelled else None,
+            captions=None if told is None else [told[row] for row in own],
         )
-        for own, order, classed in zip(rows, orders, labels, strict=True)
+        for own, labelled in ((own, labels is not None and labels[own[0]] >= 0) for own in rows)
     )
-    parts = _in_size(train, heldout, progress, memory_limit, headers=False)
-    if isinstance(parts[0], ArrayImages):
-        store.forget()
-    return parts
+    return train, heldout
 
 
 def _in_size(
     train: StoredImages, heldout: StoredImages, progress: bool, memory_limit: int, headers: bool = True
 ) -> tuple[ImageSet, ImageSet]:
-    """The sets in memory, if their pixels fit, else to be read on demand; without the images that cannot be read, as
-    far as, in sets to be read on demand, their `headers` tell.
+    """The sets in memory, if their pixels fit, else to be read on demand; without the images that cannot be read, of a
+    set to be read on demand as far as `headers` tell, where each has its own.
     """
     config = train.config
     count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels
-    if (len(train) + len(heldout)) * count * size > memory_limit:
-        parts = [train, heldout]
-        if headers:
-            parts, _ = _scan(parts, StoredImages.header, "checking files", progress)
+    several = config.buckets or count == "random"  # of a training image there is more than the pixels at one size
+    if several or (len(train) + len(heldout)) * count * size > memory_limit:
+        parts, found = [train, heldout], []
+        if headers or config.buckets:
+            parts, found = _scan(parts, StoredImages.header, "checking files", progress)
+        if config.buckets:
+            parts[0].buckets = _nearest(found[0], config.bucket_sizes)
         return parts[0].cropped(), parts[1].cropped()
-    parts, read = _scan([train, heldout], lambda part, at: part.read_all(at, range(count)), "reading images", progress)
+    parts, read = _scan([train, heldout], StoredImages.read_all, "reading images", progress)
     return tuple(
         ArrayImages(torch.stack(pixels, 1).flatten(0, 1), **part.cropped().about())  # the order of `cropped`
         for part, pixels in zip(parts, read, strict=True)
     )
+
+
+@cache
+def _at_size(config: DataConfig, size: tuple[int, int]) -> DataConfig:
+    return replace(config, resolution=size, buckets=None)
+
+
+def _nearest(headers: Sequence[Header], sizes: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Of each image (N,) the place in `sizes` of that whose aspect ratio is most like its own."""
+    own = np.log([header.height / header.width for header in headers])
+    return np.abs(own[:, None] - np.log([height / width for height, width in sizes])).argmin(1)
 
 
 def _look_into(config: DataConfig) -> tuple[Files, dict[str, list[Path]], list[Path]]:
@@ -664,7 +834,26 @@ def has_parts(config: DataConfig) -> bool:
         return _is_split(_look_into(config)[1])
     if config.name == "array":
         return _is_split(array_files(Path(config.root), ("train", *HELDOUT_FOLDERS))[0])
+    if config.name == "datasets":
+        return len(find_parts(list(open_rows(config)), config.described)) == 2
     return config.name != "digits"
+
+
+def holds_rows(place: str) -> bool:
+    """Whether a place is one for data.name datasets: a set on the Hub, a Parquet file, what `save_to_disk` has written,
+    or a folder with Parquet files and with neither images nor archives.
+    """
+    path = Path(place)
+    if not path.is_dir():
+        return is_hub_id(place) or path.suffix.lower() == PARQUET
+    found = was_saved(path)
+    for _, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        suffixes = {Path(name).suffix.lower() for name in names}
+        if suffixes & {*IMAGE_SUFFIXES, *ARCHIVES}:
+            return False
+        found |= PARQUET in suffixes
+    return found
 
 
 def _is_split(named: Mapping[str, list[Path]]) -> bool:

@@ -1,0 +1,74 @@
+"""The images of a set batch by batch, in its own order: to be measured, encoded, shown."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+import torch
+
+from ..images import to_model_range
+from .sources import ImageSet, ReadImages
+
+PARTS = 64
+"""Into which a data set is cut to be measured: enough for as many processes."""
+AHEAD = 4
+"""Batches that are read while one is used."""
+
+
+def image_batches(
+    image_set: ImageSet,
+    batch_size: int,
+    max_images: int | None,
+    device: torch.device,
+    rank: int = 0,
+    processes: int = 1,
+) -> Iterator[tuple[int, list[int], torch.Tensor]]:
+    """Part, indices and images (B, C, H, W) in [-1, 1] on `device`, in the set's own order, of the first `max_images`.
+
+    A part is a run of whole batches that one process sees, whatever `processes`: figures of an image, and sums over a
+    part, are the same for any number of them. There are at most `PARTS`, so that one sum a part can be kept.
+
+    Raises:
+        ValueError: naming the file that cannot be read, unless the set skips such files; then they are left out, and
+            join its `errors`.
+    """
+    count = len(image_set) if max_images is None else min(max_images, len(image_set))
+    starts = range(0, count, batch_size)
+    cut = np.array_split(starts, min(PARTS, max(1, len(starts))))
+    own = [(part, start) for part in range(rank, len(cut), processes) for start in cut[part].tolist()]
+    batches = [range(start, min(start + batch_size, count)) for _, start in own]
+    for (part, _), (indices, read) in zip(own, read_ahead(image_set, batches), strict=True):
+        kept, images = kept_images(image_set, indices, read, device)
+        if kept:
+            yield part, kept, images
+
+
+def read_ahead(image_set: ImageSet, batches: Sequence[range]) -> Iterator[tuple[range, ReadImages]]:
+    """Batch by batch, indices and what could be read, the next ones by threads while one is used."""
+    pool = ThreadPoolExecutor(AHEAD)
+    later = iter(batches)
+    reading = deque(pool.submit(image_set.__getitems__, batch) for batch in islice(later, AHEAD))
+    try:
+        for batch in batches:
+            yield batch, reading.popleft().result()
+            reading += [pool.submit(image_set.__getitems__, next_one) for next_one in islice(later, 1)]
+    finally:  # where not all are wanted, none is waited for
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def kept_images(
+    image_set: ImageSet, indices: Sequence[int], read: ReadImages, device: torch.device
+) -> tuple[list[int], torch.Tensor]:
+    """Those of the indices whose images could be read, and these, (B, C, H, W) in [-1, 1] on `device`; the others join
+    the set's `errors`, or are a ValueError, as the set has it.
+    """
+    read.checked()
+    image_set.errors += tuple(error for error in read.errors if error not in image_set.errors)
+    pixels = read.pixels
+    if device.type == "cuda" and not pixels.is_cuda:  # whose work so far is not waited for, if memory is pinned
+        pixels = pixels.pin_memory()
+    return [indices[place] for place in read.kept], to_model_range(pixels.to(device, non_blocking=True))

@@ -1,0 +1,383 @@
+"""Images in the rows of tables: data sets of the Hugging Face Hub, Parquet, and what else `datasets` opens."""
+
+from __future__ import annotations
+
+import glob
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import torch
+
+from ..images import Header, read_header, read_image
+from .captions import KEYS, LISTED
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetBuilder, Features
+    from pyarrow import Buffer, ChunkedArray
+
+    from .sources import DataConfig
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+"""What the name of a data set on the Hub looks like."""
+PARQUET = ".parquet"
+HELDOUT_SPLITS = ("validation", "valid", "val", "test", "heldout")
+"""Of several that are there, the first: a test part has no labels in some sets, and is not for choosing models."""
+ENDING = 32
+"""Bytes of an image that tell it from another of its size: a PNG's checksums are among them."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where in a table what is."""
+
+    image: str
+    label: str | None
+    caption: str | None
+
+
+def find_columns(features: Features, config: DataConfig, captions: bool) -> Columns:
+    """The columns that `config` names, or else the only ones of type Image and of type ClassLabel, if there is one,
+    and, where `captions` are asked for, the one that is called text or caption.
+
+    Raises:
+        ValueError: listing all columns with their types, when one is missing, of another type, or not clear.
+    """
+    images = [name for name, feature in features.items() if _type(feature) == "Image"]
+    labels = [name for name, feature in features.items() if _type(feature) == "ClassLabel"]
+    texts = [name for name in KEYS if name in features and _is_text(features[name])] if captions else []
+
+    def find(setting: str, only: list[str], what: str, fits: Callable[[Any], bool]) -> str | None:
+        named = getattr(config, setting)
+        if named is None and len(only) < 2:
+            return next(iter(only), None)
+        if named is None:
+            reason = f"must say which column has the {what}, since {' and '.join(only)} could"
+        elif named not in features:
+            reason = f"must be a column with the {what}, got {named}, which is not there"
+        elif not fits(features[named]):
+            reason = f"must be a column with the {what}, got {named} with {_kind(features[named])}"
+        else:
+            return named
+        raise ValueError(f"data.{setting} {reason}. {listed}")
+
+    listed = "The columns are " + ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+    image = find("image_column", images, "images", _is_image)
+    if image is None:
+        raise ValueError(
+            f"data.image_column must say which column has the images, since none is of type Image. {listed}"
+        )
+    return Columns(
+        image,
+        find("label_column", labels, "labels, whole numbers or words", _is_label),
+        find("caption_column", texts, "captions, a string or a list of strings each", _is_text),
+    )
+
+
+def _type(feature: Any) -> str:
+    return type(feature).__name__
+
+
+def _kind(feature: Any) -> str:
+    """Of a column, in words."""
+    if isinstance(feature, dict):
+        return "{" + ", ".join(f"{name}: {_kind(inner)}" for name, inner in feature.items()) + "}"
+    if _type(feature) == "ClassLabel":
+        return f"ClassLabel of {feature.num_classes}"
+    if (inner := _inner(feature)) is not None:
+        return f"list of {_kind(inner)}"
+    return feature.dtype if _type(feature) == "Value" else _type(feature)
+
+
+def _inner(feature: Any) -> Any:
+    """What a column of lists has lists of."""
+    if isinstance(feature, list):
+        return feature[0]
+    return getattr(feature, "feature", None)
+
+
+def _is_image(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return "bytes" in feature and _is_image(feature["bytes"])
+    return _type(feature) == "Image" or getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def _is_label(feature: Any) -> bool:
+    dtype = str(getattr(feature, "dtype", None))
+    whole = re.fullmatch(r"u?int\d+|bool|string|large_string", dtype)
+    return _type(feature) == "ClassLabel" or (_type(feature) == "Value" and whole is not None)
+
+
+def _is_text(feature: Any) -> bool:
+    inner = _inner(feature)
+    return getattr(feature if inner is None else inner, "dtype", None) in ("string", "large_string")
+
+
+def find_parts(names: Sequence[str], root: str) -> tuple[str, ...]:
+    """Of the splits of a set, that to train on and, if there is one, the held-out one: train, and the first of
+    `HELDOUT_SPLITS`; or the only split, which is to be cut then.
+
+    Raises:
+        ValueError: listing them, when it is not clear.
+    """
+    heldout = [name for name in HELDOUT_SPLITS if name in names]
+    if "train" in names and heldout:
+        return "train", heldout[0]
+    if len(names) == 1:
+        return (names[0],)
+    raise ValueError(
+        f"it is not clear what to train on in {root}: it must have one split, or train and one of "
+        f"{', '.join(HELDOUT_SPLITS)}, got {', '.join(names)}. Put the files of the splits to use, named so, in a "
+        "folder and point data.root there; `hf download NAME --repo-type dataset --local-dir FOLDER` fetches a set"
+    )
+
+
+def open_rows(config: DataConfig, progress: bool = False) -> dict[str, Dataset]:
+    """All splits of a set, memory-mapped, after it was downloaded and prepared in the cache of `datasets`, unless it
+    is there already; of processes that share a cache, one does that and the others wait.
+
+    Raises:
+        OSError: when there is no such set, none that may be read, or it cannot be loaded.
+        ValueError: when a setting does not go with it.
+    """
+    import datasets
+
+    shown = not datasets.utils.are_progress_bars_disabled()
+    if not progress:
+        datasets.disable_progress_bars()
+    try:
+        if was_saved(Path(config.root)):
+            _refuse(config, "subset", "revision")
+            with _explained(config):
+                found = datasets.load_from_disk(config.root)
+        else:
+            builder = rows_builder(config)
+            with _explained(config):
+                builder.download_and_prepare()
+                found = builder.as_dataset()
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    return {str(found.split or "train"): found} if isinstance(found, datasets.Dataset) else dict(found)
+
+
+def rows_builder(config: DataConfig) -> DatasetBuilder:
+    """What reads a set that is Parquet or other files, here or on the Hub; of these, it has asked for no more than what
+    describes them.
+
+    Raises:
+        OSError: when there is no such set, none that may be read, or the Hub cannot be asked.
+        ValueError: when a setting does not go with it.
+    """
+    import datasets
+
+    path = Path(config.root)
+    if is_hub_id(config.root):
+        with _explained(config):
+            builder = datasets.load_dataset_builder(config.root, config.subset, revision=config.revision)
+        from_cache = not str(builder.base_path).startswith("hf://")  # which takes the newest of its commits
+        if from_cache and config.revision not in (None, builder.hash):
+            raise OSError(
+                f"cannot tell without a connection to {datasets.config.HF_ENDPOINT} whether data.revision "
+                f"{config.revision} of {config.root} is what the cache holds, the commit {builder.hash}; if so, name it"
+            )
+        return builder
+    if path.is_dir():
+        _refuse(config, "revision")
+        with _explained(config):
+            return datasets.load_dataset_builder(str(path.resolve()), config.subset)
+    if not path.is_file() or path.suffix.lower() != PARQUET:
+        raise FileNotFoundError(
+            f"data.root must be a data set on the Hub, NAMESPACE/NAME, a folder or a {PARQUET} file, got "
+            f"{path.resolve()}, which is {'another file' if path.exists() else 'not there'}"
+        )
+    _refuse(config, "subset", "revision")
+    with _explained(config):
+        return datasets.load_dataset_builder("parquet", data_files={"train": [glob.escape(str(path.resolve()))]})
+
+
+def was_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` has written it."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def is_hub_id(root: str) -> bool:
+    """Whether `root` is nothing on this machine and can be a data set on the Hub."""
+    return HUB_ID.fullmatch(root) is not None and not Path(root).exists()
+
+
+def _refuse(config: DataConfig, *settings: str) -> None:
+    for setting in settings:
+        if (value := getattr(config, setting)) is not None:
+            raise ValueError(f"data.{setting} must be null for {Path(config.root).resolve()}, got {value}")
+
+
+@contextmanager
+def _explained(config: DataConfig) -> Iterator[None]:
+    """Whatever goes wrong within is an error of one line that says what to do, without the errors that caused it and
+    without signed addresses.
+    """
+    from datasets import config as settings
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        yield
+        return
+    except Exception as error:  # the client has no common base of its errors, which differ from version to version
+        cause = f"{error.__cause__}" if error.__cause__ and "generating" in str(error) else ""
+        said = " ".join(re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?***", f"{error} {cause}").split())
+        page = f"{settings.HF_ENDPOINT}/datasets/{config.root}"
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        if "BuilderConfig" in said or "Config name" in said:
+            kind, reason = ValueError, f"data.subset must name one of its configurations, got {config.subset} ({said})"
+        elif "Revision" in said:
+            reason = f"data.revision must be a branch, a tag or a commit of it, got {config.revision} ({said})"
+        elif "gated" in said:
+            reason = f"it is gated. Ask for access on {page}, and log in with `hf auth login` or set HF_TOKEN"
+        elif isinstance(error, DatasetNotFoundError):
+            reason = (
+                f"it must be a folder here, or exist on the Hub and be visible to you ({said}). See {page}; if it is "
+                "private, log in with `hf auth login`, or set HF_TOKEN, as somebody who may read it"
+            )
+        elif isinstance(error, ConnectionError):
+            reason = f"the connection to {settings.HF_ENDPOINT} must hold, or the set be in the cache already ({said})"
+        else:
+            reason = f"{type(error).__name__}: {said}"
+    raise kind(f"cannot load the data set {config.root}: {reason}")
+
+
+def read_labels(
+    root: str, parts: Mapping[str, Dataset], column: str
+) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:
+    """(N,) int64 classes of the rows of the parts one after the other, -1 in a part that has none at all, as test parts
+    do, and the names of the classes: those of a ClassLabel, else what stands in the column; None and None if there are
+    fewer than two.
+
+    Raises:
+        ValueError: when some of a part have one and others do not.
+    """
+    names = getattr(next(iter(parts.values())).features[column], "names", None)
+    found = {part: _column(table, column).to_pandas() for part, table in parts.items()}
+    for part, values in found.items():
+        missing = values.isna() | (values < 0 if names is not None else False)
+        if missing.any() and not missing.all():
+            raise ValueError(
+                f"{missing.sum():,} of {len(values):,} labels in {column} of {root}, {part}, are missing, that of row "
+                f"{missing.idxmax()} first: all must be there, or none"
+            )
+        found[part] = None if missing.all() else values
+    known = sorted({value for values in found.values() if values is not None for value in values.unique()})
+    classes = tuple(map(str, known)) if names is None else tuple(names)
+    if len(classes) < 2 or not known:
+        return None, None
+    place_of = {value: int(value) if names is not None else place for place, value in enumerate(known)}
+    labels = [
+        torch.full((len(parts[part]),), -1) if values is None else torch.tensor(values.map(place_of).tolist())
+        for part, values in found.items()
+    ]
+    return torch.cat(labels), classes
+
+
+def read_row_captions(root: str, parts: Mapping[str, Dataset], column: str) -> list[tuple[str, ...]]:
+    """One or more captions of each row of the parts, one after the other.
+
+    Raises:
+        ValueError: naming rows without one.
+    """
+    captions, problems = [], []
+    for part, table in parts.items():
+        for row, value in enumerate(_column(table, column).to_pylist()):
+            several = tuple(text and text.strip() for text in ([value] if isinstance(value, str) else value or ()))
+            captions.append(several)
+            if not several or not all(several):
+                problems.append(f"{part}, row {row}")
+    if problems:
+        listed = "\n".join(problems[:LISTED] + [f"and {len(problems) - LISTED} more"] * (len(problems) > LISTED))
+        raise ValueError(f"every row of {root} must have a caption in {column} that is not empty; not so in\n{listed}")
+    return captions
+
+
+def _column(table: Dataset, column: str) -> ChunkedArray:
+    return table.select_columns(column).with_format("arrow")[:][column]
+
+
+class RowStore:
+    """Images in a column of one table or of several, `parts` by name, row after row; `root` is the name of the set for
+    people. A value is the bytes of an image file, or has them as `bytes`, beside a `path`, or is a file at `path`.
+    """
+
+    def __init__(self, root: str, parts: Mapping[str, Dataset], column: str):
+        self.root, self.column, self.names = root, column, list(parts)
+        self.tables = [part.select_columns(column).with_format("arrow") for part in parts.values()]
+        self.ends = np.cumsum([len(table) for table in self.tables])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def name(self, row: int) -> str:
+        _, path = self._value(row)
+        return f"{self.root}, {self.key(row)}" + (f" ({Path(path).name})" if path else "")
+
+    def key(self, row: int) -> str:
+        part, own = self._place(row)
+        return f"{self.names[part]}, row {own}"
+
+    def identity(self, row: int) -> bytes:
+        content, path = self._value(row)
+        ending = b"" if content is None else content[-ENDING:].to_pybytes()
+        return f"{self.key(row)}\0{Path(path or '').name}\0{self.size(row)}\0".encode() + ending
+
+    def size(self, row: int) -> int:
+        content, path = self._value(row)
+        if content is not None:
+            return content.size
+        return Path(path).stat().st_size if path and Path(path).is_file() else 0
+
+    def content(self, row: int) -> bytes:
+        try:
+            with self._open(row) as opened:
+                return opened.read()
+        except OSError as error:
+            raise ValueError(f"cannot read the image {self.name(row)}: {error}") from error
+
+    def header(self, row: int) -> Header:
+        return read_header(self.name(row), lambda: self._open(row))
+
+    def read(
+        self,
+        row: int,
+        config: DataConfig,
+        transform: Callable[[torch.Tensor], torch.Tensor],
+        scaled: Callable[[int, int], tuple[int, int]] | None,
+    ) -> torch.Tensor:
+        return read_image(self.name(row), config.channels, transform, scaled, lambda: io.BytesIO(self.content(row)))
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """Number of the table, and row in it."""
+        part = int(np.searchsorted(self.ends, row, side="right"))
+        return part, row - (int(self.ends[part - 1]) if part else 0)
+
+    def _value(self, row: int) -> tuple[Buffer | None, str | None]:
+        """The bytes, as a buffer of Arrow that is not read yet, and the path, of which one or both are None."""
+        part, own = self._place(row)
+        (value,) = self.tables[part][own][self.column]
+        path = None
+        if value.is_valid and value.type.num_fields:
+            path = value["path"].as_py() if value.type.get_field_index("path") >= 0 else None
+            value = value["bytes"]
+        return (value.as_buffer() if value.is_valid else None), path
+
+    def _open(self, row: int) -> BinaryIO:
+        from pyarrow import BufferReader
+
+        content, path = self._value(row)
+        if content is not None:
+            return BufferReader(content)
+        if path is None:
+            raise ValueError(f"cannot read the image {self.name(row)}: there is none in the row")
+        return open(path, "rb")

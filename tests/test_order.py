@@ -1,0 +1,129 @@
+"""Which images each step has, where it is not simply any: batches of one size, and streams."""
+
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from diffusers_vae.data.order import bucketed, deal, streamed
+
+SIZES = [(16, 32), (24, 24), (32, 16)]
+
+
+def buckets(count=103):
+    return np.random.default_rng(1).choice(3, count, p=[0.2, 0.7, 0.1])
+
+
+def of_buckets(seed=0, epoch=0, start=0, batch_size=8):
+    return list(bucketed(buckets(), SIZES, batch_size, seed, epoch, start))
+
+
+class TestBuckets:
+    def test_every_image_once_and_each_batch_of_one_size(self):
+        places, batches = buckets(), of_buckets()
+        assert sorted(np.concatenate([indices for indices, _ in batches]).tolist()) == list(range(103))
+        for indices, size in batches:
+            assert {SIZES[places[index]] for index in indices} == {size} and 1 <= len(indices) <= 8
+        assert sum(len(indices) < 8 for indices, _ in batches) <= 3
+
+    def test_sizes_are_mixed(self):
+        sizes = [size for _, size in of_buckets()]
+        assert sizes != sorted(sizes) and sizes != sorted(sizes, reverse=True)
+
+    def test_pure_function_of_seed_and_epoch(self):
+        def flat(**place):
+            return tuple(index for indices, _ in of_buckets(**place) for index in indices.tolist())
+
+        assert flat(seed=1, epoch=2) == flat(seed=1, epoch=2)
+        assert len({flat(seed=seed, epoch=epoch) for seed in range(3) for epoch in range(3)}) == 9
+
+    def test_goes_on_where_it_was(self):
+        whole, seen = of_buckets(), 0
+        for step, (indices, _) in enumerate(whole):
+            rest = of_buckets(start=seen)
+            assert [(own.tolist(), size) for own, size in rest] == [(own.tolist(), size) for own, size in whole[step:]]
+            seen += len(indices)
+
+    def test_after_another_batch_size_no_image_is_lost_or_doubled(self):
+        for start in range(103):
+            assert sum(len(indices) for indices, _ in of_buckets(start=start)) == 103 - start
+
+    def test_more_processes_than_images_of_a_size(self):
+        found = [list(deal(iter(of_buckets()), 0, 0, rank, 4, 2)) for rank in range(4)]
+        assert all(len({micro.size for micros in step for micro in micros}) == 1 for step in zip(*found, strict=True))
+        seen = [
+            index for rank in found for step in rank for micro in step for index in micro.indices * (micro.share > 0)
+        ]
+        assert sorted(seen) == list(range(103))
+
+
+COUNTS = np.array([30, 7, 100, 1, 64, 33, 90, 12])
+
+
+def of_stream(counts=COUNTS, lanes=(2, 2), buffer=64, batch_size=8, seed=0, epoch=0, start=0):
+    batches = list(streamed(counts, lanes, buffer, batch_size, seed, epoch, start))
+    return [indices.tolist() for indices, _ in batches]
+
+
+class TestStream:
+    @pytest.mark.parametrize("lanes", [(1, 1), (2, 1), (1, 3), (4, 2), (3, 5), (16, 1), (64, 8)])
+    @pytest.mark.parametrize("batch_size", [1, 8, 13, 400])
+    @pytest.mark.parametrize("buffer", [1, 50, 10_000])
+    def test_every_image_once_in_whole_batches(self, lanes, batch_size, buffer):
+        batches = of_stream(lanes=lanes, batch_size=batch_size, buffer=buffer)
+        assert sorted(chain(*batches)) == list(range(COUNTS.sum()))
+        assert all(len(batch) == batch_size for batch in batches[:-1])
+
+    @pytest.mark.parametrize("counts", [[1], [5], [8], [16], [1] * 20])
+    def test_small_ones(self, counts):
+        assert sorted(chain(*of_stream(np.array(counts)))) == list(range(sum(counts)))
+
+    @pytest.mark.parametrize("lanes", [(1, 1), (2, 2), (3, 5)])
+    def test_goes_on_where_it_was(self, lanes):
+        whole = of_stream(lanes=lanes)
+        for step in range(len(whole)):
+            assert of_stream(lanes=lanes, start=8 * step) == whole[step:]
+        with pytest.raises(ValueError, match=r"12 images of this epoch were seen, which 8 does not divide"):
+            of_stream(start=12)
+
+    def test_pure_function_of_seed_and_epoch(self):
+        def flat(seed, epoch):
+            return tuple(chain(*of_stream(seed=seed, epoch=epoch)))
+
+        assert flat(1, 2) == flat(1, 2)
+        assert len({flat(seed, epoch) for seed in range(3) for epoch in range(3)}) == 9
+
+    @pytest.mark.parametrize(("processes", "workers"), [(1, 1), (2, 2), (4, 3)])
+    def test_a_block_is_read_by_one_worker_of_one_process(self, processes, workers):
+        """But for those at the ends of pieces, of which there are as many as pieces."""
+        counts = np.full(400, 20)
+        batches = [(np.array(b), None) for b in of_stream(counts, (processes, workers), 500, 10 * processes)]
+        readers: dict[int, set] = {block: set() for block in range(400)}
+        for rank in range(processes):
+            for step, (micro,) in enumerate(deal(iter(batches), 0, 0, rank, processes)):
+                for index in micro.indices:
+                    readers[index // 20].add((rank, step % workers))
+        assert sum(len(own) > 1 for own in readers.values()) <= processes * workers - 1
+        assert len(set.union(*readers.values())) == processes * workers
+
+    @pytest.mark.parametrize(("buffer", "most"), [(40, 3), (400, 21)])
+    def test_few_blocks_are_needed_at_a_time(self, buffer, most):
+        counts = np.full(400, 20)
+        order = np.array(list(chain(*of_stream(counts, (1, 1), buffer)))) // 20
+        first, last = {}, {}
+        for place, block in enumerate(order.tolist()):
+            first.setdefault(block, place)
+            last[block] = place
+        open_at = np.zeros(len(order) + 1, dtype=int)
+        for block, place in first.items():
+            open_at[place] += 1
+            open_at[last[block] + 1] -= 1
+        assert open_at.cumsum().max() <= most
+
+    def test_images_are_mixed(self):
+        """Neighbours in a block are far from each other, and a batch has images of many blocks."""
+        counts = np.full(400, 20)
+        batches = of_stream(counts, (2, 1), 1000, 16)
+        assert np.mean([len({index // 20 for index in batch}) for batch in batches]) > 12
+        order = np.array(list(chain(*batches)))
+        assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.1
