@@ -386,17 +386,17 @@ def _precision(task: Task) -> str:
         return run.mixed_precision
     if (asked := parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # which is not told from nothing
         return asked
-    if (begun := _begun(run, "mixed_precision")) in get_args(Precision):
+    if (begun := begun_with(run, "run", "mixed_precision")) in get_args(Precision):
         return begun
     cpu = torch.device("cpu")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else cpu
     return "bf16" if task.gains_by_bfloat16(device) and fast_dtype(device) == torch.bfloat16 else "no"
 
 
-def _begun(run: RunConfig, name: str) -> Any:
+def begun_with(run: RunConfig, section: str, name: str) -> Any:
     """The setting `name` of the run that output_dir holds; None if it holds none."""
     with suppress(OSError, ValueError):  # what is wrong with it is told when the run is looked for
-        return read_settings(Path(run.output_dir) / "config.yaml", "run")["run"].get(name)
+        return read_settings(Path(run.output_dir) / "config.yaml", section)[section].get(name)
 
 
 def _run(task: Task, accelerator: Accelerator, signals: _Signals, finish: bool) -> RunResult | None:
@@ -409,9 +409,9 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals, finish: bool) 
     if checkpoint and accelerator.is_main_process:
         logger.info("continuing from %s", checkpoint)
     task.load(accelerator)
-    train_set = task.train_set
+    config, train_set = task.config, task.train_set
     if run.compile is None:
-        begun = _begun(run, "compile")
+        begun = begun_with(run, "run", "compile")
         run = replace(run, compile=on_main(accelerator, lambda: task.compiles() if begun is None else begun))
         config = task.config = replace(config, run=run)
     on_main(accelerator, lambda: begin(config, checkpoint, task.data(), task.build))

@@ -58,6 +58,9 @@ FREE_SETTINGS = {
 """A run may be continued with others of these: they change no result (of an autoencoder the weights count, not where
 they lie) or, like the number of processes, only the order in which it is summed."""
 
+KEPT_SETTINGS = ("data.lanes", "run.compile", "run.mixed_precision")
+"""Where they are left open, a run goes on with those that it was begun with."""
+
 RESULTS = ("model", "pipeline", "evaluation.json")
 FILES = (
     *RESULTS,
@@ -160,7 +163,7 @@ def _differing(path: Path, config: Settings) -> list[str]:
         f"{name}: {old} -> {new}"
         for name in sorted(wanted.keys() | stated.keys())
         if name not in FREE_SETTINGS
-        and not (name in ("run.mixed_precision", "run.compile") and wanted[name] is None)  # what the run was begun with
+        and not (name in KEPT_SETTINGS and wanted.get(name) is None)
         and not name.startswith("hub.")
         and (old := stated.get(name, defaults.get(name))) != (new := wanted.get(name))
     ]

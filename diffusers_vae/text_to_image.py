@@ -216,8 +216,8 @@ class TextToImageConfig(Settings):
     def __post_init__(self):
         if self.run.compile:
             raise ValueError("run.compile is for the training of autoencoders, got true: leave it out")
-        if self.data.changes_images:
-            raise ValueError(f"latents are encoded once, of images as they are: leave out {self.data.changes_images}")
+        if changing := self.data.changes_images or "data.streaming" * self.data.streaming:
+            raise ValueError(f"latents are encoded once, of a set of images as they are: leave out {changing}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from .hub import HubConfig, write_card
 from .images import to_model_range
 from .latent_cache import LatentDataset, matching_latents
 from .latents import measure_latents
-from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, run_task
+from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, begun_with, few_steps, run_task
 from .models import (
     LATENT_PARTS,
     MLPVAE,
@@ -110,10 +110,10 @@ class TrainConfig(Settings):
             raise ValueError(f"data.buckets must be divisible by {ratio} likewise, got {self.data.buckets}")
         if self.data.buckets and self.model.architecture == "mlp":
             raise ValueError("data.buckets needs the architecture vae: a perceptron takes images of one size")
-        if self.model.latents and self.data.changes_images:
+        if self.model.latents and (self.data.changes_images or self.data.streaming):
             raise ValueError(
-                "model.latents are of the images as they are, and training would show others: leave out "
-                f"{self.data.changes_images}"
+                "model.latents are of a set of images as they are, and training would show others: leave out "
+                f"{self.data.changes_images or 'data.streaming'}"
             )
         if self.adversarial.weight:
             for size in self.smallest_images:
@@ -283,6 +283,11 @@ class AutoencoderTask(Task):
 
     def load(self, accelerator: Accelerator) -> None:
         config = self.config
+        if config.data.streaming and config.data.lanes is None:
+            begun = on_main(accelerator, lambda: begun_with(config.run, "data", "lanes"))
+            forwards = accelerator.num_processes * config.run.gradient_accumulation_steps
+            lanes = tuple(begun or (forwards, max(1, config.data.num_workers)))
+            config = self.config = replace(config, data=replace(config.data, lanes=lanes))
         with accelerator.local_main_process_first():
             self.train_set, self.heldout = load_data(config.data, accelerator.is_local_main_process, self.memory_limit)
         load_judges(config.evaluation, config.data.channels, config.data.size)  # are missed now, not after days

@@ -101,7 +101,7 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         raise ValueError(f"none of {count} training images can be read: {train.errors[0]}")
     mean = sums / measured
     parts, bad = {"training": train, "held-out": heldout}, [*train.errors, *heldout.errors]
-    files = _files(parts, bad, progress) if isinstance(train, StoredImages) else None
+    files = _files(parts, bad, progress) if isinstance(train, StoredImages) and not config.streaming else None
     return Look(
         parts={name: len(part) for name, part in parts.items()},
         split=has_parts(config),

@@ -41,6 +41,7 @@ from .rows import (
     open_rows,
     read_labels,
     read_row_captions,
+    rows_builder,
     was_saved,
 )
 from .store import FileStore, Store
@@ -118,6 +119,16 @@ class DataConfig:
     """Held out, at random but always the same, of sets without a test part. A folder has one when its images lie in
     train/ and in one of test/, val/, valid/, validation/, heldout/, or in archives that are named so, with anything
     but a letter after it: train-000.tar. Arrays have one in files of such names: train.npy, test.npy."""
+    streaming: bool = False
+    """Read Parquet files, of data.name datasets, a row group at a time while training, here or from the Hub, instead of
+    preparing all on the disk first. Each epoch has its own order, in which row groups come at random and their images
+    are shuffled among `shuffle_buffer`. Without labels and captions; files are not checked before."""
+    shuffle_buffer: int = 4096
+    """Images of a stream, over all processes, among which the next ones are drawn; their files are kept in memory."""
+    lanes: tuple[int, int] | None = None
+    """Pieces of a stream that are read side by side: so many parts of a batch times so many batches in a row. null:
+    as many as forwards of a step, over all processes, and workers, so that each row group is read once; a run that is
+    continued keeps its own, and with them its order, whatever the number of processes."""
     num_workers: int = 2
     """Processes that read images, for sets that are too large to be kept in memory."""
 
@@ -166,6 +177,18 @@ class DataConfig:
                 raise ValueError(
                     f"data.{name} is of data.name datasets, got {getattr(self, name)} with data.name {self.name}"
                 )
+        if self.streaming:
+            refused = {"name": self.name != "datasets", "crops": isinstance(self.crops, int)}
+            refused |= {name: getattr(self, name) is not None for name in ("buckets", "label_column", "caption_column")}
+            for name in [name for name, wrong in refused.items() if wrong]:
+                raise ValueError(
+                    "data.streaming is of data.name datasets, without data.buckets, label_column, caption_column and "
+                    f"a number of data.crops, got data.{name} {getattr(self, name)}"
+                )
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"data.shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
+        if self.lanes is not None and min(self.lanes) < 1:
+            raise ValueError(f"data.lanes must be at least 1 each, got {list(self.lanes)}")
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"data.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
         if self.num_workers < 0:
@@ -488,7 +511,11 @@ def load_data(
         ValueError: for files that cannot be read, by name.
     """
     stored = {"folder": _load_folder, "array": _load_arrays, "datasets": _load_rows}
-    if config.name in stored:
+    if config.streaming:
+        from .stream import load_stream  # which needs this file
+
+        train, heldout = load_stream(config, progress)
+    elif config.name in stored:
         limit = MEMORY_LIMIT if memory_limit is None else memory_limit
         train, heldout = stored[config.name](config, progress, limit, captions)
     else:
@@ -835,7 +862,8 @@ def has_parts(config: DataConfig) -> bool:
     if config.name == "array":
         return _is_split(array_files(Path(config.root), ("train", *HELDOUT_FOLDERS))[0])
     if config.name == "datasets":
-        return len(find_parts(list(open_rows(config)), config.described)) == 2
+        found = rows_builder(config).config.data_files if config.streaming else open_rows(config)
+        return len(find_parts(list(map(str, found)), config.described)) == 2
     return config.name != "digits"
 
 
