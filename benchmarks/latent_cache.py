@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
 from diffusers_vae import VAE, LatentDataset, encode_images
-from diffusers_vae.data import DataConfig, first_images, load_split
+from diffusers_vae.data import DataConfig, load_split
 
 
 def read_settings(arguments: Sequence[str] | None) -> tuple[Namespace, DataConfig]:
@@ -85,7 +85,7 @@ def plain_loop(vae: AutoencoderKL, settings: Namespace, data: DataConfig, folder
 def ours(vae: AutoencoderKL, settings: Namespace, data: DataConfig, folder: Path) -> int:
     images, _ = load_split(data, "training" if data.name == "mnist" else "all", False)
     if settings.max_images:
-        images = first_images(images, settings.max_images)
+        images = images.first(settings.max_images)
     dtype = settings.compute_dtype and getattr(torch, settings.compute_dtype)
     return len(
         encode_images(VAE.from_diffusers(vae), images, folder, compute_dtype=dtype, shard_images=settings.shard_images)

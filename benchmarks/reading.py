@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from diffusers_vae.data import DataConfig, FolderImages, ReadImages, load_data
+from diffusers_vae.data import DataConfig, ReadImages, load_split
 from diffusers_vae.images import to_model_range
 
 
@@ -41,12 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sets = {}
     for root in (settings.folder, *settings.packed):
         config = DataConfig(name="folder", root=str(root), resolution=settings.resolution, channels=3)
-        parts = load_data(config, memory_limit=0)  # so that they are read on demand
-        members = {**parts[0].members, **parts[1].members}
-        images = FolderImages([path for part in parts for path in part.paths], None, config, members=members)
-        sets[root.name if members else "diffusers_vae"] = images
-        for index in range(len(images)):
-            images.content(index)  # from now on in the system's cache
+        images, _ = load_split(config, "all", memory_limit=0)  # so that they are read on demand
+        sets[root.name if images.store.members else "diffusers_vae"] = images
+        for row in images.rows.tolist():
+            images.store.content(row)  # from now on in the system's cache
     ours = sets["diffusers_vae"]
     indices = range(len(ours))
     batches = [indices[start : start + settings.batch_size] for start in indices[:: settings.batch_size]]

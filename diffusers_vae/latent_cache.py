@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .checkpoint import acquire, described, naming, whole_file, write_file
-from .data import FolderImages, ImageSet, kept_images, read_ahead
+from .data import ImageSet, StoredImages, kept_images, read_ahead
 from .evaluation import draw
 from .metrics import gather_parts, process_share
 from .models import VAE, encode, fast_dtype, for_inference, several_at_once, weights_hash
@@ -184,7 +184,7 @@ def _data_identity(image_set: ImageSet) -> dict[str, Any]:
         "fingerprint": image_set.fingerprint(),
         "images": len(image_set),
         "image_shape": list(image_set.__getitems__([0]).pixels.shape[1:]),
-        "resize": image_set.config.resize if isinstance(image_set, FolderImages) else None,
+        "resize": image_set.config.resize if isinstance(image_set, StoredImages) else None,
         "labels": None if labels is None else _digest([labels, image_set.classes]),
         "captions": None if image_set.captions is None else _digest(image_set.captions),
     }

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from .checkpoint import config_of_run, on_main, read_settings, whole_folder, write_file
-from .data import DataConfig, ImageSet, first_images, image_batches, load_data
+from .data import DataConfig, ImageSet, image_batches, load_data
 from .diffusion import DiffusionConfig
 from .images import to_model_range
 from .latent_cache import INDEX, LatentDataset, encode_images, matching_latents
@@ -376,7 +376,7 @@ class TextToImageTask(Task):
         self.images = len(images)
         if first:
             _warn_of_another_fit(config)
-        heldout = first_images(heldout, config.sampling.heldout_images)
+        heldout = heldout.first(config.sampling.heldout_images)
         digits = config.data.name in ("digits", "mnist", "qmnist")
         say = partial(captions_of, phrases=config.captions.phrases, digits=digits)
         spoken = say(images.captions, images.labels, images.classes)
@@ -410,7 +410,7 @@ class TextToImageTask(Task):
             return latents
         return encode_images(
             self.vae,
-            images if self.max_images is None else first_images(images, self.max_images),
+            images if self.max_images is None else images.first(self.max_images),
             config.folder or Path(self.config.run.output_dir) / "latents",
             dtype=getattr(torch, config.dtype),
             compute_dtype=config.compute_dtype and getattr(torch, config.compute_dtype),

@@ -21,7 +21,7 @@ from torch import nn
 from . import equivariance
 from .adversarial import AdversarialConfig, Adversary, PatchDiscriminator
 from .checkpoint import Discriminator, on_main, whole_folder, write_file
-from .data import ArrayImages, DataConfig, FolderImages, ImageSet, ReadImages, load_data
+from .data import ArrayImages, DataConfig, ImageSet, ReadImages, StoredImages, load_data
 from .evaluation import EvaluationConfig, EvaluationReport, FineTuning, compare, evaluate, load_judges
 from .hub import HubConfig, write_card
 from .images import to_model_range
@@ -273,7 +273,7 @@ class AutoencoderTask(Task):
         with accelerator.local_main_process_first():
             self.train_set, self.heldout = load_data(config.data, accelerator.is_local_main_process, self.memory_limit)
         load_judges(config.evaluation, config.data.channels, config.data.size)  # are missed now, not after days
-        self.workers = config.data.num_workers if isinstance(self.train_set, FolderImages) else 0
+        self.workers = config.data.num_workers if isinstance(self.train_set, StoredImages) else 0
         if isinstance(self.train_set, ArrayImages) and accelerator.device.type == "cuda":
             free = torch.cuda.mem_get_info(accelerator.device)[0]
             if self.train_set.pixels.nbytes <= free / 8:  # a step then copies nothing but its indices

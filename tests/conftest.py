@@ -14,6 +14,11 @@ from accelerate.state import AcceleratorState
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def paths_of(image_set) -> list[Path]:
+    """The file of each image of a folder."""
+    return [image_set.store.paths[row] for row in image_set.rows]
+
+
 @pytest.fixture(autouse=True)
 def new_launch():
     """Accelerate keeps the first precision of a process; every test is a launch of its own."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import paths_of
 from diffusers import AutoencoderKL
 from PIL import Image
 from test_measures import tiny_vae
@@ -380,7 +381,7 @@ class TestEncode:
             "sys.exit(cli.main())\n"
         )
         everything, _ = load_split(DataConfig(name="folder", root=str(tmp_path / "images"), resolution=16), "all")
-        victim = everything.paths[33]
+        victim = paths_of(everything)[33]
         whole = victim.read_bytes()
         victim.write_bytes(whole[: len(whole) // 2].ljust(len(whole), b"\0"))  # of the same size
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", script]

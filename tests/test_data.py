@@ -8,20 +8,22 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+from conftest import paths_of
 from PIL import Image
 from torchvision import datasets
 
 from diffusers_vae.data import (
     ArrayImages,
     DataConfig,
-    FolderImages,
+    FileStore,
+    StoredImages,
     epoch_batches,
-    first_images,
     image_batches,
     load_data,
     load_split,
@@ -209,9 +211,10 @@ class TestArrayImages:
     def test_pixels_on_a_device(self, device, digits):
         if device != "cpu" and not getattr(torch, device).is_available():
             pytest.skip(f"needs {device}")
-        moved = ArrayImages(
-            digits.pixels, digits.labels, ["a", "b"], ("c is broken",), digits.classes, [("d",)], [4, 5]
-        ).to(device)
+        store, rows, crops = FileStore(Path(), [Path("a"), Path("b")], {}), np.array([0, 1]), np.array([4, 5])
+        about = {"classes": digits.classes, "captions": [("d",)], "errors": ("c is broken",)}
+        about |= {"store": store, "rows": rows, "crops": crops}
+        moved = ArrayImages(digits.pixels, digits.labels, **about).to(device)
         assert moved.pixels.device.type == device and moved.labels.device.type == "cpu"
         assert torch.equal(moved.__getitems__([5, 3]).pixels.cpu(), digits.pixels[[5, 3]])
         assert moved.fingerprint() == digits.fingerprint() and moved.classes == digits.classes
@@ -277,7 +280,7 @@ class TestFolder:
         memory, _ = load_data(config)
         monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
         disk, _ = load_data(config)
-        assert isinstance(memory, ArrayImages) and isinstance(disk, FolderImages)
+        assert isinstance(memory, ArrayImages) and isinstance(disk, StoredImages)
         indices = [5, 3, 700]
         assert torch.equal(memory.__getitems__(indices).pixels, disk.__getitems__(indices).pixels)
         assert [memory.name(i) for i in indices] == [disk.name(i) for i in indices]
@@ -299,7 +302,9 @@ class TestFolder:
     def test_large_jpegs_are_as_if_decoded_whole(self, fit, resolution, channels, photographs):
         config = DataConfig(name="folder", root=str(photographs), resolution=resolution, channels=channels, fit=fit)
         for image_set in load_data(config, memory_limit=0):
-            for path, read in zip(image_set.paths, image_set.__getitems__(range(len(image_set))).pixels, strict=True):
+            for path, read in zip(
+                paths_of(image_set), image_set.__getitems__(range(len(image_set))).pixels, strict=True
+            ):
                 whole = sources._bring_to_size(read_image(path, channels), config)
                 assert not torch.equal(read, whole) and read.shape == whole.shape
                 assert (read.float() - whole.float()).square().mean() < 255**2 / 10**4.5  # 45 dB
@@ -330,8 +335,8 @@ class TestFolder:
         assert "5 of 29 files cannot be read and are left out" in caplog.text
         for part in (train, heldout):  # pixels, labels and names still belong together
             index = len(part) - 1
-            expected = sources._read(part.paths[index], self.awkward(shared_data), ())
-            assert torch.equal(part.__getitems__([index]).pixels, expected)
+            expected = StoredImages(self.awkward(shared_data), part.store, part.rows).read(index)
+            assert torch.equal(part.__getitems__([index]).pixels[0], expected)
 
     @pytest.mark.slow
     @pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
@@ -361,7 +366,7 @@ class TestFolder:
             (tmp_path / path.name).write_bytes(path.read_bytes())
         config = DataConfig(name="folder", root=str(tmp_path), channels=3)
         _, heldout = load_data(config, memory_limit=0)
-        broken = heldout.paths[3]
+        broken = paths_of(heldout)[3]
         broken.write_bytes(broken.read_bytes()[:800])
         with pytest.raises(ValueError, match=rf"cannot read the image {broken}: .*data\.on_bad_image skip"):
             list(image_batches(heldout, 8, None, torch.device("cpu")))
@@ -442,11 +447,11 @@ class TestCrops:
             assert len(part) == 35 and len(set(map(part.name, range(35)))) == 35
             places = {name: [] for name in "abcde"}
             for index, pixels in enumerate(part.pixels):
-                assert part.name(index) == f"{part.paths[index]}, crop {index // 5}"
-                if (name := part.paths[index].stem) == "d":
+                assert part.name(index) == f"{paths_of(part)[index]}, crop {index // 5}"
+                if (name := paths_of(part)[index].stem) == "d":
                     continue
                 top, left = pixels[:2, 0, 0].tolist()
-                whole = read_image(part.paths[index], 3)
+                whole = read_image(paths_of(part)[index], 3)
                 assert torch.equal(pixels, whole[:, top : top + 16, left : left + 16])
                 places[name].append((top, left))
             assert {top for top, _ in places["c"]} == {0} and all(len(set(places[name])) > 3 for name in "abce")
@@ -465,17 +470,17 @@ class TestCrops:
             next(folder.rglob(f"{name}.png")).unlink()
             next(folder.rglob(f"{name}.txt")).unlink()
         train, heldout = self.load(folder, crops=3000)
-        part = train if train.paths[0].stem == "e" else heldout
+        part = train if paths_of(train)[0].stem == "e" else heldout
         for channel in (0, 1):
             counts = torch.bincount(part.pixels[:, channel, 0, 0].long(), minlength=9)
             assert len(counts) == 9 and (counts - 3000 / 9).abs().max() < 90  # five times the deviation
 
     def test_small_images_are_scaled_to_cover(self, folder):
         part, _ = self.load(folder)
-        whole = next(path for path in part.paths if path.stem == "d")
+        whole = next(path for path in paths_of(part) if path.stem == "d")
         starts = set()
         for index, pixels in enumerate(part.pixels):
-            if part.paths[index] == whole:
+            if paths_of(part)[index] == whole:
                 rows, columns = pixels[0, :, 8].tolist(), pixels[1, 8].tolist()
                 assert (rows[0], rows[-1]) == (0, 9) and rows == sorted(rows)
                 assert columns[-1] - columns[0] in (8, 9, 10) and columns == sorted(columns)
@@ -484,20 +489,20 @@ class TestCrops:
 
     def test_read_on_demand_equal_those_in_memory(self, folder):
         for memory, disk in zip(self.load(folder), self.load(folder, limit=0), strict=True):
-            assert isinstance(memory, ArrayImages) and isinstance(disk, FolderImages)
+            assert isinstance(memory, ArrayImages) and isinstance(disk, StoredImages)
             assert torch.equal(memory.pixels, self.pixels(disk))
             assert torch.equal(memory.labels, disk.labels) and memory.captions == disk.captions
-            assert memory.paths == disk.paths and memory.crops == disk.crops
-            for index, path in enumerate(disk.paths):
+            assert paths_of(memory) == paths_of(disk) and (memory.crops == disk.crops).all()
+            for index, path in enumerate(paths_of(disk)):
                 assert disk.captions[index] == (path.stem,)
                 assert disk.classes[disk.labels[index]] == path.parent.name
 
     def test_first_part_is_a_fair_sample(self, folder):
         for limit in (0, None):
             for part in self.load(folder, limit):
-                names = [path.stem for path in part.paths]
+                names = [path.stem for path in paths_of(part)]
                 assert all(sorted(names[start : start + 5]) == list("abcde") for start in range(0, 35, 5))
-                first = first_images(part, 12)
+                first = part.first(12)
                 assert len(first) == 12 and torch.equal(self.pixels(first), self.pixels(part)[:12])
                 assert first.name(11) == part.name(11) and first.captions == part.captions[:12]
 
@@ -505,7 +510,7 @@ class TestCrops:
         """A crop is of its file and its number alone: not of how many there are, nor of the other files."""
 
         def by_name(part):
-            return {(path.stem, crop): pixels for path, crop, pixels in zip(part.paths, part.crops, part.pixels)}  # noqa: B905
+            return {(path.stem, crop): pixels for path, crop, pixels in zip(paths_of(part), part.crops, part.pixels)}  # noqa: B905
 
         before = by_name(self.load(folder)[0])
         for name in "bd":
@@ -528,7 +533,7 @@ class TestCrops:
 
     def test_a_split_folder_shares_no_file(self, folder):
         train, heldout = self.load(folder / "train", heldout_fraction=0.4)
-        assert (len(train), len(heldout)) == (21, 14) and not set(train.paths) & set(heldout.paths)
+        assert (len(train), len(heldout)) == (21, 14) and not set(paths_of(train)) & set(paths_of(heldout))
 
     @pytest.mark.parametrize("limit", [0, None])
     def test_fingerprint_is_of_the_crops(self, limit, folder, tmp_path):
@@ -543,7 +548,7 @@ class TestCrops:
         for damage, limit in ((b"no image", 0), (b"no image", None), (broken.read_bytes()[:70], None)):
             broken.write_bytes(damage)
             train, _ = self.load(folder, limit, on_bad_image="skip")
-            kept = [index for index, path in enumerate(good.paths) if path != broken]
+            kept = [index for index, path in enumerate(paths_of(good)) if path != broken]
             assert torch.equal(self.pixels(train), good.pixels[kept]) and len(train.errors) == 1
             assert [train.name(index) for index in range(28)] == [good.name(index) for index in kept]
         disk, _ = self.load(folder, 0, on_bad_image="skip")  # damage that only decoding shows
@@ -590,13 +595,13 @@ class TestClassesAndCaptions:
 
     def described(self, image_set):
         """Captions by file."""
-        return {path.stem + path.parent.name: own for path, own in zip(image_set.paths, image_set.captions)}  # noqa: B905
+        return {path.stem + path.parent.name: own for path, own in zip(paths_of(image_set), image_set.captions)}  # noqa: B905
 
     @pytest.mark.parametrize("limit", [0, None])
     def test_classes_are_the_same_in_all_parts(self, folder, limit):
         train, test = self.load(folder, False, memory_limit=limit)
         assert train.classes == test.classes == ("cat", "dog") and test.labels.tolist() == [1]
-        assert [train.classes[label] for label in train.labels] == [path.parent.name for path in train.paths]
+        assert [train.classes[label] for label in train.labels] == [path.parent.name for path in paths_of(train)]
         assert train.captions is test.captions is None
         together, _ = load_split(DataConfig(name="folder", root=str(folder), resolution=8), "all")
         assert together.classes == train.classes and sorted(together.labels.tolist()) == [0, 0, 1, 1]
@@ -695,7 +700,7 @@ class TestClassesAndCaptions:
         for limit in (0, None):
             train, _ = load_data(config, captions=True, memory_limit=limit)
             assert self.described(train) == {"2cat": ("cat 2",), "1dog": ("dog 1",)}
-            assert [train.classes[label] for label in train.labels] == [path.parent.name for path in train.paths]
+            assert [train.classes[label] for label in train.labels] == [path.parent.name for path in paths_of(train)]
 
 
 class TestSize:

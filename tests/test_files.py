@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import paths_of
 from test_trainer import records, tiny, weights
 from torch.utils.data import DataLoader
 
@@ -84,8 +85,8 @@ class TestTheSameAsAFolder:
         sets = [load_data(config(at), memory_limit=limit, captions=True) for at in (root, folder)]
         for own, expected in zip(*sets, strict=True):
             assert own.classes == expected.classes == ("cat", "ship") and len(own) == len(expected)
-            assert own.captions == [(f"number {path.stem}",) for path in own.paths]
-            assert [own.classes[label] for label in own.labels] == [path.parent.name for path in own.paths]
+            assert own.captions == [(f"number {path.stem}",) for path in paths_of(own)]
+            assert [own.classes[label] for label in own.labels] == [path.parent.name for path in paths_of(own)]
             if kind == "shards":  # of other names, and so in another order
                 continue
             assert torch.equal(own.labels, expected.labels) and own.captions == expected.captions
@@ -175,7 +176,9 @@ class TestReading:
             packed = pack(kind, root, tmp_path / "packed")
         both, _ = load_split(config(packed), "all")
         assert both.classes == ("2", "3", "10")
-        assert {path.name: both.classes[label] for path, label in zip(both.paths, both.labels, strict=True)} == expected
+        assert {
+            path.name: both.classes[label] for path, label in zip(paths_of(both), both.labels, strict=True)
+        } == expected
         next(root.glob("*.cls")).unlink()
         assert load_split(config(root), "all")[0].labels is None
 

@@ -10,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import paths_of
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from filelock import FileLock
@@ -20,7 +22,7 @@ from test_measures import tiny_vae
 from torch.utils.data import DataLoader
 
 from diffusers_vae import LatentDataset, encode_images
-from diffusers_vae.data import ArrayImages, DataConfig, FolderImages, load_data
+from diffusers_vae.data import ArrayImages, DataConfig, FileStore, StoredImages, load_data
 from diffusers_vae.evaluation import draw
 from diffusers_vae.images import to_model_range
 from diffusers_vae.models import fast_dtype, weights_hash
@@ -79,7 +81,8 @@ def in_files(images, folder):
     for path, pixels in zip(paths, images.pixels, strict=True):
         Image.fromarray(pixels[0].numpy()).save(path)
     config = DataConfig(name="folder", root=str(folder), resolution=8, on_bad_image="skip")
-    return FolderImages(paths, images.labels, config, classes=images.classes, captions=images.captions)
+    about = {"labels": images.labels, "classes": images.classes, "captions": images.captions}
+    return StoredImages(config, FileStore(folder, paths, {}), np.arange(len(paths)), **about)
 
 
 class TestEncode:
@@ -140,7 +143,7 @@ class TestEncode:
         """Of a shard all, of another some; the rest is as it is of the whole set."""
         images = in_files(digits, tmp_path / "files")
         for index in (3, *range(20, 40)):
-            images.paths[index].write_bytes(b"no image")
+            paths_of(images)[index].write_bytes(b"no image")
         latents, expected = encode(vae, images, tmp_path / "out"), LatentDataset(whole)
         kept = [index for index in range(45) if index != 3 and not 20 <= index < 40]
         assert latents.indices.tolist() == kept and len(images.errors) == 21
@@ -148,7 +151,7 @@ class TestEncode:
         assert latents.captions == [digits.captions[index] for index in kept]
         torch.testing.assert_close(latents.latents(range(24)), expected.latents(kept), rtol=1e-4, atol=1e-5)
         assert [shard["rows"] for shard in latents.index["shards"]] == [19, 0, 5]
-        for path in images.paths:
+        for path in paths_of(images):
             path.write_bytes(b"no image")
         with pytest.raises(ValueError, match="no image to encode can be read"):
             encode(vae, images, tmp_path / "none")
@@ -262,14 +265,14 @@ class TestResume:
         images = in_files(digits, tmp_path / "files")
         expected = contents(encode(vae, images, tmp_path / "whole").folder)
         images.config = dataclasses.replace(images.config, on_bad_image="stop")
-        content = images.paths[33].read_bytes()
-        images.paths[33].write_bytes(b"x" * len(content))
+        content = paths_of(images)[33].read_bytes()
+        paths_of(images)[33].write_bytes(b"x" * len(content))
         with pytest.raises(ValueError, match=r"33\.png"):
             encode(vae, images, tmp_path / "out")
         (before,) = times(tmp_path / "out").items()
         with pytest.raises(FileNotFoundError, match=r"there is no index\.json, and 1 shards.*same encode command"):
             LatentDataset(tmp_path / "out")
-        images.paths[33].write_bytes(content)
+        paths_of(images)[33].write_bytes(content)
         encode(vae, images, tmp_path / "out").verify()
         assert contents(tmp_path / "out") == expected and before in times(tmp_path / "out").items()
 
@@ -335,7 +338,9 @@ class TestResume:
             images.pixels = images.pixels.clone()
             images.pixels[44, 0, 0, 0] += 1
         elif change == "fewer":
-            images = ArrayImages(digits.pixels[:44], digits.labels[:44], (), (), digits.classes, digits.captions[:44])
+            images = ArrayImages(
+                digits.pixels[:44], digits.labels[:44], classes=digits.classes, captions=digits.captions[:44]
+            )
         elif change == "labels":
             images.labels = None
         elif change == "classes":

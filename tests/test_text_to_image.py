@@ -22,7 +22,7 @@ from test_vae import run_without_package
 from transformers import CLIPTextModel
 
 from diffusers_vae import VAE, cli
-from diffusers_vae.data import ArrayImages, DataConfig, first_images, load_data
+from diffusers_vae.data import ArrayImages, DataConfig, load_data
 from diffusers_vae.diffusion import DiffusionConfig
 from diffusers_vae.evaluation import EvaluationConfig
 from diffusers_vae.images import to_model_range
@@ -424,7 +424,7 @@ class TestLatents:
             self.task(vae, tmp_path, folder=str(tmp_path / "mode"))
         task = self.task(vae, tmp_path, folder=str(tmp_path / "mode"), sample_posterior=False)
         assert task.train_set.latents.dtype == torch.float16
-        encode_images(model, first_images(images, 100), tmp_path / "few", data="few")
+        encode_images(model, images.first(100), tmp_path / "few", data="few")
         with pytest.raises(
             ValueError, match="holds latents of other images: 100, few, where 1,617, training images of"
         ):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from conftest import paths_of
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
@@ -338,11 +339,11 @@ class TestFaults:
     def test_held_out_images_that_cannot_be_read_are_listed_too(self, ships_on_demand, tmp_path):
         data = ships_on_demand
         _, heldout = load_data(data)
-        heldout.paths[4].write_bytes(heldout.paths[4].read_bytes()[:700])
+        paths_of(heldout)[4].write_bytes(paths_of(heldout)[4].read_bytes()[:700])
         config = dataclasses.replace(tiny(tmp_path / "run", TINY_VAE, max_images=30), data=data)
         assert train(config).report.images == len(heldout) - 1
-        assert str(heldout.paths[4]) in (tmp_path / "run" / "bad_images.txt").read_text()
-        for path in heldout.paths:
+        assert str(paths_of(heldout)[4]) in (tmp_path / "run" / "bad_images.txt").read_text()
+        for path in paths_of(heldout):
             path.write_bytes(path.read_bytes()[:700])
         with pytest.raises(ValueError, match="no image to evaluate can be read"):
             train(dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(tmp_path / "none"))))
@@ -352,7 +353,7 @@ class TestFaults:
         data = ships_on_demand
         images, _ = load_data(data)
         for index in next(epoch_batches(len(images), 2, 0, 0))[0].indices:  # the two of the first step
-            images.paths[index].write_bytes(images.paths[index].read_bytes()[:700])
+            paths_of(images)[index].write_bytes(paths_of(images)[index].read_bytes()[:700])
         config = tiny(tmp_path / "run", TINY_VAE, batch_size=2, max_images=4, log_every=2)
         train(dataclasses.replace(config, data=data))
         first, second = records(tmp_path / "run", "train")

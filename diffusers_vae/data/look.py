@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..images import Header, to_uint8
 from .order import image_batches
-from .sources import DataConfig, FolderImages, ImageSet, has_parts, load_data
+from .sources import DataConfig, ImageSet, StoredImages, has_parts, load_data
 
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
 NEARLY_CONSTANT = 2 / 255
@@ -101,7 +101,7 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         raise ValueError(f"none of {count} training images can be read: {train.errors[0]}")
     mean = sums / measured
     parts, bad = {"training": train, "held-out": heldout}, [*train.errors, *heldout.errors]
-    files = _files(parts, bad, progress) if isinstance(train, FolderImages) else None
+    files = _files(parts, bad, progress) if isinstance(train, StoredImages) else None
     return Look(
         parts={name: len(part) for name, part in parts.items()},
         split=has_parts(config),
@@ -123,7 +123,7 @@ def _classes(parts: Sequence[ImageSet]) -> dict[str, int]:
     return {name: counts[label] for part in labelled[:1] for label, name in enumerate(part.classes)}
 
 
-def _files(parts: Mapping[str, FolderImages], bad: list[str], progress: bool) -> FileFigures:
+def _files(parts: Mapping[str, StoredImages], bad: list[str], progress: bool) -> FileFigures:
     """What cannot be read joins `bad`."""
     places = [(name, part, index) for name, part in parts.items() for index in range(len(part))]
     with ThreadPoolExecutor() as pool:
@@ -131,7 +131,7 @@ def _files(parts: Mapping[str, FolderImages], bad: list[str], progress: bool) ->
         headers: list[Header] = list(tqdm(read, "headers", len(places), unit="img", disable=not progress, leave=False))
         of_size = defaultdict(list)
         for name, part, index in places:
-            of_size[part.file_size(index)].append((name, part, index))
+            of_size[part.store.size(int(part.rows[index]))].append((name, part, index))
         alike = [place for group in of_size.values() if len(group) > 1 for place in group]
         hashed = pool.map(lambda place: _digest(*place[1:]), alike)
         groups = defaultdict(list)
@@ -158,10 +158,10 @@ def _files(parts: Mapping[str, FolderImages], bad: list[str], progress: bool) ->
     )
 
 
-def _digest(part: FolderImages, index: int) -> bytes | ValueError:
+def _digest(part: StoredImages, index: int) -> bytes | ValueError:
     """Of the file of an image."""
     try:
-        return hashlib.sha256(part.content(index)).digest()
+        return hashlib.sha256(part.store.content(int(part.rows[index]))).digest()
     except ValueError as error:
         return error
 

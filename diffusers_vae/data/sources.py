@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import logging
 import math
 import re
@@ -15,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -24,9 +23,10 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from ..images import OVERSIZE, Header, read_header, read_image
+from ..images import OVERSIZE, Header
 from .captions import read_captions
-from .files import ARCHIVES, Files, Member
+from .files import ARCHIVES, Files
+from .store import FileStore, Store
 
 logger = logging.getLogger(__name__)
 
@@ -174,30 +174,64 @@ class ImageSet(Protocol):
         """Of an image, for people: its file, or its number."""
         ...
 
+    def first(self, count: int) -> ImageSet:
+        """The first `count` images, which are a fair sample."""
+        ...
+
     def fingerprint(self) -> str:
         """The same for the same images in the same order, and for others another."""
         ...
 
 
-class ArrayImages:
-    """Images kept in memory: uint8 `pixels` (N, C, H, W), their labels (N,) or None, the files they came from, the
-    names of the labels' classes, captions, and, of crops, the number of each among those of its file.
-
-    Only the pixels can be on another device than the CPU: `to`.
+class _Images:
+    """What sets of images have in common but for the pixels: labels (N,) or None, the names of the labels' classes,
+    captions, the rows of a store that they come from, if any, and, of crops, the number of each among its row's.
     """
 
     def __init__(
         self,
-        pixels: torch.Tensor,
         labels: torch.Tensor | None = None,
-        paths: Sequence[Path] = (),
-        errors: tuple[str, ...] = (),
         classes: tuple[str, ...] | None = None,
         captions: Captions | None = None,
-        crops: Sequence[int] = (),
+        store: Store | None = None,
+        rows: np.ndarray | None = None,
+        crops: np.ndarray | None = None,
+        errors: tuple[str, ...] = (),
     ):
-        self.pixels, self.labels, self.paths, self.errors = pixels, labels, paths, errors
-        self.classes, self.captions, self.crops = classes, captions, crops
+        self.labels, self.classes, self.captions = labels, classes, captions
+        self.store, self.rows, self.crops, self.errors = store, rows, crops, errors
+
+    def about(self, indices: slice | np.ndarray | None = None) -> dict[str, Any]:
+        """All of this by keyword, of the images at `indices`."""
+        indices = slice(None) if indices is None else indices
+        places = range(0 if self.captions is None else len(self.captions))
+        chosen = places[indices] if isinstance(indices, slice) else indices
+        return {
+            "labels": None if self.labels is None else self.labels[indices],
+            "classes": self.classes,
+            "captions": None if self.captions is None else [self.captions[index] for index in chosen],
+            "store": self.store,
+            "rows": None if self.rows is None else self.rows[indices],
+            "crops": None if self.crops is None else self.crops[indices],
+            "errors": self.errors,
+        }
+
+    def name(self, index: int) -> str:
+        if self.store is None:
+            return f"image {index}"
+        name = self.store.name(int(self.rows[index]))
+        return name if self.crops is None else f"{name}, crop {self.crops[index]}"
+
+
+class ArrayImages(_Images):
+    """Images kept in memory: uint8 `pixels` (N, C, H, W), and what `_Images` has.
+
+    Only the pixels can be on another device than the CPU: `to`.
+    """
+
+    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor | None = None, **about: Any):
+        super().__init__(labels, **about)
+        self.pixels = pixels
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -211,39 +245,26 @@ class ArrayImages:
 
     def to(self, device: torch.device | str) -> ArrayImages:
         """The same images with their pixels on `device`."""
-        return ArrayImages(
-            self.pixels.to(device), self.labels, self.paths, self.errors, self.classes, self.captions, self.crops
-        )
+        return ArrayImages(self.pixels.to(device), **self.about())
 
-    def name(self, index: int) -> str:
-        return _name(self.paths, self.crops, index) if self.paths else f"image {index}"
+    def first(self, count: int) -> ArrayImages:
+        """The first `count` images, which are a fair sample."""
+        return ArrayImages(self.pixels[:count], **self.about(slice(count)))
 
     def fingerprint(self) -> str:
         """Of all pixels."""
         return hashlib.sha256(self.pixels.cpu().contiguous().numpy().data).hexdigest()
 
 
-class FolderImages:
-    """Image files, read on demand as `config` says; of crops, `crops` has the number of each among its file's. Of files
-    that lie in archives, `members` says where.
-    """
+class StoredImages(_Images):
+    """Images of a store, read on demand as `config` says, and what `_Images` has."""
 
-    def __init__(
-        self,
-        paths: list[Path],
-        labels: torch.Tensor | None,
-        config: DataConfig,
-        errors: tuple[str, ...] = (),
-        classes: tuple[str, ...] | None = None,
-        captions: Captions | None = None,
-        crops: Sequence[int] = (),
-        members: Mapping[str, Member] | None = None,
-    ):
-        self.paths, self.labels, self.config, self.errors = paths, labels, config, errors
-        self.classes, self.captions, self.crops, self.members = classes, captions, crops, members or {}
+    def __init__(self, config: DataConfig, store: Store, rows: np.ndarray, **about: Any):
+        super().__init__(store=store, rows=rows, **about)
+        self.config = config
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.rows)
 
     def __getitems__(self, indices: Sequence[int]) -> ReadImages:
         pixels, kept, errors = [], [], []
@@ -258,80 +279,60 @@ class FolderImages:
         return ReadImages(torch.stack(pixels) if pixels else empty, kept, tuple(errors), stop)
 
     def read(self, index: int) -> torch.Tensor:
-        """uint8 pixels (C, H, W); ValueError naming the file that cannot be read."""
-        return self.read_file(index, self.crops[index : index + 1])[0]
+        """Pixels (C, H, W) of an image; ValueError naming it when it cannot be read."""
+        return self.read_all(index, () if self.crops is None else self.crops[index : index + 1])[0]
 
-    def _member(self, index: int) -> Member | None:
-        """Where the file of an image lies in an archive, if it does."""
-        return self.members.get(str(self.paths[index]))
+    def read_all(self, index: int, crops: Sequence[int]) -> torch.Tensor:
+        """Pixels (B, C, H, W): the crops of these numbers of an image or, of a set without, the whole, B = 1."""
+        config, row = self.config, int(self.rows[index])
 
-    def read_file(self, index: int, crops: Sequence[int]) -> torch.Tensor:
-        """uint8 (B, C, H, W): the crops of these numbers of a file or, of a set without, the image, B = 1."""
-        member = self._member(index)
-        return _read(self.paths[index], self.config, crops, member and (lambda: io.BytesIO(member.read())))
+        def fit(pixels: torch.Tensor) -> torch.Tensor:
+            if config.crops is None:
+                return _bring_to_size(pixels, config)[None]
+            # of the name alone, so that an image more or less moves no crop of the others
+            name = hashlib.sha256(self.store.key(row).encode(errors="surrogateescape")).digest()
+            seeds = (np.random.SeedSequence([int.from_bytes(name, "big"), int(crop)]) for crop in crops)
+            places = (np.random.default_rng(seed).random(2) for seed in seeds)
+            return torch.stack([_bring_to_size(_cut(pixels, config.size, place), config) for place in places])
+
+        # crops are of the image at its own resolution
+        scaled = None if config.crops else lambda *size: _scaled_size(*size, config)
+        return self.store.read(row, config, fit, scaled)
 
     def header(self, index: int) -> Header:
-        """Of the file of an image; ValueError naming it when its header tells that it cannot be read."""
-        member = self._member(index)
-        return read_header(self.paths[index], member and member.open)
+        """Of an image; ValueError naming it when that tells that it cannot be read."""
+        return self.store.header(int(self.rows[index]))
 
-    def file_size(self, index: int) -> int:
-        """Bytes of the file of an image."""
-        member = self._member(index)
-        return self.paths[index].stat().st_size if member is None else member.size
-
-    def content(self, index: int) -> bytes:
-        """The bytes of the file of an image; ValueError naming it when it lies in an archive and is damaged there."""
-        member = self._member(index)
-        try:
-            return self.paths[index].read_bytes() if member is None else member.read()
-        except ValueError as error:
-            raise ValueError(f"cannot read the image {self.paths[index]}: {error}") from error
-
-    def name(self, index: int) -> str:
-        return _name(self.paths, self.crops, index)
+    def first(self, count: int) -> StoredImages:
+        """The first `count` images, which are a fair sample."""
+        return StoredImages(self.config, **self.about(slice(count)))
 
     def fingerprint(self) -> str:
-        """Of names below the root, sizes and crops: reading all files for it would take as long as an epoch."""
-        digest, sizes = hashlib.sha256(), {}
-        for index, path in enumerate(self.paths):
-            if path not in sizes:  # crops share a file
-                sizes[path] = self.file_size(index)
-            digest.update(_below_root(path, self.config) + f"\0{sizes[path]}\0".encode())
-            digest.update(f"crop {self.crops[index]}\0".encode() if self.crops else b"")
+        """Of what the store tells without reading, which would take as long as an epoch, and of the crops."""
+        digest, known = hashlib.sha256(), {}
+        for index, row in enumerate(self.rows.tolist()):
+            if row not in known:  # crops share a file
+                known[row] = self.store.identity(row)
+            digest.update(known[row])
+            digest.update(b"" if self.crops is None else f"crop {self.crops[index]}\0".encode())
         return digest.hexdigest()
 
-    def without(self, bad: dict[int, str]) -> FolderImages:
+    def without(self, bad: dict[int, str]) -> StoredImages:
         """The set without the images at the indices `bad`, which gives the reasons."""
-        good = [index for index in range(len(self)) if index not in bad]
-        return FolderImages(
-            [self.paths[index] for index in good],
-            None if self.labels is None else self.labels[torch.tensor(good, dtype=torch.long)],
-            self.config,
-            (*self.errors, *(bad[index] for index in sorted(bad))),
-            self.classes,
-            None if self.captions is None else [self.captions[index] for index in good],
-            [self.crops[index] for index in good] if self.crops else (),
-            self.members,
-        )
+        good = np.array([index for index in range(len(self)) if index not in bad], dtype=np.int64)
+        errors = (*self.errors, *(bad[index] for index in sorted(bad)))
+        return StoredImages(self.config, **self.about(good) | {"errors": errors})
 
-    def cropped(self) -> FolderImages:
-        """Of a set of files, the set of their crops: the first of each, then the second of each, and so on, so that a
-        first part is a fair sample and neighbours are of different files. Without `config.crops` the set itself.
+    def cropped(self) -> StoredImages:
+        """Of a set of whole images, the set of their crops: the first of each, then the second of each, and so on, so
+        that a first part is a fair sample and neighbours are of different images. Without `config.crops` the set
+        itself.
         """
         count = self.config.crops
         if count is None:
             return self
-        return FolderImages(
-            self.paths * count,
-            None if self.labels is None else self.labels.repeat(count),
-            self.config,
-            self.errors,
-            self.classes,
-            None if self.captions is None else self.captions * count,
-            np.repeat(np.arange(count), len(self)).tolist(),
-            self.members,
-        )
+        every = np.tile(np.arange(len(self)), count)
+        return StoredImages(self.config, **self.about(every) | {"crops": np.repeat(np.arange(count), len(self))})
 
 
 def load_data(
@@ -363,70 +364,28 @@ def load_split(
     progress: bool = False,
     captions: bool = False,
     default: Literal["held-out", "training"] = "held-out",
+    memory_limit: int | None = None,
 ) -> tuple[ImageSet, str]:
     """The images of `split`, held-out, training or all, and which that is: by default `default`, but all of a folder
-    that has no parts. Progress, captions and errors are those of `load_data`.
+    that has no parts. Progress, captions, memory_limit and errors are those of `load_data`.
     """
     if split not in (None, "held-out", "training", "all"):
         raise ValueError(f"split must be held-out, training or all, got {split}")
     if split is None:
         split = "all" if config.name == "folder" and not has_parts(config) else default
-    train, heldout = load_data(config, progress, captions=captions)
+    train, heldout = load_data(config, progress, memory_limit, captions)
     if split != "all":
         return (train if split == "training" else heldout), split
-    labelled = train.labels is not None and heldout.labels is not None
-    common = {
-        "labels": torch.cat([train.labels, heldout.labels]) if labelled else None,
-        "paths": [*train.paths, *heldout.paths],
-        "errors": (*train.errors, *heldout.errors),
-        "classes": train.classes if labelled else None,
-        "captions": None if train.captions is None else train.captions + heldout.captions,
-        "crops": [*train.crops, *heldout.crops],
-    }
-    if isinstance(train, FolderImages):
-        return FolderImages(config=config, members={**train.members, **heldout.members}, **common), split
-    return ArrayImages(torch.cat([train.pixels, heldout.pixels]), **common), split
-
-
-def first_images(image_set: ImageSet, count: int) -> ImageSet:
-    """The first `count` images, which are a fair sample."""
-    first = {
-        "labels": None if image_set.labels is None else image_set.labels[:count],
-        "paths": image_set.paths[:count],
-        "errors": image_set.errors,
-        "classes": image_set.classes,
-        "captions": None if image_set.captions is None else image_set.captions[:count],
-        "crops": image_set.crops[:count],
-    }
-    if isinstance(image_set, FolderImages):
-        return FolderImages(config=image_set.config, members=image_set.members, **first)
-    return ArrayImages(image_set.pixels[:count], **first)
-
-
-def _name(paths: Sequence[Path], crops: Sequence[int], index: int) -> str:
-    return f"{paths[index]}, crop {crops[index]}" if crops else str(paths[index])
-
-
-def _below_root(path: Path, config: DataConfig) -> bytes:
-    return path.relative_to(config.root).as_posix().encode(errors="surrogateescape")
-
-
-def _read(
-    path: Path, config: DataConfig, crops: Sequence[int], content: Callable[[], BinaryIO] | None = None
-) -> torch.Tensor:
-    """uint8 (B, C, H, W), of a file the B crops with these numbers, or if `config` asks for none the image, B = 1."""
-
-    def fit(pixels: torch.Tensor) -> torch.Tensor:
-        if config.crops is None:
-            return _bring_to_size(pixels, config)[None]
-        # of the file's name alone, so that a file more or less moves no crop of the others
-        name = int.from_bytes(hashlib.sha256(_below_root(path, config)).digest(), "big")
-        places = (np.random.default_rng(np.random.SeedSequence([name, crop])).random(2) for crop in crops)
-        return torch.stack([_bring_to_size(_cut(pixels, config.size, place), config) for place in places])
-
-    # crops are of the image at its own resolution
-    scaled = None if config.crops else lambda *size: _scaled_size(*size, config)
-    return read_image(path, config.channels, fit, scaled, content)
+    one, two = train.about(), heldout.about()
+    both: dict[str, Any] = {"errors": train.errors + heldout.errors, "store": train.store}
+    if train.labels is not None and heldout.labels is not None:
+        both |= {"labels": torch.cat([train.labels, heldout.labels]), "classes": train.classes}
+    if train.captions is not None:
+        both["captions"] = train.captions + heldout.captions
+    both |= {name: np.concatenate([one[name], two[name]]) for name in ("rows", "crops") if one[name] is not None}
+    if isinstance(train, StoredImages):
+        return StoredImages(config, **both), split
+    return ArrayImages(torch.cat([train.pixels, heldout.pixels]), **both), split
 
 
 def _cut(pixels: torch.Tensor, size: tuple[int, int], place: np.ndarray) -> torch.Tensor:
@@ -597,35 +556,36 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
         indices = _heldout_indices(len(found), config)
         parts = [[found[i] for i in part] for part in indices]
         labels = [None if of_all is None else of_all[torch.from_numpy(part)] for part in indices]
-    paths = [[path for path, _ in part] for part in parts]
-    told = read_captions(files, [path for part in paths for path in part]) if captions else None
+    paths = [path for part in parts for path, _ in part]
+    told = read_captions(files, paths) if captions else None
+    store, count = FileStore(files.root, paths, files.members), len(parts[0])
     train, heldout = (
-        FolderImages(
-            own,
-            classed,
+        StoredImages(
             config,
+            store,
+            np.arange(len(paths))[part],
+            labels=classed,
             classes=None if classed is None else classes,
-            captions=None if told is None else (told[: len(own)] if own is paths[0] else told[-len(own) :]),
-            members={str(path): files.members[str(path)] for path in own if str(path) in files.members},
+            captions=None if told is None else told[part],
         )
-        for own, classed in zip(paths, labels, strict=True)
+        for part, classed in zip((slice(count), slice(count, None)), labels, strict=True)
     )
+    return _in_size(train, heldout, progress, memory_limit)
+
+
+def _in_size(
+    train: StoredImages, heldout: StoredImages, progress: bool, memory_limit: int
+) -> tuple[ImageSet, ImageSet]:
+    """The sets in memory, if their pixels fit, else to be read on demand; without the images that cannot be read."""
+    config = train.config
     count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels
     if (len(train) + len(heldout)) * count * size > memory_limit:
-        parts, _ = _scan([train, heldout], FolderImages.header, "checking files", progress)
+        parts, _ = _scan([train, heldout], StoredImages.header, "checking files", progress)
         return parts[0].cropped(), parts[1].cropped()
-    parts, read = _scan([train, heldout], lambda part, at: part.read_file(at, range(count)), "reading images", progress)
+    parts, read = _scan([train, heldout], lambda part, at: part.read_all(at, range(count)), "reading images", progress)
     return tuple(
-        ArrayImages(
-            torch.stack(pixels, 1).flatten(0, 1),  # the order of `cropped`
-            part.labels,
-            part.paths,
-            part.errors,
-            part.classes,
-            part.captions,
-            part.crops,
-        )
-        for part, pixels in zip((part.cropped() for part in parts), read, strict=True)
+        ArrayImages(torch.stack(pixels, 1).flatten(0, 1), **part.cropped().about())  # the order of `cropped`
+        for part, pixels in zip(parts, read, strict=True)
     )
 
 
@@ -700,15 +660,15 @@ def _told_beside(files: Files, part: Found) -> list[str] | None:
 
 
 def _scan(
-    parts: list[FolderImages], look: Callable[[FolderImages, int], T], title: str, progress: bool
-) -> tuple[list[FolderImages], list[list[T]]]:
+    parts: list[StoredImages], look: Callable[[StoredImages, int], T], title: str, progress: bool
+) -> tuple[list[StoredImages], list[list[T]]]:
     """The parts without the files at which `look` raises ValueError, and what it returns for the others.
 
     Raises:
         ValueError: naming all those files, unless they are to be skipped.
     """
 
-    def attempt(place: tuple[FolderImages, int]) -> tuple[T | None, str | None]:
+    def attempt(place: tuple[StoredImages, int]) -> tuple[T | None, str | None]:
         try:
             return look(*place), None
         except ValueError as error:
