@@ -24,16 +24,18 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from ..images import OVERSIZE, Header
+from ..values import ValueRange
 from .captions import read_captions
 from .files import ARCHIVES, Files
 from .store import FileStore, Store
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SETS_OF_8_BITS = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
 HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")
 MEMORY_LIMIT = 2**31
-"""Bytes of uint8 pixels up to which a set is read once and kept in memory."""
+"""Bytes of pixels up to which a set is read once and kept in memory."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 Captions = list[tuple[str, ...]]
 T = TypeVar("T")
@@ -52,8 +54,12 @@ class DataConfig:
     archives are read where they are, without unpacking."""
     resolution: int | tuple[int, int] = 32
     """Side of the images in pixels, or [height, width]."""
-    channels: Literal[1, 3] = 1
-    """1: grey, 3: RGB."""
+    channels: int = 1
+    """1: grey, 3: RGB, 4: RGBA as it is; any other number: files with so many channels, taken as they are."""
+    value_range: tuple[float, float] | None = None
+    """Of a folder: what the values in the files mean, [low, high]. They are taken as they are, of whatever depth; low
+    is -1 and high is 1 in model range, and a value outside is an error. It is saved beside the model, and undone where
+    `diffusers-vae reconstruct` writes files. null: 8 bits a value; what has more, or other colours, is converted."""
     fit: Literal["crop", "pad"] = "crop"
     """crop: scale the image to cover the resolution, cut the centre. pad: black borders, scaled only if too large."""
     crops: int | None = None
@@ -71,12 +77,22 @@ class DataConfig:
     """Processes that read images, for sets that are too large to be kept in memory."""
 
     def __post_init__(self):
-        for name in ("name", "channels", "fit", "on_bad_image"):
+        for name in ("name", "fit", "on_bad_image"):
             choices = get_args(get_type_hints(DataConfig)[name])
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"data.{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)}"
                 )
+        if self.channels < 1:
+            raise ValueError(f"data.channels must be at least 1, got {self.channels}")
+        if self.value_range is not None:
+            try:
+                ValueRange(*self.value_range)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"data.value_range must be two finite increasing numbers: {error}") from error
+        if self.as_they_are and self.name in SETS_OF_8_BITS:
+            given = f"data.channels {self.channels}" if self.value_range is None else "data.value_range"
+            raise ValueError(f"{given} is for files, and the images of {self.name} have 8 bits and 1 or 3 channels")
         if min(self.size) < 8:
             raise ValueError(f"data.resolution must be at least 8 pixels a side, got {self.resolution}")
         if self.crops is not None:
@@ -97,16 +113,27 @@ class DataConfig:
         return Path(self.root).resolve().name if self.name == "folder" else self.name
 
     @property
+    def as_they_are(self) -> bool:
+        """Whether the values in files are not converted to grey or RGB of 8 bits."""
+        return self.value_range is not None or self.channels not in (1, 3)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of pixels as they are read: uint8 in [0, 255] or float32 in [0, 1]."""
+        return torch.uint8 if self.value_range is None else torch.float32
+
+    @property
     def resize(self) -> str:
         """How images of another size are brought to `resolution`, in words."""
-        how = "bicubic with antialiasing, on 8-bit values"
+        how = f"bicubic with antialiasing, on {'8-bit' if self.value_range is None else 'float32'} values"
         if self.crops is not None:
             return f"cut out at {self.crops} places of each, always the same; if smaller, scaled to cover ({how})"
-        if self.name == "folder":
+        if self.name == "folder" and not self.as_they_are:
             how += f"; JPEGs that are {2 * OVERSIZE} times as large or more, from a decode at reduced scale"
         if self.fit == "crop":
             return f"scaled to cover ({how}), then the centre is cut out"
-        return f"scaled if too large ({how}), then padded with black"
+        border = "black" if self.value_range is None else "the lowest value"
+        return f"scaled if too large ({how}), then padded with {border}"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -119,7 +146,7 @@ class ReadImages:
     """What was asked for and could be read."""
 
     pixels: torch.Tensor
-    """uint8 (B, C, H, W)."""
+    """(B, C, H, W), uint8 in [0, 255] or float32 in [0, 1]."""
     kept: Sequence[int]
     """Places, in the indices asked for, of the B images."""
     errors: tuple[str, ...] = ()
@@ -224,7 +251,7 @@ class _Images:
 
 
 class ArrayImages(_Images):
-    """Images kept in memory: uint8 `pixels` (N, C, H, W), and what `_Images` has.
+    """Images kept in memory: `pixels` (N, C, H, W), uint8 or float32 in [0, 1], and what `_Images` has.
 
     Only the pixels can be on another device than the CPU: `to`.
     """
@@ -274,7 +301,7 @@ class StoredImages(_Images):
                 kept.append(place)
             except ValueError as error:
                 errors += [str(error)] * (str(error) not in errors)  # of two crops of a file
-        empty = torch.zeros(0, self.config.channels, *self.config.size, dtype=torch.uint8)
+        empty = torch.zeros(0, self.config.channels, *self.config.size, dtype=self.config.dtype)
         stop = self.config.on_bad_image == "stop"
         return ReadImages(torch.stack(pixels) if pixels else empty, kept, tuple(errors), stop)
 
@@ -301,7 +328,7 @@ class StoredImages(_Images):
 
     def header(self, index: int) -> Header:
         """Of an image; ValueError naming it when that tells that it cannot be read."""
-        return self.store.header(int(self.rows[index]))
+        return self.store.header(int(self.rows[index]), self.config)
 
     def first(self, count: int) -> StoredImages:
         """The first `count` images, which are a fair sample."""
@@ -310,6 +337,8 @@ class StoredImages(_Images):
     def fingerprint(self) -> str:
         """Of what the store tells without reading, which would take as long as an epoch, and of the crops."""
         digest, known = hashlib.sha256(), {}
+        if self.config.value_range is not None:
+            digest.update(f"{ValueRange(*self.config.value_range)}\0".encode())
         for index, row in enumerate(self.rows.tolist()):
             if row not in known:  # crops share a file
                 known[row] = self.store.identity(row)
@@ -423,6 +452,8 @@ def _bring_to_size(pixels: torch.Tensor, config: DataConfig) -> torch.Tensor:
     if scale != 1:
         size = list(_scaled_size(height, width, config))
         pixels = transforms.resize(pixels, size, transforms.InterpolationMode.BICUBIC, antialias=True)
+        if pixels.is_floating_point():
+            pixels = pixels.clamp(0, 1)  # it overshoots at edges
     return transforms.center_crop(pixels, list(config.size))  # pads with 0 where the image is smaller
 
 
@@ -578,7 +609,7 @@ def _in_size(
 ) -> tuple[ImageSet, ImageSet]:
     """The sets in memory, if their pixels fit, else to be read on demand; without the images that cannot be read."""
     config = train.config
-    count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels
+    count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels * config.dtype.itemsize
     if (len(train) + len(heldout)) * count * size > memory_limit:
         parts, _ = _scan([train, heldout], StoredImages.header, "checking files", progress)
         return parts[0].cropped(), parts[1].cropped()
