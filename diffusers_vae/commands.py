@@ -13,6 +13,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers.models.modeling_utils import ModelMixin
@@ -24,7 +25,7 @@ from .checkpoint import config_of_run, read_settings, write_file
 from .config import TRAININGS, Training, new_parser, parse_settings
 from .data import IMAGE_SUFFIXES, DataConfig, ImageSet, load_split, look, recommended
 from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, read_report, reconstruct
-from .hub import HubConfig, check_can_push, push
+from .hub import HubConfig, check_can_push, find_value_range, push
 from .images import read_image, to_model_range, to_pil
 from .latent_cache import DTYPES, Kind, encode_images
 from .loop import Interrupted, RunResult, Task, dry_run, run_task
@@ -35,6 +36,7 @@ from .pictures import comparison_picture, contact_sheet, sample_picture
 from .precision import measure_precision
 from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
 from .trainer import TrainResult
+from .values import WRITTEN, FileKind, ValueRange, read_values, write_values
 
 RESUME_ME = 75  # EX_TEMPFAIL in sysexits.h: "the user is invited to try again later"
 
@@ -302,15 +304,16 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
     parser = _parser(
         "reconstruct",
         "MODEL IMAGE [IMAGE ...] [--out FOLDER]",
-        "Encode and decode image files at their own size, and write what comes back as PNG files. Sides that the model "
-        "cannot take are padded with the border's pixels, and cut again. Files that cannot be read are named, and the "
-        "others done.",
+        "Encode and decode image files at their own size, and write what comes back as PNG files. A model that was "
+        "trained with data.value_range, or with other channels than 1 and 3, reads files as they are and writes the "
+        "kind, depth and range that came in. Sides that the model cannot take are padded with the border's pixels, and "
+        "cut again. Files that cannot be read are named, and the others done.",
         "diffusers-vae reconstruct runs/mine photo.jpg more-photos/ --out reconstructions",
     )
     parser.add_argument("model", help=MODEL)
     parser.add_argument("images", nargs="+", help="Image files, or folders of them.")
     _add_loading(parser)
-    parser.add_argument("--out", type=str, default="reconstructions", help="Folder for the PNG files.")
+    parser.add_argument("--out", type=str, default="reconstructions", help="Folder for the files.")
     parser.add_argument("--seed", type=int | None, default=None, help="Decode a draw of this seed, not the mode.")
     parsed = _parse(parser, arguments)
     model = _load(parsed, parsed.model)
@@ -319,27 +322,52 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
     if out.resolve() in (file.resolve().parent for file in files):
         raise ValueError(f"--out must be another folder than that of the images, got {out.resolve()}")
     channels = model.config.in_channels
-    if channels not in (1, 3):
-        raise ValueError(f"image files have 1 or 3 channels, and the model takes {channels}")
-    config = EvaluationConfig(reconstruction="mode" if parsed.seed is None else "sample", seed=parsed.seed or 0)
+    stated = find_value_range(parsed.model, parsed.subfolder, parsed.revision)
+    config = EvaluationConfig(
+        reconstruction="mode" if parsed.seed is None else "sample", seed=parsed.seed or 0, round_to_8_bit=stated is None
+    )
     for index, file in enumerate(tqdm(files, unit="img", disable=len(files) == 1)):
         try:
-            images = to_model_range(read_image(file, channels)[None].to(model.device))
+            kind = None
+            if stated or channels not in (1, 3) or file.suffix.lower() == ".npy":
+                pixels, kind = _as_it_is(file, channels, stated)
+            else:
+                pixels = read_image(file, channels)
+            images = to_model_range(pixels[None].to(model.device))
             with torch.no_grad():
                 reconstruction = _at_any_size(model, images, index, config)
+            values = kind and (stated or EIGHT_BITS).from_model_range(reconstruction[0], kind.dtype)
         except ValueError as error:
             failed.append(str(error))
             continue
-        path = out / f"{file.stem}.png"
+        path = out / (file.name if kind and kind.format in WRITTEN else f"{file.stem}.png")
         if path in written:  # of two folders
-            path = out / f"{file.stem}-{index}.png"
+            path = out / f"{file.stem}-{index}{path.suffix}"
         written.add(path)
-        to_pil(reconstruction, 1).convert("L" if channels == 1 else "RGB").save(path)
-        tqdm.write(f"{path}  PSNR {psnr(images, reconstruction).item():.2f} dB")
+        if kind:
+            write_values(path, values, kind)
+        else:
+            to_pil(reconstruction, 1).convert("L" if channels == 1 else "RGB").save(path)
+        over = f" over {stated}" if stated else ""
+        tqdm.write(f"{path}  PSNR {psnr(images, reconstruction).item():.2f} dB{over}")
     if failed:
         listed = "\n".join(failed)
         raise ValueError(f"{len(failed)} of {len(files)} images could not be reconstructed:\n{listed}")
     return 0
+
+
+EIGHT_BITS = ValueRange(0, 255)
+
+
+def _as_it_is(file: Path, channels: int, stated: ValueRange | None) -> tuple[torch.Tensor, FileKind]:
+    """Pixels (C, H, W) in [0, 1] of a file, and its kind; ValueError naming it when its values are not in the range."""
+    values, kind = read_values(file, channels)
+    try:
+        if not stated and values.dtype != np.uint8:
+            raise ValueError(f"values must have 8 bits, as those that the model was trained on, got {values.dtype}")
+        return (stated or EIGHT_BITS).to_unit(values), kind
+    except ValueError as error:
+        raise ValueError(f"cannot read the image {file}: {error}") from error
 
 
 def _image_files(names: Sequence[str]) -> list[Path]:
@@ -454,7 +482,7 @@ def run_encode(arguments: Sequence[str]) -> int:
     if "folder" in place and not Path(parsed.images).exists():
         raise FileNotFoundError(f"DATA must be {', '.join(SETS)} or a folder or archive of images, got {parsed.images}")
     vae = load_autoencoder(parsed.vae, parsed.subfolder, parsed.revision).to(_device(parsed))
-    known = _settings_of_run(parsed.vae).get("data") or _data_for(vae)
+    known = _settings_of_run(parsed.vae).get("data") or _data_for(vae, parsed, parsed.vae)
     if known.get("name") == "folder":  # whose root is no place for other sets
         del known["root"]
     parsed = _parse(parser, [f"--data={json.dumps(known)}", *arguments, *place])
@@ -562,6 +590,8 @@ def run_info(arguments: Sequence[str]) -> int:
         "scaled latents": f"(latents {-shift:+.6g}) * {config.get('scaling_factor', 1):.6g}",
         "weights": f"SHA-256 {weights_hash(model)}",
     }
+    if stated := find_value_range(parsed.model, parsed.subfolder, parsed.revision):
+        facts["values"] = f"of files in {stated}, whose ends are -1 and 1"
     print("\n".join(f"{name:<16}{value}" for name, value in facts.items()))
     evaluation = Path(parsed.model) / "evaluation.json"
     if evaluation.exists():
@@ -586,8 +616,9 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 def _picture(parsed: Namespace) -> Path:
     """Where --out says that a picture goes."""
     path = Path(parsed.out)
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"--out must be a picture, {', '.join(IMAGE_SUFFIXES)}, got {path}")
+    pictures = [suffix for suffix in IMAGE_SUFFIXES if suffix != ".npy"]
+    if path.suffix.lower() not in pictures:
+        raise ValueError(f"--out must be a picture, {', '.join(pictures)}, got {path}")
     return path
 
 
@@ -659,7 +690,7 @@ def _parse_measuring(
     if not known:
         if not any(argument.startswith("--data.") for argument in arguments):
             parser.exit(2, f"error: say with --data on which images; {parsed[models[0]]} is of no run that tells\n")
-        known = {"data": _data_for(loaded[0])}
+        known = {"data": _data_for(loaded[0], parsed, parsed[models[0]])}
     known = [f"--{name}={json.dumps(values)}" for name, values in known.items() if name in parsed]
     parsed = _parse(parser, [*known, *arguments])
     same = [run["data"] for run in runs if run and _place(run["data"]) == _place(vars(parsed.data))]
@@ -673,12 +704,11 @@ def _parse_measuring(
     return parsed, loaded
 
 
-def _data_for(model: ModelMixin) -> dict[str, Any]:
+def _data_for(model: ModelMixin, parsed: Namespace, source: str) -> dict[str, Any]:
     """How images are read for a model of no run."""
-    channels = model.config.get("in_channels", 3)
-    if channels not in (1, 3):
-        raise ValueError(f"image files are read with 1 or 3 channels, and the model takes {channels}")
-    return {"resolution": list(_size(model)), "channels": channels}
+    known = {"resolution": list(_size(model)), "channels": model.config.get("in_channels", 3)}
+    stated = find_value_range(source, parsed.subfolder, parsed.revision)
+    return known | ({"value_range": [stated.low, stated.high]} if stated else {})
 
 
 def _place(data: dict[str, Any]) -> tuple[str, Path]:
