@@ -133,7 +133,7 @@ def run_data(arguments: Sequence[str]) -> int:
         "--max_images", type=PositiveInt, default=2000, help="So many training images, at most, are decoded."
     )
     parser.add_class_arguments(DataConfig, "data", skip={"crops", "on_bad_image", "num_workers"})
-    parsed = _parse(parser, arguments)
+    parsed = _parse(parser, [*ANY_DATA, *arguments])
     parsed = _parse(parser, [*arguments, *_data_flags(parsed.images)])
     path = _picture(parsed)
     root = Path(parsed.data.root).resolve()
@@ -477,7 +477,7 @@ def run_encode(arguments: Sequence[str]) -> int:
     parser.add_argument("--shard_images", type=PositiveInt, default=4096, help="Images per file.")
     parser.add_class_arguments(DataConfig, "data")
     state = PartialState(cpu=not torch.accelerator.is_available())
-    parsed = _parse(parser, arguments)  # wrong ones are told before a model is loaded
+    parsed = _parse(parser, [*ANY_DATA, *arguments])  # wrong ones are told before a model is loaded
     place = _data_flags(parsed.images)
     if "folder" in place and not Path(parsed.images).exists():
         raise FileNotFoundError(f"DATA must be {', '.join(SETS)} or a folder or archive of images, got {parsed.images}")
@@ -683,7 +683,7 @@ def _parse_measuring(
 ) -> tuple[Namespace, list[ModelMixin]]:
     """The settings, of which those not given come from the first model's run or config, and the models."""
     arguments = _with_data(arguments)
-    parsed = _parse(parser, arguments)  # wrong ones are told before a model is loaded
+    parsed = _parse(parser, [*ANY_DATA, *arguments])  # wrong ones are told before a model is loaded
     loaded = [_load(parsed, parsed[name]) for name in models]
     runs = [_settings_of_run(parsed[name]) for name in models]
     known = runs[0]
@@ -724,6 +724,8 @@ def _with_data(arguments: Sequence[str]) -> list[str]:
     return words
 
 
+ANY_DATA = ["--data.name", "folder"]
+"""Before a first look at the arguments: of a folder, anything may be asked for."""
 SETS = [name for name in get_args(get_type_hints(DataConfig)["name"]) if name != "folder"]
 
 
