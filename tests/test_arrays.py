@@ -19,7 +19,18 @@ from test_trainer import ROOT, TINY_VAE, tiny, weights
 from torch.utils.data import DataLoader
 
 from diffusers_vae import cli
-from diffusers_vae.data import ArrayImages, DataConfig, StoredImages, epoch_batches, load_data, load_split, sources
+from diffusers_vae.data import (
+    ArrayImages,
+    DataConfig,
+    StoredImages,
+    epoch_batches,
+    load_data,
+    load_split,
+    look,
+    sources,
+)
+from diffusers_vae.images import to_model_range
+from diffusers_vae.values import ValueRange
 
 NAMES = ("cat", "ship")
 
@@ -166,6 +177,59 @@ class TestReading:
             assert load_data(config(**settings), memory_limit=0)[0].fingerprint() != found[0].fingerprint()
         rows = [found[0].store.identity(row) for row in range(40)]
         assert len(set(rows)) == 40
+
+
+class TestValues:
+    """Of any dtype and number of channels, as data.value_range states."""
+
+    @LIMITS
+    @pytest.mark.parametrize(
+        ("dtype", "low", "high", "channels"),
+        [("<u2", 0, 65535, 5), (">u2", 0, 4095, 1), (">i2", -1000, 3000, 3), ("<f4", -1, 1, 3), ("<f8", 0, 1, 2)],
+    )
+    def test_are_those_of_the_array(self, dtype, low, high, channels, limit, tmp_path):
+        chance = np.random.default_rng(0)
+        values = (low + (high - low) * chance.random((30, channels, 9, 10))).astype(dtype)
+        for laid in (values, np.moveaxis(values, 1, -1), np.asfortranarray(values)):
+            np.save(tmp_path / "a.npy", laid)
+            settings = {"resolution": (9, 10), "channels": channels, "value_range": (low, high)}
+            part, _ = load_data(config(tmp_path / "a.npy", **settings), memory_limit=limit)
+            place = [int(part.name(index).rpartition(" ")[2]) for index in range(len(part))]
+            pixels = pixels_of(part)
+            assert pixels.dtype == torch.float32
+            expected = (values[place].astype(np.float64) - low) / (high - low)
+            assert np.abs(pixels.numpy() - expected).max() < 1e-7
+            back = ValueRange(low, high).from_model_range(to_model_range(pixels), dtype)
+            most = 1e-6 * (high - low) if np.dtype(dtype).kind == "f" else 0
+            assert np.abs(back.astype(np.float64) - values[place]).max() <= most
+
+    def test_of_8_bits_and_more_channels_need_no_range(self, tmp_path):
+        values = np.random.default_rng(0).integers(0, 256, (20, 9, 10, 5), dtype=np.uint8)
+        np.save(tmp_path / "a.npy", values)
+        both, _ = load_split(config(tmp_path / "a.npy", resolution=(9, 10), channels=5), "all")
+        assert sorted_pixels(both) == sorted(bytes(np.moveaxis(image, -1, 0)) for image in values)
+        with pytest.raises(ValueError, match=r"with 4 channels for data\.channels 4, got \(20, 9, 10, 5\)"):
+            load_data(config(tmp_path / "a.npy", channels=4))
+
+    @LIMITS
+    def test_wrong_ones_are_named(self, limit, tmp_path, monkeypatch):
+        monkeypatch.setattr(sources, "MEMORY_LIMIT", sources.MEMORY_LIMIT if limit is None else limit)
+        values = np.zeros((30, 9, 10), np.float32)
+        values[17, 3, 3], values[18, 0, 0] = np.nan, 1.5
+        np.save(tmp_path / "a.npy", values)
+        settings = {"root": tmp_path / "a.npy", "channels": 1, "value_range": (0, 1)}
+        wrong = r"a\.npy, image 17: values must be finite and lie in \[0, 1\], which data\.value_range states, got nan"
+        with pytest.raises(ValueError, match=wrong):
+            both, _ = load_split(config(**settings), "all")
+            both.__getitems__(sorted(range(30), key=lambda index: both.rows[index])).checked()
+        both, _ = load_split(config(**settings, on_bad_image="skip"), "all")
+        read = both.__getitems__(range(len(both)))
+        assert len(read.kept) == 28 and len((*both.errors, *read.errors)) == 2
+
+    def test_which_range_may_be_meant(self, tmp_path):
+        np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 4000, (30, 9, 10), dtype=np.uint16))
+        with pytest.raises(ValueError, match=r"uint16 in 27 of 27 .*'\[0, 65535\]'.* or '\[0, 4095\]'"):
+            look(config(tmp_path / "a.npy", channels=1), 100)
 
 
 class TestErrors:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from ..images import Header
+from ..values import ValueRange
 
 if TYPE_CHECKING:
     from .sources import DataConfig
@@ -35,19 +36,19 @@ class ImageArray:
 
     Args:
         path: of the file.
-        column: key of the array in an `.npz`; None for its only one with the shape of images.
-        channels: of the images that are wanted: by them the axis of channels is found.
+        config: the image_column is the key of the array in an `.npz`, by default its only one with the shape of images.
+            By the number of channels their axis is found.
 
     Raises:
         ValueError: naming the file, when it is damaged or holds no such array.
     """
 
-    def __init__(self, path: Path, column: str | None, channels: int):
-        self.path, self.column = path, column
-        if not is_npz(path) and column is not None:
-            raise ValueError(f"data.image_column is the key of an array in an .npz, got {column} for {path}")
+    def __init__(self, path: Path, config: DataConfig):
+        self.path, self.column = path, config.image_column
         if is_npz(path):
-            self.column = _image_column(path, column)
+            self.column = _image_column(path, self.column)
+        elif self.column is not None:
+            raise ValueError(f"data.image_column is the key of an array in an .npz, got {self.column} for {path}")
         (self.shape, self.fortran, self.dtype), self.offset = self._header()
         if self.dtype.hasobject:
             raise ValueError(f"{self} holds Python objects, which are not unpickled; store numbers, all of one shape")
@@ -55,19 +56,19 @@ class ImageArray:
             raise ValueError(f"{self} must hold real numbers, got {self.dtype}")
         if not math.prod(self.shape):
             raise ValueError(f"{self} is empty: its shape is {self.shape}")
-        self.layout = _layout(str(self), self.shape, channels)
+        self.layout = _layout(str(self), self.shape, config)
         self.values = _read_npz(path, self.column) if is_npz(path) else None
         if self.values is None:
             there, told = path.stat().st_size, self.offset + math.prod(self.shape) * self.dtype.itemsize
             if there < told:
                 raise ValueError(f"cannot read {path}: it ends after {there:,} of {told:,} bytes, cut short")
         self.digest = self._digest()
-        if self.dtype.kind != "b" and self.dtype != np.uint8:
+        if config.value_range is None and self.dtype.kind != "b" and self.dtype != np.uint8:
             first = [self.image(place) for place in range(min(SEEN, len(self)))]
             least, most = min(values.min() for values in first), max(values.max() for values in first)
             raise ValueError(
                 f"{self} holds {self.dtype.name}, and nothing states what its values mean: those of its first "
-                f"{len(first)} images lie in [{least}, {most}]. State data.value_range, or store uint8"
+                f"{len(first)} images lie in [{least}, {most}]. State data.value_range, [low, high], or store uint8"
             )
 
     def __str__(self) -> str:
@@ -185,10 +186,12 @@ class ArrayStore:
     def content(self, row: int) -> bytes:
         return self._image(row).tobytes()
 
-    def header(self, row: int) -> Header:
+    def header(self, row: int, config: DataConfig) -> Header:
         array, _ = self._find(row)
-        mode = {1: "L", 3: "RGB"}.get(array.channels, f"{array.channels}x {array.dtype.name}")
-        return Header(array.path.suffix[1:].upper(), "1" if array.dtype.kind == "b" else mode, *array.size)
+        mode = f"{array.channels}x {array.dtype.name}"
+        if not config.as_they_are:
+            mode = "1" if array.dtype.kind == "b" else {1: "L", 3: "RGB"}[array.channels]
+        return Header(array.path.suffix[1:].upper(), mode, *array.size)
 
     def read(
         self,
@@ -197,14 +200,23 @@ class ArrayStore:
         transform: Callable[[torch.Tensor], torch.Tensor],
         scaled: Callable[[int, int], tuple[int, int]] | None,
     ) -> torch.Tensor:
-        layout, values = self._find(row)[0].layout, self._image(row)
-        values = values[None] if layout == "NHW" else np.moveaxis(values, -1, 0) if layout == "NHWC" else values
+        values = self.values(row, config)
+        if config.value_range is not None:
+            try:
+                return transform(ValueRange(*config.value_range).to_unit(values))
+            except ValueError as error:
+                raise ValueError(f"cannot read {self.name(row)}: {error}") from error
         if values.dtype.kind == "b":
             values = values * np.uint8(255)  # as of a file with 1 bit
         if len(values) == 3 and config.channels == 1:  # as of a file
             values = np.asarray(Image.fromarray(np.ascontiguousarray(np.moveaxis(values, 0, -1))).convert("L"))[None]
         pixels = torch.from_numpy(np.array(values))  # a copy that may be written to
         return transform(pixels.expand(config.channels, -1, -1))
+
+    def values(self, row: int, config: DataConfig) -> np.ndarray:
+        """Those of an image as they are in the array, (C, H, W); ValueError naming it when it cannot be read."""
+        layout, values = self._find(row)[0].layout, self._image(row)
+        return values[None] if layout == "NHW" else np.moveaxis(values, -1, 0) if layout == "NHWC" else values
 
     def forget(self) -> None:
         """What was read into memory, if nothing is to be read any more."""
@@ -297,8 +309,8 @@ def is_npz(path: Path) -> bool:
     return path.suffix.lower() == ".npz"
 
 
-def _layout(name: str, shape: tuple[int, ...], channels: int) -> str:
-    wanted = {1, 3} if channels in (1, 3) else {channels}
+def _layout(name: str, shape: tuple[int, ...], config: DataConfig) -> str:
+    wanted = {config.channels} if config.as_they_are else {1, 3}
     fitting = []
     if len(shape) == 3 and 1 in wanted and shape[2] > 4:  # else it is one image in colour
         fitting = ["NHW"]
@@ -313,7 +325,7 @@ def _layout(name: str, shape: tuple[int, ...], channels: int) -> str:
             f"it is not clear where the channels of {name} lie: {rule}, and both the second and the last axis of "
             f"{shape} may be {counts} channels. Of one channel, take the axis away; else enlarge the images"
         )
-    raise ValueError(f"{rule}, with {counts} channels for data.channels {channels}, got {shape} in {name}")
+    raise ValueError(f"{rule}, with {counts} channels for data.channels {config.channels}, got {shape} in {name}")
 
 
 def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -27,6 +27,7 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from ..images import OVERSIZE, Header
+from ..values import ValueRange
 from .arrays import ArrayStore, ImageArray, array_classes, array_files
 from .augmentation import Augmentation
 from .captions import read_captions
@@ -48,12 +49,12 @@ from .store import FileStore, Store
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")
 OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column")
 """Settings of `DataConfig` that belong to one data set of rows."""
 MEMORY_LIMIT = 2**31
-"""Bytes of uint8 pixels up to which a set is read once and kept in memory."""
+"""Bytes of pixels up to which a set is read once and kept in memory."""
 IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
 """Names of sets whose images are all of one size, and in memory."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -92,8 +93,12 @@ class DataConfig:
     named text or caption."""
     resolution: int | tuple[int, int] = 32
     """Side of the images in pixels, or [height, width]."""
-    channels: Literal[1, 3] = 1
-    """1: grey, 3: RGB."""
+    channels: int = 1
+    """1: grey, 3: RGB, 4: RGBA as it is; any other number: files with so many channels, taken as they are."""
+    value_range: tuple[float, float] | None = None
+    """Of files: what their values mean, [low, high]. They are taken as they are, of whatever depth; low
+    is -1 and high is 1 in model range, and a value outside is an error. It is saved beside the model, and undone where
+    `diffusers-vae reconstruct` writes files. null: 8 bits a value; what has more, or other colours, is converted."""
     fit: Literal["crop", "pad"] = "crop"
     """crop: scale the image to cover the resolution, cut the centre. pad: black borders, scaled only if too large."""
     crops: int | Literal["random"] | None = None
@@ -133,12 +138,22 @@ class DataConfig:
     """Processes that read images, for sets that are too large to be kept in memory."""
 
     def __post_init__(self):
-        for name in ("name", "channels", "fit", "on_bad_image"):
+        for name in ("name", "fit", "on_bad_image"):
             choices = get_args(get_type_hints(DataConfig)[name])
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"data.{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)}"
                 )
+        if self.channels < 1:
+            raise ValueError(f"data.channels must be at least 1, got {self.channels}")
+        if self.value_range is not None:
+            try:
+                ValueRange(*self.value_range)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"data.value_range must be two finite increasing numbers: {error}") from error
+        if self.as_they_are and self.name in IN_MEMORY:
+            given = f"data.channels {self.channels}" if self.value_range is None else "data.value_range"
+            raise ValueError(f"{given} is for files, and the images of {self.name} have 8 bits and 1 or 3 channels")
         if min(self.size) < 8:
             raise ValueError(f"data.resolution must be at least 8 pixels a side, got {self.resolution}")
         if self.crops is not None:
@@ -202,17 +217,28 @@ class DataConfig:
         return Path(self.root).resolve().name if self.name in ("folder", "array") else self.name
 
     @property
+    def as_they_are(self) -> bool:
+        """Whether the values in files are not converted to grey or RGB of 8 bits."""
+        return self.value_range is not None or self.channels not in (1, 3)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of pixels as they are read: uint8 in [0, 255] or float32 in [0, 1]."""
+        return torch.uint8 if self.value_range is None else torch.float32
+
+    @property
     def resize(self) -> str:
         """How images of another size are brought to `resolution`, in words."""
-        how = "bicubic with antialiasing, on 8-bit values"
+        how = f"bicubic with antialiasing, on {'8-bit' if self.value_range is None else 'float32'} values"
         if self.crops is not None:
             places = "a place" if self.crops == "random" else f"{self.crops} places"
             return f"cut out at {places} of each, always the same; if smaller, scaled to cover ({how})"
-        if self.name not in IN_MEMORY:
+        if self.name not in (*IN_MEMORY, "array") and not self.as_they_are:
             how += f"; JPEGs that are {2 * OVERSIZE} times as large or more, from a decode at reduced scale"
         if self.fit == "crop":
             return f"scaled to cover ({how}), then the centre is cut out"
-        return f"scaled if too large ({how}), then padded with black"
+        border = "black" if self.value_range is None else "the lowest value"
+        return f"scaled if too large ({how}), then padded with {border}"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -246,7 +272,7 @@ class ReadImages:
     """What was asked for and could be read."""
 
     pixels: torch.Tensor
-    """uint8 (B, C, H, W)."""
+    """(B, C, H, W), uint8 in [0, 255] or float32 in [0, 1]."""
     kept: Sequence[int]
     """Places, in the indices asked for, of the B images."""
     errors: tuple[str, ...] = ()
@@ -359,7 +385,7 @@ class _Images(TrainingSet):
 
 
 class ArrayImages(_Images):
-    """Images kept in memory: uint8 `pixels` (N, C, H, W), and what `_Images` has.
+    """Images kept in memory: `pixels` (N, C, H, W), uint8 or float32 in [0, 1], and what `_Images` has.
 
     Only the pixels can be on another device than the CPU: `to`.
     """
@@ -428,7 +454,7 @@ class StoredImages(_Images):
                 kept.append(number)
             except ValueError as error:
                 errors += [str(error)] * (str(error) not in errors)  # of two crops of a file
-        empty = torch.zeros(0, config.channels, *config.size, dtype=torch.uint8)
+        empty = torch.zeros(0, config.channels, *config.size, dtype=config.dtype)
         stop = config.on_bad_image == "stop"
         return ReadImages(torch.stack(pixels) if pixels else empty, kept, tuple(errors), stop)
 
@@ -458,7 +484,7 @@ class StoredImages(_Images):
 
     def header(self, index: int) -> Header:
         """Of an image; ValueError naming it when that tells that it cannot be read."""
-        return self.store.header(int(self.rows[index]))
+        return self.store.header(int(self.rows[index]), self.config)
 
     def first(self, count: int) -> StoredImages:
         """The first `count` images, which are a fair sample."""
@@ -467,6 +493,8 @@ class StoredImages(_Images):
     def fingerprint(self) -> str:
         """Of what the store tells without reading, which would take as long as an epoch, and of the crops."""
         digest, known = hashlib.sha256(), {}
+        if self.config.value_range is not None:
+            digest.update(f"{ValueRange(*self.config.value_range)}\0".encode())
         for index, row in enumerate(self.rows.tolist()):
             if row not in known:  # crops share a file
                 known[row] = self.store.identity(row)
@@ -590,6 +618,8 @@ def _bring_to_size(pixels: torch.Tensor, config: DataConfig) -> torch.Tensor:
     if scale != 1:
         size = list(_scaled_size(height, width, config))
         pixels = transforms.resize(pixels, size, transforms.InterpolationMode.BICUBIC, antialias=True)
+        if pixels.is_floating_point():
+            pixels = pixels.clamp(0, 1)  # it overshoots at edges
     return transforms.center_crop(pixels, list(config.size))  # pads with 0 where the image is smaller
 
 
@@ -750,7 +780,7 @@ def _load_arrays(config: DataConfig, progress: bool, memory_limit: int, captions
             f"of {', '.join(HELDOUT_FOLDERS)}, or none is named so, got {', '.join(names[:10])}. Rename or move some"
         )
     groups = [named.pop("train"), *named.values()] if _is_split(named) else [next(iter(named.values()), others)]
-    parts = [[ImageArray(path, config.image_column, config.channels) for path in group] for group in groups]
+    parts = [[ImageArray(path, config) for path in group] for group in groups]
     store = ArrayStore([array for arrays in parts for array in arrays])
     labels, classes = array_classes(parts, config.label_column)
     counts = [sum(map(len, arrays)) for arrays in parts]
@@ -811,7 +841,7 @@ def _in_size(
     set to be read on demand as far as `headers` tell, where each has its own.
     """
     config = train.config
-    count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels
+    count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels * config.dtype.itemsize
     several = config.buckets or count == "random"  # of a training image there is more than the pixels at one size
     if several or (len(train) + len(heldout)) * count * size > memory_limit:
         parts, found = [train, heldout], []
