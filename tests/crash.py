@@ -17,6 +17,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib.figure  # noqa: F401  what a run imports late, so that every fork has it
@@ -54,8 +56,8 @@ def config_of(output_dir: Path, kind: str) -> TrainConfig:
     return whole(config, random_network(output_dir.parents[1] / "network")) if kind == "whole" else config
 
 
-def start(config: TrainConfig, processes: int, log: Path) -> list[int]:
-    """The process ids of one launch."""
+def start(run: Callable[[], object], processes: int, log: Path) -> list[int]:
+    """The process ids of one launch, in each of which it runs."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -76,7 +78,7 @@ def start(config: TrainConfig, processes: int, log: Path) -> list[int]:
             }  # fmt: skip
         code = 1
         try:
-            train(config)
+            run()
             code = 0
         except Interrupted as interruption:
             print(interruption)
@@ -161,7 +163,7 @@ def main() -> int:
     began = time.monotonic()
     whole = options.folder / "reference" / "run"  # cards and reports name the folder
     reference = config_of(whole, options.kind)
-    codes = wait(start(reference, options.processes, log))
+    codes = wait(start(partial(train, reference), options.processes, log))
     assert not any(codes), (codes, log.read_text())
     duration = time.monotonic() - began
     expected = left_behind(whole)
@@ -172,7 +174,7 @@ def main() -> int:
         config = config_of(output_dir, options.kind)
         struck, wrong = [], []
         while True:
-            ids = start(config, options.processes, log)
+            ids = start(partial(train, config), options.processes, log)
             if len(struck) < options.kills:
                 strike(ids, number, output_dir, duration, bool(len(struck) % 2), chance)
             codes = wait(ids)
