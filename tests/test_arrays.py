@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_distributed import LAUNCH, run_in
-from test_resume import begin, reading_on_demand
-from test_trainer import ROOT, TINY_VAE, tiny, weights
+from test_trainer import ROOT
 from torch.utils.data import DataLoader
 
 from diffusers_vae import cli
@@ -23,7 +20,6 @@ from diffusers_vae.data import (
     ArrayImages,
     DataConfig,
     StoredImages,
-    epoch_batches,
     load_data,
     load_split,
     look,
@@ -344,74 +340,6 @@ def test_commands(cifar, tmp_path, capsys):
     assert cli.main(arguments) == 0
     told = capsys.readouterr().out
     assert "a.npy, image 40" in told and "--data.name array" in told and "RGB" in told
-
-
-@pytest.fixture
-def mnist(mnist_root, tmp_path):
-    """203 digits to train on and 20 others, in shards."""
-    reference, _ = load_data(DataConfig(name="mnist", root=str(mnist_root), resolution=28))
-    (tmp_path / "arrays").mkdir()
-    for name, part in (("train-0", slice(100)), ("train-1", slice(100, 203)), ("test", slice(203, 223))):
-        np.save(tmp_path / "arrays" / f"{name}.npy", reference.pixels[part, 0].numpy())
-    return tmp_path / "arrays"
-
-
-def recording(folder):
-    """The training script, reading on demand, that notes which images the workers of each process read."""
-    script = reading_on_demand(folder)
-    wrapped = (
-        "import os, torch\n"
-        "read = sources.StoredImages._read\n"
-        "def noted(self, batch):\n"
-        "    if torch.utils.data.get_worker_info():  # and so to train\n"
-        f"        with open(os.path.join({str(folder)!r}, f\"read-{{os.environ.get('RANK', 0)}}\"), 'a') as file:\n"
-        "            file.write(' '.join(str(self.rows[i]) for i in batch.indices) + '\\n')\n"
-        "    return read(self, batch)\n"
-        "sources.StoredImages._read = noted\n"
-    )
-    script.write_text(script.read_text().replace("import train_vae\n", wrapped + "import train_vae\n"))
-    return script
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_every_image_once_by_two_processes_of_two_workers(mnist, tmp_path):
-    """In the order of one process; killed and started again, the run ends bit-identical."""
-    data = DataConfig(name="array", root=str(mnist), resolution=8, num_workers=2)
-    run = {"batch_size": 20, "max_images": None, "epochs": 2, "log_every": 40}
-    rows = load_data(data, memory_limit=0)[0].rows.tolist()
-    epochs = [epoch_batches(len(rows), 20, 0, epoch) for epoch in range(2)]
-    expected = [{rows[index] for index in step[0].indices} for steps in epochs for step in steps]
-    for processes in (1, 2):
-        (tmp_path / f"{processes}").mkdir()
-        config = dataclasses.replace(tiny(tmp_path / f"{processes}" / "run", TINY_VAE, **run), data=data)
-        script = recording(tmp_path / f"{processes}")
-        run_in(processes, config, *["--multi_gpu"] * (processes > 1), script=script)
-        read = [
-            [
-                {*map(int, line.split())}
-                for line in (tmp_path / f"{processes}" / f"read-{rank}").read_text().splitlines()
-            ]
-            for rank in range(processes)
-        ]
-        assert all(len(batches) == len(expected) == 22 for batches in read)
-        parts = [batch for batches in read for batch in batches]
-        assert sorted(row for batch in parts for row in batch) == sorted([*range(203)] * 2)
-        for step in expected:  # workers note their batches in any order
-            assert set().union(*(batch for batch in parts if batch <= step)) == step
-    flags = ["--config", tmp_path / "2" / "run.yaml", "--run.checkpoint_every", 40]
-    flags += ["--run.output_dir", tmp_path / "killed"]
-    launcher = [*LAUNCH, "--multi_gpu", "--num_processes", "2"]
-    script = reading_on_demand(tmp_path)
-    process = begin(tmp_path / "killed", *flags, launcher=launcher, script=script)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    done = subprocess.run([*launcher, str(script), *map(str, flags)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "continuing from" in done.stderr, done.stderr
-    first, second = weights(tmp_path / "killed"), weights(tmp_path / "2" / "run")
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    first, second = ((at / "metrics.jsonl").read_text() for at in (tmp_path / "killed", tmp_path / "2" / "run"))
-    assert first == second
 
 
 @pytest.mark.slow
