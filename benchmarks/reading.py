@@ -23,14 +23,20 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from diffusers_vae.data import DataConfig, ReadImages, load_split
+from diffusers_vae.data import DataConfig, ReadImages, holds_arrays, holds_rows, load_split
 from diffusers_vae.images import to_model_range
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="With image files, in it or below it.")
-    parser.add_argument("--packed", type=Path, nargs="*", default=[], help="Archives of the same files, read too.")
+    parser.add_argument(
+        "--packed",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="Archives, arrays (.npy) or Parquet of the same images, read too.",
+    )
     parser.add_argument("--resolution", type=int, default=256, help="Side of the images in pixels.")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="Processes that read, one run for each.")
     parser.add_argument("--rounds", type=int, default=5, help="How often each way reads all files.")
@@ -40,12 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     sets = {}
     for root in (settings.folder, *settings.packed):
-        config = DataConfig(name="folder", root=str(root), resolution=settings.resolution, channels=3)
+        name = "datasets" if holds_rows(str(root)) else "array" if holds_arrays(root) else "folder"
+        config = DataConfig(name=name, root=str(root), resolution=settings.resolution, channels=3)
         images, _ = load_split(config, "all", memory_limit=0)  # so that they are read on demand
-        sets[root.name if images.store.members else "diffusers_vae"] = images
+        sets["diffusers_vae" if root == settings.folder else root.name] = images
         for row in images.rows.tolist():
             images.store.content(row)  # from now on in the system's cache
     ours = sets["diffusers_vae"]
+    for name, images in sets.items():
+        if len(images) != len(ours):
+            parser.error(f"{name} has {len(images)} images, {settings.folder} {len(ours)}")
     indices = range(len(ours))
     batches = [indices[start : start + settings.batch_size] for start in indices[:: settings.batch_size]]
     results = []

@@ -13,6 +13,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers.models.modeling_utils import ModelMixin
@@ -22,9 +23,20 @@ from tqdm import tqdm
 
 from .checkpoint import config_of_run, read_settings, write_file
 from .config import TRAININGS, Training, new_parser, parse_settings
-from .data import IMAGE_SUFFIXES, OF_ROWS, DataConfig, ImageSet, holds_rows, is_hub_id, load_split, look, recommended
+from .data import (
+    IMAGE_SUFFIXES,
+    OF_ROWS,
+    DataConfig,
+    ImageSet,
+    holds_arrays,
+    holds_rows,
+    is_hub_id,
+    load_split,
+    look,
+    recommended,
+)
 from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, read_report, reconstruct
-from .hub import HubConfig, check_can_push, push
+from .hub import HubConfig, check_can_push, find_value_range, push
 from .images import read_image, to_model_range, to_pil
 from .latent_cache import DTYPES, Kind, encode_images
 from .loop import Interrupted, RunResult, Task, dry_run, run_task
@@ -35,6 +47,7 @@ from .pictures import comparison_picture, contact_sheet, sample_picture
 from .precision import measure_precision
 from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
 from .trainer import TrainResult
+from .values import WRITTEN, FileKind, ValueRange, read_values, write_values
 
 RESUME_ME = 75  # EX_TEMPFAIL in sysexits.h: "the user is invited to try again later"
 
@@ -301,15 +314,16 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
     parser = _parser(
         "reconstruct",
         "MODEL IMAGE [IMAGE ...] [--out FOLDER]",
-        "Encode and decode image files at their own size, and write what comes back as PNG files. Sides that the model "
-        "cannot take are padded with the border's pixels, and cut again. Files that cannot be read are named, and the "
-        "others done.",
+        "Encode and decode image files at their own size, and write what comes back as PNG files. A model that was "
+        "trained with data.value_range, or with other channels than 1 and 3, reads files as they are and writes the "
+        "kind, depth and range that came in. Sides that the model cannot take are padded with the border's pixels, and "
+        "cut again. Files that cannot be read are named, and the others done.",
         "diffusers-vae reconstruct runs/mine photo.jpg more-photos/ --out reconstructions",
     )
     parser.add_argument("model", help=MODEL)
     parser.add_argument("images", nargs="+", help="Image files, or folders of them.")
     _add_loading(parser)
-    parser.add_argument("--out", type=str, default="reconstructions", help="Folder for the PNG files.")
+    parser.add_argument("--out", type=str, default="reconstructions", help="Folder for the files.")
     parser.add_argument("--seed", type=int | None, default=None, help="Decode a draw of this seed, not the mode.")
     parsed = _parse(parser, arguments)
     model = _load(parsed, parsed.model)
@@ -318,27 +332,52 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
     if out.resolve() in (file.resolve().parent for file in files):
         raise ValueError(f"--out must be another folder than that of the images, got {out.resolve()}")
     channels = model.config.in_channels
-    if channels not in (1, 3):
-        raise ValueError(f"image files have 1 or 3 channels, and the model takes {channels}")
-    config = EvaluationConfig(reconstruction="mode" if parsed.seed is None else "sample", seed=parsed.seed or 0)
+    stated = find_value_range(parsed.model, parsed.subfolder, parsed.revision)
+    config = EvaluationConfig(
+        reconstruction="mode" if parsed.seed is None else "sample", seed=parsed.seed or 0, round_to_8_bit=stated is None
+    )
     for index, file in enumerate(tqdm(files, unit="img", disable=len(files) == 1)):
         try:
-            images = to_model_range(read_image(file, channels)[None].to(model.device))
+            kind = None
+            if stated or channels not in (1, 3) or file.suffix.lower() == ".npy":
+                pixels, kind = _as_it_is(file, channels, stated)
+            else:
+                pixels = read_image(file, channels)
+            images = to_model_range(pixels[None].to(model.device))
             with torch.no_grad():
                 reconstruction = _at_any_size(model, images, index, config)
+            values = kind and (stated or EIGHT_BITS).from_model_range(reconstruction[0], kind.dtype)
         except ValueError as error:
             failed.append(str(error))
             continue
-        path = out / f"{file.stem}.png"
+        path = out / (file.name if kind and kind.format in WRITTEN else f"{file.stem}.png")
         if path in written:  # of two folders
-            path = out / f"{file.stem}-{index}.png"
+            path = out / f"{file.stem}-{index}{path.suffix}"
         written.add(path)
-        to_pil(reconstruction, 1).convert("L" if channels == 1 else "RGB").save(path)
-        tqdm.write(f"{path}  PSNR {psnr(images, reconstruction).item():.2f} dB")
+        if kind:
+            write_values(path, values, kind)
+        else:
+            to_pil(reconstruction, 1).convert("L" if channels == 1 else "RGB").save(path)
+        over = f" over {stated}" if stated else ""
+        tqdm.write(f"{path}  PSNR {psnr(images, reconstruction).item():.2f} dB{over}")
     if failed:
         listed = "\n".join(failed)
         raise ValueError(f"{len(failed)} of {len(files)} images could not be reconstructed:\n{listed}")
     return 0
+
+
+EIGHT_BITS = ValueRange(0, 255)
+
+
+def _as_it_is(file: Path, channels: int, stated: ValueRange | None) -> tuple[torch.Tensor, FileKind]:
+    """Pixels (C, H, W) in [0, 1] of a file, and its kind; ValueError naming it when its values are not in the range."""
+    values, kind = read_values(file, channels)
+    try:
+        if not stated and values.dtype != np.uint8:
+            raise ValueError(f"values must have 8 bits, as those that the model was trained on, got {values.dtype}")
+        return (stated or EIGHT_BITS).to_unit(values), kind
+    except ValueError as error:
+        raise ValueError(f"cannot read the image {file}: {error}") from error
 
 
 def _image_files(names: Sequence[str]) -> list[Path]:
@@ -449,13 +488,13 @@ def run_encode(arguments: Sequence[str]) -> int:
     parser.add_class_arguments(DataConfig, "data")
     state = PartialState(cpu=not torch.accelerator.is_available())
     parsed, place = _parse_data(parser, arguments)  # wrong ones are told before a model is loaded
-    if "folder" in place and not Path(parsed.images).exists():
+    if "--data.root" in place and "datasets" not in place and not Path(parsed.images).exists():
         raise FileNotFoundError(
-            f"DATA must be {', '.join(SETS)}, a folder or archive of images, Parquet, or NAMESPACE/NAME on the Hub, "
-            f"got {parsed.images}"
+            f"DATA must be {', '.join(SETS)}, a folder or archive of images, an array of them, Parquet, or "
+            f"NAMESPACE/NAME on the Hub, got {parsed.images}"
         )
     vae = load_autoencoder(parsed.vae, parsed.subfolder, parsed.revision).to(_device(parsed))
-    known = _settings_of_run(parsed.vae).get("data") or _data_for(vae)
+    known = _settings_of_run(parsed.vae).get("data") or _data_for(vae, parsed, parsed.vae)
     known = _of_another_set(known, parsed.data, place)
     if known.get("name") in PLACED:  # whose root is no place for other sets
         del known["root"]
@@ -564,6 +603,8 @@ def run_info(arguments: Sequence[str]) -> int:
         "scaled latents": f"(latents {-shift:+.6g}) * {config.get('scaling_factor', 1):.6g}",
         "weights": f"SHA-256 {weights_hash(model)}",
     }
+    if stated := find_value_range(parsed.model, parsed.subfolder, parsed.revision):
+        facts["values"] = f"of files in {stated}, whose ends are -1 and 1"
     print("\n".join(f"{name:<16}{value}" for name, value in facts.items()))
     evaluation = Path(parsed.model) / "evaluation.json"
     if evaluation.exists():
@@ -571,7 +612,7 @@ def run_info(arguments: Sequence[str]) -> int:
     return 0
 
 
-IMAGES = "A set, as in data.name, a folder or archive of images, Parquet, or a data set on the Hub."
+IMAGES = "A set, as in data.name, a folder or archive of images, an array (.npy, .npz), Parquet, or a set on the Hub."
 MODEL = "Folder of a model, of a run or of a pipeline, or a repository on the Hub."
 
 
@@ -589,7 +630,7 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
 def _parse_data(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     """The settings, and what DATA adds to them."""
     try:
-        images = parser.parse_args(arguments).images
+        images = parser.parse_args([*ANY_DATA, *arguments]).images
     except (ArgumentError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
     named = any(argument.partition("=")[0] == "--data.name" for argument in arguments)
@@ -600,8 +641,9 @@ def _parse_data(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Names
 def _picture(parsed: Namespace) -> Path:
     """Where --out says that a picture goes."""
     path = Path(parsed.out)
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(f"--out must be a picture, {', '.join(IMAGE_SUFFIXES)}, got {path}")
+    pictures = [suffix for suffix in IMAGE_SUFFIXES if suffix != ".npy"]
+    if path.suffix.lower() not in pictures:
+        raise ValueError(f"--out must be a picture, {', '.join(pictures)}, got {path}")
     return path
 
 
@@ -666,14 +708,14 @@ def _parse_measuring(
 ) -> tuple[Namespace, list[ModelMixin]]:
     """The settings, of which those not given come from the first model's run or config, and the models."""
     arguments = _with_data(arguments)
-    parsed = _parse(parser, arguments)  # wrong ones are told before a model is loaded
+    parsed = _parse(parser, [*ANY_DATA, *arguments])  # wrong ones are told before a model is loaded
     loaded = [_load(parsed, parsed[name]) for name in models]
     runs = [_settings_of_run(parsed[name]) for name in models]
     known = runs[0]
     if not known:
         if not any(argument.startswith("--data.") for argument in arguments):
             parser.exit(2, f"error: say with --data on which images; {parsed[models[0]]} is of no run that tells\n")
-        known = {"data": _data_for(loaded[0])}
+        known = {"data": _data_for(loaded[0], parsed, parsed[models[0]])}
     known = known | {"data": _of_another_set(known["data"], parsed.data, arguments)}
     known = [f"--{name}={json.dumps(values)}" for name, values in known.items() if name in parsed]
     parsed = _parse(parser, [*known, *arguments])
@@ -688,12 +730,11 @@ def _parse_measuring(
     return parsed, loaded
 
 
-def _data_for(model: ModelMixin) -> dict[str, Any]:
+def _data_for(model: ModelMixin, parsed: Namespace, source: str) -> dict[str, Any]:
     """How images are read for a model of no run."""
-    channels = model.config.get("in_channels", 3)
-    if channels not in (1, 3):
-        raise ValueError(f"image files are read with 1 or 3 channels, and the model takes {channels}")
-    return {"resolution": list(_size(model)), "channels": channels}
+    known = {"resolution": list(_size(model)), "channels": model.config.get("in_channels", 3)}
+    stated = find_value_range(source, parsed.subfolder, parsed.revision)
+    return known | ({"value_range": [stated.low, stated.high]} if stated else {})
 
 
 def _place(data: dict[str, Any]) -> tuple[str, Path]:
@@ -705,7 +746,7 @@ def _place(data: dict[str, Any]) -> tuple[str, Path]:
 def _of_another_set(known: dict[str, Any], asked: DataConfig, flags: Sequence[str]) -> dict[str, Any]:
     """Settings of a run's data, without what is of its own set alone where `flags` ask for another."""
     given = any(flag.startswith(("--data.name", "--data.root")) for flag in flags)
-    if not given or known.get("name") != "datasets" or _place(known) == _place(vars(asked)):
+    if not given or known.get("name") not in ("datasets", "array") or _place(known) == _place(vars(asked)):
         return known
     return {name: value for name, value in known.items() if name not in OF_ROWS}
 
@@ -718,7 +759,9 @@ def _with_data(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-PLACED = ("folder", "datasets")
+ANY_DATA = ["--data.name", "folder"]
+"""Before a first look at the arguments: of a folder, anything may be asked for."""
+PLACED = ("folder", "array", "datasets")
 """Names of sets that `data.root` says."""
 SETS = [name for name in get_args(get_type_hints(DataConfig)["name"]) if name not in PLACED]
 
@@ -727,7 +770,8 @@ def _data_flags(value: str) -> list[str]:
     """What the name of a set, a place on this machine or one on the Hub stands for."""
     if value in SETS:
         return ["--data.name", value]
-    return ["--data.name", "datasets" if holds_rows(value) else "folder", "--data.root", value]
+    name = "datasets" if holds_rows(value) else "array" if holds_arrays(Path(value)) else "folder"
+    return ["--data.name", name, "--data.root", value]
 
 
 def _halves(argument: str) -> list[str]:

@@ -27,6 +27,7 @@ from .models import decode, encode, weights_hash
 from .objective import VAEObjective
 from .perceptual import LPIPS, InceptionFeatures
 from .precision import PrecisionReport, measure_precision
+from .values import ValueRange
 
 PACKAGES = (
     "diffusers-vae", "diffusers", "torch", "torchvision", "torchmetrics", "torch-fidelity", "numpy", "scipy", "pillow",
@@ -51,7 +52,8 @@ class EvaluationConfig:
     reconstruction: Literal["mode", "sample"] = "mode"
     """What PSNR, SSIM, LPIPS and rFID are of: the decoded mode of the posterior, or one draw from it."""
     round_to_8_bit: bool = True
-    """Whether PSNR, SSIM and LPIPS are of reconstructions as a file would hold them. The rFID always is."""
+    """Whether PSNR, SSIM and LPIPS are of reconstructions as 8-bit files would hold them; with data.value_range they
+    never are, and the PSNR is over that range. The rFID always is of 8-bit values."""
     draws: int = 1
     """Draws from the posterior per image. Distortion is their mean; of two or more there is the importance-weighted
     bound too."""
@@ -378,6 +380,9 @@ def evaluate(
         raise ValueError("there must be at least one image to evaluate, got none")
     if config.rfid and min(len(image_set), config.max_images or 2) < 2:
         raise ValueError("the FID compares spreads: it needs at least two images, got one")
+    stated = None if data is None or data.value_range is None else ValueRange(*data.value_range)
+    if stated:
+        config = replace(config, round_to_8_bit=False)
     rank, processes = process_share()
     parts, statistics, networks = [], {}, {}
     judges: Judges | None = None
@@ -450,7 +455,7 @@ def evaluate(
             resolution=[height, width],
             channels=channels,
             resize=None if data is None else data.resize,
-            value_range="[-1, 1]",
+            value_range=f"[-1, 1], which stands for {stated} in the files" if stated else "[-1, 1]",
             round_to_8_bit=config.round_to_8_bit,
             reconstruction=config.reconstruction,
             draws=config.draws,

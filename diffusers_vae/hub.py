@@ -20,20 +20,23 @@ from huggingface_hub import (
     ModelCard,
     ModelCardData,
     get_token,
+    hf_hub_download,
 )
 from huggingface_hub import constants as hub_constants
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, LocalTokenNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from .adversarial import AdversarialConfig
 from .checkpoint import read_settings, write_file
 from .evaluation import FIGURES, Figure, changed_figures, read_report
-from .models import ModelConfig, load_autoencoder, weights_hash
+from .models import ModelConfig, find_subfolder, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig
 from .pictures import CAPTIONS
+from .values import RANGE_FILE, ValueRange
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ class _Run:
         """What is uploaded, besides the card, by its path in the repository: nothing that is not named here."""
         files = [self.path / "model" / "config.json", *self.weights]
         files += [self.path / "evaluation.json", self.path / "config.yaml"]
+        files += [file for file in [self.path / "model" / RANGE_FILE] if file.exists()]
         found = {file.name: file for file in files} | {f"pictures/{file.name}": file for file in self.pictures}
         return found | ({f"lora/{ADAPTER}": self.path / "lora" / ADAPTER} if self.lora_rank else {})
 
@@ -201,6 +205,7 @@ DATA_NAMES = {
     "fashion-mnist": "Fashion-MNIST",
     "cifar10": "CIFAR-10",
     "folder": "a folder of images",
+    "array": "NumPy arrays of images",
     "datasets": "a data set of rows",
 }
 HUB_DATA = {
@@ -294,6 +299,7 @@ def _render(run: _Run, config: HubConfig) -> str:
             model=evaluation["model"],
             posterior=evaluation["posterior"],
             trained_on=trained_on,
+            value_range=ValueRange.load(run.path / "model"),
             size="x".join(map(str, size)),
             measured_on=measured_on,
             rows=[_row(key, figure, evaluation) for key, figure in measured.items()],
@@ -363,6 +369,25 @@ def _recipe(config: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
     return rows
 
 
+def find_value_range(source: str, subfolder: str | None = None, revision: str | None = None) -> ValueRange | None:
+    """What the model that `load_autoencoder` finds says of the values in files; None for one of images of 8 bits.
+
+    Raises:
+        OSError: when the Hub does not answer as it should.
+        ValueError: when what it says is no range.
+    """
+    if Path(source).exists():
+        return ValueRange.load(Path(source, find_subfolder(source, subfolder) or ""))
+    try:
+        file = hf_hub_download(source, RANGE_FILE, subfolder=subfolder, revision=revision)
+    except LocalEntryNotFoundError:
+        logger.warning("%s is taken for a model of images of 8 bits: there is no network to ask for more", source)
+        return None
+    except EntryNotFoundError:
+        return None
+    return ValueRange.load(Path(file).parent)
+
+
 def check_can_push(config: HubConfig) -> None:
     """Ask the Hub whether the token may write to `config.repo_id`, so that it need not refuse a run at its end.
 
@@ -422,7 +447,7 @@ def push(run: Path, config: HubConfig) -> str:
         stale = [  # diffusers would prefer the index of old shards to new weights in one file
             CommitOperationDelete(name)
             for name in api.list_repo_files(repo_id, revision=revision)
-            if (WEIGHTS.fullmatch(name) or name.startswith("lora/")) and name not in here
+            if (WEIGHTS.fullmatch(name) or name == RANGE_FILE or name.startswith("lora/")) and name not in here
         ]
         commit = api.create_commit(
             repo_id, [*additions, *stale], commit_message=message, revision=revision, create_pr=config.create_pr

@@ -145,7 +145,9 @@ def _opened(path: str | Path, content: Callable[[], BinaryIO] | None) -> Iterato
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {limit:,}")
             if image.mode in ("I", "F"):
                 kind = "32-bit integer" if image.mode == "I" else "float"
-                raise ValueError(f"{kind} pixels have no stated range; convert the file to 8 or 16 bits")
+                raise ValueError(
+                    f"{kind} pixels have no stated range; state data.value_range, or convert the file to 8 or 16 bits"
+                )
             yield image
     except MemoryError:
         raise

@@ -114,6 +114,8 @@ def look_table(found: Look) -> str:
     rows += [("captions", found.captions)] if found.files else []
     if files := found.files:
         rows += [("formats", listed(files.formats)), ("modes", listed(files.modes))]
+        if not found.value_range and any(mode.startswith("I;16") for mode in files.modes):
+            rows += [("", "16-bit values are scaled to 8 bits, unless data.value_range states what they mean")]
         rows += [("sizes", f"{listed(files.sizes)} (height x width)")]
         rows += [("shorter side", f"{files.sides[0]:,} to {files.sides[2]:,} pixels, median {files.sides[1]:,}")]
         groups = [
@@ -125,6 +127,11 @@ def look_table(found: Look) -> str:
     rows += [("unreadable", named(found.unreadable) if found.unreadable else "none")]
     rows += [("decoded", f"{found.measured:,} of the training images")]
     rows += [(name, "  ".join(f"{value:.4f}" for value in getattr(found, name))) for name in ("mean", "std")]
+    if stated := found.value_range:
+        width = stated.high - stated.low
+        rows += [("in files", f"{stated} is [0, 1] above")]
+        rows += [("mean", "  ".join(_number(stated.low + width * value) for value in found.mean))]
+        rows += [("std", "  ".join(_number(width * value) for value in found.std))]
     rows += [("constant", named(found.constant) if found.constant else "none")]
     return "\n".join(f"{label:<14}{text}" for label, text in rows)
 

@@ -23,7 +23,7 @@ from .adversarial import AdversarialConfig, Adversary, PatchDiscriminator
 from .checkpoint import Discriminator, on_main, whole_folder, write_file
 from .data import DataConfig, ImageSet, ReadImages, StoredImages, TrainingSet, load_data
 from .evaluation import EvaluationConfig, EvaluationReport, FineTuning, compare, evaluate, load_judges
-from .hub import HubConfig, write_card
+from .hub import HubConfig, find_value_range, write_card
 from .images import to_model_range
 from .latent_cache import LatentDataset, matching_latents
 from .latents import measure_latents
@@ -42,6 +42,7 @@ from .objective import START_SCALE, ObjectiveConfig, TrainingObjective, VAEObjec
 from .perceptual import PerceptualLoss
 from .report import SETTINGS, draw_report, report_html
 from .run_folder import Log, Settings
+from .values import ValueRange
 
 logger = logging.getLogger(__name__)
 
@@ -333,7 +334,13 @@ class AutoencoderTask(Task):
         return True
 
     def _load_for_fine_tuning(self) -> None:
-        model = self.config.model
+        model, stated = self.config.model, self.config.data.value_range
+        known = find_value_range(model.pretrained, model.subfolder, model.revision)
+        if known and known != (stated and ValueRange(*stated)):
+            raise ValueError(
+                f"data.value_range must be {known}, to which {model.pretrained} was trained, got "
+                f"{'null' if stated is None else ValueRange(*stated)}"
+            )
         pretrained = load_autoencoder(model.pretrained, model.subfolder, model.revision)
         self.pretrained, self.pretrained_hash = pretrained, weights_hash(pretrained)
         if model.latents:
@@ -579,6 +586,8 @@ class AutoencoderTask(Task):
         def save() -> None:
             with whole_folder(output_dir / "model") as folder:
                 model.save_pretrained(folder)
+                if config.data.value_range is not None:
+                    ValueRange(*config.data.value_range).save(folder)
 
         on_main(self.accelerator, save)
         if config.model.trains_encoder:

@@ -334,7 +334,7 @@ class TestEncode:
             (
                 ["nowhere"],
                 1,
-                "cifar10, a folder or archive of images, Parquet or NAMESPACE/NAME on the Hub, got nowhere",
+                "DATA must be digits, mnist, qmnist, fashion-mnist, cifar10, a folder or archive of images, an array",
             ),
             (["digits", "--data.channels", "3"], 1, "takes images of 1 channels, got 3"),
             (["digits", "--data.resolution", "17"], 1, "must be divisible by 2"),

@@ -569,7 +569,7 @@ class TestCrops:
         ("settings", "message"),
         [
             ({"crops": 0}, r"data\.crops must be at least 1, got 0"),
-            ({"crops": 2, "name": "mnist"}, r"data\.crops are of the images of folder and datasets, got"),
+            ({"crops": 2, "name": "mnist"}, r"data\.crops are of folder, array and datasets, got"),
             ({"crops": 2, "fit": "pad"}, r"data\.fit must be crop, got pad"),
         ],
     )
@@ -746,7 +746,12 @@ class TestSize:
         [
             ({"resolution": 4}, "at least 8"),
             ({"name": "imagenet"}, r"data\.name must be one of digits, .*, got imagenet"),
-            ({"channels": 4}, r"data\.channels must be one of 1, 3, got 4"),
+            ({"channels": 0}, r"data\.channels must be at least 1, got 0"),
+            ({"channels": 4}, r"data\.channels 4 is for files, and the images of digits have 8 bits and 1 or 3"),
+            ({"value_range": (0, 16)}, r"data\.value_range is for files, and the images of digits"),
+            ({"name": "folder", "value_range": (1, 1)}, r"data\.value_range must be two finite increasing .*\[1, 1\]"),
+            ({"name": "folder", "value_range": (0, float("inf"))}, r"data\.value_range must be two finite increasing"),
+            ({"name": "folder", "value_range": (0, 1, 2)}, r"data\.value_range must be two finite increasing"),
             ({"fit": "Crop"}, r"data\.fit must be one of crop, pad, got Crop"),
             ({"heldout_fraction": 0.0}, "between 0 and 1"),
             ({"num_workers": -1}, "at least 0"),

@@ -14,7 +14,7 @@ PACKAGE = "diffusers_vae"
 
 # Files of one row never see each other; a package (models, data) counts as one file.
 ROWS = [
-    {"images"},
+    {"images", "values"},
     {"models", "objective", "equivariance", "adversarial", "perceptual", "diffusion", "tokenizer", "metrics", "data"},
     {"latents", "precision"},
     {"evaluation", "pictures", "checkpoint"},

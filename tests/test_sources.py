@@ -8,6 +8,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
@@ -24,6 +26,7 @@ SOURCES = {
     "tar": {},
     "zip": {},
     "shards": {},
+    "array": {"name": "array"},
     "parquet": {"name": "datasets"},
     "hub": {"name": "datasets"},
     "stream": {"name": "datasets", "streaming": True, "shuffle_buffer": 16},
@@ -62,6 +65,13 @@ def roots(cifar_folder, tmp_path_factory):
     for number in range(2):
         rows(folder / "train").shard(2, number).to_parquet(table / f"train-{number}.parquet", batch_size=5)
     rows(folder / "test").to_parquet(table / "test-0.parquet")
+    (root / "array").mkdir()
+    for part, shards in (("train", 2), ("test", 1)):
+        files = sorted((folder / part).rglob("*.png"))
+        for number in range(shards):
+            own = files[number::shards]
+            np.save(root / "array" / f"{part}-{number}.npy", [np.asarray(PIL.Image.open(file)) for file in own])
+            np.save(root / "array" / f"{part}-{number}.labels.npy", [file.parent.name for file in own])
     packed = {kind: pack(kind, folder, root / kind) for kind in ("tar", "zip")} | {"shards": root / "shards"}
     packed["shards"].mkdir()
     for part in ("train", "test"):
@@ -69,6 +79,7 @@ def roots(cifar_folder, tmp_path_factory):
             (root / "of one class" / part).mkdir(parents=True, exist_ok=True)
             shutil.copytree(folder / part / name, root / "of one class" / part / name / name)
             tarred(root / "of one class" / part / name, packed["shards"] / f"{part}-{name}.tar")
+    packed["array"] = root / "array"
     return dict.fromkeys(SOURCES, folder) | packed | dict.fromkeys(("parquet", "stream", "hub", "hub_stream"), table)
 
 
@@ -155,6 +166,6 @@ class TestEverySource:
 
 @pytest.mark.slow
 def test_the_same_images_from_everywhere(runs):
-    alike = ("folder", "tar", "zip", "shards", "parquet", "hub", "stream", "hub_stream")
+    alike = ("folder", "tar", "zip", "shards", "array", "parquet", "hub", "stream", "hub_stream")
     seen = [sum(first_time(steps_of(runs / name / "alone")).values(), Counter()).keys() for name in alike]
     assert all(own == seen[0] for own in seen) and len(seen[0]) == TRAIN

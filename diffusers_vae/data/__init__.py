@@ -1,5 +1,6 @@
 """Where images come from, and in which order."""
 
+from .arrays import ArrayStore, holds_arrays
 from .look import Look, look, recommended
 from .order import MicroBatch, Read, TrainingSet, deal, epoch_batches, step_generator
 from .reading import image_batches, kept_images, read_ahead
@@ -22,6 +23,7 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "OF_ROWS",
     "ArrayImages",
+    "ArrayStore",
     "DataConfig",
     "FileStore",
     "ImageSet",
@@ -35,6 +37,7 @@ __all__ = [
     "TrainingSet",
     "deal",
     "epoch_batches",
+    "holds_arrays",
     "holds_rows",
     "image_batches",
     "is_hub_id",

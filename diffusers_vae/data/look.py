@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from ..images import Header, to_uint8
+from ..values import EXACT, ValueRange
 from .reading import image_batches
 from .sources import OF_ROWS, DataConfig, ImageSet, StoredImages, has_parts, load_data
 
@@ -58,7 +60,7 @@ class Look:
     measured: int
     """Training images, brought to the resolution asked for, of which the rest is."""
     mean: tuple[float, ...]
-    """Of each channel, of values in [0, 1]."""
+    """Of each channel, of values in [0, 1]: 0 is black or the lowest value, 1 white or the highest."""
     std: tuple[float, ...]
     constant: tuple[str, ...]
     """Images in which hardly anything is to be seen."""
@@ -66,6 +68,8 @@ class Look:
     """The first of them, uint8 (B, C, H, W)."""
     files: FileFigures | None
     """None for sets that are no files of images."""
+    value_range: ValueRange | None = None
+    """What the values in the files mean, where that is stated."""
 
 
 def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
@@ -76,13 +80,16 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
 
     Raises:
         FileNotFoundError: when there is no such set.
-        ValueError: when nothing in it can be read.
+        ValueError: when nothing in it can be read, and when data.value_range must be stated, with the values found.
     """
     config = replace(config, on_bad_image="skip", crops=None)
     try:
         train, heldout = load_data(config, memory_limit=0, captions=True)
         captions = "none" if train.captions is None else "yes"
     except ValueError as error:
+        unstated = config.name in ("folder", "array") and config.value_range is None
+        if unstated and (advice := _range_to_state(config, max_images)):
+            raise ValueError(advice) from error
         train, heldout = load_data(config, memory_limit=0)  # and so it was about the captions
         captions = str(error)
     count = min(max_images, len(train))
@@ -114,7 +121,58 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         constant=tuple(constant),
         shown=shown,
         files=files,
+        value_range=None if config.value_range is None else ValueRange(*config.value_range),
     )
+
+
+def _range_to_state(config: DataConfig, max_images: int) -> str | None:
+    """Why data.value_range must be stated, and what it could be, from the values of at most `max_images` training
+    images; None where no other values than those of 8 bits can be read.
+    """
+    try:  # with a range that takes every value
+        train, _ = load_data(replace(config, value_range=(-1e300, 1e300)), memory_limit=0)
+    except ValueError:
+        return None
+    dtypes, lowest, highest, count = Counter(), math.inf, -math.inf, 0
+    for row in train.rows[:max_images].tolist():
+        try:
+            values = train.store.values(row, config)
+        except ValueError:
+            continue
+        dtypes[values.dtype] += 1
+        lowest, highest, count = min(lowest, values.min().item()), max(highest, values.max().item()), count + 1
+    if not set(dtypes) - {np.dtype(np.uint8)}:
+        return None
+    listed = ", ".join(f"{dtype.name} in {files:,}" for dtype, files in dtypes.most_common())
+    return (
+        f"data.value_range must state what values mean that are not of 8 bits: {listed} of {count:,} files, "
+        f"{lowest:,.6g} to {highest:,.6g}. {_ranges(set(dtypes), lowest, highest)}"
+    )
+
+
+def _ranges(dtypes: set[np.dtype], lowest: float, highest: float) -> str:
+    """What a range of such values may be, for people to choose from."""
+    if not math.isfinite(highest - lowest):
+        return "Values that are not finite cannot be trained on: mend or remove these files"
+    if all(dtype.kind == "f" for dtype in dtypes):
+        low, high = next(
+            (pair for pair in ((0, 1), (-1, 1), (0, 255)) if pair[0] <= lowest and highest <= pair[1]),
+            (math.floor(lowest), math.ceil(highest)),
+        )
+        return f"State --data.value_range '[{low}, {high}]', or the range of what was measured"
+    whole = [np.iinfo(dtype) for dtype in dtypes if dtype.kind in "iu"] + [np.iinfo(np.uint8)]
+    low, high = min(info.min for info in whole), max(info.max for info in whole)
+    if high - low > EXACT:
+        return (
+            f"State the range of what was measured, at most {EXACT:,} wide: --data.value_range '[{lowest}, {highest}]'"
+        )
+    bits = max(8, int(highest).bit_length())
+    if low == 0 and bits < int(high).bit_length():
+        return (
+            f"State --data.value_range '[0, {high}]', all that such files can hold, or '[0, {2**bits - 1}]' if they "
+            f"are of {bits} bits, as those that are there could be"
+        )
+    return f"State --data.value_range '[{low}, {high}]', all that such files can hold"
 
 
 def _classes(parts: Sequence[ImageSet]) -> dict[str, int]:
@@ -177,6 +235,11 @@ def recommended(found: Look, config: DataConfig) -> tuple[str, dict[str, str]]:
         return ("digits", {}) if config.name == "digits" else ("mnist-vae", settings)
     side, grey = found.files.sides[1], set(found.files.modes) <= set(GREY)
     settings["data.channels"] = "1" if grey else "3"
+    if config.as_they_are:
+        settings["data.channels"] = str(config.channels)
+        grey = config.channels == 1
+    if found.value_range:
+        settings["data.value_range"] = str(found.value_range)
     if found.unreadable:
         settings["data.on_bad_image"] = "skip"
     asked = {name: getattr(config, name) for name in ("resolution", "fit", "heldout_fraction", *OF_ROWS)}

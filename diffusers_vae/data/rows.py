@@ -16,6 +16,7 @@ import torch
 
 from ..images import Header, read_header, read_image
 from .captions import KEYS, LISTED
+from .store import raw_header, read_raw
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features
@@ -345,7 +346,9 @@ class RowStore:
         except OSError as error:
             raise ValueError(f"cannot read the image {self.name(row)}: {error}") from error
 
-    def header(self, row: int) -> Header:
+    def header(self, row: int, config: DataConfig) -> Header:
+        if config.as_they_are:
+            return raw_header(self.name(row), config, lambda: self._open(row))
         return read_header(self.name(row), lambda: self._open(row))
 
     def read(
@@ -355,6 +358,8 @@ class RowStore:
         transform: Callable[[torch.Tensor], torch.Tensor],
         scaled: Callable[[int, int], tuple[int, int]] | None,
     ) -> torch.Tensor:
+        if config.as_they_are:
+            return read_raw(self.name(row), config, transform, lambda: self._open(row))
         return read_image(self.name(row), config.channels, transform, scaled, lambda: self._open(row))
 
     def _place(self, row: int) -> tuple[int, int]:

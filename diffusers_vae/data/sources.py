@@ -27,6 +27,8 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from ..images import OVERSIZE, Header
+from ..values import ValueRange
+from .arrays import ArrayStore, ImageArray, array_classes, array_files
 from .augmentation import Augmentation
 from .captions import read_captions
 from .files import ARCHIVES, Files
@@ -47,12 +49,12 @@ from .store import FileStore, Store
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")
 OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column")
 """Settings of `DataConfig` that belong to one data set of rows."""
 MEMORY_LIMIT = 2**31
-"""Bytes of uint8 pixels up to which a set is read once and kept in memory."""
+"""Bytes of pixels up to which a set is read once and kept in memory."""
 IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
 """Names of sets whose images are all of one size, and in memory."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -64,31 +66,39 @@ T = TypeVar("T")
 class DataConfig:
     """Which images, and how they are brought to one size."""
 
-    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder", "datasets"] = "digits"
+    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder", "array", "datasets"] = "digits"
     """digits: scikit-learn's 1,797 embedded 8x8 digits, with a margin of one pixel. folder: image files below `root`.
-    datasets: what Hugging Face's `datasets` opens, on the Hub or here: Parquet, Arrow, WebDataset. The others:
-    torchvision's."""
+    array: NumPy arrays of many images. datasets: what Hugging Face's `datasets` opens, on the Hub or here: Parquet,
+    Arrow, WebDataset. The others: torchvision's."""
     root: str = "data"
     """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing. Of a
     folder, one with image files, zip archives and tars (WebDataset's shards) below it, or such an archive itself:
-    archives are read where they are, without unpacking. Of datasets, NAMESPACE/NAME on the Hub, a folder or a .parquet
-    file; it is prepared once in the cache of `datasets`, which takes as much room as the set."""
+    archives are read where they are, without unpacking. Of arrays, an .npy or .npz, or a folder with such files, of
+    (N, height, width), (N, channels, height, width) or (N, height, width, channels). Of datasets, NAMESPACE/NAME on the
+    Hub, a folder or a .parquet file; it is prepared once in the cache of `datasets`, which takes as much room as the
+    set."""
     subset: str | None = None
     """Of datasets, which configuration of the set, where it has several."""
     revision: str | None = None
     """Of datasets on the Hub, a branch, a tag or a commit; by default what is newest."""
     image_column: str | None = None
     """Of datasets, where the images are; by default the only column of type Image. One with the bytes of image files,
-    alone or as `bytes` beside their `path`, must be named."""
+    alone or as `bytes` beside their `path`, must be named. Of an .npz, the key of its images; by default the only array
+    with three or four axes."""
     label_column: str | None = None
-    """Of datasets, where the classes are, whole numbers or words; by default the only column of type ClassLabel."""
+    """Of datasets, where the classes are, whole numbers or words; by default the only column of type ClassLabel.
+    Of an .npz, the key of the labels; by default there are none. An .npy has them in NAME.labels.npy beside it."""
     caption_column: str | None = None
     """Of datasets, where the captions are, a string or a list of strings each, for what needs any; by default a column
     named text or caption."""
     resolution: int | tuple[int, int] = 32
     """Side of the images in pixels, or [height, width]."""
-    channels: Literal[1, 3] = 1
-    """1: grey, 3: RGB."""
+    channels: int = 1
+    """1: grey, 3: RGB, 4: RGBA as it is; any other number: files with so many channels, taken as they are."""
+    value_range: tuple[float, float] | None = None
+    """Of files: what their values mean, [low, high]. They are taken as they are, of whatever depth; low
+    is -1 and high is 1 in model range, and a value outside is an error. It is saved beside the model, and undone where
+    `diffusers-vae reconstruct` writes files. null: 8 bits a value; what has more, or other colours, is converted."""
     fit: Literal["crop", "pad"] = "crop"
     """crop: scale the image to cover the resolution, cut the centre. pad: black borders, scaled only if too large."""
     crops: int | Literal["random"] | None = None
@@ -113,7 +123,7 @@ class DataConfig:
     heldout_fraction: float = 0.1
     """Held out, at random but always the same, of sets without a test part. A folder has one when its images lie in
     train/ and in one of test/, val/, valid/, validation/, heldout/, or in archives that are named so, with anything
-    but a letter after it: train-000.tar."""
+    but a letter after it: train-000.tar. Arrays have one in files of such names: train.npy, test.npy."""
     streaming: bool = False
     """Read Parquet files, of data.name datasets, a row group at a time while training, here or from the Hub, instead of
     preparing all on the disk first. Each epoch has its own order, in which row groups come at random and their images
@@ -128,19 +138,29 @@ class DataConfig:
     """Processes that read images, for sets that are too large to be kept in memory."""
 
     def __post_init__(self):
-        for name in ("name", "channels", "fit", "on_bad_image"):
+        for name in ("name", "fit", "on_bad_image"):
             choices = get_args(get_type_hints(DataConfig)[name])
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"data.{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)}"
                 )
+        if self.channels < 1:
+            raise ValueError(f"data.channels must be at least 1, got {self.channels}")
+        if self.value_range is not None:
+            try:
+                ValueRange(*self.value_range)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"data.value_range must be two finite increasing numbers: {error}") from error
+        if self.as_they_are and self.name in IN_MEMORY:
+            given = f"data.channels {self.channels}" if self.value_range is None else "data.value_range"
+            raise ValueError(f"{given} is for files, and the images of {self.name} have 8 bits and 1 or 3 channels")
         if min(self.size) < 8:
             raise ValueError(f"data.resolution must be at least 8 pixels a side, got {self.resolution}")
         if self.crops is not None:
             if self.crops != "random" and self.crops < 1:
                 raise ValueError(f"data.crops must be at least 1, got {self.crops}")
             if self.name in IN_MEMORY:
-                raise ValueError(f"data.crops are of the images of folder and datasets, got data.name {self.name}")
+                raise ValueError(f"data.crops are of folder, array and datasets, got data.name {self.name}")
             if self.fit != "crop":
                 raise ValueError(f"data.crops leave nothing to pad: data.fit must be crop, got {self.fit}")
         if self.buckets is not None:
@@ -167,7 +187,8 @@ class DataConfig:
             except ValueError as error:
                 raise ValueError(f"data.color_jitter {list(self.color_jitter)} is not one: {error}") from error
         for name in OF_ROWS:
-            if getattr(self, name) is not None and self.name != "datasets":
+            of_array = self.name == "array" and name in ("image_column", "label_column")
+            if getattr(self, name) is not None and self.name != "datasets" and not of_array:
                 raise ValueError(
                     f"data.{name} is of data.name datasets, got {getattr(self, name)} with data.name {self.name}"
                 )
@@ -193,20 +214,31 @@ class DataConfig:
         """The set's name, of a folder or file its own, of one on the Hub with its namespace."""
         if self.name == "datasets":
             return self.root if is_hub_id(self.root) else Path(self.root).resolve().name
-        return Path(self.root).resolve().name if self.name == "folder" else self.name
+        return Path(self.root).resolve().name if self.name in ("folder", "array") else self.name
+
+    @property
+    def as_they_are(self) -> bool:
+        """Whether the values in files are not converted to grey or RGB of 8 bits."""
+        return self.value_range is not None or self.channels not in (1, 3)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of pixels as they are read: uint8 in [0, 255] or float32 in [0, 1]."""
+        return torch.uint8 if self.value_range is None else torch.float32
 
     @property
     def resize(self) -> str:
         """How images of another size are brought to `resolution`, in words."""
-        how = "bicubic with antialiasing, on 8-bit values"
+        how = f"bicubic with antialiasing, on {'8-bit' if self.value_range is None else 'float32'} values"
         if self.crops is not None:
             places = "a place" if self.crops == "random" else f"{self.crops} places"
             return f"cut out at {places} of each, always the same; if smaller, scaled to cover ({how})"
-        if self.name not in IN_MEMORY:
+        if self.name not in (*IN_MEMORY, "array") and not self.as_they_are:
             how += f"; JPEGs that are {2 * OVERSIZE} times as large or more, from a decode at reduced scale"
         if self.fit == "crop":
             return f"scaled to cover ({how}), then the centre is cut out"
-        return f"scaled if too large ({how}), then padded with black"
+        border = "black" if self.value_range is None else "the lowest value"
+        return f"scaled if too large ({how}), then padded with {border}"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -240,7 +272,7 @@ class ReadImages:
     """What was asked for and could be read."""
 
     pixels: torch.Tensor
-    """uint8 (B, C, H, W)."""
+    """(B, C, H, W), uint8 in [0, 255] or float32 in [0, 1]."""
     kept: Sequence[int]
     """Places, in the indices asked for, of the B images."""
     errors: tuple[str, ...] = ()
@@ -353,7 +385,7 @@ class _Images(TrainingSet):
 
 
 class ArrayImages(_Images):
-    """Images kept in memory: uint8 `pixels` (N, C, H, W), and what `_Images` has.
+    """Images kept in memory: `pixels` (N, C, H, W), uint8 or float32 in [0, 1], and what `_Images` has.
 
     Only the pixels can be on another device than the CPU: `to`.
     """
@@ -422,7 +454,7 @@ class StoredImages(_Images):
                 kept.append(number)
             except ValueError as error:
                 errors += [str(error)] * (str(error) not in errors)  # of two crops of a file
-        empty = torch.zeros(0, config.channels, *config.size, dtype=torch.uint8)
+        empty = torch.zeros(0, config.channels, *config.size, dtype=config.dtype)
         stop = config.on_bad_image == "stop"
         return ReadImages(torch.stack(pixels) if pixels else empty, kept, tuple(errors), stop)
 
@@ -452,7 +484,7 @@ class StoredImages(_Images):
 
     def header(self, index: int) -> Header:
         """Of an image; ValueError naming it when that tells that it cannot be read."""
-        return self.store.header(int(self.rows[index]))
+        return self.store.header(int(self.rows[index]), self.config)
 
     def first(self, count: int) -> StoredImages:
         """The first `count` images, which are a fair sample."""
@@ -461,6 +493,8 @@ class StoredImages(_Images):
     def fingerprint(self) -> str:
         """Of what the store tells without reading, which would take as long as an epoch, and of the crops."""
         digest, known = hashlib.sha256(), {}
+        if self.config.value_range is not None:
+            digest.update(f"{ValueRange(*self.config.value_range)}\0".encode())
         for index, row in enumerate(self.rows.tolist()):
             if row not in known:  # crops share a file
                 known[row] = self.store.identity(row)
@@ -504,7 +538,7 @@ def load_data(
         OSError: saying what to do, when a data set on the Hub cannot be had.
         ValueError: for files that cannot be read, by name.
     """
-    stored = {"folder": _load_folder, "datasets": _load_rows}
+    stored = {"folder": _load_folder, "array": _load_arrays, "datasets": _load_rows}
     if config.streaming:
         from .stream import load_stream  # which needs this file
 
@@ -528,7 +562,7 @@ def load_split(
     memory_limit: int | None = None,
 ) -> tuple[ImageSet, str]:
     """The images of `split`, held-out, training or all, and which that is: by default `default`, but all of a folder
-    that has no parts. Progress, captions, memory_limit and errors are those of `load_data`.
+    or of arrays without parts. Progress, captions, memory_limit and errors are those of `load_data`.
     """
     if split not in (None, "held-out", "training", "all"):
         raise ValueError(f"split must be held-out, training or all, got {split}")
@@ -584,6 +618,8 @@ def _bring_to_size(pixels: torch.Tensor, config: DataConfig) -> torch.Tensor:
     if scale != 1:
         size = list(_scaled_size(height, width, config))
         pixels = transforms.resize(pixels, size, transforms.InterpolationMode.BICUBIC, antialias=True)
+        if pixels.is_floating_point():
+            pixels = pixels.clamp(0, 1)  # it overshoots at edges
     return transforms.center_crop(pixels, list(config.size))  # pads with 0 where the image is smaller
 
 
@@ -734,6 +770,26 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
     return _in_size(train, heldout, progress, memory_limit)
 
 
+def _load_arrays(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> tuple[ImageSet, ImageSet]:
+    root = Path(config.root)
+    named, others = array_files(root, ("train", *HELDOUT_FOLDERS))
+    if named and not _is_split(named) and (others or len(named) > 1):
+        names = sorted(path.name for path in [*others, *(path for group in named.values() for path in group)])
+        raise ValueError(
+            f"it is not clear what to train on in {root.resolve()}: its arrays are either in files named train and one "
+            f"of {', '.join(HELDOUT_FOLDERS)}, or none is named so, got {', '.join(names[:10])}. Rename or move some"
+        )
+    groups = [named.pop("train"), *named.values()] if _is_split(named) else [next(iter(named.values()), others)]
+    parts = [[ImageArray(path, config) for path in group] for group in groups]
+    store = ArrayStore([array for arrays in parts for array in arrays])
+    labels, classes = array_classes(parts, config.label_column)
+    counts = [sum(map(len, arrays)) for arrays in parts]
+    loaded = _in_size(*_stored(config, store, counts, labels, classes, None), progress, memory_limit, headers=False)
+    if isinstance(loaded[0], ArrayImages):
+        store.forget()
+    return loaded
+
+
 def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> tuple[ImageSet, ImageSet]:
     found, root = open_rows(config, progress), config.described
     parts = {name: found[name] for name in find_parts(list(found), root)}
@@ -744,10 +800,24 @@ def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: 
     store = RowStore(root, parts, columns.image)
     labels, classes = read_labels(root, parts, columns.label) if columns.label else (None, None)
     told = read_row_captions(root, parts, columns.caption) if captions and columns.caption else None
-    if len(parts) == 1:
-        rows = _heldout_indices(len(store), config)
+    counts = [len(part) for part in parts.values()]
+    return _in_size(*_stored(config, store, counts, labels, classes, told), progress, memory_limit)
+
+
+def _stored(
+    config: DataConfig,
+    store: Store,
+    counts: Sequence[int],
+    labels: torch.Tensor | None,
+    classes: tuple[str, ...] | None,
+    told: Captions | None,
+) -> tuple[StoredImages, StoredImages]:
+    """The parts to train on and held out, each in a fixed random order, of the images of a store: cut at random, or so
+    many each. Labels are negative in a part that has none.
+    """
+    if len(counts) == 1:
+        rows = _heldout_indices(counts[0], config)
     else:
-        counts = [len(part) for part in parts.values()]
         rows = [np.random.default_rng(0).permutation(count) for count in counts]
         rows[1] += counts[0]
     train, heldout = (
@@ -761,20 +831,24 @@ def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: 
         )
         for own, labelled in ((own, labels is not None and labels[own[0]] >= 0) for own in rows)
     )
-    return _in_size(train, heldout, progress, memory_limit)
+    return train, heldout
 
 
 def _in_size(
-    train: StoredImages, heldout: StoredImages, progress: bool, memory_limit: int
+    train: StoredImages, heldout: StoredImages, progress: bool, memory_limit: int, headers: bool = True
 ) -> tuple[ImageSet, ImageSet]:
-    """The sets in memory, if their pixels fit, else to be read on demand; without the images that cannot be read."""
+    """The sets in memory, if their pixels fit, else to be read on demand; without the images that cannot be read, of a
+    set to be read on demand as far as `headers` tell, where each has its own.
+    """
     config = train.config
-    count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels
+    count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels * config.dtype.itemsize
     several = config.buckets or count == "random"  # of a training image there is more than the pixels at one size
     if several or (len(train) + len(heldout)) * count * size > memory_limit:
-        parts, headers = _scan([train, heldout], StoredImages.header, "checking files", progress)
+        parts, found = [train, heldout], []
+        if headers or config.buckets:
+            parts, found = _scan(parts, StoredImages.header, "checking files", progress)
         if config.buckets:
-            parts[0].buckets = _nearest(headers[0], config.bucket_sizes)
+            parts[0].buckets = _nearest(found[0], config.bucket_sizes)
         return parts[0].cropped(), parts[1].cropped()
     parts, read = _scan([train, heldout], StoredImages.read_all, "reading images", progress)
     return tuple(
@@ -815,6 +889,8 @@ def has_parts(config: DataConfig) -> bool:
     """Whether the set has a part to train on and one that is held out, and need not be cut."""
     if config.name == "folder":
         return _is_split(_look_into(config)[1])
+    if config.name == "array":
+        return _is_split(array_files(Path(config.root), ("train", *HELDOUT_FOLDERS))[0])
     if config.name == "datasets":
         found = rows_builder(config).config.data_files if config.streaming else open_rows(config)
         return len(find_parts(list(map(str, found)), config.described)) == 2

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
+import numpy as np
 import torch
 
-from ..images import Header, read_header, read_image
+from ..images import LARGE, Header, read_header, read_image
+from ..values import FileKind, ValueRange, read_kind, read_values
 from .files import Member
 
 if TYPE_CHECKING:
     from .sources import DataConfig
+
+_ONE_LARGE = threading.Lock()
 
 
 class Store(Protocol):
@@ -39,7 +45,7 @@ class Store(Protocol):
         """As stored; ValueError naming it when it is damaged."""
         ...
 
-    def header(self, row: int) -> Header:
+    def header(self, row: int, config: DataConfig) -> Header:
         """What it says of itself; ValueError naming it when that tells that it cannot be read."""
         ...
 
@@ -50,8 +56,51 @@ class Store(Protocol):
         transform: Callable[[torch.Tensor], torch.Tensor],
         scaled: Callable[[int, int], tuple[int, int]] | None,
     ) -> torch.Tensor:
-        """Its pixels, through `transform`: `images.read_image`."""
+        """Its pixels, through `transform`: `images.read_image` or, if `config` takes them `as_they_are`, `read_raw`."""
         ...
+
+
+def raw_header(path: str | Path, config: DataConfig, content: Callable[[], BinaryIO] | None = None) -> Header:
+    """What an image file says of itself that is read as it is; its mode is 5x uint16, say.
+
+    Raises:
+        ValueError: naming the file, when that tells that it cannot be read so.
+    """
+    kind = read_kind(path, config.channels, content)
+    _check_depth(path, kind, config)
+    return Header(kind.format, kind.mode, kind.height, kind.width)
+
+
+def read_raw(
+    path: str | Path,
+    config: DataConfig,
+    transform: Callable[[torch.Tensor], torch.Tensor],
+    content: Callable[[], BinaryIO] | None = None,
+) -> torch.Tensor:
+    """The pixels of an image file, its values as they are, through `transform`, which gets (C, H, W): uint8 or, if
+    `config` states a value_range, float32 in [0, 1]. Threads that read large images do so one after the other.
+
+    Raises:
+        ValueError: naming the file, when it cannot be read so, or holds values outside of the range.
+    """
+    kind = read_kind(path, config.channels, content)
+    _check_depth(path, kind, config)
+    with _ONE_LARGE if kind.height * kind.width > LARGE else nullcontext():
+        values, _ = read_values(path, config.channels, content)
+        if config.value_range is None:
+            return transform(torch.from_numpy(values))
+        try:
+            return transform(ValueRange(*config.value_range).to_unit(values))
+        except ValueError as error:
+            raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
+def _check_depth(path: str | Path, kind: FileKind, config: DataConfig) -> None:
+    if config.value_range is None and kind.dtype != np.dtype(np.uint8).str:
+        raise ValueError(
+            f"cannot read the image {path}: data.value_range, [low, high], must state what values mean that are not of "
+            f"8 bits, got {np.dtype(kind.dtype).name}; `diffusers-vae data` says which there are"
+        )
 
 
 class FileStore:
@@ -81,9 +130,12 @@ class FileStore:
         except ValueError as error:
             raise ValueError(f"cannot read the image {self.paths[row]}: {error}") from error
 
-    def header(self, row: int) -> Header:
+    def header(self, row: int, config: DataConfig) -> Header:
         member = self._member(row)
-        return read_header(self.paths[row], member and member.open)
+        content = member and member.open
+        if self._is_raw(row, config):
+            return raw_header(self.paths[row], config, content)
+        return read_header(self.paths[row], content)
 
     def read(
         self,
@@ -93,8 +145,22 @@ class FileStore:
         scaled: Callable[[int, int], tuple[int, int]] | None,
     ) -> torch.Tensor:
         member = self._member(row)
+        if self._is_raw(row, config):
+            return read_raw(self.paths[row], config, transform, self._bytes(row))
         content = member and (lambda: io.BytesIO(member.read()))
         return read_image(self.paths[row], config.channels, transform, scaled, content)
+
+    def values(self, row: int, config: DataConfig) -> np.ndarray:
+        """Those of an image as they are in its file, (C, H, W); ValueError naming it when it cannot be read so."""
+        return read_values(self.paths[row], config.channels, self._bytes(row))[0]
+
+    def _is_raw(self, row: int, config: DataConfig) -> bool:
+        return config.as_they_are or self.paths[row].suffix.lower() == ".npy"
+
+    def _bytes(self, row: int) -> Callable[[], BinaryIO] | None:
+        """Opens what lies in an archive, read once."""
+        content = self.content(row) if self._member(row) else None
+        return None if content is None else lambda: io.BytesIO(content)
 
     def _member(self, row: int) -> Member | None:
         return self.members.get(str(self.paths[row])) if self.members else None

@@ -20,6 +20,7 @@ from ..images import Header, read_header, read_image
 from .order import Batches, streamed
 from .rows import find_columns, find_parts, rows_builder
 from .sources import DataConfig, StoredImages
+from .store import raw_header, read_raw
 
 if TYPE_CHECKING:
     from pyarrow import Array
@@ -87,7 +88,9 @@ class ParquetStore:
             raise ValueError(f"cannot read the image {self.name(row)}: there is none in the row")
         return value.as_buffer().to_pybytes()
 
-    def header(self, row: int) -> Header:
+    def header(self, row: int, config: DataConfig) -> Header:
+        if config.as_they_are:
+            return raw_header(self.name(row), config, lambda: io.BytesIO(self.content(row)))
         return read_header(self.name(row), lambda: io.BytesIO(self.content(row)))
 
     def read(
@@ -97,6 +100,9 @@ class ParquetStore:
         transform: Callable[[torch.Tensor], torch.Tensor],
         scaled: Callable[[int, int], tuple[int, int]] | None,
     ) -> torch.Tensor:
+        if config.as_they_are:
+            content = self.content(row)
+            return read_raw(self.name(row), config, transform, lambda: io.BytesIO(content))
         return read_image(self.name(row), config.channels, transform, scaled, lambda: io.BytesIO(self.content(row)))
 
     def _place(self, row: int) -> tuple[np.void, int]:

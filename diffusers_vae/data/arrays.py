@@ -1,0 +1,376 @@
+"""Arrays of many images in NumPy's files, read where they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import zipfile
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..images import Header
+from ..values import ValueRange
+
+if TYPE_CHECKING:
+    from .sources import DataConfig
+
+SUFFIXES = (".npy", ".npz")
+LABELS = ".labels.npy"
+SAMPLES, SAMPLE = 64, 4096
+"""Places of a file, and bytes at each, by which it is told from others."""
+SEEN = 100
+"""Images whose values an error about them tells of."""
+
+
+class ImageArray:
+    """The images in an `.npy`, read on demand, or in an array of an `.npz`, read into memory at once; pickled without.
+
+    Args:
+        path: of the file.
+        config: the image_column is the key of the array in an `.npz`, by default its only one with the shape of images.
+            By the number of channels their axis is found.
+
+    Raises:
+        ValueError: naming the file, when it is damaged or holds no such array.
+    """
+
+    def __init__(self, path: Path, config: DataConfig):
+        self.path, self.column = path, config.image_column
+        if is_npz(path):
+            self.column = _image_column(path, self.column)
+        elif self.column is not None:
+            raise ValueError(f"data.image_column is the key of an array in an .npz, got {self.column} for {path}")
+        (self.shape, self.fortran, self.dtype), self.offset = self._header()
+        if self.dtype.hasobject:
+            raise ValueError(f"{self} holds Python objects, which are not unpickled; store numbers, all of one shape")
+        if self.dtype.kind not in "biuf":
+            raise ValueError(f"{self} must hold real numbers, got {self.dtype}")
+        if not math.prod(self.shape):
+            raise ValueError(f"{self} is empty: its shape is {self.shape}")
+        self.layout = _layout(str(self), self.shape, config)
+        self.values = _read_npz(path, self.column) if is_npz(path) else None
+        if self.values is None:
+            there, told = path.stat().st_size, self.offset + math.prod(self.shape) * self.dtype.itemsize
+            if there < told:
+                raise ValueError(f"cannot read {path}: it ends after {there:,} of {told:,} bytes, cut short")
+        self.digest = self._digest()
+        if config.value_range is None and self.dtype.kind != "b" and self.dtype != np.uint8:
+            first = [self.image(place) for place in range(min(SEEN, len(self)))]
+            least, most = min(values.min() for values in first), max(values.max() for values in first)
+            raise ValueError(
+                f"{self} holds {self.dtype.name}, and nothing states what its values mean: those of its first "
+                f"{len(first)} images lie in [{least}, {most}]. State data.value_range, [low, high], or store uint8"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.path}" if self.column is None else f"{self.path}, {self.column}"
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"values": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        if is_npz(self.path):
+            self.values = _read_npz(self.path, self.column)
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.layout == "NHW" else self.shape[self.layout.index("C")]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images."""
+        return self.shape[self.layout.index("H")], self.shape[self.layout.index("W")]
+
+    @property
+    def image_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def image(self, place: int) -> np.ndarray:
+        """One as it lies in the array, in its dtype; OSError or ValueError when the file does not hold it any more."""
+        if self.values is not None:
+            return self.values[place]
+        if self.fortran:  # all over the file
+            return np.array(np.lib.format.open_memmap(self.path, mode="r")[place])
+        # not through a map, in which an error of the disk kills the process, and whose pages count as its memory
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset + place * self.image_bytes)
+            content = file.read(self.image_bytes)
+        if len(content) != self.image_bytes:
+            raise ValueError("the file was cut short")
+        return np.frombuffer(content, self.dtype).reshape(self.shape[1:])
+
+    def labels(self, column: str | None) -> np.ndarray | None:
+        """(N,) integers or texts: of an `.npz` the array of that key, of NAME.npy what NAME.labels.npy holds."""
+        beside = self.path.with_name(self.path.stem + LABELS)
+        if not is_npz(self.path) and column is not None:
+            raise ValueError(
+                f"data.label_column is the key of an array in an .npz, got {column}; labels of {self} lie in {beside}"
+            )
+        if is_npz(self.path):
+            if column is None:
+                return None
+            name, labels = f"{self.path}, {column}", _read_npz(self.path, column)
+        elif beside.exists():
+            try:
+                with beside.open("rb") as file:
+                    name, labels = str(beside), np.lib.format.read_array(file, allow_pickle=False)
+            except (EOFError, OSError, ValueError) as error:
+                raise ValueError(f"cannot read {beside}: {error}") from error
+        else:
+            return None
+        if labels.shape != (len(self),) or labels.dtype.kind not in "biuSU":
+            raise ValueError(
+                f"labels must be one integer or text for each of the {len(self):,} images of {self}, got shape "
+                f"{labels.shape} and dtype {labels.dtype} in {name}"
+            )
+        return np.char.decode(labels, "utf-8") if labels.dtype.kind == "S" else labels
+
+    def _header(self) -> tuple[tuple[tuple[int, ...], bool, np.dtype], int]:
+        """(shape, whether in Fortran's order, dtype), and where in the file its values begin."""
+        if self.column is not None:
+            return _headers(self.path)[self.column], 0
+        try:
+            with self.path.open("rb") as file:
+                return _read_header(file), file.tell()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read {self.path}: {error}") from error
+
+    def _digest(self) -> bytes:
+        """Of dtype, shape and bytes at places spread over the file."""
+        digest = hashlib.sha256(f"{self.column} {self.dtype.str} {self.shape} {self.fortran}".encode())
+        with self.path.open("rb") as file:
+            for start in np.linspace(0, max(0, self.path.stat().st_size - SAMPLE), SAMPLES).astype(np.int64).tolist():
+                file.seek(start)
+                digest.update(file.read(SAMPLE))
+        return digest.digest()
+
+
+class ArrayStore:
+    """The images of several arrays, one after the other."""
+
+    def __init__(self, arrays: Sequence[ImageArray]):
+        self.arrays = arrays
+        self.starts = [0, *accumulate(map(len, arrays))]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def name(self, row: int) -> str:
+        array, place = self._find(row)
+        return f"{array}, image {place}"
+
+    def key(self, row: int) -> str:
+        array, place = self._find(row)
+        return f"{array.path.name}/{place}"
+
+    def identity(self, row: int) -> bytes:
+        array, place = self._find(row)
+        return array.digest + f"{array.path.name}/{place}\0".encode(errors="surrogateescape")
+
+    def size(self, row: int) -> int:
+        return self._find(row)[0].image_bytes
+
+    def content(self, row: int) -> bytes:
+        return self._image(row).tobytes()
+
+    def header(self, row: int, config: DataConfig) -> Header:
+        array, _ = self._find(row)
+        mode = f"{array.channels}x {array.dtype.name}"
+        if not config.as_they_are:
+            mode = "1" if array.dtype.kind == "b" else {1: "L", 3: "RGB"}[array.channels]
+        return Header(array.path.suffix[1:].upper(), mode, *array.size)
+
+    def read(
+        self,
+        row: int,
+        config: DataConfig,
+        transform: Callable[[torch.Tensor], torch.Tensor],
+        scaled: Callable[[int, int], tuple[int, int]] | None,
+    ) -> torch.Tensor:
+        values = self.values(row, config)
+        if config.value_range is not None:
+            try:
+                return transform(ValueRange(*config.value_range).to_unit(values))
+            except ValueError as error:
+                raise ValueError(f"cannot read {self.name(row)}: {error}") from error
+        if values.dtype.kind == "b":
+            values = values * np.uint8(255)  # as of a file with 1 bit
+        if len(values) == 3 and config.channels == 1:  # as of a file
+            values = np.asarray(Image.fromarray(np.ascontiguousarray(np.moveaxis(values, 0, -1))).convert("L"))[None]
+        pixels = torch.from_numpy(np.array(values))  # a copy that may be written to
+        return transform(pixels.expand(config.channels, -1, -1))
+
+    def values(self, row: int, config: DataConfig) -> np.ndarray:
+        """Those of an image as they are in the array, (C, H, W); ValueError naming it when it cannot be read."""
+        layout, values = self._find(row)[0].layout, self._image(row)
+        return values[None] if layout == "NHW" else np.moveaxis(values, -1, 0) if layout == "NHWC" else values
+
+    def forget(self) -> None:
+        """What was read into memory, if nothing is to be read any more."""
+        for array in self.arrays:
+            array.values = None
+
+    def _find(self, row: int) -> tuple[ImageArray, int]:
+        number = bisect_right(self.starts, row) - 1
+        return self.arrays[number], row - self.starts[number]
+
+    def _image(self, row: int) -> np.ndarray:
+        array, place = self._find(row)
+        try:
+            return array.image(place)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot read {self.name(row)}: {error}") from error
+
+
+def array_files(root: Path, parts: Sequence[str]) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The files of arrays in `root`, or that file itself: those that are named as one of the parts, by part, and the
+    others.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: for labels without images.
+    """
+    if root.is_file() and root.suffix.lower() in SUFFIXES:
+        return {}, [root]
+    if not root.is_dir():
+        kind = "neither" if root.exists() else "not there"
+        raise FileNotFoundError(
+            f"data.root must be an .npy, an .npz or a folder with such files, got {root.resolve()}, which is {kind}"
+        )
+    files = sorted(path for path in root.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    labels = [path for path in files if path.name.endswith(LABELS)]
+    images = [path for path in files if path not in labels]
+    if not images:
+        raise FileNotFoundError(f"no array in {root.resolve()}: none of {', '.join(SUFFIXES)}")
+    known = {path.with_name(path.stem + LABELS) for path in images if not is_npz(path)}
+    for path in labels:
+        if path not in known:
+            raise ValueError(f"{path} are labels of {path.name.removesuffix(LABELS)}.npy, which is not there")
+    named: dict[str, list[Path]] = {}
+    others = []
+    for path in images:
+        part = re.match("[a-z]*", path.name)[0]
+        (named.setdefault(part, []) if part in parts else others).append(path)
+    return named, others
+
+
+def array_classes(
+    parts: Sequence[Sequence[ImageArray]], column: str | None
+) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:
+    """Labels (N,) of all images, -1 in a part without, and the names of the classes: the integers or texts of all
+    parts, sorted. None when there are less than two.
+
+    Raises:
+        ValueError: when only some files of a part have labels.
+    """
+    found = []
+    for arrays in parts:
+        own = [array.labels(column) for array in arrays]
+        missing = [array for array, labels in zip(arrays, own, strict=True) if labels is None]
+        if 0 < len(missing) < len(own):
+            raise ValueError(f"{missing[0].path} has no {missing[0].path.stem + LABELS} beside it, others have")
+        found += [None if labels is None else np.unique(labels, return_inverse=True) for labels in own]
+    known = {str(value) for own in found if own is not None for value in own[0]}
+    if len(known) < 2:
+        return None, None
+    numbers = all(re.fullmatch("-?[0-9]+", name) for name in known)
+    classes = sorted(known, key=int if numbers else None)
+    place_of = {name: place for place, name in enumerate(classes)}
+
+    labels = [
+        np.full(len(array), -1) if own is None else np.array([place_of[str(value)] for value in own[0]])[own[1]]
+        for array, own in zip((array for arrays in parts for array in arrays), found, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(labels)), tuple(classes)
+
+
+def holds_arrays(path: Path) -> bool:
+    """Whether it is a file of arrays, or a folder with one that is named as a part to train on: of others, files may
+    hold an image each.
+    """
+    return path.suffix.lower() in SUFFIXES or any(any(path.glob(f"train*{suffix}")) for suffix in SUFFIXES)
+
+
+def is_npz(path: Path) -> bool:
+    """Whether it is a file of several arrays."""
+    return path.suffix.lower() == ".npz"
+
+
+def _layout(name: str, shape: tuple[int, ...], config: DataConfig) -> str:
+    wanted = {config.channels} if config.as_they_are else {1, 3}
+    fitting = []
+    if len(shape) == 3 and 1 in wanted and shape[2] > 4:  # else it is one image in colour
+        fitting = ["NHW"]
+    elif len(shape) == 4:
+        fitting = [layout for layout, axis in (("NCHW", 1), ("NHWC", 3)) if shape[axis] in wanted]
+    if len(fitting) == 1:
+        return fitting[0]
+    rule = "images must be (N, channels, height, width), (N, height, width, channels) or, of one, (N, height, width)"
+    counts = " or ".join(map(str, sorted(wanted)))
+    if fitting:
+        raise ValueError(
+            f"it is not clear where the channels of {name} lie: {rule}, and both the second and the last axis of "
+            f"{shape} may be {counts} channels. Of one channel, take the axis away; else enlarge the images"
+        )
+    raise ValueError(f"{rule}, with {counts} channels for data.channels {config.channels}, got {shape} in {name}")
+
+
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version[0]}.{version[1]} of NPY is for other values than numbers")
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return header(file)
+
+
+def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], bool, np.dtype]]:
+    """Of the arrays in an `.npz`, by key."""
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as opened:
+            for name in opened.namelist():
+                with opened.open(name) as file:
+                    found[name.removesuffix(".npy")] = _read_header(file)
+    except (EOFError, NotImplementedError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    return found
+
+
+def _read_npz(path: Path, column: str) -> np.ndarray:
+    headers = _headers(path)
+    if column not in headers:
+        raise ValueError(f"{path} has no array {column}: it holds {_listed(headers)}")
+    try:
+        with zipfile.ZipFile(path) as opened, opened.open(f"{column}.npy") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except (EOFError, KeyError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"cannot read {path}, {column}: {error}") from error
+
+
+def _image_column(path: Path, column: str | None) -> str:
+    headers = _headers(path)
+    fitting = [key for key, (shape, _, _) in headers.items() if len(shape) in (3, 4)]
+    if column is None and len(fitting) == 1:
+        return fitting[0]
+    if column in headers:
+        return column
+    wrong = "several arrays" if fitting else "no array"
+    wrong = f"no array {column}" if column else f"{wrong} with the shape of images"
+    raise ValueError(f"{path} has {wrong}; name one by data.image_column, of {_listed(headers)}")
+
+
+def _listed(headers: dict[str, tuple[tuple[int, ...], bool, np.dtype]]) -> str:
+    return "; ".join(f"{key} {shape} {dtype}" for key, (shape, _, dtype) in headers.items()) or "nothing"

@@ -1,0 +1,352 @@
+"""Image files of any number of channels and any depth, as they are: their values to arrays, to model range, and back to
+files of the same kind.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+
+RANGE_FILE = "value_range.json"
+EXACT = 2**24
+"""Width of a range of integers up to which float32 tells all of them apart in [-1, 1]: it has 2^23 + 1 values from 0.5
+to 1, to which the upper half of the range is mapped on its way.
+"""
+WRITTEN = ("NPY", "PNG", "TIFF")
+"""Formats that `write_values` writes; files of others come back as PNG."""
+PHOTOMETRICS = ("MINISBLACK", "MINISWHITE", "RGB", "SEPARATED")
+"""What the values of a TIFF may stand for; of others, they are a code for something else."""
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda values: values[:, :, ::-1],
+    3: lambda values: values[:, ::-1, ::-1],
+    4: lambda values: values[:, ::-1],
+    5: lambda values: values.swapaxes(1, 2),
+    6: lambda values: np.rot90(values, -1, (1, 2)),
+    7: lambda values: values[:, ::-1, ::-1].swapaxes(1, 2),
+    8: lambda values: np.rot90(values, 1, (1, 2)),
+}
+"""By orientation in EXIF 2.32, 4.6.5: what turns an image (C, H, W) upright."""
+
+
+@dataclass(frozen=True)
+class ValueRange:
+    """What the values of images mean: `low` is -1 and `high` is 1 in model range.
+
+    Raises:
+        ValueError: unless both are finite and increase.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self):
+        if not (self.low < self.high and math.isfinite(self.high - self.low)):
+            raise ValueError(f"a range of values must be two finite increasing numbers, got {self}")
+
+    def __str__(self) -> str:
+        return f"[{self.low:.15g}, {self.high:.15g}]"
+
+    def to_unit(self, values: np.ndarray) -> torch.Tensor:
+        """float32 in [0, 1] from values of any shape and real dtype; of integers, `from_model_range` gives them back.
+
+        Raises:
+            ValueError: for values outside of the range or not finite, and for integers in a range wider than `EXACT`.
+        """
+        self._check(values.dtype)
+        lowest, highest = values.min(), values.max()  # of both, not a number is neither more nor less
+        inside = self._bounds(values.dtype)
+        if not (inside[0] <= lowest and highest <= inside[1]) or not np.isfinite([lowest, highest]).all():
+            wrong = highest if inside[0] <= lowest else lowest
+            raise ValueError(f"values must be finite and lie in {self}, which data.value_range states, got {wrong}")
+        unit = (values.astype(np.float64) - self.low) / (self.high - self.low)
+        return torch.from_numpy(unit.astype(np.float32)).clamp(0, 1)  # by rounding alone could it be outside
+
+    def from_model_range(self, images: torch.Tensor, dtype: np.dtype | str) -> np.ndarray:
+        """Values of `dtype`, rounded if it is one of integers, from images in [-1, 1] of any shape, clamped to that and
+        to what `dtype` holds.
+
+        Raises:
+            ValueError: for images that are not finite, and for integers in a range wider than `EXACT`.
+        """
+        dtype = np.dtype(dtype)
+        self._check(dtype)
+        if not images.isfinite().all():
+            raise ValueError("images must be finite to become values of a file")
+        unit = (images.detach().float().cpu().numpy().astype(np.float64) + 1) / 2
+        values = self.low + unit * (self.high - self.low)
+        inside = self._bounds(dtype)
+        if dtype.kind != "f":
+            return values.round().clip(*inside).astype(dtype)
+        return values.clip(self.low, self.high).astype(dtype).clip(*inside)
+
+    def save(self, folder: Path) -> None:
+        """Write it beside the config.json of a model, which has no place for it."""
+        (folder / RANGE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> ValueRange | None:
+        """That in the folder of a model, or None; ValueError naming the file when it holds none."""
+        file = folder / RANGE_FILE
+        if not file.exists():
+            return None
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file} must hold a range, as {{'low': 0, 'high': 65535}}: {error}") from error
+
+    def _check(self, dtype: np.dtype) -> None:
+        if dtype.kind not in "biuf":
+            raise ValueError(f"values must be real numbers, got {dtype}")
+        if dtype.kind != "f" and self.high - self.low > EXACT:
+            raise ValueError(
+                f"float32 does not tell all integers in {self} apart: a range of {dtype} must be at most 2^24 = "
+                f"{EXACT:,} wide; state a narrower data.value_range, or store the values as floats"
+            )
+
+    def _bounds(self, dtype: np.dtype) -> tuple[float, float]:
+        """The least and the largest value of `dtype` in the range."""
+        if dtype.kind == "f":  # the numbers next to the stated ones that a file can hold
+            with np.errstate(over="ignore"):
+                return dtype.type(self.low), dtype.type(self.high)
+        held = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        return max(math.ceil(self.low), held[0]), min(math.floor(self.high), held[1])
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """How an image file holds its values."""
+
+    format: str
+    """NPY, PNG, TIFF or, of others, as Pillow names it."""
+    dtype: str
+    """As numpy names it, with the order of its bytes: |u1, <u2, >f4, ..."""
+    channels: int
+    height: int
+    width: int
+    """Both of the upright image."""
+    layout: str
+    """Where the channels lie: HW, of one, CHW or HWC; of a TIFF, each may have a page."""
+    photometric: str | None = None
+    """Of a TIFF: what it says that its values stand for."""
+    extrasamples: tuple[str, ...] = ()
+    """Of a TIFF: what it says that channels beyond these are."""
+
+    @property
+    def mode(self) -> str:
+        """Channels and dtype, for people: 5x uint16."""
+        return f"{self.channels}x {np.dtype(self.dtype).name}"
+
+
+def read_kind(path: str | Path, channels: int, content: Callable[[], BinaryIO] | None = None) -> FileKind:
+    """Of an image file that is to have so many channels. Its values are not read, so damage there goes unnoticed.
+
+    Raises:
+        ImportError: when the package is missing that reads such files.
+        ValueError: what `read_values` would for a file whose header tells.
+    """
+    return _read(path, channels, content, False)[1]
+
+
+def read_values(
+    path: str | Path, channels: int, content: Callable[[], BinaryIO] | None = None
+) -> tuple[np.ndarray, FileKind]:
+    """Values (C, H, W) of an image file in its own dtype, turned upright and otherwise as they are: neither colours nor
+    depth are converted, no profile and no transparent colour is applied; and how it holds them.
+
+    NPY: (H, W) or, told apart by `channels`, (C, H, W) or (H, W, C). TIFF: channels interleaved, in planes or in pages.
+    PNG of 8 or 16 bits. BMP, JPEG and WebP, grey or RGB.
+
+    Args:
+        path: of the file.
+        channels: how many it is to have.
+        content: opens a file that lies in an archive, `path` being its name then.
+
+    Raises:
+        ImportError: when the package is missing that reads such files.
+        ValueError: naming the file, when it cannot be read so, is damaged, has other channels, or claims more pixels
+            than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    return _read(path, channels, content, True)
+
+
+def write_values(path: str | Path, values: np.ndarray, kind: FileKind) -> None:
+    """Write values (C, H, W) to a file of that kind: dtype, layout and format, PNG where that is none of `WRITTEN`.
+
+    Raises:
+        ImportError: when the package is missing that writes such files.
+    """
+    values = values.astype(np.dtype(kind.dtype), casting="equiv")
+    laid = values[0] if kind.layout == "HW" else np.moveaxis(values, 0, -1) if kind.layout == "HWC" else values
+    laid = np.ascontiguousarray(laid)
+    if kind.format == "NPY":
+        with open(path, "wb") as file:  # np.save itself adds a suffix
+            np.save(file, laid, allow_pickle=False)
+    elif kind.format == "TIFF":
+        planes = {"CHW": "separate", "HWC": "contig"}.get(kind.layout)
+        photometric, extra = kind.photometric.lower(), kind.extrasamples or None
+        _package("tifffile").imwrite(
+            path, laid, photometric=photometric, planarconfig=planes, extrasamples=extra, metadata=None
+        )
+    else:
+        bits = 8 * values.dtype.itemsize
+        writer = _package("png").Writer(
+            kind.width, kind.height, greyscale=kind.channels < 3, alpha=kind.channels in (2, 4), bitdepth=bits
+        )
+        with open(path, "wb") as file:
+            writer.write(file, laid.reshape(kind.height, -1))
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package, kind = {"png": ("pypng", "PNG"), "tifffile": ("tifffile", "TIFF")}[name]
+        raise ImportError(
+            f"{kind} files of any depth need the package {package}: pip install 'diffusers-vae[train]'"
+        ) from error
+
+
+def _read(
+    path: str | Path, channels: int, content: Callable[[], BinaryIO] | None, whole: bool
+) -> tuple[np.ndarray | None, FileKind]:
+    """Values and kind of a file; whatever is wrong with it is a ValueError that names it."""
+    try:
+        with content() if content else open(path, "rb") as file:
+            start = file.read(4)
+            file.seek(0)
+            read = _READERS.get(start, _read_pillow)
+            values, kind = read(file, channels, whole)
+        if kind.channels != channels:
+            raise ValueError(
+                f"it has {kind.channels} channels, and data.channels, which must be that of all files, is {channels}"
+            )
+        return values if values is None else np.ascontiguousarray(values), kind
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # on a damaged file decoders raise nearly anything
+        reason = re.sub(r" <_io\..*>", "", str(error).replace(repr(str(path)), "")).rstrip(" :")
+        raise ValueError(f"cannot read the image {path}: {reason or type(error).__name__}") from error
+
+
+def _check_size(height: int, width: int) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and height * width > limit:
+        raise ValueError(f"{width}x{height} pixels are more than {limit:,}")
+    if not height * width:
+        raise ValueError("it has no pixels")
+
+
+def _read_npy(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray | None, FileKind]:
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"NPY of version {version[0]}.{version[1]} is for other values than numbers")
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(file)
+    if dtype.kind not in "biuf":
+        raise ValueError(f"values must be real numbers, got {dtype}")
+    layouts = [layout for layout, place in (("CHW", 0), ("HWC", -1)) if len(shape) == 3 and shape[place] == channels]
+    if len(shape) == 2:
+        layouts = ["HW"]
+    if len(layouts) != 1:
+        rule = "it cannot be told where the channels lie" if layouts else "no side has so many"
+        raise ValueError(
+            f"an array of {channels} channels must be (channels, height, width), (height, width, channels) or, of one, "
+            f"(height, width), got {shape}: {rule}"
+        )
+    sizes = dict(zip(layouts[0], shape, strict=True))
+    kind = FileKind("NPY", dtype.str, sizes.get("C", 1), sizes["H"], sizes["W"], layouts[0])
+    _check_size(kind.height, kind.width)
+    if not whole:
+        return None, kind
+    file.seek(0)
+    return _channels_first(np.load(file, allow_pickle=False), kind.layout), kind
+
+
+def _channels_first(values: np.ndarray, layout: str) -> np.ndarray:
+    """(C, H, W), with bytes in this machine's order."""
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    return values[None] if layout == "HW" else np.moveaxis(values, -1, 0) if layout == "HWC" else values
+
+
+def _read_tiff(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray | None, FileKind]:
+    with _package("tifffile").TiffFile(file) as tiff:
+        if len(tiff.series) != 1:
+            sizes = ", ".join("x".join(map(str, series.shape)) for series in tiff.series[:5])
+            raise ValueError(f"the pages of a TIFF must be of one shape and dtype, got {sizes}")
+        series, page = tiff.series[0], tiff.pages[0]
+        shape, axes = series.shape, series.axes
+        stated = ExifTags.Base.PhotometricInterpretation in page.tags
+        photometric = getattr(page.photometric, "name", str(page.photometric)) if stated else "MINISBLACK"
+        layout = {"YX": "HW", "YXS": "HWC", "SYX": "CHW"}.get(axes, "pages")
+        if len(axes) > 3 or not axes.endswith(("YX", "YXS")):
+            raise ValueError(
+                f"a TIFF must hold one image, its channels interleaved, in planes or pages, got {axes} {shape}"
+            )
+        if photometric not in PHOTOMETRICS:
+            raise ValueError(f"values of {photometric} are not read as they are: convert it to grey, RGB or CMYK")
+        sizes = dict(zip("CHW" if layout == "pages" else layout, shape, strict=True))
+        orientation = int(page.tags.valueof(ExifTags.Base.Orientation, 1))
+        height, width = (sizes["W"], sizes["H"]) if orientation > 4 else (sizes["H"], sizes["W"])
+        dtype = np.dtype(series.dtype).newbyteorder(tiff.byteorder)
+        extra = tuple(sample.name.lower() for sample in page.extrasamples)
+        kind = FileKind("TIFF", dtype.str, sizes.get("C", 1), height, width, layout, photometric, extra)
+        _check_size(height, width)
+        if not whole:
+            return None, kind
+        values = _channels_first(series.asarray().reshape(shape), layout)
+        return _UPRIGHT.get(orientation, np.asarray)(values), kind
+
+
+def _read_pillow(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray | None, FileKind]:
+    with Image.open(file) as image:
+        _check_size(image.height, image.width)
+        if image.format == "PNG":
+            file.seek(24)
+            depth, colour = file.read(2)  # in its IHDR: PNG, third edition, 11.2.1
+            if depth < 8 or colour == 3:
+                held = "indices of a palette" if colour == 3 else f"{depth}-bit values"
+                raise ValueError(f"{held} are not read as they are: convert it to 8 or 16 bits")
+            count, dtype = {0: 1, 2: 3, 4: 2, 6: 4}[colour], np.dtype(np.uint16 if depth == 16 else np.uint8)
+        elif image.format in ("BMP", "JPEG", "MPO", "WEBP") and image.mode in ("L", "RGB", "RGBA"):
+            count, dtype = len(image.mode), np.dtype(np.uint8)
+        else:  # where Pillow may scale values
+            raise ValueError(
+                f"values of {image.format} with the mode {image.mode} are not read as they are: convert it to "
+                f"{', '.join(WRITTEN)}"
+            )
+        known = image.format != "PNG" or "exif" in image.info  # to look for more, Pillow decodes a PNG
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if known else 1
+        height, width = image.size if orientation > 4 else image.size[::-1]
+        kind = FileKind(image.format, dtype.str, count, height, width, "HW" if count == 1 else "HWC")
+        if not whole:
+            return None, kind
+        file.seek(0)
+        # of 16 bits of colours, Pillow keeps the upper 8
+        deep = dtype == np.uint16 and count > 1
+        values = _decode_png(file.read()) if deep else _channels_first(np.array(image), kind.layout)
+        return _UPRIGHT.get(orientation, np.asarray)(values), kind
+
+
+def _decode_png(content: bytes) -> np.ndarray:
+    """Values (C, H, W) of a PNG of 16 bits."""
+    try:
+        from torchvision.io import decode_png  # reads them from 0.21 on
+    except ImportError:  # deprecated since 0.29; this is the same, some twenty times as slow
+        width, height, rows, _ = _package("png").Reader(bytes=content).read()
+        return np.stack(list(rows)).astype(np.uint16).reshape(height, width, -1).transpose(2, 0, 1)
+    return decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8)).numpy()
+
+
+_READERS = {b"\x93NUM": _read_npy} | dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), _read_tiff)
+"""By the first four bytes of a file."""
