@@ -21,6 +21,7 @@ import tifffile
 import torch
 import torchvision
 from conftest import paths_of
+from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 from test_hub import REPO, make_vae, uploaded
 from test_trainer import tiny
@@ -549,9 +550,9 @@ class TestWholeRun:
         with tarfile.open(shared_data / "bsds500-val.tar") as packed:
             packed.extractall(folder, filter="data")
         generator, found = np.random.default_rng(0), []
-        for path in sorted(folder.rglob("*.jpg"))[:24]:
+        for path in sorted(folder.rglob("*.jpg"))[:12]:
             with Image.open(path) as image:
-                crop = np.array(image)[:50, :54].astype(np.uint16)  # sides that the model must pad
+                crop = np.array(image)[:49, :53].astype(np.uint16)  # sides that the model must pad
             found.append(np.moveaxis((crop << 8) | generator.integers(0, 256, crop.shape, np.uint16), -1, 0))
         return found
 
@@ -579,7 +580,7 @@ class TestWholeRun:
             "train", "--data.name", "folder", "--data.root", root, "--data.channels", channels,
             "--data.value_range", "[0, 65535]", "--data.resolution", "32", "--model.architecture", "vae",
             "--model.block_out_channels", "[8, 8]", "--model.norm_num_groups", "4",
-            "--objective.likelihood", "gaussian", "--objective.scale", "0.1", "--run.max_images", "160",
+            "--objective.likelihood", "gaussian", "--objective.scale", "0.1", "--run.max_images", "64",
             "--run.batch_size", "8", "--run.output_dir", "run",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -599,11 +600,16 @@ class TestWholeRun:
 
         done = command("reconstruct", "run", root, "--out", "out")
         assert done.returncode == 0, done.stderr
+        vae = AutoencoderKL.from_pretrained(model)
         for path in root.iterdir():
             values, file = read_values(path, channels)
             reconstruction, same = read_values(tmp_path / "out" / path.name, channels)
             assert same == file and reconstruction.dtype == np.uint16  # and so the kind, depth and size
             assert np.array_equal(there_and_back(values, *DEEP), values)  # whatever is wrong is the model's
-            error = np.abs(reconstruction.astype(float) - values).mean()
-            assert error < 0.5 * np.abs(values.astype(float) - values.mean()).mean() + 4000
+            images = to_model_range(ValueRange(*DEEP).to_unit(values))[None]
+            padded = torch.nn.functional.pad(images, (0, 1, 0, 1), "replicate")
+            with torch.no_grad():
+                expected = vae(padded).sample[0, :, :49, :53]
+            error = reconstruction - 65535 * (expected.numpy().clip(-1, 1) / 2 + 0.5)
+            assert np.abs(error).max() < 2  # half a unit of 16 bits, and how two processes round otherwise
             assert len(np.unique(reconstruction & 255)) > 100  # more than 8 bits are there
