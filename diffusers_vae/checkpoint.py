@@ -165,9 +165,16 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+UMASK = os.umask(0o077)  # which can be asked for by being set alone
+os.umask(UMASK)
+
+
 def _sync(path: Path) -> None:
+    """Have it on the disk, a file as readable as others, which safetensors makes for its owner alone."""
     if path.is_dir() and os.name == "nt":
         return  # Windows has no such thing for folders
+    if path.is_file():
+        path.chmod(0o666 & ~UMASK)
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

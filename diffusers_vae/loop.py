@@ -766,7 +766,8 @@ def _use_all_cores(accelerator: Accelerator) -> None:
     """`accelerate launch` confines every process on a CPU to one thread unless told otherwise."""
     if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // accelerator.num_processes))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(max(1, cores // here))
 
 
 FSDP2_TORCH = "2.15"  # the first that was seen to give the gradients of one process

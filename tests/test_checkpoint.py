@@ -309,3 +309,12 @@ class TestFolder:
     def test_other_errors_pass_through(self, tmp_path):
         with pytest.raises(ValueError, match="mine"), naming(tmp_path):
             raise ValueError("mine")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs permissions of POSIX")
+def test_files_are_as_readable_as_others(tmp_path):
+    """Those of safetensors, too, which others of a cluster want to load."""
+    (tmp_path / "config.yaml").write_text("run: {seed: 0}\n")
+    usual = (tmp_path / "config.yaml").stat().st_mode
+    path = State(0, 1).save(tmp_path / "checkpoints", 30)
+    assert {file.stat().st_mode for file in path.iterdir()} == {usual} and list(path.glob("*.safetensors"))
