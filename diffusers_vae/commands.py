@@ -143,7 +143,8 @@ def run_data(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--max_images", type=PositiveInt, default=2000, help="So many training images, at most, are decoded."
     )
-    parser.add_class_arguments(DataConfig, "data", skip={"crops", "on_bad_image", "num_workers"})
+    training_only = {"buckets", "horizontal_flip", "vertical_flip", "color_jitter", "shuffle_buffer", "lanes"}
+    parser.add_class_arguments(DataConfig, "data", skip={"crops", "on_bad_image", "num_workers", *training_only})
     parsed, _ = _parse_data(parser, arguments)
     path = _picture(parsed)
     root = Path(parsed.data.root).resolve()

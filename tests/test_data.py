@@ -568,7 +568,7 @@ class TestCrops:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"crops": 0}, r"data\.crops must be at least 1, got 0"),
+            ({"crops": 0}, r"data\.crops must be at least 1, or random, got 0"),
             ({"crops": 2, "name": "mnist"}, r"data\.crops are of folder, array and datasets, got"),
             ({"crops": 2, "fit": "pad"}, r"data\.fit must be crop, got pad"),
         ],

@@ -1,5 +1,6 @@
 """What a look at a data set tells is so."""
 
+import dataclasses
 import io
 import shutil
 import zipfile
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from diffusers_vae import cli
@@ -95,7 +98,7 @@ class TestFolder:
 
 
 class TestRecommended:
-    @pytest.mark.parametrize("kind", ["small", "grey", "photographs", "digits", "mnist"])
+    @pytest.mark.parametrize("kind", ["small", "grey", "photographs", "stream", "digits", "mnist"])
     def test_is_a_command_that_is_taken(self, kind, folder, shared_data, mnist_root):
         if kind == "grey":
             shutil.rmtree(folder)
@@ -107,14 +110,28 @@ class TestRecommended:
         data = config(folder, heldout_fraction=0.3)
         if kind in ("digits", "mnist"):
             data = DataConfig(name=kind, root=str(mnist_root))
-        preset, settings = recommended(look(data, 8), data)
+        if kind == "stream":
+            images = [{"bytes": path.read_bytes(), "path": path.name} for path in (shared_data / "kodak").glob("*.png")]
+            table = Dataset.from_dict({"image": images}, Features({"image": ImageFeature()}))
+            table.to_parquet(folder / "a.parquet", batch_size=4)
+            data = DataConfig(
+                name="datasets", root=str(folder / "a.parquet"), streaming=True, channels=3, resolution=64
+            )
+            data = dataclasses.replace(data, heldout_fraction=0.3)
+        found = look(data, 8)
+        if kind == "stream":  # of which no more is read
+            assert found.parts == {"training": 17, "held-out": 7} and sum(found.files.sizes.values()) == 8
+        preset, settings = recommended(found, data)
         flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
         parsed = parse_settings(TRAININGS["train"], ["--config", str(CONFIGS / f"{preset}.yaml"), *flags])[0]
         expected = {"small": (32, 3, "rgb-small"), "grey": (32, 1, "mnist-vae"), "photographs": (64, 3, "rgb-small")}
+        expected["stream"] = expected["photographs"]
         expected |= {"digits": (32, 1, "digits"), "mnist": (32, 1, "mnist-vae")}
         assert (parsed.data.resolution, parsed.data.channels, preset) == expected[kind]
         assert parsed.data.on_bad_image == ("skip" if kind == "small" else "stop")
-        assert (parsed.data.crops is not None) == (kind == "photographs")
+        assert parsed.data.crops == {"photographs": 100, "stream": "random"}.get(kind)
+        assert parsed.data.horizontal_flip == (kind in ("photographs", "stream"))
+        assert parsed.data.streaming == (kind == "stream")
         assert parsed.data.fit == ("pad" if kind in ("mnist", "grey") else "crop")
         assert parsed.data.heldout_fraction == (0.1 if kind in ("digits", "mnist") else 0.3)
 

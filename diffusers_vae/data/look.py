@@ -75,14 +75,14 @@ class Look:
 def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
     """What there is in the set that `config` says, whatever it says of crops and bad images.
 
-    Of a folder, the headers of all files are read, and files of one size in bytes are compared. Pixels are read of at
-    most `max_images` training images, a fair sample.
+    Of a folder, the headers of all files are read, and files of one size in bytes are compared. Pixels, and of a stream
+    headers too, are read of at most `max_images` training images, a fair sample.
 
     Raises:
         FileNotFoundError: when there is no such set.
         ValueError: when nothing in it can be read, and when data.value_range must be stated, with the values found.
     """
-    config = replace(config, on_bad_image="skip", crops=None)
+    config = replace(config, on_bad_image="skip", crops=None, buckets=None)
     try:
         train, heldout = load_data(config, memory_limit=0, captions=True)
         captions = "none" if train.captions is None else "yes"
@@ -108,7 +108,9 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         raise ValueError(f"none of {count} training images can be read: {train.errors[0]}")
     mean = sums / measured
     parts, bad = {"training": train, "held-out": heldout}, [*train.errors, *heldout.errors]
-    files = _files(parts, bad, progress) if isinstance(train, StoredImages) and not config.streaming else None
+    files = None
+    if isinstance(train, StoredImages):  # of a stream those alone that were read already
+        files = _files({"training": train.first(count)} if config.streaming else parts, bad, progress)
     return Look(
         parts={name: len(part) for name, part in parts.items()},
         split=has_parts(config),
@@ -242,10 +244,13 @@ def recommended(found: Look, config: DataConfig) -> tuple[str, dict[str, str]]:
         settings["data.value_range"] = str(found.value_range)
     if found.unreadable:
         settings["data.on_bad_image"] = "skip"
-    asked = {name: getattr(config, name) for name in ("resolution", "fit", "heldout_fraction", *OF_ROWS)}
+    asked = {name: getattr(config, name) for name in ("resolution", "fit", "heldout_fraction", "streaming", *OF_ROWS)}
     kept = {f"data.{name}": str(value) for name, value in asked.items() if value != getattr(DataConfig(), name)}
     if side >= 128 and "data.fit" not in kept and not grey:
-        settings["data.crops"] = str(min(100, math.ceil(20_000 / found.parts["training"])))
+        crops = min(100, math.ceil(20_000 / found.parts["training"]))
+        settings |= {"data.crops": str(crops), "data.horizontal_flip": "true"}
+        if config.streaming:
+            settings |= {"data.crops": "random", "run.epochs": str(math.ceil(40_000 / found.parts["training"]))}
         return "rgb-small", settings | kept
     settings |= {"data.resolution": "32" if side < 64 else "64", "data.fit": "pad" if side < 32 else "crop"}
     settings |= kept | {"run.epochs": str(math.ceil(40_000 / found.parts["training"]))}

@@ -157,8 +157,8 @@ class DataConfig:
         if min(self.size) < 8:
             raise ValueError(f"data.resolution must be at least 8 pixels a side, got {self.resolution}")
         if self.crops is not None:
-            if self.crops != "random" and self.crops < 1:
-                raise ValueError(f"data.crops must be at least 1, got {self.crops}")
+            if self.crops != "random" and not (isinstance(self.crops, int) and self.crops >= 1):
+                raise ValueError(f"data.crops must be at least 1, or random, got {self.crops}")
             if self.name in IN_MEMORY:
                 raise ValueError(f"data.crops are of folder, array and datasets, got data.name {self.name}")
             if self.fit != "crop":

@@ -1,0 +1,242 @@
+"""Training images that are others in every epoch, and of several sizes, against those of the files."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import paths_of
+from test_trainer import TINY_VAE, launch, records, tiny
+from torchvision.transforms.v2 import functional
+
+from diffusers_vae.data import DataConfig, deal, load_data
+from diffusers_vae.data.order import MicroBatch
+from diffusers_vae.images import read_image
+from diffusers_vae.text_to_image import TextToImageConfig
+from diffusers_vae.trainer import TrainConfig, train
+
+
+@pytest.fixture(scope="module")
+def photographs(shared_data, tmp_path_factory):
+    """Twelve of Kodak at a sixteenth of their area, of both orientations, and a square."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for number in (1, 2, 3, 4, 5, 7, 9, 10, 17, 18, 19, 20):
+        pixels = read_image(shared_data / "kodak" / f"kodim{number:02d}.png", 3)
+        small = functional.resize(pixels, [side // 4 for side in pixels.shape[1:]])
+        functional.to_pil_image(small).save(folder / f"{number}.png")
+    functional.to_pil_image(small[:, :128, :128]).save(folder / "square.png")
+    return folder
+
+
+def config(root, **settings):
+    settings = {"channels": 3, "resolution": 64, "num_workers": 0} | settings
+    return DataConfig(name="folder", root=str(root), **settings)
+
+
+def batch(indices, seed=0, epoch=0):
+    return MicroBatch(list(indices), 0, len(indices), 1.0, seed, epoch)
+
+
+def read(images, **place):
+    return images.read(batch(range(len(images)), **place)).pixels
+
+
+class TestFlips:
+    @pytest.mark.parametrize(
+        ("settings", "ways"),
+        [
+            ({"horizontal_flip": True}, [(), (-1,)]),
+            ({"vertical_flip": True}, [(), (-2,)]),
+            ({"horizontal_flip": True, "vertical_flip": True}, [(), (-1,), (-2,), (-1, -2)]),
+        ],
+    )
+    @pytest.mark.parametrize("limit", [0, None])
+    def test_each_way_as_often(self, settings, ways, limit, photographs):
+        train, heldout = load_data(config(photographs, **settings), memory_limit=limit)
+        plain, plain_heldout = load_data(config(photographs))
+        assert torch.equal(read(heldout), read(plain_heldout))
+        counts = dict.fromkeys(ways, 0)
+        for epoch in range(40):
+            for found, own in zip(read(train, epoch=epoch), read(plain), strict=True):
+                (way,) = (way for way in ways if torch.equal(found, own.flip(way)))
+                counts[way] += 1
+        expected = 40 * len(train) / len(ways)
+        assert all(abs(count - expected) < 4 * expected**0.5 for count in counts.values())
+
+    def test_measured_without(self, photographs):
+        train, _ = load_data(config(photographs, horizontal_flip=True))
+        plain, _ = load_data(config(photographs))
+        every = range(len(train))
+        assert torch.equal(train.__getitems__(every).pixels, plain.__getitems__(every).pixels)
+        assert train.fingerprint() == plain.fingerprint()
+
+
+SETTINGS = {"horizontal_flip": True, "color_jitter": (0.3, 0.2, 0.1, 0.05)}
+
+
+class TestPureFunction:
+    def test_of_seed_epoch_and_index(self, photographs):
+        train, _ = load_data(config(photographs, **SETTINGS))
+        whole = read(train, seed=3, epoch=5)
+        assert torch.equal(read(train, seed=3, epoch=5), whole)
+        parts = [train.read(batch(part, 3, 5)).pixels for part in ([0, 1, 2, 3, 4], range(5, len(train)))]
+        assert torch.equal(torch.cat(parts), whole)
+        assert not any(torch.equal(read(train, seed=seed, epoch=epoch), whole) for seed, epoch in ((3, 6), (4, 5)))
+
+    def test_draws_nothing_from_others(self, photographs):
+        train, _ = load_data(config(photographs, **SETTINGS))
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        first = read(train)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.rand(3)
+        assert torch.equal(read(train), first)
+
+
+class TestColorJitter:
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_within_its_bounds(self, channels, photographs):
+        """Brightness alone is a factor, of each image another."""
+        train, _ = load_data(config(photographs, channels=channels, color_jitter=(0.2, 0, 0, 0)))
+        plain, _ = load_data(config(photographs, channels=channels))
+        dark = [pixels.double().clamp(max=200).mean() for pixels in read(plain)]
+        light = [pixels.double() for pixels in read(train)]
+        factors = []
+        for own, found in zip(read(plain).double(), light, strict=True):
+            inside = (own > 20) & (own < 200)
+            factors.append((found[inside].mean() / own[inside].mean()).item())
+            assert (found[inside] - own[inside] * factors[-1]).abs().max() <= 1.5
+        assert len(dark) == len(factors) == len({round(factor, 3) for factor in factors})
+        assert all(0.79 < factor < 1.21 for factor in factors) and max(factors) - min(factors) > 0.1
+
+    def test_values_of_other_ranges(self, photographs, tmp_path):
+        """float32 in [0, 1], as they are with a stated range."""
+        for path in photographs.glob("*.png"):
+            np.save(tmp_path / f"{path.stem}.npy", (read_image(path, 3).numpy() / 255).astype(np.float32))
+        settings = {"value_range": (0.0, 1.0), "color_jitter": (0.3, 0.3, 0.3, 0.1), "vertical_flip": True}
+        pixels = read(load_data(config(tmp_path, **settings))[0])
+        assert pixels.dtype == torch.float32 and pixels.min() >= 0 and pixels.max() <= 1 and pixels.std() > 0.1
+
+
+class TestRandomCrops:
+    def places(self, images, sizes=(64, 64), **place):
+        """Where in its file each crop was cut out."""
+        found = []
+        for path, pixels in zip(paths_of(images), read(images, **place), strict=True):
+            whole = read_image(path, 3)
+            windows = whole.unfold(1, sizes[0], 1).unfold(2, sizes[1], 1)
+            (where,) = (windows == pixels[:, None, None]).all(0).flatten(2).all(2).nonzero().tolist()
+            found.append(tuple(where))
+        return found
+
+    def test_are_elsewhere_in_every_epoch(self, photographs):
+        train, _ = load_data(config(photographs, crops="random"))
+        epochs = [self.places(train, epoch=epoch) for epoch in range(3)]
+        assert len(set(epochs[0] + epochs[1] + epochs[2])) > 2 * len(train)
+        assert self.places(train, epoch=1) == epochs[1] != self.places(train, seed=1, epoch=1)
+
+    def test_held_out_ones_stay(self, photographs):
+        _, heldout = load_data(config(photographs, crops="random"))
+        pixels = [heldout.__getitems__([0]).pixels for _ in range(2)]
+        assert torch.equal(*pixels) and pixels[0].shape == (1, 3, 64, 64)
+
+    def test_smaller_images_are_enlarged(self, photographs):
+        train, _ = load_data(config(photographs, crops="random", resolution=(160, 144)))
+        assert read(train).shape == (len(train), 3, 160, 144)
+
+
+class TestBuckets:
+    def test_sizes(self):
+        settings = config("", resolution=64, buckets=16)
+        assert settings.bucket_sizes == [(48, 80), (64, 64), (80, 48)]
+        assert config("", resolution=256, buckets=64).bucket_sizes == [
+            (192, 320), (256, 256), (320, 192),
+        ]  # fmt: skip
+        for size in config("", resolution=(96, 160), buckets=8).bucket_sizes:
+            assert not size[0] % 8 and not size[1] % 8 and size[0] * size[1] <= 96 * 160
+            assert max(size) <= 2 * min(size)
+        assert (96, 160) in config("", resolution=(96, 160), buckets=8).bucket_sizes
+
+    def test_each_image_is_brought_to_the_size_most_like_its_own(self, photographs):
+        train, heldout = load_data(config(photographs, buckets=16))
+        assert heldout.__getitems__([0]).pixels.shape == (1, 3, 64, 64)
+        seen = []
+        for (micro,) in deal(train.batches(4, 0, 0, 0), 0, 0):
+            pixels = train.read(micro).pixels
+            assert tuple(pixels.shape[2:]) == micro.size
+            for index in micro.indices:
+                height, width = read_image(paths_of(train)[index], 3).shape[1:]
+                wanted = (64, 64) if height == width else ((80, 48) if height > width else (48, 80))
+                assert micro.size == wanted
+            seen += micro.indices
+        assert sorted(seen) == list(range(len(train))) and len({*train.buckets.tolist()}) >= 2
+
+    def test_run(self, photographs, tmp_path):
+        run = tiny(tmp_path / "run", TINY_VAE, batch_size=4, max_images=24, epochs=3, log_every=4)
+        result = train(dataclasses.replace(run, data=config(photographs, buckets=16)))
+        assert result.report.images == 1 and np.isfinite(result.report.psnr)
+
+    @pytest.mark.slow
+    def test_two_processes_give_what_one_does(self, photographs, tmp_path):
+        settings = {
+            "data.name": "folder", "data.root": photographs, "data.channels": 3, "data.resolution": 64,
+            "data.buckets": 16, "data.horizontal_flip": "true", "model.block_out_channels": "[8,8]",
+            "model.norm_num_groups": 4, "run.batch_size": 4, "run.max_images": 40, "run.epochs": 9,
+            "run.log_every": 4, "run.mixed_precision": "no",
+        }  # fmt: skip
+        flags = [f"--{name}={value}" for name, value in settings.items()]
+        losses = []
+        for processes in (1, 2):
+            output_dir = tmp_path / str(processes)
+            ended = launch(*flags, "--run.output_dir", output_dir, processes=processes)
+            assert not ended.returncode, ended.stderr
+
+            losses.append([record["loss"] for record in records(output_dir, "train")])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"name": "mnist", "horizontal_flip": True}, r"data\.horizontal_flip makes another sign of a digit"),
+            ({"name": "digits", "vertical_flip": True}, r"data\.vertical_flip makes another sign of a digit"),
+            ({"channels": 5, "color_jitter": (0, 0, 0, 0)}, r"data\.color_jitter is for grey or RGB .* got .* 5"),
+            ({"color_jitter": (0, 0, 0, 0.7)}, r"data\.color_jitter \[0, 0, 0, 0\.7\] is not one: .*hue"),
+            ({"buckets": 0}, r"data\.buckets must be at least 1 .* got 0"),
+            ({"buckets": 128}, r"at most the sides of data\.resolution, got 128 and 64x64"),
+            ({"buckets": 8, "crops": 3}, r"leave out data\.crops and data\.fit pad, got 3 and crop"),
+            (
+                {"buckets": 8, "name": "cifar10"},
+                r"data\.buckets are for images of several sizes, got data\.name cifar10",
+            ),
+            ({"crops": "all"}, r"data\.crops must be at least 1, or random, got all"),
+        ],
+    )
+    def test_wrong_settings(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            DataConfig(**{"name": "folder", "channels": 3, "resolution": 64} | settings)
+
+    def test_that_do_not_fit_the_rest(self, photographs, tmp_path):
+        def settings(**data) -> TrainConfig:
+            return dataclasses.replace(tiny(tmp_path / "run", TINY_VAE), data=config(photographs, **data))
+
+        with pytest.raises(ValueError, match=r"data\.buckets must be divisible by 2 likewise, got 9"):
+            settings(buckets=9)
+        with pytest.raises(ValueError, match=r"data\.buckets needs the architecture vae"):
+            dataclasses.replace(tiny(tmp_path / "run"), data=config(photographs, buckets=8))
+        with pytest.raises(
+            ValueError, match=r"run\.compile needs steps that are all the same program, got data\.buckets"
+        ):
+            plain = settings(buckets=8)
+            dataclasses.replace(plain, run=dataclasses.replace(plain.run, compile=True))
+        with pytest.raises(
+            ValueError, match=r"encoded once, of a set of images as they are: leave out data\.horizontal"
+        ):
+            TextToImageConfig(data=config(photographs, horizontal_flip=True))
+
+
+def test_name_of_the_file(photographs):
+    train, _ = load_data(config(photographs, crops="random"))
+    assert Path(train.name(0)).parent == photographs
