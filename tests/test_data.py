@@ -228,7 +228,7 @@ class TestReadImages:
 
     def test_pins_all_tensors(self, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # pinning itself needs a device
-        read = self.More(torch.tensor([1, 2]), [0, 2], ("b is broken",), True, torch.tensor([3.0, 4.0]))
+        read = self.More(torch.tensor([1, 2]), [0, 2], ("b is broken",), True, moments=torch.tensor([3.0, 4.0]))
         pinned = read.pin_memory()
         assert type(pinned) is self.More and pinned.pixels.tolist() == [2, 3] and pinned.moments.tolist() == [4, 5]
         assert (pinned.kept, pinned.errors, pinned.stop) == (read.kept, read.errors, read.stop)

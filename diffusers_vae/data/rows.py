@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 
-from ..images import Header, read_header, read_image
 from .captions import KEYS, LISTED
-from .store import raw_header, read_raw
+from .store import EncodedStore
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features
@@ -307,7 +306,7 @@ def _column(table: Dataset, column: str) -> ChunkedArray:
     return table.select_columns(column).with_format("arrow")[:][column]
 
 
-class RowStore:
+class RowStore(EncodedStore):
     """Images in a column of one table or of several, `parts` by name, row after row; `root` is the name of the set for
     people. A value is the bytes of an image file, or has them as `bytes`, beside a `path`, or is a file at `path`.
     """
@@ -346,21 +345,8 @@ class RowStore:
         except OSError as error:
             raise ValueError(f"cannot read the image {self.name(row)}: {error}") from error
 
-    def header(self, row: int, config: DataConfig) -> Header:
-        if config.as_they_are:
-            return raw_header(self.name(row), config, lambda: self._open(row))
-        return read_header(self.name(row), lambda: self._open(row))
-
-    def read(
-        self,
-        row: int,
-        config: DataConfig,
-        transform: Callable[[torch.Tensor], torch.Tensor],
-        scaled: Callable[[int, int], tuple[int, int]] | None,
-    ) -> torch.Tensor:
-        if config.as_they_are:
-            return read_raw(self.name(row), config, transform, lambda: self._open(row))
-        return read_image(self.name(row), config.channels, transform, scaled, lambda: self._open(row))
+    def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
+        return lambda: self._open(row)
 
     def _place(self, row: int) -> tuple[int, int]:
         """Number of the table, and row in it."""

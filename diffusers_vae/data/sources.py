@@ -279,11 +279,15 @@ class ReadImages:
     """Why the others could not be read, with their names."""
     stop: bool = False
     """Whether that is to stop the run."""
+    unreachable: str = ""
+    """Why nothing could be read, if that is no fault of the images."""
 
     def checked(self) -> ReadImages:
-        """These; ValueError naming a file that cannot be read and is not to be skipped. A worker does not raise it
-        itself, since there it would arrive wrapped in a traceback.
+        """These; ValueError naming a file that cannot be read and is not to be skipped, OSError when they could not be
+        reached. A worker does not raise it itself, since there it would arrive wrapped in a traceback.
         """
+        if self.unreachable:
+            raise OSError(f"{self.unreachable}. When it can be read again, the same command continues")
         if self.errors and self.stop:
             raise ValueError(
                 f"{self.errors[0]}. Mend or remove it, or leave such files out with data.on_bad_image skip"
@@ -446,6 +450,7 @@ class StoredImages(_Images):
     def _read_as(self, indices: Sequence[int], config: DataConfig, place: tuple[int, ...]) -> ReadImages:
         """The images at the indices; random crops at the place of this number."""
         pixels, kept, errors = [], [], []
+        empty = torch.zeros(0, config.channels, *config.size, dtype=config.dtype)
         for number, index in enumerate(indices):
             crops = [place] if config.crops == "random" else []
             crops = crops if self.crops is None else [(int(self.crops[index]),)]
@@ -454,7 +459,8 @@ class StoredImages(_Images):
                 kept.append(number)
             except ValueError as error:
                 errors += [str(error)] * (str(error) not in errors)  # of two crops of a file
-        empty = torch.zeros(0, config.channels, *config.size, dtype=config.dtype)
+            except OSError as error:
+                return ReadImages(empty, [], unreachable=str(error))
         stop = config.on_bad_image == "stop"
         return ReadImages(torch.stack(pixels) if pixels else empty, kept, tuple(errors), stop)
 

@@ -6,6 +6,7 @@ import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -103,7 +104,44 @@ def _check_depth(path: str | Path, kind: FileKind, config: DataConfig) -> None:
         )
 
 
-class FileStore:
+class EncodedStore:
+    """Images whose bytes are those of image files, wherever they lie."""
+
+    def name(self, row: int) -> str:
+        raise NotImplementedError
+
+    def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
+        """What opens the bytes of an image, to be read whole or at their beginning."""
+        raise NotImplementedError
+
+    def is_raw(self, row: int, config: DataConfig) -> bool:
+        """Whether values are taken as they are."""
+        return config.as_they_are
+
+    def header(self, row: int, config: DataConfig) -> Header:
+        opener = self.opener(row, False)
+        if self.is_raw(row, config):
+            return raw_header(self.name(row), config, opener)
+        return read_header(self.name(row), opener)
+
+    def read(
+        self,
+        row: int,
+        config: DataConfig,
+        transform: Callable[[torch.Tensor], torch.Tensor],
+        scaled: Callable[[int, int], tuple[int, int]] | None,
+    ) -> torch.Tensor:
+        opener = self.opener(row, True)
+        if self.is_raw(row, config):
+            return read_raw(self.name(row), config, transform, opener)
+        return read_image(self.name(row), config.channels, transform, scaled, opener)
+
+    def values(self, row: int, config: DataConfig) -> np.ndarray:
+        """Those of an image as they are in its file, (C, H, W); ValueError naming it when it cannot be read so."""
+        return read_values(self.name(row), config.channels, self.opener(row, True))[0]
+
+
+class FileStore(EncodedStore):
     """Image files below `root`, those of `members` in archives."""
 
     def __init__(self, root: Path, paths: Sequence[Path], members: Mapping[str, Member]):
@@ -130,37 +168,14 @@ class FileStore:
         except ValueError as error:
             raise ValueError(f"cannot read the image {self.paths[row]}: {error}") from error
 
-    def header(self, row: int, config: DataConfig) -> Header:
+    def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
         member = self._member(row)
-        content = member and member.open
-        if self._is_raw(row, config):
-            return raw_header(self.paths[row], config, content)
-        return read_header(self.paths[row], content)
+        if member is None:
+            return partial(open, self.paths[row], "rb")
+        return (lambda: io.BytesIO(member.read())) if whole else member.open
 
-    def read(
-        self,
-        row: int,
-        config: DataConfig,
-        transform: Callable[[torch.Tensor], torch.Tensor],
-        scaled: Callable[[int, int], tuple[int, int]] | None,
-    ) -> torch.Tensor:
-        member = self._member(row)
-        if self._is_raw(row, config):
-            return read_raw(self.paths[row], config, transform, self._bytes(row))
-        content = member and (lambda: io.BytesIO(member.read()))
-        return read_image(self.paths[row], config.channels, transform, scaled, content)
-
-    def values(self, row: int, config: DataConfig) -> np.ndarray:
-        """Those of an image as they are in its file, (C, H, W); ValueError naming it when it cannot be read so."""
-        return read_values(self.paths[row], config.channels, self._bytes(row))[0]
-
-    def _is_raw(self, row: int, config: DataConfig) -> bool:
+    def is_raw(self, row: int, config: DataConfig) -> bool:
         return config.as_they_are or self.paths[row].suffix.lower() == ".npy"
-
-    def _bytes(self, row: int) -> Callable[[], BinaryIO] | None:
-        """Opens what lies in an archive, read once."""
-        content = self.content(row) if self._member(row) else None
-        return None if content is None else lambda: io.BytesIO(content)
 
     def _member(self, row: int) -> Member | None:
         return self.members.get(str(self.paths[row])) if self.members else None

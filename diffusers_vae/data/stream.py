@@ -10,17 +10,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from ..images import Header, read_header, read_image
 from .order import Batches, streamed
 from .rows import find_columns, find_parts, rows_builder
 from .sources import DataConfig, StoredImages
-from .store import raw_header, read_raw
+from .store import EncodedStore
 
 if TYPE_CHECKING:
     from pyarrow import Array
@@ -53,7 +51,7 @@ class _Kept:
     rows: int = 0
 
 
-class ParquetStore:
+class ParquetStore(EncodedStore):
     """Images in a column of Parquet files, row group by row group, in the order of `groups`.
 
     A row group is read when a row of it is asked for, and let go when all were, or when none was while `patience` rows
@@ -88,22 +86,9 @@ class ParquetStore:
             raise ValueError(f"cannot read the image {self.name(row)}: there is none in the row")
         return value.as_buffer().to_pybytes()
 
-    def header(self, row: int, config: DataConfig) -> Header:
-        if config.as_they_are:
-            return raw_header(self.name(row), config, lambda: io.BytesIO(self.content(row)))
-        return read_header(self.name(row), lambda: io.BytesIO(self.content(row)))
-
-    def read(
-        self,
-        row: int,
-        config: DataConfig,
-        transform: Callable[[torch.Tensor], torch.Tensor],
-        scaled: Callable[[int, int], tuple[int, int]] | None,
-    ) -> torch.Tensor:
-        if config.as_they_are:
-            content = self.content(row)
-            return read_raw(self.name(row), config, transform, lambda: io.BytesIO(content))
-        return read_image(self.name(row), config.channels, transform, scaled, lambda: io.BytesIO(self.content(row)))
+    def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
+        content = self.content(row)  # now, so that a fault of the storage is not taken for one of the image
+        return lambda: io.BytesIO(content)
 
     def _place(self, row: int) -> tuple[np.void, int]:
         """The row group, and row in it."""
@@ -140,6 +125,8 @@ class ParquetStore:
                 table = parquet.read_row_group(int(group["number"]), columns=[self.column], use_threads=False)
         except ArrowInvalid as error:
             raise ValueError(f"cannot read row group {group['number']} of {path}: {error}") from error
+        except OSError as error:
+            raise OSError(f"cannot read row group {group['number']} of {path}: {error}") from error
         values = table.column(0).combine_chunks()
         return values.field("bytes") if types.is_struct(values.type) else values
 
