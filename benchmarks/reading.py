@@ -13,6 +13,7 @@ import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from diffusers_vae.data import DataConfig, ReadImages, holds_arrays, holds_rows, load_split
+from diffusers_vae.data import DataConfig, ReadImages, holds_arrays, holds_rows, load_data, load_split
 from diffusers_vae.images import to_model_range
 
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=Path,
         nargs="*",
         default=[],
-        help="Archives, arrays (.npy) or Parquet of the same images, read too.",
+        help="Archives, arrays (.npy) or Parquet of the same images, read too; Parquet as a stream as well.",
     )
     parser.add_argument("--resolution", type=int, default=256, help="Side of the images in pixels.")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="Processes that read, one run for each.")
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="File for the figures, as JSON.")
     settings = parser.parse_args(arguments)
 
-    sets = {}
+    sets, streams = {}, {}
     for root in (settings.folder, *settings.packed):
         name = "datasets" if holds_rows(str(root)) else "array" if holds_arrays(root) else "folder"
         config = DataConfig(name=name, root=str(root), resolution=settings.resolution, channels=3)
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sets["diffusers_vae" if root == settings.folder else root.name] = images
         for row in images.rows.tolist():
             images.store.content(row)  # from now on in the system's cache
+        if name == "datasets":
+            streams[f"{root.name}, streamed"] = replace(config, streaming=True)
     ours = sets["diffusers_vae"]
     for name, images in sets.items():
         if len(images) != len(ours):
@@ -74,6 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 name: (DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=_as_read), _images)
                 for name, images in sets.items()
             }
+            for name, config in streams.items():  # in its own order, the part to train on
+                images, _ = load_data(replace(config, lanes=(1, max(1, workers))))
+                own = [batch.tolist() for batch, _ in images.batches(settings.batch_size, 0, 0, 0)]
+                loader = DataLoader(images, batch_sampler=own, num_workers=workers, collate_fn=_as_read)
+                loaders[name] = (loader, _images)
             loaders["torchvision"] = (DataLoader(theirs, batch_sampler=batches, num_workers=workers), _first)
             rates = {name: [] for name in loaders}
             for _ in range(settings.rounds):
@@ -81,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     rates[name].append(_rate(loader, images))
             ratios = {
                 name: [own / other for own, other in zip(rates[name], rates["torchvision"], strict=True)]
-                for name in sets
+                for name in loaders
+                if name != "torchvision"
             }
             results.append({"workers": workers, "images_per_second": rates, "ratios": ratios})
 

@@ -346,7 +346,14 @@ class RowStore(EncodedStore):
             raise ValueError(f"cannot read the image {self.name(row)}: {error}") from error
 
     def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
-        return lambda: self._open(row)
+        if not whole:
+            return lambda: self._open(row)
+
+        def opened() -> BinaryIO:
+            with self._open(row) as file:
+                return io.BytesIO(file.read())  # of which Pillow reads faster
+
+        return opened
 
     def _place(self, row: int) -> tuple[int, int]:
         """Number of the table, and row in it."""
