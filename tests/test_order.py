@@ -106,10 +106,11 @@ class TestStream:
         assert sum(len(own) > 1 for own in readers.values()) <= processes * workers - 1
         assert len(set.union(*readers.values())) == processes * workers
 
-    @pytest.mark.parametrize(("buffer", "most"), [(40, 3), (400, 21)])
-    def test_few_blocks_are_needed_at_a_time(self, buffer, most):
+    @pytest.mark.parametrize(("lanes", "buffer", "most"), [((1, 1), 40, 3), ((1, 1), 400, 21), ((4, 2), 640, 48)])
+    def test_few_blocks_are_needed_at_a_time(self, lanes, buffer, most):
+        """As many as the buffer holds, and one more for each piece."""
         counts = np.full(400, 20)
-        order = np.array(list(chain(*of_stream(counts, (1, 1), buffer)))) // 20
+        order = np.array(list(chain(*of_stream(counts, lanes, buffer)))) // 20
         first, last = {}, {}
         for place, block in enumerate(order.tolist()):
             first.setdefault(block, place)
