@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -478,9 +478,9 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals, finish: bool) 
     )
     warm, timed_images, timed_seconds = False, 0, 0.0  # the first step is left out: it sets much up
     signals.wait = True  # the loop asks after every step
-    with logging_redirect_tqdm(), bar:
-        steps = partial(_steps, train_set, run, accelerator, images_seen, total_images)
-        reads = _read_by_workers(train_set, steps(), task.workers, run.seed, accelerator.device)
+    steps = partial(_steps, train_set, run, accelerator, images_seen, total_images)
+    reading = _read_by_workers(train_set, steps(), task.workers, run.seed, accelerator.device)
+    with logging_redirect_tqdm(), bar, reading as reads:
         model.train()
         pending: list[_Flags] = []
         for epoch, start, micro_batches in steps():
@@ -611,7 +611,6 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals, finish: bool) 
                     f"{total_images:,} images; saved as {checkpoint}. The same command continues"
                 )
 
-    del reads  # and its processes
     if not finish:
         return None
     signals.wait = False  # all that follows can be done again from the checkpoint
@@ -844,16 +843,18 @@ def _steps(
             images_seen += micro_batches[0].count
 
 
+@contextmanager
 def _read_by_workers(
     train_set: TrainingSet,
     steps: Iterable[tuple[int, int, list[MicroBatch]]],
     workers: int,
     seed: int,
     device: torch.device,
-) -> Iterator[Read] | None:
+) -> Iterator[Iterator[Read] | None]:
     """The images of one micro-batch after the other, read ahead of when they are needed; None without workers."""
     if not workers:
-        return None
+        yield None
+        return
     loader = DataLoader(
         _ByMicroBatch(train_set),
         batch_sampler=(micro_batch for _, _, micro_batches in steps for micro_batch in micro_batches),
@@ -863,7 +864,11 @@ def _read_by_workers(
         generator=torch.Generator().manual_seed(seed),  # otherwise every loader takes a number from the global one
         pin_memory=device.type == "cuda",
     )
-    return iter(loader)
+    reads = iter(loader)
+    try:
+        yield reads
+    finally:  # at its end, Python would send them a signal that they ignore, and wait
+        reads._shutdown_workers()
 
 
 @dataclass(frozen=True)

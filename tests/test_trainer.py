@@ -472,3 +472,33 @@ class TestScript:
         one, two = (records(tmp_path / str(processes), "epoch")[0] for processes in (1, 2))
         assert one["images_seen"] == two["images_seen"] == 1617
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+
+
+BROKEN = """
+import torch
+from diffusers_vae.data import MicroBatch, TrainingSet
+from diffusers_vae.loop import _read_by_workers
+
+class Broken(TrainingSet):
+    def __len__(self):
+        return 1
+
+    def read(self, batch):
+        raise MemoryError("none left")
+
+steps = [(0, 0, [MicroBatch([0], 0, 1, 1.0)])] * 9
+try:
+    with _read_by_workers(Broken(), steps, 2, 0, torch.device("cpu")) as reads:
+        next(reads)
+except MemoryError as error:
+    kept = error  # and with it, by its traceback, what reads
+    print("failed")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs workers that are forked")
+def test_workers_end_when_a_run_fails():
+    """They ignore the signal by which Python would end them, to let a step be finished."""
+    ended = subprocess.run([sys.executable, "-c", BROKEN], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert ended.returncode == 0 and ended.stdout == "failed\n", ended.stderr

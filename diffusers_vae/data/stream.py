@@ -126,7 +126,8 @@ class ParquetStore(EncodedStore):
         except ArrowInvalid as error:
             raise ValueError(f"cannot read row group {group['number']} of {path}: {error}") from error
         except OSError as error:
-            raise OSError(f"cannot read row group {group['number']} of {path}: {error}") from error
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise OSError(f"cannot read row group {group['number']} of {path}: {reason}") from error
         values = table.column(0).combine_chunks()
         return values.field("bytes") if types.is_struct(values.type) else values
 
