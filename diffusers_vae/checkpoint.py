@@ -14,7 +14,7 @@ import platform
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -170,11 +170,12 @@ os.umask(UMASK)
 
 
 def _sync(path: Path) -> None:
-    """Have it on the disk, a file as readable as others, which safetensors makes for its owner alone."""
+    """Have it on the disk, one of safetensors, which are made for their owner alone, as readable as others."""
     if path.is_dir() and os.name == "nt":
         return  # Windows has no such thing for folders
-    if path.is_file():
-        path.chmod(0o666 & ~UMASK)
+    if path.suffix == ".safetensors" or path.name.endswith(".safetensors.partial"):
+        with suppress(OSError):  # not every file system has such a thing
+            path.chmod(0o666 & ~UMASK)
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

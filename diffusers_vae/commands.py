@@ -26,6 +26,7 @@ from .config import TRAININGS, Training, new_parser, parse_settings
 from .data import (
     IMAGE_SUFFIXES,
     OF_ROWS,
+    OF_TRAINING,
     DataConfig,
     ImageSet,
     holds_arrays,
@@ -143,8 +144,8 @@ def run_data(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--max_images", type=PositiveInt, default=2000, help="So many training images, at most, are decoded."
     )
-    training_only = {"buckets", "horizontal_flip", "vertical_flip", "color_jitter", "shuffle_buffer", "lanes"}
-    parser.add_class_arguments(DataConfig, "data", skip={"crops", "on_bad_image", "num_workers", *training_only})
+    skipped = {"crops", "on_bad_image", "num_workers", *OF_TRAINING} - {"streaming"}
+    parser.add_class_arguments(DataConfig, "data", skip=skipped)
     parsed, _ = _parse_data(parser, arguments)
     path = _picture(parsed)
     root = Path(parsed.data.root).resolve()
@@ -747,9 +748,10 @@ def _place(data: dict[str, Any]) -> tuple[str, Path]:
 def _of_another_set(known: dict[str, Any], asked: DataConfig, flags: Sequence[str]) -> dict[str, Any]:
     """Settings of a run's data, without what is of its own set alone where `flags` ask for another."""
     given = any(flag.startswith(("--data.name", "--data.root")) for flag in flags)
-    if not given or known.get("name") not in ("datasets", "array") or _place(known) == _place(vars(asked)):
+    if not given or "name" not in known or _place(known) == _place(vars(asked)):
         return known
-    return {name: value for name, value in known.items() if name not in OF_ROWS}
+    left_out = (*OF_ROWS, *OF_TRAINING, *(["crops"] if asked.name in SETS else []))
+    return {name: value for name, value in known.items() if name not in left_out}
 
 
 def _with_data(arguments: Sequence[str]) -> list[str]:

@@ -388,6 +388,18 @@ def find_value_range(source: str, subfolder: str | None = None, revision: str | 
     return ValueRange.load(Path(file).parent)
 
 
+def check_value_range(
+    stated: tuple[float, float] | None, source: str, subfolder: str | None = None, revision: str | None = None
+) -> None:
+    """Raise ValueError when data.value_range is `stated` otherwise than the model was trained to."""
+    known = find_value_range(source, subfolder, revision)
+    if known and known != (stated and ValueRange(*stated)):
+        raise ValueError(
+            f"data.value_range must be {known}, to which {source} was trained, got "
+            f"{'null' if stated is None else ValueRange(*stated)}"
+        )
+
+
 def check_can_push(config: HubConfig) -> None:
     """Ask the Hub whether the token may write to `config.repo_id`, so that it need not refuse a run at its end.
 

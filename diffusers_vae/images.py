@@ -58,7 +58,8 @@ class Header:
     format: str
     """As Pillow names it: JPEG, PNG, ..."""
     mode: str
-    """Of its pixels, as Pillow names it: L is 8-bit grey, RGB, RGBA, P a palette, I;16 16-bit grey, ..."""
+    """Of its pixels, as Pillow names it: L is 8-bit grey, RGB, RGBA, P a palette, I;16 16-bit grey, ...; with ;16 where
+    Pillow decodes the upper 8 of 16 bits."""
     height: int
     width: int
     """Both of the upright image."""
@@ -75,7 +76,14 @@ def read_header(path: str | Path, content: Callable[[], BinaryIO] | None = None)
         known = image.format != "PNG" or "exif" in image.info  # to look for more, Pillow decodes a PNG
         turned = known and image.getexif().get(ExifTags.Base.Orientation) in TURNED
         width, height = image.size[::-1] if turned else image.size
-        return Header(image.format or "?", image.mode, height, width)
+        return Header(image.format or "?", image.mode + _deeper(image), height, width)
+
+
+def _deeper(image: Image.Image) -> str:
+    """;16 of an image whose 16-bit values Pillow cuts to 8 bits."""
+    as_it_lies = next((tile.args for tile in image.tile), "")
+    mode = as_it_lies if isinstance(as_it_lies, str) else str(next(iter(as_it_lies or ()), ""))
+    return ";16" if ";16" in mode and ";16" not in image.mode else ""
 
 
 def read_image(

@@ -114,7 +114,7 @@ def look_table(found: Look) -> str:
     rows += [("captions", found.captions)] if found.files else []
     if files := found.files:
         rows += [("formats", listed(files.formats)), ("modes", listed(files.modes))]
-        if not found.value_range and any(mode.startswith("I;16") for mode in files.modes):
+        if not found.value_range and any(";16" in mode for mode in files.modes):
             rows += [("", "16-bit values are scaled to 8 bits, unless data.value_range states what they mean")]
         rows += [("sizes", f"{listed(files.sizes)} (height x width)")]
         rows += [("shorter side", f"{files.sides[0]:,} to {files.sides[2]:,} pixels, median {files.sides[1]:,}")]

@@ -31,6 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from .checkpoint import config_of_run, on_main, read_settings, whole_folder, write_file
 from .data import DataConfig, ImageSet, TrainingSet, image_batches, load_data
 from .diffusion import DiffusionConfig
+from .hub import check_value_range
 from .images import to_model_range
 from .latent_cache import INDEX, LatentDataset, encode_images, matching_latents
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps
@@ -690,6 +691,7 @@ def _load_vae(config: TextToImageConfig) -> VAE:
         ) from error
     if not isinstance(vae, VAE):
         raise ValueError(f"StableDiffusionPipeline takes an AutoencoderKL, got {type(vae).__name__} in {source}")
+    check_value_range(config.data.value_range, source, config.vae.subfolder, config.vae.revision)
     if vae.config.in_channels != config.data.channels:
         raise ValueError(
             f"data.channels must be that of the autoencoder, got {config.data.channels}, and {source} takes "

@@ -23,7 +23,7 @@ from .adversarial import AdversarialConfig, Adversary, PatchDiscriminator
 from .checkpoint import Discriminator, on_main, whole_folder, write_file
 from .data import DataConfig, ImageSet, ReadImages, StoredImages, TrainingSet, load_data
 from .evaluation import EvaluationConfig, EvaluationReport, FineTuning, compare, evaluate, load_judges
-from .hub import HubConfig, find_value_range, write_card
+from .hub import HubConfig, check_value_range, write_card
 from .images import to_model_range
 from .latent_cache import LatentDataset, matching_latents
 from .latents import measure_latents
@@ -108,7 +108,15 @@ class TrainConfig(Settings):
                 "run.compile out"
             )
         if self.data.buckets and self.data.buckets % ratio:
-            raise ValueError(f"data.buckets must be divisible by {ratio} likewise, got {self.data.buckets}")
+            raise ValueError(
+                f"data.buckets must be divisible by {ratio}, by which the model makes the latents smaller, got "
+                f"{self.data.buckets}"
+            )
+        if self.data.streaming and self.data.lanes is None and self.run.device_batch_size:
+            raise ValueError(
+                "the lanes of a stream are as many as forwards, which run.device_batch_size auto has yet to find: "
+                "state data.lanes, or run.gradient_accumulation_steps instead"
+            )
         if self.data.buckets and self.model.architecture == "mlp":
             raise ValueError("data.buckets needs the architecture vae: a perceptron takes images of one size")
         if self.model.latents and (self.data.changes_images or self.data.streaming):
@@ -289,6 +297,8 @@ class AutoencoderTask(Task):
             forwards = accelerator.num_processes * config.run.gradient_accumulation_steps
             lanes = tuple(begun or (forwards, max(1, config.data.num_workers)))
             config = self.config = replace(config, data=replace(config.data, lanes=lanes))
+        if config.data.streaming and accelerator.is_main_process:
+            self._warn_of_another_order()
         with accelerator.local_main_process_first():
             self.train_set, self.heldout = load_data(config.data, accelerator.is_local_main_process, self.memory_limit)
         load_judges(config.evaluation, config.data.channels, config.data.size)  # are missed now, not after days
@@ -312,6 +322,21 @@ class AutoencoderTask(Task):
                 self.perceptual.check(size)
             self.perceptual.to(accelerator.device)
 
+    def _warn_of_another_order(self) -> None:
+        """Where `run.allow_config_change` lets a stream go on with settings that decide its order."""
+        data, run = self.config.data, self.config.run
+        now = {"data.lanes": list(data.lanes), "data.shuffle_buffer": data.shuffle_buffer}
+        for name, value in (now | {"run.batch_size": run.batch_size}).items():
+            begun = begun_with(run, *name.split("."))
+            if begun not in (None, value):
+                logger.warning(
+                    "the order of a stream depends on %s, %s -> %s: where the run goes on within an epoch, some images "
+                    "are seen twice in it and others not at all",
+                    name,
+                    begun,
+                    value,
+                )
+
     def gains_by_bfloat16(self, device: torch.device) -> bool:
         if self.config.model.architecture == "vae":
             return True
@@ -334,13 +359,8 @@ class AutoencoderTask(Task):
         return True
 
     def _load_for_fine_tuning(self) -> None:
-        model, stated = self.config.model, self.config.data.value_range
-        known = find_value_range(model.pretrained, model.subfolder, model.revision)
-        if known and known != (stated and ValueRange(*stated)):
-            raise ValueError(
-                f"data.value_range must be {known}, to which {model.pretrained} was trained, got "
-                f"{'null' if stated is None else ValueRange(*stated)}"
-            )
+        model = self.config.model
+        check_value_range(self.config.data.value_range, model.pretrained, model.subfolder, model.revision)
         pretrained = load_autoencoder(model.pretrained, model.subfolder, model.revision)
         self.pretrained, self.pretrained_hash = pretrained, weights_hash(pretrained)
         if model.latents:

@@ -239,12 +239,13 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"name": "folder"}, r"data\.streaming is of data\.name datasets.* got data\.name folder"),
-            ({"crops": 3}, r"got data\.crops 3"),
-            ({"buckets": 8}, r"got data\.buckets 8"),
-            ({"label_column": "a"}, r"got data\.label_column a"),
+            ({"name": "folder"}, r"data\.streaming is of data\.name datasets, got folder: leave it out"),
+            ({"crops": 3}, r"of a stream, data\.crops must be random or null, got 3"),
+            ({"buckets": 8}, r"a stream has no data\.buckets, got 8: leave it or data\.streaming out"),
+            ({"label_column": "a"}, r"a stream has no data\.label_column, got a"),
             ({"shuffle_buffer": 0}, r"data\.shuffle_buffer must be at least 1, got 0"),
-            ({"lanes": (0, 1)}, r"data\.lanes must be at least 1 each, got \[0, 1\]"),
+            ({"lanes": (0, 1)}, r"data\.lanes must be at least 1 each .* got \[0, 1\]"),
+            ({"lanes": (1, 1), "streaming": False}, r"are of data\.streaming, got \[1, 1\] and data\.streaming false"),
         ],
     )
     def test_wrong_settings(self, settings, message):

@@ -8,6 +8,7 @@ from .rows import RowStore, is_hub_id
 from .sources import (
     IMAGE_SUFFIXES,
     OF_ROWS,
+    OF_TRAINING,
     ArrayImages,
     DataConfig,
     ImageSet,
@@ -22,6 +23,7 @@ from .store import FileStore, Store
 __all__ = [
     "IMAGE_SUFFIXES",
     "OF_ROWS",
+    "OF_TRAINING",
     "ArrayImages",
     "ArrayStore",
     "DataConfig",

@@ -113,7 +113,7 @@ def streamed(
     start: int,
 ) -> Batches:
     """Images of blocks of `counts` (K,) each, which lie side by side, in an order in which few blocks are needed at a
-    time: a block is read once an epoch by one worker of one process.
+    time, and nearly all by one worker of one process alone.
 
     The blocks are put in random order and cut into `lanes[0]` times `lanes[1]` pieces of equal length. Each of
     `lanes[0]` parts of a batch comes from a piece of its own, and so does each of `lanes[1]` batches in a row: so a
@@ -126,8 +126,8 @@ def streamed(
     length, (parts, phases) = int(counts.sum()), lanes
     if start % batch_size:
         raise ValueError(
-            f"a stream goes on between two batches, and {start} images of this epoch were seen, which {batch_size} "
-            "does not divide: continue with the run.batch_size that the run was begun with"
+            f"the order of a stream depends on run.batch_size, and {start} images of this epoch were seen, which "
+            f"{batch_size} does not divide: continue with the run.batch_size that the run was begun with"
         )
     order = np.random.default_rng([seed, epoch]).permutation(len(counts))
     ends = counts[order].cumsum()

@@ -1,4 +1,4 @@
-"""Image sets, as uint8 batches by index: scikit-learn's digits, torchvision's named sets, folders of images."""
+"""Image sets, as batches by index: scikit-learn's digits, torchvision's named sets, folders of images."""
 
 from __future__ import annotations
 
@@ -53,6 +53,8 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm
 HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")
 OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column")
 """Settings of `DataConfig` that belong to one data set of rows."""
+OF_TRAINING = ("buckets", "horizontal_flip", "vertical_flip", "color_jitter", "streaming", "shuffle_buffer", "lanes")
+"""Those that change how a set is trained on, and not what is measured or encoded of it."""
 MEMORY_LIMIT = 2**31
 """Bytes of pixels up to which a set is read once and kept in memory."""
 IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
@@ -150,7 +152,9 @@ class DataConfig:
             try:
                 ValueRange(*self.value_range)
             except (TypeError, ValueError) as error:
-                raise ValueError(f"data.value_range must be two finite increasing numbers: {error}") from error
+                raise ValueError(
+                    f"data.value_range must be [low, high], two finite increasing numbers, got {list(self.value_range)}"
+                ) from error
         if self.as_they_are and self.name in IN_MEMORY:
             given = f"data.channels {self.channels}" if self.value_range is None else "data.value_range"
             raise ValueError(f"{given} is for files, and the images of {self.name} have 8 bits and 1 or 3 channels")
@@ -164,9 +168,9 @@ class DataConfig:
             if self.fit != "crop":
                 raise ValueError(f"data.crops leave nothing to pad: data.fit must be crop, got {self.fit}")
         if self.buckets is not None:
-            if self.buckets < 1 or min(self.size) < self.buckets:
+            if self.buckets < 1 or any(side % self.buckets for side in self.size):
                 raise ValueError(
-                    f"data.buckets must be at least 1 and at most the sides of data.resolution, got {self.buckets} and "
+                    f"data.buckets must be at least 1 and divide the sides of data.resolution, got {self.buckets} and "
                     f"{self.size[0]}x{self.size[1]}"
                 )
             if self.name in IN_MEMORY:
@@ -185,7 +189,10 @@ class DataConfig:
             try:
                 v2.ColorJitter(*self.color_jitter)
             except ValueError as error:
-                raise ValueError(f"data.color_jitter {list(self.color_jitter)} is not one: {error}") from error
+                raise ValueError(
+                    "data.color_jitter must be [brightness, contrast, saturation, hue], each at least 0 and hue at "
+                    f"most 0.5, got {list(self.color_jitter)}"
+                ) from error
         for name in OF_ROWS:
             of_array = self.name == "array" and name in ("image_column", "label_column")
             if getattr(self, name) is not None and self.name != "datasets" and not of_array:
@@ -193,17 +200,22 @@ class DataConfig:
                     f"data.{name} is of data.name datasets, got {getattr(self, name)} with data.name {self.name}"
                 )
         if self.streaming:
-            refused = {"name": self.name != "datasets", "crops": isinstance(self.crops, int)}
-            refused |= {name: getattr(self, name) is not None for name in ("buckets", "label_column", "caption_column")}
-            for name in [name for name, wrong in refused.items() if wrong]:
+            if self.name != "datasets":
                 raise ValueError(
-                    "data.streaming is of data.name datasets, without data.buckets, label_column, caption_column and "
-                    f"a number of data.crops, got data.{name} {getattr(self, name)}"
+                    f"data.streaming is of data.name datasets, got {self.name}: leave it out, others are read in place"
                 )
+            if isinstance(self.crops, int):
+                raise ValueError(f"of a stream, data.crops must be random or null, got {self.crops}")
+            for name in ("buckets", "label_column", "caption_column"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"a stream has no data.{name}, got {value}: leave it or data.streaming out")
         if self.shuffle_buffer < 1:
             raise ValueError(f"data.shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
-        if self.lanes is not None and min(self.lanes) < 1:
-            raise ValueError(f"data.lanes must be at least 1 each, got {list(self.lanes)}")
+        if self.lanes is not None and (min(self.lanes) < 1 or not self.streaming):
+            raise ValueError(
+                f"data.lanes must be at least 1 each and are of data.streaming, got {list(self.lanes)} and "
+                f"data.streaming {str(self.streaming).lower()}"
+            )
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"data.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
         if self.num_workers < 0:
@@ -310,7 +322,9 @@ class ReadImages:
 
 
 class ImageSet(TrainingSet, Protocol):
-    """Images with or without labels, of one size unless they are trained on; any first part is a fair sample."""
+    """Images with or without labels, of one size unless they are trained on; any first part is a fair sample, of a
+    stream one of row groups.
+    """
 
     labels: torch.Tensor | None
     """(N,) int64 classes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import posixpath
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,9 @@ class ParquetStore(EncodedStore):
 
     def __init__(self, root: str, files: Sequence[str], groups: np.ndarray, column: str, patience: int):
         self.root, self.files, self.groups, self.column, self.patience = root, files, groups, column, patience
+        paths = [PurePosixPath(file.replace("\\", "/")) for file in files]
+        above = posixpath.commonpath([path.parent for path in paths])
+        self.names = [str(path.relative_to(above)) for path in paths]  # the same wherever the files lie
         self.ends = groups["rows"].cumsum()
         self._kept: _Kept | None = None
 
@@ -71,7 +75,7 @@ class ParquetStore(EncodedStore):
 
     def key(self, row: int) -> str:
         group, own = self._place(row)
-        return f"{PurePosixPath(self.files[group['file']]).name}, row {group['first'] + own}"
+        return f"{self.names[group['file']]}, row {group['first'] + own}"
 
     def identity(self, row: int) -> bytes:
         group, _ = self._place(row)
@@ -123,11 +127,10 @@ class ParquetStore(EncodedStore):
         try:
             with fsspec.open(path, "rb") as file, ParquetFile(file) as parquet:
                 table = parquet.read_row_group(int(group["number"]), columns=[self.column], use_threads=False)
-        except ArrowInvalid as error:
-            raise ValueError(f"cannot read row group {group['number']} of {path}: {error}") from error
-        except OSError as error:
+        except (ArrowInvalid, OSError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            raise OSError(f"cannot read row group {group['number']} of {path}: {reason}") from error
+            kind = ValueError if isinstance(error, ArrowInvalid) else OSError
+            raise kind(f"cannot read row group {group['number']} of {path}: {reason}") from error
         values = table.column(0).combine_chunks()
         return values.field("bytes") if types.is_struct(values.type) else values
 
@@ -151,10 +154,9 @@ class StreamedImages(StoredImages):
     def fingerprint(self) -> str:
         """Of what the files' footers tell of the row groups."""
         store = self.store
-        names = [PurePosixPath(file).name for file in store.files]
         digest = hashlib.sha256(f"{self.rows}\0".encode())
         for group in store.groups.tolist():
-            digest.update(f"{names[group[0]]}\0{group[1:]}\0".encode())
+            digest.update(f"{store.names[group[0]]}\0{group[1:]}\0".encode())
         return digest.hexdigest()
 
 
@@ -188,7 +190,8 @@ def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, Str
         own = [(place, n, firsts[n], size.num_rows, size.total_byte_size) for n, size in enumerate(sizes)]
         groups.append(np.array([group for group in own if group[3]], dtype=GROUP))
     counts = [len(found[part]) for part in parts]
-    halves = [np.concatenate(groups[: counts[0]]), np.concatenate([*groups[counts[0] :], groups[0][:0]])]
+    none = groups[0][:0]  # of a set with one split
+    halves = [np.concatenate(groups[: counts[0]]), np.concatenate([none, *groups[counts[0] :]])]
     halves = [np.random.default_rng(0).permutation(half) for half in halves]
     total = sum(int(half["rows"].sum()) for half in halves)
     heldout = int(halves[1]["rows"].sum()) if len(parts) > 1 else max(1, round(total * config.heldout_fraction))
