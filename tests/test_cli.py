@@ -119,6 +119,41 @@ class TestTop:
         assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "of_its_own",
+    [
+        {
+            "name": "datasets",
+            "root": "ann/pets",
+            "streaming": True,
+            "lanes": [1, 2],
+            "shuffle_buffer": 9,
+            "crops": "random",
+        },
+        {"name": "folder", "root": "photos", "buckets": 8, "horizontal_flip": True, "color_jitter": [0.1, 0, 0, 0]},
+        {"name": "array", "root": "a.npz", "image_column": "images", "vertical_flip": True, "crops": 3},
+    ],
+)
+def test_a_run_on_other_images_than_it_was_trained_on(of_its_own, run, tmp_path, capsys):
+    """What its own set had, and how it was trained on, is not asked of others."""
+    shutil.copytree(run, tmp_path / "run")
+    stated = yaml.safe_load((run / "config.yaml").read_text())
+    stated["data"] |= of_its_own
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(stated))
+    code, out, _ = call(
+        capsys,
+        "evaluate",
+        tmp_path / "run",
+        "--data",
+        "digits",
+        "--out",
+        tmp_path / "out",
+        "--evaluation.max_images",
+        8,
+    )
+    assert code == 0 and "PSNR" in out
+
+
 class TestEvaluate:
     def test_a_run_is_measured_on_its_held_out_images(self, run, capsys, tmp_path):
         code, out, _ = call(capsys, "evaluate", run, "--out", tmp_path)

@@ -15,6 +15,7 @@ from PIL import Image
 from diffusers_vae import cli
 from diffusers_vae.config import TRAININGS, parse_settings
 from diffusers_vae.data import DataConfig, load_data, look, recommended
+from diffusers_vae.report import look_table
 
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 
@@ -95,6 +96,15 @@ class TestFolder:
             shutil.copyfile(folder / "train" / "cat" / "truncated_jpeg.jpg", tmp_path / "bad" / f"{number}.jpg")
         with pytest.raises(ValueError, match="none of 3 training images can be read: cannot read the image"):
             look(config(tmp_path / "bad"), 10)
+
+
+def test_values_that_are_cut_are_told(shared_data, tmp_path):
+    """Of 16 bits, grey as in color, of which Pillow says nothing for the latter."""
+    for name in ("basn2c16.png", "tiff_16bit_RGB.tiff", "16bit.cropped.tif", "rgb.jpg", "hopper.jpg"):
+        shutil.copyfile(shared_data / "awkward" / name, tmp_path / name)
+    found = look(config(tmp_path), 8)
+    assert {name: found.files.modes[name] for name in ("RGB;16", "I;16", "RGB")} == {"RGB;16": 2, "I;16": 1, "RGB": 2}
+    assert "16-bit values are scaled to 8 bits" in look_table(found)
 
 
 class TestRecommended:

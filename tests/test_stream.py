@@ -1,5 +1,6 @@
 """Streams of Parquet files: their images, the row groups that are in memory, and what is refused."""
 
+import dataclasses
 import io
 import json
 import pickle
@@ -12,13 +13,16 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
+import yaml
 from datasets import Dataset, Features, Image, Value
 from pyarrow import parquet
+from test_trainer import tiny
 from torch.utils.data import DataLoader
 
 from diffusers_vae.data import DataConfig, epoch_batches, image_batches, load_data, stream
 from diffusers_vae.data.order import MicroBatch, deal
 from diffusers_vae.images import read_image
+from diffusers_vae.trainer import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -203,6 +207,17 @@ class TestErrors:
             for own in (train, heldout):
                 own.__getitems__(range(len(own))).checked()
 
+    def test_files_of_one_name_are_told_apart(self, root, tmp_path):
+        """As the Hub has them after its conversion: SPLIT/0000.parquet."""
+        for split in ("train", "test"):
+            (tmp_path / "default" / split).mkdir(parents=True)
+            content = (root / ("test.parquet" if split == "test" else "train-0.parquet")).read_bytes()
+            (tmp_path / "default" / split / "0000.parquet").write_bytes(content)
+        train, heldout = load_data(config(tmp_path))
+        assert (len(train), len(heldout)) == (43, 10)
+        names = {images.name(index) for images in (train, heldout) for index in range(len(images))}
+        assert len(names) == 53 and any(name.endswith("train/0000.parquet, row 3") for name in names)
+
     def test_a_damaged_file(self, root, tmp_path):
         content = (root / "train-0.parquet").read_bytes()
         (tmp_path / "a.parquet").write_bytes(content[:-100])
@@ -251,6 +266,21 @@ class TestErrors:
     def test_wrong_settings(self, settings, message):
         with pytest.raises(ValueError, match=message):
             DataConfig(**{"name": "datasets", "streaming": True} | settings)
+
+
+def test_another_order_is_told(root, tmp_path, caplog):
+    """Where a run is to go on with settings by which its order is another."""
+    run = tiny(tmp_path / "run", batch_size=8, max_images=24, log_every=8, checkpoint_every=8)
+    run = dataclasses.replace(run, data=config(root))
+    train(run)
+    assert "order of a stream" not in caplog.text
+    lanes = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["lanes"]
+    assert lanes == [1, 1]
+    longer = dataclasses.replace(run.run, max_images=48, allow_config_change=True)
+    train(dataclasses.replace(run, run=longer, data=config(root, shuffle_buffer=99)))
+    assert "the order of a stream depends on data.shuffle_buffer, 24 -> 99" in caplog.text
+    with pytest.raises(ValueError, match=r"state data\.lanes, or run\.gradient_accumulation_steps instead"):
+        dataclasses.replace(run, run=dataclasses.replace(run.run, device_batch_size="auto"))
 
 
 def test_another_order_than_of_a_set_that_is_prepared(root):
