@@ -45,6 +45,7 @@ from diffusers_vae.text_to_image import (
     captions_of,
 )
 from diffusers_vae.trainer import TrainConfig, train
+from diffusers_vae.values import ValueRange
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train_text_to_image.py"
 DATA = DataConfig(resolution=16)
@@ -544,6 +545,13 @@ class TestRefused:
         with pytest.raises((OSError, ValueError), match=named):
             run_task(TextToImageTask(config))
         assert [path.name for path in (tmp_path / "run").iterdir()] in ([], [".lock"])
+
+    @pytest.mark.slow
+    def test_values_that_mean_something_else(self, vae, tmp_path):
+        shutil.copytree(vae, tmp_path / "vae")
+        ValueRange(0, 4095).save(tmp_path / "vae" / "model")
+        with pytest.raises(ValueError, match=r"data\.value_range must be \[0, 4095\], to which .* got null"):
+            run_task(TextToImageTask(tiny(tmp_path / "run", tmp_path / "vae")))
 
     @pytest.mark.slow
     def test_images_fitted_otherwise_than_for_the_autoencoder_are_told_of(self, vae, tmp_path, caplog):
