@@ -227,7 +227,8 @@ def run(settings: argparse.Namespace, arguments: Sequence[str]) -> None:
     prompts = prompts_in_turn(settings.count, settings.prompts)
     how = {"steps": settings.steps, "seed": settings.seed, "batch_size": settings.batch_size}
     channels, *size = draw(pipeline, prompts[:1], settings.guidance[0], **how).shape[1:]
-    config = DataConfig(settings.name, settings.root, tuple(size), channels, FITS[settings.name])
+    fit = FITS[settings.name]
+    config = DataConfig(settings.name, settings.root, resolution=tuple(size), channels=channels, fit=fit)
     train, heldout = load_data(config)
 
     classifier = train_classifier(train, EPOCHS[settings.name], settings.seed, device)

@@ -65,7 +65,7 @@ def main() -> None:
 def bare(arguments: argparse.Namespace) -> None:
     """The steps of our run and nothing else: no checks, no checkpoint, no log."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    config = DataConfig("folder", arguments.root, 64, 3, crops=16)
+    config = DataConfig("folder", arguments.root, resolution=64, channels=3, crops=16)
     pixels = load_data(config)[0].pixels.to(device)
     model = speed_up_norms(ModelConfig(architecture="vae", **MODEL).build(3, config.size)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.0, fused=True)
