@@ -1,4 +1,4 @@
-"""Value ranges, image files and grids: the only place that rescales pixels.
+"""Value ranges, image files and grids: the only place, with `values.py`, that rescales pixels.
 
 Three ranges are in use: uint8 in [0, 255] in files and data sets, the model range [-1, 1] that models and diffusion
 pipelines take and give, and the unit range [0, 1] inside likelihoods and pictures.
