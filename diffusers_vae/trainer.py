@@ -251,7 +251,7 @@ class EncodedImages(TrainingSet):
         found = [row for row, place in enumerate(read.kept) if indices[place] in self.rows]  # another read them once
         kept, pixels = [read.kept[row] for row in found], read.pixels[found]
         moments = self.latents.moments([self.rows[indices[place]] for place in kept])
-        return _Encoded(pixels, kept, read.errors, read.stop, moments)
+        return _Encoded(pixels, kept, read.errors, read.stop, read.unreachable, moments)
 
     def name(self, index: int) -> str:
         return self.images.name(index)
@@ -360,8 +360,8 @@ class AutoencoderTask(Task):
 
     def _load_for_fine_tuning(self) -> None:
         model = self.config.model
-        check_value_range(self.config.data.value_range, model.pretrained, model.subfolder, model.revision)
         pretrained = load_autoencoder(model.pretrained, model.subfolder, model.revision)
+        check_value_range(self.config.data.value_range, model.pretrained, model.subfolder, model.revision)
         self.pretrained, self.pretrained_hash = pretrained, weights_hash(pretrained)
         if model.latents:
             described = f"training images of {self.config.data.described}"
