@@ -50,7 +50,9 @@ def hub(monkeypatch):
         monkeypatch.setattr("datasets.config.HF_ENDPOINT", server.url)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
         template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        for module in ("constants", "file_download"):  # of older versions, the latter
+            name = f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE"
+            monkeypatch.setattr(name, template, raising=False)
         yield server
 
 
