@@ -207,6 +207,19 @@ def write_values(path: str | Path, values: np.ndarray, kind: FileKind) -> None:
             writer.write(file, laid.reshape(kind.height, -1))
 
 
+def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Of an NPY its shape, whether it is in Fortran's order, and its dtype; `file` is where its values begin then.
+
+    Raises:
+        ValueError: when it is damaged, or of a version for other values than numbers.
+    """
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"NPY of version {version[0]}.{version[1]} is for other values than numbers")
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return header(file)
+
+
 def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
@@ -248,11 +261,7 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _read_npy(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray | None, FileKind]:
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"NPY of version {version[0]}.{version[1]} is for other values than numbers")
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = header(file)
+    shape, _, dtype = read_npy_header(file)
     if dtype.kind not in "biuf":
         raise ValueError(f"values must be real numbers, got {dtype}")
     layouts = [layout for layout, place in (("CHW", 0), ("HWC", -1)) if len(shape) == 3 and shape[place] == channels]

@@ -11,14 +11,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ..images import Header
-from ..values import ValueRange
+from ..values import ValueRange, read_npy_header
 
 if TYPE_CHECKING:
     from .sources import DataConfig
@@ -144,7 +144,7 @@ class ImageArray:
             return _headers(self.path)[self.column], 0
         try:
             with self.path.open("rb") as file:
-                return _read_header(file), file.tell()
+                return read_npy_header(file), file.tell()
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read {self.path}: {error}") from error
 
@@ -328,14 +328,6 @@ def _layout(name: str, shape: tuple[int, ...], config: DataConfig) -> str:
     raise ValueError(f"{rule}, with {counts} channels for data.channels {config.channels}, got {shape} in {name}")
 
 
-def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"version {version[0]}.{version[1]} of NPY is for other values than numbers")
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return header(file)
-
-
 def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], bool, np.dtype]]:
     """Of the arrays in an `.npz`, by key."""
     found = {}
@@ -343,7 +335,7 @@ def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], bool, np.dtype]]:
         with zipfile.ZipFile(path) as opened:
             for name in opened.namelist():
                 with opened.open(name) as file:
-                    found[name.removesuffix(".npy")] = _read_header(file)
+                    found[name.removesuffix(".npy")] = read_npy_header(file)
     except (EOFError, NotImplementedError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     return found
