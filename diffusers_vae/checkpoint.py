@@ -279,11 +279,7 @@ def save_checkpoint(
             shutil.rmtree(target, ignore_errors=True)  # a damaged one that was passed over
             partial.rename(target)
             _sync(folder)
-        older = [path for path in sorted(folder.glob("images-*")) if path.name < target.name]
-        for path in older[: max(0, len(older) + 1 - keep)]:
-            shutil.rmtree(path, ignore_errors=True)
-            if path.exists():
-                logger.warning("%s is no longer needed and cannot be deleted", path)
+        tidy(folder, target, keep)
 
     try:
         on_main(accelerator, begin)
@@ -325,10 +321,21 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def remove_half_written(folder: Path) -> None:
-    """Delete what saves that were cut short left behind."""
-    for partial in folder.glob(".images-*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+def tidy(folder: Path, newest: Path | None, keep: int) -> None:
+    """Delete what was left behind by processes that were killed as they saved or deleted, and of the checkpoints up to
+    `newest` all but the last `keep`.
+    """
+    for pattern in (".images-*.partial", ".images-*.old"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    found = sorted(path for path in folder.glob("images-*") if newest and path.name <= newest.name)
+    for path in found[:-keep]:
+        old = path.with_name(f".{path.name}.old")  # so that half of one never looks like a damaged one
+        try:
+            path.rename(old)
+            shutil.rmtree(old)
+        except OSError as error:
+            logger.warning("%s is no longer needed and cannot be deleted: %s", path, error)
 
 
 def _problem(path: Path) -> str | None:

@@ -19,7 +19,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import nn
 
-from .checkpoint import acquire, check_fits, find_checkpoint, naming, on_main, remove_half_written, write_file
+from .checkpoint import acquire, check_fits, find_checkpoint, naming, on_main, tidy, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def begin(
         _refuse_changes(config, "inputs", [f"another {name}" for name in differing if "images" not in data[name]])
         with torch.device("meta"):
             check_fits(checkpoint, build())
-    remove_half_written(output_dir / "checkpoints")
+    tidy(output_dir / "checkpoints", checkpoint, config.run.keep_checkpoints)
     config.save(output_dir / "config.yaml")  # first: it says whose the others are
     with naming(output_dir):
         (output_dir / "pictures").mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from diffusers_vae.checkpoint import (
     find_checkpoint,
     naming,
     read_progress,
-    remove_half_written,
     restore,
     save_checkpoint,
+    tidy,
     whole_folder,
     write_file,
 )
@@ -150,6 +151,28 @@ class TestRoundTrip:
         state.save(folder, 20, keep=1)
         assert [path.name for path in folder.iterdir()] == ["images-000000000020"]
 
+    def test_killed_as_one_is_deleted(self, folder, monkeypatch):
+        """Half of it neither looks like a damaged one nor stays for good; nor does one that was to be deleted next."""
+        state = State(seed=0, steps=1)
+        for images_seen in (4, 8):
+            state.save(folder, images_seen)
+        rmtree = shutil.rmtree
+
+        def killed_within(path, *args, **kwargs):
+            if "000000000004" in path.name:
+                (path / "model.safetensors").unlink()
+                raise KeyboardInterrupt
+            rmtree(path, *args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "rmtree", killed_within)
+            with pytest.raises(KeyboardInterrupt):
+                state.save(folder, 12, keep=1)
+        assert [path.name[-2:] for path in sorted(folder.glob("images-*"))] == ["08", "12"]
+        newest, damaged = find_checkpoint(folder)
+        tidy(folder, newest, keep=1)
+        assert list(folder.iterdir()) == [newest] and not damaged and newest.name.endswith("12")
+
     def test_weights_that_are_not_finite_do_not_take_a_place(self, folder):
         state = State(seed=0, steps=1)
         before = state.save(folder, 4, keep=1)
@@ -208,7 +231,7 @@ class TestDamage:
         two[1].rename(partial)
         (partial / "manifest.json").unlink()
         assert find_checkpoint(folder) == (two[0], [f"{partial} is half-written"])
-        remove_half_written(folder)
+        tidy(folder, two[0], keep=2)
         assert [path.name for path in folder.iterdir()] == [two[0].name]
 
     def test_a_damaged_one_does_not_take_the_place_of_a_good_one(self, two, folder):
