@@ -1,4 +1,4 @@
-"""Image sets, as batches by index: scikit-learn's digits, torchvision's named sets, folders of images."""
+"""Image sets, as batches by index: digits, torchvision's named sets, folders, archives, arrays, rows of tables."""
 
 from __future__ import annotations
 
