@@ -73,7 +73,8 @@ def start(run: Callable[[], object], processes: int, log: Path) -> list[int]:
         if processes > 1:
             os.environ |= {  # one thread each: more of them than cores would take turns
                 "OMP_NUM_THREADS": "1",
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                "RANK": str(rank), "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
                 "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
             }  # fmt: skip
         code = 1
