@@ -34,6 +34,11 @@ def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: for pixels of another dtype, whose range nothing states.
     """
+    if pixels.dtype == torch.uint8 and pixels.is_cpu and not torch.compiler.is_compiling():
+        # by numpy, in one thread: those of torch wait for cores that are busy reading images
+        values = np.empty_like(pixels.numpy(), np.float32)
+        np.divide(pixels.numpy(), np.float32(127.5), out=values, dtype=np.float32)
+        return torch.from_numpy(np.subtract(values, np.float32(1), out=values))
     if pixels.dtype == torch.uint8:
         return pixels.float() / 127.5 - 1
     if not pixels.is_floating_point():

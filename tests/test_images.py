@@ -27,6 +27,25 @@ def test_all_256_values_survive_the_round_trip():
     assert torch.equal(to_uint8(images.half()), pixels)
 
 
+@pytest.mark.parametrize(
+    "laid",
+    [
+        lambda pixels: pixels[7],
+        lambda pixels: pixels[:0],
+        lambda pixels: pixels.reshape(16, 16).T,
+        lambda pixels: pixels[:3].expand(2, 3),
+        lambda pixels: pixels.reshape(2, 2, 8, 8)[:, :, ::2].to(memory_format=torch.channels_last),
+    ],
+    ids=["one", "none", "turned", "repeated", "channels_last"],
+)
+def test_to_model_range_is_the_same_to_the_bit_however_pixels_lie(laid):
+    pixels = laid(torch.arange(256, dtype=torch.uint8))
+    images = to_model_range(pixels)
+    expected = pixels.float() / 127.5 - 1
+    assert torch.equal(images, expected) and images.dtype == torch.float32
+    assert pixels.ndim < 4 or images.stride() == expected.stride()
+
+
 def test_to_uint8_clamps_and_rounds():
     levels = torch.tensor([-40.0, -0.1, 0.4, 0.6, 127.4, 127.6, 254.6, 255.1, 600.0])
     assert to_uint8(levels / 127.5 - 1).tolist() == [0, 0, 0, 1, 127, 128, 255, 255, 255]
