@@ -141,7 +141,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """An empty folder to write to, which takes the place of `path` at the end, its files on the disk. After an error
     there is no trace of it; OSErrors name `path`.
     """
-    partial, old = _partial(path), path.with_name(f".{path.name}.old")
+    partial, old = _partial(path), _old(path)
     with naming(path):
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -163,6 +163,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 UMASK = os.umask(0o077)  # which can be asked for by being set alone
@@ -330,7 +334,7 @@ def tidy(folder: Path, newest: Path | None, keep: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
     found = sorted(path for path in folder.glob("images-*") if newest and path.name <= newest.name)
     for path in found[:-keep]:
-        old = path.with_name(f".{path.name}.old")  # so that half of one never looks like a damaged one
+        old = _old(path)  # so that half of one never looks like a damaged one
         try:
             path.rename(old)
             shutil.rmtree(old)

@@ -34,13 +34,14 @@ def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: for pixels of another dtype, whose range nothing states.
     """
-    if pixels.dtype == torch.uint8 and pixels.is_cpu and not torch.compiler.is_compiling():
-        # by numpy, in one thread: those of torch wait for cores that are busy reading images
-        values = np.empty_like(pixels.numpy(), np.float32)
-        np.divide(pixels.numpy(), np.float32(127.5), out=values, dtype=np.float32)
-        return torch.from_numpy(np.subtract(values, np.float32(1), out=values))
     if pixels.dtype == torch.uint8:
-        return pixels.float() / 127.5 - 1
+        if not pixels.is_cpu or torch.compiler.is_compiling():
+            return pixels.float() / 127.5 - 1
+        # by numpy, in one thread: those of torch wait for cores that are busy reading images
+        images = torch.empty_like(pixels, dtype=torch.float32)  # aligned as all tensors, by which MKL rounds
+        np.divide(pixels.numpy(), np.float32(127.5), out=images.numpy(), dtype=np.float32)
+        np.subtract(images.numpy(), np.float32(1), out=images.numpy())
+        return images
     if not pixels.is_floating_point():
         raise ValueError(f"pixels must be uint8 in [0, 255] or floating point in [0, 1], got {pixels.dtype}")
     return pixels * 2 - 1

@@ -101,6 +101,18 @@ class TestSameCommand:
         train(at(finished, output_dir))
         assert left_behind(output_dir) == left_behind(Path(finished.run.output_dir))
 
+    def test_what_was_left_as_an_old_checkpoint_was_deleted_goes(self, finished, tmp_path):
+        """After the last save, behind which no other would delete it."""
+        output_dir = tmp_path / "run"
+        shutil.copytree(finished.run.output_dir, output_dir)
+        expected = left_behind(output_dir)
+        (output_dir / "evaluation.json").unlink()  # which says that it is finished
+        for name in ("images-000000000001", ".images-000000000002.old", ".images-000000000003.partial"):
+            (output_dir / "checkpoints" / name).mkdir()
+            (output_dir / "checkpoints" / name / "ema.safetensors").write_bytes(b"half")
+        train(at(finished, output_dir))
+        assert left_behind(output_dir) == expected
+
     @pytest.mark.slow
     def test_tracker_shows_no_point_twice(self, tmp_path):
         config = tiny(
