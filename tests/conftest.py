@@ -8,21 +8,24 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of other workers want the cores that would be spun on
+
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from support.hub import READ_TOKEN, TOKEN
+from support.hub_server import HubServer, User
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def paths_of(image_set) -> list[Path]:
-    """The file of each image of a folder."""
-    return [image_set.store.paths[row] for row in image_set.rows]
-
-
 @pytest.fixture(autouse=True)
 def new_launch():
-    """Accelerate keeps the first precision of a process; every test is a launch of its own."""
+    """Accelerate keeps the first precision of a process, and torch its number of threads: every test is a launch of its
+    own, with one thread, so that the workers of pytest share the cores and sums are rounded the same way everywhere.
+    """
     AcceleratorState._reset_state(True)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -92,3 +95,15 @@ def small_disk(tmp_path):
     if subprocess.run(["umount", str(disk)]).returncode:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
         pytest.fail("something is still open on the disk")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that the client in this process talks to, with Ann logged in."""
+    tokens = {TOKEN: User("ann", orgs=("lab",)), READ_TOKEN: User("ann", role="read")}
+    with HubServer(tokens) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server

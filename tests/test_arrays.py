@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_trainer import ROOT
+from support.runs import ROOT
 from torch.utils.data import DataLoader
 
 from diffusers_vae import cli

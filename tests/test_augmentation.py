@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import paths_of
-from test_trainer import TINY_VAE, launch, records, tiny
+from support.files import paths_of
+from support.runs import TINY_VAE, launch, records, tiny
 from torchvision.transforms.v2 import functional
 
 from diffusers_vae.data import DataConfig, deal, load_data

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import binomtest
-from test_vae import make_pipeline
+from support.models import make_pipeline
 
 from diffusers_vae import VAE, LatentDataset
 from diffusers_vae.data import DataConfig, load_data

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from support.files import flip
 
 from diffusers_vae import checkpoint
 from diffusers_vae.checkpoint import (
@@ -181,12 +182,6 @@ class TestRoundTrip:
         with pytest.raises(FloatingPointError, match=r"diverged after step 8: 1 tensors .* mean\.weight"):
             state.save(folder, 8, keep=1)
         assert find_checkpoint(folder) == (before, [])
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 FILES = [

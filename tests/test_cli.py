@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import paths_of
 from diffusers import AutoencoderKL
 from PIL import Image
-from test_measures import tiny_vae
-from test_trainer import tiny
+from support.files import paths_of
+from support.models import tiny_vae
+from support.runs import tiny
 
 from diffusers_vae import MLPVAE, VAE, LatentDataset, cli
 from diffusers_vae.data import DataConfig, load_data, load_split

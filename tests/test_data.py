@@ -14,8 +14,8 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from conftest import paths_of
 from PIL import Image
+from support.files import paths_of
 from torchvision import datasets
 
 from diffusers_vae.data import (

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,17 +13,32 @@ import pytest
 import torch
 from accelerate.utils import is_torch_version
 from safetensors.torch import load_file
-from test_resume import begin, group_is_gone, interrupted_at, reading_on_demand
-from test_trainer import ROOT, SCRIPT, TINY_VAE, launch, records, tiny, weights
-from whole import random_network, whole
+from support.runs import (
+    CONFIGS,
+    LAUNCH,
+    ROOT,
+    SCRIPT,
+    TINY_VAE,
+    assert_same_gradient,
+    begin,
+    group_is_gone,
+    interrupted_at,
+    launch,
+    random_network,
+    reading_on_demand,
+    records,
+    run_in,
+    tensors,
+    tiny,
+    weights,
+    whole,
+)
 
 from diffusers_vae.data import DataConfig
 from diffusers_vae.evaluation import EvaluationConfig
 from diffusers_vae.loop import FSDP2_TORCH, OptimizerConfig
 
 pytestmark = pytest.mark.slow
-CONFIGS = ROOT / "training" / "configs" / "accelerate"
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
 def config_of(output_dir, schedule, micro_steps=1):
@@ -41,36 +55,6 @@ def config_of(output_dir, schedule, micro_steps=1):
         data=DataConfig(resolution=8, heldout_fraction=0.8),
         optimizer=OptimizerConfig(max_grad_norm=None, warmup_images=200, schedule=schedule),
     )
-
-
-def run_in(processes, config, *launcher, script=SCRIPT):
-    """`config` in a launch of its own; the launch's output."""
-    file = Path(config.run.output_dir).with_suffix(".yaml")
-    config.save(file)
-    done = subprocess.run(
-        [*LAUNCH, *launcher, "--num_processes", str(processes), str(script), "--config", str(file)],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def tensors(output_dir, images_seen, name):
-    return load_file(Path(output_dir) / "checkpoints" / f"images-{images_seen:012d}" / f"{name}.safetensors")
-
-
-def assert_same_gradient(reference, output_dir, images_seen, name="optimizer"):
-    """Adam's first average after its first step is a tenth of the gradient: within 1e-5 of its norm, by tensor."""
-    expected, found = (tensors(path, images_seen, name) for path in (reference, output_dir))
-    gradients = [name for name in expected if name.startswith("exp_avg.")]
-    for name in gradients:
-        difference, norm = (found[name] - expected[name]).norm(), expected[name].norm()
-        if name.endswith("to_k.bias"):
-            # no gradient: what is added to all keys alike, a softmax does not see. What there is of it is rounding
-            assert norm < 1e-6 * expected[name.replace("to_k.bias", "to_q.bias")].norm()
-        else:
-            assert difference <= 1e-5 * norm, (name, difference / norm)
-    return len(gradients)
 
 
 def assert_same_training(reference, output_dir):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageChops
-from test_vae import run_without_package
+from support.models import run_without_package
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_vae import cli

@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
-from test_measures import tiny_vae
+from support.models import tiny_vae
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Independent, MultivariateNormal, Normal
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure

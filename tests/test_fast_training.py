@@ -10,10 +10,9 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from test_trainer import TINY_MLP, TINY_VAE, tiny, weights
+from support.runs import TINY_MLP, TINY_VAE, random_network, tiny, weights, whole
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from whole import random_network, whole
 
 from diffusers_vae import VAE
 from diffusers_vae.models import fast_dtype, speed_up_norms

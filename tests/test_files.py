@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import paths_of
-from test_trainer import records, tiny, weights
+from support.files import pack, paths_of, tarred, zipped
+from support.runs import records, tiny, weights
 from torch.utils.data import DataLoader
 
 from diffusers_vae.data import DataConfig, load_data, load_split, sources
@@ -31,42 +31,6 @@ def folder(cifar_folder, tmp_path):
         (root / name / "notes.csv").write_text("no image")
         (root / name / ".hidden.png").write_bytes(b"no image")
     return root
-
-
-def files_of(folder):
-    return [(path, path.relative_to(folder).as_posix()) for path in sorted(folder.rglob("*")) if path.is_file()]
-
-
-def zipped(folder, archive, compression=zipfile.ZIP_DEFLATED):
-    with zipfile.ZipFile(archive, "w", compression) as opened:
-        for path, name in files_of(folder):
-            opened.write(path, name)
-        opened.writestr("__MACOSX/cat/._0.png", b"no image")
-    return archive
-
-
-def tarred(folder, archive, prefix="./"):
-    with tarfile.open(archive, "w") as opened:
-        for path, name in files_of(folder):
-            opened.add(path, prefix + name)
-    return archive
-
-
-def pack(kind, folder, target):
-    if kind == "folder":
-        return folder
-    if kind == "tar":
-        return tarred(folder, target.with_suffix(".tar"))
-    if kind == "zip":
-        return zipped(folder, target.with_suffix(".zip"))
-    if kind == "zip, stored":
-        return zipped(folder, target.with_suffix(".zip"), zipfile.ZIP_STORED)
-    target.mkdir()
-    for name in ("ship", "cat"):  # shards beside each other
-        own = target.parent / f"only {name}"
-        shutil.copytree(folder / name, own / name)
-        tarred(own, target / f"00{len(name)}.tar")
-    return target
 
 
 KINDS = ["tar", "zip", "zip, stored", "shards"]

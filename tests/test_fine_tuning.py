@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from crash import left_behind
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from test_distributed import CONFIGS, assert_same_gradient, run_in
-from test_resume import at, interrupted_at
-from test_single_file import original
-from test_trainer import tiny
+from support.models import original
+from support.runs import CONFIGS, assert_same_gradient, at, interrupted_at, left_behind, run_in, tiny
 
 from diffusers_vae import VAE, encode_images
 from diffusers_vae.adversarial import AdversarialConfig

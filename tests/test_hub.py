@@ -12,88 +12,26 @@ import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
-from hub_server import Fault, HubServer, User, card_errors
 from huggingface_hub import ModelCard
-from PIL import Image
+from support.hub import CONFIG, READ_TOKEN, REPO, TOKEN, make_run, uploaded
+from support.hub_server import Fault, HubServer, User, card_errors
+from support.models import make_vae
 
-from diffusers_vae import MLPVAE, VAE, cli
+from diffusers_vae import MLPVAE, cli
 from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.evaluation import FIGURES
 from diffusers_vae.hub import HubConfig, check_can_push, push, render_card, write_card
-from diffusers_vae.models import ModelConfig, weights_hash
+from diffusers_vae.models import ModelConfig
 from diffusers_vae.models.lora import add_lora
 from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.trainer import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-TOKEN = "hf_ThisTokenMustNeverShow"
-READ_TOKEN = "hf_AnotherTokenWhichReads"
 WRONG_TOKEN = "hf_WhichTheServerDoesNotKnow"
-REPO = "ann/tiny-vae"
-
-
-def make_run(path: Path, model: VAE | MLPVAE, resolution: tuple[int, int], config: dict) -> Path:
-    """What a finished run leaves behind, with things besides that must not be published."""
-    channels, latent_shape = 1, (2, 4, 4) if isinstance(model, VAE) else (2, 1, 1)
-    model.save_pretrained(path / "model")
-    weights = (path / "model" / "diffusion_pytorch_model.safetensors").read_bytes()
-    report = {
-        "format": 1, "images": 180, "loss": 61.5,
-        "distortion": -812.25, "rate": 41.125, "elbo": 771.125, "bits_per_dim": -4.345,
-        "density": "normal density with std 0.1 over pixels in [-1, 1]", "psnr": 30.875, "ssim": 0.9875,
-        "lpips_alex": None, "lpips_vgg": 0.0625, "rfid": None, "importance_weighted_bound": None,
-        "intervals": {"psnr": [30.5, 31.25], "ssim": [0.985, 0.99], "rate": [40.0, 42.5]},
-        "latents": {"mean": [0.1, -0.2], "std": [0.5, 0.25], "scaling_factor": 2.5, "shift_factor": -0.05},
-        "posterior": {
-            "units": 32, "active_units": 30, "collapsed_share": 0.0625, "collapsed_channels": [],
-            "rate_per_channel": [30.0, 11.125],
-            "rate_per_position": [[2.5] * 4] * 4, "aggregate_distance": 0.75, "verdict": "healthy",
-            "advice": "Nothing needs to change.",
-        },
-        "model": {
-            "name": "tiny", "class_name": "AutoencoderKL" if isinstance(model, VAE) else "MLPVAE",
-            "parameters": model.num_parameters(), "latent_shape": latent_shape,
-            "scaling_factor": model.config.scaling_factor, "shift_factor": model.config.shift_factor,
-            "weights_sha256": weights_hash(model),
-        },
-        "protocol": {
-            "data": config["data"]["name"], "split": "held-out", "images": 180, "fingerprint": "0123abcd",
-            "resolution": resolution, "channels": channels, "resize": "scaled to cover, then the centre is cut out",
-            "value_range": "[-1, 1]", "round_to_8_bit": False, "reconstruction": "mode", "draws": 1, "seed": 0,
-            "dtype": "float32", "device": "cpu", "networks": {"vgg": "4567cdef"},
-            "versions": {"diffusers_vae": "0.1.0", "torch": "2.7.1"},
-        },
-    }  # fmt: skip
-    (path / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-    (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    (path / "metrics.jsonl").write_text('{"kind": "train"}\n')
-    (path / "tensorboard").mkdir()
-    (path / "tensorboard" / "events.out.tfevents.1").write_bytes(b"\0log")
-    (path / "checkpoints" / "images-000000001000").mkdir(parents=True)
-    (path / "checkpoints" / "images-000000001000" / "model.safetensors").write_bytes(weights)
-    (path / "checkpoints" / "images-000000001000" / "discriminator.safetensors").write_bytes(b"\0")
-    (path / "pictures").mkdir()
-    for seed, name in enumerate(("reconstructions", "loss")):
-        noise = np.random.default_rng(seed).integers(0, 255, (40, 60), np.uint8)
-        Image.fromarray(noise).save(path / "pictures" / f"{name}.png")
-    (path / "pictures" / "reconstructions.svg").write_text("<svg/>")
-    (path / "model" / "notes.txt").write_text("mine")
-    return path
-
-
-CONFIG = {
-    "data": {"name": "digits", "root": "/home/ann/secret-place", "resolution": 8, "channels": 1, "fit": "crop"},
-    "model": {"architecture": "vae", "latent_channels": 2, "block_out_channels": [8, 8], "hidden_dim": None},
-    "objective": {"likelihood": "gaussian", "scale": 0.1, "kl_weight": 1.0},
-    "optimizer": {"learning_rate": 0.002, "schedule": "cosine"},
-    "run": {"output_dir": "runs/tiny", "epochs": 15, "batch_size": 32, "mixed_precision": "no"},
-    "evaluation": {"max_images": None},
-}
 
 
 TUNED = {
@@ -115,23 +53,9 @@ def tune(run: Path, fine_tuning: dict | None = None, **model) -> Path:
     return run
 
 
-def make_vae(seed: int = 0) -> VAE:
-    torch.manual_seed(seed)
-    return VAE(
-        in_channels=1,
-        out_channels=1,
-        latent_channels=2,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        scaling_factor=2.5,
-        shift_factor=-0.05,
-    )
-
-
 @pytest.fixture
 def run(tmp_path) -> Path:
+    """A finished run with random weights, ready to be pushed."""
     return make_run(tmp_path / "runs" / "tiny", make_vae(), (8, 8), CONFIG)
 
 
@@ -139,18 +63,6 @@ def run(tmp_path) -> Path:
 def mlp_run(tmp_path) -> Path:
     config = CONFIG | {"model": {"architecture": "mlp", "hidden_dim": 8, "latent_dim": 2}}
     return make_run(tmp_path / "runs" / "perceptron", MLPVAE(8, 1, 8, 2), (8, 8), config)
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub that the client in this process talks to, with Ann logged in."""
-    tokens = {TOKEN: User("ann", orgs=("lab",)), READ_TOKEN: User("ann", role="read")}
-    with HubServer(tokens) as server:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield server
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -166,13 +78,6 @@ def expected_files(run: Path, config: HubConfig) -> dict[str, bytes]:
 
 
 PICTURED = ("reconstructions", "loss")
-
-
-def uploaded(hub: HubServer, repo: str = REPO, revision: str = "main") -> dict[str, bytes]:
-    """What is in a repository besides the file that it is created with."""
-    files = hub.files(repo, revision)
-    del files[".gitattributes"]
-    return files
 
 
 class TestConfig:

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import paths_of
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from filelock import FileLock
 from PIL import Image
-from test_measures import tiny_vae
+from programs import crash_encode
+from support.files import paths_of
+from support.models import tiny_vae
 from torch.utils.data import DataLoader
 
 from diffusers_vae import LatentDataset, encode_images
@@ -390,16 +391,19 @@ class TestResume:
 
     @pytest.mark.slow
     @pytest.mark.skipif(os.name == "nt", reason="needs fork")
-    @pytest.mark.parametrize(("processes", "trials"), [(1, 8), (2, 4), (3, 1)])
-    def test_killed_again_and_again(self, processes, trials, tmp_path):
-        """Up to 3 times at random moments, within a write too: at the end the files of one process, byte by byte."""
-        program = [sys.executable, ROOT / "tests" / "crash_encode.py", tmp_path]
-        done = subprocess.run(
-            [*program, f"--processes={processes}", f"--trials={trials}"],
-            capture_output=True, text=True, cwd=ROOT,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert f"{trials} of {trials} identical" in done.stdout
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_encoding_killed_at_random_moments_ends_with_the_same_files(self, processes, tmp_path, capsys):
+        """Up to 3 times, within a write too: at the end the files of one process, byte by byte."""
+        assert crash_encode.main([str(tmp_path), f"--processes={processes}", "--trials=2"]) == 0, (
+            capsys.readouterr().out
+        )
+
+    @pytest.mark.soak
+    @pytest.mark.parametrize("processes", [1, 2, 3])
+    def test_encoding_killed_by_the_dozen_ends_with_the_same_files(self, processes, tmp_path, capsys):
+        assert crash_encode.main([str(tmp_path), f"--processes={processes}", "--trials=20"]) == 0, (
+            capsys.readouterr().out
+        )
 
 
 class TestDataset:

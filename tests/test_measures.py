@@ -4,10 +4,10 @@ import pytest
 import torch
 import torchvision
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from support.models import tiny_vae
 from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from diffusers_vae import VAE
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import LatentStatistics, measure_latents
@@ -19,19 +19,6 @@ from diffusers_vae.perceptual import FILES, LPIPS, PerceptualLoss
 def digits():
     _, heldout = load_data(DataConfig(resolution=16))
     return heldout
-
-
-def tiny_vae(channels=1, **settings):
-    torch.manual_seed(0)
-    return VAE(
-        in_channels=channels,
-        out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        **settings,
-    ).eval()
 
 
 class TestMetrics:

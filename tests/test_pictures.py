@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from test_measures import tiny_vae
+from support.models import tiny_vae
 
 from diffusers_vae import MLPVAE
 from diffusers_vae.data import ArrayImages, DataConfig, load_data

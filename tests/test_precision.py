@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_measures import tiny_vae
+from support.models import tiny_vae
 
 from diffusers_vae import MLPVAE
 from diffusers_vae.data import ArrayImages, DataConfig, load_data

@@ -12,7 +12,7 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from test_vae import make_pipeline
+from support.models import make_pipeline
 
 from diffusers_vae import VAE
 from diffusers_vae.evaluation import FIGURES, EvaluationReport

@@ -14,30 +14,30 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from crash import left_behind
+from programs import crash
+from support.files import flip
+from support.runs import (
+    TINY_VAE,
+    at,
+    begin,
+    group_is_gone,
+    interrupted_at,
+    launch,
+    left_behind,
+    random_network,
+    reading_on_demand,
+    records,
+    tiny,
+    weights,
+    whole,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_checkpoint import flip
-from test_trainer import ROOT, SCRIPT, TINY_VAE, launch, records, tiny, weights
-from whole import random_network, whole
 
 from diffusers_vae.checkpoint import find_checkpoint
 from diffusers_vae.data import DataConfig
 from diffusers_vae.evaluation import EvaluationConfig
 from diffusers_vae.loop import Interrupted, run_task
 from diffusers_vae.trainer import AutoencoderTask, train
-
-
-def interrupted_at(images_seen, run, to):
-    """A copy of a finished run as it was just after the checkpoint at `images_seen`, or before the first for 0."""
-    shutil.copytree(run, to)
-    for path in (to / "checkpoints").iterdir():
-        if int(path.name.removeprefix("images-")) > images_seen:
-            shutil.rmtree(path)
-    (to / "evaluation.json").unlink()
-    shutil.rmtree(to / "model")
-    with (to / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "tra')  # cut off, and after the checkpoint
-    return to
 
 
 @pytest.fixture(
@@ -56,10 +56,6 @@ def finished(request, tmp_path_factory):
         config = whole(config, random_network(folder / "network"))
     train(config)
     return config
-
-
-def at(config, output_dir, **run):
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(output_dir), **run))
 
 
 class TestSameCommand:
@@ -323,46 +319,6 @@ class TestOtherProcesses:
                 assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
-def begin(output_dir, *arguments, launcher=(), script=SCRIPT):
-    """A long run as users start it, waited for until it has saved for the first time."""
-    start = [*launcher] or [sys.executable]
-    flags = ["--run.output_dir", output_dir, "--run.tracker", "null", "--run.checkpoint_every", 32, *arguments]
-    process = subprocess.Popen(
-        [*start, str(script), *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"}, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not any((output_dir / "checkpoints").glob("images-*")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.05)
-    return process
-
-
-def reading_on_demand(folder):
-    """The training script with no room for images in memory, in `folder`."""
-    script = folder / "script.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
-        "from diffusers_vae.data import sources\n"
-        "sources.MEMORY_LIMIT = 0\n"
-        "import train_vae\n"
-        "train_vae.main()\n"
-    )
-    return script
-
-
-def group_is_gone(process, seconds):
-    """Whether every process of the launch ended within that time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 class TestSignals:
@@ -451,20 +407,19 @@ class TestSignals:
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs fork")
 @pytest.mark.parametrize(
-    ("name", "processes", "trials", "kind"),
-    [
-        ("KILL", 1, 20, "plain"), ("TERM", 1, 20, "plain"), ("KILL", 2, 20, "bf16"), ("TERM", 2, 20, "bf16"),
-        ("KILL", 3, 2, "plain"), ("KILL", 1, 3, "whole"), ("TERM", 2, 1, "whole"),
-    ],
-)  # fmt: skip
-def test_killed_again_and_again(name, processes, trials, kind, tmp_path):
-    """Runs that are killed up to 3 times at random moments, within a save too: all bit-identical at the end. Of three
-    processes, whose gradients can be summed in more than one order, two runs show it.
-    """
-    arguments = ["--signal", name, "--processes", processes, "--kind", kind, "--trials", trials]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("crash.py")), tmp_path, *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{trials} of {trials} bit-identical" in done.stdout
+    ("name", "processes", "kind"),
+    [("KILL", 1, "plain"), ("TERM", 1, "whole"), ("KILL", 2, "whole"), ("TERM", 2, "bf16")],
+)
+def test_run_killed_at_random_moments_ends_bit_identical(name, processes, kind, tmp_path, capsys):
+    """Killed up to twice, within a save too. What happens at every operation in turn is in test_crash_points.py."""
+    arguments = ["--signal", name, "--processes", str(processes), "--kind", kind, "--trials", "2", "--kills", "2"]
+    assert crash.main([str(tmp_path), *arguments]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["plain", "bf16", "whole"])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("name", ["KILL", "TERM"])
+def test_run_killed_at_random_moments_by_the_dozen_ends_bit_identical(name, processes, kind, tmp_path, capsys):
+    arguments = ["--signal", name, "--processes", str(processes), "--kind", kind, "--trials", "20", "--finish"]
+    assert crash.main([str(tmp_path), *arguments]) == 0, capsys.readouterr().out

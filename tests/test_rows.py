@@ -14,10 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
-from hub_server import HubServer, User
-from test_distributed import LAUNCH
-from test_resume import reading_on_demand
-from test_trainer import ROOT, TINY_VAE, records, tiny, weights
+from support.hub_server import HubServer, User
+from support.runs import LAUNCH, ROOT, TINY_VAE, reading_on_demand, records, tiny, weights
 from torch.utils.data import DataLoader
 
 from diffusers_vae import cli

@@ -13,18 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scale
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
-from test_trainer import ROOT, weights
+from support.runs import ROOT, weights
 
 from diffusers_vae.adversarial import PatchDiscriminator
 from diffusers_vae.config import TRAININGS, parse_settings
 from diffusers_vae.models import ModelConfig
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import scale
 
 CLUSTER = ROOT / "training" / "cluster"
 SLURM, NODE, KUBERNETES = (CLUSTER / name for name in ("slurm.sh", "node.sh", "kubernetes.yaml"))

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 from safetensors.torch import save_file
-from test_vae import original_name
+from support.models import original
 
 from diffusers_vae import VAE
 from diffusers_vae.models import ModelConfig, load_autoencoder
@@ -29,18 +29,6 @@ CONFIGS = {
 def make(config):
     torch.manual_seed(0)
     return AutoencoderKL(**config).eval()
-
-
-def original(stock):
-    """The weights of a stock model as latent-diffusion's `AutoencoderKL` names them: one up block per level, counted
-    from the highest resolution, and 1x1 convolutions in the attention.
-    """
-    levels, state = len(stock.config.block_out_channels), {}
-    for key, tensor in stock.state_dict().items():
-        name = original_name(key, levels)
-        attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name)
-        state[name] = (tensor[:, :, None, None] if attention else tensor).clone()
-    return state
 
 
 def write(path, state):

@@ -13,10 +13,10 @@ import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
-from epochs import BATCH, EPOCHS, PART
-from hub_server import HubServer, User
-from test_files import pack, tarred
-from test_trainer import weights
+from programs.epochs import BATCH, EPOCHS, PART
+from support.files import pack, tarred
+from support.hub_server import HubServer, User
+from support.runs import weights
 
 ROOT = Path(__file__).parents[1]
 TRAIN, HELDOUT = 53, 9
@@ -98,8 +98,18 @@ def runs(roots, tmp_path_factory):
             for name, own in SOURCES.items()
         }
         (folder / "sources.json").write_text(json.dumps(settings))
-        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "cache"), "HF_TOKEN": token}
-        program = [sys.executable, str(ROOT / "tests" / "epochs.py"), str(folder), str(folder / "sources.json")]
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(folder / "cache"),
+            "HF_TOKEN": token,
+            "PYTHONPATH": str(ROOT / "tests"),
+        }
+        program = [
+            sys.executable,
+            str(ROOT / "tests" / "programs" / "epochs.py"),
+            str(folder),
+            str(folder / "sources.json"),
+        ]
         ended = subprocess.run(program, env=environment, capture_output=True, text=True)
         assert not ended.returncode, ended.stdout + ended.stderr
     return folder

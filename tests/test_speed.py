@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_measures import tiny_vae
+from support.models import tiny_vae
 
 from diffusers_vae import MLPVAE
 from diffusers_vae.models import decode, encode, for_inference, several_at_once

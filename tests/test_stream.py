@@ -16,7 +16,7 @@ import torch
 import yaml
 from datasets import Dataset, Features, Image, Value
 from pyarrow import parquet
-from test_trainer import tiny
+from support.runs import tiny
 from torch.utils.data import DataLoader
 
 from diffusers_vae.data import DataConfig, epoch_batches, image_batches, load_data, stream
@@ -182,7 +182,12 @@ class TestRowGroups:
             (tmp_path / name).mkdir()
             for number in range(times):
                 digits.to_parquet(tmp_path / name / f"train-{number:03d}.parquet", batch_size=50)
-            program = [sys.executable, str(ROOT / "tests" / "memory.py"), str(tmp_path / name), str(epochs)]
+            program = [
+                sys.executable,
+                str(ROOT / "tests" / "programs" / "memory.py"),
+                str(tmp_path / name),
+                str(epochs),
+            ]
             ended = subprocess.run([*program, str(tmp_path / f"{name}-run")], capture_output=True, text=True)
             assert not ended.returncode, ended.stderr
             found.append([used for seen, used in json.loads(ended.stdout.splitlines()[-1]) if seen])

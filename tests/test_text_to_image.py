@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from crash import left_behind
 from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_distributed import run_in
-from test_trainer import records
-from test_vae import run_without_package
+from support.models import run_without_package
+from support.runs import left_behind, records, run_in
 from transformers import CLIPTextModel
 
 from diffusers_vae import VAE, cli

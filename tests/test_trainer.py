@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -15,10 +14,11 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from conftest import paths_of
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
+from support.files import paths_of
+from support.runs import DATA, ROOT, TINY_VAE, launch, records, tiny, weights
 
 from diffusers_vae import MLPVAE, VAE, trainer
 from diffusers_vae.checkpoint import find_checkpoint
@@ -26,46 +26,8 @@ from diffusers_vae.data import ArrayImages, DataConfig, epoch_batches, load_data
 from diffusers_vae.evaluation import EvaluationConfig, evaluate
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import measure_latents
-from diffusers_vae.loop import OptimizerConfig, RunConfig, dry_run, run_task
-from diffusers_vae.models import ModelConfig
-from diffusers_vae.objective import ObjectiveConfig
-from diffusers_vae.trainer import AutoencoderTask, TrainConfig, train
-
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "training" / "train_vae.py"
-DATA = DataConfig(resolution=8)
-TINY_VAE = ModelConfig(block_out_channels=(8, 8), norm_num_groups=4, mid_block_add_attention=False)
-TINY_MLP = ModelConfig(architecture="mlp", hidden_dim=16, latent_dim=2)
-
-
-def tiny(output_dir, model=TINY_MLP, **run):
-    settings = {"max_images": 300, "batch_size": 30, "log_every": 90, "tracker": None}
-    run = settings | {"mixed_precision": "no"} | run  # in bfloat16, sums in another order differ by more
-    return TrainConfig(
-        data=DATA,
-        model=model,
-        objective=ObjectiveConfig(scale=0.5),
-        run=RunConfig(output_dir=str(output_dir), **run),
-    )
-
-
-def records(output_dir, kind):
-    lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def weights(output_dir):
-    return load_file(Path(output_dir) / "model" / "diffusion_pytorch_model.safetensors")
-
-
-def launch(*arguments, processes=1):
-    """A run as users start it."""
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    start += ["--multi_gpu"] * (processes > 1)  # without GPUs too: otherwise one process is started
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [*start, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
+from diffusers_vae.loop import OptimizerConfig, dry_run, run_task
+from diffusers_vae.trainer import AutoencoderTask, train
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,15 @@ from pathlib import Path
 import numpy as np
 import png
 import pytest
-import test_hub
 import tifffile
 import torch
 import torchvision
-from conftest import paths_of
 from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
-from test_hub import REPO, make_vae, uploaded
-from test_trainer import tiny
-from test_vae import run_without_package
+from support.files import paths_of
+from support.hub import CONFIG, REPO, make_run, uploaded
+from support.models import make_vae, run_without_package
+from support.runs import tiny
 
 from diffusers_vae import VAE, cli
 from diffusers_vae.data import ArrayImages, DataConfig, StoredImages, load_data, look, recommended
@@ -38,7 +37,6 @@ from diffusers_vae.trainer import AutoencoderTask
 from diffusers_vae.values import EXACT, FileKind, ValueRange, read_kind, read_values, write_values
 
 ROOT = Path(__file__).parents[1]
-hub, run = test_hub.hub, test_hub.run  # fixtures
 DEEP = (0, 65535)
 
 
@@ -467,7 +465,8 @@ class TestLook:
 
 
 class TestModels:
-    def test_published_with_its_range(self, hub, run, tmp_path, monkeypatch):
+    def test_published_with_its_range(self, hub, tmp_path, monkeypatch):
+        run = make_run(tmp_path / "runs" / "tiny", make_vae(), (8, 8), CONFIG)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         address = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         for module in ("constants", "file_download"):  # of older versions, the latter

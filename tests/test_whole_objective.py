@@ -10,8 +10,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
-from test_trainer import TINY_MLP, TINY_VAE, records, tiny
-from whole import random_network
+from support.runs import TINY_MLP, TINY_VAE, random_network, records, tiny
 
 from diffusers_vae import VAE, cli, equivariance
 from diffusers_vae.adversarial import AdversarialConfig, PatchDiscriminator

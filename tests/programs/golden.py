@@ -1,7 +1,7 @@
 """Train one tiny run of each task and print the SHA-256 of every file that it leaves.
 
-`python tests/programs/golden.py` is run before and after a change of the code: where nothing of the training was meant to
-change, its output is the same on the same machine. The group `state` holds numbers (weights, checkpoints, latents,
+Run `python tests/programs/golden.py` before and after a change of the code: where nothing of the training was meant
+to change, its output is the same on the same machine. The group `state` holds numbers (weights, checkpoints, latents,
 metrics.jsonl), the group `words` what people read (config.yaml, evaluation, report, card, pictures).
 """
 

@@ -1,5 +1,5 @@
-"""`python tests/memory.py ROOT EPOCHS OUTPUT_DIR` trains on the stream of Parquet files below ROOT and prints, as JSON,
-the images seen and the bytes that the process and its workers take together then, every 1,000 images.
+"""`python tests/programs/memory.py ROOT EPOCHS OUTPUT_DIR` trains on the stream of Parquet files below ROOT and prints,
+as JSON, the images seen and the bytes that the process and its workers take together then, every 1,000 images.
 """
 
 import json

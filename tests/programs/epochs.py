@@ -1,9 +1,9 @@
-"""Runs that note which images each step had: a program, since a process that has computed must not be forked.
+"""Runs that note which images each step had.
 
-`python tests/epochs.py FOLDER JSON` runs what is in the file JSON, by name the settings of `DataConfig`, each four
-times, over two epochs and a part of the third: by two processes with two workers each; again so, but killed within the
-second epoch, and continued; and by one process. FOLDER/NAME/WAY has the run and, in seen-RANK.txt, a line per image and
-step: the images seen before, and a checksum of its pixels.
+`cd tests && python -m programs.epochs FOLDER JSON` runs what is in the file JSON, by name the settings of `DataConfig`,
+each four times, over two epochs and a part of the third: by two processes with two workers each; again so, but killed
+within the second epoch, and continued; and by one process. FOLDER/NAME/WAY has the run and, in seen-RANK.txt, a line
+per image and step: the images seen before, and a checksum of its pixels.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import datasets  # noqa: F401  what a run imports late, so that every fork has it
 import pyarrow.parquet  # noqa: F401
-from crash import start, wait
+from support.launches import Launch
 
 from diffusers_vae.data import DataConfig
 from diffusers_vae.evaluation import EvaluationConfig
@@ -84,8 +84,7 @@ def main(folder: Path, sources: Path) -> int:
             place.mkdir(parents=True)
             config = config_of(settings, place / "run", total)
             for die_at in (dies, None) if dies else (None,):
-                ids = start(partial(run, config, die_at), processes, place / "log")
-                codes = wait(ids)
+                codes = Launch(partial(run, config, die_at), place / "log", processes).wait()
                 if any(codes) != bool(die_at):
                     print(name, way, codes, (place / "log").read_text())
                     return 1

@@ -1,0 +1,53 @@
+"""Image files: where they lie, packed into archives, damaged."""
+
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+
+def paths_of(image_set) -> list[Path]:
+    """The file of each image of a folder."""
+    return [image_set.store.paths[row] for row in image_set.rows]
+
+
+def files_of(folder):
+    return [(path, path.relative_to(folder).as_posix()) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def zipped(folder, archive, compression=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(archive, "w", compression) as opened:
+        for path, name in files_of(folder):
+            opened.write(path, name)
+        opened.writestr("__MACOSX/cat/._0.png", b"no image")
+    return archive
+
+
+def tarred(folder, archive, prefix="./"):
+    with tarfile.open(archive, "w") as opened:
+        for path, name in files_of(folder):
+            opened.add(path, prefix + name)
+    return archive
+
+
+def pack(kind, folder, target):
+    if kind == "folder":
+        return folder
+    if kind == "tar":
+        return tarred(folder, target.with_suffix(".tar"))
+    if kind == "zip":
+        return zipped(folder, target.with_suffix(".zip"))
+    if kind == "zip, stored":
+        return zipped(folder, target.with_suffix(".zip"), zipfile.ZIP_STORED)
+    target.mkdir()
+    for name in ("ship", "cat"):  # shards beside each other
+        own = target.parent / f"only {name}"
+        shutil.copytree(folder / name, own / name)
+        tarred(own, target / f"00{len(name)}.tar")
+    return target
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

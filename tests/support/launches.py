@@ -1,0 +1,120 @@
+"""Launches of one or several processes that skip the imports: forked from a server that has imported everything and
+computed nothing, since a process that has computed must not be forked.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+INTERRUPTED = 75
+
+
+def _context() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["support.preloaded"])
+    return context
+
+
+class Launch:
+    """`work`, a function that can be pickled, in each of `processes` as `accelerate launch` would start them, with gloo
+    between them. What they print goes to the file `log`. Each has `threads` threads of torch.
+    """
+
+    def __init__(self, work: Callable[[], object], log: Path, processes: int = 1, threads: int = 1):
+        self.log = log
+        environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS)}
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.processes = []
+        context = _context()
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = str(TESTS)  # of the server, which starts with the first process
+        for rank in range(processes):
+            ranks = {
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
+                "MASTER_ADDR": "localhost", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+            }  # fmt: skip
+            named = environment | ({name: str(value) for name, value in ranks.items()} if processes > 1 else {})
+            process = context.Process(target=_enter, args=(work, log, named, threads), daemon=False)
+            process.start()
+            self.processes.append(process)
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+    @property
+    def running(self) -> bool:
+        """Whether none of the processes has ended."""
+        return all(process.is_alive() for process in self.processes)
+
+    def send(self, number: int, order: Sequence[int] | None = None, pause: Callable[[], float] = float) -> None:
+        """Send a signal to all processes, in the `order` of their ranks, with a `pause` after each."""
+        for rank in order or range(len(self.processes)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.processes[rank].pid, number)
+            time.sleep(pause())
+
+    def wait(self, timeout: float = 120, grace: float = 20) -> list[int]:
+        """Exit codes; negative for a signal. When one fails, the others are ended after `grace` seconds, as launchers
+        do; a launch that takes longer than `timeout` seconds is killed.
+        """
+        end = time.monotonic() + timeout
+        while any(process.is_alive() for process in self.processes):
+            if any(process.exitcode for process in self.processes):
+                end = min(end, time.monotonic() + grace)
+            if time.monotonic() > end:
+                self.send(signal.SIGKILL)
+            next(process for process in self.processes if process.is_alive()).join(0.01)
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.close()
+        return codes
+
+    def output(self) -> str:
+        """What the processes have printed so far."""
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def run_forked(work: Callable[..., object], *arguments: object, log: Path, processes: int = 1, threads: int = 1) -> str:
+    """What `work` prints in a launch that ends well."""
+    launch = Launch(partial(work, *arguments), log, processes, threads)
+    codes = launch.wait()
+    assert not any(codes), (codes, launch.output())
+    return launch.output()
+
+
+def _enter(work: Callable[[], object], log: Path, environment: dict[str, str], threads: int) -> None:
+    assert "support.preloaded" in sys.modules, "the server has imported nothing, so that each launch imports everything"
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= environment
+    import torch
+
+    from diffusers_vae.loop import Interrupted
+
+    torch.set_num_threads(threads)
+    logging.basicConfig(level="INFO", format="%(message)s")
+    code = 1
+    try:
+        work()
+        code = 0
+    except Interrupted as interruption:
+        sys.stdout.write(f"{interruption}\n")
+        code = INTERRUPTED
+    except BaseException:
+        logging.exception("rank %s", environment.get("RANK", 0))
+    finally:
+        sys.stdout.flush()
+        os._exit(code)

@@ -1,0 +1,202 @@
+"""Runs of training: tiny settings, real launches, and what they leave behind."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torchvision.models import squeezenet1_1
+
+from diffusers_vae.adversarial import AdversarialConfig
+from diffusers_vae.data import DataConfig
+from diffusers_vae.loop import RunConfig
+from diffusers_vae.models import ModelConfig
+from diffusers_vae.objective import ObjectiveConfig
+from diffusers_vae.trainer import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+SCRIPT = ROOT / "training" / "train_vae.py"
+
+
+DATA = DataConfig(resolution=8)
+
+
+TINY_VAE = ModelConfig(block_out_channels=(8, 8), norm_num_groups=4, mid_block_add_attention=False)
+
+
+TINY_MLP = ModelConfig(architecture="mlp", hidden_dim=16, latent_dim=2)
+
+
+def tiny(output_dir, model=TINY_MLP, **run):
+    settings = {"max_images": 300, "batch_size": 30, "log_every": 90, "tracker": None}
+    run = settings | {"mixed_precision": "no"} | run  # in bfloat16, sums in another order differ by more
+    return TrainConfig(
+        data=DATA,
+        model=model,
+        objective=ObjectiveConfig(scale=0.5),
+        run=RunConfig(output_dir=str(output_dir), **run),
+    )
+
+
+def records(output_dir, kind):
+    lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def weights(output_dir):
+    return load_file(Path(output_dir) / "model" / "diffusion_pytorch_model.safetensors")
+
+
+def launch(*arguments, processes=1):
+    """A run as users start it."""
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    start += ["--multi_gpu"] * (processes > 1)  # without GPUs too: otherwise one process is started
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*start, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+
+
+def left_behind(output_dir: Path) -> dict[str, str]:
+    """Checksum of every file of a finished run that must not depend on interruptions."""
+    files = [path for path in output_dir.rglob("*") if path.is_file() and path.name != ".lock"]
+    found = {}
+    for path in files:
+        content = path.read_bytes()
+        if path.name in ("config.yaml", "manifest.json"):  # name the output_dir
+            continue
+        if path.name == "README.md":
+            content = content.replace(output_dir.as_posix().encode(), b"RUN")
+        found[str(path.relative_to(output_dir))] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def interrupted_at(images_seen, run, to):
+    """A copy of a finished run as it was just after the checkpoint at `images_seen`, or before the first for 0."""
+    shutil.copytree(run, to)
+    for path in (to / "checkpoints").iterdir():
+        if int(path.name.removeprefix("images-")) > images_seen:
+            shutil.rmtree(path)
+    (to / "evaluation.json").unlink()
+    shutil.rmtree(to / "model")
+    with (to / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tra')  # cut off, and after the checkpoint
+    return to
+
+
+def at(config, output_dir, **run):
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(output_dir), **run))
+
+
+def begin(output_dir, *arguments, launcher=(), script=SCRIPT):
+    """A long run as users start it, waited for until it has saved for the first time."""
+    start = [*launcher] or [sys.executable]
+    flags = ["--run.output_dir", output_dir, "--run.tracker", "null", "--run.checkpoint_every", 32, *arguments]
+    process = subprocess.Popen(
+        [*start, str(script), *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"}, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not any((output_dir / "checkpoints").glob("images-*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    return process
+
+
+def reading_on_demand(folder):
+    """The training script with no room for images in memory, in `folder`."""
+    script = folder / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "from diffusers_vae.data import sources\n"
+        "sources.MEMORY_LIMIT = 0\n"
+        "import train_vae\n"
+        "train_vae.main()\n"
+    )
+    return script
+
+
+def group_is_gone(process, seconds):
+    """Whether every process of the launch ended within that time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+CONFIGS = ROOT / "training" / "configs" / "accelerate"
+
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def run_in(processes, config, *launcher, script=SCRIPT):
+    """`config` in a launch of its own; the launch's output."""
+    file = Path(config.run.output_dir).with_suffix(".yaml")
+    config.save(file)
+    done = subprocess.run(
+        [*LAUNCH, *launcher, "--num_processes", str(processes), str(script), "--config", str(file)],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def tensors(output_dir, images_seen, name):
+    return load_file(Path(output_dir) / "checkpoints" / f"images-{images_seen:012d}" / f"{name}.safetensors")
+
+
+def assert_same_gradient(reference, output_dir, images_seen, name="optimizer"):
+    """Adam's first average after its first step is a tenth of the gradient: within 1e-5 of its norm, by tensor."""
+    expected, found = (tensors(path, images_seen, name) for path in (reference, output_dir))
+    gradients = [name for name in expected if name.startswith("exp_avg.")]
+    for name in gradients:
+        difference, norm = (found[name] - expected[name]).norm(), expected[name].norm()
+        if name.endswith("to_k.bias"):
+            # no gradient: what is added to all keys alike, a softmax does not see. What there is of it is rounding
+            assert norm < 1e-6 * expected[name.replace("to_k.bias", "to_q.bias")].norm()
+        else:
+            assert difference <= 1e-5 * norm, (name, difference / norm)
+    return len(gradients)
+
+
+def random_network(folder: Path) -> Path:
+    """A folder with a network for LPIPS whose weights are random: there is no other without a download."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(squeezenet1_1().state_dict(), folder / "squeezenet1_1-b8a52dc0.pth")
+    return folder
+
+
+def whole(config, weights: Path):
+    """`config` with a discriminator that joins after a while, LPIPS and a learned scale, on images large enough."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, resolution=24),
+        objective=ObjectiveConfig(
+            scale="learned",
+            kl_schedule="cosine",
+            kl_warmup_images=400,
+            free_bits=3.0,
+            perceptual="squeeze",
+            perceptual_weight=0.1,
+            perceptual_weights=str(weights),
+        ),
+        adversarial=AdversarialConfig(
+            weight=0.1, start_images=40, warmup_images=300, width=8, layers=2, lecam_weight=0.1, r1_weight=0.01
+        ),
+    )
