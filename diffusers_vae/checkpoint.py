@@ -6,185 +6,45 @@ the rest; copies of config.yaml and metrics.jsonl; and a manifest with the size 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import platform
 import random
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import accelerate
 import diffusers
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .processes import gather, on_main
+from .storage import (
+    begin_folder,
+    copy_file,
+    delete_leftovers,
+    described,
+    digest_of,
+    discard_folder,
+    finish_folder,
+    naming,
+    partial_of,
+    save_tensors,
+    sync,
+    write_text,
+)
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-T = TypeVar("T")
-
-
-def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` returns on the main process, on all of them; what goes wrong there is raised on all."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [work(), None]
-        except (FloatingPointError, OSError, ValueError) as error:
-            outcome = [None, error]
-    result, error = broadcast_object_list(outcome)
-    if error is not None:
-        raise error
-    return result
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Within, whatever the file system refuses is an OSError that names `path`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OSError(f"cannot write {path}: {reason}") from error
-
-
-def acquire(lock: FileLock, doing: str, setting: str) -> None:
-    """Take the lock of the folder that it lies in, which is made if it is not there. It is waited for, some seconds, in
-    case that what is left of a killed process has it.
-
-    Raises:
-        OSError: when another process is `doing` something there, or `setting`, which names the folder, is no folder.
-    """
-    folder = Path(lock.lock_file).parent
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{setting} must be a folder, got the file {folder.resolve()}")
-    with naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("%s is in use: waiting, in case it is by what is left of a killed process", folder)
-            lock.acquire(timeout=15)
-    except Timeout as error:
-        raise OSError(
-            f"another process is {doing} {folder.resolve()}: wait for its end or choose another {setting}"
-        ) from error
-    except NotImplementedError:
-        logger.warning("%s cannot be locked: take care that no two processes use it", folder)
-
-
-def config_of_run(source: str) -> Path | None:
-    """The config.yaml of the run that the folder `source`, or its model/, is of; None if it is of none. A run that was
-    published has it beside the model.
-    """
-    for folder in (Path(source), Path(source).resolve().parent):
-        file = folder / "config.yaml"
-        if file.is_file() and ((folder / "model").is_dir() or (folder / "config.json").is_file()):
-            return file
-    return None
-
-
-def read_settings(path: Path, *needed: str) -> dict[str, dict[str, Any]]:
-    """The sections of a config.yaml; ValueError naming it when it is none, or lacks one that is `needed`."""
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is damaged, no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
-        raise ValueError(f"{path} is damaged: it must hold sections of settings, got {str(settings)[:60]!r}")
-    if missing := sorted(set(needed) - settings.keys()):
-        raise ValueError(f"{path} is damaged: it has no section {', '.join(missing)}")
-    return settings
-
-
-def write_file(path: Path, text: str) -> None:
-    """Put `text` in the place of whatever `path` holds, at once and on the disk."""
-    with whole_file(path) as partial:
-        partial.write_text(text)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` at the end, on the disk. After an error there is no trace of it;
-    OSErrors name `path`.
-    """
-    partial = _partial(path)
-    with naming(path):
-        try:
-            yield partial
-            _sync(partial)
-            partial.replace(path)
-            _sync(path.parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to write to, which takes the place of `path` at the end, its files on the disk. After an error
-    there is no trace of it; OSErrors name `path`.
-    """
-    partial, old = _partial(path), _old(path)
-    with naming(path):
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            yield partial
-            for file in partial.rglob("*"):
-                _sync(file)
-            _sync(partial)
-            shutil.rmtree(old, ignore_errors=True)
-            if path.exists():
-                path.rename(old)
-            partial.rename(path)
-            _sync(path.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
-def _old(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
-
-
-UMASK = os.umask(0o077)  # which can be asked for by being set alone
-os.umask(UMASK)
-
-
-def _sync(path: Path) -> None:
-    """Have it on the disk, one of safetensors, which are made for their owner alone, as readable as others."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows has no such thing for folders
-    if path.suffix == ".safetensors" or path.name.endswith(".safetensors.partial"):
-        with suppress(OSError):  # not every file system has such a thing
-            path.chmod(0o666 & ~UMASK)
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Discriminator(NamedTuple):
@@ -227,7 +87,7 @@ def save_checkpoint(
         OSError: on all processes, naming the checkpoint, when it cannot be written; those before are untouched.
     """
     target = folder / f"images-{progress['images_seen']:012d}"
-    partial = _partial(target)
+    partial = partial_of(target)
 
     def begin() -> None:
         for what in ("model", "discriminator") if discriminator else ("model",):
@@ -238,8 +98,7 @@ def save_checkpoint(
                     f"finite, {bad[0]} among them. The checkpoints in {folder} are from before"
                 )
         with naming(target):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            begin_folder(partial)
 
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     # together, so nothing here may fail on one process
@@ -262,41 +121,38 @@ def save_checkpoint(
                 "surroundings": surroundings(accelerator),
             }
         for name, content in files.items():
-            (partial / name).write_text(json.dumps(content, allow_nan=False))
+            write_text(partial / name, json.dumps(content, allow_nan=False))
         if accelerator.is_main_process:
             for name, content in tensors.items():
-                save_file(content, partial / name)
+                save_tensors(partial / name, content)
             for path in copies:
-                shutil.copyfile(path, partial / path.name)
+                copy_file(path, partial / path.name)
             files |= tensors | {path.name: path for path in copies}
         for name in files:
-            _sync(partial / name)
+            sync(partial / name)
         return {name: described(partial / name) for name in files}
 
     def finish(parts: list[dict[str, dict[str, Any]]]) -> None:
         files = {name: description for part in parts for name, description in part.items()}
         with naming(target):
-            manifest = {"format": FORMAT, "files": files, "sha256": _digest(FORMAT, files)}
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-            _sync(partial / MANIFEST)
-            _sync(partial)
-            shutil.rmtree(target, ignore_errors=True)  # a damaged one that was passed over
-            partial.rename(target)
-            _sync(folder)
+            manifest = {"format": FORMAT, "files": files, "sha256": digest_of([FORMAT, files])}
+            write_text(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+            sync(partial / MANIFEST)
+            finish_folder(partial, target)  # of a damaged one that was passed over, too
         tidy(folder, target, keep)
 
     try:
-        on_main(accelerator, begin)
+        on_main(begin)
         try:
             with naming(target):
                 outcome: Any = write()
         except OSError as error:
             outcome = error
-        outcomes = gather_object([outcome])
+        outcomes = gather(outcome)
         for outcome in outcomes:
             if isinstance(outcome, OSError):
                 raise outcome
-        on_main(accelerator, lambda: finish(outcomes))
+        on_main(lambda: finish(outcomes))
     except BaseException:
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -329,15 +185,11 @@ def tidy(folder: Path, newest: Path | None, keep: int) -> None:
     """Delete what was left behind by processes that were killed as they saved or deleted, and of the checkpoints up to
     `newest` all but the last `keep`.
     """
-    for pattern in (".images-*.partial", ".images-*.old"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+    delete_leftovers(folder, "images-*")
     found = sorted(path for path in folder.glob("images-*") if newest and path.name <= newest.name)
     for path in found[:-keep]:
-        old = _old(path)  # so that half of one never looks like a damaged one
         try:
-            path.rename(old)
-            shutil.rmtree(old)
+            discard_folder(path)
         except OSError as error:
             logger.warning("%s is no longer needed and cannot be deleted: %s", path, error)
 
@@ -346,7 +198,7 @@ def _problem(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files = manifest["files"]
-        if manifest["sha256"] != _digest(manifest["format"], files):
+        if manifest["sha256"] != digest_of([manifest["format"], files]):
             raise KeyError("sha256")
     except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
         return f"{MANIFEST} is missing or unreadable"
@@ -362,11 +214,6 @@ def _problem(path: Path) -> str | None:
         except OSError as error:
             return f"{name}: {error.strerror}"
     return None
-
-
-def _digest(version: int, files: dict[str, dict[str, Any]]) -> str:
-    """Of the manifest itself."""
-    return hashlib.sha256(json.dumps([version, files], sort_keys=True).encode()).hexdigest()
 
 
 def read_progress(path: Path, process: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -491,15 +338,6 @@ def _like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     if isinstance(reference, DTensor):
         return distribute_tensor(tensor, reference.device_mesh, reference.placements)
     return tensor
-
-
-def described(path: Path) -> dict[str, Any]:
-    """Size and checksum of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:

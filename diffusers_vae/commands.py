@@ -21,7 +21,6 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from .checkpoint import config_of_run, read_settings, write_file
 from .config import TRAININGS, Training, new_parser, parse_settings
 from .data import (
     IMAGE_SUFFIXES,
@@ -40,13 +39,16 @@ from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, r
 from .hub import HubConfig, check_can_push, find_value_range, push
 from .images import read_image, to_model_range, to_pil
 from .latent_cache import DTYPES, Kind, encode_images
-from .loop import Interrupted, RunResult, Task, dry_run, run_task
+from .loop import RunResult, Task, dry_run, run_task
 from .metrics import psnr
 from .models import MLPVAE, VAE, encode, find_subfolder, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig
 from .pictures import comparison_picture, contact_sheet, sample_picture
 from .precision import measure_precision
+from .processes import Interrupted
 from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
+from .settings import config_of_run, read_settings
+from .storage import write_file
 from .trainer import TrainResult
 from .values import WRITTEN, FileKind, ValueRange, read_values, write_values
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from .loop import Task
-from .run_folder import Settings
+from .settings import Settings
 from .text_to_image import TextToImageConfig, TextToImageTask
 from .trainer import AutoencoderTask, TrainConfig
 

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from .data import DataConfig, ImageSet, image_batches
 from .images import to_model_range, to_uint8
-from .latents import LatentStatistics, PosteriorHealth, total
-from .metrics import frechet_distance, gather_parts, mean_interval, process_share, psnr, ssim
+from .latents import LatentStatistics, PosteriorHealth, draw, total
+from .metrics import frechet_distance, mean_interval, psnr, ssim
 from .models import decode, encode, weights_hash
 from .objective import VAEObjective
 from .perceptual import LPIPS, InceptionFeatures
 from .precision import PrecisionReport, measure_precision
+from .processes import gather_parts, process_share
 from .values import ValueRange
 
 PACKAGES = (
@@ -307,17 +308,6 @@ def load_judges(config: EvaluationConfig, channels: int, size: tuple[int, int]) 
     for network in (*lpips.values(), *([inception] if inception else [])):
         network.check(channels, size)
     return lpips, inception
-
-
-def draw(
-    posterior: DiagonalGaussianDistribution, indices: Sequence[int], seed: int, draws: int
-) -> Iterator[torch.Tensor]:
-    """Latents (B, C, h, w) of the images `indices`, `draws` times: pure functions of seed, index and place."""
-    seeds = [int(np.random.SeedSequence([seed, index]).generate_state(1)[0]) for index in indices]
-    generators = [torch.Generator().manual_seed(own) for own in seeds]
-    for _ in range(draws):
-        noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=generator) for generator in generators])
-        yield posterior.mean + posterior.std * noise.to(posterior.mean)
 
 
 def log_prior_ratio(posterior: DiagonalGaussianDistribution, latents: torch.Tensor) -> torch.Tensor:

@@ -28,11 +28,12 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from .adversarial import AdversarialConfig
-from .checkpoint import read_settings, write_file
 from .evaluation import FIGURES, Figure, changed_figures, read_report
 from .models import ModelConfig, find_subfolder, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig
 from .pictures import CAPTIONS
+from .settings import read_settings
+from .storage import write_file
 from .values import RANGE_FILE, ValueRange
 
 T = TypeVar("T")

@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -20,17 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 import numpy as np
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .checkpoint import acquire, described, naming, whole_file, write_file
 from .data import ImageSet, StoredImages, kept_images, read_ahead
-from .evaluation import draw
-from .metrics import gather_parts, process_share
+from .latents import draw
 from .models import VAE, encode, fast_dtype, for_inference, several_at_once, weights_hash
+from .processes import gather_parts, on_main, only_user_of, process_share, sendable
+from .storage import delete_file, described, digest_of, naming, save_tensors, whole_file, write_file
 
 if TYPE_CHECKING:
     import datasets
@@ -112,15 +109,15 @@ def encode_images(
         raise ValueError(f"batch_size and shard_images must be at least 1, got {batch_size} and {shard_images}")
     if not len(image_set):
         raise ValueError("there must be at least one image to encode, got none")
-    cache = _on_main(
+    cache = on_main(
         lambda: _identity(vae, image_set, kind, dtype, compute_dtype or _compute_dtype(vae, folder), seed, shard_images)
     )
-    if _on_main(lambda: _is_complete(folder, cache)):
+    if on_main(lambda: _is_complete(folder, cache)):
         return LatentDataset(folder)
-    with _alone_in(folder):
-        if _on_main(lambda: _is_complete(folder, cache)):  # by whom it was in use
+    with only_user_of(folder, "writing latents to", "folder for the latents"):
+        if on_main(lambda: _is_complete(folder, cache)):  # by whom it was in use
             return LatentDataset(folder)
-        _on_main(lambda: _clear(folder, cache))
+        on_main(lambda: _clear(folder, cache))
         fast = for_inference(vae, getattr(torch, cache.get(*COMPUTED)))
         values = math.prod(cache["data"]["image_shape"][1:]) * vae.config.get("block_out_channels", [1])[0]
         if batch_size is None:
@@ -138,7 +135,7 @@ def encode_images(
             index |= {"classes": None if image_set.classes is None else list(image_set.classes), "shards": shards}
             write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
-        _on_main(finish)
+        on_main(finish)
     return LatentDataset(folder)
 
 
@@ -185,47 +182,9 @@ def _data_identity(image_set: ImageSet) -> dict[str, Any]:
         "images": len(image_set),
         "image_shape": list(image_set.__getitems__([0]).pixels.shape[1:]),
         "resize": image_set.config.resize if isinstance(image_set, StoredImages) else None,
-        "labels": None if labels is None else _digest([labels, image_set.classes]),
-        "captions": None if image_set.captions is None else _digest(image_set.captions),
+        "labels": None if labels is None else digest_of([labels, image_set.classes]),
+        "captions": None if image_set.captions is None else digest_of(image_set.captions),
     }
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _on_main(work: Callable[[], T]) -> T:
-    """What `work` returns on the first process, on all of them; what goes wrong there is raised on all."""
-    if process_share()[1] == 1:
-        return work()
-    outcome: list[tuple] = []
-    if process_share()[0] == 0:
-        try:
-            outcome = [(0, work(), None)]
-        except Exception as error:
-            outcome = [(0, None, _sendable(error))]
-    ((_, result, error),) = gather_parts(outcome)
-    if error is not None:
-        raise error
-    return result
-
-
-def _sendable(error: Exception) -> Exception:
-    """The error as other processes can have it."""
-    if type(error) in (FloatingPointError, OverflowError, ValueError) or isinstance(error, OSError):
-        return error
-    return RuntimeError(f"process {process_share()[0]}: {type(error).__name__}: {error}")
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Within, no other call can write to the folder."""
-    lock = FileLock(folder / ".lock")
-    _on_main(lambda: acquire(lock, "writing latents to", "folder for the latents"))
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _is_complete(folder: Path, cache: dict[str, Any]) -> bool:
@@ -244,13 +203,13 @@ def _clear(folder: Path, cache: dict[str, Any]) -> None:
         if header is not None:
             _check_same(folder, header["cache"], cache)
     with naming(folder / INDEX):
-        (folder / INDEX).unlink(missing_ok=True)
+        delete_file(folder / INDEX)
     for partial in (*folder.glob(".shard-*.partial"), *folder.glob(f".{INDEX}.partial")):
-        partial.unlink(missing_ok=True)
+        delete_file(partial)
     own = ("shard-", ".lock", ".tmp")
     if all(path.name.startswith(own) for path in folder.iterdir()):
         for partial in folder.glob(".tmp??????"):  # of safetensors itself
-            partial.unlink(missing_ok=True)
+            delete_file(partial)
 
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -333,7 +292,7 @@ def _together(work: Iterator[int], steps: int) -> Iterator[int]:
         except Exception as raised:
             error = raised
         if process_share()[1] > 1:
-            outcomes = gather_parts([(process_share()[0], done, None if error is None else _sendable(error))])
+            outcomes = gather_parts([(process_share()[0], done, None if error is None else sendable(error))])
             done = sum(outcome[1] for outcome in outcomes)
             error = error or next((outcome[2] for outcome in outcomes if outcome[2]), None)
         if error is not None:
@@ -399,7 +358,7 @@ def _encode_shard(
         tensors["caption_ends"] = torch.tensor(np.cumsum([len(text) for text in encoded]), dtype=torch.long)
     header = {HEADER: json.dumps({"cache": cache, "sha256": _sum(tensors)})}
     with whole_file(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, header)
+        save_tensors(partial, {name: tensor.contiguous() for name, tensor in tensors.items()}, header)
     yield len(indices)
 
 
@@ -602,7 +561,7 @@ class LatentDataset(Dataset):
     @property
     def fingerprint(self) -> str:
         """The same for the same latents, labels and captions in the same order, and for others another."""
-        return _digest([self.cache, self.index["shards"]])
+        return digest_of([self.cache, self.index["shards"]])
 
     @property
     def bytes(self) -> int:

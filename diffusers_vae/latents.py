@@ -5,18 +5,20 @@ uses them.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 from tqdm import tqdm
 
 from .data import ImageSet, image_batches
-from .metrics import gather_parts, process_share
 from .models import encode
 from .objective import rate_per_unit
+from .processes import gather_parts, process_share
 
 ACTIVE = 0.01
 """Variance of a unit's posterior mean over the data above which Burda et al. 2016, section 5.2, call it active."""
@@ -189,3 +191,14 @@ def total(parts: dict[int, LatentStatistics]) -> LatentStatistics:
     for _, part in gathered:
         statistics.add(part)
     return statistics
+
+
+def draw(
+    posterior: DiagonalGaussianDistribution, indices: Sequence[int], seed: int, draws: int
+) -> Iterator[torch.Tensor]:
+    """Latents (B, C, h, w) of the images `indices`, `draws` times: pure functions of seed, index and place."""
+    seeds = [int(np.random.SeedSequence([seed, index]).generate_state(1)[0]) for index in indices]
+    generators = [torch.Generator().manual_seed(own) for own in seeds]
+    for _ in range(draws):
+        noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=generator) for generator in generators])
+        yield posterior.mean + posterior.std * noise.to(posterior.mean)

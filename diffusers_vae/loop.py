@@ -6,13 +6,11 @@ import logging
 import math
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -28,8 +26,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
-    broadcast_object_list,
-    gather_object,
     is_torch_version,
     parse_choice_from_env,
     release_memory,
@@ -37,7 +33,7 @@ from accelerate.utils import (
 )
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -45,10 +41,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .checkpoint import (
     Discriminator,
-    naming,
-    on_main,
     read_progress,
-    read_settings,
     restore,
     save_checkpoint,
     surroundings,
@@ -56,7 +49,10 @@ from .checkpoint import (
 )
 from .data import MicroBatch, Read, TrainingSet, deal, step_generator
 from .models import fast_dtype
-from .run_folder import BadImages, Log, Settings, begin, find_run, only_run_in
+from .processes import Interrupted, Signals, gather, ignore_signals, on_main, only_user_of
+from .run_folder import BadImages, Log, begin, find_run
+from .settings import Settings, begun_with, read_settings
+from .storage import make_folder, naming, save_tensors, sync
 
 logger = logging.getLogger(__name__)
 
@@ -330,12 +326,6 @@ class Task(Protocol):
         ...
 
 
-class Interrupted(BaseException):
-    """A signal asked the run to stop: its state is on the disk, and the same command continues it. As a
-    KeyboardInterrupt, it is no Exception, so that nobody takes it for an error in what was being done.
-    """
-
-
 def run_task(task: Task, finish: bool = True) -> RunResult | None:
     """Train, evaluate and save what `task` says, on the processes that `accelerate launch` started; continue the run
     that `run.output_dir` holds. From now on this process computes with 0 in the place of denormal numbers.
@@ -371,7 +361,7 @@ def run_task(task: Task, finish: bool = True) -> RunResult | None:
     _check_launch(accelerator, run)
     _use_all_cores(accelerator)
     task.config = replace(task.config, run=replace(run, mixed_precision=accelerator.mixed_precision))
-    with _Signals() as signals, only_run_in(Path(run.output_dir), accelerator):
+    with Signals() as signals, only_user_of(Path(run.output_dir), "training in", "run.output_dir"):
         try:
             return _run(task, accelerator, signals, finish)
         finally:
@@ -386,23 +376,17 @@ def _precision(task: Task) -> str:
         return run.mixed_precision
     if (asked := parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # which is not told from nothing
         return asked
-    if (begun := begun_with(run, "run", "mixed_precision")) in get_args(Precision):
+    if (begun := begun_with(run.output_dir, "run", "mixed_precision")) in get_args(Precision):
         return begun
     cpu = torch.device("cpu")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else cpu
     return "bf16" if task.gains_by_bfloat16(device) and fast_dtype(device) == torch.bfloat16 else "no"
 
 
-def begun_with(run: RunConfig, section: str, name: str) -> Any:
-    """The setting `name` of the run that output_dir holds; None if it holds none."""
-    with suppress(OSError, ValueError):  # what is wrong with it is told when the run is looked for
-        return read_settings(Path(run.output_dir) / "config.yaml", section)[section].get(name)
-
-
-def _run(task: Task, accelerator: Accelerator, signals: _Signals, finish: bool) -> RunResult | None:
+def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool) -> RunResult | None:
     config = task.config
     run, output_dir = config.run, Path(config.run.output_dir)
-    checkpoint, finished = on_main(accelerator, partial(_find, task))
+    checkpoint, finished = on_main(partial(_find, task))
     if finished:
         logger.info("%s holds this run, finished", run.output_dir)
         return task.finished() if accelerator.is_main_process else None
@@ -411,10 +395,10 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals, finish: bool) 
     task.load(accelerator)
     config, train_set = task.config, task.train_set
     if run.compile is None:
-        begun = begun_with(run, "run", "compile")
-        run = replace(run, compile=on_main(accelerator, lambda: task.compiles() if begun is None else begun))
+        begun = begun_with(run.output_dir, "run", "compile")
+        run = replace(run, compile=on_main(lambda: task.compiles() if begun is None else begun))
         config = task.config = replace(config, run=run)
-    on_main(accelerator, lambda: begin(config, checkpoint, task.data(), task.build))
+    on_main(lambda: begin(config, checkpoint, task.data(), task.build))
 
     set_seed(run.seed)
     model = task.build()
@@ -446,7 +430,7 @@ def _run(task: Task, accelerator: Accelerator, signals: _Signals, finish: bool) 
         fewest = _fewest_forwards(task, accelerator, model, trained, discriminator, checkpoint)
         run = replace(run, gradient_accumulation_steps=fewest, device_batch_size=None)
         task.config = config = replace(config, run=run)
-        on_main(accelerator, lambda: config.save(output_dir / "config.yaml"))
+        on_main(lambda: config.save(output_dir / "config.yaml"))
     set_seed(run.seed, device_specific=True)  # for whatever draws without a generator of its own
     step = images_seen = skipped = skipped_in_a_row = 0
     changes: list[str] = []
@@ -648,7 +632,7 @@ def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:
     run = task.config.run
     _find(task)  # which refuses what the run would refuse
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(broadcast_object_list([scratch])[0]) / "run"
+        folder = Path(on_main(lambda: scratch)) / "run"
         try:
             result = run_task(task.few(folder))  # what two batches need is read on demand
             newest = max((folder / "checkpoints").glob("images-*"))
@@ -656,7 +640,7 @@ def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:
                 before = _tensors_in(newest)
                 (folder / "evaluation.json").unlink()
                 shutil.rmtree(newest)
-            broadcast_object_list([None])
+            on_main(lambda: None)  # until which the others wait
             run_task(task.few(folder), finish=False)
         except Interrupted as interruption:
             raise Interrupted("the dry run was asked to stop; nothing was kept") from interruption
@@ -687,55 +671,6 @@ def few_steps(run: RunConfig, folder: Path) -> RunConfig:
         keep_checkpoints=2,
         allow_config_change=False,
     )
-
-
-class _Signals:
-    """What SIGTERM, SIGINT and SIGUSR1, which clusters and spot machines send, ask for while it is entered.
-
-    The first is noted if `wait` is set, else raises Interrupted; the second ends the process at once.
-    """
-
-    def __init__(self):
-        self.wait, self.reason = False, ""
-        self.interrupted: Interrupted | None = None
-        self.parent = os.getppid()
-        try:
-            command = " ".join(psutil.Process(self.parent).cmdline())
-        except psutil.Error:
-            command = ""
-        # `accelerate launch` with one process passes no signal on: it is gone, and the run would go on without it
-        self.launched = any(launcher in command for launcher in ("accelerate", "torchrun", "torch.distributed"))
-
-    def __enter__(self) -> _Signals:
-        self.previous = {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
-            self.previous = {number: signal.signal(number, self._note) for number in self.numbers()}
-        return self
-
-    @staticmethod
-    def numbers() -> list[int]:
-        return [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        if self.interrupted and isinstance(error, Exception):  # code in C, such as an import, may make another of it
-            raise self.interrupted from error
-
-    def _note(self, number: int, frame: object) -> None:
-        self.reason = signal.Signals(number).name
-        for other in self.previous:
-            signal.signal(other, signal.SIG_DFL)
-        if not self.wait:
-            self.interrupted = Interrupted(f"asked to stop ({self.reason}). The same command continues")
-            raise self.interrupted
-        os.write(2, f"\n{self.reason}: finishing the step and saving; a second signal stops at once\n".encode())
-
-    def asked(self) -> bool:
-        """Whether this process is to stop, for the `reason` that is then set."""
-        if self.launched and os.getppid() != self.parent:
-            self.reason = "the launcher has ended"
-        return bool(self.reason)
 
 
 def _progress(checkpoint: Path, accelerator: Accelerator, count: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
@@ -860,7 +795,7 @@ def _read_by_workers(
         batch_sampler=(micro_batch for _, _, micro_batches in steps for micro_batch in micro_batches),
         num_workers=workers,
         collate_fn=_as_read,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator().manual_seed(seed),  # otherwise every loader takes a number from the global one
         pin_memory=device.type == "cuda",
     )
@@ -988,12 +923,6 @@ def _step(accelerator: Accelerator, optimizer: AcceleratedOptimizer) -> bool:
         return optimizer.step_was_skipped
     optimizer.optimizer.step()  # Accelerate's own looks for packages that could be installed, at every step
     return False
-
-
-def _ignore_signals(worker: int) -> None:
-    """What is sent to all processes of a job is answered by those that train, which need images to end their step."""
-    for number in _Signals.numbers():
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_read(read: Read) -> Read:
@@ -1148,12 +1077,13 @@ def _not_finite(task: Task, accelerator: Accelerator, checked: _Flags, skipped: 
         tensors = {name: torch.cat([part[name].detach().cpu() for part in parts]) for name in parts[0]}
         try:
             with naming(path):
-                folder.mkdir(exist_ok=True)
-                save_file(tensors, path)
+                make_folder(folder)
+                save_tensors(path, tensors)
+                sync(path)
             where = f"in {path}"
         except OSError as error:  # what went wrong first must be told all the same
             where = f"not written: {error}"
-    found = gather_object([(culprits, where)])
+    found = gather((culprits, where))
     culprits = [name for names, _ in found for name in names]
     paths = [where for names, where in found if names] or [where for _, where in found]
     shown = ", ".join(culprits[:3]) + " ..." * (len(culprits) > 3)

@@ -1,13 +1,9 @@
-"""How close reconstructions come to images, one value per image or one of two sets; intervals; and the values of all
-processes together.
-"""
+"""How close reconstructions come to images, one value per image or one of two sets; intervals."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from scipy.stats import bootstrap
 
 from .images import to_unit_range
 
@@ -64,27 +60,11 @@ def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """95 % confidence interval of the mean of `values` (N,), N at least 2: percentile bootstrap with 1,000 resamples,
     Efron 1979.
     """
+    from scipy.stats import bootstrap  # here, since latents can be encoded and read without it
+
     if not np.isfinite(values).all() or values.min() == values.max():
         return float(values.min()), float(values.max())
     batch = max(1, 2**22 // len(values))
     random = np.random.default_rng(seed)
     found = bootstrap((values,), np.mean, n_resamples=1000, batch=batch, method="percentile", random_state=random)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
-
-
-def process_share() -> tuple[int, int]:
-    """The number of this process and how many measure together: (0, 1) unless torch.distributed was started."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-
-def gather_parts(parts: list[tuple]) -> list[tuple]:
-    """The parts (place, ...) of all processes in the order of their places: nothing is padded or counted twice, and a
-    sum over them does not depend on how many processes there were. All processes must call it.
-    """
-    if process_share()[1] > 1:
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, parts)
-        parts = [part for own in everyone for part in own]
-    return sorted(parts, key=lambda part: part[0])

@@ -12,8 +12,9 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import ImageSet, image_batches
-from .metrics import gather_parts, process_share, psnr
+from .metrics import psnr
 from .models import decode, encode
+from .processes import gather_parts, process_share
 
 LARGEST = torch.finfo(torch.float16).max
 """65,504: what is 65,520 or more becomes infinite in float16."""

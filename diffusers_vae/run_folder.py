@@ -4,62 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
-from filelock import FileLock
 from PIL import Image
 from torch import nn
 
-from .checkpoint import acquire, check_fits, find_checkpoint, naming, on_main, tidy, write_file
+from .checkpoint import check_fits, find_checkpoint, tidy
+from .settings import Settings, differences, other_sections
+from .storage import append_text, delete_file, make_folder, naming, sync, whole_file, write_file
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """All settings of a run: sections, each a dataclass, one of them `run`."""
-
-    def plain(self) -> dict[str, dict[str, Any]]:
-        """All settings as YAML and JSON know them."""
-        return _plain(asdict(self))
-
-    def save(self, path: Path) -> None:
-        """Write all settings as YAML, which gives the same run again."""
-        write_file(path, yaml.safe_dump(self.plain(), sort_keys=False))
-
-
-@contextmanager
-def only_run_in(output_dir: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Within, no other run can use the folder."""
-    lock = FileLock(output_dir / ".lock")
-    on_main(accelerator, partial(acquire, lock, "training in", "run.output_dir"))
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-FREE_SETTINGS = {
-    "data.root", "data.num_workers", "data.on_bad_image", "run.output_dir", "run.checkpoint_every",
-    "run.keep_checkpoints", "run.allow_config_change", "run.on_nonfinite", "run.tracker",
-    "run.gradient_accumulation_steps", "run.device_batch_size", "run.gradient_checkpointing",
-    "vae.source", "vae.subfolder", "vae.revision", "latents.folder",
-    "objective.perceptual_weights", "model.pretrained", "model.subfolder", "model.revision",
-}  # fmt: skip
-"""A run may be continued with others of these: they change no result (of an autoencoder the weights count, not where
-they lie) or, like the number of processes, only the order in which it is summed."""
-
-KEPT_SETTINGS = ("data.lanes", "run.compile", "run.mixed_precision")
-"""Where they are left open, a run goes on with those that it was begun with."""
 
 RESULTS = ("model", "pipeline", "evaluation.json")
 FILES = (
@@ -106,7 +66,12 @@ def find_run(
                 f"{', '.join(found)} in {output_dir.resolve()}. Choose another run.output_dir or move them away"
             )
         return None, False
-    _check_kind((checkpoint or output_dir) / "config.yaml", config)
+    stated, missing = other_sections((checkpoint or output_dir) / "config.yaml", config)
+    if min(len(stated), len(missing)) > 1:
+        raise FileExistsError(
+            f"run.output_dir holds a run of something else, with the settings {', '.join(stated)}, and not "
+            f"{', '.join(missing)}: {output_dir.resolve()}. Choose another run.output_dir"
+        )
     if all((output_dir / name).exists() for name in results) and config_file.exists():
         try:
             readable()
@@ -114,9 +79,9 @@ def find_run(
         except ValueError as error:
             logger.warning("evaluation.json cannot be read (%s); the end of the run is done again", error)
             whole = False
-        if whole and not _differing(config_file, config):
+        if whole and not differences(config_file, config):
             return checkpoint, True
-    _refuse_changes(config, "settings", _differing((checkpoint or output_dir) / "config.yaml", config))
+    _refuse_changes(config, "settings", differences((checkpoint or output_dir) / "config.yaml", config))
     if checkpoint:
         if build is not None:
             with torch.device("meta"):
@@ -128,56 +93,6 @@ def find_run(
             f"{output_dir.resolve()}. Choose another run.output_dir or move them away"
         )
     return None, False
-
-
-def _check_kind(path: Path, config: Settings) -> None:
-    """Raise FileExistsError when the config.yaml at `path` is of a run of something else."""
-    try:
-        stated = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError):
-        return  # which is told when the settings are compared
-    known = {part.name for part in fields(config)}
-    if isinstance(stated, dict) and min(len(stated.keys() - known), len(known - stated.keys())) > 1:
-        raise FileExistsError(
-            f"run.output_dir holds a run of something else, with the settings {', '.join(stated)}, and not "
-            f"{', '.join(sorted(known - stated.keys()))}: {path.parent.resolve()}. Choose another run.output_dir"
-        )
-
-
-def _differing(path: Path, config: Settings) -> list[str]:
-    """The settings in the YAML file `path` that are not those of `config` and change the result."""
-    try:
-        stated = _settings(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML, so that it is not known which run the folder holds: {error}") from error
-    wanted = _settings(config.plain())
-    # of settings that an older version did not have
-    sections = {part.name: getattr(config, part.name) for part in fields(config)}
-    options = {
-        name: {option.name: option.default for option in fields(section) if option.default is not MISSING}
-        for name, section in sections.items()
-    }
-    made = {part.name: asdict(part.default_factory()) for part in fields(config) if part.default_factory is not MISSING}
-    defaults = wanted | _settings(_plain(options | made))
-    return [
-        f"{name}: {old} -> {new}"
-        for name in sorted(wanted.keys() | stated.keys())
-        if name not in FREE_SETTINGS
-        and not (name in KEPT_SETTINGS and wanted.get(name) is None)
-        and not name.startswith("hub.")
-        and (old := stated.get(name, defaults.get(name))) != (new := wanted.get(name))
-    ]
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(values))  # tuples become lists
-
-
-def _settings(sections: Any) -> dict[str, Any]:
-    """By their full names."""
-    if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
-        return {"config.yaml": sections}
-    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
 
 
 def _refuse_changes(config: Settings, what: str, differing: list[str]) -> None:
@@ -215,10 +130,10 @@ def begin(
     tidy(output_dir / "checkpoints", checkpoint, config.run.keep_checkpoints)
     config.save(output_dir / "config.yaml")  # first: it says whose the others are
     with naming(output_dir):
-        (output_dir / "pictures").mkdir(exist_ok=True)
-        (output_dir / "evaluation.json").unlink(missing_ok=True)  # it says that the run is finished
+        make_folder(output_dir / "pictures")
+        delete_file(output_dir / "evaluation.json")  # it says that the run is finished
         if not checkpoint:
-            (output_dir / "bad_images.txt").unlink(missing_ok=True)
+            delete_file(output_dir / "bad_images.txt")
     write_file(output_dir / "data.json", json.dumps(data, indent=2) + "\n")
     write_file(output_dir / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_text() if checkpoint else "")
 
@@ -239,8 +154,7 @@ class Log:
 
     def write(self, kind: str, values: dict[str, float | None]) -> None:
         if self.accelerator.is_main_process:
-            with naming(self.path), self.path.open("a") as file:
-                file.write(json.dumps({"kind": kind} | values, allow_nan=False) + "\n")
+            append_text(self.path, json.dumps({"kind": kind} | values, allow_nan=False) + "\n")
         named = {
             f"{kind}/{name}": value for name, value in values.items() if name != "images_seen" and value is not None
         }
@@ -251,8 +165,8 @@ class Log:
         """Save the pictures, by the main process, and show them in the tracker."""
         for name, picture in pictures.items():
             path = self.path.parent / "pictures" / f"{name}.png"
-            with naming(path):
-                picture.save(path)
+            with whole_file(path) as partial:  # a run that is finished has them all, whatever happens after
+                picture.save(partial, "PNG")
         for tracker in self.accelerator.trackers:
             arrays = {name: np.asarray(picture)[None] for name, picture in pictures.items()}
             with naming(self.path.parent / "tensorboard"):
@@ -274,5 +188,5 @@ class BadImages:
             self.known.add(line)
             if warn:
                 logger.warning("%s; left out", line)
-            with naming(self.path), self.path.open("a") as file:
-                file.write(line + "\n")
+            append_text(self.path, line + "\n")
+            sync(self.path)  # a run that is continued knows them from here

@@ -28,7 +28,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .checkpoint import config_of_run, on_main, read_settings, whole_folder, write_file
 from .data import DataConfig, ImageSet, TrainingSet, image_batches, load_data
 from .diffusion import DiffusionConfig
 from .hub import check_value_range
@@ -38,7 +37,10 @@ from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_st
 from .models import VAE, encode, load_autoencoder, weights_hash
 from .pictures import loss_picture, prompt_picture
 from .pipelines import latent_scaling
-from .run_folder import Log, Settings
+from .processes import on_main
+from .run_folder import Log
+from .settings import Settings, config_of_run, read_settings
+from .storage import whole_folder, write_file
 from .tokenizer import caption_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -544,7 +546,7 @@ class TextToImageTask(Task):
             log.show(pictures, progress["images_seen"])
             return figures
 
-        return on_main(self.accelerator, measure)
+        return on_main(measure)
 
     def _heldout(self, model: TextToImage) -> dict[str, float]:
         """Loss and error of posterior means with the first caption, at evenly spaced timesteps, noise of seed 0."""
@@ -610,7 +612,7 @@ class TextToImageTask(Task):
                 pipeline.save_pretrained(folder)
                 for_transformers_4(pipeline, folder)
 
-        on_main(self.accelerator, save)
+        on_main(save)
         figures = self.evaluate(model, log, progress)
         evaluation = {
             "heldout": figures | {"images": len(self.heldout_latents)},
@@ -620,7 +622,6 @@ class TextToImageTask(Task):
             "progress": progress,
         }
         on_main(
-            self.accelerator,
             lambda: write_file(output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n"),
         )
         return self._result(evaluation)

@@ -20,14 +20,14 @@ from torch import nn
 
 from . import equivariance
 from .adversarial import AdversarialConfig, Adversary, PatchDiscriminator
-from .checkpoint import Discriminator, on_main, whole_folder, write_file
+from .checkpoint import Discriminator
 from .data import DataConfig, ImageSet, ReadImages, StoredImages, TrainingSet, load_data
 from .evaluation import EvaluationConfig, EvaluationReport, FineTuning, compare, evaluate, load_judges
 from .hub import HubConfig, check_value_range, write_card
 from .images import to_model_range
 from .latent_cache import LatentDataset, matching_latents
 from .latents import measure_latents
-from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, begun_with, few_steps, run_task
+from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, run_task
 from .models import (
     LATENT_PARTS,
     MLPVAE,
@@ -40,8 +40,11 @@ from .models import (
 )
 from .objective import START_SCALE, ObjectiveConfig, TrainingObjective, VAEObjective
 from .perceptual import PerceptualLoss
+from .processes import on_main
 from .report import SETTINGS, draw_report, report_html
-from .run_folder import Log, Settings
+from .run_folder import Log
+from .settings import Settings, begun_with
+from .storage import whole_folder, write_file
 from .values import ValueRange
 
 logger = logging.getLogger(__name__)
@@ -293,7 +296,7 @@ class AutoencoderTask(Task):
     def load(self, accelerator: Accelerator) -> None:
         config = self.config
         if config.data.streaming and config.data.lanes is None:
-            begun = on_main(accelerator, lambda: begun_with(config.run, "data", "lanes"))
+            begun = on_main(lambda: begun_with(config.run.output_dir, "data", "lanes"))
             forwards = accelerator.num_processes * config.run.gradient_accumulation_steps
             lanes = tuple(begun or (forwards, max(1, config.data.num_workers)))
             config = self.config = replace(config, data=replace(config.data, lanes=lanes))
@@ -327,7 +330,7 @@ class AutoencoderTask(Task):
         data, run = self.config.data, self.config.run
         now = {"data.lanes": list(data.lanes), "data.shuffle_buffer": data.shuffle_buffer}
         for name, value in (now | {"run.batch_size": run.batch_size}).items():
-            begun = begun_with(run, *name.split("."))
+            begun = begun_with(run.output_dir, *name.split("."))
             if begun not in (None, value):
                 logger.warning(
                     "the order of a stream depends on %s, %s -> %s: where the run goes on within an epoch, some images "
@@ -590,7 +593,7 @@ class AutoencoderTask(Task):
             return pictures
 
         pictures: dict[str, Image.Image] = {}
-        on_main(self.accelerator, lambda: pictures.update(draw()))
+        on_main(lambda: pictures.update(draw()))
         return report, pictures
 
     def finish(self, model: nn.Module, log: Log, progress: dict[str, int]) -> TrainResult:
@@ -600,7 +603,7 @@ class AutoencoderTask(Task):
         config, output_dir = self.config, Path(self.config.run.output_dir)
         objective, change = self._measured(model), None
         if config.model.lora_rank:
-            on_main(self.accelerator, lambda: self._save_adapter(_autoencoder(model)))
+            on_main(lambda: self._save_adapter(_autoencoder(model)))
         model = _saved(model)
 
         def save() -> None:
@@ -609,10 +612,10 @@ class AutoencoderTask(Task):
                 if config.data.value_range is not None:
                     ValueRange(*config.data.value_range).save(folder)
 
-        on_main(self.accelerator, save)
+        on_main(save)
         if config.model.trains_encoder:
             self._measure_latents(model)
-            on_main(self.accelerator, save)
+            on_main(save)
         if config.model.pretrained:
             base = self.pretrained.to(model.device)  # not read again: it may be another by now
             settings = (objective, config.evaluation, config.data, "held-out", config.model.pretrained)
@@ -627,7 +630,7 @@ class AutoencoderTask(Task):
             write_card(output_dir, config.hub, json.loads(evaluation))
             write_file(output_dir / "evaluation.json", evaluation)
 
-        on_main(self.accelerator, write)
+        on_main(write)
         return self._result(report, model)
 
     def _save_adapter(self, model: VAE) -> None:

@@ -1,0 +1,150 @@
+"""The processes of a launch: their ranks, what one does for all, what all know together, and signals to stop them.
+
+All of it works without torch.distributed too, as one process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch.distributed as dist
+from filelock import FileLock
+
+from .storage import acquire
+
+T = TypeVar("T")
+
+
+def process_share() -> tuple[int, int]:
+    """The rank of this process and the number of processes: (0, 1) unless torch.distributed was started."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes in the order of their ranks, on all of them; each must be picklable."""
+    processes = process_share()[1]
+    if processes == 1:
+        return [value]
+    everyone: list[Any] = [None] * processes
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def gather_parts(parts: list[tuple]) -> list[tuple]:
+    """The parts (index, ...) of all processes, sorted by index, on all of them: nothing is padded or counted twice, and
+    a sum over them does not depend on the number of processes.
+    """
+    return sorted((part for own in gather(parts) for part in own), key=lambda part: part[0])
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """The result of `work` on the main process, on all of them. An error there is raised on all: OSError, ValueError
+    and ArithmeticErrors as they are, any other as a RuntimeError on the others.
+    """
+    rank, processes = process_share()
+    if processes == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    failure: Exception | None = None
+    if rank == 0:
+        try:
+            outcome = [work(), None]
+        except Exception as error:
+            failure, outcome = error, [None, sendable(error)]
+    dist.broadcast_object_list(outcome, src=0)
+    result, error = outcome
+    if error is not None:
+        raise failure or error
+    return result
+
+
+def sendable(error: Exception) -> Exception:
+    """The error as it can be sent to other processes."""
+    if type(error) in (FloatingPointError, OverflowError, ValueError) or isinstance(error, OSError):
+        return error
+    return RuntimeError(f"process {process_share()[0]}: {type(error).__name__}: {error}")
+
+
+@contextmanager
+def only_user_of(folder: Path, doing: str, setting: str) -> Iterator[None]:
+    """Lock the folder within: no other launch can be `doing` something there. Errors are those of `storage.acquire`."""
+    lock = FileLock(folder / ".lock")
+    on_main(partial(acquire, lock, doing, setting))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop: its state is on the disk, and the same command continues it. Like a
+    KeyboardInterrupt, it is no Exception, so that nobody takes it for an error in what was being done.
+    """
+
+
+class Signals:
+    """What SIGTERM, SIGINT and SIGUSR1, which clusters and spot machines send, ask for while it is entered.
+
+    The first is noted if `wait` is set, else raises Interrupted; the second ends the process at once.
+    """
+
+    def __init__(self):
+        self.wait, self.reason = False, ""
+        self.interrupted: Interrupted | None = None
+        self.parent = os.getppid()
+        try:
+            command = " ".join(psutil.Process(self.parent).cmdline())
+        except psutil.Error:
+            command = ""
+        # `accelerate launch` with one process passes no signal on: it is gone, and the run would go on without it
+        self.launched = any(launcher in command for launcher in ("accelerate", "torchrun", "torch.distributed"))
+
+    def __enter__(self) -> Signals:
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+            self.previous = {number: signal.signal(number, self._note) for number in self.numbers()}
+        return self
+
+    @staticmethod
+    def numbers() -> list[int]:
+        """The signals that this system has."""
+        return [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if self.interrupted and isinstance(error, Exception):  # code in C, such as an import, may make another of it
+            raise self.interrupted from error
+
+    def _note(self, number: int, frame: object) -> None:
+        self.reason = signal.Signals(number).name
+        for other in self.previous:
+            signal.signal(other, signal.SIG_DFL)
+        if not self.wait:
+            self.interrupted = Interrupted(f"asked to stop ({self.reason}). The same command continues")
+            raise self.interrupted
+        os.write(2, f"\n{self.reason}: finishing the step and saving; a second signal stops at once\n".encode())
+
+    def asked(self) -> bool:
+        """Whether this process is to stop, for the `reason` that is then set."""
+        if self.launched and os.getppid() != self.parent:
+            self.reason = "the launcher has ended"
+        return bool(self.reason)
+
+
+def ignore_signals(worker: int) -> None:
+    """Let a worker that reads images live on when all processes of a job get a signal: those that train answer it, and
+    need its images to end their step.
+    """
+    for number in Signals.numbers():
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,115 @@
+"""The settings of a run as YAML: written, read, compared."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .storage import write_file
+
+FREE_SETTINGS = {
+    "data.root", "data.num_workers", "data.on_bad_image", "run.output_dir", "run.checkpoint_every",
+    "run.keep_checkpoints", "run.allow_config_change", "run.on_nonfinite", "run.tracker",
+    "run.gradient_accumulation_steps", "run.device_batch_size", "run.gradient_checkpointing",
+    "vae.source", "vae.subfolder", "vae.revision", "latents.folder",
+    "objective.perceptual_weights", "model.pretrained", "model.subfolder", "model.revision",
+}  # fmt: skip
+"""A run may be continued with other values of these: they change no result (of an autoencoder the weights count, not
+where they lie) or, like the number of processes, only the order in which it is summed."""
+
+KEPT_SETTINGS = ("data.lanes", "run.compile", "run.mixed_precision")
+"""Where these are left open, a run that is continued keeps the values that it was begun with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings of a run: sections, each a dataclass, one of them `run`."""
+
+    def plain(self) -> dict[str, dict[str, Any]]:
+        """All settings as YAML and JSON know them."""
+        return _plain(asdict(self))
+
+    def save(self, path: Path) -> None:
+        """Write all settings as YAML, which gives the same run again."""
+        write_file(path, yaml.safe_dump(self.plain(), sort_keys=False))
+
+
+def read_settings(path: Path, *needed: str) -> dict[str, dict[str, Any]]:
+    """The sections of a config.yaml; ValueError naming it when it is none, or lacks one that is `needed`."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is damaged, no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
+        raise ValueError(f"{path} is damaged: it must hold sections of settings, got {str(settings)[:60]!r}")
+    if missing := sorted(set(needed) - settings.keys()):
+        raise ValueError(f"{path} is damaged: it has no section {', '.join(missing)}")
+    return settings
+
+
+def config_of_run(source: str) -> Path | None:
+    """The config.yaml of the run that the folder `source`, or its model/, belongs to; None if it belongs to none. A run
+    that was published has it beside the model.
+    """
+    for folder in (Path(source), Path(source).resolve().parent):
+        file = folder / "config.yaml"
+        if file.is_file() and ((folder / "model").is_dir() or (folder / "config.json").is_file()):
+            return file
+    return None
+
+
+def begun_with(output_dir: str, section: str, name: str) -> Any:
+    """The setting `name` of the run that output_dir holds; None if it holds none."""
+    with suppress(OSError, ValueError):  # what is wrong with it is reported when the run is looked for
+        return read_settings(Path(output_dir) / "config.yaml", section)[section].get(name)
+
+
+def other_sections(path: Path, config: Settings) -> tuple[list[str], list[str]]:
+    """Sections of the config.yaml at `path` that `config` does not have, and the other way round; none if it cannot be
+    read, which is reported when the settings are compared.
+    """
+    known = {part.name for part in fields(config)}
+    try:
+        stated = read_settings(path)
+    except (OSError, ValueError):
+        return [], []
+    return [name for name in stated if name not in known], sorted(known - stated.keys())
+
+
+def differences(path: Path, config: Settings) -> list[str]:
+    """A line for each setting of the config.yaml at `path` whose value is not that of `config` and changes the result.
+
+    Raises:
+        ValueError: when the file is damaged.
+    """
+    stated = _by_full_name(read_settings(path))
+    wanted = _by_full_name(config.plain())
+    # of settings that an older version did not have
+    sections = {part.name: getattr(config, part.name) for part in fields(config)}
+    options = {
+        name: {option.name: option.default for option in fields(section) if option.default is not MISSING}
+        for name, section in sections.items()
+    }
+    made = {part.name: asdict(part.default_factory()) for part in fields(config) if part.default_factory is not MISSING}
+    defaults = wanted | _by_full_name(_plain(options | made))
+    return [
+        f"{name}: {old} -> {new}"
+        for name in sorted(wanted.keys() | stated.keys())
+        if name not in FREE_SETTINGS
+        and not (name in KEPT_SETTINGS and wanted.get(name) is None)
+        and not name.startswith("hub.")
+        and (old := stated.get(name, defaults.get(name))) != (new := wanted.get(name))
+    ]
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(values))  # tuples become lists
+
+
+def _by_full_name(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}

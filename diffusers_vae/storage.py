@@ -1,0 +1,254 @@
+"""Files and folders that appear whole or not at all, checksums, and the lock of a folder: the only place that makes
+writes durable.
+
+Every durable operation is announced to the watcher before it happens, so that a test can end the process there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+logger = logging.getLogger(__name__)
+
+Operation = Literal["open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir"]
+"""open: an empty file is made. write: it is filled, or something is appended to it. The path is that of the file or
+folder, for rename the new one."""
+
+_watcher: Callable[[Operation, Path], object] | None = None
+
+
+def watch(watcher: Callable[[Operation, Path], object] | None) -> None:
+    """Call `watcher(operation, path)` in this process before each durable operation from now on; None ends it."""
+    global _watcher
+    _watcher = watcher
+
+
+def _announce(operation: Operation, path: Path) -> None:
+    if _watcher is not None:
+        _watcher(operation, path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn whatever the file system refuses within into an OSError that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(f"cannot write {path}: {reason}") from error
+
+
+def acquire(lock: FileLock, doing: str, setting: str) -> None:
+    """Take the lock of the folder that it lies in, which is made if it is missing. Wait some seconds if it is taken, in
+    case it is held by what is left of a killed process.
+
+    Raises:
+        OSError: when another process is `doing` something there, or `setting`, which names the folder, is no folder.
+    """
+    folder = Path(lock.lock_file).parent
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{setting} must be a folder, got the file {folder.resolve()}")
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("%s is in use: waiting, in case it is by what is left of a killed process", folder)
+            lock.acquire(timeout=15)
+    except Timeout as error:
+        raise OSError(
+            f"another process is {doing} {folder.resolve()}: wait for its end or choose another {setting}"
+        ) from error
+    except NotImplementedError:
+        logger.warning("%s cannot be locked: take care that no two processes use it", folder)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replace `path` by a file with this text, at once and on the disk."""
+    with whole_file(path) as partial:
+        write_text(partial, text)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file to, which replaces `path` at the end, on the disk. After an error there is no trace
+    of it; OSErrors name `path`.
+    """
+    partial = partial_of(path)
+    with naming(path):
+        try:
+            yield partial
+            _announce("write", partial)  # by whoever was given the path
+            sync(partial)
+            _rename(partial, path)
+            sync(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to write to, which replaces `path` at the end, its files on the disk. After an error there
+    is no trace of it; OSErrors name `path`.
+    """
+    partial = partial_of(path)
+    with naming(path):
+        try:
+            begin_folder(partial)
+            yield partial
+            for file in sorted(partial.rglob("*")):
+                _announce("write", file)
+                sync(file)
+            finish_folder(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def begin_folder(partial: Path) -> None:
+    """Make `partial` an empty folder."""
+    delete_folder(partial)
+    _announce("mkdir", partial)
+    partial.mkdir(parents=True)
+
+
+def finish_folder(partial: Path, path: Path) -> None:
+    """Replace `path` by the folder `partial`, whose files are on the disk."""
+    sync(partial)
+    old = _old_of(path)
+    delete_folder(old)
+    if path.exists():
+        _rename(path, old)
+    _rename(partial, path)
+    sync(path.parent)
+    delete_folder(old)
+
+
+def discard_folder(path: Path) -> None:
+    """Delete a folder that others look for: it is renamed first, so that half of it never looks like a damaged one."""
+    old = _old_of(path)
+    _rename(path, old)
+    delete_folder(old)
+
+
+def delete_leftovers(folder: Path, pattern: str) -> None:
+    """Delete what processes that ended while saving or deleting left of folders of this `pattern` in `folder`."""
+    for kind in ("partial", "old"):
+        for path in sorted(folder.glob(f".{pattern}.{kind}")):
+            with suppress(OSError):
+                delete_folder(path)
+
+
+def delete_folder(path: Path) -> None:
+    """Delete a folder with all that it holds, if it is there."""
+    for parent, folders, files in os.walk(path, topdown=False):
+        for name in sorted(files):
+            delete_file(Path(parent) / name)
+        for name in sorted(folders):
+            if (Path(parent) / name).is_symlink():
+                delete_file(Path(parent) / name)
+        _announce("rmdir", Path(parent))
+        os.rmdir(parent)
+
+
+def delete_file(path: Path) -> None:
+    """Delete a file, if it is there."""
+    if path.exists() or path.is_symlink():
+        _announce("unlink", path)
+        path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, if it is not there."""
+    if not path.is_dir():
+        _announce("mkdir", path)
+        path.mkdir(exist_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, which is not on the disk before `sync`."""
+    _announce("open", path)
+    with path.open("w", encoding="utf-8") as file:
+        _announce("write", path)
+        file.write(text)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to a file, or begin it; what is added is not on the disk before `sync`. OSErrors name `path`."""
+    _announce("write", path)
+    with naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, which is not on the disk before `sync`."""
+    _announce("write", path)
+    save_file(tensors, path, metadata)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file, which is not on the disk before `sync`."""
+    _announce("write", path)
+    shutil.copyfile(source, path)
+
+
+UMASK = os.umask(0o077)  # which can be asked for by being set alone
+os.umask(UMASK)
+
+
+def sync(path: Path) -> None:
+    """Have a file or folder on the disk, and a safetensors file, made for its owner alone, as readable as others."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot sync folders
+    if path.suffix == ".safetensors" or path.name.endswith(".safetensors.partial"):
+        with suppress(OSError):  # not every file system has permissions
+            path.chmod(0o666 & ~UMASK)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        _announce("fsync", path)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rename(path: Path, to: Path) -> None:
+    _announce("rename", to)
+    path.replace(to)
+
+
+def partial_of(path: Path) -> Path:
+    """Where `path` is written before it is complete."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _old_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def described(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a value as JSON, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
