@@ -100,6 +100,7 @@ def _enter(work: Callable[[], object], log: Path, environment: dict[str, str], t
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ |= environment
+    multiprocessing.set_start_method(None, force=True)  # workers start as in any other launch, not from a server
     import torch
 
     from diffusers_vae.loop import Interrupted
