@@ -75,7 +75,8 @@ class Launch:
                 end = min(end, time.monotonic() + grace)
             if time.monotonic() > end:
                 self.send(signal.SIGKILL)
-            next(process for process in self.processes if process.is_alive()).join(0.01)
+            for process in self.processes:
+                process.join(0.01)
         codes = [process.exitcode for process in self.processes]
         for process in self.processes:
             process.close()
@@ -92,6 +93,15 @@ def run_forked(work: Callable[..., object], *arguments: object, log: Path, proce
     codes = launch.wait()
     assert not any(codes), (codes, launch.output())
     return launch.output()
+
+
+def command(*arguments: str) -> None:
+    """The command `diffusers-vae` as the work of a launch, whose processes end with its exit code."""
+    from diffusers_vae import cli
+
+    code = cli.main(arguments)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _enter(work: Callable[[], object], log: Path, environment: dict[str, str], threads: int) -> None:
