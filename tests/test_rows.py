@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import tarfile
 
 import numpy as np
@@ -14,13 +13,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from safetensors.torch import load_file
+from support.files import pixels_of
+from support.hub import connect
 from support.hub_server import HubServer, User
-from support.runs import LAUNCH, ROOT, TINY_VAE, reading_on_demand, records, tiny, weights
+from support.launches import fork_server, run_forked
+from support.runs import TINY_VAE, records, tiny
 from torch.utils.data import DataLoader
 
 from diffusers_vae import cli
-from diffusers_vae.data import DataConfig, holds_rows, load_data, load_split, look, sources
-from diffusers_vae.data.rows import find_columns, find_parts, read_labels
+from diffusers_vae.data import DataConfig, holds_rows, load_data, load_split, look
+from diffusers_vae.data.rows import find_columns, find_parts, open_rows, read_labels
+from diffusers_vae.evaluation import EvaluationConfig
+from diffusers_vae.loop import run_task
+from diffusers_vae.trainer import AutoencoderTask
 
 SLOW = pytest.mark.slow
 TOKEN = "hf_" + "a" * 34
@@ -31,26 +37,14 @@ FEATURES = Features({"img": Image(), "label": ClassLabel(names=CLASSES), "text":
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     """A cache of its own, and no questions to other servers."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("datasets.config.HF_UPDATE_DOWNLOAD_COUNTS", False)
-    monkeypatch.setattr("datasets.config.USE_PARQUET_EXPORT", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    return tmp_path / "cache"
+    connect(monkeypatch, None, tmp_path / "cache")
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     """A Hub that the client in this process talks to."""
     with HubServer({TOKEN: User("ann")}) as server:
-        monkeypatch.setattr("datasets.config.HF_ENDPOINT", server.url)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
-        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        for module in ("constants", "file_download"):  # of older versions, the latter
-            name = f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE"
-            monkeypatch.setattr(name, template, raising=False)
+        connect(monkeypatch, server.url, tmp_path / "cache")
         yield server
 
 
@@ -229,23 +223,20 @@ def images_of(images):
 
 
 def open_names(settings):
-    return [name for name, kind in sources.open_rows(settings)["train"].features.items() if isinstance(kind, Image)]
+    return [name for name, kind in open_rows(settings)["train"].features.items() if isinstance(kind, Image)]
 
 
 class TestProcesses:
-    @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-    def test_workers_read_what_one_process_reads(self, method, folder, tmp_path):
+    @pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=SLOW)], ids=["fork", "fresh"])
+    def test_workers_read_what_one_process_reads(self, fresh, folder, tmp_path):
         images, _ = load_data(config(placed("parquet", folder, tmp_path / "rows")), memory_limit=0)
         expected = images.__getitems__(range(len(images))).pixels
-        loader = DataLoader(images, 4, num_workers=2, collate_fn=pixels_of, multiprocessing_context=method)
+        context = fork_server() if fresh else None
+        loader = DataLoader(images, 4, num_workers=2, collate_fn=pixels_of, multiprocessing_context=context)
         assert torch.equal(torch.cat(list(loader)), expected)
         content = pickle.dumps(images)
         assert torch.equal(pickle.loads(content).__getitems__([3]).pixels[0], expected[3])
         assert len(content) < 20_000 and images.store.content(0) not in content  # where they lie, not they
-
-
-def pixels_of(read):
-    return read.pixels
 
 
 class TestColumns:
@@ -455,23 +446,28 @@ class TestCommands:
         assert "The columns are img (Image)" in capsys.readouterr().err
 
 
+def train_from(hub, cache, config, finish):
+    """Train on what the Hub at the URL `hub` has, reading on demand."""
+    connect(pytest.MonkeyPatch(), hub, cache)
+    run_task(AutoencoderTask(config, memory_limit=0), finish)
+
+
 @pytest.mark.slow
-def test_a_run_of_two_processes_is_that_of_the_folder(hub, folder, tmp_path):
+def test_run_of_two_processes_on_the_hub_is_that_of_the_folder(hub, folder, tmp_path):
     """By two workers each, which read on demand what was downloaded once."""
-    script, root = reading_on_demand(tmp_path), placed("hub", folder, tmp_path, hub)
+    root, settings = placed("hub", folder, tmp_path, hub), {"batch_size": 8, "max_images": 50, "log_every": 8}
     revision = hub.repos[f"datasets/{root}"].at("main").oid
-    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    environment |= os.environ | {"HF_UPDATE_DOWNLOAD_COUNTS": "0"}
     for name, data in {"rows": config(root, revision=revision), "folder": config(folder, name="folder")}.items():
-        run = tiny(tmp_path / name, TINY_VAE, batch_size=8, max_images=None, epochs=2, log_every=8)
-        dataclasses.replace(run, data=dataclasses.replace(data, num_workers=2)).save(tmp_path / f"{name}.yaml")
-        done = subprocess.run(
-            [*LAUNCH, "--multi_gpu", "--num_processes", "2", str(script), "--config", str(tmp_path / f"{name}.yaml")],
-            capture_output=True, text=True, cwd=ROOT, env=environment,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    first, second = (weights(tmp_path / name) for name in ("rows", "folder"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+        run = dataclasses.replace(
+            tiny(tmp_path / name, TINY_VAE, **settings),
+            data=dataclasses.replace(data, num_workers=2),
+            evaluation=EvaluationConfig(max_images=4),
+        )
+        finish = name == "rows"  # with a card
+        run_forked(train_from, hub.url, tmp_path / "home", run, finish, log=tmp_path / f"{name}.log", processes=2)
+    (last,) = {max((tmp_path / name / "checkpoints").iterdir()).name for name in ("rows", "folder")}
+    first, second = (load_file(tmp_path / n / "checkpoints" / last / "ema.safetensors") for n in ("rows", "folder"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     logs = [records(tmp_path / name, "train") for name in ("rows", "folder")]
     assert logs[0] == logs[1] and len(logs[0]) > 5
     assert len([request for request, _ in hub.requests if request.startswith("GET /lfs/")]) == 2  # a file for each part

@@ -1,13 +1,15 @@
 """Streams of Parquet files: their images, the row groups that are in memory, and what is refused."""
 
+import collections
 import dataclasses
+import functools
+import gc
 import io
 import json
+import os
 import pickle
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -15,16 +17,16 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, Features, Image, Value
+from PIL import Image as Picture
+from programs import memory
 from pyarrow import parquet
-from support.runs import tiny
+from support.launches import run_forked
+from support.runs import fit, tiny
 from torch.utils.data import DataLoader
 
-from diffusers_vae.data import DataConfig, epoch_batches, image_batches, load_data, stream
+from diffusers_vae.data import DataConfig, epoch_batches, image_batches, load_data
 from diffusers_vae.data.order import MicroBatch, deal
 from diffusers_vae.images import read_image
-from diffusers_vae.trainer import train
-
-ROOT = Path(__file__).parents[1]
 
 
 def config(root, **settings):
@@ -126,72 +128,110 @@ class TestImages:
         assert load_data(config(moved))[0].fingerprint() != first
 
 
+def pictures(count, side=16, seed=0):
+    """PNG files of noise, which does not compress, all of one size."""
+    chance = np.random.default_rng(seed)
+    for pixels in chance.integers(0, 256, (count, side, side, 3), dtype=np.uint8):
+        content = io.BytesIO()
+        Picture.fromarray(pixels).save(content, "PNG", compress_level=0)
+        yield content.getvalue()
+
+
+def noise(*of):
+    columns = {"image": [{"bytes": content, "path": None} for content in pictures(*of)]}
+    return Dataset.from_dict(columns, Features({"image": Image()}))
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory):
+    """12 row groups of 10 images each, all of one size, in 3 files, and one group that is held out."""
+    root = tmp_path_factory.mktemp("equal")
+    for number in range(3):
+        noise(40, 16, number).to_parquet(root / f"train-{number}.parquet", batch_size=10)
+    noise(10, 16, 3).to_parquet(root / "test.parquet", batch_size=10)
+    return root
+
+
 class TestRowGroups:
-    def reads(self, train, monkeypatch, ranks=1, workers=1):
-        """How often each row group is read in an epoch by each worker, and how many are kept at most."""
-        counts, most = {}, 0
-        read = stream.ParquetStore._read_group
+    """Which are read, and how long they stay in memory: that of Arrow, which is exact."""
 
-        def counted(store, number):
-            counts[rank, worker, number] = counts.get((rank, worker, number), 0) + 1
-            return read(store, number)
+    @pytest.fixture
+    def kept(self, monkeypatch):
+        """Counts the row groups in memory."""
+        at_once = functools.partialmethod(parquet.ParquetFile.__init__, pre_buffer=False)  # by no thread that lingers
+        monkeypatch.setattr(parquet.ParquetFile, "__init__", at_once)
+        one = sum(map(len, pictures(10)))
+        gc.collect()
+        before = pyarrow.total_allocated_bytes()
+        return lambda: round((pyarrow.total_allocated_bytes() - before) / one)
 
-        monkeypatch.setattr(stream.ParquetStore, "_read_group", counted)
-        for rank in range(ranks):
-            for worker in range(workers):
-                own = pickle.loads(pickle.dumps(train))  # what it has in memory is its own
-                for step, (micro,) in enumerate(deal(own.batches(8, 0, 0, 0), 0, 0, rank, ranks)):
-                    if step % workers == worker:
-                        own.read(micro)
-                        most = max(most, len(own.store._kept.groups))
-        return counts, most
+    @pytest.fixture
+    def reads(self, monkeypatch):
+        """How often each row group was read since: by what `reader` says, and the first image in it."""
+        counts, read = collections.Counter(), parquet.ParquetFile.read_row_group
 
-    def test_each_is_read_once(self, root, monkeypatch):
-        train, _ = load_data(config(root))
-        counts, most = self.reads(train, monkeypatch)
-        assert set(counts.values()) == {1} and len(counts) == 13 and most <= 24 // 10 + 2
+        def counted(file, *arguments, **settings):
+            found = read(file, *arguments, **settings)
+            counts[counts.reader, found.column(0)[0].as_py()["bytes"]] += 1
+            return found
 
-    def test_each_is_read_by_one_worker(self, root, monkeypatch):
+        counts.reader = 0
+        monkeypatch.setattr(parquet.ParquetFile, "read_row_group", counted)
+        return counts
+
+    def test_each_is_read_once_an_epoch_and_few_are_kept(self, equal, reads, kept):
+        train, _ = load_data(config(equal))
+        for reads.reader in range(3):
+            most = 0
+            for (micro_batch,) in deal(train.batches(8, 0, reads.reader, 0), 0, reads.reader):
+                train.read(micro_batch)
+                most = max(most, kept())
+            assert 2 <= most <= 24 // 10 + 2 and kept() == 0
+        assert set(reads.values()) == {1} and len(reads) == 3 * 12
+
+    def test_as_few_of_a_large_set_are_kept(self, equal, kept, tmp_path):
+        for number in range(30):
+            (tmp_path / f"train-{number}.parquet").symlink_to(equal / f"train-{number % 3}.parquet")
+        train, most = load_data(config(tmp_path, heldout_fraction=0.1))[0], 0
+        for (micro_batch,) in deal(train.batches(8, 0, 0, 0), 0, 0):
+            train.read(micro_batch)
+            most = max(most, kept())
+        assert len(train) == 1080 and 2 <= most <= 24 // 10 + 2
+
+    def test_each_is_read_by_one_worker(self, root, reads):
         """But for those at the ends of the 4 pieces, and of the last batch."""
         train, _ = load_data(config(root, lanes=(2, 2)))
-        counts, _ = self.reads(train, monkeypatch, ranks=2, workers=2)
-        assert len({(rank, worker) for rank, worker, _ in counts}) == 4 and 13 <= sum(counts.values()) <= 13 + 4
+        for reads.reader in ((rank, worker) for rank in range(2) for worker in range(2)):
+            own = pickle.loads(pickle.dumps(train))  # nothing that another process has in memory
+            rank, worker = reads.reader
+            for step, (micro_batch,) in enumerate(deal(own.batches(8, 0, 0, 0), 0, 0, rank, 2)):
+                if step % 2 == worker:
+                    own.read(micro_batch)
+        assert len({reader for reader, _ in reads}) == 4 and len({group for _, group in reads}) == 13
+        assert 13 <= reads.total() <= 13 + 4
 
-    def test_what_is_left_over_is_let_go(self, root):
-        """Of row groups that other processes read the rest of."""
-        train, _ = load_data(config(root))
-        for index in [0, *range(20, 120)]:
+    def test_those_that_other_processes_read_the_rest_of_are_let_go(self, equal, kept):
+        train, _ = load_data(config(equal))
+        for index in [0, *range(25, 120)]:
             train.__getitems__([index])
-        assert not train.store._kept.groups
+        assert kept() == 0
 
     @pytest.mark.slow
     @pytest.mark.skipif(sys.platform != "linux", reason="needs the memory of processes without what they share")
-    def test_memory_is_flat(self, shared_data, mnist_root, tmp_path):
-        """Over 10 epochs, and over a set 50 times as large."""
-        from PIL import Image as Picture
-        from torchvision.datasets import MNIST
-
-        images = []
-        for pixels in MNIST(mnist_root).data[:400].numpy():
-            content = io.BytesIO()
-            Picture.fromarray(pixels).save(content, "PNG", compress_level=1)
-            images.append({"bytes": content.getvalue(), "path": None})
-        digits = Dataset.from_dict({"image": images}, Features({"image": Image()}))
+    @pytest.mark.parametrize("times", [10, pytest.param(50, marks=pytest.mark.soak)])
+    def test_memory_of_a_run_is_flat(self, times, tmp_path):
+        """Over 10 epochs, and over a larger set, whose files are a fifth of the memory, or as much as all of it."""
         found = []
-        for name, times, epochs in (("small", 1, 10), ("large", 50, 1)):
+        for name, files, epochs in (("small", 1, 10), ("large", times, 1)):
             (tmp_path / name).mkdir()
-            for number in range(times):
-                digits.to_parquet(tmp_path / name / f"train-{number:03d}.parquet", batch_size=50)
-            program = [
-                sys.executable,
-                str(ROOT / "tests" / "programs" / "memory.py"),
-                str(tmp_path / name),
-                str(epochs),
-            ]
-            ended = subprocess.run([*program, str(tmp_path / f"{name}-run")], capture_output=True, text=True)
-            assert not ended.returncode, ended.stderr
-            found.append([used for seen, used in json.loads(ended.stdout.splitlines()[-1]) if seen])
+            noise(200, 128).to_parquet(tmp_path / name / "train-0.parquet", batch_size=20)
+            for number in range(1, files):
+                os.link(tmp_path / name / "train-0.parquet", tmp_path / name / f"train-{number}.parquet")
+            run = functools.partial(memory.measured, every=4, channels=3, shuffle_buffer=100)
+            told = run_forked(run, str(tmp_path / name), epochs, tmp_path / f"{name}-run", log=tmp_path / f"{name}.log")
+            found.append([used for seen, used in json.loads(told.splitlines()[-1]) if seen > 300])
         small, large = (np.array(used) for used in found)
+        assert len(small) >= 7 and len(large) >= 7
         assert small.max() < 1.05 * small[0] and large.max() < 1.05 * large[0] and large.max() < 1.05 * small.max()
 
 
@@ -240,9 +280,11 @@ class TestErrors:
         with pytest.raises(OSError, match="the same command continues"):
             next(image_batches(heldout, 4, None, torch.device("cpu")))
 
-    def test_other_kinds_of_files(self, cifar_folder):
+    def test_other_kinds_of_files(self, files, tmp_path):
+        for file in files[:3]:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
         with pytest.raises(ValueError, match=r"data\.streaming needs Parquet files, got .* of the kind imagefolder"):
-            load_data(config(cifar_folder / "test"))
+            load_data(config(tmp_path))
 
     def test_columns_of_different_types(self, root, files, tmp_path):
         (tmp_path / "train-0.parquet").symlink_to(root / "train-0.parquet")
@@ -273,16 +315,15 @@ class TestErrors:
             DataConfig(**{"name": "datasets", "streaming": True} | settings)
 
 
-def test_another_order_is_told(root, tmp_path, caplog):
-    """Where a run is to go on with settings by which its order is another."""
+def test_run_continued_in_another_order_warns(root, tmp_path, caplog):
     run = tiny(tmp_path / "run", batch_size=8, max_images=24, log_every=8, checkpoint_every=8)
     run = dataclasses.replace(run, data=config(root))
-    train(run)
+    fit(run)
     assert "order of a stream" not in caplog.text
     lanes = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["lanes"]
     assert lanes == [1, 1]
     longer = dataclasses.replace(run.run, max_images=48, allow_config_change=True)
-    train(dataclasses.replace(run, run=longer, data=config(root, shuffle_buffer=99)))
+    fit(dataclasses.replace(run, run=longer, data=config(root, shuffle_buffer=99)))
     assert "the order of a stream depends on data.shuffle_buffer, 24 -> 99" in caplog.text
     with pytest.raises(ValueError, match=r"state data\.lanes, or run\.gradient_accumulation_steps instead"):
         dataclasses.replace(run, run=dataclasses.replace(run.run, device_batch_size="auto"))

@@ -1,5 +1,7 @@
-"""`python tests/programs/memory.py ROOT EPOCHS OUTPUT_DIR` trains on the stream of Parquet files below ROOT and prints,
-as JSON, the images seen and the bytes that the process and its workers take together then, every 1,000 images.
+"""What training on a stream takes of memory.
+
+`cd tests && python -m programs.memory ROOT EPOCHS OUTPUT_DIR` trains on the stream of Parquet files below ROOT and
+prints, as JSON, the images seen and the bytes that the process and its workers take together then, every 20 steps.
 """
 
 import json
@@ -9,7 +11,6 @@ from pathlib import Path
 import psutil
 
 from diffusers_vae.data import DataConfig
-from diffusers_vae.evaluation import EvaluationConfig
 from diffusers_vae.loop import RunConfig, run_task
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.objective import ObjectiveConfig
@@ -27,21 +28,26 @@ def own_memory(process: int) -> int:
 
 
 class Measured(AutoencoderTask):
-    """The same, with a look at the memory now and then."""
+    """Looks at the memory every `every` steps."""
 
-    found: list[tuple[int, int]]
+    def __init__(self, config: TrainConfig, every: int):
+        super().__init__(config)
+        self.every, self.step_number, self.found = every, 0, []
 
     def begin_step(self, images_seen, total_images, learning_rate):
-        if images_seen % (EVERY * BATCH) == 0:
+        self.step_number += 1
+        if self.step_number % self.every == 0:
             main = psutil.Process()
             used = sum(own_memory(process.pid) for process in (main, *main.children(recursive=True)))
             self.found.append((images_seen, used))
         return super().begin_step(images_seen, total_images, learning_rate)
 
 
-def main(root: str, epochs: int, output_dir: Path) -> None:
+def measured(root: str, epochs: int, output_dir: Path, every: int = EVERY, **data) -> None:
+    """Print what a run over so many epochs takes, with two workers."""
+    data = {"resolution": 28, "shuffle_buffer": 1000} | data
     config = TrainConfig(
-        data=DataConfig(name="datasets", root=root, streaming=True, resolution=28, shuffle_buffer=1000),
+        data=DataConfig(name="datasets", root=root, streaming=True, num_workers=2, **data),
         model=ModelConfig(architecture="mlp", hidden_dim=16),
         objective=ObjectiveConfig(scale=0.5),
         run=RunConfig(
@@ -53,13 +59,11 @@ def main(root: str, epochs: int, output_dir: Path) -> None:
             tracker=None,
             mixed_precision="no",
         ),
-        evaluation=EvaluationConfig(max_images=100),
     )
-    task = Measured(config)
-    task.found = []
+    task = Measured(config, every)
     run_task(task, finish=False)
     print(json.dumps(task.found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    measured(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

@@ -11,6 +11,11 @@ def paths_of(image_set) -> list[Path]:
     return [image_set.store.paths[row] for row in image_set.rows]
 
 
+def pixels_of(read):
+    """Collates what workers of a `DataLoader` read; by name, since they may be other programs."""
+    return read.pixels
+
+
 def files_of(folder):
     return [(path, path.relative_to(folder).as_posix()) for path in sorted(folder.rglob("*")) if path.is_file()]
 

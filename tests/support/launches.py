@@ -5,6 +5,7 @@ computed nothing, since a process that has computed must not be forked.
 import contextlib
 import logging
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -18,9 +19,17 @@ TESTS = Path(__file__).parents[1]
 INTERRUPTED = 75
 
 
-def _context() -> multiprocessing.context.ForkServerContext:
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """The way to start processes that share no memory with this one, as by spawn, without its imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.preloaded"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(TESTS)  # of the server alone
+    multiprocessing.forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
     return context
 
 
@@ -36,9 +45,7 @@ class Launch:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         self.processes = []
-        context = _context()
-        before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = str(TESTS)  # of the server, which starts with the first process
+        context = fork_server()
         for rank in range(processes):
             ranks = {
                 "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
@@ -48,10 +55,6 @@ class Launch:
             process = context.Process(target=_enter, args=(work, log, named, threads), daemon=False)
             process.start()
             self.processes.append(process)
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
 
     @property
     def running(self) -> bool:
