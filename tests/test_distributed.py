@@ -257,7 +257,7 @@ class TestFailure:
         output = process.communicate(timeout=90)[0]
         assert process.returncode not in (0, 75)
         assert "SIGKILL" in output or "Signal 9" in output
-        assert group_is_gone(process, 5)
+        assert group_is_gone(process.pid, 5)
         output = run_forked(fit, config, log=tmp_path / "log", processes=2)
         assert "continuing from" in output
         assert_same_training(alone, tmp_path / "run")

@@ -5,30 +5,36 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
+from functools import cache, partial
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from filelock import FileLock
 from programs import crash
 from support.files import flip
+from support.launches import INTERRUPTED, Launch, run_forked
 from support.runs import (
+    LAUNCH,
     TINY_VAE,
+    Unmeasured,
     at,
     begin,
+    command,
+    fit,
     group_is_gone,
     interrupted_at,
-    launch,
     left_behind,
     random_network,
-    reading_on_demand,
     records,
+    tensors,
     tiny,
-    weights,
     whole,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -37,313 +43,405 @@ from diffusers_vae.checkpoint import find_checkpoint
 from diffusers_vae.data import DataConfig
 from diffusers_vae.evaluation import EvaluationConfig
 from diffusers_vae.loop import Interrupted, run_task
+from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.trainer import AutoencoderTask, train
 
-
-@pytest.fixture(
-    scope="module", params=["no", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bf16", "whole"))]
-)
-def finished(request, tmp_path_factory):
-    """A run with accumulation, evaluations and a second epoch, all of whose checkpoints were kept."""
-    AcceleratorState._reset_state(True)
-    folder = tmp_path_factory.mktemp("finished")
-    config = tiny(
-        folder / "run", TINY_VAE, mixed_precision="bf16" if request.param == "bf16" else "no", max_images=1800,
-        batch_size=60, gradient_accumulation_steps=2, checkpoint_every=150, keep_checkpoints=100,
-    )  # fmt: skip
-    config = dataclasses.replace(config, evaluation=EvaluationConfig(every=1000, max_images=64))
-    if request.param == "whole":
-        config = whole(config, random_network(folder / "network"))
-    train(config)
-    return config
+FEW = DataConfig(resolution=8, heldout_fraction=0.9)
+"""180 images to train on."""
+END = 330
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Of each kind the settings of a run that went through, with accumulation and a second epoch, not measured at its
+    end, with a checkpoint after each step.
+    """
+
+    @cache
+    def of(kind):
+        AcceleratorState._reset_state(True)
+        folder = tmp_path_factory.mktemp("uninterrupted")
+        config = tiny(
+            folder / "run", TINY_VAE, mixed_precision="bf16" if kind == "bf16" else "no", max_images=300,
+            batch_size=50, gradient_accumulation_steps=2, checkpoint_every=1, keep_checkpoints=100,
+        )  # fmt: skip
+        config = dataclasses.replace(config, data=FEW)
+        if kind == "whole":
+            config = whole(config, random_network(folder / "network"))
+        fit(config)
+        AcceleratorState._reset_state(True)
+        return config
+
+    return of
+
+
+PLACES = [150, *(pytest.param(images_seen, marks=pytest.mark.slow) for images_seen in (0, 180, 280))]
+KINDS = ["plain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bf16", "whole"))]
+
+
+@pytest.mark.xdist_group("uninterrupted")
 class TestSameCommand:
-    @pytest.mark.parametrize("images_seen", [960, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1617, 1857))])
-    def test_ends_bit_identical(self, images_seen, finished, tmp_path, caplog):
-        """From the start, within an epoch between two records, at its end, and when only the end was missing."""
-        output_dir = interrupted_at(images_seen, finished.run.output_dir, tmp_path / "run")
+    @pytest.mark.parametrize("images_seen", PLACES)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_resumed_run_is_bit_identical(self, kind, images_seen, uninterrupted, tmp_path, caplog):
+        """From within an epoch between two records, from the start, from the end of an epoch, and before the last
+        step.
+        """
+        config = uninterrupted(kind)
+        output_dir = interrupted_at(images_seen, config.run.output_dir, tmp_path / "run")
         caplog.set_level("INFO")
-        train(at(finished, output_dir))
-        assert left_behind(output_dir) == left_behind(Path(finished.run.output_dir))
+        fit(at(config, output_dir))
+        assert left_behind(output_dir) == left_behind(config.run.output_dir)
         assert (f"continuing from {output_dir}" in caplog.text) == bool(images_seen)
+        assert max(path.name for path in (output_dir / "checkpoints").iterdir()) == f"images-{END:012d}"
 
     @pytest.mark.slow
-    def test_damaged_checkpoints_are_passed_over(self, finished, tmp_path, caplog):
-        output_dir = interrupted_at(960, finished.run.output_dir, tmp_path / "run")
+    def test_resumed_run_that_is_measured_leaves_the_same_files(self, tmp_path):
+        """Between two evaluations, with a learned scale; weights, pictures, report and card too."""
+        config = tiny(tmp_path / "a" / "run", TINY_VAE, max_images=240, checkpoint_every=150, keep_checkpoints=100)
+        config = dataclasses.replace(config, data=FEW, evaluation=EvaluationConfig(every=120, max_images=16))
+        config = dataclasses.replace(config, objective=ObjectiveConfig(scale="learned"))
+        train(config)
+        assert [record["images_seen"] for record in records(tmp_path / "a" / "run", "evaluation")] == [120, 240]
+        (tmp_path / "b").mkdir()
+        output_dir = interrupted_at(150, config.run.output_dir, tmp_path / "b" / "run")
+        train(at(config, output_dir))
+        assert left_behind(output_dir) == left_behind(config.run.output_dir)
+
+    def test_damaged_checkpoints_are_passed_over(self, uninterrupted, tmp_path, caplog):
+        config = uninterrupted("plain")
+        output_dir = interrupted_at(280, config.run.output_dir, tmp_path / "run")
         newest, second, third = sorted((output_dir / "checkpoints").iterdir(), reverse=True)[:3]
         flip(newest / "model.safetensors")
         (second / "optimizer.safetensors").write_bytes(b"")
         caplog.set_level("INFO")
-        train(at(finished, output_dir))
-        assert left_behind(output_dir) == left_behind(Path(finished.run.output_dir))
+        fit(at(config, output_dir))
+        assert left_behind(output_dir) == left_behind(config.run.output_dir)
         for words in (f"{newest} is damaged", f"{second} is damaged", f"continuing from {third}"):
             assert words in caplog.text
 
-    def test_of_a_finished_run_changes_nothing(self, finished, tmp_path):
-        output_dir = tmp_path / "run"
-        shutil.copytree(finished.run.output_dir, output_dir)
-        before = {path: path.stat().st_mtime_ns for path in output_dir.rglob("*") if path.name != ".lock"}
-        result = train(at(finished, output_dir))
-        assert before == {path: path.stat().st_mtime_ns for path in output_dir.rglob("*") if path.name != ".lock"}
-        assert result.report.psnr == json.loads((output_dir / "evaluation.json").read_text())["psnr"]
-        assert result.parameters > 0 and "AutoencoderKL" in result.load_line
-
-    @pytest.mark.slow
-    def test_of_a_run_whose_model_was_removed_writes_it_again(self, finished, tmp_path):
-        output_dir = tmp_path / "run"
-        shutil.copytree(finished.run.output_dir, output_dir)
-        shutil.rmtree(output_dir / "model")
-        train(at(finished, output_dir))
-        assert left_behind(output_dir) == left_behind(Path(finished.run.output_dir))
-
-    def test_what_was_left_as_an_old_checkpoint_was_deleted_goes(self, finished, tmp_path):
-        """After the last save, behind which no other would delete it."""
-        output_dir = tmp_path / "run"
-        shutil.copytree(finished.run.output_dir, output_dir)
-        expected = left_behind(output_dir)
-        (output_dir / "evaluation.json").unlink()  # which says that it is finished
+    def test_leftovers_of_deleted_checkpoints_are_deleted_after_the_last_save(self, uninterrupted, tmp_path):
+        config = uninterrupted("plain")
+        output_dir = interrupted_at(END, config.run.output_dir, tmp_path / "run")
         for name in ("images-000000000001", ".images-000000000002.old", ".images-000000000003.partial"):
             (output_dir / "checkpoints" / name).mkdir()
             (output_dir / "checkpoints" / name / "ema.safetensors").write_bytes(b"half")
-        train(at(finished, output_dir))
-        assert left_behind(output_dir) == expected
+        newest = {f"images-{images_seen:012d}" for images_seen in (280, END)}
+        fit(at(config, output_dir, keep_checkpoints=2))
+        assert {path.name for path in (output_dir / "checkpoints").iterdir()} == newest
 
-    @pytest.mark.slow
     def test_tracker_shows_no_point_twice(self, tmp_path):
         config = tiny(
             tmp_path / "run", max_images=600, checkpoint_every=150, keep_checkpoints=100, tracker="tensorboard"
         )
-        train(config)
+        fit(config)
         interrupted_at(310, tmp_path / "run", tmp_path / "again")
-        train(at(config, tmp_path / "again"))
+        fit(at(config, tmp_path / "again"))
         events = EventAccumulator(str(tmp_path / "again" / "tensorboard")).Reload()
         assert [event.step for event in events.Scalars("train/loss")] == [90, 180, 270, 360, 450, 540, 600]
 
-    def test_of_an_older_version_that_knew_fewer_settings(self, finished, tmp_path):
-        output_dir = interrupted_at(960, finished.run.output_dir, tmp_path / "run")
+    def test_settings_that_an_older_version_did_not_have_are_the_defaults(self, uninterrupted, tmp_path):
+        config = uninterrupted("plain")
+        output_dir = interrupted_at(END, config.run.output_dir, tmp_path / "run")
         shutil.rmtree(output_dir / "checkpoints")
         stated = yaml.safe_load((output_dir / "config.yaml").read_text())
         for section, name in (("optimizer", "betas"), ("run", "log_every"), ("evaluation", "seed")):
             del stated[section][name]
         (output_dir / "config.yaml").write_text(yaml.safe_dump(stated))
         with pytest.raises(FileExistsError) as error:  # of what is not stated, only what is not the default differs
-            train(at(finished, output_dir))
+            fit(at(config, output_dir))
         assert [line for line in str(error.value).splitlines() if "->" in line] == ["  run.log_every: 1000 -> 90"]
 
+    def test_settings_that_change_no_result_may_differ(self, uninterrupted, tmp_path):
+        config = uninterrupted("plain")
+        output_dir = interrupted_at(280, config.run.output_dir, tmp_path / "run")
+        fit(at(config, output_dir, checkpoint_every=1000, keep_checkpoints=1, on_nonfinite="skip"))
+        assert [path.name for path in (output_dir / "checkpoints").iterdir()] == [f"images-{END:012d}"]
+        for kind in ("model", "ema", "optimizer"):
+            expected, found = (tensors(path, END, kind) for path in (config.run.output_dir, output_dir))
+            assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+FINISHED = pytest.mark.xdist_group("finished_mlp_run")
+
+
+@pytest.fixture
+def run(finished_mlp_run, tmp_path):
+    """The settings of a copy of a finished run."""
+    shutil.copytree(finished_mlp_run, tmp_path / finished_mlp_run.name)
+    return tiny(tmp_path / finished_mlp_run.name)
+
+
+@FINISHED
+class TestFinishedRun:
+    def test_finished_run_started_again_changes_nothing(self, run):
+        output_dir = Path(run.run.output_dir)
+        before = {path: path.stat().st_mtime_ns for path in output_dir.rglob("*") if path.name != ".lock"}
+        result = train(run)
+        assert before == {path: path.stat().st_mtime_ns for path in output_dir.rglob("*") if path.name != ".lock"}
+        assert result.report.psnr == json.loads((output_dir / "evaluation.json").read_text())["psnr"]
+        assert result.parameters > 0 and "MLPVAE" in result.load_line
+
     @pytest.mark.slow
-    def test_settings_that_change_no_result_may_differ(self, finished, tmp_path):
-        output_dir = interrupted_at(960, finished.run.output_dir, tmp_path / "run")
-        train(at(finished, output_dir, checkpoint_every=1000, keep_checkpoints=1, on_nonfinite="skip"))
-        reference = weights(finished.run.output_dir)
-        assert all(torch.equal(reference[key], value) for key, value in weights(output_dir).items())
-        assert len(list((output_dir / "checkpoints").iterdir())) == 1
+    def test_model_that_was_removed_is_written_again(self, run, finished_mlp_run):
+        shutil.rmtree(Path(run.run.output_dir) / "model")
+        train(run)
+        assert left_behind(run.run.output_dir) == left_behind(finished_mlp_run)
+
+    @pytest.mark.slow
+    def test_finished_run_is_measured_again_with_other_settings_when_that_is_allowed(self, run, finished_mlp_run):
+        """From then on they are the run's."""
+        fewer = dataclasses.replace(run, evaluation=EvaluationConfig(max_images=5))
+        first = train(dataclasses.replace(fewer, run=dataclasses.replace(fewer.run, allow_config_change=True)))
+        assert first.report.images == 5 and train(fewer).report == first.report
+        train(run)
+        assert left_behind(run.run.output_dir) == left_behind(finished_mlp_run)
+
+    @pytest.mark.parametrize("text", ['{"psnr"', "", "{}"])
+    def test_end_is_done_again_if_the_evaluation_cannot_be_read(self, run, text, caplog):
+        path = Path(run.run.output_dir) / "evaluation.json"
+        path.write_text(text)
+        result = run_task(Unmeasured(run))
+        assert result.train_images == 1617  # not known of a run that had finished before
+        assert "evaluation.json cannot be read" in caplog.text
+
+    @pytest.mark.slow
+    def test_evaluation_that_was_cut_off_is_made_again(self, run, finished_mlp_run):
+        path = Path(run.run.output_dir) / "evaluation.json"
+        path.write_bytes(path.read_bytes()[:-9])
+        train(run)
+        assert left_behind(run.run.output_dir) == left_behind(finished_mlp_run)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    AcceleratorState._reset_state(True)
-    config = tiny(tmp_path_factory.mktemp("other") / "run", checkpoint_every=90)
-    train(config)
-    return config
+def hold(path):
+    """Hold a lock until the process ends."""
+    with FileLock(path):
+        Path(f"{path} is held").touch()
+        time.sleep(600)
 
 
-@pytest.mark.slow
+@FINISHED
 class TestAnotherRun:
     def test_is_never_overwritten(self, run):
-        before = left_behind(Path(run.run.output_dir))
+        before = left_behind(run.run.output_dir)
         other = dataclasses.replace(at(run, run.run.output_dir, seed=3), model=TINY_VAE)
         with pytest.raises(FileExistsError, match="holds a run with other settings") as error:
             train(other)
         lines = [line.strip() for line in str(error.value).splitlines()]
         assert "run.seed: 0 -> 3" in lines and "model.architecture: mlp -> vae" in lines
         assert "model.hidden_dim: 16 -> None" in lines and "run.allow_config_change" in str(error.value)
-        assert left_behind(Path(run.run.output_dir)) == before
+        assert left_behind(run.run.output_dir) == before
 
-    def test_unfinished_and_without_a_checkpoint_neither(self, run, tmp_path):
+    def test_is_not_overwritten_before_its_first_checkpoint_either(self, tmp_path):
         (tmp_path / "run").mkdir()
-        run.save(tmp_path / "run" / "config.yaml")
+        tiny(tmp_path / "run").save(tmp_path / "run" / "config.yaml")
         with pytest.raises(FileExistsError, match=r"run\.seed: 0 -> 3"):
-            train(at(run, tmp_path / "run", seed=3))
+            train(tiny(tmp_path / "run", seed=3))
 
-    def test_is_continued_with_other_settings_when_told_to(self, run, tmp_path, caplog):
+    def test_is_continued_with_other_settings_when_that_is_allowed(self, run, caplog):
         """Longer, at another learning rate."""
-        shutil.copytree(run.run.output_dir, tmp_path / "run")
-        longer = at(run, tmp_path / "run", max_images=600, allow_config_change=True)
-        train(dataclasses.replace(longer, optimizer=dataclasses.replace(longer.optimizer, learning_rate=1e-4)))
+        longer = at(run, run.run.output_dir, max_images=600, allow_config_change=True)
+        fit(dataclasses.replace(longer, optimizer=dataclasses.replace(longer.optimizer, learning_rate=1e-4)))
         for words in ("run.max_images: 300 -> 600", "optimizer.learning_rate: 0.002 -> 0.0001"):
             assert words in caplog.text
-        seen = [record["images_seen"] for record in records(tmp_path / "run", "train")]
+        seen = [record["images_seen"] for record in records(run.run.output_dir, "train")]
         assert seen == [90, 180, 270, 300, 360, 450, 540, 600]
-        kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-        assert kinds.count("evaluation") == 1
-        rates = [record["learning_rate"] for record in records(tmp_path / "run", "train")]
+        assert records(run.run.output_dir, "evaluation") == []  # the one from before is no longer that of the end
+        rates = [record["learning_rate"] for record in records(run.run.output_dir, "train")]
         assert max(rates[4:]) < 1e-4 < max(rates[:4])
 
     @pytest.mark.parametrize("missing", ["checkpoints", "checkpoints config.yaml"])
-    def test_results_without_a_checkpoint_stay(self, run, tmp_path, missing):
-        """Of a finished run, to save room, say: there is nothing to continue, and nothing is to be overwritten."""
-        shutil.copytree(run.run.output_dir, tmp_path / "run")
+    def test_results_without_a_checkpoint_are_not_overwritten(self, run, missing):
+        """A finished run whose checkpoints were deleted to save space, say."""
+        output_dir = Path(run.run.output_dir)
         for name in missing.split():
-            path = tmp_path / "run" / name
+            path = output_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        before = left_behind(tmp_path / "run")
+        before = left_behind(output_dir)
         with pytest.raises(FileExistsError, match=r"model, evaluation\.json"):
-            train(at(run, tmp_path / "run", seed=3, allow_config_change=True))
-        assert left_behind(tmp_path / "run") == before
+            train(at(run, output_dir, seed=3, allow_config_change=True))
+        assert left_behind(output_dir) == before
 
-    def test_files_of_somebody_else_stay(self, run, tmp_path):
+    def test_files_of_somebody_else_are_not_overwritten(self, tmp_path):
         (tmp_path / "run" / "model").mkdir(parents=True)
         (tmp_path / "run" / "model" / "net.py").write_text("mine")
         with pytest.raises(FileExistsError, match=r"no config\.yaml that says whose they are: model in"):
-            train(at(run, tmp_path / "run"))
+            train(tiny(tmp_path / "run"))
         assert (tmp_path / "run" / "model" / "net.py").read_text() == "mine"
 
-    def test_another_model_is_refused_before_anything_is_changed(self, run, tmp_path):
-        shutil.copytree(run.run.output_dir, tmp_path / "run")
-        before = left_behind(tmp_path / "run")
+    def test_another_model_is_refused_before_anything_is_changed(self, run):
+        before = left_behind(run.run.output_dir)
         wider = dataclasses.replace(run.model, hidden_dim=32)
-        other = dataclasses.replace(at(run, tmp_path / "run", allow_config_change=True), model=wider)
+        other = dataclasses.replace(at(run, run.run.output_dir, allow_config_change=True), model=wider)
         with pytest.raises(
             ValueError, match=r"another model.* decoder\.0\.bias has the shape \(16,\) there and \(32,\)"
         ):
             train(other)
-        assert left_behind(tmp_path / "run") == before
-
-    @pytest.mark.slow
-    def test_results_are_those_of_the_settings_that_they_were_made_with(self, run, tmp_path):
-        """A finished run, measured again with others: then they are the run's."""
-        shutil.copytree(run.run.output_dir, tmp_path / "run")
-        fewer = dataclasses.replace(at(run, tmp_path / "run"), evaluation=EvaluationConfig(max_images=5))
-        first = train(dataclasses.replace(fewer, run=dataclasses.replace(fewer.run, allow_config_change=True)))
-        assert first.report.images == 5 and train(fewer).report == first.report
-        train(at(run, tmp_path / "run"))
-        assert left_behind(tmp_path / "run") == left_behind(Path(run.run.output_dir))
-
-    @pytest.mark.parametrize("text", ['{"psnr"', *(pytest.param(t, marks=pytest.mark.slow) for t in ("", "{}"))])
-    def test_a_half_written_evaluation_is_made_again(self, run, tmp_path, text):
-        shutil.copytree(run.run.output_dir, tmp_path / "run")
-        (tmp_path / "run" / "evaluation.json").write_text(text)
-        train(at(run, tmp_path / "run"))
-        assert left_behind(tmp_path / "run") == left_behind(Path(run.run.output_dir))
+        assert left_behind(run.run.output_dir) == before
 
     @pytest.mark.slow
     def test_latents_may_be_smaller_than_the_default_images_allow(self, tmp_path):
         config = dataclasses.replace(
             tiny(tmp_path / "run", TINY_VAE, max_images=4, batch_size=2),
-            data=DataConfig(resolution=128),
+            data=DataConfig(resolution=(64, 128), heldout_fraction=0.9),
+            model=dataclasses.replace(TINY_VAE, block_out_channels=(4,) * 7),
             evaluation=EvaluationConfig(max_images=4),
         )
-        config = dataclasses.replace(config, model=dataclasses.replace(TINY_VAE, block_out_channels=(4,) * 7))
-        train(config)
-        (tmp_path / "run" / "evaluation.json").unlink()
-        train(config)
+        fit(config)
+        assert train(config).report.images == 4
 
-    def test_a_file_is_no_folder(self, run, tmp_path):
+    def test_a_file_in_place_of_the_folder_is_an_error(self, tmp_path):
         (tmp_path / "run").write_text("mine")
         with pytest.raises(OSError, match=f"must be a folder, got the file {tmp_path}/run"):
-            train(at(run, tmp_path / "run"))
+            train(tiny(tmp_path / "run"))
 
-    def test_is_not_taken_for_finished_when_it_goes_on_and_fails(self, run, tmp_path):
-        shutil.copytree(run.run.output_dir, tmp_path / "run")
-        longer = at(run, tmp_path / "run", max_images=600, allow_config_change=True, checkpoint_every=30)
+    def test_is_not_taken_for_finished_when_it_goes_on_and_fails(self, run):
+        longer = at(run, run.run.output_dir, max_images=600, allow_config_change=True, checkpoint_every=30)
         optimizer = dataclasses.replace(longer.optimizer, learning_rate=1e30, max_grad_norm=None)
         for _ in range(2):
             with pytest.raises(FloatingPointError):
                 train(dataclasses.replace(longer, optimizer=optimizer))
 
-    @pytest.mark.slow
     def test_other_images_are_refused(self, cifar_folder, tmp_path):
         images = tmp_path / "images"
         shutil.copytree(cifar_folder / "test" / "ship", images)
         data = DataConfig(name="folder", root=str(images), channels=3, resolution=8)
-        config = dataclasses.replace(tiny(tmp_path / "run", TINY_VAE, max_images=90, checkpoint_every=30), data=data)
-        train(config)
-        (tmp_path / "run" / "evaluation.json").unlink()
+        config = dataclasses.replace(tiny(tmp_path / "run", TINY_VAE, max_images=60, checkpoint_every=30), data=data)
+        fit(config)
         moved = images.rename(tmp_path / "moved")
-        train(dataclasses.replace(config, data=dataclasses.replace(data, root=str(moved))))  # the same images
-        (tmp_path / "run" / "evaluation.json").unlink()
+        fit(dataclasses.replace(config, data=dataclasses.replace(data, root=str(moved))))  # the same images
         next(moved.iterdir()).unlink()
         with pytest.raises(FileExistsError, match=r"other images.*\n.*\n.*11 held-out images -> 10"):
-            train(dataclasses.replace(config, data=dataclasses.replace(data, root=str(moved))))
+            fit(dataclasses.replace(config, data=dataclasses.replace(data, root=str(moved))))
 
-    @pytest.mark.slow
-    def test_two_at_once_are_kept_apart(self, run, tmp_path):
-        """The lock is another process's, alive."""
-        hold = (
-            "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire();"
-            "print('held', flush=True); time.sleep(60)"
-        )
+    @pytest.mark.skipif(os.name == "nt", reason="needs fork")
+    def test_two_runs_at_once_are_kept_apart(self, tmp_path, monkeypatch):
+        """The lock is held by another process, which is alive, and free when that is killed."""
         (tmp_path / "run").mkdir()
-        with subprocess.Popen(
-            [sys.executable, "-c", hold, str(tmp_path / "run" / ".lock")], stdout=subprocess.PIPE
-        ) as other:
-            other.stdout.readline()
-            with pytest.raises(OSError, match=f"another process is training in {tmp_path}/run: wait for its end or"):
-                train(at(run, tmp_path / "run"))
-            other.kill()
-        train(at(run, tmp_path / "run"))
+        lock, acquire, patience = tmp_path / "run" / ".lock", FileLock.acquire, []
 
-    def test_files_that_are_no_yaml_are_named(self, run, tmp_path):
+        def acquire_impatiently(self, timeout=None, **settings):
+            patience.append(timeout)
+            return acquire(self, timeout=min(timeout, 0.2), **settings)
+
+        other = Launch(partial(hold, lock), tmp_path / "log")
+        wait_until(Path(f"{lock} is held").exists, other)
+        monkeypatch.setattr(FileLock, "acquire", acquire_impatiently)
+        with pytest.raises(OSError, match=f"another process is training in {tmp_path}/run: wait for its end or"):
+            fit(tiny(tmp_path / "run"))
+        assert 0 < max(patience) < 60
+        other.send(signal.SIGKILL)
+        other.wait()
+        fit(tiny(tmp_path / "run"))
+
+    def test_config_that_is_no_yaml_is_named(self, tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "config.yaml").write_text("run: [1, 2")
         with pytest.raises(ValueError, match=r"run/config\.yaml"):
-            train(at(run, tmp_path / "run"))
+            train(tiny(tmp_path / "run"))
 
 
-class TestOtherProcesses:
-    @pytest.mark.slow
-    def test_keep_the_order_of_images_and_say_what_changes(self, tmp_path):
-        """Two processes, then one with accumulation, against one all along: equal but for rounding."""
-        arguments = [
-            "--data.resolution", 8, "--model.block_out_channels", "[8,8]", "--model.norm_num_groups", 4,
-            "--run.tracker", "null", "--run.batch_size", 60, "--run.max_images", 1200, "--run.log_every", 240,
-            "--run.checkpoint_every", 100, "--run.keep_checkpoints", 100, "--run.mixed_precision", "no",
-        ]  # fmt: skip
-        done = launch(*arguments, "--run.output_dir", tmp_path / "two", processes=2)
-        assert done.returncode == 0, done.stderr
-        output_dir = interrupted_at(650, tmp_path / "two", tmp_path / "both")
-        done = launch(*arguments, "--run.output_dir", output_dir, "--run.gradient_accumulation_steps", 2)
-        assert done.returncode == 0, done.stderr
-        assert "processes 2 -> 1" in done.stderr and "no longer bit-identical" in done.stderr
-        done = launch(*arguments, "--run.output_dir", tmp_path / "one")
-        assert done.returncode == 0, done.stderr
-        one, both = weights(tmp_path / "one"), weights(output_dir)
+@pytest.mark.slow
+def test_run_continued_by_fewer_processes_keeps_the_order_of_images_and_warns(tmp_path):
+    """Two processes, then one with accumulation, against one all along: equal but for rounding."""
+    config = tiny(
+        tmp_path / "two", TINY_VAE, batch_size=60, max_images=300, log_every=100, checkpoint_every=1,
+        keep_checkpoints=100,
+    )  # fmt: skip
+    config = dataclasses.replace(config, data=FEW)
+    run_forked(fit, config, log=tmp_path / "log", processes=2)
+    output_dir = interrupted_at(120, tmp_path / "two", tmp_path / "both")
+    parts = at(config, output_dir, gradient_accumulation_steps=2)
+    output = run_forked(fit, parts, log=tmp_path / "log of the second")
+    assert "processes 2 -> 1" in output and "no longer bit-identical" in output
+    run_forked(fit, at(config, tmp_path / "one"), log=tmp_path / "log of one")
+    for kind in ("model", "ema"):
+        one, both = (tensors(path, 300, kind) for path in (tmp_path / "one", output_dir))
         for key in one:
             torch.testing.assert_close(both[key], one[key], rtol=0, atol=1e-4)
-        for kind, count in (("train", 5), ("epoch", 1)):
-            first, second = records(tmp_path / "one", kind), records(output_dir, kind)
-            assert len(first) == len(second) == count
-            for a, b in zip(first, second, strict=True):
-                assert {k: a[k] for k in ("step", "images_seen")} == {k: b[k] for k in ("step", "images_seen")}
-                assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    for kind, count in (("train", 3), ("epoch", 2)):
+        first, second = records(tmp_path / "one", kind), records(output_dir, kind)
+        assert len(first) == len(second) == count
+        for a, b in zip(first, second, strict=True):
+            assert {k: a[k] for k in ("step", "images_seen")} == {k: b[k] for k in ("step", "images_seen")}
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def wait_until(condition, launch):
+    """Wait for something that a launch brings about."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert launch.running and time.monotonic() < deadline, launch.output()
+        time.sleep(0.01)
+
+
+ENDLESS = [
+    "--data.resolution", 8, "--model.block_out_channels", "[8,8]", "--model.norm_num_groups", 4, "--run.epochs", 10_000,
+]  # fmt: skip
+
+
+def started(work, output_dir):
+    """A forked run, once it has a checkpoint."""
+    launch = Launch(work, output_dir.with_suffix(".log"))
+    wait_until(lambda: any((output_dir / "checkpoints").glob("images-*")), launch)
+    return launch
+
+
+def endless(output_dir, *arguments):
+    """The command that trains for hours, with a checkpoint after each step."""
+    run = ["--run.output_dir", output_dir, "--run.tracker", "null", "--run.checkpoint_every", 1]
+    return partial(command, "train", *run, *ENDLESS, *arguments)
+
+
+def fit_in_a_group(config):
+    """Train in a process group of its own, as a job does; images are read on demand."""
+    os.setsid()
+    fit(config, memory_limit=0)
+
+
+class Slow(Unmeasured):
+    """Takes minutes for each step but the first."""
+
+    def step(self, model, read, draws):
+        if any((Path(self.config.run.output_dir) / "checkpoints").glob("images-*")):
+            Path(self.config.run.output_dir, "in a step").touch()
+            for _ in range(100):
+                time.sleep(1)
+        return super().step(model, read, draws)
+
+
+def fit_slowly(config):
+    run_task(Slow(config))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 class TestSignals:
     @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-    def test_the_step_is_finished_and_saved(self, name, tmp_path):
-        process = begin(tmp_path / "run")
-        os.kill(process.pid, getattr(signal, name))
-        output = process.communicate(timeout=60)[0]
-        assert process.returncode == 75, output
+    def test_step_is_finished_and_saved(self, name, tmp_path):
+        launch = started(endless(tmp_path / "run"), tmp_path / "run")
+        launch.send(getattr(signal, name))
+        assert launch.wait() == [75], launch.output()
         (newest, *_) = sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)
-        assert f"asked to stop ({name})" in output and f"saved as {newest}" in output
-        assert "Traceback" not in output
+        assert f"asked to stop ({name})" in launch.output() and f"saved as {newest}" in launch.output()
+        assert "Traceback" not in launch.output()
 
-    def test_sent_to_all_processes_of_a_job(self, cifar_folder, tmp_path):
-        """To those, too, that read images for the next steps."""
-        script = reading_on_demand(tmp_path)
-        data = ["--data.name", "folder", "--data.root", cifar_folder, "--data.channels", 3, "--data.num_workers", 2]
-        for name in ("SIGTERM", "SIGINT"):
-            process = begin(tmp_path / name, *data, script=script)
-            os.killpg(process.pid, getattr(signal, name))
-            output = process.communicate(timeout=60)[0]
-            assert process.returncode == 75 and "Traceback" not in output, output
-            assert group_is_gone(process, 10)
+    @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+    def test_processes_that_read_images_outlive_a_signal_to_all_of_a_job(self, name, cifar_folder, tmp_path):
+        """The step that is finished and those before it in the queue need their images."""
+        config = tiny(tmp_path / "run", TINY_VAE, max_images=None, epochs=10_000, checkpoint_every=1)
+        root = str(cifar_folder / "test" / "ship")
+        data = DataConfig(name="folder", root=root, channels=3, resolution=8, num_workers=2)
+        launch = started(partial(fit_in_a_group, dataclasses.replace(config, data=data)), tmp_path / "run")
+        (process,) = launch.processes
+        group = process.pid
+        os.killpg(group, getattr(signal, name))
+        assert launch.wait() == [INTERRUPTED], launch.output()
+        assert f"asked to stop ({name})" in launch.output() and "saved as" in launch.output()
+        assert "Traceback" not in launch.output()
+        assert group_is_gone(group, 10)
 
-    def test_stays_one_where_code_makes_another_error_of_it(self, tmp_path):
+    def test_interruption_stays_one_where_code_makes_another_error_of_it(self, tmp_path):
         """As the import of a library in C does."""
 
         class Importing(AutoencoderTask):
@@ -356,52 +454,58 @@ class TestSignals:
 
         with pytest.raises(Interrupted, match=r"asked to stop \(SIGTERM\)"):
             run_task(Importing(tiny(tmp_path / "run")))
-        assert train(tiny(tmp_path / "run")).report.images == 180
+        assert run_task(Unmeasured(tiny(tmp_path / "run"))).train_images == 1617
 
     @pytest.mark.parametrize("on_bad_image", ["stop", "skip"])
-    def test_while_the_end_is_measured(self, on_bad_image, cifar_folder, tmp_path):
-        """The images read then are no bad ones, and the same command does the end again."""
-        script = reading_on_demand(tmp_path)
-        data = ["--data.name", "folder", "--data.root", cifar_folder, "--data.channels", 3]
-        data += ["--data.on_bad_image", on_bad_image, "--run.max_images", 64, "--run.batch_size", 64]
-        process = begin(tmp_path / "run", *data, script=script)
-        while not (tmp_path / "run" / "model").exists():
-            time.sleep(0.01)
-        time.sleep(1)
-        process.send_signal(signal.SIGTERM)
-        output = process.communicate(timeout=60)[0]
-        assert process.returncode == 75 and "asked to stop (SIGTERM)" in output, output
-        assert not (tmp_path / "run" / "evaluation.json").exists()
+    def test_images_that_are_read_at_a_signal_are_no_bad_ones(self, on_bad_image, cifar_folder, tmp_path, monkeypatch):
+        """While the end of the run is measured."""
+        data = DataConfig(
+            name="folder", root=str(cifar_folder / "test" / "ship"), channels=3, resolution=8, num_workers=0,
+            on_bad_image=on_bad_image,
+        )  # fmt: skip
+        config = dataclasses.replace(tiny(tmp_path / "run", TINY_VAE, max_images=30), data=data)
+        opened, sent = PIL.Image.open, threading.Event()
+
+        def open_and_signal(*arguments):
+            if (tmp_path / "run" / "model").exists() and not sent.is_set():
+                sent.set()
+                os.kill(os.getpid(), signal.SIGTERM)
+            return opened(*arguments)
+
+        monkeypatch.setattr(PIL.Image, "open", open_and_signal)
+        with pytest.raises(Interrupted, match=r"asked to stop \(SIGTERM\)"):
+            train(config, memory_limit=0)
+        assert sent.is_set() and not (tmp_path / "run" / "evaluation.json").exists()
         assert not (tmp_path / "run" / "bad_images.txt").exists()
 
-    def test_the_second_ends_it_at_once_without_damage(self, tmp_path):
-        """Of a step that takes long, the first signal waits for the end, the second does not."""
-        process = begin(tmp_path / "run", "--run.batch_size", 512)
-        process.send_signal(signal.SIGTERM)
-        output = ""
-        while "a second signal stops at once" not in output:
-            output += process.stdout.read(1) or pytest.fail(output)
-        process.send_signal(signal.SIGTERM)
-        output += process.communicate(timeout=60)[0]
-        assert process.returncode == -signal.SIGTERM and "saved as" not in output, output
+    def test_second_signal_ends_the_run_at_once_without_damage(self, tmp_path):
+        """The first one waits for the end of a step that takes long."""
+        config = tiny(tmp_path / "run", checkpoint_every=1)
+        launch = Launch(partial(fit_slowly, config), tmp_path / "log")
+        wait_until((tmp_path / "run" / "in a step").exists, launch)
+        launch.send(signal.SIGTERM)
+        wait_until(lambda: "a second signal stops at once" in launch.output(), launch)
+        launch.send(signal.SIGTERM)
+        assert launch.wait(timeout=60) == [-signal.SIGTERM]
+        assert "saved as" not in launch.output()
         newest, damaged = find_checkpoint(tmp_path / "run" / "checkpoints")
         assert newest and not damaged
 
-    def test_when_only_the_launcher_gets_it(self, tmp_path):
-        """`accelerate launch` dies without passing it on; the run sees that and saves."""
-        process = begin(tmp_path / "run", launcher=[sys.executable, "-m", "accelerate.commands.launch"])
+    def test_run_stops_when_its_launcher_is_gone(self, tmp_path):
+        """`accelerate launch` dies without passing the signal on; the run sees that and saves."""
+        process = begin(tmp_path / "run", *ENDLESS, launcher=LAUNCH)
         os.kill(process.pid, signal.SIGTERM)
         output = process.communicate(timeout=60)[0]
         newest, damaged = find_checkpoint(tmp_path / "run" / "checkpoints")
         assert "the launcher has ended" in output and f"saved as {newest}" in output and not damaged
-        assert group_is_gone(process, 30)
+        assert group_is_gone(process.pid, 30)
 
-    def test_launcher_of_two_passes_it_on(self, tmp_path):
+    def test_launcher_of_two_passes_the_signal_on(self, tmp_path):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        process = begin(tmp_path / "run", launcher=launcher)
+        process = begin(tmp_path / "run", *ENDLESS, launcher=launcher)
         os.kill(process.pid, signal.SIGTERM)
         assert "asked to stop (SIGTERM)" in process.communicate(timeout=60)[0]
-        assert group_is_gone(process, 30)
+        assert group_is_gone(process.pid, 30)
 
 
 @pytest.mark.slow

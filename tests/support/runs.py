@@ -166,12 +166,12 @@ def reading_on_demand(folder):
     return script
 
 
-def group_is_gone(process, seconds):
-    """Whether every process of the launch ended within that time."""
+def group_is_gone(group, seconds):
+    """Whether every process of a process group ended within that time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
-            os.killpg(process.pid, 0)
+            os.killpg(group, 0)
         except ProcessLookupError:
             return True
         time.sleep(0.1)
