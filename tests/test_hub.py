@@ -1,8 +1,9 @@
-"""Cards and pushes, by the real client in processes of their own, against a server that speaks the Hub's protocol."""
+"""Cards and pushes, by the real client, against a server that speaks the Hub's protocol."""
 
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import shlex
@@ -10,18 +11,21 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
-from huggingface_hub import ModelCard
-from support.hub import CONFIG, READ_TOKEN, REPO, TOKEN, make_run, uploaded
-from support.hub_server import Fault, HubServer, User, card_errors
-from support.models import make_vae
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.utils import logging as client_logging
+from support.hub import CONFIG, READ_TOKEN, REPO, TOKEN, connect, make_run, uploaded
+from support.hub_server import Fault, card_errors
+from support.launches import Launch
+from support.models import make_vae, run_without_package
 
-from diffusers_vae import MLPVAE, cli
+from diffusers_vae import MLPVAE, VAE, cli
 from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.evaluation import FIGURES
 from diffusers_vae.hub import HubConfig, check_can_push, push, render_card, write_card
@@ -287,7 +291,6 @@ class TestCard:
         assert "{{" not in render_card(run) and "{%" not in render_card(run) and "None" not in render_card(run)
 
 
-@pytest.mark.slow
 class TestPush:
     def test_uploads_what_others_need_and_nothing_else(self, hub, run):
         before = contents(run)
@@ -408,8 +411,12 @@ class TestPush:
             push(run, HubConfig())
 
 
-@pytest.mark.slow
 class TestFaults:
+    @pytest.fixture(autouse=True)
+    def repeats_at_once(self, monkeypatch):
+        """The client waits for up to 8 seconds between two attempts."""
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+
     @pytest.mark.parametrize("kind", ["halfway", "unanswered"])
     def test_connection_that_breaks_in_the_commit(self, hub, run, kind):
         config = HubConfig(repo_id=REPO, license="mit")
@@ -536,118 +543,113 @@ class TestCheck:
         assert hub.repos == {}
 
 
-BLOCKED = """
-import sys
-class Blocked:
-    def find_spec(self, name, *_):
-        if name.partition(".")[0] == "diffusers_vae":
-            raise ImportError(name)
-sys.meta_path.insert(0, Blocked())
+class TestLoading:
+    @pytest.fixture
+    def cache(self, hub, monkeypatch, tmp_path) -> Path:
+        """An empty cache, and nobody logged in."""
+        connect(monkeypatch, hub.url, tmp_path)
+        return tmp_path / "hub"
+
+    @pytest.mark.slow
+    def test_pushed_model_loads_where_this_package_is_missing(self, hub, run, tmp_path, monkeypatch):
+        push(run, HubConfig(repo_id=REPO))
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN")
+        code = f"""
+import torch
+from diffusers import AutoencoderKL
+model = AutoencoderKL.from_pretrained("{REPO}")
+torch.save((dict(model.config), model.state_dict()), "loaded.pt")
 """
-PUSH = """
-import logging, sys
-logging.basicConfig(level=logging.INFO)
-from pathlib import Path
-from diffusers_vae.hub import HubConfig, push
-try:
-    print(push(Path(sys.argv[1]), HubConfig(repo_id=sys.argv[2], license="mit")))
-except (OSError, ValueError) as error:
-    sys.exit(f"error: {error}")
-"""
-LOAD = """
-import sys, torch
-from {package} import {name}
-model = {name}.from_pretrained(sys.argv[1]).eval()
-torch.save((dict(model.config), model.state_dict()), sys.argv[2])
-"""
+        run_without_package(code, tmp_path, offline=False)
+        config, weights = torch.load(tmp_path / "loaded.pt", weights_only=False)
+        assert_pushed(hub, config, weights, tmp_path / "home" / "hub")
+
+    def test_pushed_model_loads_with_this_package(self, hub, run, cache, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setenv("HF_TOKEN", TOKEN)
+            push(run, HubConfig(repo_id=REPO))
+        model = VAE.from_pretrained(REPO)
+        assert_pushed(hub, model.config, model.state_dict(), cache)
+
+    def test_private_mlp_loads_with_the_token_alone(self, hub, mlp_run, cache, monkeypatch):
+        hub.create(REPO, private=True)
+        with monkeypatch.context() as patch:
+            patch.setenv("HF_TOKEN", TOKEN)
+            push(mlp_run, HubConfig(repo_id=REPO))
+        with pytest.raises(OSError, match=REPO):
+            MLPVAE.from_pretrained(REPO)
+        assert not any(cache.rglob("*.safetensors"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        weights, reference = (MLPVAE.from_pretrained(source).state_dict() for source in (REPO, mlp_run / "model"))
+        assert weights.keys() == reference.keys()
+        assert all(torch.equal(weights[key], value) for key, value in reference.items())
+
+
+def assert_pushed(hub, config, weights, cache):
+    """That a model that was loaded is the one that `run` holds, and that no other files were downloaded for it."""
+    assert (config["scaling_factor"], config["shift_factor"]) == (2.5, -0.05)
+    reference = make_vae().state_dict()
+    assert weights.keys() == reference.keys()
+    assert all(torch.equal(weights[key], value) for key, value in reference.items())
+    (snapshot,) = (cache / "models--ann--tiny-vae" / "snapshots").iterdir()
+    cached = contents(snapshot)
+    assert len(cached) == 2 and cached.items() <= uploaded(hub).items()
+
+
+def push_with_a_talkative_client(url, home, run, token=TOKEN, xet=False):
+    """As with HF_DEBUG=1 and HF_HUB_VERBOSITY=debug."""
+    os.environ["HF_TOKEN"] = token
+    constants.ENDPOINT, constants.HF_HUB_DISABLE_XET, constants.HF_DEBUG = url, not xet, True
+    constants.HF_HUB_CACHE, constants.HF_TOKEN_PATH = str(home / "hub"), str(home / "token")
+    constants.HF_XET_CACHE = str(home / "xet")
+    client_logging.set_verbosity_debug()
+    logging.basicConfig(level=logging.INFO)
+    try:
+        print(push(run, HubConfig(repo_id=REPO, license="mit")))  # noqa: T201
+    except OSError as error:
+        print(f"error: {error}")  # noqa: T201
+        sys.stdout.flush()
+        os._exit(1)
 
 
 @pytest.mark.slow
-class TestProcesses:
-    """With a process for each step, as people have them, and an empty HF_HOME."""
-
-    @pytest.fixture
-    def server(self):
-        with HubServer({TOKEN: User("ann")}) as server:
-            yield server
-
-    @pytest.fixture
-    def start(self, server, tmp_path):
-        """Run Python code as a process of its own, in an HF_HOME that keeps what it leaves behind."""
-
-        def run(code: str, *arguments: str | Path, home: str = "home", **environment: str):
-            kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-            kept |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / home), "HF_HUB_DISABLE_XET": "1"}
-            kept |= {"PYTHONPATH": str(ROOT), "HF_TOKEN": TOKEN}
-            command = [sys.executable, "-c", code, *map(str, arguments)]
-            return subprocess.run(command, env=kept | environment, cwd=tmp_path, capture_output=True, text=True)
-
-        return run
-
-    def test_pushed_model_loads_where_this_package_is_missing(self, server, start, run, tmp_path):
-        done = start(PUSH, run, REPO, home="of-ann")
-        assert done.returncode == 0 and done.stdout.strip() == f"{server.url}/{REPO}", done.stderr
-        assert uploaded(server) == expected_files(run, HubConfig(repo_id=REPO, license="mit"))
-        reference = make_vae()
-        for number, (package, name, first) in enumerate(
-            [("diffusers", "AutoencoderKL", BLOCKED), ("diffusers_vae", "VAE", "")]
-        ):
-            code = first + LOAD.format(package=package, name=name)
-            done = start(code, REPO, tmp_path / "loaded.pt", home=f"empty-{number}", HF_TOKEN="")
-            assert done.returncode == 0, done.stderr
-            config, weights = torch.load(tmp_path / "loaded.pt", weights_only=False)
-            assert (config["scaling_factor"], config["shift_factor"]) == (2.5, -0.05)
-            assert weights.keys() == reference.state_dict().keys()
-            assert all(torch.equal(weights[key], value) for key, value in reference.state_dict().items())
-            (snapshot,) = (tmp_path / f"empty-{number}" / "hub" / "models--ann--tiny-vae" / "snapshots").iterdir()
-            cached = contents(snapshot)
-            assert len(cached) == 2 and cached.items() <= uploaded(server).items()
-
-    def test_private_perceptron_loads_with_the_token_alone(self, server, start, mlp_run, tmp_path):
-        server.create(REPO, private=True)
-        assert start(PUSH, mlp_run, REPO).returncode == 0
-        code = LOAD.format(package="diffusers_vae", name="MLPVAE")
-        refused = start(code, REPO, tmp_path / "loaded.pt", home="stranger", HF_TOKEN="")
-        assert refused.returncode != 0 and not (tmp_path / "loaded.pt").exists()
-        assert start(code, REPO, tmp_path / "loaded.pt", home="ann").returncode == 0
-        _, weights = torch.load(tmp_path / "loaded.pt", weights_only=False)
-        reference = MLPVAE.from_pretrained(mlp_run / "model").state_dict()
-        assert all(torch.equal(weights[key], value) for key, value in reference.items())
-
-    def test_token_shows_nowhere(self, server, start, run, tmp_path):
-        """Whatever happens, and with the client as talkative as it can be."""
-        echo = json.dumps({"error": f"token {TOKEN} and {WRONG_TOKEN} seen"})
-        warning = {"X-HF-Warning": f"auth; {TOKEN} is about to expire"}
-        limited = {"Retry-After": "3", "X-Error-Message": f"slow down, {TOKEN}"}
-        faults = {
-            "none": None,
-            "forbidden": Fault("POST .*/preupload/", "status", status=403, body=echo, headers=warning),
-            "limited": Fault("POST .*/commit/", "status", status=429, headers=limited),
-            "broken": Fault("POST .*/commit/", "unanswered"),
-        }
-        outputs = {}
-        for name, fault in faults.items():
-            server.faults = [fault] if fault else []
-            (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"changed": {"by": name}}))
-            done = start(PUSH, run, REPO, HF_DEBUG="1", HF_HUB_VERBOSITY="debug")
-            assert (done.returncode == 0) == (fault is None), done.stderr
-            assert fault is None or done.stderr.splitlines()[-1].startswith("error: ")
-            outputs[name] = done.stdout + done.stderr
-        outputs["wrong"] = "".join(vars(start(PUSH, run, REPO, HF_TOKEN=WRONG_TOKEN))[k] for k in ("stdout", "stderr"))
-        assert "answered 401" in outputs["wrong"]
-        done = start(PUSH, run, REPO, HF_HUB_DISABLE_XET="0", HF_DEBUG="1")  # which this server does not speak
-        outputs["xet"] = done.stdout + done.stderr
-        assert "xet-write-token" in outputs["xet"] and "error: " in outputs["xet"]
-        assert "*** is about to expire" in outputs["forbidden"]
-        for token in (TOKEN, WRONG_TOKEN):
-            assert [name for name, output in outputs.items() if token in output] == []
-            held = contents(tmp_path) | {f"hub/{name}": content for name, content in uploaded(server).items()}
-            assert [name for name, content in held.items() if token.encode() in content] == []
-        assert "/lfs/" in outputs["none"]  # of the storage, whose addresses are signed
-        assert [name for name, output in outputs.items() if re.search(r"signature=\w", output)] == []
-        assert any(TOKEN in headers.get("authorization", "") for _, headers in server.requests)
-        to_storage = [headers for request, headers in server.requests if request.startswith("PUT ")]
-        assert to_storage and not any("authorization" in headers for headers in to_storage)
+def test_token_shows_nowhere(hub, run, tmp_path):
+    """Whatever happens, and with the client as talkative as it can be."""
+    echo = json.dumps({"error": f"token {TOKEN} and {WRONG_TOKEN} seen"})
+    warning = {"X-HF-Warning": f"auth; {TOKEN} is about to expire"}
+    limited = {"Retry-After": "3", "X-Error-Message": f"slow down, {TOKEN}"}
+    cases = {  # what goes wrong on the server, and what is asked for
+        "none": (None, {}),
+        "forbidden": (Fault("POST .*/preupload/", "status", status=403, body=echo, headers=warning), {}),
+        "limited": (Fault("POST .*/commit/", "status", status=429, headers=limited), {}),
+        "broken": (Fault("POST .*/commit/", "unanswered"), {}),
+        "wrong": (None, {"token": WRONG_TOKEN}),
+        "xet": (None, {"xet": True}),  # which this server does not speak
+    }
+    outputs = {}
+    for name, (fault, settings) in cases.items():
+        hub.faults = [fault] if fault else []
+        (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"changed": {"by": name}}))
+        work = partial(push_with_a_talkative_client, hub.url, tmp_path / "home", run, **settings)
+        launch = Launch(work, tmp_path / f"{name}.log")
+        assert launch.wait() == [0 if name == "none" else 1], launch.output()
+        outputs[name] = launch.output()
+        last = outputs[name].splitlines()[-1]
+        assert last == f"{hub.url}/{REPO}" if name == "none" else "error: " in last
+    assert "answered 401" in outputs["wrong"] and "xet-write-token" in outputs["xet"]
+    assert "*** is about to expire" in outputs["forbidden"]
+    for token in (TOKEN, WRONG_TOKEN):
+        held = contents(tmp_path) | {f"hub/{name}": content for name, content in uploaded(hub).items()}
+        assert [name for name, content in held.items() if token.encode() in content] == []
+        assert "none.log" in held
+    assert "/lfs/" in outputs["none"]  # of the storage, whose addresses are signed
+    assert [name for name, output in outputs.items() if re.search(r"signature=\w", output)] == []
+    assert any(TOKEN in headers.get("authorization", "") for _, headers in hub.requests)
+    to_storage = [headers for request, headers in hub.requests if request.startswith("PUT ")]
+    assert to_storage and not any("authorization" in headers for headers in to_storage)
 
 
 @pytest.mark.slow
