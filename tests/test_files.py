@@ -1,6 +1,5 @@
 """Images in archives are the images of the folder that was packed."""
 
-import dataclasses
 import io
 import pickle
 import shutil
@@ -10,13 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.files import pack, paths_of, tarred, zipped
-from support.runs import records, tiny, weights
+from support.files import pack, paths_of, pixels_of, tarred, zipped
 from torch.utils.data import DataLoader
 
-from diffusers_vae.data import DataConfig, load_data, load_split, sources
+from diffusers_vae.data import DataConfig, load_data, load_split
 from diffusers_vae.data.files import Files
-from diffusers_vae.trainer import train
 
 
 @pytest.fixture
@@ -57,9 +54,8 @@ class TestTheSameAsAFolder:
             assert torch.equal(*(part.__getitems__(range(len(part))).pixels for part in (own, expected)))
             assert own.fingerprint() == expected.fingerprint()
 
-    def test_all_of_them_once(self, kind, limit, folder, tmp_path, monkeypatch):
-        monkeypatch.setattr(sources, "MEMORY_LIMIT", sources.MEMORY_LIMIT if limit is None else limit)
-        both, _ = load_split(config(pack(kind, folder, tmp_path / "packed")), "all")
+    def test_all_of_them_once(self, kind, limit, folder, tmp_path):
+        both, _ = load_split(config(pack(kind, folder, tmp_path / "packed")), "all", memory_limit=limit)
         found = both.__getitems__(range(len(both)))
         plain, _ = load_split(config(folder), "all")
         expected = plain.__getitems__(range(len(plain)))
@@ -75,7 +71,7 @@ class TestReading:
         with ThreadPoolExecutor(4) as pool:
             read = list(pool.map(lambda index: images.__getitems__([index]).pixels[0], range(len(images))))
         assert torch.equal(torch.stack(read), expected)
-        loader = DataLoader(images, 4, num_workers=2, collate_fn=lambda read: read.pixels)
+        loader = DataLoader(images, 4, num_workers=2, collate_fn=pixels_of)
         assert torch.equal(torch.cat(list(loader)), expected)
         assert torch.equal(pickle.loads(pickle.dumps(images)).__getitems__([3]).pixels[0], expected[3])
 
@@ -257,13 +253,13 @@ class TestDamage:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tar", "zip"])
-def test_a_run_is_that_of_the_folder(kind, folder, tmp_path, monkeypatch):
-    """By two workers, which read on demand, over two epochs."""
-    monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
+def test_workers_read_each_step_of_the_folder(kind, folder, tmp_path):
+    """Of two epochs: a run on the archive is that on the folder."""
+    read = {}
     for name, root in (("packed", pack(kind, folder, tmp_path / "archive")), ("plain", folder)):
-        run = tiny(tmp_path / name, batch_size=8, max_images=None, epochs=2, log_every=8)
-        train(dataclasses.replace(run, data=config(root, num_workers=2)))
-    first, second = weights(tmp_path / "packed"), weights(tmp_path / "plain")
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    logs = [records(tmp_path / name, "train") for name in ("packed", "plain")]
-    assert logs[0] == logs[1] and len(logs[0]) == 9
+        train_set, _ = load_data(config(root), memory_limit=0)
+        batches = [
+            indices.tolist() for epoch in range(2) for indices, _ in train_set.batches(8, seed=0, epoch=epoch, start=0)
+        ]
+        read[name] = list(DataLoader(train_set, batch_sampler=batches, num_workers=2, collate_fn=pixels_of))
+    assert len(read["plain"]) == 10 and all(map(torch.equal, read["packed"], read["plain"]))
