@@ -1,4 +1,20 @@
 """What a run imports, some of it late: the server that launches are forked from imports it once, for all of them."""
 
+# ruff: noqa: F401
+import datasets
+import matplotlib.backends.backend_agg
+import matplotlib.figure
+import pyarrow.parquet
+import sklearn.datasets
+import sklearn.decomposition
+import sklearn.manifold
+import torchmetrics.functional.image
+import torchmetrics.image.fid
+import torchmetrics.image.lpip
+
 import diffusers_vae.commands
-import diffusers_vae.latent_cache  # noqa: F401
+import diffusers_vae.latent_cache
+
+figure = matplotlib.figure.Figure()
+figure.subplots().plot([1, 2], label="1")
+matplotlib.backends.backend_agg.FigureCanvasAgg(figure).draw()  # which loads fonts
