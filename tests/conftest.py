@@ -2,10 +2,12 @@
 
 import gc
 import gzip
+import io
 import os
 import shutil
 import subprocess
 import tarfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of other workers want the cores that would be spun on
@@ -15,8 +17,17 @@ import torch
 from accelerate.state import AcceleratorState
 from support.hub import READ_TOKEN, TOKEN
 from support.hub_server import HubServer, User
+from support.runs import TINY_MLP, TINY_VAE, tiny
+
+from diffusers_vae import cli
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Fixtures of modules come before `new_launch`."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +65,31 @@ def cifar_folder(shared_data, tmp_path_factory) -> Path:
     with tarfile.open(shared_data / "cifar10-5k.tar") as archive:
         archive.extractall(root, filter="data")
     return root / "cifar10-5k"
+
+
+@pytest.fixture(scope="session")
+def finished_vae_run(tmp_path_factory) -> Path:
+    """The folder of a finished run on 8x8 digits, with an evaluation, pictures, a report, a card and a tracker's log;
+    beside it, what the command printed. Shared by all tests: a test that changes it works on a copy.
+    """
+    return finished_run(tmp_path_factory, "small-vae", TINY_VAE, tracker="tensorboard")
+
+
+@pytest.fixture(scope="session")
+def finished_mlp_run(tmp_path_factory) -> Path:
+    """The folder of a finished run of an MLP with two latent units; see `finished_vae_run`."""
+    return finished_run(tmp_path_factory, "small-mlp", TINY_MLP)
+
+
+def finished_run(tmp_path_factory, name, model, **run) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / name
+    tiny(folder, model, **run).save(folder.parent / "run.yaml")
+    AcceleratorState._reset_state(True)  # of the test before
+    with redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(["train", "--config", str(folder.parent / "run.yaml")]) == 0
+    (folder.parent / "printed.txt").write_text(printed.getvalue())
+    AcceleratorState._reset_state(True)
+    return folder
 
 
 @pytest.fixture

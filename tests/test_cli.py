@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,27 +16,23 @@ import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
 from support.files import paths_of
+from support.hub import REPO
+from support.launches import Launch, command, run_forked
 from support.models import tiny_vae
-from support.runs import tiny
+from support.runs import TINY_VAE, tiny
 
 from diffusers_vae import MLPVAE, VAE, LatentDataset, cli
 from diffusers_vae.data import DataConfig, load_data, load_split
 from diffusers_vae.evaluation import EvaluationReport
-from diffusers_vae.hub import HubConfig
-from diffusers_vae.models import ModelConfig, fast_dtype, weights_hash
-from diffusers_vae.trainer import train
+from diffusers_vae.models import fast_dtype, weights_hash
 
 ROOT = Path(__file__).parents[1]
-SMALL = ModelConfig(block_out_channels=(8, 8), norm_num_groups=4)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run on 16x16 digits, of which 20 held-out images were measured."""
-    folder = tmp_path_factory.mktemp("runs") / "small"
-    config = tiny(folder, SMALL, max_images=64)
-    train(config)
-    return folder
+@pytest.fixture
+def run(finished_vae_run):
+    """A finished run, which no test may change."""
+    return finished_vae_run
 
 
 def call(capsys, *arguments):
@@ -107,16 +104,36 @@ class TestTop:
         with pytest.raises(FileNotFoundError):
             cli.main(["evaluate", str(tmp_path), "--debug"])
 
-    def test_a_bug_says_its_kind(self, capsys, monkeypatch, run):
-        monkeypatch.setattr("diffusers_vae.commands.load_autoencoder", lambda *arguments: [][0])
-        code, _, error = call(capsys, "info", run)
-        assert code == 1 and error == "error: IndexError: list index out of range (--debug shows where)\n"
+    def test_error_that_nobody_expected_is_shown_with_its_type(self, capsys, tmp_path):
+        """Such as diffusers' own for a config with fewer widths than blocks."""
+        tiny_vae().save_pretrained(tmp_path)
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"block_out_channels": [8]}))
+        code, out, error = call(capsys, "info", tmp_path)
+        assert code == 1 and out == ""
+        assert error == "error: IndexError: list index out of range (--debug shows where)\n"
+        with pytest.raises(IndexError):
+            cli.main(["info", str(tmp_path), "--debug"])
 
-    @pytest.mark.slow
-    def test_a_reader_who_has_seen_enough(self, run):
-        command = f"{sys.executable} -m diffusers_vae.cli info {run} | head -c 1"
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
-        assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    def test_closed_pipe_ends_the_command_quietly(self, run, tmp_path):
+        output = run_forked(info_for_a_reader_who_has_left, str(run), log=tmp_path / "log")
+        assert output == ""
+
+
+def info_for_a_reader_who_has_left(run):
+    """As in `diffusers-vae info RUN | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    assert cli.main(["info", run]) == 1
+    sys.stdout.flush()  # as Python does when it ends
+
+
+def copy_images(source, target, count):
+    target.mkdir()
+    for path in sorted(source.iterdir())[:count]:
+        shutil.copyfile(path, target / path.name)
 
 
 @pytest.mark.parametrize(
@@ -140,70 +157,82 @@ def test_a_run_on_other_images_than_it_was_trained_on(of_its_own, run, tmp_path,
     stated = yaml.safe_load((run / "config.yaml").read_text())
     stated["data"] |= of_its_own
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(stated))
-    code, out, _ = call(
-        capsys,
-        "evaluate",
-        tmp_path / "run",
-        "--data",
-        "digits",
-        "--out",
-        tmp_path / "out",
-        "--evaluation.max_images",
-        8,
-    )
-    assert code == 0 and "PSNR" in out
+    arguments = ["--data", "digits", "--max_images", 8]
+    code, out, _ = call(capsys, "fp16", tmp_path / "run", *arguments)
+    assert code == 0 and "8 images" in out
+
+
+def assert_same(found, expected, where="report"):
+    """That two JSON values are the same, with floats within 1e-5: a run measures the model that it trained, a command
+    the one that was saved.
+    """
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name, value in expected.items():
+            assert_same(found[name], value, f"{where}.{name}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for index, value in enumerate(expected):
+            assert_same(found[index], value, f"{where}[{index}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6), where
+    else:
+        assert found == expected, where
+
+
+def read_csv(file):
+    """Header, names of the images and figures."""
+    header, *lines = (line.split(",") for line in file.read_text().splitlines())
+    return [header, [line[0] for line in lines], [[float(value) for value in line[1:]] for line in lines]]
 
 
 class TestEvaluate:
+    @pytest.mark.slow
     def test_a_run_is_measured_on_its_held_out_images(self, run, capsys, tmp_path):
+        """With all its settings: the figures are those of the run's own evaluation."""
         code, out, _ = call(capsys, "evaluate", run, "--out", tmp_path)
         assert code == 0 and "PSNR" in out and "95 % interval" in out
-        report = EvaluationReport.from_json((tmp_path / "evaluation.json").read_text())
-        of_run = EvaluationReport.from_json((run / "evaluation.json").read_text())
-        assert report == of_run  # settings, images, seed: all as in the run
-        assert (tmp_path / "evaluation.csv").read_text() == (run / "evaluation.csv").read_text()
+        found, of_run = (json.loads((folder / "evaluation.json").read_text()) for folder in (tmp_path, run))
+        assert_same(found, of_run)
+        assert_same(read_csv(tmp_path / "evaluation.csv"), read_csv(run / "evaluation.csv"))
         assert {path.stem for path in (tmp_path / "pictures").iterdir()} >= {"reconstructions", "rates", "traversals"}
         assert "data:image/png" in (tmp_path / "report.html").read_text()
-        again = call(capsys, "evaluate", run / "model", "--out", tmp_path / "again")
-        assert again[0] == 0
-        report = EvaluationReport.from_json((tmp_path / "again" / "evaluation.json").read_text())
-        assert report.psnr == of_run.psnr and report.protocol == of_run.protocol
 
-    @pytest.mark.slow
     def test_settings_override_those_of_the_run(self, run, capsys, tmp_path):
         arguments = ["--evaluation.draws", 2, "--evaluation.max_images", 5, "--split", "training"]
-        assert call(capsys, "evaluate", run, "--out", tmp_path, *arguments)[0] == 0
-        report = EvaluationReport.from_json((tmp_path / "evaluation.json").read_text())
-        assert (report.images, report.protocol.draws, report.protocol.split) == (5, 2, "training")
-        assert report.importance_weighted_bound > -1e9
+        arguments += ["--dtype", "bfloat16", "--out", tmp_path]
+        assert call(capsys, "compare", run, run, *arguments)[0] == 0
+        report = json.loads((tmp_path / "comparison.json").read_text())["first"]
+        protocol = report["protocol"]
+        assert (report["images"], protocol["draws"], protocol["split"]) == (5, 2, "training")
+        assert report["importance_weighted_bound"] > -1e9 and protocol["dtype"] == "bfloat16"
 
     @pytest.mark.slow
     def test_a_stock_model_on_a_folder(self, capsys, tmp_path, cifar_folder):
         """Channels and resolution are the model's; a folder without parts is measured whole."""
-        tiny_vae(3, sample_size=16).to_diffusers().save_pretrained(tmp_path / "vae")
-        shutil.copytree(cifar_folder / "test" / "ship", tmp_path / "ships")
-        (tmp_path / "pipeline").mkdir()
-        shutil.move(tmp_path / "vae", tmp_path / "pipeline" / "vae")
+        tiny_vae(3, sample_size=16).to_diffusers().save_pretrained(tmp_path / "pipeline" / "vae")
+        copy_images(cifar_folder / "test" / "ship", tmp_path / "ships", 12)
         arguments = ["evaluate", tmp_path / "pipeline", f"--data={tmp_path / 'ships'}", "--out", tmp_path / "out"]
         assert call(capsys, *arguments)[0] == 0
         report = EvaluationReport.from_json((tmp_path / "out" / "evaluation.json").read_text())
-        assert report.images == 106 and report.protocol.split == "all" and report.protocol.data == "ships"
+        assert report.images == 12 and report.protocol.split == "all" and report.protocol.data == "ships"
         assert report.protocol.resolution == [16, 16] and report.protocol.channels == 3
         assert report.model.name == "pipeline"
 
-    @pytest.mark.slow
-    @pytest.mark.slow
-    def test_a_run_on_a_folder_is_measured_on_what_it_was_not_trained_on(self, capsys, tmp_path, cifar_folder):
+    def test_a_run_on_a_folder_is_measured_on_what_it_was_not_trained_on(self, run, capsys, tmp_path, cifar_folder):
         folders = [tmp_path / name for name in ("ships", "frogs")]
-        for folder in folders:
-            shutil.copytree(cifar_folder / "test" / folder.name[:-1], folder)
+        for folder, count in zip(folders, (30, 20), strict=True):
+            copy_images(cifar_folder / "test" / folder.name[:-1], folder, count)
         data = DataConfig(name="folder", root=str(folders[0]), resolution=8)
-        config = dataclasses.replace(tiny(tmp_path / "run", SMALL, max_images=30), data=data)
-        train(config)
-        for folder, split, count in ((folders[0], "held-out", 11), (folders[1], "all", 112)):
-            assert call(capsys, "evaluate", tmp_path / "run", "--data", folder, "--out", tmp_path / "out")[0] == 0
-            protocol = EvaluationReport.from_json((tmp_path / "out" / "evaluation.json").read_text()).protocol
-            assert (protocol.split, protocol.images, protocol.data) == (split, count, folder.name)
+        shutil.copytree(run / "model", tmp_path / "run" / "model")
+        config = dataclasses.replace(tiny(tmp_path / "run", TINY_VAE), data=data)
+        config.save(tmp_path / "run" / "config.yaml")
+        for folder, split, count in ((folders[0], "held-out", 3), (folders[1], "all", 20)):
+            arguments = ["--data", folder, "--out", tmp_path / "out"]
+            assert call(capsys, "compare", tmp_path / "run", tmp_path / "run", *arguments)[0] == 0
+            comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+            protocol = comparison["first"]["protocol"]
+            assert (protocol["split"], protocol["images"], protocol["data"]) == (split, count, folder.name)
         tiny_vae().save_pretrained(tmp_path / "other")  # which the second of two was trained on
         (tmp_path / "link").symlink_to(folders[0])
         arguments = ["--data", f"{tmp_path / 'link'}/", "--data.resolution", 8, "--out", tmp_path / "both"]
@@ -213,11 +242,6 @@ class TestEvaluate:
         arguments += ["--data.heldout_fraction", 0.3]
         code, _, error = call(capsys, "compare", tmp_path / "other", tmp_path / "run", *arguments)
         assert code == 1 and "data.heldout_fraction must be that of the training" in error
-
-    @pytest.mark.slow
-    def test_half_precision(self, run, capsys, tmp_path):
-        assert call(capsys, "evaluate", run, "--out", tmp_path, "--dtype", "bfloat16")[0] == 0
-        assert json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["dtype"] == "bfloat16"
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -237,15 +261,10 @@ class TestEvaluate:
     @pytest.mark.slow
     def test_two_processes_write_the_report_of_one(self, run, tmp_path):
         for processes in (1, 2):
-            launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-            launch += ["--multi_gpu"] * (processes > 1)
-            arguments = ["evaluate", str(run), "--out", str(tmp_path / str(processes)), "--evaluation.draws", "3"]
-            arguments += ["--evaluation.batch_size", "7", "--evaluation.fp16", "true"]  # 26 batches, the last of 5
-            done = subprocess.run(
-                [*launch, "-m", "diffusers_vae.cli", *arguments], capture_output=True, text=True, cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
+            arguments = ["evaluate", run, "--out", tmp_path / str(processes), "--evaluation.draws", 3]
+            arguments += ["--evaluation.max_images", 40, "--evaluation.batch_size", 7]  # 6 batches, the last of 5
+            arguments += ["--evaluation.fp16", "true"]
+            run_forked(command, *map(str, arguments), log=tmp_path / "log", processes=processes)
         for name in ("evaluation.json", "evaluation.csv"):
             assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
@@ -297,18 +316,15 @@ class TestFp16:
         code, out, error = call(capsys, "fp16", tmp_path, "--data", "digits", "--max_images", 20, "--write", "true")
         assert code == 1 and out == "" and "MLPVAE does not have" in error
 
-    @pytest.mark.slow
-    def test_a_repository_is_not_written_to(self, tmp_path):
-        repository = tmp_path / "hub" / "models--me--vae"
+    def test_a_repository_is_not_written_to(self, capsys, tmp_path, monkeypatch):
+        repository = tmp_path / "models--me--vae"
         tiny_vae(sample_size=16).save_pretrained(repository / "snapshots" / ("0" * 40))
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text("0" * 40)
-        done = subprocess.run(
-            [sys.executable, "-m", "diffusers_vae.cli", "fp16", "me/vae", "--data", "digits", "--write", "true"],
-            capture_output=True, text=True, cwd=ROOT,
-            env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        assert done.returncode == 1 and "and me/vae is a repository" in done.stderr and done.stdout == ""
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        code, out, error = call(capsys, "fp16", "me/vae", "--data", "digits", "--write", "true")
+        assert code == 1 and "and me/vae is a repository" in error and out == ""
 
 
 class TestEncode:
@@ -386,59 +402,50 @@ class TestEncode:
     @pytest.mark.slow
     def test_two_processes_write_the_files_of_one(self, run, tmp_path):
         for processes in (1, 2):
-            launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-            launch += ["--multi_gpu"] * (processes > 1)
-            arguments = ["encode", "digits", "--vae", str(run), "--out", str(tmp_path / str(processes))]
-            done = subprocess.run(
-                [*launch, "-m", "diffusers_vae.cli", *arguments, "--shard_images", "300"],
-                capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            assert done.stdout.count("images      1,617") == 1
+            arguments = ["encode", "digits", "--vae", run, "--out", tmp_path / str(processes), "--shard_images", 300]
+            log = tmp_path / f"log-{processes}"
+            printed = run_forked(command, *map(str, arguments), log=log, processes=processes)
+            assert printed.count("images      1,617") == 1
         names = sorted(path.name for path in (tmp_path / "1").glob("*.*") if path.name != ".lock")
         assert len(names) == 7
         for name in names:
             assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
     @pytest.mark.slow
-    def test_an_error_in_one_process_ends_both(self, capsys, tmp_path):
+    def test_an_error_in_one_process_ends_both(self, tmp_path):
         """A file that only the second reads, of a set that is read on demand; what was finished is kept."""
         tiny_vae(1, sample_size=16).save_pretrained(tmp_path / "model")
         (tmp_path / "images").mkdir()
         for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (40, 16, 16), dtype=np.uint8)):
             Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
-        script = tmp_path / "script.py"
-        script.write_text(
-            "import sys\n"
-            "from diffusers_vae import cli\n"
-            "from diffusers_vae.data import sources\n"
-            "sources.MEMORY_LIMIT = 0\n"
-            "sys.exit(cli.main())\n"
-        )
-        everything, _ = load_split(DataConfig(name="folder", root=str(tmp_path / "images"), resolution=16), "all")
-        victim = paths_of(everything)[33]
+        data = DataConfig(name="folder", root=str(tmp_path / "images"), resolution=16)
+        victim = paths_of(load_split(data, "all", memory_limit=0)[0])[33]
         whole = victim.read_bytes()
         victim.write_bytes(whole[: len(whole) // 2].ljust(len(whole), b"\0"))  # of the same size
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", script]
         arguments = ["encode", tmp_path / "images", "--vae", tmp_path / "model", "--out", tmp_path / "out"]
-        arguments = [str(argument) for argument in [*launch, *arguments, "--shard_images", 10]]
-        done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=120)
-        assert done.returncode != 0 and done.stderr.count(f"error: cannot read the image {victim}") == 2, done.stderr
+        arguments += ["--shard_images", 10, "--data.crops", "random"]  # a set whose images are read on demand
+        work = partial(command, *map(str, arguments))
+        launch = Launch(work, tmp_path / "log", processes=2)
+        assert launch.wait() == [1, 1], launch.output()
+        assert launch.output().count(f"error: cannot read the image {victim}") == 2, launch.output()
         kept = [(path.name, path.stat().st_mtime_ns) for path in sorted((tmp_path / "out").glob("shard*"))]
         assert [name for name, _ in kept] == [f"shard-0000{number}.safetensors" for number in range(3)]
         victim.write_bytes(whole)
-        done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=120)
-        assert done.returncode == 0, done.stderr
+        run_forked(work, log=tmp_path / "log", processes=2)
         assert len(LatentDataset(tmp_path / "out")) == 40
         assert kept == [(name, (tmp_path / "out" / name).stat().st_mtime_ns) for name, _ in kept]
 
 
 class TestOthers:
     def test_compare(self, run, capsys, tmp_path):
-        code, out, _ = call(capsys, "compare", run, run / "model", "--out", tmp_path)
+        """The model in a run is found to be of that run, with its settings."""
+        code, out, _ = call(capsys, "compare", run / "model", run, "--out", tmp_path)
         assert code == 0 and "in 0 % of images" in out
         comparison = json.loads((tmp_path / "comparison.json").read_text())
         assert comparison["differences"]["psnr"]["mean"] == 0
+        of_run = json.loads((run / "evaluation.json").read_text())
+        for name in ("psnr", "protocol", "density"):
+            assert_same(comparison["first"][name], of_run[name], name)
         assert Image.open(tmp_path / "comparison.png").width > 100
 
     def test_compare_says_which_is_better(self, run, capsys, tmp_path):
@@ -448,7 +455,7 @@ class TestOthers:
             worse.decoder.conv_out.bias += 0.5
         worse.save_pretrained(tmp_path / "worse" / "model")
         code, out, _ = call(capsys, "compare", run, tmp_path / "worse", "--out", tmp_path / "out")
-        assert code == 0 and "first: small\nsecond: worse" in out
+        assert code == 0 and "first: small-vae\nsecond: worse" in out
         comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
         psnr = comparison["differences"]["psnr"]
         assert psnr["mean"] < 0 and psnr["interval"][1] < 0 and psnr["second_is_better"] < 0.5
@@ -487,7 +494,9 @@ class TestOthers:
         with torch.no_grad():
             sample = vae(torch.from_numpy(pixels)[None, None] / 127.5 - 1).sample
         expected = ((sample[0, 0] + 1) / 2).clamp(0, 1).mul(255).round().numpy().astype(np.uint8)
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "image.png").convert("L")), expected)
+        found = np.asarray(Image.open(tmp_path / "out" / "image.png").convert("L"))
+        assert np.abs(found.astype(int) - expected).max() <= 1  # a sum that was rounded otherwise may be on the edge
+        assert found.std() > 1
 
     def test_sample_repeats(self, run, capsys, tmp_path):
         for name in ("one", "two"):
@@ -506,21 +515,20 @@ class TestOthers:
         shutil.copytree(run, tmp_path / "run")
         (tmp_path / "run" / name).write_text(text)
         reader = "info" if name == "evaluation.json" else "evaluate"
-        for command in (["push", tmp_path / "run", "me/model"], [reader, tmp_path / "run"]):
-            code, _, error = call(capsys, *command)
-            assert code == 1 and error.count("\n") == 1 and f"{name} is damaged" in error, (command, error)
+        for words in (["push", tmp_path / "run", "me/model"], [reader, tmp_path / "run"]):
+            code, _, error = call(capsys, *words)
+            assert code == 1 and error.count("\n") == 1 and f"{name} is damaged" in error, (words, error)
 
-    def test_settings_of_the_hub_are_those_of_the_run(self, run, capsys, tmp_path, monkeypatch):
+    def test_settings_of_the_hub_are_those_of_the_run(self, hub, run, capsys, tmp_path):
         shutil.copytree(run, tmp_path / "run")
         settings = yaml.safe_load((run / "config.yaml").read_text())
         settings["hub"] |= {"license": "mit", "revision": "123", "private": True, "commit_message": "it's: done"}
         (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
-        told = []
-        monkeypatch.setattr("diffusers_vae.commands.push", lambda run, config: told.append(config) or "url")
-        assert call(capsys, "push", tmp_path / "run", "me/model", "--license", "apache-2.0")[0] == 0
-        assert told == [
-            HubConfig(True, "me/model", True, "123", "it's: done", license="apache-2.0"),
-        ]
+        code, out, _ = call(capsys, "push", tmp_path / "run", REPO, "--license", "apache-2.0")
+        assert code == 0 and out == f"published   {hub.url}/{REPO}/tree/123\n"
+        repo = hub.repos[REPO]
+        assert repo.private and repo.refs.keys() == {"main", "123"} and repo.at("123").message == "it's: done"
+        assert b"license: apache-2.0" in hub.files(REPO, "123")["README.md"]
 
     def test_a_model_of_no_run_needs_to_be_told_on_what(self, capsys, tmp_path):
         tiny_vae(3).save_pretrained(tmp_path)
@@ -531,11 +539,10 @@ class TestOthers:
         code, _, error = call(capsys, "push", tmp_path, "me/model")
         assert code == 1 and "must be finished" in error
 
-    @pytest.mark.slow
-    def test_train_is_the_training_script(self, capsys, tmp_path):
-        config = tiny(tmp_path / "run", SMALL, max_images=32)
-        config.save(tmp_path / "run.yaml")
-        code, out, _ = call(capsys, "train", "--config", tmp_path / "run.yaml")
-        assert code == 0 and "load it     from diffusers import AutoencoderKL" in out
-        assert (tmp_path / "run" / "README.md").exists() and (tmp_path / "run" / "report.html").exists()
+    def test_train_prints_what_it_made(self, run):
+        printed = (run.parent / "printed.txt").read_text()
+        assert "load it     from diffusers import AutoencoderKL" in printed
+        assert (run / "README.md").exists() and (run / "report.html").exists()
+
+    def test_train_with_wrong_settings(self, capsys):
         assert call(capsys, "train", "--run.epochs", "0")[0] == 2

@@ -1,11 +1,14 @@
-"""What holds of images wherever they come from: each once an epoch, and a killed run goes on as if it was not."""
+"""What holds of images wherever they come from: each is read once an epoch, by any number of processes and workers, and
+a killed run reads on where it was.
+"""
 
-import json
-import os
+import dataclasses
+import pickle
 import shutil
-import subprocess
-import sys
+import signal
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +16,23 @@ import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
-from programs.epochs import BATCH, EPOCHS, PART
+from programs.epochs import Steps, checksums, noted, train
+from safetensors.torch import load_file
 from support.files import pack, tarred
-from support.hub_server import HubServer, User
-from support.runs import weights
+from support.hub import connect
+from support.hub_server import HubServer
+from support.launches import Launch
+from support.runs import TINY_VAE, tiny
+from torch.utils.data import DataLoader
 
-ROOT = Path(__file__).parents[1]
+from diffusers_vae.data import DataConfig, MicroBatch, Read, TrainingSet, deal, load_data
+
+pytestmark = pytest.mark.xdist_group("sources")  # all read the same images, packed once
+
 TRAIN, HELDOUT = 53, 9
+BATCH, EPOCHS = 8, 2
+TOTAL = EPOCHS * TRAIN + 20
+"""Images of a run: two epochs and a part of the third."""
 CLASSES = ("cat", "ship")
 SOURCES = {
     "folder": {},
@@ -35,8 +48,9 @@ SOURCES = {
     "crops": {"crops": "random"},
     "augmented": {"horizontal_flip": True, "vertical_flip": True, "color_jitter": (0.3, 0.3, 0.3, 0.1)},
 }
-DIFFERS = ("crops", "augmented")
-"""Those of which an image is another in every epoch."""
+STREAMS = [name for name in SOURCES if "stream" in name]
+CHANGING = ("crops", "augmented")
+"""Sources that change each image in every epoch."""
 
 
 def rows(folder: Path) -> Dataset:
@@ -80,80 +94,165 @@ def roots(cifar_folder, tmp_path_factory):
             shutil.copytree(folder / part / name, root / "of one class" / part / name / name)
             tarred(root / "of one class" / part / name, packed["shards"] / f"{part}-{name}.tar")
     packed["array"] = root / "array"
-    return dict.fromkeys(SOURCES, folder) | packed | dict.fromkeys(("parquet", "stream", "hub", "hub_stream"), table)
+    with pytest.MonkeyPatch.context() as patch, HubServer({}) as hub:
+        connect(patch, hub.url, root / "cache")
+        hub.put("datasets/ann/animals", {f"data/{file.name}": file.read_bytes() for file in table.iterdir()})
+        packed |= dict.fromkeys(("parquet", "stream"), table) | dict.fromkeys(("hub", "hub_stream"), "ann/animals")
+        yield dict.fromkeys(SOURCES, folder) | packed
 
 
-@pytest.fixture(scope="module")
-def runs(roots, tmp_path_factory):
-    """By source and way, the steps of each run: the images seen before, and of each process the checksums."""
-    folder = tmp_path_factory.mktemp("runs")
-    token = "hf_" + "a" * 34
-    with HubServer({token: User("ann")}) as hub:
-        files = {f"data/{file.name}": file.read_bytes() for file in roots["hub"].iterdir()}
-        hub.put("datasets/ann/animals", files)
-        places = {name: str(root) for name, root in roots.items()}
-        places |= {"hub": "ann/animals", "hub_stream": "ann/animals"}
-        settings = {
-            name: {"name": "folder", "root": places[name], "channels": 3, "resolution": 16, "images": TRAIN} | own
-            for name, own in SOURCES.items()
-        }
-        (folder / "sources.json").write_text(json.dumps(settings))
-        environment = os.environ | {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(folder / "cache"),
-            "HF_TOKEN": token,
-            "PYTHONPATH": str(ROOT / "tests"),
-        }
-        program = [
-            sys.executable,
-            str(ROOT / "tests" / "programs" / "epochs.py"),
-            str(folder),
-            str(folder / "sources.json"),
-        ]
-        ended = subprocess.run(program, env=environment, capture_output=True, text=True)
-        assert not ended.returncode, ended.stdout + ended.stderr
-    return folder
+def config_of(name: str, roots: dict[str, Path], **settings) -> DataConfig:
+    known = {"name": "folder", "root": str(roots[name]), "channels": 3, "resolution": 16, "num_workers": 2}
+    return DataConfig(**known | SOURCES[name] | settings)
 
 
-def steps_of(run: Path) -> dict[int, list[list[str]]]:
-    """Of each step, by the images seen before, the checksums of each process."""
-    steps: dict[int, list[list[str]]] = {}
-    for rank, file in enumerate(sorted(run.glob("seen-*.txt"))):
-        for line in file.read_text().splitlines():
-            seen, checksum = line.split()
-            steps.setdefault(int(seen), [[], []])[rank].append(checksum)
+def steps_from(images_seen: int, train_set: TrainingSet, rank: int, processes: int) -> Iterator[tuple[int, MicroBatch]]:
+    """The images seen before each step of a run that begins or continues at `images_seen`, and what one process reads
+    for it.
+    """
+    while images_seen < TOTAL:
+        epoch, start = divmod(images_seen, len(train_set))
+        for (micro_batch,) in deal(train_set.batches(BATCH, 0, epoch, start), 0, epoch, rank, processes):
+            if images_seen < TOTAL:
+                yield images_seen, micro_batch
+            images_seen += micro_batch.count
+
+
+@dataclasses.dataclass(frozen=True)
+class ByMicroBatch:
+    """A training set as `DataLoader` reads one: what the sampler gives goes to `read`."""
+
+    train_set: TrainingSet
+
+    def __getitems__(self, micro_batch: MicroBatch) -> Read:
+        return self.train_set.read(micro_batch)
+
+
+def read_by(processes: int, workers: int, config: DataConfig, images_seen: int = 0) -> Steps:
+    """What a run reads by so many processes with so many workers each, from `images_seen` on."""
+    train_set, _ = load_data(config, memory_limit=0)
+    steps: Steps = {}
+    for rank in range(processes):
+        own = pickle.loads(pickle.dumps(train_set))  # nothing that another process has read or opened
+        seen, micro_batches = zip(*steps_from(images_seen, own, rank, processes), strict=True)
+        found = DataLoader(
+            ByMicroBatch(own), batch_sampler=micro_batches, num_workers=workers, collate_fn=checksums,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        for before, micro_batch, sums in zip(seen, micro_batches, found, strict=True):
+            assert len(sums) == len(micro_batch.indices)
+            steps.setdefault(before, []).append(sums if micro_batch.share else [])
     return steps
 
 
-def first_time(steps: dict[int, list[list[str]]]) -> dict[int, Counter]:
-    """The images of each step, of one that was taken twice the half."""
+def together(steps: Steps) -> dict[int, Counter]:
+    """The images of each step over all processes."""
     return {seen: Counter(checksum for own in ranks for checksum in own) for seen, ranks in sorted(steps.items())}
+
+
+def everything(steps: Steps) -> set[str]:
+    return {checksum for images in together(steps).values() for checksum in images}
+
+
+@pytest.fixture(scope="module")
+def whole(roots):
+    """What two processes with two workers each read, by source; a stream is cut into as many pieces, as a run does."""
+    found: dict[str, Steps] = {}
+
+    def read(name: str) -> Steps:
+        if name not in found:
+            found[name] = read_by(2, 2, config_of(name, roots, lanes=(2, 2) if name in STREAMS else None))
+        return found[name]
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def alone(roots):
+    """What one process without workers reads, by source."""
+    found: dict[str, Steps] = {}
+
+    def read(name: str) -> Steps:
+        if name not in found:
+            found[name] = read_by(1, 0, config_of(name, roots))
+        return found[name]
+
+    return read
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
 class TestEverySource:
-    """By two processes with two workers each."""
+    def test_two_processes_read_every_image_once_an_epoch(self, name, whole):
+        epochs = [Counter() for _ in range(EPOCHS + 1)]
+        for seen, images in together(whole(name)).items():
+            assert 0 < images.total() <= BATCH
+            epochs[seen // TRAIN] += images
+        assert [epoch.total() for epoch in epochs[:EPOCHS]] == [TRAIN] * EPOCHS
+        assert epochs[EPOCHS].total() >= TOTAL - EPOCHS * TRAIN
+        if name not in CHANGING:
+            assert all(len(epoch) == TRAIN for epoch in epochs[:EPOCHS]) and epochs[0] == epochs[1] >= epochs[2]
 
-    def test_every_image_once_an_epoch(self, name, runs):
-        steps = first_time(steps_of(runs / name / "whole"))
-        epochs = [Counter() for _ in range(EPOCHS)]
-        for seen, images in steps.items():
-            assert sum(images.values()) <= BATCH
-            if seen < EPOCHS * TRAIN:
-                epochs[seen // TRAIN] += images
-        assert all(sum(epoch.values()) == TRAIN for epoch in epochs)
-        if name not in DIFFERS:
-            assert all(len(epoch) == TRAIN for epoch in epochs) and epochs[0] == epochs[1]
-        assert sum(sum(images.values()) for images in steps.values()) >= EPOCHS * TRAIN + PART
-
-    def test_epochs_have_orders_of_their_own(self, name, runs):
-        steps = first_time(steps_of(runs / name / "whole"))
-        first, second = ([images for seen, images in steps.items() if seen // TRAIN == epoch] for epoch in (0, 1))
+    def test_epochs_have_orders_of_their_own(self, name, whole):
+        first, second = (
+            [images for seen, images in together(whole(name)).items() if seen // TRAIN == epoch] for epoch in (0, 1)
+        )
         assert first != second
 
-    def test_killed_and_continued_is_the_same(self, name, runs):
-        whole, killed = (steps_of(runs / name / way) for way in ("whole", "killed"))
+    def test_continued_within_an_epoch_reads_the_same(self, name, roots, whole):
+        expected = whole(name)
+        middle = min(seen for seen in expected if seen > 1.4 * TRAIN)
+        found = read_by(2, 2, config_of(name, roots, lanes=(2, 2) if name in STREAMS else None), middle)
+        assert found == {seen: ranks for seen, ranks in expected.items() if seen >= middle}
+
+    def test_images_of_a_step_do_not_depend_on_processes(self, name, roots, whole, alone):
+        expected = together(whole(name))
+        if name in STREAMS:  # its order depends on the pieces, which a run keeps, whatever the number of processes
+            assert together(read_by(1, 0, config_of(name, roots, lanes=(2, 2)))) == expected
+            assert together(alone(name)) != expected and everything(alone(name)) == everything(whole(name))
+        else:
+            assert together(alone(name)) == expected
+
+
+@pytest.mark.slow
+def test_every_source_has_the_same_images(alone):
+    alike = ("folder", "tar", "zip", "shards", "array", "parquet", "hub", "stream", "hub_stream")
+    found = [everything(alone(name)) for name in alike]
+    assert all(own == found[0] for own in found) and len(found[0]) == TRAIN
+
+
+@pytest.fixture(scope="module")
+def runs(roots, tmp_path_factory):
+    """For a source, the folder of runs of two processes with two workers each, one without interruption and one killed
+    within the second epoch and continued, and, unless it is a stream, of a run of one process.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    ways = [("whole", 2, [None]), ("killed", 2, [TRAIN + 4 * BATCH, None]), ("alone", 1, [None])]
+
+    def run(name: str) -> Path:
+        for way, processes, deaths in [] if (folder / name).exists() else ways[: 2 if name in STREAMS else 3]:
+            place = folder / name / way
+            place.mkdir(parents=True)
+            config = tiny(place / "run", TINY_VAE, max_images=TOTAL, batch_size=BATCH, checkpoint_every=3 * BATCH)
+            config = dataclasses.replace(config, data=config_of(name, roots))
+            for die_at in deaths:
+                launch = Launch(partial(train, config, die_at), place / "log", processes)
+                assert launch.wait() == [0 if die_at is None else -signal.SIGKILL] * processes, launch.output()
+        return folder / name
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["folder", "stream"])
+class TestTraining:
+    def test_steps_have_the_images_that_are_read_without_training(self, name, runs, whole, alone):
+        assert noted(runs(name) / "whole") == whole(name)
+        if name not in STREAMS:
+            assert noted(runs(name) / "alone") == alone(name)
+
+    def test_killed_and_continued_run_is_bit_identical(self, name, runs):
+        whole, killed = (noted(runs(name) / way) for way in ("whole", "killed"))
         assert whole.keys() == killed.keys()
         again = 0
         for seen, ranks in whole.items():
@@ -161,21 +260,10 @@ class TestEverySource:
                 assert found in (own, own + own)  # what was done after the last checkpoint is done again
                 again += found != own
         assert again
-        first, second = (weights(runs / name / way / "run") for way in ("whole", "killed"))
-        assert all(torch.equal(first[key], second[key]) for key in first)
-        first, second = ((runs / name / way / "run" / "metrics.jsonl").read_text() for way in ("whole", "killed"))
+        last = max((runs(name) / "whole" / "run" / "checkpoints").iterdir()).name
+        assert int(last.removeprefix("images-")) >= TOTAL
+        for file in (f"checkpoints/{last}/{kind}.safetensors" for kind in ("model", "ema", "optimizer")):
+            first, second = (load_file(runs(name) / way / "run" / file) for way in ("whole", "killed"))
+            assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+        first, second = ((runs(name) / way / "run" / "metrics.jsonl").read_text() for way in ("whole", "killed"))
         assert first == second
-
-    def test_order_does_not_depend_on_processes(self, name, runs):
-        whole, alone = (first_time(steps_of(runs / name / way)) for way in ("whole", "alone"))
-        if "streaming" in SOURCES[name]:  # whose pieces are as many as there were processes
-            assert sum(whole.values(), Counter()).keys() == sum(alone.values(), Counter()).keys()
-        else:
-            assert whole == alone
-
-
-@pytest.mark.slow
-def test_the_same_images_from_everywhere(runs):
-    alike = ("folder", "tar", "zip", "shards", "array", "parquet", "hub", "stream", "hub_stream")
-    seen = [sum(first_time(steps_of(runs / name / "alone")).values(), Counter()).keys() for name in alike]
-    assert all(own == seen[0] for own in seen) and len(seen[0]) == TRAIN

@@ -199,50 +199,64 @@ def draw(pipeline):
     return pipeline("a", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
 
 
-class TestWithoutThePackage:
-    @pytest.mark.slow
-    def test_models(self, tmp_path):
-        expected = {}
-        for name, config in CONFIGS.items():
-            vae = build(config)
-            vae.save_pretrained(tmp_path / name)
-            images = random_images(vae)
-            with torch.no_grad():
-                expected[name] = (images, vae.encode(images).latent_dist.parameters, vae(images).sample)
-        torch.save(expected, tmp_path / "expected.pt")
-        run_without_package(
-            """
+WITHOUT_PACKAGE = """
 import torch
-from diffusers import AutoencoderKL, AutoModel
-for name, (images, moments, reconstructions) in torch.load("expected.pt").items():
-    by_name, report = AutoencoderKL.from_pretrained(name, output_loading_info=True)
-    assert not any(report.values()), report
-    for model in (by_name, AutoModel.from_pretrained(name)):
-        assert type(model) is AutoencoderKL, type(model)
-        with torch.no_grad():
-            assert torch.equal(model.encode(images).latent_dist.parameters, moments), name
-            assert torch.equal(model(images).sample, reconstructions), name
-""",
-            tmp_path,
-        )
+from diffusers import AutoencoderKL, AutoModel, DiffusionPipeline
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("config", [TINY, GREY], ids=["rgb", "grey"])
-    def test_pipeline(self, vae, tmp_path):
-        pipeline = make_pipeline(vae, tmp_path)
-        picture = draw(pipeline)
-        pipeline.save_pretrained(tmp_path / "after")
-        run_without_package(
-            """
-import torch
-from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained("after")
-pipeline("a", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0].save("picture.png")
-""",
-            tmp_path,
-        )
-        reloaded = Image.open(tmp_path / "picture.png")
-        assert reloaded.mode == picture.mode and reloaded.tobytes() == picture.tobytes()
+found = {}
+for name in ("rgb", "grey", "bare"):
+    images = torch.load(f"{name}.pt")
+    by_name, report = AutoencoderKL.from_pretrained(name, output_loading_info=True)
+    for kind, model in (("by name", by_name), ("by AutoModel", AutoModel.from_pretrained(name))):
+        with torch.no_grad():
+            moments, sample = model.encode(images).latent_dist.parameters, model(images).sample
+        found[name, kind] = (type(model).__name__, moments, sample)
+    found[name, "report"] = {key: list(each) for key, each in report.items()}
+torch.save(found, "found.pt")
+for name in ("rgb", "grey"):
+    pipeline = DiffusionPipeline.from_pretrained(f"{name}-pipeline")
+    draw = pipeline("a", num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    draw.images[0].save(f"{name}.png")
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded_without_package(tmp_path_factory):
+    """A folder with what a process without this package makes of models and pipelines that ours has saved."""
+    folder = tmp_path_factory.mktemp("without-package")
+    for name, config in CONFIGS.items():
+        vae = build(config)
+        vae.save_pretrained(folder / name)
+        torch.save(random_images(vae), folder / f"{name}.pt")
+        if name != "bare":
+            pipeline = make_pipeline(vae, folder)
+            draw(pipeline).save(folder / f"{name}-before.png")
+            pipeline.save_pretrained(folder / f"{name}-pipeline")
+    run_without_package(WITHOUT_PACKAGE, folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("vae_without_package")
+class TestWithoutThePackage:
+    @pytest.mark.parametrize("name", CONFIGS)
+    def test_models(self, name, loaded_without_package):
+        found = torch.load(loaded_without_package / "found.pt")
+        assert not any(found[name, "report"].values()), found[name, "report"]
+        vae = build(CONFIGS[name])
+        images = random_images(vae)
+        with torch.no_grad():
+            expected = vae.encode(images).latent_dist.parameters, vae(images).sample
+        for kind in ("by name", "by AutoModel"):
+            cls, *values = found[name, kind]
+            assert cls == "AutoencoderKL"
+            assert all(map(torch.equal, values, expected)), kind
+
+    @pytest.mark.parametrize("name", ["rgb", "grey"])
+    def test_pipelines(self, name, loaded_without_package):
+        before, found = (Image.open(loaded_without_package / file) for file in (f"{name}-before.png", f"{name}.png"))
+        assert before.mode == found.mode and before.tobytes() == found.tobytes()
+        assert np.asarray(before).std() > 0
 
 
 @pytest.mark.parametrize("config, mode", [(TINY, "RGB"), (GREY, "L")], ids=["rgb", "grey"])

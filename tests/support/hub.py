@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 from support.hub_server import HubServer
@@ -84,3 +85,25 @@ def uploaded(hub: HubServer, repo: str = REPO, revision: str = "main") -> dict[s
     files = hub.files(repo, revision)
     del files[".gitattributes"]
     return files
+
+
+def connect(patch: pytest.MonkeyPatch, url: str | None, cache: Path) -> None:
+    """Let `datasets` and the Hub's client in this process talk to the server at `url`, to none but that, without a
+    token, and keep what they load in the folder `cache`.
+    """
+    from huggingface_hub import HfFileSystem
+
+    patch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
+    patch.setattr("datasets.config.HF_UPDATE_DOWNLOAD_COUNTS", False)
+    patch.setattr("datasets.config.USE_PARQUET_EXPORT", False)
+    patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache / "hub"))
+    patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    patch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(cache / "no-token"))
+    patch.delenv("HF_TOKEN", raising=False)
+    HfFileSystem.clear_instance_cache()  # which knows the server of a test before
+    if url is not None:
+        patch.setattr("datasets.config.HF_ENDPOINT", url)
+        patch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for module in ("constants", "file_download"):  # of older versions, the latter
+            patch.setattr(f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)

@@ -75,7 +75,8 @@ class Launch:
                 end = min(end, time.monotonic() + grace)
             if time.monotonic() > end:
                 self.send(signal.SIGKILL)
-            next(process for process in self.processes if process.is_alive()).join(0.01)
+            for process in self.processes:
+                process.join(0.01)
         codes = [process.exitcode for process in self.processes]
         for process in self.processes:
             process.close()
@@ -94,12 +95,22 @@ def run_forked(work: Callable[..., object], *arguments: object, log: Path, proce
     return launch.output()
 
 
+def command(*arguments: str) -> None:
+    """The command `diffusers-vae` as the work of a launch, whose processes end with its exit code."""
+    from diffusers_vae import cli
+
+    code = cli.main(arguments)
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def _enter(work: Callable[[], object], log: Path, environment: dict[str, str], threads: int) -> None:
     assert "support.preloaded" in sys.modules, "the server has imported nothing, so that each launch imports everything"
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ |= environment
+    multiprocessing.set_start_method(None, force=True)  # workers start as in any other launch, not from a server
     import torch
 
     from diffusers_vae.loop import Interrupted

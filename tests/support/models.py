@@ -39,9 +39,11 @@ def original_name(key, levels):
 
 
 def run_without_package(code, folder):
-    """Run `code` in `folder`, in a process of its own in which diffusers_vae cannot be imported."""
+    """Run `code` in `folder`, in a process of its own in which diffusers_vae cannot be imported. It computes with one
+    thread, as tests do, so that results are the same bit by bit.
+    """
     code = f'import sys; sys.modules["diffusers_vae"] = None\n{code}'
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
 
 

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torchvision.models import squeezenet1_1
 
+from diffusers_vae import cli
 from diffusers_vae.adversarial import AdversarialConfig
-from diffusers_vae.data import DataConfig
-from diffusers_vae.loop import RunConfig
+from diffusers_vae.data import ArrayImages, DataConfig
+from diffusers_vae.loop import RunConfig, RunResult, run_task
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.objective import ObjectiveConfig
-from diffusers_vae.trainer import TrainConfig
+from diffusers_vae.trainer import AutoencoderTask, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,6 +48,45 @@ def tiny(output_dir, model=TINY_MLP, **run):
     )
 
 
+def fit(config, memory_limit=None):
+    """Train as `config` says, up to the last checkpoint: nothing is measured, drawn or saved after it."""
+    run_task(AutoencoderTask(config, memory_limit), finish=False)
+
+
+class Unmeasured(AutoencoderTask):
+    """An autoencoder whose run ends without measuring, drawing or saving anything after the last checkpoint."""
+
+    def finish(self, model, log, progress):
+        output_dir = Path(self.config.run.output_dir)
+        if self.accelerator.is_main_process:
+            (output_dir / "evaluation.json").write_text("{}")
+        nothing = {"parameters": 0, "latent_shape": (), "saved": "", "load_line": ""}
+        return RunResult(output_dir=output_dir, **nothing)
+
+    def few(self, folder):
+        return type(self)(super().few(folder).config, 0)
+
+
+class NotANumber(Unmeasured):
+    """Trains on float pixels, one of which, in image 17, is not a number."""
+
+    def load(self, accelerator):
+        super().load(accelerator)
+        pixels = self.train_set.pixels / 255
+        pixels[17, 0, 3, 3] = torch.nan
+        self.train_set = ArrayImages(pixels, self.train_set.labels)
+
+
+def command(*arguments):
+    """Run `diffusers-vae` with these arguments in a forked process, which ends with its exit code."""
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        code = error.code
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def records(output_dir, kind):
     lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
@@ -66,8 +106,9 @@ def launch(*arguments, processes=1):
     )
 
 
-def left_behind(output_dir: Path) -> dict[str, str]:
-    """Checksum of every file of a finished run that must not depend on interruptions."""
+def left_behind(output_dir: str | Path) -> dict[str, str]:
+    """Checksum of every file of a run that must not depend on interruptions."""
+    output_dir = Path(output_dir)
     files = [path for path in output_dir.rglob("*") if path.is_file() and path.name != ".lock"]
     found = {}
     for path in files:
@@ -81,13 +122,13 @@ def left_behind(output_dir: Path) -> dict[str, str]:
 
 
 def interrupted_at(images_seen, run, to):
-    """A copy of a finished run as it was just after the checkpoint at `images_seen`, or before the first for 0."""
+    """A copy of a run as it was just after the checkpoint at `images_seen`, or before the first for 0."""
     shutil.copytree(run, to)
     for path in (to / "checkpoints").iterdir():
         if int(path.name.removeprefix("images-")) > images_seen:
             shutil.rmtree(path)
-    (to / "evaluation.json").unlink()
-    shutil.rmtree(to / "model")
+    (to / "evaluation.json").unlink(missing_ok=True)
+    shutil.rmtree(to / "model", ignore_errors=True)
     with (to / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "tra')  # cut off, and after the checkpoint
     return to
