@@ -28,8 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="need
 
 
 def config_of(**run):
-    """Three steps; each checkpoint deletes the one before."""
-    run = {"max_images": 30, "batch_size": 10, "log_every": 10, "checkpoint_every": 10, "keep_checkpoints": 1} | run
+    """Two steps; the second checkpoint deletes the first."""
+    run = {"max_images": 20, "batch_size": 10, "log_every": 10, "checkpoint_every": 10, "keep_checkpoints": 1} | run
     config = dataclasses.replace(tiny("run", **run), evaluation=EvaluationConfig(max_images=8))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, heldout_fraction=0.9))
 
@@ -103,7 +103,7 @@ def test_run_ended_at_any_operation_continues_bit_identically(part, tmp_path, re
     """The loop with its checkpoints, their deletion and its log; the end of a run has a test of its own."""
     points = Points(run_loop, tmp_path, 1)
     chosen = points.all_of(0)
-    assert len(chosen) > 100 and sum(name.startswith("unlink") for name in points.operations[0][0]) > 10
+    assert len(chosen) > 90 and sum(name.startswith("unlink") for name in points.operations[0][0]) > 5
     for number, power_failure in chosen[part::2]:
         points.check(number, power_failure, 0)
     record_property("points", len(chosen[part::2]))
@@ -115,8 +115,8 @@ def test_run_of_two_processes_one_of_which_ends_at_any_operation_continues_bit_i
     part, tmp_path, record_property
 ):
     points = Points(run_loop, tmp_path, 2)
-    chosen = [(*point, rank) for rank in range(2) for point in points.all_of(rank)]
-    assert len(points.all_of(1)) > 5
+    chosen = [(number, False, rank) for rank in range(2) for number in range(len(points.operations[rank][0]))]
+    assert len(points.operations[1][0]) > 5
     for point in chosen[part::2]:
         points.check(*point)
     record_property("points", len(chosen[part::2]))
