@@ -52,8 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {arguments[0]} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        from . import commands
-
+        try:
+            from . import commands
+        except ModuleNotFoundError as error:
+            if debug or str(error.name).startswith("diffusers_vae"):
+                raise
+            raise ImportError(
+                f"diffusers-vae {arguments[0]} needs {error.name}, which is not installed: "
+                'pip install "diffusers-vae[train]"'
+            ) from error
         return getattr(commands, f"run_{arguments[0].replace('-', '_')}")(arguments[1:])
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -24,21 +24,23 @@ from safetensors.torch import save_file
 logger = logging.getLogger(__name__)
 
 Operation = Literal["open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir"]
-"""open: an empty file is made. write: it is filled, or something is appended to it. The path is that of the file or
-folder, for rename the new one."""
+"""open: a file is begun. write: it is filled, or something is appended to it."""
+Watcher = Callable[[Operation, Path, Path | None], object]
 
-_watcher: Callable[[Operation, Path], object] | None = None
+_watcher: Watcher | None = None
 
 
-def watch(watcher: Callable[[Operation, Path], object] | None) -> None:
-    """Call `watcher(operation, path)` in this process before each durable operation from now on; None ends it."""
+def watch(watcher: Watcher | None) -> None:
+    """Call `watcher(operation, path, new path of a rename)` in this process before each durable operation from now on;
+    None ends it.
+    """
     global _watcher
     _watcher = watcher
 
 
-def _announce(operation: Operation, path: Path) -> None:
+def _announce(operation: Operation, path: Path, to: Path | None = None) -> None:
     if _watcher is not None:
-        _watcher(operation, path)
+        _watcher(operation, path, to)
 
 
 @contextmanager
@@ -80,7 +82,8 @@ def acquire(lock: FileLock, doing: str, setting: str) -> None:
 def write_file(path: Path, text: str) -> None:
     """Replace `path` by a file with this text, at once and on the disk."""
     with whole_file(path) as partial:
-        write_text(partial, text)
+        _announce("write", partial)
+        partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -91,8 +94,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = partial_of(path)
     with naming(path):
         try:
+            _announce("open", partial)
             yield partial
-            _announce("write", partial)  # by whoever was given the path
             sync(partial)
             _rename(partial, path)
             sync(path.parent)
@@ -111,8 +114,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
         try:
             begin_folder(partial)
             yield partial
-            for file in sorted(partial.rglob("*")):
-                _announce("write", file)
+            files = sorted(partial.rglob("*"))
+            for file in files:
+                _announce("write", file)  # by whoever was given the folder
+            for file in files:
                 sync(file)
             finish_folder(partial, path)
         except BaseException:
@@ -227,7 +232,7 @@ def sync(path: Path) -> None:
 
 
 def _rename(path: Path, to: Path) -> None:
-    _announce("rename", to)
+    _announce("rename", path, to)
     path.replace(to)
 
 

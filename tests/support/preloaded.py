@@ -14,3 +14,7 @@ import torchmetrics.image.lpip
 
 import diffusers_vae.commands
 import diffusers_vae.latent_cache
+
+figure = matplotlib.figure.Figure()
+figure.subplots().plot([1, 2], label="1")
+matplotlib.backends.backend_agg.FigureCanvasAgg(figure).draw()  # which loads fonts

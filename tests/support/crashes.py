@@ -1,0 +1,127 @@
+"""Processes that end at a chosen durable operation, and what they leave on the disk."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from diffusers_vae import storage
+
+ENDED = 9
+"""Exit code of a process that ended itself."""
+
+
+class Disk:
+    """A watcher of `storage` that counts operations and knows which files were written and not synced."""
+
+    def __init__(self):
+        self.count = 0
+        self.operations: list[str] = []
+        self.lossy: list[int] = []
+        """Operations before which a power failure would lose something."""
+        self.unsynced: set[Path] = set()
+        self.announced: tuple = ("", None, None)
+
+    def __call__(self, operation: str, path: Path, to: Path | None) -> None:
+        self._done(*self.announced)
+        self.announced = (operation, path.absolute(), to and to.absolute())
+        if self._to_lose():
+            self.lossy.append(self.count)
+        self.at(self.count)
+        self.operations.append(f"{operation} {os.path.relpath(to or path)}")
+        self.count += 1
+
+    def at(self, number: int) -> None:
+        """What a subclass does before operation `number`, counted from 0."""
+
+    def _done(self, operation: str, path: Path, to: Path | None) -> None:
+        if operation in ("open", "write"):
+            self.unsynced.add(path)
+        elif operation in ("fsync", "unlink"):
+            self.unsynced.discard(path)
+        elif operation == "rename":
+            moved = {file for file in self.unsynced if file == path or path in file.parents}
+            self.unsynced = self.unsynced - moved | {to / file.relative_to(path) for file in moved}
+
+    def _to_lose(self) -> list[Path]:
+        return [path for path in self.unsynced if path.is_file() and path.stat().st_size]
+
+    def lose(self) -> None:
+        """Empty what was not synced, as after a power failure."""
+        for path in self._to_lose():
+            path.write_bytes(b"")
+
+
+class End(Disk):
+    """Ends the process at operation `number`; with `power_failure`, files that were not synced are empty then."""
+
+    def __init__(self, number: int, power_failure: bool):
+        super().__init__()
+        self.number, self.power_failure = number, power_failure
+
+    def at(self, number: int) -> None:
+        if number == self.number:
+            if self.power_failure:
+                self.lose()
+            os._exit(ENDED)
+
+
+class Snapshots(Disk):
+    """Copies the folder `root` as it would be left by an end at each operation, to `folder`/NUMBER, and by a power
+    failure, to `folder`/NUMBER-power, where that differs.
+    """
+
+    def __init__(self, root: Path, folder: Path):
+        super().__init__()
+        self.root, self.folder = root.absolute(), folder
+
+    def at(self, number: int) -> None:
+        shutil.copytree(self.root, self.folder / f"{number:04d}")
+        if number in self.lossy:
+            shutil.copytree(self.root, self.folder / f"{number:04d}-power")
+            copied = Disk()
+            copied.unsynced = {
+                self.folder / f"{number:04d}-power" / path.relative_to(self.root) for path in self.unsynced
+            }
+            copied.lose()
+
+
+def in_folder(work: Callable[[], object], folder: Path) -> None:
+    """Do `work` in the working directory `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    work()
+
+
+def watched(work: Callable[[], object], folder: Path, disk: Disk, rank: int = 0) -> None:
+    """Do `work` in the working directory `folder` under the watcher `disk` of process `rank`, and leave the operations
+    of each process, and which of them are lossy, in `folder`.operations-RANK.
+    """
+    own = int(os.environ.get("RANK", "0"))
+    disk = disk if own == rank else Disk()
+    storage.watch(disk)
+    in_folder(work, folder)
+    storage.watch(None)
+    _operations_file(folder, own).write_text(json.dumps([disk.operations, disk.lossy]))
+
+
+def operations(folder: Path, rank: int = 0) -> tuple[list[str], list[int]]:
+    """The operations of process `rank` that `watched` saw in `folder`, and the numbers of the lossy ones."""
+    return tuple(json.loads(_operations_file(folder, rank).read_text()))
+
+
+def _operations_file(folder: Path, rank: int) -> Path:
+    return folder.with_name(f"{folder.name}.operations-{rank}")
+
+
+def state_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but locks, and every empty folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != ".lock":
+            found[path.relative_to(folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif path.is_dir() and not any(path.iterdir()):
+            found[path.relative_to(folder).as_posix()] = "empty folder"
+    return found

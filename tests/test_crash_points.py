@@ -1,0 +1,172 @@
+"""A run that ends at any of its durable operations, or loses what was not synced there, continues bit-identically.
+
+Every operation in turn: the process ends itself there, a second one continues, and every file is compared with those of
+a run without interruption. States of the disk that are the same, file by file, are continued once.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from support.crashes import ENDED, Disk, End, Snapshots, in_folder, operations, state_of, watched
+from support.launches import Launch
+from support.runs import tiny
+
+from diffusers_vae import LatentDataset, encode_images
+from diffusers_vae.data import DataConfig, load_data
+from diffusers_vae.evaluation import EvaluationConfig
+from diffusers_vae.loop import run_task
+from diffusers_vae.models import ModelConfig
+from diffusers_vae.trainer import AutoencoderTask, train
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork")]
+
+
+def config_of(**run):
+    """Two steps; the second checkpoint deletes the first."""
+    run = {"max_images": 20, "batch_size": 10, "log_every": 10, "checkpoint_every": 10, "keep_checkpoints": 1} | run
+    config = dataclasses.replace(tiny("run", **run), evaluation=EvaluationConfig(max_images=8))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, heldout_fraction=0.9))
+
+
+def run_loop() -> None:
+    run_task(AutoencoderTask(config_of()), finish=False)
+
+
+def run_whole() -> None:
+    train(config_of())
+
+
+def encode() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    vae = ModelConfig(block_out_channels=(8, 8), norm_num_groups=4).build(1, (8, 8)).eval()
+    _, images = load_data(DataConfig(resolution=8, heldout_fraction=0.03))
+    encode_images(vae, images, "latents", shard_images=20, batch_size=10)
+    LatentDataset("latents").verify()
+
+
+def launched(work: Callable[[], object], log: Path, processes: int = 1) -> list[int]:
+    codes = Launch(work, log, processes).wait()
+    if any(code not in (0, ENDED) for code in codes) and processes == 1:
+        pytest.fail(log.read_text())
+    return codes
+
+
+class Points:
+    """The operations of a launch without interruption, and what it leaves."""
+
+    def __init__(self, work: Callable[[], object], folder: Path, processes: int):
+        self.work, self.folder, self.processes, self.log = work, folder, processes, folder / "log"
+        reference = folder / "reference"
+        assert not any(launched(partial(watched, work, reference, Disk()), self.log, processes)), self.log.read_text()
+        self.expected = state_of(reference)
+        self.operations = [operations(reference, rank) for rank in range(processes)]
+        self.continued = set()
+
+    def all_of(self, rank: int) -> list[tuple[int, bool]]:
+        """(operation, power failure or not) of process `rank`."""
+        names, lossy = self.operations[rank]
+        return [(number, False) for number in range(len(names))] + [(number, True) for number in lossy]
+
+    def check(self, number: int, power_failure: bool, rank: int) -> None:
+        """End process `rank` at an operation, continue, and compare all files."""
+        trial = self.folder / f"{rank}-{number:04d}{'-power' * power_failure}"
+        codes = launched(partial(watched, self.work, trial, End(number, power_failure), rank), self.log, self.processes)
+        name = self.operations[rank][0][number]
+        assert codes[rank] == ENDED, (name, codes, self.log.read_text())
+        self.continue_from(trial, name)
+
+    def continue_from(self, trial: Path, operation: str) -> None:
+        """Continue what lies in `trial`, unless the same was continued before, and compare all files."""
+        state = frozenset(state_of(trial).items())
+        if state not in self.continued:
+            self.continued.add(state)
+            codes = launched(partial(in_folder, self.work, trial), self.log, self.processes)
+            assert not any(codes), (operation, self.log.read_text())
+            found = state_of(trial)
+            different = [
+                path for path in found.keys() | self.expected.keys() if found.get(path) != self.expected.get(path)
+            ]
+            assert not different, f"ended before {operation}: {different}"
+        shutil.rmtree(trial)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_run_ended_at_any_operation_continues_bit_identically(part, tmp_path, record_property):
+    """The loop with its checkpoints, their deletion and its log; the end of a run has a test of its own."""
+    points = Points(run_loop, tmp_path, 1)
+    chosen = points.all_of(0)
+    assert len(chosen) > 90 and sum(name.startswith("unlink") for name in points.operations[0][0]) > 5
+    for number, power_failure in chosen[part::2]:
+        points.check(number, power_failure, 0)
+    record_property("points", len(chosen[part::2]))
+    record_property("states", len(points.continued))
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_run_of_two_processes_one_of_which_ends_at_any_operation_continues_bit_identically(
+    part, tmp_path, record_property
+):
+    points = Points(run_loop, tmp_path, 2)
+    chosen = [(number, False, rank) for rank in range(2) for number in range(len(points.operations[rank][0]))]
+    assert len(points.operations[1][0]) > 5
+    for point in chosen[part::2]:
+        points.check(*point)
+    record_property("points", len(chosen[part::2]))
+    record_property("states", len(points.continued))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_encoding_ended_at_any_operation_continues_with_the_same_files(processes, tmp_path, record_property):
+    points = Points(encode, tmp_path, processes)
+    chosen = [(*point, rank) for rank in range(processes) for point in points.all_of(rank)]
+    for point in chosen:
+        points.check(*point)
+    record_property("points", len(chosen))
+    record_property("states", len(points.continued))
+
+
+def test_end_of_a_run_interrupted_at_any_operation_is_done_again_the_same(tmp_path, record_property):
+    """From the last checkpoint on: model, evaluation, pictures, report, card. Measuring and drawing take long, so that
+    the states in which a process would leave the folder are copied from one run instead of ending one for each.
+    """
+    points = Points(run_whole, tmp_path, 1)
+    trained = tmp_path / "trained"
+    assert launched(partial(in_folder, run_loop, trained), points.log) == [0]
+    (tmp_path / "states").mkdir()
+    launched(partial(watched, run_whole, trained, Snapshots(trained, tmp_path / "states")), points.log)
+    assert state_of(trained) == points.expected
+    names, lossy = operations(trained)
+    states = sorted((tmp_path / "states").iterdir())
+    assert len(states) == len(names) + len(lossy) > 60
+    for state in states:
+        points.continue_from(state, names[int(state.name[:4])])
+    record_property("points", len(states))
+    record_property("states", len(points.continued))
+
+
+def test_finished_run_started_again_does_no_operation(tmp_path):
+    for number in range(2):
+        assert launched(partial(watched, run_whole, tmp_path / "again", Disk()), tmp_path / "log") == [0]
+        names = operations(tmp_path / "again")[0]
+        assert bool(names) == (number == 0)
+
+
+def test_power_failure_would_be_noticed(tmp_path):
+    """A file that was renamed before it was synced is lost with its new name."""
+    disk = Disk()
+    (tmp_path / "a").write_text("text")
+    disk("write", tmp_path / "a", None)
+    disk("rename", tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a").rename(tmp_path / "b")
+    disk("fsync", tmp_path / "b", None)
+    assert disk.lossy == [1, 2]
+    disk.lose()
+    assert (tmp_path / "b").read_text() == ""
