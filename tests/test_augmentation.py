@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from support.files import paths_of
-from support.runs import TINY_VAE, launch, records, tiny
+from support.launches import run_forked
+from support.runs import TINY_VAE, at, fit, records, tiny
 from torchvision.transforms.v2 import functional
 
 from diffusers_vae.data import DataConfig, deal, load_data
@@ -52,7 +53,7 @@ class TestFlips:
         ],
     )
     @pytest.mark.parametrize("limit", [0, None])
-    def test_each_way_as_often(self, settings, ways, limit, photographs):
+    def test_images_are_flipped_each_way_equally_often(self, settings, ways, limit, photographs):
         train, heldout = load_data(config(photographs, **settings), memory_limit=limit)
         plain, plain_heldout = load_data(config(photographs))
         assert torch.equal(read(heldout), read(plain_heldout))
@@ -64,7 +65,7 @@ class TestFlips:
         expected = 40 * len(train) / len(ways)
         assert all(abs(count - expected) < 4 * expected**0.5 for count in counts.values())
 
-    def test_measured_without(self, photographs):
+    def test_images_are_measured_without_flips(self, photographs):
         train, _ = load_data(config(photographs, horizontal_flip=True))
         plain, _ = load_data(config(photographs))
         every = range(len(train))
@@ -76,7 +77,7 @@ SETTINGS = {"horizontal_flip": True, "color_jitter": (0.3, 0.2, 0.1, 0.05)}
 
 
 class TestPureFunction:
-    def test_of_seed_epoch_and_index(self, photographs):
+    def test_augmentation_is_a_pure_function_of_seed_epoch_and_index(self, photographs):
         train, _ = load_data(config(photographs, **SETTINGS))
         whole = read(train, seed=3, epoch=5)
         assert torch.equal(read(train, seed=3, epoch=5), whole)
@@ -84,7 +85,7 @@ class TestPureFunction:
         assert torch.equal(torch.cat(parts), whole)
         assert not any(torch.equal(read(train, seed=seed, epoch=epoch), whole) for seed, epoch in ((3, 6), (4, 5)))
 
-    def test_draws_nothing_from_others(self, photographs):
+    def test_global_random_state_is_neither_used_nor_changed(self, photographs):
         train, _ = load_data(config(photographs, **SETTINGS))
         torch.manual_seed(1)
         before = torch.get_rng_state()
@@ -96,7 +97,7 @@ class TestPureFunction:
 
 class TestColorJitter:
     @pytest.mark.parametrize("channels", [1, 3])
-    def test_within_its_bounds(self, channels, photographs):
+    def test_brightness_changes_within_its_bounds(self, channels, photographs):
         """Brightness alone is a factor, of each image another."""
         train, _ = load_data(config(photographs, channels=channels, color_jitter=(0.2, 0, 0, 0)))
         plain, _ = load_data(config(photographs, channels=channels))
@@ -110,7 +111,7 @@ class TestColorJitter:
         assert len(dark) == len(factors) == len({round(factor, 3) for factor in factors})
         assert all(0.79 < factor < 1.21 for factor in factors) and max(factors) - min(factors) > 0.1
 
-    def test_values_of_other_ranges(self, photographs, tmp_path):
+    def test_values_of_float_images_stay_in_their_range(self, photographs, tmp_path):
         """float32 in [0, 1], as they are with a stated range."""
         for path in photographs.glob("*.png"):
             np.save(tmp_path / f"{path.stem}.npy", (read_image(path, 3).numpy() / 255).astype(np.float32))
@@ -131,13 +132,13 @@ class TestRandomCrops:
             found.append(where)
         return found
 
-    def test_are_elsewhere_in_every_epoch(self, photographs):
+    def test_crops_differ_in_every_epoch(self, photographs):
         train, _ = load_data(config(photographs, crops="random"))
         epochs = [self.places(train, epoch=epoch) for epoch in range(3)]
         assert len(set(epochs[0] + epochs[1] + epochs[2])) > 2 * len(train)
         assert self.places(train, epoch=1) == epochs[1] != self.places(train, seed=1, epoch=1)
 
-    def test_held_out_ones_stay(self, photographs):
+    def test_crops_of_held_out_images_do_not_change(self, photographs):
         _, heldout = load_data(config(photographs, crops="random"))
         pixels = [heldout.__getitems__([0]).pixels for _ in range(2)]
         assert torch.equal(*pixels) and pixels[0].shape == (1, 3, 64, 64)
@@ -159,7 +160,7 @@ class TestBuckets:
             assert max(size) <= 2 * min(size)
         assert (96, 160) in config("", resolution=(96, 160), buckets=8).bucket_sizes
 
-    def test_each_image_is_brought_to_the_size_most_like_its_own(self, photographs):
+    def test_each_image_is_resized_to_the_size_most_like_its_own(self, photographs):
         train, heldout = load_data(config(photographs, buckets=16))
         assert heldout.__getitems__([0]).pixels.shape == (1, 3, 64, 64)
         seen = []
@@ -173,28 +174,21 @@ class TestBuckets:
             seen += micro.indices
         assert sorted(seen) == list(range(len(train))) and len({*train.buckets.tolist()}) >= 2
 
-    def test_run(self, photographs, tmp_path):
+    @pytest.mark.slow
+    def test_run_with_images_of_several_sizes_is_measured(self, photographs, tmp_path):
         run = tiny(tmp_path / "run", TINY_VAE, batch_size=4, max_images=24, epochs=3, log_every=4)
         result = train(dataclasses.replace(run, data=config(photographs, buckets=16)))
         assert result.report.images == 1 and np.isfinite(result.report.psnr)
 
     @pytest.mark.slow
     def test_two_processes_give_what_one_does(self, photographs, tmp_path):
-        settings = {
-            "data.name": "folder", "data.root": photographs, "data.channels": 3, "data.resolution": 64,
-            "data.buckets": 16, "data.horizontal_flip": "true", "model.block_out_channels": "[8,8]",
-            "model.norm_num_groups": 4, "run.batch_size": 4, "run.max_images": 40, "run.epochs": 9,
-            "run.log_every": 4, "run.mixed_precision": "no",
-        }  # fmt: skip
-        flags = [f"--{name}={value}" for name, value in settings.items()]
-        losses = []
+        run = tiny(tmp_path / "1", TINY_VAE, batch_size=4, max_images=40, epochs=9, log_every=4)
+        run = dataclasses.replace(run, data=config(photographs, buckets=16, horizontal_flip=True))
         for processes in (1, 2):
             output_dir = tmp_path / str(processes)
-            ended = launch(*flags, "--run.output_dir", output_dir, processes=processes)
-            assert not ended.returncode, ended.stderr
-
-            losses.append([record["loss"] for record in records(output_dir, "train")])
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+            run_forked(fit, at(run, output_dir), log=tmp_path / f"log of {processes}", processes=processes)
+        one, two = ([record["loss"] for record in records(tmp_path / name, "train")] for name in ("1", "2"))
+        assert len(one) == 10 and one == pytest.approx(two, rel=1e-4)
 
 
 class TestErrors:
@@ -222,7 +216,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             DataConfig(**{"name": "folder", "channels": 3, "resolution": 64} | settings)
 
-    def test_that_do_not_fit_the_rest(self, photographs, tmp_path):
+    def test_settings_that_do_not_fit_the_rest(self, photographs, tmp_path):
         def settings(**data) -> TrainConfig:
             return dataclasses.replace(tiny(tmp_path / "run", TINY_VAE), data=config(photographs, **data))
 

@@ -1,9 +1,9 @@
 """The state of a run on disk: whole or not there, found whatever happened to it, restored to the last bit."""
 
 import gc
+import json
 import os
 import random
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,20 +14,17 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from support.files import flip
 
-from diffusers_vae import checkpoint
 from diffusers_vae.checkpoint import (
     FORMAT,
     Discriminator,
     find_checkpoint,
-    naming,
     read_progress,
     restore,
     save_checkpoint,
     tidy,
-    whole_folder,
-    write_file,
 )
 from diffusers_vae.models import ModelConfig
+from diffusers_vae.storage import digest_of, naming, watch, whole_folder, write_file
 
 
 class State:
@@ -77,7 +74,7 @@ def contents(folder):
 
 
 class TestRoundTrip:
-    def test_continues_to_the_last_bit(self, folder):
+    def test_training_continues_bit_identically(self, folder):
         """The same draws, the same steps, from a model that was begun otherwise."""
         first = State(seed=0, steps=3)
         random.seed(5), np.random.seed(6)
@@ -95,7 +92,7 @@ class TestRoundTrip:
             a, b = first.optimizer.state[p], second.optimizer.state[q]
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
-    def test_nothing_stays_in_the_file(self, folder):
+    def test_restored_state_does_not_map_the_files(self, folder):
         """Its space is free as soon as it is deleted, and a disk that goes away takes no state along."""
         maps = Path("/proc/self/maps")
         if not maps.exists():
@@ -152,29 +149,31 @@ class TestRoundTrip:
         state.save(folder, 20, keep=1)
         assert [path.name for path in folder.iterdir()] == ["images-000000000020"]
 
-    def test_killed_as_one_is_deleted(self, folder, monkeypatch):
-        """Half of it neither looks like a damaged one nor stays for good; nor does one that was to be deleted next."""
-        state = State(seed=0, steps=1)
+    @pytest.mark.parametrize("deleted", [0, 3])
+    def test_one_that_was_half_deleted_at_a_kill_neither_looks_damaged_nor_stays(self, deleted, folder):
+        """Nor does one that was to be deleted next."""
+        state, left = State(seed=0, steps=1), [deleted]
         for images_seen in (4, 8):
             state.save(folder, images_seen)
-        rmtree = shutil.rmtree
 
-        def killed_within(path, *args, **kwargs):
-            if "000000000004" in path.name:
-                (path / "model.safetensors").unlink()
-                raise KeyboardInterrupt
-            rmtree(path, *args, **kwargs)
+        def kill(operation, path, *_):
+            if operation == "unlink" and "000000000004" in str(path):
+                if not left[0]:
+                    raise KeyboardInterrupt
+                left[0] -= 1
 
-        with monkeypatch.context() as patched:
-            patched.setattr(shutil, "rmtree", killed_within)
+        watch(kill)
+        try:
             with pytest.raises(KeyboardInterrupt):
                 state.save(folder, 12, keep=1)
+        finally:
+            watch(None)
         assert [path.name[-2:] for path in sorted(folder.glob("images-*"))] == ["08", "12"]
         newest, damaged = find_checkpoint(folder)
         tidy(folder, newest, keep=1)
         assert list(folder.iterdir()) == [newest] and not damaged and newest.name.endswith("12")
 
-    def test_weights_that_are_not_finite_do_not_take_a_place(self, folder):
+    def test_weights_that_are_not_finite_are_not_saved(self, folder):
         state = State(seed=0, steps=1)
         before = state.save(folder, 4, keep=1)
         with torch.no_grad():
@@ -199,7 +198,7 @@ class TestDamage:
     def test_the_newest_is_found(self, two, folder):
         assert find_checkpoint(folder) == (two[1], [])
 
-    def test_there_may_be_none(self, folder):
+    def test_without_any_none_is_found(self, folder):
         assert find_checkpoint(folder) == (None, [])
 
     @pytest.mark.parametrize("name", FILES)
@@ -217,11 +216,11 @@ class TestDamage:
         assert name in problem or name == "manifest.json"
 
     @pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1, "files": []}', '{"format": 1, "files": {}}', "null"])
-    def test_a_manifest_that_says_nothing_is_none(self, text, two, folder):
+    def test_one_with_an_unreadable_manifest_is_passed_over(self, text, two, folder):
         (two[1] / "manifest.json").write_text(text)
         assert find_checkpoint(folder)[0] == two[0]
 
-    def test_what_a_save_left_half_written_is_named_and_goes(self, two, folder):
+    def test_one_that_was_half_written_is_named_and_deleted(self, two, folder):
         partial = folder / ".images-000000000012.partial"
         two[1].rename(partial)
         (partial / "manifest.json").unlink()
@@ -244,10 +243,10 @@ class TestDamage:
             find_checkpoint(folder)
         assert all(str(path) in str(error.value) for path in two)
 
-    def test_a_newer_format_is_refused(self, two, folder, monkeypatch):
-        monkeypatch.setattr(checkpoint, "FORMAT", FORMAT + 1)
-        State(seed=0, steps=1).save(folder, 12)
-        monkeypatch.undo()
+    def test_a_newer_format_is_refused(self, two, folder):
+        manifest = json.loads((two[1] / "manifest.json").read_text())
+        manifest |= {"format": FORMAT + 1, "sha256": digest_of([FORMAT + 1, manifest["files"]])}
+        (two[1] / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(ValueError, match=rf"format {FORMAT + 1}, .* reads up to {FORMAT}"):
             find_checkpoint(folder)
 
@@ -270,7 +269,7 @@ def closed(folder):
 
 
 class TestRefusedByTheDisk:
-    def test_full(self, small_disk):
+    def test_full_disk_leaves_what_was_saved_whole(self, small_disk):
         """What was saved stays whole, the message names the path, nothing half-written takes room."""
         folder = small_disk / "checkpoints"
         state = State(seed=0, steps=1)
@@ -289,7 +288,7 @@ class TestRefusedByTheDisk:
         assert find_checkpoint(folder)[0] == first
 
     @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX users")
-    def test_closed(self, folder):
+    def test_folder_without_write_permission_is_named(self, folder):
         state = State(seed=0, steps=1)
         first = state.save(folder, 4)
         with (
@@ -299,7 +298,7 @@ class TestRefusedByTheDisk:
             state.save(folder, 8)
         assert find_checkpoint(folder) == (first, [])
 
-    def test_file_that_is_replaced(self, small_disk):
+    def test_file_that_cannot_be_replaced_stays(self, small_disk):
         path = small_disk / "config.yaml"
         write_file(path, "old")
         with pytest.raises(OSError, match=rf"cannot write {path}: .*No space left"):

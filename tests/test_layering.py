@@ -134,29 +134,31 @@ HEAVY = {"datasets", "matplotlib", "sklearn", "tensorboard", "torch_fidelity", "
 ROWS_BELOW_MODELS = {f"{PACKAGE}.{name}" for row in ROWS[3:] for name in row}
 
 
-def modules_after(code: str) -> set[str]:
-    """Names of the modules that a fresh interpreter has loaded after `code`, without those that it calls `before`."""
-    code = f"import sys; before = set(); {code}; print(*(set(sys.modules) - before))"
-    command = [sys.executable, "-c", code]
-    return set(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout.split())
+def modules_after(*codes: str) -> list[set[str]]:
+    """Names of the modules that a fresh interpreter has loaded after each part of a program, without those that the
+    program calls `before`.
+    """
+    report = "print(*(set(sys.modules) - before))"
+    program = "\n".join(["import sys; before = set()", *(f"{code}\n{report}" for code in codes)])
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
 def test_importing_the_package_loads_no_library():
-    tops = {name.partition(".")[0] for name in modules_after("import diffusers_vae; dir(diffusers_vae)")}
+    (loaded,) = modules_after("import diffusers_vae; dir(diffusers_vae)")
+    tops = {name.partition(".")[0] for name in loaded}
     assert PACKAGE in tops
     assert not tops & {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "jsonargparse", *HEAVY}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("code", "loaded", "others"),
-    [
+def test_libraries_that_only_some_uses_need_are_not_loaded_before():
+    uses = [
         ("from diffusers_vae import VAE", "models.vae", {"accelerate", "jsonargparse", *ROWS_BELOW_MODELS}),
         ("from diffusers_vae import *", "latent_cache", {"jsonargparse", f"{PACKAGE}.trainer"}),
         ("from diffusers_vae import commands", "trainer", set()),  # for which each `--help` waits
-    ],
-)
-def test_libraries_that_only_some_uses_need_are_not_loaded_before(code, loaded, others):
-    added = modules_after(f"{STOCK}; {code}")
-    assert f"{PACKAGE}.{loaded}" in added
-    assert not {name for name in added if {name, name.partition(".")[0]} & (HEAVY | others)}
+    ]
+    first, *rest = (code for code, _, _ in uses)
+    for (code, loaded, others), added in zip(uses, modules_after(f"{STOCK}; {first}", *rest), strict=True):
+        assert f"{PACKAGE}.{loaded}" in added, code
+        assert not {name for name in added if {name, name.partition(".")[0]} & (HEAVY | others)}, code

@@ -26,7 +26,7 @@ class TestBuckets:
             assert {SIZES[places[index]] for index in indices} == {size} and 1 <= len(indices) <= 8
         assert sum(len(indices) < 8 for indices, _ in batches) <= 3
 
-    def test_sizes_are_mixed(self):
+    def test_batches_of_all_sizes_are_mixed(self):
         sizes = [size for _, size in of_buckets()]
         assert sizes != sorted(sizes) and sizes != sorted(sizes, reverse=True)
 
@@ -37,7 +37,7 @@ class TestBuckets:
         assert flat(seed=1, epoch=2) == flat(seed=1, epoch=2)
         assert len({flat(seed=seed, epoch=epoch) for seed in range(3) for epoch in range(3)}) == 9
 
-    def test_goes_on_where_it_was(self):
+    def test_epoch_is_continued_within(self):
         whole, seen = of_buckets(), 0
         for step, (indices, _) in enumerate(whole):
             rest = of_buckets(start=seen)
@@ -75,11 +75,11 @@ class TestStream:
         assert all(len(batch) == batch_size for batch in batches[:-1])
 
     @pytest.mark.parametrize("counts", [[1], [5], [8], [16], [1] * 20])
-    def test_small_ones(self, counts):
+    def test_every_image_once_of_few_images(self, counts):
         assert sorted(chain(*of_stream(np.array(counts)))) == list(range(sum(counts)))
 
     @pytest.mark.parametrize("lanes", [(1, 1), (2, 2), (3, 5)])
-    def test_goes_on_where_it_was(self, lanes):
+    def test_epoch_is_continued_within(self, lanes):
         whole = of_stream(lanes=lanes)
         for step in range(len(whole)):
             assert of_stream(lanes=lanes, start=8 * step) == whole[step:]
