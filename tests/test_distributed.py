@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_torch_version
 from safetensors.torch import load_file
-from support.launches import Launch, run_forked
+from support.launches import Launch, command, run_forked
 from support.runs import (
     CONFIGS,
     LAUNCH,
@@ -26,7 +26,6 @@ from support.runs import (
     assert_same_gradient,
     at,
     begin,
-    command,
     fit,
     group_is_gone,
     interrupted_at,

@@ -19,14 +19,13 @@ from accelerate.state import AcceleratorState
 from filelock import FileLock
 from programs import crash
 from support.files import flip
-from support.launches import INTERRUPTED, Launch, run_forked
+from support.launches import INTERRUPTED, Launch, command, run_forked
 from support.runs import (
     LAUNCH,
     TINY_VAE,
     Unmeasured,
     at,
     begin,
-    command,
     fit,
     group_is_gone,
     interrupted_at,

@@ -18,14 +18,13 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from support.files import paths_of
-from support.launches import Launch, run_forked
+from support.launches import Launch, command, run_forked
 from support.runs import (
     DATA,
     TINY_VAE,
     NotANumber,
     Unmeasured,
     at,
-    command,
     fit,
     left_behind,
     records,

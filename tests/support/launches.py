@@ -98,11 +98,11 @@ def run_forked(work: Callable[..., object], *arguments: object, log: Path, proce
     return launch.output()
 
 
-def command(*arguments: str) -> None:
+def command(*arguments: object) -> None:
     """The command `diffusers-vae` as the work of a launch, whose processes end with its exit code."""
     from diffusers_vae import cli
 
-    code = cli.main(arguments)
+    code = cli.main([str(argument) for argument in arguments])
     sys.stdout.flush()
     os._exit(code)
 

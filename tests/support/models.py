@@ -110,3 +110,13 @@ def make_vae(seed: int = 0) -> VAE:
         scaling_factor=2.5,
         shift_factor=-0.05,
     )
+
+
+def hooks_of(model: torch.nn.Module) -> list[object]:
+    """All forward hooks of a model's modules, under the names that torch 2.14 keeps them by."""
+    return [
+        hook
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for hook in hooks.values()
+    ]

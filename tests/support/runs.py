@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from torchvision.models import squeezenet1_1
 
-from diffusers_vae import cli
 from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.data import ArrayImages, DataConfig
 from diffusers_vae.loop import RunConfig, RunResult, run_task
@@ -75,16 +74,6 @@ class NotANumber(Unmeasured):
         pixels = self.train_set.pixels / 255
         pixels[17, 0, 3, 3] = torch.nan
         self.train_set = ArrayImages(pixels, self.train_set.labels)
-
-
-def command(*arguments):
-    """Run `diffusers-vae` with these arguments in a forked process, which ends with its exit code."""
-    try:
-        code = cli.main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        code = error.code
-    sys.stdout.flush()
-    os._exit(code)
 
 
 def records(output_dir, kind):
