@@ -3,15 +3,12 @@
 import dataclasses
 import io
 import json
-import os
 import shutil
 import struct
-import subprocess
 import sys
 import tarfile
 import zipfile
 import zlib
-from pathlib import Path
 
 import numpy as np
 import png
@@ -19,6 +16,8 @@ import pytest
 import tifffile
 import torch
 import torchvision
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 from support.files import paths_of
@@ -36,7 +35,6 @@ from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.trainer import AutoencoderTask
 from diffusers_vae.values import EXACT, FileKind, ValueRange, read_kind, read_values, write_values
 
-ROOT = Path(__file__).parents[1]
 DEEP = (0, 65535)
 
 
@@ -486,14 +484,14 @@ class TestModels:
     def test_fine_tuning_keeps_to_the_range(self, tmp_path):
         make_vae().save_pretrained(tmp_path / "vae")
         ValueRange(0, 4095).save(tmp_path / "vae")
-        root = deep_folder(tmp_path / "set", channels=1, most=4000)
+        root = deep_folder(tmp_path / "set", channels=1, dtype="uint8", most=255)  # which need not state any
         settings = tiny(tmp_path / "run", ModelConfig(pretrained=str(tmp_path / "vae")))
         for stated, told in ((None, "null"), (DEEP, r"\[0, 65535\]")):
             task = AutoencoderTask(dataclasses.replace(settings, data=config(root, channels=1, value_range=stated)))
             with pytest.raises(ValueError, match=rf"data.value_range must be \[0, 4095\], to which .*, got {told}"):
-                task._load_for_fine_tuning()
+                task.load(Accelerator(cpu=True))
         same = dataclasses.replace(settings, data=config(root, channels=1, value_range=(0, 4095)))
-        AutoencoderTask(same)._load_for_fine_tuning()
+        AutoencoderTask(same).load(Accelerator(cpu=True))
 
     def test_evaluation_does_not_round_to_8_bits(self, tmp_path):
         stated = config(deep_folder(tmp_path / "set", most=60), value_range=(0, 60))
@@ -539,27 +537,31 @@ class TestModels:
         assert f"wrong.npy: {rule}" in told and ("got 4096" if stated else "got uint16") in told
 
 
-@pytest.mark.slow
-class TestWholeRun:
-    """Photographs of BSDS500 as sets of 16 bits and of five channels: trained on, saved, loaded, and written again."""
+@pytest.fixture(scope="module")
+def photographs(shared_data, tmp_path_factory):
+    """Of 16 bits: the 8 of the file above 8 that are random, so that nothing that rounds to 8 gives them back."""
+    folder = tmp_path_factory.mktemp("photographs")
+    with tarfile.open(shared_data / "bsds500-val.tar") as packed:
+        members = [member for member in packed if member.name.endswith(".jpg")]
+        packed.extractall(folder, sorted(members, key=lambda member: member.name)[:12], filter="data")
+    generator, found = np.random.default_rng(0), []
+    for path in sorted(folder.rglob("*.jpg")):
+        with Image.open(path) as image:
+            crop = np.array(image)[:49, :53].astype(np.uint16)  # sides that the model must pad
+        found.append(np.moveaxis((crop << 8) | generator.integers(0, 256, crop.shape, np.uint16), -1, 0))
+    return found
 
-    @pytest.fixture(scope="class")
-    def photographs(self, shared_data, tmp_path_factory):
-        """Of 16 bits: the 8 of the file above 8 that are random, so that nothing that rounds to 8 gives them back."""
-        folder = tmp_path_factory.mktemp("photographs")
-        with tarfile.open(shared_data / "bsds500-val.tar") as packed:
-            packed.extractall(folder, filter="data")
-        generator, found = np.random.default_rng(0), []
-        for path in sorted(folder.rglob("*.jpg"))[:12]:
-            with Image.open(path) as image:
-                crop = np.array(image)[:49, :53].astype(np.uint16)  # sides that the model must pad
-            found.append(np.moveaxis((crop << 8) | generator.integers(0, 256, crop.shape, np.uint16), -1, 0))
-        return found
 
-    @pytest.mark.parametrize("kind", ["16 bits", "5 channels"])
-    def test_train_save_load_and_reconstruct(self, kind, photographs, tmp_path):
-        root, channels = tmp_path / "set", 3 if kind == "16 bits" else 5
-        root.mkdir()
+CHANNELS = {"16 bits": 3, "5 channels": 5}
+
+
+@pytest.fixture(scope="module")
+def runs(photographs, tmp_path_factory):
+    """By kind, a folder with photographs in set/ and a run on them in run/."""
+    folders = {}
+    for kind, channels in CHANNELS.items():
+        folder = folders[kind] = tmp_path_factory.mktemp("deep")
+        (folder / "set").mkdir()
         for number, values in enumerate(photographs):
             file = FileKind("PNG", "<u2", 3, *values.shape[1:], "HWC")
             if channels == 5:
@@ -567,43 +569,53 @@ class TestWholeRun:
                 edges = np.hypot(*np.gradient(grey)).clip(0, 65535)
                 values = np.concatenate([values, np.stack([grey, edges]).astype(np.uint16)])
                 file = FileKind("TIFF", "<u2", 5, *values.shape[1:], "HWC", "MINISBLACK", ("unspecified",) * 4)
-            write_values(root / f"{number}.{'png' if channels == 3 else 'tif'}", values, file)
-
-        def command(*arguments):
-            environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-            return subprocess.run(
-                [sys.executable, "-m", "diffusers_vae.cli", *map(str, arguments)],
-                cwd=tmp_path, env=environment, capture_output=True, text=True,
-            )  # fmt: skip
-
-        done = command(
-            "train", "--data.name", "folder", "--data.root", root, "--data.channels", channels,
+            write_values(folder / "set" / f"{number}.{'png' if channels == 3 else 'tif'}", values, file)
+        flags = [
+            "--data.name", "folder", "--data.root", folder / "set", "--data.channels", channels,
             "--data.value_range", "[0, 65535]", "--data.resolution", "32", "--model.architecture", "vae",
-            "--model.block_out_channels", "[8, 8]", "--model.norm_num_groups", "4",
+            "--model.block_out_channels", "[8, 8]", "--model.norm_num_groups", "4", "--run.mixed_precision", "no",
             "--objective.likelihood", "gaussian", "--objective.scale", "0.1", "--run.max_images", "64",
-            "--run.batch_size", "8", "--run.output_dir", "run",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        model = tmp_path / "run" / "model"
-        assert json.loads((model / "value_range.json").read_text()) == {"low": 0, "high": 65535}
-        assert "value_range" not in json.loads((model / "config.json").read_text())
-        assert "values lie in [0, 65535]" in (tmp_path / "run" / "README.md").read_text()
-        run_without_package(
-            f"import torch; from diffusers import AutoencoderKL; vae = AutoencoderKL.from_pretrained({str(model)!r}); "
-            f"assert vae(torch.zeros(1, {channels}, 16, 16)).sample.shape[1] == {channels}",
-            tmp_path,
-        )
-        done = command("evaluate", "run", "--out", "again")
-        assert done.returncode == 0, done.stderr
-        reports = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("run", "again")]
+            "--run.batch_size", "8", "--run.tracker", "null", "--run.output_dir", folder / "run",
+        ]  # fmt: skip
+        AcceleratorState._reset_state(True)  # of the run before
+        assert cli.main(["train", *map(str, flags)]) == 0
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("deep")
+class TestWholeRun:
+    """Photographs of BSDS500 as sets of 16 bits and of five channels: trained on, saved, loaded, and written again."""
+
+    def test_stock_diffusers_loads_what_was_trained(self, runs, tmp_path):
+        program = "import torch; from diffusers import AutoencoderKL\n"
+        for kind, channels in CHANNELS.items():
+            model = runs[kind] / "run" / "model"
+            assert json.loads((model / "value_range.json").read_text()) == {"low": 0, "high": 65535}
+            assert "value_range" not in json.loads((model / "config.json").read_text())
+            assert "values lie in [0, 65535]" in (runs[kind] / "run" / "README.md").read_text()
+            program += (
+                f"vae = AutoencoderKL.from_pretrained({str(model)!r})\n"
+                f"assert vae(torch.zeros(1, {channels}, 16, 16)).sample.shape[1] == {channels}\n"
+            )
+        run_without_package(program, tmp_path)
+
+    @pytest.mark.parametrize("kind", CHANNELS)
+    def test_evaluated_again_is_the_same(self, kind, runs, tmp_path):
+        assert cli.main(["evaluate", str(runs[kind] / "run"), "--out", str(tmp_path / "again")]) == 0
+        reports = [
+            json.loads((folder / "evaluation.json").read_text()) for folder in (runs[kind] / "run", tmp_path / "again")
+        ]
         assert reports[0]["psnr"] == pytest.approx(reports[1]["psnr"]) and not reports[0]["protocol"]["round_to_8_bit"]
 
-        done = command("reconstruct", "run", root, "--out", "out")
-        assert done.returncode == 0, done.stderr
-        vae = AutoencoderKL.from_pretrained(model)
+    @pytest.mark.parametrize("kind", CHANNELS)
+    def test_reconstructions_are_files_of_16_bits(self, kind, runs, tmp_path):
+        root, channels = runs[kind] / "set", CHANNELS[kind]
+        assert cli.main(["reconstruct", str(runs[kind] / "run"), str(root), "--out", str(tmp_path)]) == 0
+        vae = AutoencoderKL.from_pretrained(runs[kind] / "run" / "model")
         for path in root.iterdir():
             values, file = read_values(path, channels)
-            reconstruction, same = read_values(tmp_path / "out" / path.name, channels)
+            reconstruction, same = read_values(tmp_path / path.name, channels)
             assert same == file and reconstruction.dtype == np.uint16  # and so the kind, depth and size
             assert np.array_equal(there_and_back(values, *DEEP), values)  # whatever is wrong is the model's
             images = to_model_range(ValueRange(*DEEP).to_unit(values))[None]
@@ -611,5 +623,5 @@ class TestWholeRun:
             with torch.no_grad():
                 expected = vae(padded).sample[0, :, :49, :53]
             error = reconstruction - 65535 * (expected.numpy().clip(-1, 1) / 2 + 0.5)
-            assert np.abs(error).max() < 2  # half a unit of 16 bits, and how two processes round otherwise
+            assert np.abs(error).max() < 2  # half a unit of 16 bits, and what float32 rounds otherwise
             assert len(np.unique(reconstruction & 255)) > 100  # more than 8 bits are there
