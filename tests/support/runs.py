@@ -142,19 +142,6 @@ def begin(output_dir, *arguments, launcher=(), script=SCRIPT):
     return process
 
 
-def reading_on_demand(folder):
-    """The training script with no room for images in memory, in `folder`."""
-    script = folder / "script.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
-        "from diffusers_vae.data import sources\n"
-        "sources.MEMORY_LIMIT = 0\n"
-        "import train_vae\n"
-        "train_vae.main()\n"
-    )
-    return script
-
-
 def group_is_gone(group, seconds):
     """Whether every process of a process group ended within that time."""
     deadline = time.monotonic() + seconds
