@@ -298,12 +298,13 @@ def latent_picture(
     batch_size: int,
     max_images: int | None,
     projection: Literal["pca", "tsne"] = "pca",
+    tsne_points: int = TSNE_POINTS,
 ) -> Image.Image:
     """Posterior means of the first `max_images` images, coloured by label: 2-D latents as they are, others by their
-    first two principal components, or by t-SNE (van der Maaten & Hinton 2008) of at most 2,000.
+    first two principal components, or by t-SNE (van der Maaten & Hinton 2008) of at most `tsne_points` images.
     """
     if projection == "tsne":
-        max_images = min(max_images or TSNE_POINTS, TSNE_POINTS)
+        max_images = min(max_images or tsne_points, tsne_points)
     indices, batches = [], []
     for _, chosen, images in image_batches(image_set, batch_size, max_images, model.device):
         indices += chosen

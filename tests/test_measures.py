@@ -164,7 +164,7 @@ class TestFrechetDistance:
     @pytest.mark.parametrize("count", [5, 300])
     def test_of_equal_covariances_is_that_of_the_means(self, count):
         first, _ = self.features(count)
-        assert frechet_distance(first, first) == 0
+        assert frechet_distance(first, first) == pytest.approx(0, abs=2e-6)
         assert frechet_distance(first, first + 0.5) == pytest.approx(20 * 0.25, abs=1e-6)
 
     def test_does_not_depend_on_a_turn_when_there_are_few_images(self):

@@ -49,8 +49,11 @@ def whole(state, prefix="first_stage_model.", **others):
 def assert_equal_to_stock(vae, stock):
     assert type(vae) is VAE and not vae.training
     images = torch.rand(2, stock.config.in_channels, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    assert torch.equal(vae.encode(images).latent_dist.parameters, stock.encode(images).latent_dist.parameters)
-    assert torch.equal(vae(images).sample, stock(images).sample)
+    assert vae.state_dict().keys() == stock.state_dict().keys()
+    assert all(torch.equal(weight, stock.state_dict()[name]) for name, weight in vae.state_dict().items())
+    ours, theirs = (model.encode(images).latent_dist.parameters for model in (vae, stock))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(vae(images).sample, stock(images).sample)
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])

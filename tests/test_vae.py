@@ -71,15 +71,18 @@ def generator():
 
 
 @torch.no_grad()
-def assert_bit_equal(a, b):
-    """Equal weights, and equal posterior means and reconstructions of the same images."""
+def assert_same_model(a, b):
+    """Bit-equal weights, and the same posterior means and reconstructions of the same images, up to rounding, which may
+    differ with the place of weights in memory.
+    """
     assert list(a.state_dict()) == list(b.state_dict())
     for name, weight in a.state_dict().items():
         assert weight.dtype == b.state_dict()[name].dtype and torch.equal(weight, b.state_dict()[name]), name
     images = random_images(a)
     mean, other_mean = (model.encode(images).latent_dist.mean.float() for model in (a, b))
-    assert torch.equal(mean, other_mean)
-    assert torch.equal(a(images).sample, b(images).sample)
+    # a half-precision model rounds its moments
+    torch.testing.assert_close(mean.to(a.dtype), other_mean.to(a.dtype))
+    torch.testing.assert_close(a(images).sample, b(images).sample)
 
 
 class TestNames:
@@ -143,7 +146,7 @@ class TestFiles:
         loaded = reader.from_pretrained(str(tmp_path), subfolder="vae", **load)
         assert type(loaded) is (AutoencoderKL if reader is AutoModel else reader)
         assert not loaded.training
-        assert_bit_equal(loaded, model.to(load.get("torch_dtype", torch.float32)))
+        assert_same_model(loaded, model.to(load.get("torch_dtype", torch.float32)))
 
     @pytest.mark.parametrize("config", [TINY, GREY], ids=["rgb", "grey"])
     def test_old_attention_names(self, vae, tmp_path):
@@ -160,8 +163,8 @@ class TestFiles:
 
         loaded, report = VAE.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(report.values()), report
-        assert_bit_equal(loaded, vae)
-        assert_bit_equal(loaded, AutoencoderKL.from_pretrained(tmp_path))
+        assert_same_model(loaded, vae)
+        assert_same_model(loaded, AutoencoderKL.from_pretrained(tmp_path))
 
     def test_original_checkpoint(self, vae, config, tmp_path):
         """`from_single_file` reads the key layout of the latent-diffusion repository."""
@@ -171,14 +174,14 @@ class TestFiles:
         save_file(weights, tmp_path / "ldm.safetensors")
         loaded = VAE.from_single_file(str(tmp_path / "ldm.safetensors"), config=str(tmp_path)).eval()
         assert type(loaded) is VAE
-        assert_bit_equal(loaded, vae)
+        assert_same_model(loaded, vae)
 
     @pytest.mark.parametrize(
         "clone", [copy.deepcopy, lambda vae: pickle.loads(pickle.dumps(vae))], ids=["copy", "pickle"]
     )
     def test_copies(self, vae, clone):
         other = clone(vae)
-        assert_bit_equal(other, vae)
+        assert_same_model(other, vae)
         torch.nn.init.zeros_(other.decoder.conv_in.weight)
         assert vae.decoder.conv_in.weight.any()
 
@@ -189,7 +192,7 @@ class TestFiles:
         with torch.device("meta"):
             vae = VAE(**config).eval()
         vae.load_state_dict(stock.state_dict(), assign=True)
-        images = random_images(vae, 1, 64, 64)
+        images = random_images(vae, 1, 32, 32)
         with torch.no_grad():
             assert torch.equal(vae.encode(images).latent_dist.parameters, stock.encode(images).latent_dist.parameters)
             assert torch.equal(vae(images).sample, stock(images).sample)
@@ -250,7 +253,8 @@ class TestWithoutThePackage:
         for kind in ("by name", "by AutoModel"):
             cls, *values = found[name, kind]
             assert cls == "AutoencoderKL"
-            assert all(map(torch.equal, values, expected)), kind
+            for value, expected_value in zip(values, expected, strict=True):
+                torch.testing.assert_close(value, expected_value)
 
     @pytest.mark.parametrize("name", ["rgb", "grey"])
     def test_pipelines(self, name, loaded_without_package):
@@ -413,7 +417,7 @@ class TestSharing:
         source(random_images(source)).sample.square().mean().backward()
         optimizer.step()
         assert not torch.equal(before, target(random_images(target)).sample)
-        assert_bit_equal(source, target)
+        assert_same_model(source, target)
 
     @torch.no_grad()
     def test_settings_follow(self, vae):
@@ -424,8 +428,8 @@ class TestSharing:
             stock = vae.train(training).to_diffusers()
             back = VAE.from_diffusers(stock)
             assert stock.training == back.training == training
-        assert_bit_equal(stock, vae)
-        assert_bit_equal(back, vae)
+        assert_same_model(stock, vae)
+        assert_same_model(back, vae)
         assert back.use_slicing and stock.use_slicing
         vae.disable_tiling()
         assert not torch.equal(back(random_images(vae)).sample, vae(random_images(vae)).sample)
@@ -435,7 +439,7 @@ class TestSharing:
         vae.save_pretrained(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({**config, "new_in_diffusers": 1}))
-        assert_bit_equal(VAE.from_pretrained(tmp_path).to_diffusers(), vae)
+        assert_same_model(VAE.from_pretrained(tmp_path).to_diffusers(), vae)
 
     def test_wrong_class(self):
         with pytest.raises(TypeError, match="takes a diffusers AutoencoderKL, got Linear"):
@@ -516,11 +520,11 @@ class TestMachinery:
         vae.save_lora_adapter(tmp_path)
         for other in (stock, VAE.from_diffusers(stock_twin(stock))):
             other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
-            assert torch.equal(other(images).sample, tuned)
+            torch.testing.assert_close(other(images).sample, tuned)
         converted = vae.to_diffusers()
         converted.save_lora_adapter(tmp_path / "again")
         converted.disable_adapters()
-        assert torch.equal(converted(images).sample, plain)
+        torch.testing.assert_close(converted(images).sample, plain)
 
 
 class TestFrozenParts:
