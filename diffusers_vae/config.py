@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
@@ -60,6 +61,7 @@ TRAININGS = {
 }
 
 
+@cache  # it takes a third of a second to read the texts under the fields
 def training_parser(training: Training) -> ArgumentParser:
     """The flags of a training run: `--config FILE.yaml`, one per setting, and `--dry_run`."""
     parser = new_parser(

@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of other workers want the cores that would be spun on
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers imports torch once per core
 
 import pytest
 import torch

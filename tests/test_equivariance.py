@@ -26,13 +26,14 @@ def test_images_and_latents_of_a_transformation_agree():
         assert shape[-2:] == (4 * size[1], 4 * size[0])
 
 
-def test_is_what_torch_does():
-    images = torch.randn(2, 3, 32, 32)
+def test_resizes_and_rotates_as_torch_does():
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = torch.nn.functional.interpolate(images, scale_factor=0.5, mode="bilinear", align_corners=False)
-    assert torch.equal(Transformation((4, 4), 3, 4).images(images), torch.rot90(expected, 3, (-2, -1)))
+    found = Transformation((4, 4), 3, 4).images(images)
+    torch.testing.assert_close(found, torch.rot90(expected, 3, (-2, -1)))
 
 
-def test_how_often_what_is_drawn():
+def test_shares_of_steps_that_transform_images_or_latents():
     found = Counter((bool(images), bool(latents)) for images, latents in drawn(4000))
     assert found[False, True] / 4000 == pytest.approx(0.5, abs=0.03)
     assert found[True, False] / 4000 == pytest.approx(0.5 * 0.25, abs=0.02)
