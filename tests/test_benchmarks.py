@@ -4,17 +4,22 @@ import importlib.util
 import json
 import os
 import shutil
+import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run as torchrun
 from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import binomtest
-from support.models import make_pipeline
+from support.launches import run_forked
+from support.models import make_pipeline, tiny_vae
 
 from diffusers_vae import VAE, LatentDataset
 from diffusers_vae.data import DataConfig, load_data
@@ -37,18 +42,15 @@ latent_cache = load_script("latent_cache")
 
 @pytest.fixture(scope="module")
 def digits():
-    """Training and held-out digits as the script reads them."""
-    return load_data(DataConfig("digits", fit=script.FITS["digits"]))
+    """Training and held-out digits as the script reads them for pictures of 16x16 pixels."""
+    return load_data(DataConfig("digits", resolution=16, fit=script.FITS["digits"]))
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """Folder of a StableDiffusionPipeline with random weights and a vae of stock class."""
+    """Folder of a StableDiffusionPipeline with random weights and a vae of stock class, which draws 16x16 pictures."""
     folder = tmp_path_factory.mktemp("pipeline")
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-    torch.manual_seed(0)
-    vae = VAE(in_channels=1, out_channels=1, block_out_channels=(8, 8, 8), norm_num_groups=4, **blocks)
-    make_pipeline(vae, folder).save_pretrained(folder / "pipeline")
+    make_pipeline(tiny_vae(), folder).save_pretrained(folder / "pipeline")
     return folder / "pipeline"
 
 
@@ -59,6 +61,11 @@ def call(capsys, *arguments):
     except SystemExit as exit:
         code = exit.code
     return code, *capsys.readouterr()
+
+
+def write_idx(path, values):
+    """Write an array of bytes in the format of MNIST's files."""
+    path.write_bytes(struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes())
 
 
 class TestFigures:
@@ -161,11 +168,16 @@ class TestRuns:
         loaded = script.load_pipeline(pipeline, str(tmp_path), torch.device("cpu"))
         assert torch.equal(loaded.vae.post_quant_conv.bias, vae.post_quant_conv.bias)
 
-    def test_a_classifier_that_errs_is_no_judge(self, pipeline, capsys, monkeypatch):
-        monkeypatch.setitem(script.EPOCHS, "digits", 1)
-        monkeypatch.setitem(script.BARS, "digits", 1.01)
-        code, _, err = call(capsys, pipeline, "--data.name", "digits", "--count", "20", "--steps", "1")
-        assert code == 1 and "error: the classifier must be right on 101%" in err
+    def test_a_classifier_that_errs_is_no_judge(self, pipeline, tmp_path, capsys):
+        """As on noise, of which nothing can be learned."""
+        raw = tmp_path / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        random = np.random.default_rng(0)
+        for part, count in (("train", 200), ("t10k", 100)):
+            write_idx(raw / f"{part}-images-idx3-ubyte", random.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+            write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 10)
+        code, _, err = call(capsys, pipeline, "--data.root", tmp_path, "--count", "20", "--steps", "1")
+        assert code == 1 and "error: the classifier must be right on 98%" in err
 
     def test_a_pipeline_with_a_class_of_this_package(self, pipeline, tmp_path, capsys):
         loaded = DiffusionPipeline.from_pretrained(pipeline)
@@ -282,9 +294,29 @@ class TestLatentCache:
         )
 
     @pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2, reason="needs two cores")
-    def test_several_processes(self, tmp_path):
+    def test_several_processes(self, tmp_path, monkeypatch):
+        """What torchrun is asked to start, as it understands it, in forked processes."""
+
+        def run(command, env, **settings):
+            assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+            asked = torchrun.parse_args(command[3:])
+            assert asked.standalone and Path(asked.training_script).samefile(latent_cache.__file__)
+            processes = int(asked.nproc_per_node)
+            log = tmp_path / f"log-{processes}"
+            work = latent_cache_worker, asked.training_script_args, env["SCRATCH"]
+            return subprocess.CompletedProcess(command, 0, run_forked(*work, log=log, processes=processes))
+
+        monkeypatch.setattr("subprocess.run", run)
         found = self.call(tmp_path, "--processes", "2", "--shard_images", "6", "--rounds", "1")
         assert list(found["images per second"]) == ["1 process", "2 processes"]
+        assert all(rates[0] > 0 for rates in found["images per second"].values())
+
+
+def latent_cache_worker(arguments, scratch):
+    """A process that torchrun starts."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ |= {name: value for name, value in alone.items() if name not in os.environ} | {"SCRATCH": scratch}
+    latent_cache.main(arguments)
 
 
 @pytest.mark.slow
