@@ -344,7 +344,7 @@ class TestAnotherRun:
 def test_run_continued_by_fewer_processes_keeps_the_order_of_images_and_warns(tmp_path):
     """Two processes, then one with accumulation, against one all along: equal but for rounding."""
     config = tiny(
-        tmp_path / "two", TINY_VAE, batch_size=60, max_images=300, log_every=100, checkpoint_every=1,
+        tmp_path / "two", TINY_VAE, batch_size=60, max_images=300, log_every=150, checkpoint_every=1,
         keep_checkpoints=100,
     )  # fmt: skip
     config = dataclasses.replace(config, data=FEW)
@@ -358,12 +358,13 @@ def test_run_continued_by_fewer_processes_keeps_the_order_of_images_and_warns(tm
         one, both = (tensors(path, 300, kind) for path in (tmp_path / "one", output_dir))
         for key in one:
             torch.testing.assert_close(both[key], one[key], rtol=0, atol=1e-4)
-    for kind, count in (("train", 3), ("epoch", 2)):
+    for kind, count in (("train", 2), ("epoch", 2)):
         first, second = records(tmp_path / "one", kind), records(output_dir, kind)
         assert len(first) == len(second) == count
         for a, b in zip(first, second, strict=True):
             assert {k: a[k] for k in ("step", "images_seen")} == {k: b[k] for k in ("step", "images_seen")}
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+            for term in ("loss", "distortion", "rate"):
+                assert a[term] == pytest.approx(b[term], rel=1e-5)
 
 
 def wait_until(condition, launch):
