@@ -88,8 +88,9 @@ class Points:
         state = frozenset(state_of(trial).items())
         if state not in self.continued:
             self.continued.add(state)
-            codes = launched(partial(in_folder, self.work, trial), self.log, self.processes)
-            assert not any(codes), (operation, self.log.read_text())
+            log = trial.with_suffix(".log")
+            assert not any(launched(partial(in_folder, self.work, trial), log, self.processes)), log.read_text()
+            assert "is damaged" not in log.read_text(), f"ended before {operation}: {log.read_text()}"
             found = state_of(trial)
             different = [
                 path for path in found.keys() | self.expected.keys() if found.get(path) != self.expected.get(path)
