@@ -417,6 +417,7 @@ class TestResume:
             capsys.readouterr().out
         )
 
+    @pytest.mark.slow
     @pytest.mark.soak
     @pytest.mark.parametrize("processes", [1, 2, 3])
     def test_encoding_killed_by_the_dozen_ends_with_the_same_files(self, processes, tmp_path, capsys):
