@@ -25,7 +25,7 @@ from support.runs import (
     NotANumber,
     assert_same_gradient,
     at,
-    begin,
+    begun,
     fit,
     group_is_gone,
     interrupted_at,
@@ -251,12 +251,12 @@ class TestFailure:
         config.save(tmp_path / "run.yaml")
         launcher = [*LAUNCH, "--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes", "2"]
         settings = ["--config", tmp_path / "run.yaml", "--run.checkpoint_every", 40]
-        process = begin(tmp_path / "run", *settings, launcher=launcher)
-        os.kill(children(process.pid)[1], signal.SIGKILL)
-        output = process.communicate(timeout=90)[0]
-        assert process.returncode not in (0, 75)
-        assert "SIGKILL" in output or "Signal 9" in output
-        assert group_is_gone(process.pid, 5)
+        with begun(tmp_path / "run", *settings, launcher=launcher) as process:
+            os.kill(children(process.pid)[1], signal.SIGKILL)
+            output = process.communicate(timeout=90)[0]
+            assert process.returncode not in (0, 75)
+            assert "SIGKILL" in output or "Signal 9" in output
+            assert group_is_gone(process.pid, 5)
         output = run_forked(fit, config, log=tmp_path / "log", processes=2)
         assert "continuing from" in output
         assert_same_training(alone, tmp_path / "run")

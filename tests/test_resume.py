@@ -25,7 +25,7 @@ from support.runs import (
     TINY_VAE,
     Unmeasured,
     at,
-    begin,
+    begun,
     fit,
     group_is_gone,
     interrupted_at,
@@ -326,11 +326,13 @@ class TestAnotherRun:
         other = Launch(partial(hold, lock), tmp_path / "log")
         wait_until(Path(f"{lock} is held").exists, other)
         monkeypatch.setattr(FileLock, "acquire", acquire_impatiently)
-        with pytest.raises(OSError, match=f"another process is training in {tmp_path}/run: wait for its end or"):
-            fit(tiny(tmp_path / "run"))
+        try:
+            with pytest.raises(OSError, match=f"another process is training in {tmp_path}/run: wait for its end or"):
+                fit(tiny(tmp_path / "run"))
+        finally:
+            other.send(signal.SIGKILL)
+            other.wait()
         assert 0 < max(patience) < 60
-        other.send(signal.SIGKILL)
-        other.wait()
         fit(tiny(tmp_path / "run"))
 
     def test_config_that_is_no_yaml_is_named(self, tmp_path):
@@ -371,7 +373,9 @@ def wait_until(condition, launch):
     """Wait for something that a launch brings about."""
     deadline = time.monotonic() + 120
     while not condition():
-        assert launch.running and time.monotonic() < deadline, launch.output()
+        if not launch.running or time.monotonic() > deadline:
+            launch.send(signal.SIGKILL)
+            pytest.fail(launch.output())
         time.sleep(0.01)
 
 
@@ -493,19 +497,19 @@ class TestSignals:
 
     def test_run_stops_when_its_launcher_is_gone(self, tmp_path):
         """`accelerate launch` dies without passing the signal on; the run sees that and saves."""
-        process = begin(tmp_path / "run", *ENDLESS, launcher=LAUNCH)
-        os.kill(process.pid, signal.SIGTERM)
-        output = process.communicate(timeout=60)[0]
-        newest, damaged = find_checkpoint(tmp_path / "run" / "checkpoints")
-        assert "the launcher has ended" in output and f"saved as {newest}" in output and not damaged
-        assert group_is_gone(process.pid, 30)
+        with begun(tmp_path / "run", *ENDLESS, launcher=LAUNCH) as process:
+            os.kill(process.pid, signal.SIGTERM)
+            output = process.communicate(timeout=60)[0]
+            newest, damaged = find_checkpoint(tmp_path / "run" / "checkpoints")
+            assert "the launcher has ended" in output and f"saved as {newest}" in output and not damaged
+            assert group_is_gone(process.pid, 30)
 
     def test_launcher_of_two_passes_the_signal_on(self, tmp_path):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        process = begin(tmp_path / "run", *ENDLESS, launcher=launcher)
-        os.kill(process.pid, signal.SIGTERM)
-        assert "asked to stop (SIGTERM)" in process.communicate(timeout=60)[0]
-        assert group_is_gone(process.pid, 30)
+        with begun(tmp_path / "run", *ENDLESS, launcher=launcher) as process:
+            os.kill(process.pid, signal.SIGTERM)
+            assert "asked to stop (SIGTERM)" in process.communicate(timeout=60)[0]
+            assert group_is_gone(process.pid, 30)
 
 
 @pytest.mark.slow

@@ -5,9 +5,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -85,16 +87,6 @@ def weights(output_dir):
     return load_file(Path(output_dir) / "model" / "diffusion_pytorch_model.safetensors")
 
 
-def launch(*arguments, processes=1):
-    """A run as users start it."""
-    start = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    start += ["--multi_gpu"] * (processes > 1)  # without GPUs too: otherwise one process is started
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [*start, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
-
-
 def left_behind(output_dir: str | Path) -> dict[str, str]:
     """Checksum of every file of a run that must not depend on interruptions."""
     output_dir = Path(output_dir)
@@ -127,19 +119,25 @@ def at(config, output_dir, **run):
     return dataclasses.replace(config, run=dataclasses.replace(config.run, output_dir=str(output_dir), **run))
 
 
-def begin(output_dir, *arguments, launcher=(), script=SCRIPT):
-    """A long run as users start it, waited for until it has saved for the first time."""
-    start = [*launcher] or [sys.executable]
+@contextmanager
+def begun(output_dir, *arguments, launcher):
+    """A long run as users start it, as a process that has saved for the first time, in a group of its own, which ends
+    with the context.
+    """
     flags = ["--run.output_dir", output_dir, "--run.tracker", "null", "--run.checkpoint_every", 32, *arguments]
     process = subprocess.Popen(
-        [*start, str(script), *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"}, start_new_session=True,
+        [*launcher, str(SCRIPT), *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not any((output_dir / "checkpoints").glob("images-*")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.05)
-    return process
+    try:
+        deadline = time.monotonic() + 120
+        while not any((output_dir / "checkpoints").glob("images-*")):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.05)
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def group_is_gone(group, seconds):
@@ -158,18 +156,6 @@ CONFIGS = ROOT / "training" / "configs" / "accelerate"
 
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
-
-
-def run_in(processes, config, *launcher, script=SCRIPT):
-    """`config` in a launch of its own; the launch's output."""
-    file = Path(config.run.output_dir).with_suffix(".yaml")
-    config.save(file)
-    done = subprocess.run(
-        [*LAUNCH, *launcher, "--num_processes", str(processes), str(script), "--config", str(file)],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stderr
 
 
 def tensors(output_dir, images_seen, name):
