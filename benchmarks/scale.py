@@ -391,12 +391,12 @@ def compress(pictures: Sequence[Image.Image], folder: Path, suffix: str, size: f
         low, high = (quality, high) if mean <= size else (low, quality)
 
 
-def checkpoint_rates(folder: Path, rounds: int) -> tuple[list[float], list[float]]:
-    """Bytes/s, of each round, at which a checkpoint of the model of Stable Diffusion's size is written, and is checked
-    and restored.
+def checkpoint_rates(folder: Path, rounds: int, config: ModelConfig = SD) -> tuple[list[float], list[float]]:
+    """Bytes/s, of each round, at which a checkpoint of a model, by default of Stable Diffusion's size, is written, and
+    is checked and restored.
     """
     accelerator = Accelerator(cpu=True)
-    model, judge = SD.build(3, (RESOLUTION, RESOLUTION)), PatchDiscriminator(3)
+    model, judge = config.build(3, (RESOLUTION, RESOLUTION)), PatchDiscriminator(3)
     optimizers = [torch.optim.AdamW(module.parameters()) for module in (model, judge)]
     for module, optimizer in zip((model, judge), optimizers, strict=True):
         for parameter in module.parameters():
