@@ -504,6 +504,7 @@ class TestSignals:
             assert "the launcher has ended" in output and f"saved as {newest}" in output and not damaged
             assert group_is_gone(process.pid, 30)
 
+    @pytest.mark.xdist_group("distributed")  # launchers take the same port, so never two at once
     def test_launcher_of_two_passes_the_signal_on(self, tmp_path):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
         with begun(tmp_path / "run", *ENDLESS, launcher=launcher) as process:
