@@ -31,6 +31,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out what `-m soak` is for unless it is asked for."""
+    if "soak" not in config.option.markexpr:
+        soak = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=soak)
+        items[:] = [item for item in items if item not in soak]
+
+
 @pytest.fixture(autouse=True)
 def new_launch():
     """Accelerate keeps the first precision of a process, and torch its number of threads: every test is a launch of its
