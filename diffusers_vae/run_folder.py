@@ -155,6 +155,8 @@ class Log:
     def write(self, kind: str, values: dict[str, float | None]) -> None:
         if self.accelerator.is_main_process:
             append_text(self.path, json.dumps({"kind": kind} | values, allow_nan=False) + "\n")
+            if kind == "evaluation":  # the last record of a run that is finished
+                sync(self.path)
         named = {
             f"{kind}/{name}": value for name, value in values.items() if name != "images_seen" and value is not None
         }

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,10 +19,8 @@ import torch
 import yaml
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Picture
-from programs import memory
 from pyarrow import parquet
-from support.launches import run_forked
-from support.runs import fit, tiny
+from support.runs import ROOT, fit, tiny
 from torch.utils.data import DataLoader
 
 from diffusers_vae.data import DataConfig, epoch_batches, image_batches, load_data
@@ -227,9 +226,11 @@ class TestRowGroups:
             noise(200, 128).to_parquet(tmp_path / name / "train-0.parquet", batch_size=20)
             for number in range(1, files):
                 os.link(tmp_path / name / "train-0.parquet", tmp_path / name / f"train-{number}.parquet")
-            run = functools.partial(memory.measured, every=4, channels=3, shuffle_buffer=100)
-            told = run_forked(run, str(tmp_path / name), epochs, tmp_path / f"{name}-run", log=tmp_path / f"{name}.log")
-            found.append([used for seen, used in json.loads(told.splitlines()[-1]) if seen > 300])
+            program = [sys.executable, ROOT / "tests" / "programs" / "memory.py", tmp_path / name, str(epochs)]
+            settings = ["--every=4", "--channels=3", "--shuffle_buffer=100"]
+            done = subprocess.run([*program, tmp_path / f"{name}-run", *settings], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            found.append([used for seen, used in json.loads(done.stdout.splitlines()[-1]) if seen > 300])
         small, large = (np.array(used) for used in found)
         assert len(small) >= 7 and len(large) >= 7
         assert small.max() < 1.05 * small[0] and large.max() < 1.05 * large[0] and large.max() < 1.05 * small.max()

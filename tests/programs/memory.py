@@ -1,11 +1,12 @@
 """What training on a stream takes of memory.
 
-`cd tests && python -m programs.memory ROOT EPOCHS OUTPUT_DIR` trains on the stream of Parquet files below ROOT and
-prints, as JSON, the images seen and the bytes that the process and its workers take together then, every 20 steps.
+`python tests/programs/memory.py ROOT EPOCHS OUTPUT_DIR` trains on the stream of Parquet files below ROOT and prints, as
+JSON, the images seen and the bytes that the process and its workers take together then, every 20 steps. It is a process
+of its own: one that is forked shares memory with others that come and go.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import psutil
@@ -17,8 +18,6 @@ from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.trainer import AutoencoderTask, TrainConfig
 
 BATCH = 50
-EVERY = 20
-"""Steps between two looks."""
 
 
 def own_memory(process: int) -> int:
@@ -43,16 +42,24 @@ class Measured(AutoencoderTask):
         return super().begin_step(images_seen, total_images, learning_rate)
 
 
-def measured(root: str, epochs: int, output_dir: Path, every: int = EVERY, **data) -> None:
-    """Print what a run over so many epochs takes, with two workers."""
-    data = {"resolution": 28, "shuffle_buffer": 1000} | data
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("root")
+    parser.add_argument("epochs", type=int)
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--every", type=int, default=20, help="Steps between two looks.")
+    parser.add_argument("--resolution", type=int, default=28)
+    parser.add_argument("--channels", type=int, default=1)
+    parser.add_argument("--shuffle_buffer", type=int, default=1000)
+    options = parser.parse_args()
+    data = {name: getattr(options, name) for name in ("resolution", "channels", "shuffle_buffer")}
     config = TrainConfig(
-        data=DataConfig(name="datasets", root=root, streaming=True, num_workers=2, **data),
+        data=DataConfig(name="datasets", root=options.root, streaming=True, num_workers=2, **data),
         model=ModelConfig(architecture="mlp", hidden_dim=16),
         objective=ObjectiveConfig(scale=0.5),
         run=RunConfig(
-            output_dir=str(output_dir),
-            epochs=epochs,
+            output_dir=str(options.output_dir),
+            epochs=options.epochs,
             batch_size=BATCH,
             checkpoint_every=10**9,
             log_every=10 * BATCH,
@@ -60,10 +67,10 @@ def measured(root: str, epochs: int, output_dir: Path, every: int = EVERY, **dat
             mixed_precision="no",
         ),
     )
-    task = Measured(config, every)
+    task = Measured(config, options.every)
     run_task(task, finish=False)
     print(json.dumps(task.found))
 
 
 if __name__ == "__main__":
-    measured(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main()
