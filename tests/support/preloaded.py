@@ -1,6 +1,8 @@
 """What a run imports, some of it late: the server that launches are forked from imports it once, for all of them."""
 
 # ruff: noqa: F401
+import gc
+
 import datasets
 import matplotlib.backends.backend_agg
 import matplotlib.figure
@@ -18,3 +20,6 @@ import diffusers_vae.latent_cache
 figure = matplotlib.figure.Figure()
 figure.subplots().plot([1, 2], label="1")
 matplotlib.backends.backend_agg.FigureCanvasAgg(figure).draw()  # which loads fonts
+
+gc.collect()
+gc.freeze()  # otherwise each fork would copy the pages of all objects as soon as it collects
