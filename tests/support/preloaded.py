@@ -1,4 +1,4 @@
-"""What a run imports, some of it late: the server that launches are forked from imports it once, for all of them."""
+"""What a run and its tests import, some of it late: the server that launches are forked from imports it once, for all of them."""
 
 # ruff: noqa: F401
 import gc
@@ -7,6 +7,7 @@ import datasets
 import matplotlib.backends.backend_agg
 import matplotlib.figure
 import pyarrow.parquet
+import pytest
 import sklearn.datasets
 import sklearn.decomposition
 import sklearn.manifold
