@@ -1,4 +1,4 @@
-"""What a run and its tests import, some of it late: the server that launches are forked from imports it once, for all of them."""
+"""What runs and tests import, some of it late: the server that launches are forked from imports it once for all."""
 
 # ruff: noqa: F401
 import gc
