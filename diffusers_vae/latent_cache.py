@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -48,7 +48,6 @@ AT_ONCE = 8 * CPU_VALUES
 """Of those of all forwards that a CPU does at a time."""
 GATHERED = 16
 """Batches after which latents leave the device, and after which processes hear of each other: both make it wait."""
-T = TypeVar("T")
 
 
 @torch.no_grad()

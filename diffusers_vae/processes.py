@@ -48,8 +48,9 @@ def gather_parts(parts: list[tuple]) -> list[tuple]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """The result of `work` on the main process, on all of them. An error there is raised on all: OSError, ValueError
-    and ArithmeticErrors as they are, any other as a RuntimeError on the others.
+    """Run `work` on the main process and return its result on all processes.
+
+    An error there is raised on all: `sendable` names the types that keep theirs, others become a RuntimeError.
     """
     rank, processes = process_share()
     if processes == 1:
@@ -69,7 +70,9 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def sendable(error: Exception) -> Exception:
-    """The error as it can be sent to other processes."""
+    """Return the error as other processes can have it: FloatingPointError, OverflowError, ValueError and OSErrors
+    unchanged, any other as a RuntimeError with its type and text.
+    """
     if type(error) in (FloatingPointError, OverflowError, ValueError) or isinstance(error, OSError):
         return error
     return RuntimeError(f"process {process_share()[0]}: {type(error).__name__}: {error}")

@@ -180,7 +180,7 @@ class BadImages:
 
     def __init__(self, path: Path):
         self.path = path
-        self.known = set(path.read_text().splitlines()) if path.exists() else set()
+        self.known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
 
     def add(self, errors: Iterable[str], warn: bool = True) -> None:
         for error in errors:

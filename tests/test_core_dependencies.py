@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def core_distributions() -> set[str]:
-    """Names of all distributions that installing the package without extras brings, as they are installed here."""
+    """Names of the distributions that `pip install diffusers-vae` without extras installs."""
     found, pending = set(), ["diffusers-vae"]
     while pending:
         name = pending.pop().lower().replace("_", "-")
