@@ -42,26 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP, end="")
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
-        print(version("diffusers-vae"))
-        return 0
-    if arguments[0] not in COMMANDS:
-        print(f"error: {arguments[0]} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
     try:
         try:
-            from . import commands
-        except ModuleNotFoundError as error:
-            if debug or str(error.name).startswith("diffusers_vae"):
-                raise
-            raise ImportError(
-                f"diffusers-vae {arguments[0]} needs {error.name}, which is not installed: "
-                'pip install "diffusers-vae[train]"'
-            ) from error
-        return getattr(commands, f"run_{arguments[0].replace('-', '_')}")(arguments[1:])
+            code = _run(arguments, debug)
+        except SystemExit:  # of `train --help`, say
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -77,6 +65,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = str(error) if expected else " ".join(str(error).split())
         print(f"error: {kind}{text}{'' if expected else ' (--debug shows where)'}", file=sys.stderr)
         return 1
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(version("diffusers-vae"))
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"error: {arguments[0]} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        from . import commands
+    except ModuleNotFoundError as error:
+        if debug or str(error.name).startswith("diffusers_vae"):
+            raise
+        raise ImportError(
+            f"diffusers-vae {arguments[0]} needs {error.name}, which is not installed: "
+            'pip install "diffusers-vae[train]"'
+        ) from error
+    return getattr(commands, f"run_{arguments[0].replace('-', '_')}")(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -125,9 +125,11 @@ def info_for_a_reader_who_has_left(run):
     reader, writer = os.pipe()
     os.close(reader)
     os.dup2(writer, 1)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    assert cli.main(["info", run]) == 1
-    sys.stdout.flush()  # as Python does when it ends
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    for arguments in (["info", run], ["info", "--help"], ["--help"]):
+        assert cli.main(arguments) == 1
+        sys.stdout.flush()  # as Python does when it ends
+        os.dup2(writer, 1)
 
 
 def copy_images(source, target, count):

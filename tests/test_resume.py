@@ -517,7 +517,7 @@ class TestSignals:
 @pytest.mark.skipif(os.name == "nt", reason="needs fork")
 @pytest.mark.parametrize(
     ("name", "processes", "kind"),
-    [("KILL", 1, "plain"), ("TERM", 1, "whole"), ("KILL", 2, "whole"), ("TERM", 2, "bf16")],
+    [("KILL", 1, "plain"), ("TERM", 1, "bf16"), ("KILL", 2, "whole"), ("TERM", 2, "plain")],
 )
 def test_run_killed_at_random_moments_ends_bit_identical(name, processes, kind, tmp_path, capsys):
     """Killed up to twice, within a save too. What happens at every operation in turn is in test_crash_points.py."""
