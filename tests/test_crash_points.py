@@ -116,28 +116,24 @@ class Points:
         shutil.rmtree(trial)
 
 
-@pytest.mark.parametrize("part", [0, 1])
-def test_run_ended_at_any_operation_continues_bit_identically(part, folder, record_property):
+def test_run_ended_at_any_operation_continues_bit_identically(folder, record_property):
     """The loop with its checkpoints, their deletion and its log; the end of a run has a test of its own."""
     points = Points(run_loop, folder, 1)
     chosen = points.all_of(0)
     assert len(chosen) > 90 and sum(name.startswith("unlink") for name in points.operations[0][0]) > 5
-    for number, power_failure in chosen[part::2]:
+    for number, power_failure in chosen:
         points.check(number, power_failure, 0)
-    record_property("points", len(chosen[part::2]))
+    record_property("points", len(chosen))
     record_property("states", len(points.continued))
 
 
-@pytest.mark.parametrize("part", [0, 1])
-def test_run_of_two_processes_one_of_which_ends_at_any_operation_continues_bit_identically(
-    part, folder, record_property
-):
+def test_run_of_two_processes_one_of_which_ends_at_any_operation_continues_bit_identically(folder, record_property):
     points = Points(run_loop, folder, 2)
     chosen = [(number, False, rank) for rank in range(2) for number in range(len(points.operations[rank][0]))]
     assert len(points.operations[1][0]) > 5
-    for point in chosen[part::2]:
+    for point in chosen:
         points.check(*point)
-    record_property("points", len(chosen[part::2]))
+    record_property("points", len(chosen))
     record_property("states", len(points.continued))
 
 
@@ -151,8 +147,7 @@ def test_encoding_ended_at_any_operation_continues_with_the_same_files(processes
     record_property("states", len(points.continued))
 
 
-@pytest.mark.parametrize("part", [0, 1])
-def test_end_of_a_run_interrupted_at_any_operation_is_done_again_the_same(part, folder, record_property):
+def test_end_of_a_run_interrupted_at_any_operation_is_done_again_the_same(folder, record_property):
     """From the last checkpoint on: model, evaluation, pictures, report, card. Measuring and drawing take long, so that
     the states in which a process would leave the folder are copied from one run instead of ending one for each, and
     those that differ only in the content of unfinished files are continued once.
@@ -166,9 +161,9 @@ def test_end_of_a_run_interrupted_at_any_operation_is_done_again_the_same(part, 
     names, lossy = operations(trained)
     states = sorted((folder / "states").iterdir())
     assert len(states) == len(names) + len(lossy) > 60
-    for state in states[part::2]:
+    for state in states:
         points.continue_from(state, names[int(state.name[:4])], unfinished="")
-    record_property("points", len(states[part::2]))
+    record_property("points", len(states))
     record_property("states", len(points.continued))
 
 

@@ -46,7 +46,9 @@ from diffusers_vae.models import ModelConfig
 from diffusers_vae.objective import VAEObjective
 from diffusers_vae.trainer import AutoencoderTask
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.slow
+
+LAUNCH_TWO = [*LAUNCH, "--num_processes", "2", "--main_process_port", "0"]  # a free port
 
 SHARDED = ROOT / "tests" / "programs" / "sharded.py"
 END = 439
@@ -153,7 +155,7 @@ class TestSameResult:
         if not is_torch_version(">=", FSDP2_TORCH):
             pytest.skip(f"FSDP2 is refused before torch {FSDP2_TORCH}")
         config_of(tmp_path / "run", 2).save(tmp_path / "run.yaml")
-        launcher = [*LAUNCH, "--config_file", CONFIGS / "fsdp2.yaml", "--num_processes", "2"]
+        launcher = [*LAUNCH_TWO, "--config_file", CONFIGS / "fsdp2.yaml"]
         done = subprocess.run(
             [*launcher, SHARDED, tmp_path / "run.yaml", tmp_path / "again", "240"],
             capture_output=True, text=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -249,7 +251,7 @@ class TestFailure:
         """As users launch it; what is continued gives what one process does."""
         config = config_of(tmp_path / "run")
         config.save(tmp_path / "run.yaml")
-        launcher = [*LAUNCH, "--config_file", str(CONFIGS / "ddp.yaml"), "--num_processes", "2"]
+        launcher = [*LAUNCH_TWO, "--config_file", str(CONFIGS / "ddp.yaml")]
         settings = ["--config", tmp_path / "run.yaml", "--run.checkpoint_every", 40]
         with begun(tmp_path / "run", *settings, launcher=launcher) as process:
             os.kill(children(process.pid)[1], signal.SIGKILL)

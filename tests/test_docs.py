@@ -61,7 +61,6 @@ def ran(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("docs")
 class TestPipeline:
     def test_blocks_print_what_the_page_shows(self, ran):
         assert len(ran[1]) == len(BLOCKS) > 10

@@ -165,7 +165,6 @@ class TestMemory:
             tiny(tmp_path, TINY_MLP, gradient_checkpointing=True)
 
 
-@pytest.mark.xdist_group("compile")
 class TestCompiling:
     """The compiler takes most of a minute for each program: there are three, one for each size of batch."""
 

@@ -78,7 +78,6 @@ PLACES = [150, *(pytest.param(images_seen, marks=pytest.mark.slow) for images_se
 KINDS = ["plain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bf16", "whole"))]
 
 
-@pytest.mark.xdist_group("uninterrupted")
 class TestSameCommand:
     @pytest.mark.parametrize("images_seen", PLACES)
     @pytest.mark.parametrize("kind", KINDS)
@@ -161,9 +160,6 @@ class TestSameCommand:
             assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-FINISHED = pytest.mark.xdist_group("finished_mlp_run")
-
-
 @pytest.fixture
 def run(finished_mlp_run, tmp_path):
     """The settings of a copy of a finished run."""
@@ -171,7 +167,6 @@ def run(finished_mlp_run, tmp_path):
     return tiny(tmp_path / finished_mlp_run.name)
 
 
-@FINISHED
 class TestFinishedRun:
     def test_finished_run_started_again_changes_nothing(self, run):
         output_dir = Path(run.run.output_dir)
@@ -219,7 +214,6 @@ def hold(path):
         time.sleep(600)
 
 
-@FINISHED
 class TestAnotherRun:
     def test_is_never_overwritten(self, run):
         before = left_behind(run.run.output_dir)
@@ -504,9 +498,8 @@ class TestSignals:
             assert "the launcher has ended" in output and f"saved as {newest}" in output and not damaged
             assert group_is_gone(process.pid, 30)
 
-    @pytest.mark.xdist_group("distributed")  # launchers take the same port, so never two at once
     def test_launcher_of_two_passes_the_signal_on(self, tmp_path):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         with begun(tmp_path / "run", *ENDLESS, launcher=launcher) as process:
             os.kill(process.pid, signal.SIGTERM)
             assert "asked to stop (SIGTERM)" in process.communicate(timeout=60)[0]

@@ -353,7 +353,6 @@ def run_uninterrupted(output_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("slurm")
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 class TestSlurm:
     def test_saved_before_its_time_is_over_and_queued_again(self, two_jobs):

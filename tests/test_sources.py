@@ -27,8 +27,6 @@ from torch.utils.data import DataLoader
 
 from diffusers_vae.data import DataConfig, MicroBatch, Read, TrainingSet, deal, load_data
 
-pytestmark = pytest.mark.xdist_group("sources")  # all read the same images, packed once
-
 TRAIN, HELDOUT = 53, 9
 BATCH, EPOCHS = 8, 2
 TOTAL = EPOCHS * TRAIN + 20

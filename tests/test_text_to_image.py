@@ -46,7 +46,6 @@ DATA = DataConfig(resolution=8, heldout_fraction=0.78)
 IMAGES = 395  # to train on: six batches of 60 and one of 35
 STOCK = {"diffusers", "transformers"}
 FIRST = {"ddim": 961, "pndm": 961, "dpm-solver": 999}  # of 25 timesteps
-with_the_finished_run = pytest.mark.xdist_group("text_to_image")  # which takes seconds, so that one worker makes it
 
 
 @pytest.fixture
@@ -123,7 +122,6 @@ def captioned(folder, count=60):
 
 
 @pytest.mark.slow
-@with_the_finished_run
 class TestRun:
     def test_leaves_a_stock_pipeline(self, finished):
         _, result = finished
@@ -207,7 +205,6 @@ class TestRun:
 
 
 @pytest.mark.slow
-@with_the_finished_run
 class TestInterrupted:
     def test_resumed_run_is_bit_identical(self, finished, tmp_path):
         """Resumed within the second epoch, and once more between the last step and the pipeline."""
@@ -471,7 +468,6 @@ class TestCaptions:
             assert text in {phrase.format(name=name, number=number) for phrase in DIGIT_PHRASES}
 
     @pytest.mark.slow
-    @with_the_finished_run
     def test_tokens_are_those_of_the_pipeline(self, finished):
         """The stock pipeline's own encoding of a prompt, against the text encoder on the tokens of the training."""
         config, result = finished
@@ -578,7 +574,6 @@ class TestRefused:
 
 
 @pytest.mark.slow
-@with_the_finished_run
 def test_stock_diffusers_runs_it_without_the_package(finished, tmp_path):
     """Text, image to image, automatic pipelines, other schedulers, slicing, tiling, half precision, saved again."""
     shutil.copytree(finished[1].output_dir / "pipeline", tmp_path / "pipeline")

@@ -52,7 +52,6 @@ def vae_run(finished_vae_run):
     return config, train(config)
 
 
-@pytest.mark.xdist_group("finished_vae_run")
 class TestRun:
     def test_leaves_all_files(self, vae_run):
         _, result = vae_run
@@ -106,7 +105,6 @@ class TestRun:
         mean = np.average([record["rate"] for record in records(result.output_dir, "train")], weights=parts)
         assert epoch["rate"] == pytest.approx(mean, rel=1e-6)
 
-    @pytest.mark.xdist_group("finished_mlp_run")
     def test_perceptron_saves_itself(self, finished_mlp_run):
         result = train(tiny(finished_mlp_run))
         assert result.latent_shape == (2, 1, 1)
@@ -407,7 +405,6 @@ class TestFaults:
         assert same and seconds > 0 and caplog.text.count("continuing from") == 1
         assert not (tmp_path / "run").exists()
 
-    @pytest.mark.xdist_group("finished_vae_run")
     def test_dry_run_refuses_what_the_run_would_refuse(self, vae_run):
         config, _ = vae_run
         with pytest.raises(FileExistsError, match=r"run\.seed: 0 -> 1"):
@@ -418,7 +415,6 @@ class TestFaults:
             dry_run(AutoencoderTask(other))
 
     @pytest.mark.slow
-    @pytest.mark.xdist_group("finished_vae_run")
     def test_dry_run_leaves_nothing_in_the_folder_of_the_run(self, vae_run):
         config, finished = vae_run
         before = left_behind(config.run.output_dir)

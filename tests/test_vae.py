@@ -240,7 +240,6 @@ def loaded_without_package(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("vae_without_package")
 class TestWithoutThePackage:
     @pytest.mark.parametrize("name", CONFIGS)
     def test_models(self, name, loaded_without_package):

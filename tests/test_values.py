@@ -583,7 +583,6 @@ def runs(photographs, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("deep")
 class TestWholeRun:
     """Photographs of BSDS500 as sets of 16 bits and of five channels: trained on, saved, loaded, and written again."""
 

@@ -272,7 +272,6 @@ def weight(images_seen, factor):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("whole_objective")
 class TestTwoPhases:
     @pytest.mark.parametrize("images_seen", [60, 90])
     def test_the_discriminators_gradient_is_of_its_own_loss(self, images_seen, run, network):
@@ -343,7 +342,6 @@ def test_the_first_line_says_when_each_term_joins(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("whole_objective")
 class TestSchedules:
     def test_kl_weight_is_logged(self, run):
         found = [record["kl_weight"] for record in records(run.run.output_dir, "train")]
