@@ -174,7 +174,7 @@ class TestReading:
 
 
 class TestValues:
-    """Of any dtype and number of channels, as data.value_range states."""
+    """Arrays of any dtype and number of channels, with data.value_range."""
 
     @LIMITS
     @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_commands(cifar, tmp_path, capsys):
 
 
 def memory_in_use() -> float:
-    """Of this process, in MB: its own pages and those of files."""
+    """Memory of this process in MB: its own pages and those of files."""
     status = Path("/proc/self/status").read_text()
     return sum(int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1000 for name in ("RssAnon", "RssFile"))
 
@@ -359,7 +359,7 @@ def read_large_array(file: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_large_array_takes_no_memory(tmp_path):
-    """Of 128 MB that are all read, neither pages of its own nor of the file stay."""
+    """After all of a file of 128 MB was read, neither own pages nor those of the file stay in memory."""
     count = 680
     with (tmp_path / "a.npy").open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, 256, 256, 3)}

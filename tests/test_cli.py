@@ -83,12 +83,12 @@ class TestTop:
             (["push", "x", "no-namespace"], "hub.repo_id must be NAMESPACE/NAME"),
         ],
     )
-    def test_wrong_arguments(self, arguments, message, capsys):
+    def test_wrong_arguments_are_named(self, arguments, message, capsys):
         code, _, error = call(capsys, *arguments)
         assert code == 2 and message in error and "Traceback" not in error
 
-    def test_an_autoencoder_that_is_not_there(self, capsys, tmp_path):
-        """Nor is it looked for on the Hub."""
+    def test_a_missing_autoencoder_is_named(self, capsys, tmp_path):
+        """It is not looked for on the Hub either."""
         missing = tmp_path / "none"
         for arguments, begin in (
             (["train-text-to-image", "--vae", missing, "--run.output_dir", tmp_path / "run"], "vae.source: "),
@@ -210,7 +210,7 @@ class TestEvaluate:
         assert report["importance_weighted_bound"] > -1e9 and protocol["dtype"] == "bfloat16"
 
     @pytest.mark.slow
-    def test_a_stock_model_on_a_folder(self, capsys, tmp_path, cifar_folder):
+    def test_a_stock_model_is_measured_on_a_folder(self, capsys, tmp_path, cifar_folder):
         """Channels and resolution are the model's; a folder without parts is measured whole."""
         tiny_vae(3, sample_size=16).to_diffusers().save_pretrained(tmp_path / "pipeline" / "vae")
         copy_images(cifar_folder / "test" / "ship", tmp_path / "ships", 12)
@@ -256,7 +256,7 @@ class TestEvaluate:
             (["--device", "abacus"], "--device must be one that torch can use here, got abacus"),
         ],
     )
-    def test_what_does_not_fit(self, arguments, message, run, capsys, tmp_path):
+    def test_arguments_that_do_not_fit_are_refused(self, arguments, message, run, capsys, tmp_path):
         code, _, error = call(capsys, "evaluate", run, "--out", tmp_path / "out", *arguments)
         assert code == 1 and message in error and not list((tmp_path / "out").rglob("*.*"))
 
@@ -313,7 +313,7 @@ class TestFp16:
         assert (tmp_path / "config.json").read_bytes() == before
         assert call(capsys, "fp16", tmp_path, "--data", "digits", "--max_images", 20)[0] == 0
 
-    def test_a_class_without_the_setting(self, capsys, tmp_path):
+    def test_a_class_without_the_setting_is_refused(self, capsys, tmp_path):
         MLPVAE(16, latent_dim=2).save_pretrained(tmp_path)
         code, out, error = call(capsys, "fp16", tmp_path, "--data", "digits", "--max_images", 20, "--write", "true")
         assert code == 1 and out == "" and "MLPVAE does not have" in error
@@ -330,7 +330,7 @@ class TestFp16:
 
 
 class TestEncode:
-    def test_the_training_images_of_a_run(self, run, capsys, tmp_path):
+    def test_the_training_images_of_a_run_are_encoded(self, run, capsys, tmp_path):
         """As the run has them; the line that is printed opens what was written."""
         out = tmp_path / "latents"
         code, printed, _ = call(capsys, "encode", "digits", "--vae", run, "--out", out, "--dtype", "float16")
@@ -352,7 +352,7 @@ class TestEncode:
         code, _, error = call(capsys, "encode", "digits", "--vae", run, "--out", out, "--split", "held-out")
         assert code == 1 and "dtype: float16 there, float32 here" in error and "data.images: 1617 there" in error
 
-    def test_precision(self, run, capsys, tmp_path):
+    def test_latents_are_computed_in_the_precision_asked_for(self, run, capsys, tmp_path):
         for name, arguments in (("float32", []), ("bfloat16", ["--batch_size", "7"])):
             arguments += ["--out", tmp_path / name, "--compute_dtype", name]
             code, printed, _ = call(capsys, "encode", "digits", "--vae", run, *arguments)
@@ -360,7 +360,7 @@ class TestEncode:
         one, other = (LatentDataset(tmp_path / name).latents(range(64)) for name in ("float32", "bfloat16"))
         assert not torch.equal(one, other) and torch.allclose(one, other, atol=0.05)
 
-    def test_a_folder_and_a_model_of_no_run(self, capsys, tmp_path):
+    def test_a_folder_is_encoded_by_a_model_of_no_run(self, capsys, tmp_path):
         """All images of a folder without parts, at the model's size, with captions; those left out are counted."""
         tiny_vae(3, sample_size=16).save_pretrained(tmp_path / "model")
         (tmp_path / "images").mkdir()
@@ -397,7 +397,7 @@ class TestEncode:
             (["digits", "--device", "abacus"], 1, "--device must be one that torch can use here, got abacus"),
         ],
     )
-    def test_what_does_not_fit(self, arguments, code, message, run, capsys, tmp_path):
+    def test_arguments_that_do_not_fit_are_refused(self, arguments, code, message, run, capsys, tmp_path):
         found, _, error = call(capsys, "encode", "--vae", run, "--out", tmp_path / "out", *arguments)
         assert found == code and message in error and not list((tmp_path / "out").rglob("*.*[!k]"))
 
@@ -505,7 +505,7 @@ class TestOthers:
             assert call(capsys, "sample", run, "--count", 3, "--out", tmp_path / f"{name}.png")[0] == 0
         assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
-    def test_info(self, run, capsys):
+    def test_info_shows_weights_and_quality_of_a_run(self, run, capsys):
         code, out, _ = call(capsys, "info", run)
         report = json.loads((run / "evaluation.json").read_text())
         assert code == 0 and report["model"]["weights_sha256"] in out and f"{report['psnr']:.4f}" in out
@@ -537,7 +537,7 @@ class TestOthers:
         code, _, error = call(capsys, "evaluate", tmp_path)
         assert code == 2 and "say with --data on which images" in error
 
-    def test_push_of_what_is_no_run(self, capsys, tmp_path):
+    def test_push_refuses_what_is_no_run(self, capsys, tmp_path):
         code, _, error = call(capsys, "push", tmp_path, "me/model")
         assert code == 1 and "must be finished" in error
 
@@ -546,5 +546,5 @@ class TestOthers:
         assert "load it     from diffusers import AutoencoderKL" in printed
         assert (run / "README.md").exists() and (run / "report.html").exists()
 
-    def test_train_with_wrong_settings(self, capsys):
+    def test_train_names_wrong_settings(self, capsys):
         assert call(capsys, "train", "--run.epochs", "0")[0] == 2

@@ -83,7 +83,7 @@ def load_and_print_peak(small, large):
 
 
 class TestDigits:
-    def test_all_images_in_two_parts(self):
+    def test_parts_hold_every_image_once(self):
         train, heldout = load_data(DataConfig(resolution=10))
         assert (len(train), len(heldout)) == (1617, 180)
         assert train.pixels.dtype == torch.uint8 and train.pixels.shape[1:] == (1, 10, 10)
@@ -125,13 +125,13 @@ class TestNamedSets:
         reference = datasets.MNIST(mnist_root, train=True)
         assert torch.equal(train.pixels[:, 0], reference.data) and torch.equal(train.labels, reference.targets)
 
-    def test_shortened_fashion_mnist(self, shared_data):
+    def test_shortened_fashion_mnist_is_read(self, shared_data):
         root = shared_data / "fashion-mnist-10k"
         train, heldout = load_data(DataConfig(name="fashion-mnist", root=str(root), resolution=28))
         assert (len(train), len(heldout)) == (10_000, 10_000)
         assert train.pixels.double().mean() / 255 == pytest.approx(0.28631, abs=5e-6)
 
-    def test_qmnist_layout(self, mnist_root, tmp_path):
+    def test_qmnist_layout_is_read(self, mnist_root, tmp_path):
         """QMNIST's files hold a table of labels, and its test part begins with MNIST's 10,000."""
         reference = datasets.MNIST(mnist_root, train=False)
         raw = tmp_path / "QMNIST" / "raw"
@@ -151,7 +151,7 @@ class TestNamedSets:
         assert torch.equal(heldout.labels, reference.targets)
 
     @pytest.mark.parametrize("packed", [False, True])
-    def test_cifar10(self, packed, cifar_folder, tmp_path, monkeypatch):
+    def test_cifar10_is_read(self, packed, cifar_folder, tmp_path, monkeypatch):
         """Real pixels in CIFAR-10's own batch format; torchvision's sums of the whole set are exchanged for theirs."""
         import hashlib
         import pickle
@@ -394,7 +394,7 @@ class TestFolder:
         (_, indices, images), *_ = image_batches(heldout, 8, None, torch.device("cpu"))
         assert indices == [0, 1, 2, 4, 5, 6, 7] and len(images) == 7
 
-    def test_nothing_left_when_no_file_can_be_read(self, tmp_path):
+    def test_a_folder_of_which_no_file_can_be_read_is_refused(self, tmp_path):
         for name in "abc":
             (tmp_path / f"{name}.png").write_bytes(b"no image")
         with pytest.raises(ValueError, match="no image is left to train on"):
@@ -429,14 +429,14 @@ class TestFolder:
         train, heldout = load_data(DataConfig(name="folder", root=str(tmp_path), channels=3))
         assert len(train) + len(heldout) == 106 + 112
 
-    def test_no_folder_and_no_images(self, tmp_path):
+    def test_missing_and_empty_folders_are_refused(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="not there"):
             load_data(DataConfig(name="folder", root=str(tmp_path / "missing")))
         (tmp_path / "notes.txt").write_text("no image")
         with pytest.raises(FileNotFoundError, match="no image below"):
             load_data(DataConfig(name="folder", root=str(tmp_path)))
 
-    def test_nothing_left_to_train_on(self, tmp_path):
+    def test_a_split_that_leaves_nothing_to_train_on_is_refused(self, tmp_path):
         Image.new("L", (16, 16)).save(tmp_path / "only.png")
         with pytest.raises(ValueError, match="no image is left to train on"):
             load_data(DataConfig(name="folder", root=str(tmp_path)))
@@ -463,7 +463,7 @@ class TestCrops:
     def pixels(self, image_set):
         return image_set.__getitems__(range(len(image_set))).pixels
 
-    def test_are_parts_of_the_image_at_its_own_resolution(self, folder):
+    def test_crops_are_parts_of_the_image_at_its_own_resolution(self, folder):
         for part in self.load(folder):
             assert len(part) == 35 and len(set(map(part.name, range(35)))) == 35
             places = {name: [] for name in "abcde"}
@@ -477,7 +477,7 @@ class TestCrops:
                 places[name].append((top, left))
             assert {top for top, _ in places["c"]} == {0} and all(len(set(places[name])) > 3 for name in "abce")
 
-    def test_of_large_jpegs_are_of_all_their_pixels(self, tmp_path):
+    def test_crops_of_large_jpegs_have_all_their_pixels(self, tmp_path):
         noise = np.random.default_rng(0).integers(0, 256, (100, 120, 3), np.uint8)
         for name in "ab":
             Image.fromarray(noise).save(tmp_path / f"{name}.jpg")
@@ -485,7 +485,7 @@ class TestCrops:
         for pixels in self.pixels(self.load(tmp_path)[0]):
             assert (whole == pixels).flatten(1).all(1).sum() == 1
 
-    def test_places_are_uniform_and_reach_the_borders(self, folder):
+    def test_places_of_crops_are_uniform_and_reach_the_borders(self, folder):
         shutil.rmtree(folder / "val")
         for name in "abd":
             next(folder.rglob(f"{name}.png")).unlink()
@@ -527,7 +527,7 @@ class TestCrops:
                 assert len(first) == 12 and torch.equal(self.pixels(first), self.pixels(part)[:12])
                 assert first.name(11) == part.name(11) and first.captions == part.captions[:12]
 
-    def test_of_other_parts_stay_the_same(self, folder):
+    def test_a_crop_depends_on_its_file_and_number_alone(self, folder):
         """A crop is of its file and its number alone: not of how many there are, nor of the other files."""
 
         def by_name(part):
@@ -574,7 +574,7 @@ class TestCrops:
         read = disk.__getitems__(range(35))
         assert list(read.kept) == kept and len(read.errors) == 1 and torch.equal(read.pixels, good.pixels[kept])
 
-    def test_stand_in_the_protocol(self, folder):
+    def test_crops_are_named_in_the_protocol(self, folder):
         words = DataConfig(name="folder", root=str(folder), crops=7).resize
         assert words.startswith("cut out at 7 places of each") and "bicubic" in words
 
@@ -592,7 +592,7 @@ class TestCrops:
             ({"crops": 2, "fit": "pad"}, r"data\.fit must be crop, got pad"),
         ],
     )
-    def test_wrong_settings(self, settings, message):
+    def test_wrong_settings_are_refused(self, settings, message):
         with pytest.raises(ValueError, match=message):
             DataConfig(**{"name": "folder"} | settings)
 
@@ -630,7 +630,7 @@ class TestClassesAndCaptions:
         fashion = load_data(DataConfig(name="fashion-mnist", root=str(shared_data / "fashion-mnist-10k")))[1]
         assert fashion.classes[fashion.labels[0]] == "ankle boot" and len(fashion.classes) == 10
 
-    def test_text_files(self, folder):
+    def test_captions_are_read_from_text_files(self, folder):
         texts = {"train/cat/1": "a cat\n\n a grey cat \r\n", "train/cat/2": "\ufeffchat étendu", "train/dog/1": "a dog"}
         for place, text in (texts | {"test/dog/1": "another"}).items():
             (folder / f"{place}.txt").write_text(text, encoding="utf-8", newline="")
@@ -679,7 +679,7 @@ class TestClassesAndCaptions:
             ("", r"train/dog/1\.png has no caption, and others have one\n.*test/dog/1\.png has no caption"),
         ],
     )
-    def test_wrong_metadata(self, line, message, folder):
+    def test_wrong_metadata_is_refused(self, line, message, folder):
         content = (self.METADATA + line).encode(errors="surrogateescape")
         (folder / "metadata.jsonl").write_bytes(content)
         with pytest.raises(ValueError, match=rf"captions below {folder} are not as they should be:\n(.|\n)*{message}"):
@@ -694,12 +694,12 @@ class TestClassesAndCaptions:
             (b"a", "no caption, and others"),
         ],
     )
-    def test_wrong_text_files(self, text, message, folder):
+    def test_wrong_text_files_are_refused(self, text, message, folder):
         (folder / "train" / "cat" / "1.txt").write_bytes(text)
         with pytest.raises(ValueError, match=message):
             self.load(folder)
 
-    def test_both_for_one_image(self, folder):
+    def test_an_image_with_both_kinds_of_captions_is_refused(self, folder):
         (folder / "metadata.jsonl").write_text(self.METADATA)
         (folder / "train" / "cat" / "1.txt").write_text("a cat")
         with pytest.raises(ValueError, match=r"1\.png has captions in .*1\.txt and in a metadata\.jsonl"):
@@ -723,7 +723,7 @@ class TestClassesAndCaptions:
 
 
 class TestSize:
-    """Of images in files, as they are read."""
+    """Images in files, resized as they are read."""
 
     def image(self, height, width):
         return torch.arange(height * width).remainder(256).to(torch.uint8).view(1, height, width)
@@ -743,7 +743,7 @@ class TestSize:
 
         return fit
 
-    def test_right_size_is_untouched(self, fitted):
+    def test_images_of_the_right_size_are_untouched(self, fitted):
         image = self.image(16, 24)
         assert torch.equal(fitted(image, resolution=(16, 24)), image)
 
@@ -798,7 +798,7 @@ class TestSize:
             ({"on_bad_image": "ignore"}, r"data\.on_bad_image must be one of stop, skip, got ignore"),
         ],
     )
-    def test_wrong_settings(self, settings, message):
+    def test_wrong_settings_are_refused(self, settings, message):
         with pytest.raises(ValueError, match=message):
             DataConfig(**settings)
 
@@ -809,7 +809,7 @@ class TestOrder:
 
     @pytest.mark.parametrize("length", [1, 7, 64, 100, 131])
     @pytest.mark.parametrize(("processes", "micro_steps"), [(1, 1), (2, 1), (1, 4), (4, 2)])
-    def test_every_image_once(self, length, processes, micro_steps):
+    def test_an_epoch_has_every_image_once(self, length, processes, micro_steps):
         ranks = [list(epoch_batches(length, 16, 0, 0, rank, processes, micro_steps)) for rank in range(processes)]
         assert sorted(index for rank in ranks for index in self.indices(rank)) == list(range(length))
         for step in zip(*ranks, strict=True):  # every process takes part in every step, with as many forwards
@@ -823,7 +823,7 @@ class TestOrder:
         assert [sorted(self.indices(steps)) for steps in shared] == alone
 
     @pytest.mark.parametrize(("length", "start"), [(100, 0), (100, 48), (101, 96), (100, 50)])
-    def test_goes_on_where_it_was(self, length, start):
+    def test_order_goes_on_where_it_was(self, length, start):
         whole = self.indices(epoch_batches(length, 16, 3, 1))
         rest = epoch_batches(length, 16, 3, 1, start=start)
         assert self.indices(rest) == whole[start:]
@@ -856,7 +856,7 @@ class TestOrder:
         assert (correlations - torch.eye(4)).max() < 0.01
         assert noise[0].mean().abs() < 0.01 and (noise[0].std() - 1).abs() < 0.01
 
-    def test_pure_function_of_seed_and_epoch(self):
+    def test_order_is_a_pure_function_of_seed_and_epoch(self):
         def order(seed, epoch):
             return self.indices(epoch_batches(50, 8, seed, epoch))
 

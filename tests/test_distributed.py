@@ -178,7 +178,7 @@ class Kept(AutoencoderTask):
 
 
 def train_and_save_weights(config, folder):
-    """Of each process those that it has after training."""
+    """The weights that each process has after training."""
     task = Kept(config)
     task.models = []
     run_task(task, finish=False)

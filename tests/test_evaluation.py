@@ -157,7 +157,7 @@ class TestReferences:
 
     @pytest.mark.parametrize("likelihood", [Gaussian(0.4), Bernoulli()])
     def test_elbo_is_a_monte_carlo_estimate_with_torch_distributions(self, likelihood):
-        """Of log p(x|z) + log p(z) - log q(z|x), z drawn by torch: within 4 standard errors."""
+        """The mean of log p(x|z) + log p(z) - log q(z|x), z drawn by torch, within 4 standard errors."""
         generator = torch.Generator().manual_seed(0)
         binary = ArrayImages((torch.rand(3, 1, 8, 8, generator=generator) > 0.5).to(torch.uint8) * 255)
         torch.manual_seed(2)

@@ -41,7 +41,7 @@ def config(root, **settings):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("limit", [None, 0], ids=["memory", "on demand"])
 class TestTheSameAsAFolder:
-    def test_images_labels_and_captions(self, kind, limit, folder, tmp_path):
+    def test_images_labels_and_captions_are_those_of_the_folder(self, kind, limit, folder, tmp_path):
         root = pack(kind, folder, tmp_path / "packed")
         sets = [load_data(config(at), memory_limit=limit, captions=True) for at in (root, folder)]
         for own, expected in zip(*sets, strict=True):
@@ -54,7 +54,7 @@ class TestTheSameAsAFolder:
             assert torch.equal(*(part.__getitems__(range(len(part))).pixels for part in (own, expected)))
             assert own.fingerprint() == expected.fingerprint()
 
-    def test_all_of_them_once(self, kind, limit, folder, tmp_path):
+    def test_all_images_are_read_at_once(self, kind, limit, folder, tmp_path):
         both, _ = load_split(config(pack(kind, folder, tmp_path / "packed")), "all", memory_limit=limit)
         found = both.__getitems__(range(len(both)))
         plain, _ = load_split(config(folder), "all")
@@ -65,7 +65,7 @@ class TestTheSameAsAFolder:
 
 class TestReading:
     @pytest.mark.parametrize("kind", ["tar", "zip"])
-    def test_by_threads_and_processes_at_once(self, kind, folder, tmp_path):
+    def test_threads_and_processes_may_read_at_once(self, kind, folder, tmp_path):
         images, _ = load_data(config(pack(kind, folder, tmp_path / "packed")), memory_limit=0)
         expected = images.__getitems__(range(len(images))).pixels
         with ThreadPoolExecutor(4) as pool:
@@ -76,7 +76,7 @@ class TestReading:
         assert torch.equal(pickle.loads(pickle.dumps(images)).__getitems__([3]).pixels[0], expected[3])
 
     @pytest.mark.parametrize("name", ["a.tar", "a.zip"])
-    def test_no_more_than_is_asked_for(self, name, tmp_path):
+    def test_no_more_is_read_than_is_asked_for(self, name, tmp_path):
         content = bytes(range(256)) * 100
         (tmp_path / "images").mkdir()
         (tmp_path / "images" / "1.png").write_bytes(content)
@@ -96,7 +96,7 @@ class TestReading:
             assert opened.read(5) == content[:5]
 
     @pytest.mark.parametrize("kind", ["zip", "tar"])
-    def test_parts_by_the_names_of_archives(self, kind, folder, tmp_path):
+    def test_archives_named_train_and_test_are_the_parts(self, kind, folder, tmp_path):
         root = tmp_path / "set"
         root.mkdir()
         if kind.startswith("zip"):
@@ -109,7 +109,7 @@ class TestReading:
         assert (len(train_set), len(heldout)) == ((40 if kind.startswith("zip") else 80), 40)
         assert train_set.classes == ("cat", "ship") and train_set.labels.float().mean() == 0.5
 
-    def test_parts_inside_of_an_archive(self, folder, tmp_path):
+    def test_folders_of_an_archive_are_the_parts(self, folder, tmp_path):
         (tmp_path / "set").mkdir()
         shutil.copytree(folder, tmp_path / "set" / "train")
         shutil.copytree(folder / "cat", tmp_path / "set" / "test" / "cat")
@@ -119,7 +119,7 @@ class TestReading:
             assert train_set.classes == ("cat", "ship") and not heldout.labels.any()
 
     @pytest.mark.parametrize("kind", ["folder", "tar", "zip", "folder of tars"])
-    def test_classes_beside_the_images(self, kind, cifar_folder, tmp_path):
+    def test_classes_may_lie_beside_the_images(self, kind, cifar_folder, tmp_path):
         root, expected = tmp_path / "images", {}
         root.mkdir()
         for number, name in ((10, "truck"), (3, "cat"), (2, "bird")):
@@ -142,7 +142,7 @@ class TestReading:
         next(root.glob("*.cls")).unlink()
         assert load_split(config(root), "all")[0].labels is None
 
-    def test_from_within_the_folder(self, folder, tmp_path, monkeypatch):
+    def test_an_archive_may_be_read_from_within_its_folder(self, folder, tmp_path, monkeypatch):
         packed = pack("shards", folder, tmp_path / "packed")
         expected = load_data(config(packed), captions=True)[0]
         monkeypatch.chdir(packed)
@@ -175,7 +175,7 @@ class TestDamage:
 
     @pytest.mark.parametrize("kind", ["tar", "zip"])
     @pytest.mark.parametrize("keep", [0.5, 0.01])
-    def test_an_archive_that_is_cut_short(self, kind, keep, folder, tmp_path):
+    def test_an_archive_that_is_cut_short_is_refused(self, kind, keep, folder, tmp_path):
         archive = pack(kind, folder, tmp_path / "packed")
         data = archive.read_bytes()
         for end in (int(len(data) * keep), int(len(data) * keep) // 512 * 512):  # of a block of tar, too
@@ -183,13 +183,13 @@ class TestDamage:
             with pytest.raises(ValueError, match=f"cannot read the archive {archive}"):
                 load_data(config(archive))
 
-    def test_no_archive(self, tmp_path):
+    def test_a_file_that_is_no_archive_is_refused(self, tmp_path):
         for name in ("a.zip", "a.tar"):
             (tmp_path / name).write_bytes(b"words" * 1000)
             with pytest.raises(ValueError, match=f"cannot read the archive {tmp_path / name}"):
                 load_data(config(tmp_path / name))
 
-    def test_one_that_cannot_be_read_at_any_place(self, folder, tmp_path):
+    def test_an_archive_that_cannot_be_read_at_any_place_is_refused(self, folder, tmp_path):
         packed = tmp_path / "images.tar.gz"
         with tarfile.open(packed, "w:gz") as opened:
             opened.add(folder, "images")
@@ -239,12 +239,12 @@ class TestDamage:
         with pytest.raises(ValueError, match=r"cannot read .*\.cls: it is damaged in the archive"):
             load_data(config(archive))
 
-    def test_other_compressions(self, folder, tmp_path):
+    def test_other_compressions_are_refused(self, folder, tmp_path):
         archive = zipped(folder, tmp_path / "a.zip", zipfile.ZIP_LZMA)
         with pytest.raises(ValueError, match="packed otherwise than by deflate"):
             load_data(config(archive))
 
-    def test_without_images(self, tmp_path):
+    def test_an_archive_without_images_is_refused(self, tmp_path):
         (tmp_path / "texts").mkdir()
         (tmp_path / "texts" / "a.txt").write_text("words")
         with pytest.raises(FileNotFoundError, match="no image below"):
@@ -254,7 +254,7 @@ class TestDamage:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_workers_read_each_step_of_the_folder(kind, folder, tmp_path):
-    """Of two epochs: a run on the archive is that on the folder."""
+    """A run of two epochs on the archive is the run on the folder."""
     read = {}
     for name, root in (("packed", pack(kind, folder, tmp_path / "archive")), ("plain", folder)):
         train_set, _ = load_data(config(root), memory_limit=0)

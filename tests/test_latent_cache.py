@@ -31,7 +31,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """How far float32 results of a network may be from those of other batch sizes, numbers of threads and kernels."""
 SPACING = {torch.float32: 0.0, BF16: 2**-7, FP16: 2**-10}
-"""Of neighbouring values of a dtype, relative: results that differ by less may be rounded to either."""
+"""Relative distance of neighbouring values of a dtype: results that differ by less may be rounded to either."""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def times(folder):
 
 
 def stock_posteriors(vae, pixels, size=10):
-    """Of the stock class with the same weights, batch by batch."""
+    """The posterior of the stock class with the same weights, batch by batch."""
     stock = AutoencoderKL.from_config(vae.config)
     stock.load_state_dict(vae.state_dict())
     with torch.no_grad():
@@ -149,7 +149,7 @@ class TestEncode:
         assert set(latents[0]) == {"mean", "logvar"}
 
     def test_unreadable_images_are_missing_rows(self, vae, digits, whole, tmp_path):
-        """Of a shard all, of another some; the rest is as it is of the whole set."""
+        """All of a shard and some of another cannot be read; the rest is encoded as in the whole set."""
         images = in_files(digits, tmp_path / "files")
         for index in (3, *range(20, 40)):
             paths_of(images)[index].write_bytes(b"no image")

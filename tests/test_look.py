@@ -99,7 +99,7 @@ class TestFolder:
 
 
 def test_values_that_are_cut_are_told(shared_data, tmp_path):
-    """Of 16 bits, grey as in color, of which Pillow says nothing for the latter."""
+    """Images of 16 bits, grey and in colour; Pillow does not tell the depth of the latter."""
     for name in ("basn2c16.png", "tiff_16bit_RGB.tiff", "16bit.cropped.tif", "rgb.jpg", "hopper.jpg"):
         shutil.copyfile(shared_data / "awkward" / name, tmp_path / name)
     found = look(config(tmp_path), 8)

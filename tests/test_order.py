@@ -95,7 +95,7 @@ class TestStream:
 
     @pytest.mark.parametrize(("processes", "workers"), [(1, 1), (2, 2), (4, 3)])
     def test_a_block_is_read_by_one_worker_of_one_process(self, processes, workers):
-        """But for those at the ends of pieces, of which there are as many as pieces."""
+        """Except those at the ends of pieces: one for each piece."""
         counts = np.full(400, 20)
         batches = [(np.array(b), None) for b in of_stream(counts, (processes, workers), 500, 10 * processes)]
         readers: dict[int, set] = {block: set() for block in range(400)}

@@ -24,7 +24,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 @pytest.fixture
 def digits_model(tmp_path):
-    """Of the shape that the default preset gives, untrained, where the default run puts it."""
+    """An untrained model with the shape of the default preset, where the default run puts it."""
     torch.manual_seed(0)
     vae = VAE(
         in_channels=1,

@@ -52,8 +52,8 @@ END = 330
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """Of each kind the settings of a run that went through, with accumulation and a second epoch, not measured at its
-    end, with a checkpoint after each step.
+    """Settings of a run of each kind that went through, with accumulation and a second epoch, not measured at its end,
+    with a checkpoint after each step.
     """
 
     @cache

@@ -240,7 +240,7 @@ class TestProcesses:
 
 
 class TestColumns:
-    """Of which type they are, and which is meant, without a file."""
+    """Types of columns, and which of them is meant, without a file."""
 
     TWO = Features({"a": Image(), "b": Image(), "text": Value("string"), "caption": List(Value("string"))})
 

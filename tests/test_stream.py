@@ -65,7 +65,7 @@ def pixels_of(images, indices=None):
 
 
 class TestImages:
-    def test_are_those_of_the_files(self, root, files):
+    def test_images_are_those_of_the_files(self, root, files):
         train, heldout = load_data(config(root, resolution=32))
         assert (len(train), len(heldout)) == (120, 10)
         for images, own in ((train, files[:120]), (heldout, files[120:])):
@@ -89,7 +89,7 @@ class TestImages:
         assert not names[0] & names[1] and len(names[0] | names[1]) == 43
         assert sorted(index for batch, _ in train.batches(8, 0, 0, 0) for index in batch) == list(range(30))
 
-    def test_bytes_without_the_type_image(self, files, tmp_path):
+    def test_columns_of_bytes_are_read_as_images(self, files, tmp_path):
         own = pyarrow.table({"png": [file.read_bytes() for file in files[:20]], "other": [1] * 20})
         parquet.write_table(own, tmp_path / "a.parquet", row_group_size=7)
         images, _ = load_data(config(tmp_path / "a.parquet", image_column="png"))
@@ -99,7 +99,7 @@ class TestImages:
         ):
             load_data(config(tmp_path / "a.parquet"))
 
-    def test_the_same_by_threads_and_other_processes(self, root):
+    def test_threads_and_other_processes_read_the_same(self, root):
         train, _ = load_data(config(root))
         expected = pixels_of(train)
         with ThreadPoolExecutor(4) as pool:
@@ -109,7 +109,7 @@ class TestImages:
         loader = DataLoader(train, 4, num_workers=2, collate_fn=lambda read: read.pixels)
         assert torch.equal(torch.cat(list(loader)), expected)
 
-    def test_measured_in_their_own_order(self, root):
+    def test_images_are_measured_in_their_own_order(self, root):
         train, _ = load_data(config(root))
         parts = [part for _, _, part in image_batches(train, 8, 50, torch.device("cpu"))]
         assert torch.equal(torch.cat(parts), pixels_of(train, range(50)) / 127.5 - 1)
@@ -178,7 +178,7 @@ class TestRowGroups:
         monkeypatch.setattr(parquet.ParquetFile, "read_row_group", counted)
         return counts
 
-    def test_each_is_read_once_an_epoch_and_few_are_kept(self, equal, reads, kept):
+    def test_each_row_group_is_read_once_an_epoch_and_few_are_kept(self, equal, reads, kept):
         train, _ = load_data(config(equal))
         for reads.reader in range(3):
             most = 0
@@ -188,7 +188,7 @@ class TestRowGroups:
             assert 2 <= most <= 24 // 10 + 2 and kept() == 0
         assert set(reads.values()) == {1} and len(reads) == 3 * 12
 
-    def test_as_few_of_a_large_set_are_kept(self, equal, kept, tmp_path):
+    def test_as_few_row_groups_of_a_large_set_are_kept(self, equal, kept, tmp_path):
         for number in range(30):
             (tmp_path / f"train-{number}.parquet").symlink_to(equal / f"train-{number % 3}.parquet")
         train, most = load_data(config(tmp_path, heldout_fraction=0.1))[0], 0
@@ -197,8 +197,8 @@ class TestRowGroups:
             most = max(most, kept())
         assert len(train) == 1080 and 2 <= most <= 24 // 10 + 2
 
-    def test_each_is_read_by_one_worker(self, root, reads):
-        """But for those at the ends of the 4 pieces, and of the last batch."""
+    def test_each_row_group_is_read_by_one_worker(self, root, reads):
+        """Except those at the ends of the 4 pieces and of the last batch."""
         train, _ = load_data(config(root, lanes=(2, 2)))
         for reads.reader in ((rank, worker) for rank in range(2) for worker in range(2)):
             own = pickle.loads(pickle.dumps(train))  # nothing that another process has in memory
@@ -209,7 +209,7 @@ class TestRowGroups:
         assert len({reader for reader, _ in reads}) == 4 and len({group for _, group in reads}) == 13
         assert 13 <= reads.total() <= 13 + 4
 
-    def test_those_that_other_processes_read_the_rest_of_are_let_go(self, equal, kept):
+    def test_row_groups_shared_with_another_process_are_let_go(self, equal, kept):
         train, _ = load_data(config(equal))
         for index in [0, *range(25, 120)]:
             train.__getitems__([index])
@@ -237,7 +237,7 @@ class TestRowGroups:
 
 
 class TestErrors:
-    def test_a_damaged_row(self, files, tmp_path):
+    def test_a_damaged_row_is_named(self, files, tmp_path):
         images = [{"bytes": file.read_bytes(), "path": file.name} for file in files[:40]]
         images[7]["bytes"] = images[7]["bytes"][:500]
         images[20]["bytes"] = None
@@ -264,13 +264,13 @@ class TestErrors:
         names = {images.name(index) for images in (train, heldout) for index in range(len(images))}
         assert len(names) == 53 and any(name.endswith("train/0000.parquet, row 3") for name in names)
 
-    def test_a_damaged_file(self, root, tmp_path):
+    def test_a_damaged_file_is_named(self, root, tmp_path):
         content = (root / "train-0.parquet").read_bytes()
         (tmp_path / "a.parquet").write_bytes(content[:-100])
         with pytest.raises((ValueError, OSError), match=r"a\.parquet"):
             load_data(config(tmp_path))
 
-    def test_files_that_are_gone_are_no_bad_images(self, root, tmp_path):
+    def test_files_that_are_gone_are_an_error_not_bad_images(self, root, tmp_path):
         for file in root.iterdir():
             (tmp_path / file.name).write_bytes(file.read_bytes())
         train, heldout = load_data(config(tmp_path, on_bad_image="skip"))
@@ -281,20 +281,20 @@ class TestErrors:
         with pytest.raises(OSError, match="the same command continues"):
             next(image_batches(heldout, 4, None, torch.device("cpu")))
 
-    def test_other_kinds_of_files(self, files, tmp_path):
+    def test_other_kinds_of_files_are_refused(self, files, tmp_path):
         for file in files[:3]:
             (tmp_path / file.name).write_bytes(file.read_bytes())
         with pytest.raises(ValueError, match=r"data\.streaming needs Parquet files, got .* of the kind imagefolder"):
             load_data(config(tmp_path))
 
-    def test_columns_of_different_types(self, root, files, tmp_path):
+    def test_columns_of_different_types_are_refused(self, root, files, tmp_path):
         (tmp_path / "train-0.parquet").symlink_to(root / "train-0.parquet")
         own = Dataset.from_dict({"image": [b"x"] * 3}, Features({"image": Value("binary")}))
         own.to_parquet(tmp_path / "train-1.parquet")
         with pytest.raises(ValueError, match="must be of the same type in all files, and is not so in"):
             load_data(config(tmp_path, image_column="image"))
 
-    def test_too_few_images(self, files, tmp_path):
+    def test_too_few_images_are_refused(self, files, tmp_path):
         table(files[:1]).to_parquet(tmp_path / "a.parquet")
         with pytest.raises(ValueError, match="must have images to train on and others to hold out, got 0 and 1"):
             load_data(config(tmp_path))
@@ -311,7 +311,7 @@ class TestErrors:
             ({"lanes": (1, 1), "streaming": False}, r"are of data\.streaming, got \[1, 1\] and data\.streaming false"),
         ],
     )
-    def test_wrong_settings(self, settings, message):
+    def test_wrong_settings_are_refused(self, settings, message):
         with pytest.raises(ValueError, match=message):
             DataConfig(**{"name": "datasets", "streaming": True} | settings)
 
@@ -330,7 +330,7 @@ def test_run_continued_in_another_order_warns(root, tmp_path, caplog):
         dataclasses.replace(run, run=dataclasses.replace(run.run, device_batch_size="auto"))
 
 
-def test_another_order_than_of_a_set_that_is_prepared(root):
+def test_a_stream_has_another_order_than_a_set_that_is_prepared(root):
     train, _ = load_data(config(root))
     batches = [batch.tolist() for batch, _ in train.batches(8, 0, 0, 0)]
     assert batches != [micro.indices for (micro,) in epoch_batches(120, 8, 0, 0)]

@@ -149,7 +149,7 @@ class TestRun:
 
     @pytest.mark.parametrize("name", SCHEDULERS)
     def test_samplers_know_the_noise_of_the_training(self, name, finished):
-        """And begin with all of it, or nearly; for pipelines that are made from them, none clips."""
+        """Sampling begins with nearly all of the noise, and no sampler clips, in pipelines made from them too."""
         config, result = finished
         latents = LatentsConfig(folder=str(result.output_dir / "latents"))
         task = loaded(dataclasses.replace(config, latents=latents, sampling=SamplingConfig(scheduler=name)))
@@ -172,7 +172,7 @@ class TestRun:
         assert all(torch.equal(before.state_dict()[name], value) for name, value in after.state_dict().items())
         assert before.config.scaling_factor == after.config.scaling_factor
 
-    def test_pictures_and_figures(self, finished):
+    def test_run_leaves_pictures_and_figures(self, finished):
         _, result = finished
         width, height = Image.open(result.output_dir / "pictures" / "prompts.png").size
         assert width > 4 * 64 and height > 10 * 64  # two seeds at two scales, ten prompts
@@ -358,7 +358,7 @@ class TestLatents:
             torch.testing.assert_close(value, weights["encoded"][name], rtol=0, atol=1e-4)
 
     @pytest.mark.parametrize("sample_posterior", [True, False])
-    def test_what_the_denoiser_sees(self, sample_posterior, vae, tmp_path):
+    def test_the_denoiser_sees_noised_scaled_latents(self, sample_posterior, vae, tmp_path):
         """Scaled draws from the posterior, or scaled means, of the images asked for, with the noise asked for."""
         task = self.task(vae, tmp_path, sample_posterior=sample_posterior)
         draws, indices, seen = task.draws(5, torch.Generator().manual_seed(0)), [7, 3, 390, 3, 11], []
@@ -378,7 +378,7 @@ class TestLatents:
         torch.testing.assert_close(seen[0], alphas.sqrt() * scaled_latents + (1 - alphas).sqrt() * draws["noise"])
         torch.testing.assert_close(terms.per_image["error"], (draws["noise"] ** 2).mean((1, 2, 3)))
 
-    def test_draws_differ_from_the_mean(self, vae, tmp_path):
+    def test_drawn_latents_differ_from_the_mean(self, vae, tmp_path):
         """The two settings are two: a model that sees draws sees the posterior's variance."""
         task = self.task(vae, tmp_path)
         latents = task.train_set.latents
@@ -492,7 +492,7 @@ class TestCaptions:
         with pytest.raises(ValueError, match=named):
             CaptionConfig(**settings)
 
-    def test_folder_with_captions(self, vae, tmp_path):
+    def test_captions_of_a_folder_are_those_of_its_files(self, vae, tmp_path):
         """Files beside the images say what they show; prompts of the grid are captions that were held out."""
         config = dataclasses.replace(tiny(tmp_path / "run", vae, max_images=60), data=captioned(tmp_path / "images"))
         task = TextToImageTask(config)
@@ -521,7 +521,7 @@ class TestRefused:
             run_task(TextToImageTask(config))
         assert [path.name for path in (tmp_path / "run").iterdir()] in ([], [".lock"])
 
-    def test_values_that_mean_something_else(self, vae, tmp_path):
+    def test_images_of_another_value_range_are_refused(self, vae, tmp_path):
         shutil.copytree(vae / "model", tmp_path / "vae")
         ValueRange(0, 4095).save(tmp_path / "vae")
         with pytest.raises(ValueError, match=r"data\.value_range must be \[0, 4095\], to which .* got null"):
@@ -540,7 +540,7 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"sampling\.prompts may have 16 tokens, .* got 42 in 'a nine a nine"):
             run_task(TextToImageTask(dataclasses.replace(config, sampling=long)))
 
-    def test_mlp(self, tmp_path):
+    def test_latents_of_an_mlp_are_refused(self, tmp_path):
         MLPVAE(image_size=8, hidden_dim=8, latent_dim=2).save_pretrained(tmp_path / "mlp")
         with pytest.raises(ValueError, match="takes an AutoencoderKL, got MLPVAE"):
             run_task(TextToImageTask(tiny(tmp_path / "run", tmp_path / "mlp")))

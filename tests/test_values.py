@@ -539,7 +539,7 @@ class TestModels:
 
 @pytest.fixture(scope="module")
 def photographs(shared_data, tmp_path_factory):
-    """Of 16 bits: the 8 of the file above 8 that are random, so that nothing that rounds to 8 gives them back."""
+    """Images of 16 bits: 8 of the file above 8 random ones, which are lost by anything that rounds to 8 bits."""
     folder = tmp_path_factory.mktemp("photographs")
     with tarfile.open(shared_data / "bsds500-val.tar") as packed:
         members = [member for member in packed if member.name.endswith(".jpg")]

@@ -65,7 +65,7 @@ class Repo:
     """Whether its files are for those only whom its owner lets in."""
     commits: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
-    """Of a branch or a refs/pr/N to its newest commit."""
+    """The newest commit by branch or refs/pr/N."""
 
     def commit(self, ref: str, message: str, description: str, files: dict[str, File], parent: str | None) -> Commit:
         content = json.dumps([parent, message, sorted((k, str(v)) for k, v in files.items()), secrets.token_hex(4)])
@@ -110,7 +110,7 @@ class HubServer:
         self.uploads: list[str] = []
         """SHA-256 of each object that was stored, once per upload."""
         self.signed: dict[str, tuple[str, int]] = {}
-        """Of a signature to the object and size that it allows to be put."""
+        """The object and size that may be put, by signature."""
         self.lock = threading.RLock()
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for handler in (_Hub, _Storage)]
         for server in self._servers:
