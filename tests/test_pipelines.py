@@ -248,7 +248,7 @@ class TestLatentScaling:
 class TestSwap:
     @pytest.mark.slow
     def test_saved_pipelines_draw_the_same_without_the_package(self, vae, texts, tmp_path):
-        """Pipelines of every kind run with the trained VAE and name stock classes only; they load without this package."""
+        """Each kind of pipeline runs with the trained VAE, names stock classes only, and loads without this package."""
         images, mask = pictures()
         expected = {}
         for name in RUN:
