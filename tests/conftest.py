@@ -1,4 +1,7 @@
-"""Shared fixtures. Real data sets lie in ../shared/data beside the checkout; tests that need them skip without."""
+"""Shared fixtures. Real data sets lie in ../shared/data beside the checkout; tests that need them skip without.
+
+Fixtures import what takes long themselves: pytest loads this file in the process that starts its workers, too.
+"""
 
 import gc
 import gzip
@@ -12,15 +15,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of other workers want the cores that would be spun on
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers imports torch once per core
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process of every test would compile all modules anew
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
-from support.hub import READ_TOKEN, TOKEN
-from support.hub_server import HubServer, User
-from support.runs import TINY_MLP, TINY_VAE, tiny
-
-from diffusers_vae import cli
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -28,6 +25,8 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Fixtures of modules come before `new_launch`."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -44,6 +43,9 @@ def new_launch():
     """Accelerate keeps the first precision of a process, and torch its number of threads: every test is a launch of its
     own, with one thread, so that the workers of pytest share the cores and sums are rounded the same way everywhere.
     """
+    import torch
+    from accelerate.state import AcceleratorState
+
     AcceleratorState._reset_state(True)
     torch.set_num_threads(1)
 
@@ -81,16 +83,25 @@ def finished_vae_run(tmp_path_factory) -> Path:
     """The folder of a finished run on 8x8 digits, with an evaluation, pictures, a report, a card and a tracker's log;
     beside it, what the command printed. Shared by all tests: a test that changes it works on a copy.
     """
+    from support.runs import TINY_VAE
+
     return finished_run(tmp_path_factory, "small-vae", TINY_VAE, tracker="tensorboard")
 
 
 @pytest.fixture(scope="session")
 def finished_mlp_run(tmp_path_factory) -> Path:
     """The folder of a finished run of an MLP with two latent units; see `finished_vae_run`."""
+    from support.runs import TINY_MLP
+
     return finished_run(tmp_path_factory, "small-mlp", TINY_MLP)
 
 
 def finished_run(tmp_path_factory, name, model, **run) -> Path:
+    from accelerate.state import AcceleratorState
+    from support.runs import tiny
+
+    from diffusers_vae import cli
+
     folder = tmp_path_factory.mktemp("finished") / name
     tiny(folder, model, **run).save(folder.parent / "run.yaml")
     AcceleratorState._reset_state(True)  # of the test before
@@ -145,6 +156,9 @@ def small_disk(tmp_path):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub that the client in this process talks to, with Ann logged in."""
+    from support.hub import READ_TOKEN, TOKEN
+    from support.hub_server import HubServer, User
+
     tokens = {TOKEN: User("ann", orgs=("lab",)), READ_TOKEN: User("ann", role="read")}
     with HubServer(tokens) as server:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)

@@ -89,6 +89,7 @@ def test_is_the_discriminator_of_pix2pix():
             assert values.std().item() == pytest.approx(0.02, rel=0.2), name
 
 
+@pytest.mark.slow
 def test_with_spectral_norm_is_pix2pix_with_every_weight_divided_by_its_singular_value():
     discriminator = make_discriminator(3, layers=3)
     discriminator.iterate()
@@ -159,6 +160,7 @@ def test_every_begin_of_a_step_is_one_power_iteration_the_same_everywhere():
     assert_equal(one.discriminator.state_dict(), other.discriminator.state_dict())
 
 
+@pytest.mark.slow
 def test_after_many_iterations_the_largest_singular_value_is_one():
     discriminator = make_discriminator(layers=3)
     with torch.no_grad():
@@ -258,6 +260,7 @@ def test_every_loss_has_the_gradient_of_its_finite_differences(kind, norm):
         assert_finite_differences(lambda: adversary.discriminator_loss(images, reconstructions)[0].mean(), weight)
 
 
+@pytest.mark.slow
 def test_learns_to_tell_images_from_reconstructions():
     adversary, images = make_adversary(lecam_weight=0.01, r1_weight=0.01, adaptive=False), make_images(8)
     reconstructions = F.avg_pool2d(images, 3, stride=1, padding=1)

@@ -96,6 +96,7 @@ def test_are_those_of_files(kind, limit, cifar, folder, tmp_path):
     assert len({own.name(index) for index in range(40)}) == 40
 
 
+@pytest.mark.slow
 @LIMITS
 def test_grey_images_with_integers_as_labels(limit, mnist_root, tmp_path):
     reference, _ = load_data(DataConfig(name="mnist", root=str(mnist_root), resolution=28))
@@ -329,6 +330,7 @@ class TestErrors:
             DataConfig(name="mnist", crops=2)
 
 
+@pytest.mark.slow
 def test_commands(cifar, tmp_path, capsys):
     settings = save(
         "npy", tmp_path / "arrays", np.concatenate([cifar[0], cifar[0][:2]]), np.concatenate([cifar[1], cifar[1][:2]])

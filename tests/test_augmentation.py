@@ -44,6 +44,7 @@ def read(images, **place):
 
 
 class TestFlips:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("settings", "ways"),
         [
@@ -132,6 +133,7 @@ class TestRandomCrops:
             found.append(where)
         return found
 
+    @pytest.mark.slow
     def test_crops_differ_in_every_epoch(self, photographs):
         train, _ = load_data(config(photographs, crops="random"))
         epochs = [self.places(train, epoch=epoch) for epoch in range(3)]

@@ -92,6 +92,7 @@ class TestRoundTrip:
             a, b = first.optimizer.state[p], second.optimizer.state[q]
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
+    @pytest.mark.slow
     def test_restored_state_does_not_map_the_files(self, folder):
         """Its space is free as soon as it is deleted, and a disk that goes away takes no state along."""
         maps = Path("/proc/self/maps")

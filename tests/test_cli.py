@@ -115,6 +115,7 @@ class TestTop:
         with pytest.raises(IndexError):
             cli.main(["info", str(tmp_path), "--debug"])
 
+    @pytest.mark.slow
     def test_closed_pipe_ends_the_command_quietly(self, run, tmp_path):
         output = run_forked(info_for_a_reader_who_has_left, str(run), log=tmp_path / "log")
         assert output == ""
@@ -138,6 +139,7 @@ def copy_images(source, target, count):
         shutil.copyfile(path, target / path.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "of_its_own",
     [
@@ -221,6 +223,7 @@ class TestEvaluate:
         assert report.protocol.resolution == [16, 16] and report.protocol.channels == 3
         assert report.model.name == "pipeline"
 
+    @pytest.mark.slow
     def test_a_run_on_a_folder_is_measured_on_what_it_was_not_trained_on(self, run, capsys, tmp_path, cifar_folder):
         folders = [tmp_path / name for name in ("ships", "frogs")]
         for folder, count in zip(folders, (30, 20), strict=True):
@@ -272,6 +275,7 @@ class TestEvaluate:
 
 
 class TestFp16:
+    @pytest.mark.slow
     def test_a_run_is_told_safe_and_its_config_changed_when_asked(self, run, capsys, tmp_path):
         folder = tmp_path / "run"
         shutil.copytree(run, folder)
@@ -352,6 +356,7 @@ class TestEncode:
         code, _, error = call(capsys, "encode", "digits", "--vae", run, "--out", out, "--split", "held-out")
         assert code == 1 and "dtype: float16 there, float32 here" in error and "data.images: 1617 there" in error
 
+    @pytest.mark.slow
     def test_latents_are_computed_in_the_precision_asked_for(self, run, capsys, tmp_path):
         for name, arguments in (("float32", []), ("bfloat16", ["--batch_size", "7"])):
             arguments += ["--out", tmp_path / name, "--compute_dtype", name]
@@ -360,6 +365,7 @@ class TestEncode:
         one, other = (LatentDataset(tmp_path / name).latents(range(64)) for name in ("float32", "bfloat16"))
         assert not torch.equal(one, other) and torch.allclose(one, other, atol=0.05)
 
+    @pytest.mark.slow
     def test_a_folder_is_encoded_by_a_model_of_no_run(self, capsys, tmp_path):
         """All images of a folder without parts, at the model's size, with captions; those left out are counted."""
         tiny_vae(3, sample_size=16).save_pretrained(tmp_path / "model")
@@ -521,6 +527,7 @@ class TestOthers:
             code, _, error = call(capsys, *words)
             assert code == 1 and error.count("\n") == 1 and f"{name} is damaged" in error, (words, error)
 
+    @pytest.mark.slow
     def test_settings_of_the_hub_are_those_of_the_run(self, hub, run, capsys, tmp_path):
         shutil.copytree(run, tmp_path / "run")
         settings = yaml.safe_load((run / "config.yaml").read_text())

@@ -5,6 +5,7 @@ a run without interruption. States of the disk that are the same, file by file, 
 """
 
 import dataclasses
+import logging
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from support.crashes import ENDED, Disk, End, Snapshots, in_folder, operations, state_of, watched
 from support.launches import Launch
 from support.runs import tiny
@@ -43,7 +45,8 @@ def config_of(**run):
     """Two steps; the second checkpoint deletes the first."""
     run = {"max_images": 20, "batch_size": 10, "log_every": 10, "checkpoint_every": 10, "keep_checkpoints": 1} | run
     config = dataclasses.replace(tiny("run", **run), evaluation=EvaluationConfig(max_images=8))
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, heldout_fraction=0.9))
+    model = dataclasses.replace(config.model, latent_dim=1)  # of which there are the fewest pictures
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, heldout_fraction=0.9))
 
 
 def run_loop() -> None:
@@ -80,40 +83,54 @@ class Points:
         assert not any(launched(partial(watched, work, reference, Disk()), self.log, processes)), self.log.read_text()
         self.expected = state_of(reference)
         self.operations = [operations(reference, rank) for rank in range(processes)]
-        self.continued = set()
+        self.states: dict[frozenset, tuple[Path, str]] = {}
 
     def all_of(self, rank: int) -> list[tuple[int, bool]]:
         """(operation, power failure or not) of process `rank`."""
         names, lossy = self.operations[rank]
         return [(number, False) for number in range(len(names))] + [(number, True) for number in lossy]
 
-    def check(self, number: int, power_failure: bool, rank: int) -> None:
-        """End process `rank` at an operation, continue, and compare all files."""
+    def end_at(self, number: int, power_failure: bool, rank: int) -> None:
+        """End process `rank` at an operation."""
         trial = self.folder / f"{rank}-{number:04d}{'-power' * power_failure}"
         codes = launched(partial(watched, self.work, trial, End(number, power_failure), rank), self.log, self.processes)
         name = self.operations[rank][0][number]
         assert codes[rank] == ENDED, (name, codes, self.log.read_text())
-        self.continue_from(trial, name)
+        self.keep(trial, name)
 
-    def continue_from(self, trial: Path, operation: str, unfinished: str | None = None) -> None:
-        """Continue what lies in `trial`, unless the same was continued before, and compare all files. `unfinished`
-        stands for the content of all unfinished files.
+    def keep(self, trial: Path, operation: str, unfinished: str | None = None) -> None:
+        """Keep what lies in `trial` to continue it, unless it is as another state. `unfinished` stands for the content
+        of all unfinished files.
         """
         state = state_of(trial)
         if unfinished is not None:
             state = {path: unfinished if ".partial" in path else content for path, content in state.items()}
-        state = frozenset(state.items())
-        if state not in self.continued:
-            self.continued.add(state)
-            log = trial.with_suffix(".log")
-            assert not any(launched(partial(in_folder, self.work, trial), log, self.processes)), log.read_text()
-            assert "is damaged" not in log.read_text(), f"ended before {operation}: {log.read_text()}"
-            found = state_of(trial)
+        if self.states.setdefault(frozenset(state.items()), (trial, operation)) != (trial, operation):
+            shutil.rmtree(trial)
+
+    def continue_all(self) -> None:
+        """Continue all states that were kept, and compare all files of each. One process does so for one after the
+        other; of several, each state has a launch of its own.
+        """
+        trials = list(self.states.values())
+        log = self.folder / "log of what is continued"
+        for some in [trials] if self.processes == 1 else [[trial] for trial in trials]:
+            work = partial(one_after_the_other, self.work, [folder for folder, _ in some])
+            assert not any(launched(work, log, self.processes)), log.read_text()
+        assert "is damaged" not in log.read_text(), log.read_text()
+        for folder, operation in trials:
+            found = state_of(folder)
             different = [
                 path for path in found.keys() | self.expected.keys() if found.get(path) != self.expected.get(path)
             ]
             assert not different, f"ended before {operation}: {different}"
-        shutil.rmtree(trial)
+
+
+def one_after_the_other(work: Callable[[], object], folders: list[Path]) -> None:
+    for folder in folders:
+        AcceleratorState._reset_state(True)  # of the one before
+        logging.info("in %s", folder)
+        in_folder(work, folder)
 
 
 def test_run_ended_at_any_operation_continues_bit_identically(folder, record_property):
@@ -122,9 +139,10 @@ def test_run_ended_at_any_operation_continues_bit_identically(folder, record_pro
     chosen = points.all_of(0)
     assert len(chosen) > 90 and sum(name.startswith("unlink") for name in points.operations[0][0]) > 5
     for number, power_failure in chosen:
-        points.check(number, power_failure, 0)
+        points.end_at(number, power_failure, 0)
+    points.continue_all()
     record_property("points", len(chosen))
-    record_property("states", len(points.continued))
+    record_property("states", len(points.states))
 
 
 def test_run_of_two_processes_one_of_which_ends_at_any_operation_continues_bit_identically(folder, record_property):
@@ -132,9 +150,10 @@ def test_run_of_two_processes_one_of_which_ends_at_any_operation_continues_bit_i
     chosen = [(number, False, rank) for rank in range(2) for number in range(len(points.operations[rank][0]))]
     assert len(points.operations[1][0]) > 5
     for point in chosen:
-        points.check(*point)
+        points.end_at(*point)
+    points.continue_all()
     record_property("points", len(chosen))
-    record_property("states", len(points.continued))
+    record_property("states", len(points.states))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -142,9 +161,10 @@ def test_encoding_ended_at_any_operation_continues_with_the_same_files(processes
     points = Points(encode, folder, processes)
     chosen = [(*point, rank) for rank in range(processes) for point in points.all_of(rank)]
     for point in chosen:
-        points.check(*point)
+        points.end_at(*point)
+    points.continue_all()
     record_property("points", len(chosen))
-    record_property("states", len(points.continued))
+    record_property("states", len(points.states))
 
 
 def test_end_of_a_run_interrupted_at_any_operation_is_done_again_the_same(folder, record_property):
@@ -162,9 +182,10 @@ def test_end_of_a_run_interrupted_at_any_operation_is_done_again_the_same(folder
     states = sorted((folder / "states").iterdir())
     assert len(states) == len(names) + len(lossy) > 60
     for state in states:
-        points.continue_from(state, names[int(state.name[:4])], unfinished="")
+        points.keep(state, names[int(state.name[:4])], unfinished="")
+    points.continue_all()
     record_property("points", len(states))
-    record_property("states", len(points.continued))
+    record_property("states", len(points.states))
 
 
 def test_finished_run_started_again_does_no_operation(tmp_path):

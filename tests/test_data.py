@@ -303,6 +303,7 @@ class TestFolder:
         everything = torch.cat([train.pixels, heldout.pixels]).flatten(1)
         assert len(everything.unique(dim=0)) == 112
 
+    @pytest.mark.slow
     def test_read_on_demand_equals_in_memory(self, cifar_folder):
         config = DataConfig(name="folder", root=str(cifar_folder / "test"), channels=3, resolution=24)
         memory, _ = load_data(config)

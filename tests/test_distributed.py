@@ -197,6 +197,7 @@ def test_processes_end_with_equal_weights(tmp_path):
 def test_run_of_three_processes_is_continued_bit_identically(tmp_path):
     """The gradients of three processes can be summed in more than one order."""
     config = tiny(tmp_path / "run", TINY_VAE, batch_size=30, max_images=120, checkpoint_every=60)
+    config = whole(config, random_network(tmp_path / "network"))
     run_forked(fit, config, log=tmp_path / "log", processes=3)
     output_dir = interrupted_at(60, tmp_path / "run", tmp_path / "again")
     output = run_forked(fit, at(config, output_dir), log=tmp_path / "log of the second", processes=3)

@@ -155,6 +155,7 @@ class TestReferences:
         assert report.ssim == pytest.approx(ssim(images, reconstructions).mean().item(), rel=1e-5)
         assert "0.5" in report.density and "normal" in report.density
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("likelihood", [Gaussian(0.4), Bernoulli()])
     def test_elbo_is_a_monte_carlo_estimate_with_torch_distributions(self, likelihood):
         """The mean of log p(x|z) + log p(z) - log q(z|x), z drawn by torch, within 4 standard errors."""
@@ -186,6 +187,7 @@ class TestReferences:
         assert error < 0.3
         assert report.elbo == pytest.approx(mean, abs=4 * error * math.sqrt(3))
 
+    @pytest.mark.slow
     def test_importance_weighted_bound_is_the_likelihood_of_a_linear_gaussian_model(self):
         """With the exact posterior each draw gives log p(x), Burda et al. 2016; with another the bound lies between."""
         _, images = load_data(DataConfig(resolution=8))
@@ -282,6 +284,7 @@ class TestNetworks:
         with pytest.raises(ValueError, match=r"alexnet\S+ does not hold the published weights of alex"):
             LPIPS("alex", tmp_path)
 
+    @pytest.mark.slow
     def test_images_that_they_cannot_see(self, weights):
         lpips = LPIPS("alex", weights)
         with pytest.raises(ValueError, match=r"sides of at least 31 pixels, got 28x30"):
@@ -289,6 +292,7 @@ class TestNetworks:
         with pytest.raises(ValueError, match="defined for 3 channels, and 1 is repeated to 3, got 5"):
             lpips(torch.zeros(1, 5, 64, 64), torch.zeros(1, 5, 64, 64))
 
+    @pytest.mark.slow
     def test_the_hub_folder_is_left_as_it_was(self, weights):
         before = torch.hub.get_dir()
         LPIPS("alex", weights)

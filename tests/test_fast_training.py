@@ -120,6 +120,7 @@ class _Questions(TorchDispatchMode):
 
 
 class TestNoWaiting:
+    @pytest.mark.slow
     @pytest.mark.parametrize("model", [TINY_VAE, TINY_MLP])
     @pytest.mark.parametrize("scale", [0.5, "learned"])
     def test_steps_ask_nothing_of_the_device(self, model, scale, tmp_path):
@@ -141,6 +142,7 @@ class TestNoWaiting:
 
 
 class TestMemory:
+    @pytest.mark.slow
     @pytest.mark.parametrize("other", [{"gradient_checkpointing": True}, {"device_batch_size": "auto"}], ids=str)
     def test_what_saves_it_leaves_no_trace_in_the_weights(self, other, tmp_path):
         fit(tiny(tmp_path / "plain", TINY_VAE, max_images=90))

@@ -252,6 +252,7 @@ class TestLatentCache:
         state = trained(config, 180)
         assert all(torch.equal(state[name], each) for name, each in saved(again / "model").items())
 
+    @pytest.mark.slow
     def test_of_another_autoencoder_is_refused(self, base, cache, tmp_path):
         other = VAE.from_pretrained(base)
         with torch.no_grad():

@@ -301,6 +301,7 @@ class TestPush:
         assert len(hub.repos[REPO].commits) == 2 and not hub.repos[REPO].private
         assert hub.repos[REPO].at("main").message == "Upload tiny: PSNR 30.88 dB on 180 images"
 
+    @pytest.mark.slow
     def test_adapters_go_with_the_model_and_leave_with_it(self, hub, run):
         (run / "lora").mkdir()
         shutil.copy(run / "model" / "diffusion_pytorch_model.safetensors", run / ADAPTER)
@@ -310,12 +311,14 @@ class TestPush:
         push(tune(run), HubConfig(repo_id=REPO))
         assert uploaded(hub) == expected_files(run, HubConfig(repo_id=REPO))
 
+    @pytest.mark.slow
     def test_repeated_changes_nothing(self, hub, run):
         push(run, HubConfig(repo_id=REPO))
         sent = len(hub.uploads)
         assert push(run, HubConfig(repo_id=REPO)) == f"{hub.url}/{REPO}"
         assert len(hub.repos[REPO].commits) == 2 and len(hub.uploads) == sent
 
+    @pytest.mark.slow
     def test_repository_that_exists_gets_another_commit(self, hub, run, tmp_path):
         push(run, HubConfig(repo_id=REPO))
         other = make_run(tmp_path / "runs" / "other", make_vae(1), (8, 8), CONFIG)
@@ -323,6 +326,7 @@ class TestPush:
         assert uploaded(hub) == expected_files(other, HubConfig(repo_id=REPO))
         assert len(hub.repos[REPO].commits) == 3
 
+    @pytest.mark.slow
     def test_shards_replace_one_file_and_the_other_way(self, hub, run):
         config = HubConfig(repo_id=REPO)
         push(run, config)
@@ -338,6 +342,7 @@ class TestPush:
         push(run, config)
         assert uploaded(hub) == expected_files(run, config)
 
+    @pytest.mark.slow
     def test_private_revision_and_message(self, hub, run):
         config = HubConfig(repo_id="lab/x", private=True, revision="v1/try", commit_message="The first")
         assert push(run, config) == f"{hub.url}/lab/x/tree/v1%2Ftry"
@@ -347,6 +352,7 @@ class TestPush:
         assert uploaded(hub, "lab/x") == {}
         push(run, config)  # the branch is there now
 
+    @pytest.mark.slow
     def test_pull_request_leaves_main_alone(self, hub, run):
         hub.create("somebody/model")
         config = HubConfig(repo_id="somebody/model", create_pr=True)
@@ -354,6 +360,7 @@ class TestPush:
         assert uploaded(hub, "somebody/model") == {}
         assert uploaded(hub, "somebody/model", "refs/pr/1") == expected_files(run, config)
 
+    @pytest.mark.slow
     def test_goes_on_with_an_open_pull_request(self, hub, run):
         hub.create(REPO)
         push(run, HubConfig(repo_id=REPO, create_pr=True))
@@ -417,6 +424,7 @@ class TestFaults:
         """The client waits for up to 8 seconds between two attempts."""
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["halfway", "unanswered"])
     def test_connection_that_breaks_in_the_commit(self, hub, run, kind):
         config = HubConfig(repo_id=REPO, license="mit")
@@ -432,6 +440,7 @@ class TestFaults:
         assert uploaded(hub) == expected_files(run, config)
         assert sorted(hub.uploads) == sent and len(hub.repos[REPO].commits) == 2
 
+    @pytest.mark.slow
     def test_error_ends_with_the_command_that_repeats_the_upload(self, hub, run, capsys):
         config = HubConfig(False, "lab/x", True, "dev", "it's done", False, "mit", "ann/y")
         hub.faults.append(Fault("POST .*/commit/", "halfway"))
@@ -450,6 +459,7 @@ class TestFaults:
         assert uploaded(hub) == expected_files(run, config)
         assert sum(request.startswith("PUT ") for request, _ in hub.requests) == 4 and len(hub.uploads) == 3
 
+    @pytest.mark.slow
     def test_connection_that_stays_broken(self, hub, run):
         weights = hashlib.sha256((run / "model" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
         hub.faults.append(Fault(f"PUT .*{weights}", "halfway", times=6))  # the client tries six times
@@ -461,6 +471,7 @@ class TestFaults:
         assert uploaded(hub) == expected_files(run, config)
         assert sorted(hub.uploads) == sorted({*hub.uploads}) and weights in hub.uploads
 
+    @pytest.mark.slow
     def test_rate_limit(self, hub, run):
         headers = {"Retry-After": "37"}
         hub.faults.append(Fault("POST /api/repos/create", "status", status=429, headers=headers))
@@ -469,6 +480,7 @@ class TestFaults:
         push(run, HubConfig(repo_id=REPO))
         assert uploaded(hub) == expected_files(run, HubConfig(repo_id=REPO))
 
+    @pytest.mark.slow
     def test_storage_that_is_overloaded_for_a_moment(self, hub, run):
         hub.faults.append(Fault("PUT ", "status", status=503))
         push(run, HubConfig(repo_id=REPO))

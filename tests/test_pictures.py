@@ -243,6 +243,7 @@ class TestLatents:
 
 
 class TestCurves:
+    @pytest.mark.slow
     def test_held_out_values_far_from_training_are_seen(self, tmp_path):
         """Clipped, a held-out loss of 45 would look like one of 60 beside a training loss of 27: overfitting unseen."""
         losses, ways = [], []
@@ -257,6 +258,7 @@ class TestCurves:
         assert losses[0].shape != losses[1].shape or not np.array_equal(*losses)
         assert ways[0].shape != ways[1].shape or not np.array_equal(*ways)
 
+    @pytest.mark.slow
     def test_runs_side_by_side(self, tmp_path):
         """Every run and every panel is seen, and held-out values too."""
         runs = {}
@@ -283,6 +285,7 @@ class TestCurves:
         colours = {tuple(colour) for colour in np.asarray(rate_distortion_curve(points)).reshape(-1, 3)}
         assert {(214, 39, 40), (44, 160, 44)} <= colours and (148, 103, 189) not in colours
 
+    @pytest.mark.slow
     def test_rates_show_silent_channels_and_positions(self):
         def reds(picture):
             red, *others = np.moveaxis(np.asarray(picture).astype(int), -1, 0)

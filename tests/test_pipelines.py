@@ -335,6 +335,7 @@ for name, pictures in expected.items():
             found = getattr(pipeline, key)
             assert getattr(found, "config", found) == getattr(value, "config", value), key
 
+    @pytest.mark.slow
     def test_without_an_old_vae(self, vae, texts, tmp_path):
         """The way to a VAE of another scaling, for which the denoiser was trained."""
         make("StableDiffusionPipeline", untrained(vae, in_channels=3, out_channels=3), texts).save_pretrained(tmp_path)

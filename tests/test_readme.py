@@ -40,6 +40,7 @@ def digits_model(tmp_path):
     return vae
 
 
+@pytest.mark.slow
 def test_code_runs_as_it_stands(digits_model, tmp_path, monkeypatch):
     make_pipeline(digits_model, tmp_path)
     shutil.copytree(tmp_path / "before", tmp_path / "runs" / "digits-t2i" / "pipeline")

@@ -30,7 +30,8 @@ SLURM, NODE, KUBERNETES = (CLUSTER / name for name in ("slurm.sh", "node.sh", "k
 TINY = [
     "--data.resolution", 8, "--model.block_out_channels", "[8,8]", "--model.norm_num_groups", 4,
     "--run.batch_size", 60, "--run.max_images", 3600, "--run.log_every", 240, "--run.checkpoint_every", 600,
-    "--run.keep_checkpoints", 100, "--run.mixed_precision", "no", "--evaluation.max_images", 64,
+    "--run.keep_checkpoints", 100, "--run.mixed_precision", "no", "--run.tracker", "null",
+    "--evaluation.max_images", 64,
 ]  # fmt: skip
 
 
@@ -212,6 +213,7 @@ class TestEstimate:
         assert (names, orders) == (8 * 1_024_000 * 500, 8 * 2 * 1_024_000 * 8)
 
 
+@pytest.mark.slow
 def test_counts_are_of_stable_diffusion():
     found = scale.count()
     assert found.parameters == 83_653_863  # as published

@@ -56,6 +56,7 @@ def assert_equal_to_stock(vae, stock):
     torch.testing.assert_close(vae(images).sample, stock(images).sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_equal_to_stock(config, suffix, tmp_path):

@@ -178,6 +178,7 @@ class TestRowGroups:
         monkeypatch.setattr(parquet.ParquetFile, "read_row_group", counted)
         return counts
 
+    @pytest.mark.slow
     def test_each_row_group_is_read_once_an_epoch_and_few_are_kept(self, equal, reads, kept):
         train, _ = load_data(config(equal))
         for reads.reader in range(3):
@@ -188,6 +189,7 @@ class TestRowGroups:
             assert 2 <= most <= 24 // 10 + 2 and kept() == 0
         assert set(reads.values()) == {1} and len(reads) == 3 * 12
 
+    @pytest.mark.slow
     def test_as_few_row_groups_of_a_large_set_are_kept(self, equal, kept, tmp_path):
         for number in range(30):
             (tmp_path / f"train-{number}.parquet").symlink_to(equal / f"train-{number % 3}.parquet")
@@ -209,6 +211,7 @@ class TestRowGroups:
         assert len({reader for reader, _ in reads}) == 4 and len({group for _, group in reads}) == 13
         assert 13 <= reads.total() <= 13 + 4
 
+    @pytest.mark.slow
     def test_row_groups_shared_with_another_process_are_let_go(self, equal, kept):
         train, _ = load_data(config(equal))
         for index in [0, *range(25, 120)]:

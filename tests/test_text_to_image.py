@@ -492,6 +492,7 @@ class TestCaptions:
         with pytest.raises(ValueError, match=named):
             CaptionConfig(**settings)
 
+    @pytest.mark.slow
     def test_captions_of_a_folder_are_those_of_its_files(self, vae, tmp_path):
         """Files beside the images say what they show; prompts of the grid are captions that were held out."""
         config = dataclasses.replace(tiny(tmp_path / "run", vae, max_images=60), data=captioned(tmp_path / "images"))

@@ -105,6 +105,7 @@ class TestRun:
         mean = np.average([record["rate"] for record in records(result.output_dir, "train")], weights=parts)
         assert epoch["rate"] == pytest.approx(mean, rel=1e-6)
 
+    @pytest.mark.slow
     def test_perceptron_saves_itself(self, finished_mlp_run):
         result = train(tiny(finished_mlp_run))
         assert result.latent_shape == (2, 1, 1)
@@ -145,6 +146,7 @@ class TestExactness:
             fit(tiny(tmp_path / name, TINY_VAE, checkpoint_every=150))
         assert left_behind(tmp_path / "first") == left_behind(tmp_path / "second")
 
+    @pytest.mark.slow
     def test_evaluations_do_not_change_the_training(self, tmp_path):
         """Not even by what they draw at random."""
 
@@ -189,6 +191,7 @@ class TestExactness:
             torch.testing.assert_close(average[key], decay * w1[key] + (1 - decay) * w2[key], rtol=0, atol=1e-6)
         assert (w1["mean.weight"] - w2["mean.weight"]).abs().max() > 1e-3
 
+    @pytest.mark.slow
     def test_images_read_on_demand_train_the_same(self, tmp_path, cifar_folder):
         data = DataConfig(name="folder", root=str(cifar_folder / "test" / "ship"), channels=3, resolution=(8, 16))
         for name, limit in (("memory", None), ("disk", 0)):
@@ -203,6 +206,7 @@ class TestExactness:
         finally:
             torch.use_deterministic_algorithms(False)
 
+    @pytest.mark.slow
     def test_bfloat16_autocast_keeps_float32_weights(self, tmp_path):
         """In a process that has had another precision before, too."""
         for precision in ("bf16", "no"):
@@ -232,6 +236,7 @@ class TestFaults:
             train(config)
         assert all(math.isfinite(record["loss"]) for record in records(tmp_path / "run", "train"))
 
+    @pytest.mark.slow
     def test_step_that_is_not_finite_names_the_image_the_terms_and_the_dump(self, tmp_path):
         """And keeps the checkpoint before, from which the run goes on without that step when told to."""
         config = tiny(tmp_path / "run", TINY_VAE, max_images=180, checkpoint_every=30)
@@ -255,6 +260,7 @@ class TestFaults:
         (epoch,) = records(tmp_path / "run", "epoch")
         assert epoch["skipped"] == 1 and epoch["images_seen"] == 180 and math.isfinite(epoch["loss"])
 
+    @pytest.mark.slow
     def test_skipped_steps_change_nothing_and_are_counted(self, tmp_path, caplog):
         config = tiny(
             tmp_path / "run", TINY_VAE, max_images=360, on_nonfinite="skip", log_every=30, checkpoint_every=1,
@@ -280,6 +286,7 @@ class TestFaults:
             train(dataclasses.replace(config, optimizer=optimizer))
         assert len(list((tmp_path / "run" / "nonfinite").iterdir())) == 10
 
+    @pytest.mark.slow
     def test_skipping_goes_on_while_other_steps_succeed(self, tmp_path):
         """One in each of 22 epochs."""
         config = tiny(tmp_path / "run", max_images=None, epochs=22, on_nonfinite="skip")

@@ -418,6 +418,7 @@ class TestSharing:
         assert not torch.equal(before, target(random_images(target)).sample)
         assert_same_model(source, target)
 
+    @pytest.mark.slow
     @torch.no_grad()
     def test_settings_follow(self, vae):
         vae.enable_slicing()
@@ -448,6 +449,7 @@ class TestSharing:
 class TestMachinery:
     """What stock can do beside encoding and decoding."""
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:The tiled_encode implementation")
     @torch.no_grad()
     def test_slicing_and_tiling(self, vae):

@@ -463,6 +463,7 @@ class TestLook:
 
 
 class TestModels:
+    @pytest.mark.slow
     def test_published_with_its_range(self, hub, tmp_path, monkeypatch):
         run = make_run(tmp_path / "runs" / "tiny", make_vae(), (8, 8), CONFIG)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
