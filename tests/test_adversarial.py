@@ -372,6 +372,7 @@ def run_steps(adversary, cuts, steps=3):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_is_the_same_however_its_batch_is_cut(kind):
     settings = {"loss": kind, "lecam_weight": 0.3, "r1_weight": 1.0, "warmup_images": 32}
@@ -436,6 +437,7 @@ def test_penalties_are_weighted_and_lecam_averages_those_of_the_steps_before_wit
     torch.testing.assert_close(statistics["fake_logits"], fake.mean())
 
 
+@pytest.mark.slow
 def test_goes_on_bit_by_bit_from_a_state_that_was_written_as_json():
     settings = {"lecam_weight": 0.3, "r1_weight": 1.0}
     adversary = make_adversary(**settings)

@@ -81,6 +81,7 @@ KINDS = ["npy", "npy, channels first", "npy, Fortran", "npz", "npz, compressed",
 LIMITS = pytest.mark.parametrize("limit", [None, 0], ids=["memory", "on demand"])
 
 
+@pytest.mark.slow
 @LIMITS
 @pytest.mark.parametrize("kind", KINDS)
 def test_are_those_of_files(kind, limit, cifar, folder, tmp_path):

@@ -66,6 +66,7 @@ class TestFlips:
         expected = 40 * len(train) / len(ways)
         assert all(abs(count - expected) < 4 * expected**0.5 for count in counts.values())
 
+    @pytest.mark.slow
     def test_images_are_measured_without_flips(self, photographs):
         train, _ = load_data(config(photographs, horizontal_flip=True))
         plain, _ = load_data(config(photographs))

@@ -214,6 +214,7 @@ def test_wrong_input(arguments, code, message, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_missing_vae_is_named(pipeline, capsys):
     code, _, err = call(capsys, pipeline, "--vae", "nowhere")
     assert code == 1 and "error: there is no autoencoder in" in err
@@ -243,6 +244,7 @@ class TestStockLoop:
 
 
 class TestStartup:
+    @pytest.mark.slow
     def test_only_the_lines_asked_for_are_run_and_all_seconds_are_kept(self, tmp_path, capsys):
         startup.main(["--rounds", "2", "--only", "diffusers-vae --help", "--out", str(tmp_path / "out.json")])
         figures = json.loads((tmp_path / "out.json").read_text())["figures"]

@@ -270,6 +270,7 @@ def closed(folder):
 
 
 class TestRefusedByTheDisk:
+    @pytest.mark.slow
     def test_full_disk_leaves_what_was_saved_whole(self, small_disk):
         """What was saved stays whole, the message names the path, nothing half-written takes room."""
         folder = small_disk / "checkpoints"
@@ -299,6 +300,7 @@ class TestRefusedByTheDisk:
             state.save(folder, 8)
         assert find_checkpoint(folder) == (first, [])
 
+    @pytest.mark.slow
     def test_file_that_cannot_be_replaced_stays(self, small_disk):
         path = small_disk / "config.yaml"
         write_file(path, "old")

@@ -202,6 +202,7 @@ class TestEvaluate:
         assert {path.stem for path in (tmp_path / "pictures").iterdir()} >= {"reconstructions", "rates", "traversals"}
         assert "data:image/png" in (tmp_path / "report.html").read_text()
 
+    @pytest.mark.slow
     def test_settings_override_those_of_the_run(self, run, capsys, tmp_path):
         arguments = ["--evaluation.draws", 2, "--evaluation.max_images", 5, "--split", "training"]
         arguments += ["--dtype", "bfloat16", "--out", tmp_path]
@@ -248,6 +249,7 @@ class TestEvaluate:
         code, _, error = call(capsys, "compare", tmp_path / "other", tmp_path / "run", *arguments)
         assert code == 1 and "data.heldout_fraction must be that of the training" in error
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -293,6 +295,7 @@ class TestFp16:
         code, out, _ = call(capsys, "fp16", folder / "model", "--write", "true")
         assert code == 0 and f"was false already in {config}" in out and config.read_bytes() == after[config]
 
+    @pytest.mark.slow
     def test_another_programs_config_keeps_its_order(self, capsys, tmp_path):
         tiny_vae(sample_size=16).to_diffusers().save_pretrained(tmp_path / "pipeline" / "vae")
         file = tmp_path / "pipeline" / "vae" / "config.json"
@@ -303,6 +306,7 @@ class TestFp16:
         assert call(capsys, "fp16", tmp_path / "pipeline", *arguments)[0] == 0
         assert list(json.loads(file.read_text()).items()) == [*config.items(), ("force_upcast", False)]
 
+    @pytest.mark.slow
     def test_what_is_not_safe_is_left_alone(self, capsys, tmp_path):
         vae = tiny_vae(sample_size=16)
         with torch.no_grad():
@@ -334,6 +338,7 @@ class TestFp16:
 
 
 class TestEncode:
+    @pytest.mark.slow
     def test_the_training_images_of_a_run_are_encoded(self, run, capsys, tmp_path):
         """As the run has them; the line that is printed opens what was written."""
         out = tmp_path / "latents"
@@ -445,6 +450,7 @@ class TestEncode:
 
 
 class TestOthers:
+    @pytest.mark.slow
     def test_compare(self, run, capsys, tmp_path):
         """The model in a run is found to be of that run, with its settings."""
         code, out, _ = call(capsys, "compare", run / "model", run, "--out", tmp_path)
@@ -456,6 +462,7 @@ class TestOthers:
             assert_same(comparison["first"][name], of_run[name], name)
         assert Image.open(tmp_path / "comparison.png").width > 100
 
+    @pytest.mark.slow
     def test_compare_says_which_is_better(self, run, capsys, tmp_path):
         shutil.copytree(run, tmp_path / "worse")
         worse = VAE.from_pretrained(run / "model")

@@ -120,6 +120,7 @@ class TestNamedSets:
         assert train.pixels.double().mean() / 255 == pytest.approx(0.13066, abs=5e-6)
         assert contents(shared_data / "MNIST") == before
 
+    @pytest.mark.slow
     def test_mnist_unpacked_equals_torchvision(self, mnist_root):
         train, _ = load_data(DataConfig(name="mnist", root=str(mnist_root), resolution=28))
         reference = datasets.MNIST(mnist_root, train=True)
@@ -150,6 +151,7 @@ class TestNamedSets:
         assert torch.equal(heldout.pixels[:, 0], reference.data)
         assert torch.equal(heldout.labels, reference.targets)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("packed", [False, True])
     def test_cifar10_is_read(self, packed, cifar_folder, tmp_path, monkeypatch):
         """Real pixels in CIFAR-10's own batch format; torchvision's sums of the whole set are exchanged for theirs."""
@@ -288,6 +290,7 @@ class TestFolder:
         assert heldout.labels[place] == 7
         assert all(len(part.labels[:100].unique()) == 10 for part in (train, heldout))
 
+    @pytest.mark.slow
     def test_training_folder_alone_keeps_its_labels(self, cifar_folder, tmp_path):
         (tmp_path / "train").symlink_to(cifar_folder / "test")
         (tmp_path / ".trash").mkdir()
@@ -401,6 +404,7 @@ class TestFolder:
         with pytest.raises(ValueError, match="no image is left to train on"):
             load_data(DataConfig(name="folder", root=str(tmp_path), on_bad_image="skip"))
 
+    @pytest.mark.slow
     def test_fingerprint_is_of_the_images_in_their_order(self, cifar_folder, tmp_path):
         folder = tmp_path / "folder"
         for name in ("ship", "frog"):
@@ -486,6 +490,7 @@ class TestCrops:
         for pixels in self.pixels(self.load(tmp_path)[0]):
             assert (whole == pixels).flatten(1).all(1).sum() == 1
 
+    @pytest.mark.slow
     def test_places_of_crops_are_uniform_and_reach_the_borders(self, folder):
         shutil.rmtree(folder / "val")
         for name in "abd":

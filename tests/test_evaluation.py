@@ -267,10 +267,12 @@ class TestNetworks:
             with pytest.raises(FileNotFoundError, match=rf"put \S+\.pth into {re.escape(str(tmp_path))}"):
                 network()
 
+    @pytest.mark.slow
     def test_weights_that_cannot_be_downloaded(self, no_download):
         with pytest.raises(FileNotFoundError, match=r"Put alexnet\S+pth into .*checkpoints, or into a folder that"):
             LPIPS("alex")
 
+    @pytest.mark.slow
     def test_a_file_of_other_things_is_named_and_not_run(self, tmp_path):
         class Harm:
             def __reduce__(self):
@@ -315,6 +317,7 @@ class TestReport:
         assert json.loads(reports[0].to_json())["psnr"] == reports[0].psnr
         assert EvaluationReport.from_json(reports[0].to_json()) == reports[0]
 
+    @pytest.mark.slow
     def test_float16_is_tried_when_asked_for(self, digits):
         vae = tiny_vae()
         report, without = (
@@ -349,6 +352,7 @@ class TestReport:
         column = header.index("psnr")
         assert sum(float(line[column]) for line in lines) / 4 == pytest.approx(report.psnr, rel=1e-12)
 
+    @pytest.mark.slow
     def test_intervals_hold_the_mean_of_the_set_they_are_drawn_from(self):
         """Of 200 samples, about 95 % of the intervals hold the true mean."""
         random = np.random.default_rng(0)

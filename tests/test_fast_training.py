@@ -68,6 +68,7 @@ class TestPrecision:
         fit(tiny(tmp_path / "run", max_images=30, mixed_precision=None))
         assert run_settings(tmp_path / "run")["mixed_precision"] == "bf16"
 
+    @pytest.mark.slow
     def test_resumed_run_keeps_its_own(self, tmp_path):
         begun = "no" if FAST == "bf16" else "bf16"
         config = tiny(tmp_path / "run", TINY_VAE, max_images=60, checkpoint_every=30, mixed_precision=begun)

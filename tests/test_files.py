@@ -64,6 +64,7 @@ class TestTheSameAsAFolder:
 
 
 class TestReading:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["tar", "zip"])
     def test_threads_and_processes_may_read_at_once(self, kind, folder, tmp_path):
         images, _ = load_data(config(pack(kind, folder, tmp_path / "packed")), memory_limit=0)

@@ -260,10 +260,12 @@ class TestLatentCache:
         other.save_pretrained(tmp_path / "other")
         self.assert_refused(tmp_path, tmp_path / "other", cache, f"{cache}.*another VAE")
 
+    @pytest.mark.slow
     def test_of_other_images_is_refused(self, base, tmp_path):
         encode_images(load_autoencoder(str(base)), load_data(DATA)[1], tmp_path / "latents", data="the held-out")
         self.assert_refused(tmp_path, base, tmp_path / "latents", r"latents of other images: 180, the held-out")
 
+    @pytest.mark.slow
     def test_without_deviations_is_refused(self, base, tmp_path):
         encode_images(load_autoencoder(str(base)), load_data(DATA)[0], tmp_path / "latents", kind="mode")
         self.assert_refused(tmp_path, base, tmp_path / "latents", r"^model\.latents .* kind mode: .*--kind posterior")
@@ -406,6 +408,7 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"^model\.train: decoder\.up\.\* matches no parameter"):
             self.replace(base, {"train": ("decoder.up.*",)})
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("model", "named"),
         [

@@ -240,6 +240,7 @@ class TestCard:
         assert "what `encoder.mid_block.*`, `decoder.*` matches of it was trained" in card
         assert "mean 0 and std 1" in card and "unchanged" not in card and "keep working" not in card
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("place", ["absolute", "relative", "elsewhere", "file"])
     def test_source_on_this_machine_is_named_without_its_path(self, run, place, monkeypatch, tmp_path):
         folder = tmp_path / "runs" / "secret-vae" / "model"
@@ -253,6 +254,7 @@ class TestCard:
         assert str(tmp_path) not in card and "runs/secret" not in card and "huggingface.co/" not in card
         assert ModelCard(card).data.base_model is None
 
+    @pytest.mark.slow
     def test_adapters_load_as_the_card_says(self, run):
         base, tuned = make_vae(1).eval(), make_vae(1)
         add_lora(tuned, 2)
@@ -284,6 +286,7 @@ class TestCard:
         assert "Float16 is safe: say so. Tried on 1,234 images." in card
         assert "The loss has kl_weight 1e-06." in card and "0.125" not in card
 
+    @pytest.mark.slow
     def test_is_the_same_each_time_and_has_no_local_path(self, run):
         config = HubConfig(repo_id=REPO)
         assert render_card(run, config) == render_card(run, config)
@@ -292,6 +295,7 @@ class TestCard:
 
 
 class TestPush:
+    @pytest.mark.slow
     def test_uploads_what_others_need_and_nothing_else(self, hub, run):
         before = contents(run)
         config = HubConfig(repo_id=REPO, license="mit")
@@ -452,6 +456,7 @@ class TestFaults:
         assert uploaded(hub, "lab/x", "dev") == expected_files(run, config)
         assert hub.repos["lab/x"].private and hub.repos["lab/x"].at("dev").message == "it's done"
 
+    @pytest.mark.slow
     def test_connection_that_breaks_halfway_through_a_file_is_mended(self, hub, run):
         hub.faults.append(Fault("PUT ", "halfway"))
         config = HubConfig(repo_id=REPO)
@@ -579,6 +584,7 @@ torch.save((dict(model.config), model.state_dict()), "loaded.pt")
         config, weights = torch.load(tmp_path / "loaded.pt", weights_only=False)
         assert_pushed(hub, config, weights, tmp_path / "home" / "hub")
 
+    @pytest.mark.slow
     def test_pushed_model_loads_with_this_package(self, hub, run, cache, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setenv("HF_TOKEN", TOKEN)
@@ -586,6 +592,7 @@ torch.save((dict(model.config), model.state_dict()), "loaded.pt")
         model = VAE.from_pretrained(REPO)
         assert_pushed(hub, model.config, model.state_dict(), cache)
 
+    @pytest.mark.slow
     def test_private_mlp_loads_with_the_token_alone(self, hub, mlp_run, cache, monkeypatch):
         hub.create(REPO, private=True)
         with monkeypatch.context() as patch:

@@ -251,6 +251,7 @@ class TestComputeDtype:
         cache = json.loads((encode(vae, digits, tmp_path, compute_dtype=BF16).folder / "index.json").read_text())
         assert cache["cache"]["compute_dtype"] == "bfloat16"
 
+    @pytest.mark.slow
     def test_default_batches_are_sized_by_values(self, tmp_path):
         """A batch has 2^21 values in the first feature map, on a CPU: of 256x256 in 8 channels, 4 images."""
         vae = VAE(in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4,
@@ -397,6 +398,7 @@ class TestResume:
         assert 0 < max(patience) < 60  # seconds that it would have waited
         encode(vae, digits, tmp_path)
 
+    @pytest.mark.slow
     def test_full_disk(self, vae, digits, whole, small_disk):
         out, filler = small_disk / "out", small_disk / "filler"
         size = (whole / "shard-00000.safetensors").stat().st_size

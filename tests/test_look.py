@@ -108,6 +108,7 @@ def test_values_that_are_cut_are_told(shared_data, tmp_path):
 
 
 class TestRecommended:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["small", "grey", "photographs", "stream", "digits", "mnist"])
     def test_is_a_command_that_is_taken(self, kind, folder, shared_data, mnist_root):
         if kind == "grey":

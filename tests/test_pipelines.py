@@ -168,6 +168,7 @@ class TestLatentScaling:
         vae.register_to_config(scaling_factor=0.7, shift_factor=0.3, **request.param)
         return vae
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", FAMILIES.values())
     def test_decoding(self, name, scaled, texts):
         """What arrives at the decoder, against what arrives there from the same steps when nothing is scaled."""
@@ -278,6 +279,7 @@ for name, pictures in expected.items():
             tmp_path,
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", [name for name in RUN if "XL" not in name])
     def test_bfloat16(self, name, vae, texts):
         pipeline = make(name, untrained(vae), texts)
@@ -361,6 +363,7 @@ for name, pictures in expected.items():
         vae.register_to_config(**config)
         assert {key: swap_vae(pipeline, vae).vae.config[key] for key in config} == config
 
+    @pytest.mark.slow
     def test_inpainting_denoisers_of_both_kinds(self, vae, texts):
         for in_channels in (4, 9):
             swap_vae(make("StableDiffusionXLInpaintPipeline", untrained(vae), texts, in_channels), vae)

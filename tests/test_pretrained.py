@@ -81,6 +81,7 @@ class TestSources:
             _ = ModelConfig(pretrained=str(tmp_path)).spatial_compression_ratio
         assert_equal_to_stock(ModelConfig(pretrained=str(tmp_path), subfolder="ema").build(3, SIZE), stock)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("arguments", [{"max_shard_size": "15KB"}, {}], ids=["sharded", "whole"])
     def test_variant_only(self, arguments, source, tmp_path, caplog):
         """Some repositories hold weights in float16 only."""
@@ -135,6 +136,7 @@ class TestWhatIsTrained:
         torch.nn.init.zeros_(model.quant_conv.bias)
         assert weights_hash(model, parts) != weights_hash(stock, parts)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("settings", [{}, {"train": "decoder"}, {"train": "decoder", "lora_rank": 2}])
     def test_state_goes_through_meta(self, settings, source):
         """As the loop keeps and resumes a model."""
@@ -166,6 +168,7 @@ class TestLora:
             name for name, each in stock.state_dict().items() if name.startswith("decoder") and each.ndim > 1
         }
 
+    @pytest.mark.slow
     @torch.no_grad()
     def test_merges_into_stock_weights(self, tuned, stock, tmp_path):
         expected = tuned(IMAGES).sample
@@ -180,6 +183,7 @@ class TestLora:
         assert torch.equal(tuned(IMAGES).sample, expected), "merging changed the model itself"
         assert without_adapters(merged) is merged
 
+    @pytest.mark.slow
     @torch.no_grad()
     def test_adapters_load_in_stock(self, tuned, source, tmp_path):
         tuned.save_lora_adapter(tmp_path)
@@ -262,6 +266,7 @@ class TestSettings:
         )
         assert config.model == ModelConfig(pretrained=source, train=train)
 
+    @pytest.mark.slow
     def test_resolved_config_gives_the_same(self, source, tmp_path):
         config, _ = parse_settings(
             TRAININGS["train"], ["--data.channels", "3", "--model.pretrained", source, "--model.train", "[decoder.*]"]

@@ -106,6 +106,7 @@ class TestSameCommand:
         train(at(config, output_dir))
         assert left_behind(output_dir) == left_behind(config.run.output_dir)
 
+    @pytest.mark.slow
     def test_damaged_checkpoints_are_passed_over(self, uninterrupted, tmp_path, caplog):
         config = uninterrupted("plain")
         output_dir = interrupted_at(280, config.run.output_dir, tmp_path / "run")
@@ -128,6 +129,7 @@ class TestSameCommand:
         fit(at(config, output_dir, keep_checkpoints=2))
         assert {path.name for path in (output_dir / "checkpoints").iterdir()} == newest
 
+    @pytest.mark.slow
     def test_tracker_shows_no_point_twice(self, tmp_path):
         config = tiny(
             tmp_path / "run", max_images=600, checkpoint_every=150, keep_checkpoints=100, tracker="tensorboard"
@@ -192,6 +194,7 @@ class TestFinishedRun:
         train(run)
         assert left_behind(run.run.output_dir) == left_behind(finished_mlp_run)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("text", ['{"psnr"', "", "{}"])
     def test_end_is_done_again_if_the_evaluation_cannot_be_read(self, run, text, caplog):
         path = Path(run.run.output_dir) / "evaluation.json"

@@ -124,6 +124,7 @@ def by_file(images):
 
 
 class TestTheSameAsAFolder:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", [pytest.param("hub", marks=SLOW), "parquet", pytest.param("saved", marks=SLOW)])
     @pytest.mark.parametrize("limit", [None, 0], ids=["memory", "on demand"])
     def test_images_labels_and_captions(self, kind, limit, folder, tmp_path, hub):
@@ -227,6 +228,7 @@ def open_names(settings):
 
 
 class TestProcesses:
+    @pytest.mark.slow
     @pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=SLOW)], ids=["fork", "fresh"])
     def test_workers_read_what_one_process_reads(self, fresh, folder, tmp_path):
         images, _ = load_data(config(placed("parquet", folder, tmp_path / "rows")), memory_limit=0)
@@ -386,6 +388,7 @@ class TestRefused:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         assert len(load_split(config("ann/private"), "all")[0]) == 10
 
+    @pytest.mark.slow
     def test_without_a_connection_what_is_in_the_cache(self, folder, tmp_path, hub, monkeypatch):
         root = placed("hub", folder, tmp_path, hub)
         commit = hub.repos["datasets/ann/pets"].at("main").oid

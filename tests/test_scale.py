@@ -222,6 +222,7 @@ def test_counts_are_of_stable_diffusion():
     assert 4 * per_image < found.step_float32 < 6 * per_image
 
 
+@pytest.mark.slow
 def test_checkpoints_are_as_large_as_counted(tmp_path):
     tiny = ModelConfig(block_out_channels=(32, 64), norm_num_groups=4)
     write, read = scale.checkpoint_rates(tmp_path, 1, tiny)
@@ -239,6 +240,7 @@ def test_files_to_measure_with_are_of_the_size_asked_for(tmp_path):
     assert len(sizes) == 3 and 4000 < sum(sizes) / 3 <= 5000
 
 
+@pytest.mark.slow
 def test_output_names_what_is_assumed(capsys):
     scale.main(["--gpus", "64", "--set", "shared_read=1e8"])
     text = capsys.readouterr().out

@@ -84,6 +84,7 @@ def test_whole_checkpoint(suffix, prefix, tmp_path):
     assert_equal_to_stock(vae, stock)
 
 
+@pytest.mark.slow
 def test_other_files(tmp_path):
     """The weights without "state_dict" around them, in the old format of torch, in half precision."""
     stock = make(TINY).half()
@@ -125,6 +126,7 @@ def test_unknown_scaling_factor_is_said(config, named, tmp_path, caplog):
         assert all(word in caplog.text for word in ["does not tell its scaling_factor", *named])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
 def test_to_train_on(suffix, tmp_path):
     stock = make(TINY)

@@ -99,6 +99,7 @@ class TestImages:
         ):
             load_data(config(tmp_path / "a.parquet"))
 
+    @pytest.mark.slow
     def test_threads_and_other_processes_read_the_same(self, root):
         train, _ = load_data(config(root))
         expected = pixels_of(train)
@@ -319,6 +320,7 @@ class TestErrors:
             DataConfig(**{"name": "datasets", "streaming": True} | settings)
 
 
+@pytest.mark.slow
 def test_run_continued_in_another_order_warns(root, tmp_path, caplog):
     run = tiny(tmp_path / "run", batch_size=8, max_images=24, log_every=8, checkpoint_every=8)
     run = dataclasses.replace(run, data=config(root))

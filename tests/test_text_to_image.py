@@ -405,6 +405,7 @@ class TestLatents:
         assert task.train_set.latents.fingerprint == before
         assert (tmp_path / "latents" / "index.json").stat().st_mtime_ns == stamp
 
+    @pytest.mark.slow
     def test_a_cache_of_another_kind_dtype_and_shard_size_is_used_too(self, vae, tmp_path):
         images, _ = load_data(DATA)
         model = VAE.from_pretrained(vae / "model").eval()
@@ -528,6 +529,7 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"data\.value_range must be \[0, 4095\], to which .* got null"):
             run_task(TextToImageTask(tiny(tmp_path / "run", tmp_path / "vae")))
 
+    @pytest.mark.slow
     def test_images_fitted_otherwise_than_for_the_autoencoder_are_warned_of(self, vae, tmp_path, caplog):
         config = tiny(tmp_path / "run", vae)
         for fit in ("crop", "pad"):

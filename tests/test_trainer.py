@@ -306,6 +306,7 @@ class TestFaults:
         fit(tiny(tmp_path / "run", **settings))
         assert left_behind(small_disk / "run") == left_behind(tmp_path / "run")
 
+    @pytest.mark.slow
     def test_a_folder_that_cannot_be_written_to_is_named(self, small_disk):
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
         with pytest.raises(OSError, match=f"cannot write {small_disk}/run: Read-only file system"):
@@ -371,6 +372,7 @@ class TestFaults:
             worker.kill()
         assert error.traceback and not left
 
+    @pytest.mark.slow
     def test_a_last_step_that_diverges_is_no_success(self, tmp_path):
         optimizer = OptimizerConfig(learning_rate=1e30, schedule="constant", warmup_images=0)
         config = tiny(tmp_path / "run", TINY_VAE, max_images=30, ema_decay=None)

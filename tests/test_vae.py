@@ -148,6 +148,7 @@ class TestFiles:
         assert not loaded.training
         assert_same_model(loaded, model.to(load.get("torch_dtype", torch.float32)))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("config", [TINY, GREY], ids=["rgb", "grey"])
     def test_old_attention_names(self, vae, tmp_path):
         """As in the published Stable Diffusion checkpoints."""

@@ -61,6 +61,7 @@ class TestConversion:
         values = (low + np.concatenate([near, EXACT - near, EXACT // 2 + near, EXACT // 4 - near, drawn])).astype(dtype)
         assert np.array_equal(there_and_back(values, low, low + EXACT), values)
 
+    @pytest.mark.slow
     def test_no_wider_range_could_hold_integers(self):
         upper = np.arange(EXACT // 2 + 1, EXACT + 3)  # of [0, EXACT + 2], to 0.5 and above
         assert len(np.unique((upper / (EXACT + 2)).astype(np.float32))) < len(upper)
@@ -506,6 +507,7 @@ class TestModels:
         assert reports[0] == reports[1] and not reports[0].protocol.round_to_8_bit
         assert reports[0].protocol.value_range == "[-1, 1], which stands for [0, 60] in the files"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("stated", [(0, 4095), None])
     def test_reconstructions_are_of_the_kind_that_came_in(self, stated, tmp_path, capsys):
         vae = VAE(in_channels=5, out_channels=5, block_out_channels=(8, 8), norm_num_groups=4,
