@@ -19,6 +19,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process of every test w
 
 import pytest
 
+gc.disable()  # while the tests are collected, since imports make a million objects that stay
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -36,6 +38,12 @@ def pytest_collection_modifyitems(config, items):
         soak = [item for item in items if item.get_closest_marker("soak")]
         config.hook.pytest_deselected(items=soak)
         items[:] = [item for item in items if item not in soak]
+
+
+def pytest_collection_finish():
+    """Spare each collection of garbage what the imports left."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

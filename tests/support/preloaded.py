@@ -1,7 +1,9 @@
 """What runs and tests import, some of it late: the server that launches are forked from imports it once for all."""
 
-# ruff: noqa: F401
+# ruff: noqa: E402, F401
 import gc
+
+gc.disable()  # imports make a million objects that stay
 
 import datasets
 import matplotlib.backends.backend_agg
@@ -24,3 +26,4 @@ matplotlib.backends.backend_agg.FigureCanvasAgg(figure).draw()  # which loads fo
 
 gc.collect()
 gc.freeze()  # otherwise each fork would copy the pages of all objects as soon as it collects
+gc.enable()
