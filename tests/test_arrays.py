@@ -118,6 +118,7 @@ def test_grey_images_with_integers_as_labels(limit, mnist_root, tmp_path):
 
 
 class TestReading:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", KINDS)
     def test_by_threads_and_processes_at_once(self, kind, cifar, tmp_path):
         images, _ = load_data(config(**save(kind, tmp_path / "arrays", *cifar)), memory_limit=0)

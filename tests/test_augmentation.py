@@ -79,6 +79,7 @@ SETTINGS = {"horizontal_flip": True, "color_jitter": (0.3, 0.2, 0.1, 0.05)}
 
 
 class TestPureFunction:
+    @pytest.mark.slow
     def test_augmentation_is_a_pure_function_of_seed_epoch_and_index(self, photographs):
         train, _ = load_data(config(photographs, **SETTINGS))
         whole = read(train, seed=3, epoch=5)

@@ -392,6 +392,7 @@ class TestEncode:
         assert call(capsys, "encode", tmp_path / "images", "--out", tmp_path / "more", *arguments)[0] == 0
         assert LatentDataset(tmp_path / "more").captions is None
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [

@@ -132,6 +132,7 @@ class TestNamedSets:
         assert (len(train), len(heldout)) == (10_000, 10_000)
         assert train.pixels.double().mean() / 255 == pytest.approx(0.28631, abs=5e-6)
 
+    @pytest.mark.slow
     def test_qmnist_layout_is_read(self, mnist_root, tmp_path):
         """QMNIST's files hold a table of labels, and its test part begins with MNIST's 10,000."""
         reference = datasets.MNIST(mnist_root, train=False)
@@ -204,6 +205,7 @@ class TestNamedSets:
         for file in [*files, str(tmp_path)]:
             assert file in str(error.value)
 
+    @pytest.mark.slow
     def test_damaged_archive_is_named(self, shared_data, tmp_path):
         raw = tmp_path / "MNIST" / "raw"
         raw.mkdir(parents=True)
@@ -299,6 +301,7 @@ class TestFolder:
         (tmp_path / "train" / "frog" / "._hidden.png").unlink()
         assert (len(train), len(heldout)) == (900, 100) and len(train.labels.unique()) == 10
 
+    @pytest.mark.slow
     def test_flat_folder_is_split(self, cifar_folder):
         root = cifar_folder / "test" / "frog"
         train, heldout = load_data(DataConfig(name="folder", root=str(root), channels=3, heldout_fraction=0.25))
@@ -631,6 +634,7 @@ class TestClassesAndCaptions:
         together, _ = load_split(DataConfig(name="folder", root=str(folder), resolution=8), "all")
         assert together.classes == train.classes and sorted(together.labels.tolist()) == [0, 0, 1, 1]
 
+    @pytest.mark.slow
     def test_classes_of_named_sets(self, shared_data):
         assert load_data(DataConfig())[0].classes[4] == "four"
         fashion = load_data(DataConfig(name="fashion-mnist", root=str(shared_data / "fashion-mnist-10k")))[1]

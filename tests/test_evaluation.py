@@ -302,6 +302,7 @@ class TestNetworks:
 
 
 class TestReport:
+    @pytest.mark.slow
     def test_uneven_batches_change_nothing(self, digits):
         vae = tiny_vae()
         reports = [evaluate(vae, digits, VAEObjective(), EvaluationConfig(batch_size=size)) for size in (180, 50)]

@@ -393,6 +393,7 @@ class TestRefused:
     def replace(self, base, model=None, **sections):
         return dataclasses.replace(tuning("unused", base, model), **sections)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("data", "message"),
         [

@@ -182,6 +182,7 @@ class TestCard:
         assert "needs the package `diffusers_vae`" in card and "stock" not in card
         assert ModelCard(card).data.library_name == "diffusers_vae"
 
+    @pytest.mark.slow
     def test_pictures_are_linked_relatively(self, run):
         links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", render_card(run))
         assert links == [f"pictures/{name}.png" for name in PICTURED]
@@ -189,6 +190,7 @@ class TestCard:
         shutil.rmtree(run / "pictures")
         assert "![" not in render_card(run) and "## Pictures" not in render_card(run)
 
+    @pytest.mark.slow
     def test_limits_follow_from_the_settings(self, run):
         assert "no perceptual and no adversarial term" in render_card(run)
         assert "No licence was chosen" in render_card(run)

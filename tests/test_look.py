@@ -147,6 +147,7 @@ class TestRecommended:
         assert parsed.data.heldout_fraction == (0.1 if kind in ("digits", "mnist") else 0.3)
 
 
+@pytest.mark.slow
 def test_command(folder, tmp_path, capsys):
     picture = tmp_path / "new" / "sheet.png"
     assert cli.main(["data", str(folder), "--data.channels", "3", "--out", str(picture)]) == 0

@@ -69,6 +69,7 @@ class TestActivations:
         names = ["conv_in", "mid_block", "up_blocks.0", "up_blocks.1", *ends]
         assert list(measure_precision(tiny_vae(), digits, 4).blocks) == expected + [f"decoder.{name}" for name in names]
 
+    @pytest.mark.slow
     def test_batches_change_nothing_and_later_images_count(self, digits):
         one, two = (measure_precision(tiny_vae(), digits, size) for size in (IMAGES, 1))
         assert one.blocks == pytest.approx(two.blocks, rel=1e-5) and one.verdict == two.verdict

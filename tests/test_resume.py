@@ -152,6 +152,7 @@ class TestSameCommand:
             fit(at(config, output_dir))
         assert [line for line in str(error.value).splitlines() if "->" in line] == ["  run.log_every: 1000 -> 90"]
 
+    @pytest.mark.slow
     def test_settings_that_change_no_result_may_differ(self, uninterrupted, tmp_path):
         config = uninterrupted("plain")
         output_dir = interrupted_at(280, config.run.output_dir, tmp_path / "run")
@@ -219,6 +220,7 @@ def hold(path):
 
 
 class TestAnotherRun:
+    @pytest.mark.slow
     def test_is_never_overwritten(self, run):
         before = left_behind(run.run.output_dir)
         other = dataclasses.replace(at(run, run.run.output_dir, seed=3), model=TINY_VAE)

@@ -53,6 +53,7 @@ def vae_run(finished_vae_run):
 
 
 class TestRun:
+    @pytest.mark.slow
     def test_leaves_all_files(self, vae_run):
         _, result = vae_run
         names = {str(path.relative_to(result.output_dir)) for path in result.output_dir.rglob("*") if path.is_file()}

@@ -167,6 +167,7 @@ class TestFiles:
         assert_same_model(loaded, vae)
         assert_same_model(loaded, AutoencoderKL.from_pretrained(tmp_path))
 
+    @pytest.mark.slow
     def test_original_checkpoint(self, vae, config, tmp_path):
         """`from_single_file` reads the key layout of the latent-diffusion repository."""
         stock_twin(vae).save_pretrained(tmp_path)
@@ -263,6 +264,7 @@ class TestWithoutThePackage:
         assert np.asarray(before).std() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config, mode", [(TINY, "RGB"), (GREY, "L")], ids=["rgb", "grey"])
 def test_pipeline_pictures(vae, mode, tmp_path):
     pipeline = make_pipeline(vae, tmp_path)
@@ -435,6 +437,7 @@ class TestSharing:
         vae.disable_tiling()
         assert not torch.equal(back(random_images(vae)).sample, vae(random_images(vae)).sample)
 
+    @pytest.mark.slow
     def test_unknown_config_keys(self, vae, tmp_path):
         """A config.json of a later diffusers still converts."""
         vae.save_pretrained(tmp_path)
@@ -503,6 +506,7 @@ class TestMachinery:
         assert {type(each) for each in vae.attn_processors.values()} == {AttnProcessor}
         torch.testing.assert_close(vae(images).sample, fast, atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("config", [TINY], ids=["rgb"])
     def test_lora(self, vae, tmp_path):
         from peft import LoraConfig

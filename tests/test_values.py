@@ -483,6 +483,7 @@ class TestModels:
         assert "value_range.json" not in uploaded(hub)  # of the model before
         assert find_value_range(REPO) is None
 
+    @pytest.mark.slow
     def test_fine_tuning_keeps_to_the_range(self, tmp_path):
         make_vae().save_pretrained(tmp_path / "vae")
         ValueRange(0, 4095).save(tmp_path / "vae")
