@@ -58,7 +58,7 @@ def run_whole() -> None:
 
 
 def encode() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
     torch.manual_seed(0)
     vae = ModelConfig(block_out_channels=(8, 8), norm_num_groups=4).build(1, (8, 8)).eval()
@@ -67,8 +67,8 @@ def encode() -> None:
     LatentDataset("latents").verify()
 
 
-def launched(work: Callable[[], object], log: Path, processes: int = 1) -> list[int]:
-    codes = Launch(work, log, processes).wait()
+def launched(work: Callable[[], object], log: Path, processes: int = 1, timeout: float = 120) -> list[int]:
+    codes = Launch(work, log, processes).wait(timeout)
     if any(code not in (0, ENDED) for code in codes) and processes == 1:
         pytest.fail(log.read_text())
     return codes
@@ -109,14 +109,11 @@ class Points:
             shutil.rmtree(trial)
 
     def continue_all(self) -> None:
-        """Continue all states that were kept, and compare all files of each. One process does so for one after the
-        other; of several, each state has a launch of its own.
-        """
+        """Continue all states that were kept, one after the other in one launch, and compare all files of each."""
         trials = list(self.states.values())
         log = self.folder / "log of what is continued"
-        for some in [trials] if self.processes == 1 else [[trial] for trial in trials]:
-            work = partial(one_after_the_other, self.work, [folder for folder, _ in some])
-            assert not any(launched(work, log, self.processes)), log.read_text()
+        work = partial(one_after_the_other, self.work, [folder for folder, _ in trials])
+        assert not any(launched(work, log, self.processes, timeout=1200)), log.read_text()
         assert "is damaged" not in log.read_text(), log.read_text()
         for folder, operation in trials:
             found = state_of(folder)

@@ -224,17 +224,18 @@ class TestRowGroups:
     @pytest.mark.parametrize("times", [10, pytest.param(50, marks=pytest.mark.soak)])
     def test_memory_of_a_run_is_flat(self, times, tmp_path):
         """Over 10 epochs, and over a larger set, whose files are a fifth of the memory, or as much as all of it."""
-        found = []
+        sets = []
         for name, files, epochs in (("small", 1, 10), ("large", times, 1)):
             (tmp_path / name).mkdir()
             noise(200, 128).to_parquet(tmp_path / name / "train-0.parquet", batch_size=20)
             for number in range(1, files):
                 os.link(tmp_path / name / "train-0.parquet", tmp_path / name / f"train-{number}.parquet")
-            program = [sys.executable, ROOT / "tests" / "programs" / "memory.py", tmp_path / name, str(epochs)]
-            settings = ["--every=4", "--channels=3", "--shuffle_buffer=100"]
-            done = subprocess.run([*program, tmp_path / f"{name}-run", *settings], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            found.append([used for seen, used in json.loads(done.stdout.splitlines()[-1]) if seen > 300])
+            sets += [tmp_path / name, str(epochs)]
+        program = [sys.executable, ROOT / "tests" / "programs" / "memory.py", tmp_path / "run", *sets]
+        settings = ["--every=4", "--channels=3", "--shuffle_buffer=100"]
+        done = subprocess.run([*program, *settings], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found = [[used for seen, used in of_set if seen > 300] for of_set in json.loads(done.stdout.splitlines()[-1])]
         small, large = (np.array(used) for used in found)
         assert len(small) >= 7 and len(large) >= 7
         assert small.max() < 1.05 * small[0] and large.max() < 1.05 * large[0] and large.max() < 1.05 * small.max()

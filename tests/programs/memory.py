@@ -1,8 +1,8 @@
 """What training on a stream takes of memory.
 
-`python tests/programs/memory.py ROOT EPOCHS OUTPUT_DIR` trains on the stream of Parquet files below ROOT and prints, as
-JSON, the images seen and the bytes that the process and its workers take together then, every 20 steps. It is a process
-of its own: one that is forked shares memory with others that come and go.
+`python tests/programs/memory.py OUTPUT_DIR ROOT EPOCHS [ROOT EPOCHS ...]` trains on the stream of Parquet files below
+each ROOT in turn and prints, as JSON, for each the images seen and the bytes that the process and its workers take
+together then, every 20 steps. It is a process of its own: one that is forked shares memory with others that come and go.
 """
 
 import argparse
@@ -44,32 +44,34 @@ class Measured(AutoencoderTask):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("root")
-    parser.add_argument("epochs", type=int)
     parser.add_argument("output_dir", type=Path)
+    parser.add_argument("sets", nargs="+", metavar="ROOT EPOCHS")
     parser.add_argument("--every", type=int, default=20, help="Steps between two looks.")
     parser.add_argument("--resolution", type=int, default=28)
     parser.add_argument("--channels", type=int, default=1)
     parser.add_argument("--shuffle_buffer", type=int, default=1000)
     options = parser.parse_args()
     data = {name: getattr(options, name) for name in ("resolution", "channels", "shuffle_buffer")}
-    config = TrainConfig(
-        data=DataConfig(name="datasets", root=options.root, streaming=True, num_workers=2, **data),
-        model=ModelConfig(architecture="mlp", hidden_dim=16),
-        objective=ObjectiveConfig(scale=0.5),
-        run=RunConfig(
-            output_dir=str(options.output_dir),
-            epochs=options.epochs,
-            batch_size=BATCH,
-            checkpoint_every=10**9,
-            log_every=10 * BATCH,
-            tracker=None,
-            mixed_precision="no",
-        ),
-    )
-    task = Measured(config, options.every)
-    run_task(task, finish=False)
-    print(json.dumps(task.found))
+    found = []
+    for root, epochs in zip(options.sets[::2], options.sets[1::2], strict=True):
+        config = TrainConfig(
+            data=DataConfig(name="datasets", root=root, streaming=True, num_workers=2, **data),
+            model=ModelConfig(architecture="mlp", hidden_dim=16),
+            objective=ObjectiveConfig(scale=0.5),
+            run=RunConfig(
+                output_dir=str(options.output_dir / str(len(found))),
+                epochs=int(epochs),
+                batch_size=BATCH,
+                checkpoint_every=10**9,
+                log_every=10 * BATCH,
+                tracker=None,
+                mixed_precision="no",
+            ),
+        )
+        task = Measured(config, options.every)
+        run_task(task, finish=False)
+        found.append(task.found)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
