@@ -309,8 +309,8 @@ def slurm(tmp_path_factory):
     for name, text in STUBS.items():
         (folder / name).write_text(text.format(python=sys.executable) if name == "srun" else text)
         (folder / name).chmod(0o755)
-    cli = f'exec {sys.executable} -m accelerate.commands.accelerate_cli "$@"'
-    (folder / "accelerate").write_text(f"#!/bin/bash\n{cli}\n")
+    launch = f'[ "$1" = launch ] && exec {sys.executable} -m accelerate.commands.launch "${{@:2}}"'
+    (folder / "accelerate").write_text(f"#!/bin/bash\n{launch}\n")
     (folder / "sitecustomize.py").write_text(WATCH)
     (folder / "accelerate").chmod(0o755)
 

@@ -2,7 +2,7 @@
 
 `python tests/programs/memory.py OUTPUT_DIR ROOT EPOCHS [ROOT EPOCHS ...]` trains on the stream of Parquet files below
 each ROOT in turn and prints, as JSON, for each the images seen and the bytes that the process and its workers take
-together then, every 20 steps. It is a process of its own: one that is forked shares memory with others that come and go.
+together then, every 20 steps. It is a process of its own, since one that is forked shares memory with others.
 """
 
 import argparse
