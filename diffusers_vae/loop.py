@@ -607,8 +607,8 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool) -
         return None
     if skipped:
         logger.warning("%d steps were skipped, since loss or gradient were not finite", skipped)
-    if bad_images.known:
-        logger.warning("%d files could not be read and were left out: %s", len(bad_images.known), bad_images.path)
+    if bad_images.listed:
+        logger.warning("%d files could not be read and were left out: %s", len(bad_images.listed), bad_images.path)
     return replace(
         result,
         memory=_peak_memory(accelerator.device),
@@ -640,7 +640,7 @@ def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:
                 before = _tensors_in(newest)
                 (folder / "evaluation.json").unlink()
                 shutil.rmtree(newest)
-            on_main(lambda: None)  # until which the others wait
+            on_main(lambda: None)  # the others wait, since they would resume from what is deleted
             run_task(task.few(folder), finish=False)
         except Interrupted as interruption:
             raise Interrupted("the dry run was asked to stop; nothing was kept") from interruption

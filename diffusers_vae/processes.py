@@ -1,4 +1,4 @@
-"""The processes of a launch: their ranks, what one does for all, what all know together, and signals to stop them.
+"""The processes of a launch: their ranks, what one does for all, values gathered from all, and signals that stop them.
 
 All of it works without torch.distributed too, as one process.
 """
@@ -44,7 +44,7 @@ def gather_parts(parts: list[tuple]) -> list[tuple]:
     """The parts (index, ...) of all processes, sorted by index, on all of them: nothing is padded or counted twice, and
     a sum over them does not depend on the number of processes.
     """
-    return sorted((part for own in gather(parts) for part in own), key=lambda part: part[0])
+    return sorted((part for of_rank in gather(parts) for part in of_rank), key=lambda part: part[0])
 
 
 def on_main(work: Callable[[], T]) -> T:
@@ -96,7 +96,7 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """What SIGTERM, SIGINT and SIGUSR1, which clusters and spot machines send, ask for while it is entered.
+    """Handles SIGTERM, SIGINT and SIGUSR1, which clusters and spot machines send, inside a `with` block.
 
     The first is noted if `wait` is set, else raises Interrupted; the second ends the process at once.
     """
@@ -109,7 +109,7 @@ class Signals:
             command = " ".join(psutil.Process(self.parent).cmdline())
         except psutil.Error:
             command = ""
-        # `accelerate launch` with one process passes no signal on: it is gone, and the run would go on without it
+        # `accelerate launch` with one process exits without passing a signal on, and the run would go on without it
         self.launched = any(launcher in command for launcher in ("accelerate", "torchrun", "torch.distributed"))
 
     def __enter__(self) -> Signals:

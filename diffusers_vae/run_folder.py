@@ -167,7 +167,7 @@ class Log:
         """Save the pictures, by the main process, and show them in the tracker."""
         for name, picture in pictures.items():
             path = self.path.parent / "pictures" / f"{name}.png"
-            with whole_file(path) as partial:  # a run that is finished has them all, whatever happens after
+            with whole_file(path) as partial:  # on the disk before the run counts as finished
                 picture.save(partial, "PNG")
         for tracker in self.accelerator.trackers:
             arrays = {name: np.asarray(picture)[None] for name, picture in pictures.items()}
@@ -180,15 +180,18 @@ class BadImages:
 
     def __init__(self, path: Path):
         self.path = path
-        self.known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        self.listed = set(text.splitlines())
+        if text and not text.endswith("\n"):  # cut off as the process ended
+            append_text(path, "\n")
 
     def add(self, errors: Iterable[str], warn: bool = True) -> None:
-        for error in errors:
-            line = " ".join(error.split())
-            if line in self.known:
-                continue
-            self.known.add(line)
+        lines = dict.fromkeys(" ".join(error.split()) for error in errors)
+        new = [line for line in lines if line not in self.listed]
+        self.listed.update(new)
+        for line in new:
             if warn:
                 logger.warning("%s; left out", line)
-            append_text(self.path, line + "\n")
-            sync(self.path)  # a run that is continued knows them from here
+        if new:
+            append_text(self.path, "".join(f"{line}\n" for line in new))
+            sync(self.path)  # a run that is continued reads them from here

@@ -73,12 +73,12 @@ def other_sections(path: Path, config: Settings) -> tuple[list[str], list[str]]:
     """Sections of the config.yaml at `path` that `config` does not have, and the other way round; none if it cannot be
     read, which is reported when the settings are compared.
     """
-    known = {part.name for part in fields(config)}
+    sections = {part.name for part in fields(config)}
     try:
         stated = read_settings(path)
     except (OSError, ValueError):
         return [], []
-    return [name for name in stated if name not in known], sorted(known - stated.keys())
+    return [name for name in stated if name not in sections], sorted(sections - stated.keys())
 
 
 def differences(path: Path, config: Settings) -> list[str]:
@@ -89,7 +89,7 @@ def differences(path: Path, config: Settings) -> list[str]:
     """
     stated = _by_full_name(read_settings(path))
     wanted = _by_full_name(config.plain())
-    # of settings that an older version did not have
+    # defaults of settings that an older version did not have
     sections = {part.name: getattr(config, part.name) for part in fields(config)}
     options = {
         name: {option.name: option.default for option in fields(section) if option.default is not MISSING}

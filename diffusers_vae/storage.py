@@ -107,18 +107,19 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to write to, which replaces `path` at the end, its files on the disk. After an error there
-    is no trace of it; OSErrors name `path`.
+    is no trace of it; OSErrors name `path`. The watcher learns of a file when it is written, not before.
     """
     partial = partial_of(path)
     with naming(path):
         try:
             begin_folder(partial)
             yield partial
-            files = sorted(partial.rglob("*"))
-            for file in files:
-                _announce("write", file)  # by whoever was given the folder
-            for file in files:
-                sync(file)
+            written = sorted(partial.rglob("*"))
+            for entry in written:
+                if entry.is_file():
+                    _announce("write", entry)
+            for entry in written:
+                sync(entry)
             finish_folder(partial, path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -141,7 +142,8 @@ def finish_folder(partial: Path, path: Path) -> None:
         _rename(path, old)
     _rename(partial, path)
     sync(path.parent)
-    delete_folder(old)
+    with suppress(OSError):  # `path` is complete, and the next one deletes what is left
+        delete_folder(old)
 
 
 def discard_folder(path: Path) -> None:
@@ -152,7 +154,9 @@ def discard_folder(path: Path) -> None:
 
 
 def delete_leftovers(folder: Path, pattern: str) -> None:
-    """Delete what processes that ended while saving or deleting left of folders of this `pattern` in `folder`."""
+    """Delete the partial and replaced folders that interrupted processes left in `folder`, for names that match
+    `pattern`.
+    """
     for kind in ("partial", "old"):
         for path in sorted(folder.glob(f".{pattern}.{kind}")):
             with suppress(OSError):
@@ -160,7 +164,9 @@ def delete_leftovers(folder: Path, pattern: str) -> None:
 
 
 def delete_folder(path: Path) -> None:
-    """Delete a folder with all that it holds, if it is there."""
+    """Delete a folder with all that it holds, if it is there; of a link, the link alone."""
+    if path.is_symlink():
+        return delete_file(path)
     for parent, folders, files in os.walk(path, topdown=False):
         for name in sorted(files):
             delete_file(Path(parent) / name)
@@ -186,7 +192,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, which is not on the disk before `sync`."""
+    """Write a file; `sync` makes it durable."""
     _announce("open", path)
     with path.open("w", encoding="utf-8") as file:
         _announce("write", path)
@@ -194,30 +200,32 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add to a file, or begin it; what is added is not on the disk before `sync`. OSErrors name `path`."""
+    """Add to a file, or begin it; `sync` makes it durable. OSErrors name `path`."""
     _announce("write", path)
     with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, which is not on the disk before `sync`."""
+    """Write a safetensors file; `sync` makes it durable."""
     _announce("write", path)
     save_file(tensors, path, metadata)
 
 
 def copy_file(source: Path, path: Path) -> None:
-    """Copy a file, which is not on the disk before `sync`."""
+    """Copy a file; `sync` makes it durable."""
     _announce("write", path)
     shutil.copyfile(source, path)
 
 
-UMASK = os.umask(0o077)  # which can be asked for by being set alone
+UMASK = os.umask(0o077)  # it can be read by setting it alone
 os.umask(UMASK)
 
 
 def sync(path: Path) -> None:
-    """Have a file or folder on the disk, and a safetensors file, made for its owner alone, as readable as others."""
+    """Flush a file or folder to the disk. Safetensors files, which are created readable by their owner alone, get the
+    usual permissions.
+    """
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot sync folders
     if path.suffix == ".safetensors" or path.name.endswith(".safetensors.partial"):

@@ -1,7 +1,7 @@
 """A run that ends at any of its durable operations, or loses what was not synced there, continues bit-identically.
 
-Every operation in turn: the process ends itself there, a second one continues, and every file is compared with those of
-a run without interruption. States of the disk that are the same, file by file, are continued once.
+Every operation in turn: a process ends itself there, another continues what is left, and every file is compared with
+those of a run without interruption. States of the disk that are the same, file by file, are continued once.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from support.launches import Launch
 from support.runs import tiny
 
 from diffusers_vae import LatentDataset, encode_images
+from diffusers_vae.checkpoint import find_checkpoint
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.evaluation import EvaluationConfig
 from diffusers_vae.loop import run_task
@@ -84,6 +85,8 @@ class Points:
         self.expected = state_of(reference)
         self.operations = [operations(reference, rank) for rank in range(processes)]
         self.states: dict[frozenset, tuple[Path, str]] = {}
+        first = (number for number, name in enumerate(self.operations[0][0]) if "checkpoints/images-" in name)
+        self.first_checkpoint = next(first, len(self.operations[0][0]))
 
     def all_of(self, rank: int) -> list[tuple[int, bool]]:
         """(operation, power failure or not) of process `rank`."""
@@ -96,13 +99,19 @@ class Points:
         codes = launched(partial(watched, self.work, trial, End(number, power_failure), rank), self.log, self.processes)
         name = self.operations[rank][0][number]
         assert codes[rank] == ENDED, (name, codes, self.log.read_text())
+        if rank == 0 and number > self.first_checkpoint:
+            assert find_checkpoint(trial / "run" / "checkpoints")[0], f"ended before {name}: no checkpoint is left"
         self.keep(trial, name)
 
     def keep(self, trial: Path, operation: str, unfinished: str | None = None) -> None:
         """Keep what lies in `trial` to continue it, unless it is as another state. `unfinished` stands for the content
-        of all unfinished files.
+        of all unfinished files. Files that have their names are whole: the log alone grows in place, and a model's
+        config is replaced when its latents were measured.
         """
         state = state_of(trial)
+        other = [path for path in state.keys() & self.expected.keys() if state[path] != self.expected[path]]
+        torn = [path for path in other if Path(path).name not in ("metrics.jsonl", "config.json")]
+        assert not torn, f"ended before {operation}: {torn}"
         if unfinished is not None:
             state = {path: unfinished if ".partial" in path else content for path, content in state.items()}
         if self.states.setdefault(frozenset(state.items()), (trial, operation)) != (trial, operation):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -314,22 +315,30 @@ def slurm(tmp_path_factory):
     (folder / "sitecustomize.py").write_text(WATCH)
     (folder / "accelerate").chmod(0o755)
 
-    def start(output_dir, *flags, **environment):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            number = 20000 + free.getsockname()[1] % 10000 - 20000  # from which the script makes a port
+    @contextmanager
+    def started(output_dir, *flags, **environment):
+        for number in range(os.getpid() % 10000, 10000):  # from which the script makes a port
+            with socket.socket() as free, suppress(OSError):
+                free.bind(("localhost", 20000 + number))
+                break
         environment = {
             "PATH": f"{folder}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "SLURM_JOB_ID": str(number),
             "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "local[0-1]", "PROCESSES_PER_NODE": "1",
             "NODE_DISK": str(output_dir) + "-disks", "REQUEUED": str(output_dir) + "-requeued",
             "PYTHONPATH": f"{folder}:{ROOT}", "WATCHED": str(output_dir), "OMP_NUM_THREADS": "1",
         } | environment  # fmt: skip
-        return subprocess.Popen(
+        process = subprocess.Popen(
             ["bash", str(SLURM), *map(str, [*TINY, "--run.output_dir", output_dir, *flags])], stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=os.environ | environment,
         )  # fmt: skip
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()  # which is passed on to all tasks
+                process.communicate(timeout=60)
 
-    return start
+    return started
 
 
 @pytest.fixture(scope="module")
@@ -339,16 +348,18 @@ def two_jobs(slurm, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("two-jobs")
     output_dir = folder / "run"
-    process = slurm(output_dir)
-    deadline = time.monotonic() + 240
-    while not any((output_dir / "checkpoints").glob("images-*")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
-    jobs = [(process.communicate(timeout=240)[0], process.returncode)]
+    with slurm(output_dir) as process:
+        deadline = time.monotonic() + 240
+        while not any((output_dir / "checkpoints").glob("images-*")):
+            if time.monotonic() > deadline:
+                process.terminate()
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)
+        jobs = [(process.communicate(timeout=240)[0], process.returncode)]
     stopped = (output_dir / "evaluation.json").exists(), Path(f"{output_dir}-requeued").read_text().split()
-    process = slurm(output_dir)
-    jobs += [(process.communicate(timeout=240)[0], process.returncode)]
+    with slurm(output_dir) as process:
+        jobs += [(process.communicate(timeout=240)[0], process.returncode)]
     return output_dir, jobs, stopped
 
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-STATE = (".safetensors", "metrics.jsonl", "progress.json", "data.json")
+STATE = (".safetensors", "metrics.jsonl", "progress.json", "data.json", "index.json")
 RUN = [
     "--run.epochs=2", "--run.max_images=200", "--run.batch_size=20", "--run.gradient_accumulation_steps=2",
     "--run.seed=3", "--run.checkpoint_every=60", "--run.keep_checkpoints=2", "--run.log_every=40",
@@ -58,7 +58,6 @@ def main() -> int:
         import torch
         from torchvision.models import squeezenet1_1
 
-        from diffusers_vae import __version__  # noqa: F401  which fails before anything is trained
         from diffusers_vae.cli import main as command
 
         torch.set_num_threads(1)
@@ -74,7 +73,8 @@ def main() -> int:
         files = [path for path in sorted(Path("runs").rglob("*")) if path.is_file() and path.name != ".lock"]
         for group in ("state", "words"):
             for path in files:
-                if path.name.endswith(STATE) == (group == "state"):
+                of_state = path.name.endswith(STATE) or path.name.startswith("process-")
+                if of_state == (group == "state"):
                     print(f"{group} {path} {hashlib.sha256(path.read_bytes()).hexdigest()}", flush=True)
     return 0
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,11 +23,15 @@ class Disk:
         self.lossy: list[int] = []
         """Operations before which a power failure would lose something."""
         self.unsynced: set[Path] = set()
+        self.written: set[Path] = set()
+        """Files of which it was announced that they are written."""
         self.announced: tuple = ("", None, None)
 
     def __call__(self, operation: str, path: Path, to: Path | None) -> None:
         self._done(*self.announced)
         self.announced = (operation, path.absolute(), to and to.absolute())
+        if operation in ("open", "write"):
+            self.written.add(path.absolute())
         if self._to_lose():
             self.lossy.append(self.count)
         self.at(self.count)
@@ -97,14 +102,26 @@ def in_folder(work: Callable[[], object], folder: Path) -> None:
 
 def watched(work: Callable[[], object], folder: Path, disk: Disk, rank: int = 0) -> None:
     """Do `work` in the working directory `folder` under the watcher `disk` of process `rank`, and leave the operations
-    of each process, and which of them are lossy, in `folder`.operations-RANK.
+    of each process, and which of them are lossy, in `folder`.operations-RANK. A file that gets its name at once must be
+    written by `storage`, which announces it.
     """
-    own = int(os.environ.get("RANK", "0"))
-    disk = disk if own == rank else Disk()
+    here = int(os.environ.get("RANK", "0"))
+    disk = disk if here == rank else Disk()
     storage.watch(disk)
+    opened = set()
+
+    def note(event: str, arguments: tuple) -> None:
+        if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+            path = Path(os.fsdecode(arguments[0])).absolute()
+            if arguments[2] & (os.O_WRONLY | os.O_RDWR) and folder in path.parents and ".partial" not in str(path):
+                opened.add(path)
+
+    sys.addaudithook(note)
     in_folder(work, folder)
     storage.watch(None)
-    _operations_file(folder, own).write_text(json.dumps([disk.operations, disk.lossy]))
+    unannounced = {path for path in opened - disk.written if path.is_file() and path.name != ".lock"}
+    assert not unannounced, f"written without storage: {unannounced}"
+    _operations_file(folder, here).write_text(json.dumps([disk.operations, disk.lossy]))
 
 
 def operations(folder: Path, rank: int = 0) -> tuple[list[str], list[int]]:

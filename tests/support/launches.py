@@ -40,7 +40,7 @@ class Launch:
 
     def __init__(self, work: Callable[[], object], log: Path, processes: int = 1, threads: int = 1):
         self.log = log
-        environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS)}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS)}
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -69,20 +69,26 @@ class Launch:
             time.sleep(pause())
 
     def wait(self, timeout: float = 120, grace: float = 20) -> list[int]:
-        """Exit codes; negative for a signal. When one fails, the others are ended after `grace` seconds, as launchers
-        do; a launch that takes longer than `timeout` seconds is killed.
+        """Exit codes; negative for a signal. When one fails, the others are killed after `grace` seconds, as launchers
+        do.
+
+        Raises:
+            TimeoutError: when none has failed after `timeout` seconds; all are killed.
         """
-        end = time.monotonic() + timeout
+        end, failed, late = time.monotonic() + timeout, False, False
         while any(process.is_alive() for process in self.processes):
-            if any(process.exitcode for process in self.processes):
-                end = min(end, time.monotonic() + grace)
+            if not failed and any(process.exitcode for process in self.processes):
+                failed, end = True, time.monotonic() + grace
             if time.monotonic() > end:
+                late = late or not failed
                 self.send(signal.SIGKILL)
             for process in self.processes:
                 process.join(0.01)
         codes = [process.exitcode for process in self.processes]
         for process in self.processes:
             process.close()
+        if late:
+            raise TimeoutError(self.output())
         return codes
 
     def output(self) -> str:
@@ -112,7 +118,8 @@ def _enter(work: Callable[[], object], log: Path, environment: dict[str, str], t
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ |= environment
+    os.environ.clear()  # of the server: that of the test which started it
+    os.environ.update(environment)
     multiprocessing.set_start_method(None, force=True)  # workers start as in any other launch, not from a server
     import torch
 

@@ -132,7 +132,9 @@ def begun(output_dir, *arguments, launcher):
     try:
         deadline = time.monotonic() + 120
         while not any((output_dir / "checkpoints").glob("images-*")):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            if time.monotonic() > deadline:
+                os.killpg(process.pid, signal.SIGKILL)
+            assert process.poll() is None, process.communicate()[0]
             time.sleep(0.05)
         yield process
     finally:
