@@ -164,6 +164,26 @@ class TestExactness:
             first, second = (tensors(tmp_path / name, 120, kind) for name in ("plain", "measured"))
             assert all(torch.equal(first[key], second[key]) for key in first)
 
+    def test_a_step_has_the_learning_rate_of_its_beginning(self, tmp_path):
+        config = tiny(tmp_path / "run", max_images=150, log_every=30)
+        optimizer = dataclasses.replace(config.optimizer, warmup_images=60, schedule="cosine")
+        fit(dataclasses.replace(config, optimizer=optimizer))
+        rates = [record["learning_rate"] for record in records(tmp_path / "run", "train")]
+        assert rates == [optimizer.learning_rate_at(images_seen, 150) for images_seen in (0, 30, 60, 90, 120)]
+
+    def test_gradients_are_scaled_down_to_the_largest_norm(self, tmp_path):
+        """Adam's first average after its first step is a tenth of the gradient."""
+        norms = {}
+        for limit in (None, 0.5):
+            config = tiny(tmp_path / str(limit), max_images=30)
+            fit(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, max_grad_norm=limit)))
+            state = tensors(tmp_path / str(limit), 30, "optimizer")
+            averages = [tensor for name, tensor in state.items() if name.startswith("exp_avg.")]
+            norms[limit] = 10 * torch.nn.utils.get_total_norm(averages)
+            (record,) = records(tmp_path / str(limit), "train")
+            assert record["grad_norm"] == pytest.approx(float(norms[None]), rel=1e-5)  # as it was before
+        assert norms[None] > 5 and norms[0.5] == pytest.approx(0.5, rel=1e-4)
+
     def test_another_seed_is_another_run(self, tmp_path):
         for seed in (0, 1):
             fit(tiny(tmp_path / str(seed), seed=seed))
