@@ -196,9 +196,9 @@ def total(parts: dict[int, LatentStatistics]) -> LatentStatistics:
 def draw(
     posterior: DiagonalGaussianDistribution, indices: Sequence[int], seed: int, draws: int
 ) -> Iterator[torch.Tensor]:
-    """Latents (B, C, h, w) of the images `indices`, `draws` times: pure functions of seed, index and place."""
+    """Latents (B, C, h, w) of the images `indices`, `draws` times: pure functions of seed, index and draw."""
     seeds = [int(np.random.SeedSequence([seed, index]).generate_state(1)[0]) for index in indices]
-    generators = [torch.Generator().manual_seed(own) for own in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for _ in range(draws):
         noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=generator) for generator in generators])
         yield posterior.mean + posterior.std * noise.to(posterior.mean)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of other workers want the cores that would be spun on
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers imports torch once per core
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process of every test would compile all modules anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process of every test compiles all modules
 
 import pytest
 
@@ -26,7 +26,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Fixtures of modules come before `new_launch`."""
+    """Use one thread before any fixture of a module computes."""
     import torch
 
     torch.set_num_threads(1)
@@ -130,6 +130,21 @@ def no_download(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.hub.download_url_to_file", fail)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     monkeypatch.setattr("torch.hub.set_dir", lambda folder: None)
+
+
+@pytest.fixture
+def impatient_locks(monkeypatch) -> list[float]:
+    """Locks are waited for a moment only; the seconds that would have been waited."""
+    from filelock import FileLock
+
+    acquire, patience = FileLock.acquire, []
+
+    def acquire_impatiently(self, timeout=0, **settings):
+        patience.append(timeout)
+        return acquire(self, timeout=min(timeout, 0.2), **settings)
+
+    monkeypatch.setattr(FileLock, "acquire", acquire_impatiently)
+    return patience
 
 
 @pytest.fixture

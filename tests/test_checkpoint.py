@@ -24,7 +24,7 @@ from diffusers_vae.checkpoint import (
     tidy,
 )
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.storage import digest_of, naming, watch, whole_folder, write_file
+from diffusers_vae.storage import delete_folder, digest_of, naming, watch, whole_folder, write_file
 
 
 class State:
@@ -267,6 +267,18 @@ def closed(folder):
     finally:
         os.seteuid(user)
         os.chmod(folder, 0o755)
+
+
+def test_what_a_linked_folder_holds_stays_when_the_folder_is_replaced(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a").write_text("mine")
+    for name in ("model", "other"):
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    with whole_folder(tmp_path / "model") as folder:
+        (folder / "b").write_text("new")
+    delete_folder(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "model"]
+    assert (tmp_path / "elsewhere" / "a").read_text() == "mine" and (tmp_path / "model" / "b").read_text() == "new"
 
 
 class TestRefusedByTheDisk:

@@ -91,7 +91,7 @@ class TestSlerp:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(2, 6, 4, 3, 2, generator=generator, dtype=torch.float64) * 3
 
-    def test_from_end_to_end(self):
+    def test_interpolation_goes_from_end_to_end(self):
         first, second = self.ends()
         way = slerp(first, second, 7)
         assert way.shape == (6, 7, 4, 3, 2)

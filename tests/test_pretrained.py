@@ -191,7 +191,7 @@ class TestLora:
         stock.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
         torch.testing.assert_close(stock(IMAGES).sample, tuned(IMAGES).sample)
 
-    def test_without_peft(self, source, monkeypatch):
+    def test_a_missing_peft_is_named(self, source, monkeypatch):
         monkeypatch.setitem(sys.modules, "peft", None)
         with pytest.raises(ImportError, match="pip install peft"):
             ModelConfig(pretrained=source, train="decoder", lora_rank=2).build(3, SIZE)

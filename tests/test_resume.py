@@ -188,7 +188,7 @@ class TestFinishedRun:
 
     @pytest.mark.slow
     def test_finished_run_is_measured_again_with_other_settings_when_that_is_allowed(self, run, finished_mlp_run):
-        """From then on they are the run's."""
+        """The run has these settings from then on."""
         fewer = dataclasses.replace(run, evaluation=EvaluationConfig(max_images=5))
         first = train(dataclasses.replace(fewer, run=dataclasses.replace(fewer.run, allow_config_change=True)))
         assert first.report.images == 5 and train(fewer).report == first.report
@@ -316,25 +316,19 @@ class TestAnotherRun:
 
     @pytest.mark.slow
     @pytest.mark.skipif(os.name == "nt", reason="needs fork")
-    def test_two_runs_at_once_are_kept_apart(self, tmp_path, monkeypatch):
+    def test_two_runs_at_once_are_kept_apart(self, tmp_path, impatient_locks):
         """The lock is held by another process, which is alive, and free when that is killed."""
         (tmp_path / "run").mkdir()
-        lock, acquire, patience = tmp_path / "run" / ".lock", FileLock.acquire, []
-
-        def acquire_impatiently(self, timeout=None, **settings):
-            patience.append(timeout)
-            return acquire(self, timeout=min(timeout, 0.2), **settings)
-
+        lock = tmp_path / "run" / ".lock"
         other = Launch(partial(hold, lock), tmp_path / "log")
         wait_until(Path(f"{lock} is held").exists, other)
-        monkeypatch.setattr(FileLock, "acquire", acquire_impatiently)
         try:
             with pytest.raises(OSError, match=f"another process is training in {tmp_path}/run: wait for its end or"):
                 fit(tiny(tmp_path / "run"))
         finally:
             other.send(signal.SIGKILL)
             other.wait()
-        assert 0 < max(patience) < 60
+        assert 0 < max(impatient_locks) < 60
         fit(tiny(tmp_path / "run"))
 
     def test_config_that_is_no_yaml_is_named(self, tmp_path):
@@ -432,6 +426,17 @@ class TestSignals:
         assert f"asked to stop ({name})" in launch.output() and f"saved as {newest}" in launch.output()
         assert "Traceback" not in launch.output()
 
+    def test_step_that_a_signal_came_in_is_saved_before_the_next_checkpoint_is_due(self, tmp_path):
+        class Signalled(AutoencoderTask):
+            def begin_step(self, images_seen, total_images, learning_rate):
+                if images_seen == 60:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return super().begin_step(images_seen, total_images, learning_rate)
+
+        with pytest.raises(Interrupted, match=r"asked to stop \(SIGTERM\)"):
+            run_task(Signalled(tiny(tmp_path / "run", checkpoint_every=10**6)), finish=False)
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["images-000000000090"]
+
     @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
     def test_processes_that_read_images_outlive_a_signal_to_all_of_a_job(self, name, cifar_folder, tmp_path):
         """The step that is finished and those before it in the queue need their images."""
@@ -448,7 +453,7 @@ class TestSignals:
         assert group_is_gone(group, 10)
 
     def test_interruption_stays_one_where_code_makes_another_error_of_it(self, tmp_path):
-        """As the import of a library in C does."""
+        """The import of a library in C does so."""
 
         class Importing(AutoencoderTask):
             def finish(self, *arguments):
@@ -464,7 +469,7 @@ class TestSignals:
 
     @pytest.mark.parametrize("on_bad_image", ["stop", "skip"])
     def test_images_that_are_read_at_a_signal_are_no_bad_ones(self, on_bad_image, cifar_folder, tmp_path, monkeypatch):
-        """While the end of the run is measured."""
+        """The signal comes while the end of the run is measured."""
         data = DataConfig(
             name="folder", root=str(cifar_folder / "test" / "ship"), channels=3, resolution=8, num_workers=0,
             on_bad_image=on_bad_image,

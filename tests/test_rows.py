@@ -366,7 +366,7 @@ class TestRefused:
             ),
         ],
     )
-    def test_by_the_hub(self, root, settings, message, folder, hub):
+    def test_wrong_sets_of_the_hub_are_named(self, root, settings, message, folder, hub):
         content = packed(tables(folder)["test"])
         card = "\n".join(
             ["---", "configs:", *(f"- config_name: {n}\n  data_files: {n}.parquet" for n in "ab"), "---", ""]
@@ -404,7 +404,7 @@ class TestRefused:
         with pytest.raises(OSError, match=r"the connection to http.* must hold, or the set be in the cache"):
             load_data(config("ann/other"))
 
-    def test_on_this_machine(self, folder, tmp_path):
+    def test_wrong_folders_and_files_are_named(self, folder, tmp_path):
         (tmp_path / "a.csv").write_text("words")
         saved = placed("saved", folder, tmp_path / "saved")
         Dataset.from_list(rows_of(folder / "test"), FEATURES).to_parquet(tmp_path / "a.parquet")

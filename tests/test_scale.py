@@ -43,12 +43,12 @@ def settings_of(*flags):
 
 class TestSyntax:
     @pytest.mark.parametrize("script", [SLURM, NODE], ids=lambda script: script.name)
-    def test_of_the_scripts(self, script):
+    def test_scripts_parse_and_may_be_run(self, script):
         done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert os.access(script, os.X_OK)
 
-    def test_of_what_slurm_is_asked_for(self):
+    def test_slurm_is_asked_for_nodes_gpus_a_signal_and_to_requeue(self):
         text = SLURM.read_text()
         head = text[: text.index("\nset -")]  # after the first command, sbatch reads no more
         assert text.count("#SBATCH") == head.count("#SBATCH")
@@ -71,7 +71,7 @@ class TestSyntax:
         assert parsed.main_process_ip == "$MAIN_HOST" and parsed.main_process_port == 29500
         assert (ROOT / parsed.config_file).exists() and parsed.training_script_args == ["--a", "b"]
 
-    def test_of_what_kubernetes_is_asked_for(self):
+    def test_kubernetes_is_asked_for_a_service_and_a_job(self):
         service, job = yaml.safe_load_all(KUBERNETES.read_text())
         assert (service["apiVersion"], service["kind"]) == ("v1", "Service")
         assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
@@ -95,7 +95,7 @@ class TestSyntax:
             re.findall(r"^#   (\w+)  ", NODE.read_text(), re.M)
         ) | {"MAIN_HOST", "MAIN_PORT"}
 
-    def test_of_the_volumes(self):
+    def test_volumes_are_mounted_where_the_script_looks(self):
         _, job = yaml.safe_load_all(KUBERNETES.read_text())
         pod = job["spec"]["template"]["spec"]
         volumes = {volume.pop("name"): volume for volume in pod["volumes"]}
@@ -209,7 +209,7 @@ class TestEstimate:
         assert scale.all_reduce(4e8, 1, 1, ASSUMED) == 0
         assert scale.all_reduce(4e8, 1, 2, ASSUMED) == pytest.approx(4e8 / 1e10)
 
-    def test_memory(self):
+    def test_names_and_orders_take_the_memory_of_every_process(self):
         names, orders = scale.memory_of_names(RECIPE, MEASURED, ASSUMED)
         assert (names, orders) == (8 * 1_024_000 * 500, 8 * 2 * 1_024_000 * 8)
 

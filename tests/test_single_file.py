@@ -128,7 +128,7 @@ def test_unknown_scaling_factor_is_said(config, named, tmp_path, caplog):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_to_train_on(suffix, tmp_path):
+def test_a_single_file_is_trained_on(suffix, tmp_path):
     stock = make(TINY)
     config = ModelConfig(pretrained=write(tmp_path / f"vae{suffix}", original(stock)), train="decoder")
     with torch.device("meta"):

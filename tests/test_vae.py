@@ -544,7 +544,7 @@ class TestFrozenParts:
         assert vae.train().encoder.training
         assert not any(module.training for module in vae.eval().modules())
 
-    def test_in_a_wrapper(self, vae):
+    def test_a_frozen_encoder_stays_in_eval_mode_in_a_wrapper(self, vae):
         vae.encoder.requires_grad_(False)
         torch.nn.Sequential(vae).train()
         assert vae.training and vae.decoder.training and not vae.encoder.mid_block.training

@@ -46,9 +46,9 @@ def pack(kind, folder, target):
         return zipped(folder, target.with_suffix(".zip"), zipfile.ZIP_STORED)
     target.mkdir()
     for name in ("ship", "cat"):  # shards beside each other
-        own = target.parent / f"only {name}"
-        shutil.copytree(folder / name, own / name)
-        tarred(own, target / f"00{len(name)}.tar")
+        part = target.parent / f"only {name}"
+        shutil.copytree(folder / name, part / name)
+        tarred(part, target / f"00{len(name)}.tar")
     return target
 
 
