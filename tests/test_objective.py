@@ -414,6 +414,16 @@ def test_free_bits_leave_a_channel_below_alone_and_press_one_above_as_before():
         terms_of(VAEObjective(free_bits=1.0), channel_rates=torch.ones(3))
 
 
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_free_bits_are_decided_by_the_mean_over_the_images(order):
+    """Channel 0 has 1.6 nats on average, channel 1 has 0.8: of one image alone, both would be decided otherwise."""
+    rates = torch.tensor([[0.2, 1.5], [3.0, 0.1]])[order]
+    posterior = DiagonalGaussianDistribution(torch.cat([(2 * rates).sqrt(), torch.zeros(2, 2)], 1)[..., None, None])
+    images = torch.zeros(2, 1, 4, 4)
+    losses = [VAEObjective(free_bits=free_bits)(images, images, posterior).loss for free_bits in (0.0, 1.0)]
+    torch.testing.assert_close(losses[1] - losses[0], torch.tensor(1.0 - 0.8), rtol=0, atol=1e-5)
+
+
 def test_bernoulli_is_refused_a_scale():
     images, reconstructions, posterior = make_batch()
     with pytest.raises(ValueError, match=r"has no scale: leave it out, got 0\.5"):
