@@ -44,6 +44,7 @@ from diffusers_vae.latents import measure_latents
 from diffusers_vae.loop import FSDP2_TORCH, OptimizerConfig, run_task
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.objective import VAEObjective
+from diffusers_vae.processes import on_main, process_share
 from diffusers_vae.trainer import AutoencoderTask
 
 pytestmark = pytest.mark.slow
@@ -204,6 +205,29 @@ def test_run_of_three_processes_is_continued_bit_identically(tmp_path):
     assert f"continuing from {output_dir}/checkpoints/images-000000000060" in output
     assert processes_of(output_dir) == 3
     assert left_behind(output_dir) == left_behind(tmp_path / "run")
+
+
+def fail_on_main(folder):
+    """Write to a file of each process what it learns of errors and results of the main one."""
+    torch.distributed.init_process_group("gloo")
+    found = []
+    for error in (ValueError("wrong"), FileNotFoundError(2, "gone"), KeyError("name")):
+
+        def work(error=error):
+            raise error
+
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            on_main(work)
+        found.append(repr(caught.value))
+    found.append(repr(on_main(process_share)))
+    (folder / str(process_share()[0])).write_text("\n".join(found))
+
+
+def test_errors_and_results_of_the_main_process_are_those_of_all(tmp_path):
+    run_forked(fail_on_main, tmp_path, log=tmp_path / "log", processes=2)
+    first, second = ((tmp_path / name).read_text().splitlines() for name in "01")
+    assert first == ["ValueError('wrong')", "FileNotFoundError(2, 'gone')", "KeyError('name')", "(0, 2)"]
+    assert second == [*first[:2], "RuntimeError(\"process 0: KeyError: 'name'\")", "(0, 2)"]
 
 
 def measure():
