@@ -216,7 +216,7 @@ def fail_on_main(folder):
         def work(error=error):
             raise error
 
-        with pytest.raises(Exception) as caught:  # noqa: PT011
+        with pytest.raises(Exception) as caught:
             on_main(work)
         found.append(repr(caught.value))
     found.append(repr(on_main(process_share)))
