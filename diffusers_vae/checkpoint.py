@@ -138,7 +138,7 @@ def save_checkpoint(
             manifest = {"format": FORMAT, "files": files, "sha256": digest_of([FORMAT, files])}
             write_text(partial / MANIFEST, json.dumps(manifest, indent=2) + "\n")
             sync(partial / MANIFEST)
-            finish_folder(partial, target)  # it replaces a damaged one that was passed over, too
+            finish_folder(partial, target)  # also replaces a damaged checkpoint that was skipped
         tidy(folder, target, keep)
 
     try:

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         expected = isinstance(error, (ArithmeticError, ImportError, OSError, ValueError))
-        if debug or (arguments[0].startswith("train") and not expected):  # it may not come again for days
+        if debug or (not expected and arguments[0].startswith("train")):  # it may not come again for days
             raise
         kind = "" if expected else f"{type(error).__name__}: "
         text = str(error) if expected else " ".join(str(error).split())

@@ -38,7 +38,7 @@ def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
         if not pixels.is_cpu or torch.compiler.is_compiling():
             return pixels.float() / 127.5 - 1
         # by numpy, in one thread: those of torch wait for cores that are busy reading images
-        images = torch.empty_like(pixels, dtype=torch.float32)  # aligned, on which the rounding of MKL depends
+        images = torch.empty_like(pixels, dtype=torch.float32)  # aligned: the rounding of MKL depends on it
         np.divide(pixels.numpy(), np.float32(127.5), out=images.numpy(), dtype=np.float32)
         np.subtract(images.numpy(), np.float32(1), out=images.numpy())
         return images

@@ -640,7 +640,7 @@ def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:
                 before = _tensors_in(newest)
                 (folder / "evaluation.json").unlink()
                 shutil.rmtree(newest)
-            on_main(lambda: None)  # the others wait, since they would resume from what is deleted
+            on_main(lambda: None)  # barrier: nobody resumes before the checkpoint is deleted
             run_task(task.few(folder), finish=False)
         except Interrupted as interruption:
             raise Interrupted("the dry run was asked to stop; nothing was kept") from interruption

@@ -70,8 +70,8 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def sendable(error: Exception) -> Exception:
-    """Return the error as other processes can have it: FloatingPointError, OverflowError, ValueError and OSErrors
-    unchanged, any other as a RuntimeError with its type and text.
+    """Return the error in a form that can be sent to other processes: FloatingPointError, OverflowError, ValueError
+    and OSErrors unchanged, any other as a RuntimeError with its type and text.
     """
     if type(error) in (FloatingPointError, OverflowError, ValueError) or isinstance(error, OSError):
         return error

@@ -181,8 +181,9 @@ class BadImages:
     def __init__(self, path: Path):
         self.path = path
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self.listed = set(text.splitlines())
-        if text and not text.endswith("\n"):  # cut off as the process ended
+        whole, _, torn = text.rpartition("\n")
+        self.listed = set(whole.splitlines())
+        if torn:  # the process ended in the middle of a line
             append_text(path, "\n")
 
     def add(self, errors: Iterable[str], warn: bool = True) -> None:

@@ -107,7 +107,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to write to, which replaces `path` at the end, its files on the disk. After an error there
-    is no trace of it; OSErrors name `path`. The watcher learns of a file when it is written, not before.
+    is no trace of it; OSErrors name `path`. The watcher is told of a file after it was written.
     """
     partial = partial_of(path)
     with naming(path):
@@ -142,7 +142,7 @@ def finish_folder(partial: Path, path: Path) -> None:
         _rename(path, old)
     _rename(partial, path)
     sync(path.parent)
-    with suppress(OSError):  # `path` is complete, and the next one deletes what is left
+    with suppress(OSError):  # `path` is complete; what is left is deleted when it is replaced again
         delete_folder(old)
 
 
@@ -164,7 +164,7 @@ def delete_leftovers(folder: Path, pattern: str) -> None:
 
 
 def delete_folder(path: Path) -> None:
-    """Delete a folder with all that it holds, if it is there; of a link, the link alone."""
+    """Delete a folder with all that it holds, if it is there. A link is deleted, not what it leads to."""
     if path.is_symlink():
         return delete_file(path)
     for parent, folders, files in os.walk(path, topdown=False):
@@ -218,12 +218,12 @@ def copy_file(source: Path, path: Path) -> None:
     shutil.copyfile(source, path)
 
 
-UMASK = os.umask(0o077)  # it can be read by setting it alone
+UMASK = os.umask(0o077)  # the only way to read it is to set it
 os.umask(UMASK)
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to the disk. Safetensors files, which are created readable by their owner alone, get the
+    """Flush a file or folder to the disk. Safetensors files, which are created readable by the owner only, get the
     usual permissions.
     """
     if path.is_dir() and os.name == "nt":

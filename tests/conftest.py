@@ -1,6 +1,6 @@
 """Shared fixtures. Real data sets lie in ../shared/data beside the checkout; tests that need them skip without.
 
-Fixtures import what takes long themselves: pytest loads this file in the process that starts its workers, too.
+Slow imports are inside the fixtures, since pytest also loads this file in the process that starts the workers.
 """
 
 import gc
@@ -19,7 +19,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process of every tes
 
 import pytest
 
-gc.disable()  # while the tests are collected, since imports make a million objects that stay
+gc.disable()  # until the tests are collected: imports create a million objects that stay alive
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """Spare each collection of garbage what the imports left."""
+    """Exclude the objects that imports created from garbage collection."""
     gc.freeze()
     gc.enable()
 
@@ -134,7 +134,7 @@ def no_download(monkeypatch, tmp_path):
 
 @pytest.fixture
 def impatient_locks(monkeypatch) -> list[float]:
-    """Locks are waited for a moment only; the seconds that would have been waited."""
+    """Wait at most 0.2 s for a lock. The list holds the timeouts that were asked for, in seconds."""
     from filelock import FileLock
 
     acquire, patience = FileLock.acquire, []

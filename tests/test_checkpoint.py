@@ -281,6 +281,24 @@ def test_what_a_linked_folder_holds_stays_when_the_folder_is_replaced(tmp_path):
     assert (tmp_path / "elsewhere" / "a").read_text() == "mine" and (tmp_path / "model" / "b").read_text() == "new"
 
 
+def test_a_replaced_folder_that_cannot_be_deleted_does_not_fail_the_new_one(tmp_path):
+    """As on a network file system, where a file is open elsewhere."""
+
+    def refuse(operation, path, to):
+        if operation == "unlink":
+            raise OSError("busy")
+
+    for text in ("first", "second", "third"):
+        watch(refuse if text == "second" else None)
+        try:
+            with whole_folder(tmp_path / "model") as folder:
+                (folder / "a").write_text(text)
+        finally:
+            watch(None)
+        assert (tmp_path / "model" / "a").read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 class TestRefusedByTheDisk:
     @pytest.mark.slow
     def test_full_disk_leaves_what_was_saved_whole(self, small_disk):

@@ -121,6 +121,20 @@ class TestTop:
         assert output == ""
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_an_error_in_one_line(tmp_path):
+    output = run_forked(print_to_a_full_disk, log=tmp_path / "log")
+    assert output.splitlines() == ["error: [Errno 28] No space left on device"] * 2
+
+
+def print_to_a_full_disk():
+    for arguments in ([], ["--version"]):
+        sys.stdout = open("/dev/full", "w")  # noqa: SIM115
+        assert cli.main(arguments) == 1
+    os._exit(0)  # Python would complain of the same at its end
+
+
 def info_for_a_reader_who_has_left(run):
     """As in `diffusers-vae info RUN | head`."""
     reader, writer = os.pipe()

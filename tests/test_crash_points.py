@@ -46,7 +46,7 @@ def config_of(**run):
     """Two steps; the second checkpoint deletes the first."""
     run = {"max_images": 20, "batch_size": 10, "log_every": 10, "checkpoint_every": 10, "keep_checkpoints": 1} | run
     config = dataclasses.replace(tiny("run", **run), evaluation=EvaluationConfig(max_images=8))
-    model = dataclasses.replace(config.model, latent_dim=1)  # of which there are the fewest pictures
+    model = dataclasses.replace(config.model, latent_dim=1)  # the model with the fewest pictures
     return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, heldout_fraction=0.9))
 
 

@@ -733,7 +733,7 @@ class TestClassesAndCaptions:
 
 
 class TestSize:
-    """Images in files, resized as they are read."""
+    """Image files are resized when they are read."""
 
     def image(self, height, width):
         return torch.arange(height * width).remainder(256).to(torch.uint8).view(1, height, width)

@@ -53,7 +53,7 @@ def generator():
 
 @torch.no_grad()
 def test_equal_to_the_articles(model):
-    """With one seed, the initial weights are the same too."""
+    """The same seed gives the same initial weights."""
     torch.manual_seed(0)
     reference = Perceptron(model.decoder[2].out_features, model.config.hidden_dim, model.config.latent_dim)
     assert model.num_parameters() == sum(parameter.numel() for parameter in reference.parameters())

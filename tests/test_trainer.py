@@ -39,6 +39,7 @@ from diffusers_vae.evaluation import EvaluationConfig, evaluate
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import measure_latents
 from diffusers_vae.loop import OptimizerConfig, dry_run, run_task
+from diffusers_vae.run_folder import BadImages
 from diffusers_vae.trainer import AutoencoderTask, train
 
 FEW = DataConfig(resolution=8, heldout_fraction=0.9)
@@ -349,6 +350,13 @@ class TestFaults:
         expected |= {"truncated_jpeg.jpg", "truncated_image.png"}
         assert names == expected and len(listed) == 5
         assert "5 files could not be read and were left out" in caplog.text
+
+    def test_list_of_bad_images_goes_on_in_a_new_line_after_one_that_was_cut_off(self, tmp_path):
+        path = tmp_path / "bad_images.txt"
+        path.write_text("a.png: no image\nb.png: no im")
+        for _ in range(2):
+            BadImages(path).add(["a.png: no image", "b.png: no image", "b.png: no image"])
+        assert path.read_text().splitlines() == ["a.png: no image", "b.png: no im", "b.png: no image"]
 
     @pytest.mark.slow
     def test_held_out_images_that_cannot_be_read_are_listed_too(self, ships, tmp_path):

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     assert not any(codes), (codes, launch.output())
     duration = time.monotonic() - began
     expected = left_behind(uninterrupted)
-    same, kills_of_all = 0, 0
+    same, all_struck = 0, 0
     for trial in range(options.trials):
         chance = random.Random(f"{options.seed} {trial}")
         output_dir = options.folder / f"trial-{trial}" / "run"
@@ -100,12 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         struck, wrong = [], []
         while True:
             launch = Launch(partial(run, config, options.finish), log, options.processes)
-            if kills := len(struck) < options.kills:
+            if strikes := len(struck) < options.kills:
                 strike(launch, number, output_dir, duration, bool(len(struck) % 2), chance)
             codes = launch.wait()
             if not any(codes):
                 break
-            assert kills, (codes, launch.output())
+            assert strikes, (codes, launch.output())
             struck.append(max((path.name for path in (output_dir / "checkpoints").glob("images-*")), default="start"))
             # 0: one that was at its end already; 1: one that waited for another that had stopped
             stopped = {-number, INTERRUPTED} & set(codes)
@@ -113,11 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 wrong.append(f"exit codes {codes}")
         found = left_behind(output_dir)
         wrong += sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        same, kills_of_all = same + (not wrong), kills_of_all + len(struck)
+        same, all_struck = same + (not wrong), all_struck + len(struck)
         at = [name.removeprefix("images-").lstrip("0") for name in struck]
         print(json.dumps({"trial": trial, "killed after": at, "differs": wrong}), flush=True)
     print(f"{same} of {options.trials} bit-identical; a run takes {duration:.1f} s")
-    return int(same < options.trials or not kills_of_all)
+    return int(same < options.trials or not all_struck)
 
 
 if __name__ == "__main__":

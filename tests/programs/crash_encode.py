@@ -59,14 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     assert launch.wait() == [0], launch.output()
     duration = time.monotonic() - began
     expected = checksums(uninterrupted)
-    same, kills_of_all = 0, 0
+    same, all_struck = 0, 0
     for trial in range(options.trials):
         chance = random.Random(f"{options.seed} {trial}")
         folder = options.folder / f"trial-{trial}"
         struck = []
         while True:
             launch = Launch(partial(encode, folder), log, options.processes)
-            if kills := len(struck) < options.kills:
+            if strikes := len(struck) < options.kills:
                 goal = len(list(folder.glob("shard-*"))) + chance.randint(0, 5)
                 while len(list(folder.glob("shard-*"))) < goal and launch.running:
                     time.sleep(0.001)
@@ -77,15 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             codes = launch.wait()
             if not any(codes):
                 break
-            assert kills and -signal.SIGKILL in codes, launch.output()
+            assert strikes and -signal.SIGKILL in codes, launch.output()
             struck.append(len(list(folder.glob("shard-*"))))
         found = checksums(folder)
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         LatentDataset(folder).verify()
-        same, kills_of_all = same + (not wrong), kills_of_all + len(struck)
+        same, all_struck = same + (not wrong), all_struck + len(struck)
         print(json.dumps({"trial": trial, "killed after shards": struck, "differs": wrong}), flush=True)
     print(f"{same} of {options.trials} identical; encoding takes {duration:.1f} s")
-    return int(same < options.trials or not kills_of_all)
+    return int(same < options.trials or not all_struck)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class Disk:
         """Operations before which a power failure would lose something."""
         self.unsynced: set[Path] = set()
         self.written: set[Path] = set()
-        """Files of which it was announced that they are written."""
+        """Files whose writing was announced."""
         self.announced: tuple = ("", None, None)
 
     def __call__(self, operation: str, path: Path, to: Path | None) -> None:

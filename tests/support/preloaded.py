@@ -3,7 +3,7 @@
 # ruff: noqa: E402, F401
 import gc
 
-gc.disable()  # imports make a million objects that stay
+gc.disable()  # imports create a million objects that stay alive
 
 import datasets
 import matplotlib.backends.backend_agg

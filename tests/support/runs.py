@@ -69,7 +69,7 @@ class Unmeasured(AutoencoderTask):
 
 
 class NotANumber(Unmeasured):
-    """Trains on float pixels of which one, in image 17, is NaN."""
+    """Trains on float pixels; one pixel of image 17 is NaN."""
 
     def load(self, accelerator):
         super().load(accelerator)
