@@ -5,6 +5,7 @@ those of a run without interruption. States of the disk that are the same, file 
 """
 
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -16,7 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from support.crashes import ENDED, Disk, End, Snapshots, in_folder, operations, state_of, watched
+from support.crashes import (
+    ENDED,
+    Disk,
+    End,
+    Snapshots,
+    copy_after_power_failure,
+    in_folder,
+    operations,
+    state_of,
+    watched,
+)
 from support.launches import Launch
 from support.runs import tiny
 
@@ -88,20 +99,31 @@ class Points:
         first = (number for number, name in enumerate(self.operations[0][0]) if "checkpoints/images-" in name)
         self.first_checkpoint = next(first, len(self.operations[0][0]))
 
-    def all_of(self, rank: int) -> list[tuple[int, bool]]:
-        """(operation, power failure or not) of process `rank`."""
-        names, lossy = self.operations[rank]
-        return [(number, False) for number in range(len(names))] + [(number, True) for number in lossy]
+    def end_at_every_operation(self, power_failures: bool = True) -> int:
+        """End each process at each of its operations, also by a power failure where that loses something; how many."""
+        points = 0
+        for rank in range(self.processes):
+            names, lossy = self.operations[rank]
+            for number in range(len(names)):
+                self.end_at(number, rank, power_failures and number in lossy)
+            points += len(names) + len(lossy) * power_failures
+        return points
 
-    def end_at(self, number: int, power_failure: bool, rank: int) -> None:
-        """End process `rank` at an operation."""
-        trial = self.folder / f"{rank}-{number:04d}{'-power' * power_failure}"
-        codes = launched(partial(watched, self.work, trial, End(number, power_failure), rank), self.log, self.processes)
+    def end_at(self, number: int, rank: int, power_failure: bool) -> None:
+        """End process `rank` at an operation, and keep what is left, and would be by a power failure."""
+        trial, lost = (self.folder / f"{rank}-{number:04d}{name}" for name in ("", ".lost"))
+        codes = launched(partial(watched, self.work, trial, End(number, lost), rank), self.log, self.processes)
         name = self.operations[rank][0][number]
         assert codes[rank] == ENDED, (name, codes, self.log.read_text())
-        if rank == 0 and number > self.first_checkpoint:
-            assert find_checkpoint(trial / "run" / "checkpoints")[0], f"ended before {name}: no checkpoint is left"
-        self.keep(trial, name)
+        left = [trial]
+        if power_failure:
+            paths = [Path(path) for path in json.loads(lost.read_text())]
+            left.append(self.folder / f"{trial.name}-power")
+            copy_after_power_failure(trial, paths, left[1])
+        for folder in left:
+            if rank == 0 and number > self.first_checkpoint:
+                assert find_checkpoint(folder / "run" / "checkpoints")[0], f"ended before {name}: no checkpoint is left"
+            self.keep(folder, name)
 
     def keep(self, trial: Path, operation: str, unfinished: str | None = None) -> None:
         """Keep what lies in `trial` to continue it, unless it is as another state. `unfinished` stands for the content
@@ -142,34 +164,25 @@ def one_after_the_other(work: Callable[[], object], folders: list[Path]) -> None
 def test_run_ended_at_any_operation_continues_bit_identically(folder, record_property):
     """The loop with its checkpoints, their deletion and its log; the end of a run has a test of its own."""
     points = Points(run_loop, folder, 1)
-    chosen = points.all_of(0)
-    assert len(chosen) > 90 and sum(name.startswith("unlink") for name in points.operations[0][0]) > 5
-    for number, power_failure in chosen:
-        points.end_at(number, power_failure, 0)
+    record_property("points", count := points.end_at_every_operation())
+    assert count > 90 and sum(name.startswith("unlink") for name in points.operations[0][0]) > 5
     points.continue_all()
-    record_property("points", len(chosen))
     record_property("states", len(points.states))
 
 
 def test_run_of_two_processes_one_of_which_ends_at_any_operation_continues_bit_identically(folder, record_property):
     points = Points(run_loop, folder, 2)
-    chosen = [(number, False, rank) for rank in range(2) for number in range(len(points.operations[rank][0]))]
     assert len(points.operations[1][0]) > 5
-    for point in chosen:
-        points.end_at(*point)
+    record_property("points", points.end_at_every_operation(power_failures=False))
     points.continue_all()
-    record_property("points", len(chosen))
     record_property("states", len(points.states))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_encoding_ended_at_any_operation_continues_with_the_same_files(processes, folder, record_property):
     points = Points(encode, folder, processes)
-    chosen = [(*point, rank) for rank in range(processes) for point in points.all_of(rank)]
-    for point in chosen:
-        points.end_at(*point)
+    record_property("points", points.end_at_every_operation())
     points.continue_all()
-    record_property("points", len(chosen))
     record_property("states", len(points.states))
 
 
@@ -210,5 +223,5 @@ def test_power_failure_would_be_noticed(tmp_path):
     (tmp_path / "a").rename(tmp_path / "b")
     disk("fsync", tmp_path / "b", None)
     assert disk.lossy == [1, 2]
-    disk.lose()
-    assert (tmp_path / "b").read_text() == ""
+    copy_after_power_failure(tmp_path, disk.to_lose(), tmp_path / "copy")
+    assert (tmp_path / "copy" / "b").read_text() == ""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageChops
-from support.models import run_without_package
+from support.stock import run_without_package
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_vae import cli
@@ -19,7 +19,7 @@ PAGE = (DOCS / "pipeline.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n```text( varies)?\n(.*?)```\n)?", PAGE, re.S)
 OURS = "# this block needs diffusers_vae"
 RUN = f"""
-import contextlib, io, json
+import contextlib, io, json, sys
 names, printed = {{}}, []
 for code in json.load(open("blocks.json")):
     if code.startswith({OURS!r}):

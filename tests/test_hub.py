@@ -23,7 +23,7 @@ from huggingface_hub.utils import logging as client_logging
 from support.hub import CONFIG, READ_TOKEN, REPO, TOKEN, connect, make_run, uploaded
 from support.hub_server import Fault, card_errors
 from support.launches import Launch
-from support.models import make_vae, run_without_package
+from support.models import make_vae
 
 from diffusers_vae import MLPVAE, VAE, cli
 from diffusers_vae.adversarial import AdversarialConfig
@@ -577,12 +577,14 @@ class TestLoading:
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("HF_TOKEN")
         code = f"""
+import sys
+sys.modules["diffusers_vae"] = None
 import torch
 from diffusers import AutoencoderKL
 model = AutoencoderKL.from_pretrained("{REPO}")
 torch.save((dict(model.config), model.state_dict()), "loaded.pt")
 """
-        run_without_package(code, tmp_path, offline=False)
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
         config, weights = torch.load(tmp_path / "loaded.pt", weights_only=False)
         assert_pushed(hub, config, weights, tmp_path / "home" / "hub")
 

@@ -22,7 +22,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file
-from support.models import run_without_package
+from support.stock import run_without_package
 from tokenizers import Tokenizer, models
 from transformers import (
     CLIPTextConfig,

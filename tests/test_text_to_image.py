@@ -17,8 +17,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, StableDif
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.launches import Launch, run_forked
-from support.models import run_without_package
 from support.runs import at, left_behind, records, tensors
+from support.stock import run_without_package
 from transformers import CLIPTextModel
 
 from diffusers_vae import MLPVAE, VAE, cli

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL, AutoModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support.models import TINY, make_pipeline, original_name, run_without_package
+from support.models import TINY, make_pipeline, original_name
+from support.stock import run_without_package
 
 from diffusers_vae import VAE
 from diffusers_vae.models import LatentScaling, VAEOutput

@@ -22,8 +22,9 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 from support.files import paths_of
 from support.hub import CONFIG, REPO, make_run, uploaded
-from support.models import make_vae, run_without_package
+from support.models import make_vae
 from support.runs import tiny
+from support.stock import run_without_package
 
 from diffusers_vae import VAE, cli
 from diffusers_vae.data import ArrayImages, DataConfig, StoredImages, load_data, look, recommended

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from diffusers_vae import storage
@@ -32,7 +32,7 @@ class Disk:
         self.announced = (operation, path.absolute(), to and to.absolute())
         if operation in ("open", "write"):
             self.written.add(path.absolute())
-        if self._to_lose():
+        if self.to_lose():
             self.lossy.append(self.count)
         self.at(self.count)
         self.operations.append(f"{operation} {os.path.relpath(to or path)}")
@@ -50,26 +50,21 @@ class Disk:
             moved = {file for file in self.unsynced if file == path or path in file.parents}
             self.unsynced = self.unsynced - moved | {to / file.relative_to(path) for file in moved}
 
-    def _to_lose(self) -> list[Path]:
+    def to_lose(self) -> list[Path]:
+        """Files with content that a power failure would empty now."""
         return [path for path in self.unsynced if path.is_file() and path.stat().st_size]
-
-    def lose(self) -> None:
-        """Empty what was not synced, as after a power failure."""
-        for path in self._to_lose():
-            path.write_bytes(b"")
 
 
 class End(Disk):
-    """Ends the process at operation `number`; with `power_failure`, files that were not synced are empty then."""
+    """Ends the process at operation `number` and leaves the paths that a power failure would empty then in `lost`."""
 
-    def __init__(self, number: int, power_failure: bool):
+    def __init__(self, number: int, lost: Path):
         super().__init__()
-        self.number, self.power_failure = number, power_failure
+        self.number, self.lost = number, lost
 
     def at(self, number: int) -> None:
         if number == self.number:
-            if self.power_failure:
-                self.lose()
+            self.lost.write_text(json.dumps([str(path) for path in self.to_lose()]))
             os._exit(ENDED)
 
 
@@ -85,12 +80,14 @@ class Snapshots(Disk):
     def at(self, number: int) -> None:
         shutil.copytree(self.root, self.folder / f"{number:04d}")
         if number in self.lossy:
-            shutil.copytree(self.root, self.folder / f"{number:04d}-power")
-            copied = Disk()
-            copied.unsynced = {
-                self.folder / f"{number:04d}-power" / path.relative_to(self.root) for path in self.unsynced
-            }
-            copied.lose()
+            copy_after_power_failure(self.root, self.to_lose(), self.folder / f"{number:04d}-power")
+
+
+def copy_after_power_failure(root: Path, lost: Iterable[Path], to: Path) -> None:
+    """Copy the folder `root` to `to`, where those files below it that were not synced are empty."""
+    shutil.copytree(root, to)
+    for path in lost:
+        (to / path.relative_to(root)).write_bytes(b"")
 
 
 def in_folder(work: Callable[[], object], folder: Path) -> None:

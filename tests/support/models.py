@@ -1,10 +1,7 @@
 """Small models and pipelines with random weights."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -36,15 +33,6 @@ def original_name(key, levels):
     ):
         key = re.sub(pattern, replacement, key)
     return key
-
-
-def run_without_package(code, folder, offline=True):
-    """Run `code` in `folder`, in a process of its own in which diffusers_vae cannot be imported. It computes with one
-    thread, as tests do, so that results are the same bit by bit.
-    """
-    code = f'import sys; sys.modules["diffusers_vae"] = None\n{code}'
-    environment = {**os.environ, "HF_HUB_OFFLINE": str(int(offline)), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
 
 
 def make_pipeline(vae, folder):
