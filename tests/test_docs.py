@@ -48,7 +48,7 @@ def table():
 def ran(tmp_path_factory):
     """A folder where the default commands ran, with a few images, and then the page; what each block printed."""
     folder = tmp_path_factory.mktemp("page")
-    common = ["--run.tracker=null", "--run.max_images=128"]
+    common = ["--run.tracker=null", "--run.max_images=64", "--data.heldout_fraction=0.9"]
     sampling = {"steps": 1, "seeds": 1, "guidance": [1.0], "heldout_images": 8}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

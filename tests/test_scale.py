@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -316,17 +317,17 @@ def slurm(tmp_path_factory):
     (folder / "accelerate").chmod(0o755)
 
     @contextmanager
-    def started(output_dir, *flags, **environment):
+    def started(output_dir, *flags, srun=folder):
         for number in range(os.getpid() % 10000, 10000):  # from which the script makes a port
             with socket.socket() as free, suppress(OSError):
                 free.bind(("localhost", 20000 + number))
                 break
         environment = {
-            "PATH": f"{folder}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "SLURM_JOB_ID": str(number),
+            "PATH": f"{srun}:{folder}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "SLURM_JOB_ID": str(number),
             "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "local[0-1]", "PROCESSES_PER_NODE": "1",
             "NODE_DISK": str(output_dir) + "-disks", "REQUEUED": str(output_dir) + "-requeued",
             "PYTHONPATH": f"{folder}:{ROOT}", "WATCHED": str(output_dir), "OMP_NUM_THREADS": "1",
-        } | environment  # fmt: skip
+        }  # fmt: skip
         process = subprocess.Popen(
             ["bash", str(SLURM), *map(str, [*TINY, "--run.output_dir", output_dir, *flags])], stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=os.environ | environment,
@@ -342,12 +343,9 @@ def slurm(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_jobs(slurm, tmp_path_factory):
-    """The folder of a run that SLURM stopped before its time was over, as it stood then, and continued; exit code and
-    output of both jobs.
-    """
-    folder = tmp_path_factory.mktemp("two-jobs")
-    output_dir = folder / "run"
+def job(slurm, tmp_path_factory):
+    """The folder of a run that SLURM stopped before its time was over; exit code and output of the job."""
+    output_dir = tmp_path_factory.mktemp("job") / "run"
     with slurm(output_dir) as process:
         deadline = time.monotonic() + 240
         while not any((output_dir / "checkpoints").glob("images-*")):
@@ -356,51 +354,51 @@ def two_jobs(slurm, tmp_path_factory):
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
         process.send_signal(signal.SIGUSR1)
-        jobs = [(process.communicate(timeout=240)[0], process.returncode)]
-    stopped = (output_dir / "evaluation.json").exists(), Path(f"{output_dir}-requeued").read_text().split()
-    with slurm(output_dir) as process:
-        jobs += [(process.communicate(timeout=240)[0], process.returncode)]
-    return output_dir, jobs, stopped
+        output = process.communicate(timeout=240)[0]
+    assert not (output_dir / "evaluation.json").exists()
+    return output_dir, process.returncode, output
 
 
-def run_uninterrupted(output_dir):
+def train_as_a_node(output_dir):
+    """Train as the job does; the files of the second process are readable by their owner alone, as in `slurm`."""
+    os.umask((0o022, 0o077)[int(os.environ["RANK"])])
     train(settings_of(*TINY, "--run.output_dir", output_dir))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 class TestSlurm:
-    def test_saved_before_its_time_is_over_and_queued_again(self, two_jobs):
-        _, ((output, code), _), (finished, requeued) = two_jobs
+    def test_saved_before_its_time_is_over_and_queued_again(self, job):
+        output_dir, code, output = job
         assert code == 75, output
         assert re.search("float32 on 2 x cpu.*, 30 images per forward", output), output
         assert "asked to stop (SIGUSR1)" in output and "saved as" in output
-        assert len(requeued) == 1 and not finished
+        assert len(Path(f"{output_dir}-requeued").read_text().split()) == 1
 
-    def test_next_job_finishes_the_run(self, two_jobs):
-        output_dir, (_, (output, code)), (_, requeued) = two_jobs
-        assert code == 0 and "continuing from" in output, output
-        assert re.search("float32 on 2 x cpu.*, 30 images per forward", output), output
-        assert (output_dir / "evaluation.json").exists()
-        assert Path(f"{output_dir}-requeued").read_text().split() == requeued
+    def test_second_node_writes_only_its_own_part_of_checkpoints(self, job):
+        first, second = ((Path(f"{job[0]}-disks") / node / "written").read_text().split() for node in "01")
+        assert {Path(path).name for path in second} == {"process-00001.json"}
+        assert {"metrics.jsonl", "manifest.json", ".lock", "ema.safetensors"} <= {Path(path).name for path in first}
 
-    def test_run_is_that_of_one_uninterrupted_job(self, two_jobs, tmp_path):
-        """Bit by bit, with a thread a process in both."""
-        run_forked(run_uninterrupted, tmp_path / "run", log=tmp_path / "log", processes=2)
-        expected, found = left_behind(tmp_path / "run"), left_behind(two_jobs[0])
+    def test_continued_run_is_that_of_one_uninterrupted_job(self, job, tmp_path):
+        """Bit by bit, with a thread a process in both; and the second process writes as little at the end of it."""
+        output_dir = tmp_path / "run"
+        shutil.copytree(job[0], output_dir)
+        assert "continuing from" in run_forked(train_as_a_node, output_dir, log=tmp_path / "log", processes=2)
+        uninterrupted = tmp_path / "uninterrupted" / "run"
+        run_forked(train_as_a_node, uninterrupted, log=tmp_path / "log", processes=2)
+        expected, found = left_behind(uninterrupted), left_behind(output_dir)
         assert {name: found.get(name) for name in expected} == expected  # one more checkpoint, of the stop
-
-    def test_second_node_writes_only_its_own_part_of_checkpoints(self, two_jobs):
-        output_dir, *_ = two_jobs
         files = [path for path in output_dir.rglob("*") if path.is_file()]
-        # the second node's umask leaves what it makes to its owner alone
         by_second = {str(path.relative_to(output_dir)) for path in files if not path.stat().st_mode & 0o044}
         checkpoints = [path.name for path in (output_dir / "checkpoints").iterdir()]
         assert len(checkpoints) >= 3 and len(files) > 20
         assert by_second == {f"checkpoints/{name}/process-00001.json" for name in checkpoints}
-        # nor did it touch what the other had made
-        first, second = ((Path(f"{output_dir}-disks") / node / "written").read_text().split() for node in "01")
-        assert {Path(path).name for path in second} == {"process-00001.json"}
-        assert {"metrics.jsonl", "manifest.json", ".lock", "ema.safetensors", "evaluation.json"} <= {
-            Path(path).name for path in first
-        }
+
+    @pytest.mark.parametrize("code", [0, 1])
+    def test_job_that_ended_by_itself_is_not_queued_again(self, code, slurm, tmp_path):
+        (tmp_path / "srun").write_text(f"#!/bin/bash\nexit {code}\n")
+        (tmp_path / "srun").chmod(0o755)
+        with slurm(tmp_path / "run", srun=tmp_path) as process:
+            assert process.communicate(timeout=60)[0] == "" and process.returncode == code
+        assert not (tmp_path / "run-requeued").exists()

@@ -31,12 +31,12 @@ from diffusers_vae.trainer import AutoencoderTask, TrainConfig
 def config_of(output_dir: Path, kind: str) -> TrainConfig:
     """One epoch and a part of the next on real digits, in accumulated micro-steps, with a save every second step."""
     config = TrainConfig(
-        data=DataConfig(resolution=8, heldout_fraction=0.7),
+        data=DataConfig(resolution=8, heldout_fraction=0.8),
         model=ModelConfig(block_out_channels=(8, 8), norm_num_groups=4),
         objective=ObjectiveConfig(scale=0.5),
         run=RunConfig(
             output_dir=str(output_dir),
-            max_images=700,
+            max_images=480,
             batch_size=60,
             gradient_accumulation_steps=2,
             checkpoint_every=120,
@@ -44,7 +44,7 @@ def config_of(output_dir: Path, kind: str) -> TrainConfig:
             tracker=None,
             mixed_precision="bf16" if kind == "bf16" else "no",
         ),
-        evaluation=EvaluationConfig(every=400, max_images=64),
+        evaluation=EvaluationConfig(every=240, max_images=64),
     )
     return whole(config, random_network(output_dir.parents[1] / "network")) if kind == "whole" else config
 
