@@ -26,10 +26,21 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Use one thread before any fixture of a module computes."""
+    """Use one thread, and the shortcuts of all tests, before any fixture of a module computes."""
     import torch
+    from support.shortcuts import take_shortcuts
 
     torch.set_num_threads(1)
+    take_shortcuts()
+
+
+@pytest.fixture
+def arranged_figures(monkeypatch):
+    """Figures as users see them."""
+    import matplotlib.layout_engine
+    from support.shortcuts import ARRANGE
+
+    monkeypatch.setattr(matplotlib.layout_engine.ConstrainedLayoutEngine, "execute", ARRANGE)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -31,6 +31,8 @@ from diffusers_vae.pictures import (
     traversal_picture,
 )
 
+pytestmark = pytest.mark.usefixtures("arranged_figures")
+
 
 @pytest.fixture(scope="module")
 def digits():

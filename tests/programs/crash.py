@@ -28,8 +28,10 @@ from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.trainer import AutoencoderTask, TrainConfig
 
 
-def config_of(output_dir: Path, kind: str) -> TrainConfig:
-    """One epoch and a part of the next on real digits, in accumulated micro-steps, with a save every second step."""
+def config_of(output_dir: Path, kind: str, finish: bool) -> TrainConfig:
+    """One epoch and a part of the next on real digits, in accumulated micro-steps, with a save every second step;
+    measured in between where the end is.
+    """
     config = TrainConfig(
         data=DataConfig(resolution=8, heldout_fraction=0.8),
         model=ModelConfig(block_out_channels=(8, 8), norm_num_groups=4),
@@ -40,11 +42,12 @@ def config_of(output_dir: Path, kind: str) -> TrainConfig:
             batch_size=60,
             gradient_accumulation_steps=2,
             checkpoint_every=120,
+            keep_checkpoints=1,  # a signal saves one more
             log_every=150,
             tracker=None,
             mixed_precision="bf16" if kind == "bf16" else "no",
         ),
-        evaluation=EvaluationConfig(every=240, max_images=64),
+        evaluation=EvaluationConfig(every=240 if finish else None, max_images=64),
     )
     return whole(config, random_network(output_dir.parents[1] / "network")) if kind == "whole" else config
 
@@ -59,7 +62,7 @@ def saving(output_dir: Path) -> bool:
 
 def strike(launch: Launch, number: int, output_dir: Path, duration: float, inside_save: bool, chance) -> None:
     """Send the signal to all processes of a launch, the first of them chosen by chance, at a random moment."""
-    until = time.monotonic() + chance.uniform(0, 0.6 * duration)
+    until = time.monotonic() + chance.uniform(0, 0.8 * duration)
     while time.monotonic() < until and launch.running:
         time.sleep(0.001)
     while inside_save and not saving(output_dir) and launch.running:
@@ -85,9 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     log = options.folder / "log.txt"
 
+    assert Launch(bool, log).wait() == [0]  # the server, whose start takes longer than a run
     began = time.monotonic()
     uninterrupted = options.folder / "reference" / "run"  # cards and reports name the folder
-    launch = Launch(partial(run, config_of(uninterrupted, options.kind), options.finish), log, options.processes)
+    config = config_of(uninterrupted, options.kind, options.finish)
+    launch = Launch(partial(run, config, options.finish), log, options.processes)
     codes = launch.wait()
     assert not any(codes), (codes, launch.output())
     duration = time.monotonic() - began
@@ -96,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for trial in range(options.trials):
         chance = random.Random(f"{options.seed} {trial}")
         output_dir = options.folder / f"trial-{trial}" / "run"
-        config = config_of(output_dir, options.kind)
+        config = config_of(output_dir, options.kind, options.finish)
         struck, wrong = [], []
         while True:
             launch = Launch(partial(run, config, options.finish), log, options.processes)
