@@ -241,6 +241,7 @@ class TestReferences:
         )
         assert report.rfid == pytest.approx(expected, rel=1e-2) and report.rfid > 0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.slow), 3])
     def test_lpips_is_that_of_torchmetrics(self, channels, weights, monkeypatch, tmp_path):
         generator = torch.Generator().manual_seed(0)

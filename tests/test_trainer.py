@@ -315,6 +315,7 @@ class TestFaults:
         run_task(NotANumber(dataclasses.replace(config, data=FEW)))
         assert records(tmp_path / "run", "epoch")[-1]["skipped"] == 22
 
+    @pytest.mark.slow
     def test_a_full_disk_costs_nothing_that_was_saved(self, tmp_path, small_disk):
         """With room again, the same command ends as it would have without."""
         settings = {"max_images": 600, "checkpoint_every": 30, "keep_checkpoints": 100}
