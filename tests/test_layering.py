@@ -1,11 +1,13 @@
 """The rule of the layout: a file imports only from rows above its own."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.stock import run_without_package
 
 import diffusers_vae
 
@@ -128,37 +130,29 @@ def test_package_init_holds_only_public_names():
         _ = diffusers_vae.VAEE
 
 
-# diffusers loads accelerate, peft, scipy, torchvision and transformers where it finds them: what counts is the rest
-STOCK = "from diffusers import AutoencoderKL; before = set(sys.modules)"
 HEAVY = {"datasets", "matplotlib", "sklearn", "tensorboard", "torch_fidelity", "torchmetrics"}  # imported where used
 ROWS_BELOW_MODELS = {f"{PACKAGE}.{name}" for row in ROWS[3:] for name in row}
 
 
-def modules_after(*codes: str) -> list[set[str]]:
-    """Names of the modules that a fresh interpreter has loaded after each part of a program, without those that the
-    program calls `before`.
-    """
-    report = "print(*(set(sys.modules) - before))"
-    program = "\n".join(["import sys; before = set()", *(f"{code}\n{report}" for code in codes)])
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
-    return [set(line.split()) for line in done.stdout.splitlines()]
-
-
 def test_importing_the_package_loads_no_library():
-    (loaded,) = modules_after("import diffusers_vae; dir(diffusers_vae)")
-    tops = {name.partition(".")[0] for name in loaded}
+    program = "import sys, diffusers_vae; dir(diffusers_vae); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
+    tops = {name.partition(".")[0] for name in done.stdout.split()}
     assert PACKAGE in tops
     assert not tops & {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "jsonargparse", *HEAVY}
 
 
 @pytest.mark.slow
-def test_libraries_that_only_some_uses_need_are_not_loaded_before():
+def test_libraries_that_only_some_uses_need_are_not_loaded_before(tmp_path):
+    """Besides those that stock diffusers loads: accelerate, peft, scipy, torchvision and transformers."""
     uses = [
         ("from diffusers_vae import VAE", "models.vae", {"accelerate", "jsonargparse", *ROWS_BELOW_MODELS}),
         ("from diffusers_vae import *", "latent_cache", {"jsonargparse", f"{PACKAGE}.trainer"}),
         ("from diffusers_vae import commands", "trainer", set()),  # for which each `--help` waits
     ]
-    first, *rest = (code for code, _, _ in uses)
-    for (code, loaded, others), added in zip(uses, modules_after(f"{STOCK}; {first}", *rest), strict=True):
-        assert f"{PACKAGE}.{loaded}" in added, code
-        assert not {name for name in added if {name, name.partition(".")[0]} & (HEAVY | others)}, code
+    program = "import json, sys\ndel sys.modules['diffusers_vae']\nbefore, found = set(sys.modules), []\n"
+    program += "".join(f"{code}\nfound.append([*sys.modules.keys() - before])\n" for code, _, _ in uses)
+    run_without_package(program + "json.dump(found, open('found.json', 'w'))", tmp_path)
+    for (code, loaded, others), found in zip(uses, json.loads((tmp_path / "found.json").read_text()), strict=True):
+        assert f"{PACKAGE}.{loaded}" in found, code
+        assert not {name for name in found if {name, name.partition(".")[0]} & (HEAVY | others)}, code
