@@ -2,6 +2,8 @@
 
 import dataclasses
 import platform
+import tempfile
+from getpass import getuser
 from pathlib import Path
 
 import pytest
@@ -170,6 +172,12 @@ class TestMemory:
 
 class TestCompiling:
     """The compiler takes most of a minute for each program: there are three, one for each size of batch."""
+
+    @pytest.fixture(autouse=True)
+    def cache(self, monkeypatch):
+        """Where programs are kept for the next time: torch would take one for more instructions than it may use now."""
+        instructions = torch.backends.cpu.get_cpu_capability()
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/inductor-{getuser()}-{instructions}")
 
     def compared(self, eager, compiled, images_seen):
         losses = [[record["loss"] for record in records(run, "train")] for run in (eager, compiled)]
