@@ -272,6 +272,9 @@ def closed(folder):
 def test_what_a_linked_folder_holds_stays_when_the_folder_is_replaced(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a").write_text("mine")
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "link").symlink_to(tmp_path / "elsewhere")
+    delete_folder(tmp_path / "inside")
     for name in ("model", "other"):
         (tmp_path / name).symlink_to(tmp_path / "elsewhere")
     with whole_folder(tmp_path / "model") as folder:

@@ -495,6 +495,13 @@ class TestOthers:
         code, _, error = call(capsys, "compare", run, tmp_path / "rgb", "--out", tmp_path / "out")
         assert code == 1 and error.startswith("error: rgb: the model takes images of 3 channels")
 
+    def test_what_is_no_folder_of_images_and_no_picture(self, run, capsys, tmp_path):
+        code, _, error = call(capsys, "reconstruct", run, tmp_path, "--out", tmp_path / "out")
+        assert code == 1 and f"no image below {tmp_path}: none of" in error
+        code, _, error = call(capsys, "sample", run, "--out", tmp_path / "a.txt")
+        assert code == 1 and "--out must be a picture" in error and not (tmp_path / "a.txt").exists()
+
+    @pytest.mark.slow
     def test_reconstruct_does_not_write_over_what_it_reads(self, run, capsys, tmp_path):
         Image.new("L", (8, 8)).save(tmp_path / "a.png")
         before = (tmp_path / "a.png").read_bytes()

@@ -230,6 +230,16 @@ class TestNamedSets:
             load_data(DataConfig(name="cifar10", root=str(tmp_path)))
         assert (tmp_path / "cifar-10-python.tar.gz").read_bytes() == b"not an archive"
 
+    def test_damaged_cifar10_folder_is_named(self, tmp_path, offline):
+        (tmp_path / "cifar-10-batches-py").mkdir()
+        (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"no batch")
+        with pytest.raises(ValueError, match="cifar-10-batches-py is damaged or not CIFAR-10"):
+            load_data(DataConfig(name="cifar10", root=str(tmp_path)))
+
+    def test_parts_that_there_are_not(self):
+        with pytest.raises(ValueError, match="split must be held-out, training or all, got test"):
+            load_split(DataConfig(), "test")
+
 
 class TestArrayImages:
     @pytest.fixture

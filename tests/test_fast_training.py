@@ -165,6 +165,10 @@ class TestMemory:
         with pytest.raises(ValueError, match="leave one of the two out, got 2"):
             tiny(tmp_path, device_batch_size="auto", gradient_accumulation_steps=2)
 
+    def test_device_batch_size_is_no_number(self, tmp_path):
+        with pytest.raises(ValueError, match="device_batch_size must be auto or null, got half"):
+            tiny(tmp_path, device_batch_size="half")
+
     def test_mlp_has_no_gradient_checkpointing(self, tmp_path):
         with pytest.raises(ValueError, match="gradient_checkpointing needs the architecture vae"):
             tiny(tmp_path, TINY_MLP, gradient_checkpointing=True)

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import shutil
 import tarfile
 import zipfile
@@ -159,6 +160,14 @@ class TestReading:
             assert torch.equal(packed.pixels, plain.pixels)
 
 
+def test_entries_of_folders_are_passed_over(folder, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as opened:
+        opened.add(folder, ".")
+    shutil.make_archive(str(tmp_path / "a"), "zip", folder)
+    expected = load_data(config(folder))[0].pixels
+    assert all(torch.equal(load_data(config(tmp_path / name))[0].pixels, expected) for name in ("a.tar", "a.zip"))
+
+
 class TestDamage:
     @pytest.mark.parametrize("kind", ["zip", "zip, stored"])
     def test_a_flipped_byte_is_that_image_s(self, kind, folder, tmp_path):
@@ -221,6 +230,25 @@ class TestDamage:
             opened.add(image, "../out.png")
         with pytest.raises(ValueError, match=r"\.\./out\.png would lie outside"):
             load_data(config(tmp_path / "b.tar"))
+
+    def test_a_file_with_holes(self, tmp_path):
+        archive = tmp_path / "a.tar"
+        with tarfile.open(archive, "w") as opened:
+            sparse = tarfile.TarInfo("a.png")
+            sparse.type = tarfile.GNUTYPE_SPARSE
+            opened.addfile(sparse)
+        with pytest.raises(ValueError, match=r"a\.png has holes; pack it without --sparse"):
+            load_data(config(archive))
+
+    def test_data_that_cannot_be_unpacked(self, folder, tmp_path):
+        archive = zipped(folder, tmp_path / "a.zip")
+        data = bytearray(archive.read_bytes())
+        with zipfile.ZipFile(archive) as opened:
+            entry = next(entry for entry in opened.infolist() if re.search(r"/[0-9][^/]*png$", entry.filename))
+        data[entry.header_offset + 30 + len(entry.filename)] = 7  # a kind of block that there is not
+        archive.write_bytes(data)
+        with pytest.raises(ValueError, match=r"1 of 40 files cannot be read(.|\n)*it is damaged in the archive"):
+            load_data(config(archive))
 
     def test_tars_put_together(self, folder, tmp_path):
         first = tarred(folder, tmp_path / "a.tar")

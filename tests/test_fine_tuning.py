@@ -261,6 +261,12 @@ class TestLatentCache:
         self.assert_refused(tmp_path, tmp_path / "other", cache, f"{cache}.*another VAE")
 
     @pytest.mark.slow
+    def test_of_images_that_change_is_refused(self, base, cache, tmp_path):
+        config = tuning(tmp_path / "run", base, {"latents": str(cache)})
+        with pytest.raises(ValueError, match=r"^model\.latents are of .* leave out data\.color_jitter"):
+            dataclasses.replace(config, data=dataclasses.replace(config.data, color_jitter=(0.1,) * 4))
+
+    @pytest.mark.slow
     def test_of_other_images_is_refused(self, base, tmp_path):
         encode_images(load_autoencoder(str(base)), load_data(DATA)[1], tmp_path / "latents", data="the held-out")
         self.assert_refused(tmp_path, base, tmp_path / "latents", r"latents of other images: 180, the held-out")

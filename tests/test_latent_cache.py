@@ -148,6 +148,15 @@ class TestEncode:
         assert latents.labels is latents.captions is latents.classes is None
         assert set(latents[0]) == {"mean", "logvar"}
 
+    def test_no_image_is_refused(self, vae, tmp_path):
+        with pytest.raises(ValueError, match="at least one image to encode, got none"):
+            encode(vae, ArrayImages(torch.zeros(0, 1, 8, 8, dtype=torch.uint8)), tmp_path)
+
+    def test_leftovers_of_a_writer_that_was_killed_are_deleted(self, vae, digits, tmp_path):
+        (tmp_path / ".tmpAb1_cd").write_bytes(b"half")  # of safetensors
+        encode(vae, digits, tmp_path)
+        assert not (tmp_path / ".tmpAb1_cd").exists()
+
     def test_unreadable_images_are_missing_rows(self, vae, digits, whole, tmp_path):
         """All of a shard and some of another cannot be read; the rest is encoded as in the whole set."""
         images = in_files(digits, tmp_path / "files")

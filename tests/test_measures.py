@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 from support.models import tiny_vae
 from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -12,7 +13,8 @@ from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import LatentStatistics, measure_latents
 from diffusers_vae.metrics import frechet_distance, psnr, ssim
-from diffusers_vae.perceptual import FILES, LPIPS, PerceptualLoss
+from diffusers_vae.perceptual import FILES, LPIPS, InceptionFeatures, PerceptualLoss
+from diffusers_vae.precision import measure_precision
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +174,10 @@ class TestFrechetDistance:
         turn, _ = torch.linalg.qr(torch.randn(20, 20, generator=torch.Generator().manual_seed(1)).double())
         assert frechet_distance(first @ turn, second @ turn) == pytest.approx(frechet_distance(first, second), abs=2e-6)
 
+    def test_of_other_channels_is_refused(self):
+        with pytest.raises(ValueError, match="FID is defined for 3 channels, and 1 is repeated to 3, got 4"):
+            InceptionFeatures.check(4, (64, 64))
+
 
 class TestLatentStatistics:
     @pytest.mark.slow
@@ -188,6 +194,17 @@ class TestLatentStatistics:
         mean, std = (torch.tensor(values).view(4, 1, 1) for values in (statistics.latents_mean, statistics.latents_std))
         by_channel = ((posterior.sample(generator).double() - mean) / std).transpose(0, 1).flatten(1)
         assert by_channel.mean(1).abs().max() < 2e-3 and (by_channel.std(1) - 1).abs().max() < 1e-3
+
+    def test_images_none_of_which_can_be_read_are_refused(self, tmp_path):
+        for number in range(4):
+            Image.new("L", (16, 16), number).save(tmp_path / f"{number}.png")
+        data = DataConfig(name="folder", root=str(tmp_path), channels=1, resolution=16, on_bad_image="skip")
+        images, _ = load_data(data, memory_limit=0)
+        for path in tmp_path.iterdir():
+            path.write_bytes(b"damaged")
+        for measure, what in ((measure_latents, "latents"), (measure_precision, "activations")):
+            with pytest.raises(ValueError, match=f"no image to measure the {what} of can be read"):
+                measure(tiny_vae(), images, 2)
 
     def test_streamed_equals_at_once_far_from_zero(self):
         """float32 sums of squares would lose the variance."""

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from diffusers_vae import MLPVAE, VAE
 from diffusers_vae.config import TRAININGS, parse_settings
-from diffusers_vae.models import ModelConfig, weights_hash, without_adapters
+from diffusers_vae.models import ModelConfig, load_autoencoder, weights_hash, without_adapters
 
 TINY = {
     "down_block_types": ["DownEncoderBlock2D"] * 3,
@@ -74,6 +74,19 @@ class TestSources:
         model = config.build(3, SIZE)
         assert type(model) is VAE and model.training and len(trained(model)) == len(stock.state_dict())
         assert_equal_to_stock(model, stock)
+
+    @pytest.mark.parametrize(
+        ("config", "error", "message"),
+        [
+            ('{"_class_name": "UNet2DModel"}', ValueError, "must hold an autoencoder .* got the class UNet2DModel"),
+            ("{", OSError, "cannot load a model from"),
+            ('{"_class_name": "AutoencoderKL"}', OSError, "no file named diffusion_pytorch_model"),
+        ],
+    )
+    def test_folders_that_hold_no_autoencoder(self, config, error, message, tmp_path):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(error, match=message):
+            load_autoencoder(str(tmp_path))
 
     def test_subfolder(self, source, stock, tmp_path):
         shutil.copytree(source, tmp_path / "ema")
@@ -215,6 +228,7 @@ class TestErrors:
             ({"pretrained": "a", "train": ()}, r"model.train must hold at least one pattern"),
             ({"pretrained": "a", "lora_rank": 0, "train": "decoder"}, r"lora_rank must be at least 1, got 0"),
             ({"pretrained": "a", "lora_rank": 4}, r"set model.train to decoder, got all"),
+            ({"pretrained": "a", "latents": "b"}, r"model.latents are those of an encoder that is not trained"),
         ],
     )
     def test_settings(self, settings, message):

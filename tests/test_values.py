@@ -604,6 +604,10 @@ class TestWholeRun:
             )
         run_without_package(program, tmp_path)
 
+    def test_info_states_the_values_of_files(self, runs, capsys):
+        assert cli.main(["info", str(runs[next(iter(CHANNELS))] / "run")]) == 0
+        assert "of files in [0, 65535], whose ends are -1 and 1" in capsys.readouterr().out
+
     @pytest.mark.parametrize("kind", CHANNELS)
     def test_evaluated_again_is_the_same(self, kind, runs, tmp_path):
         assert cli.main(["evaluate", str(runs[kind] / "run"), "--out", str(tmp_path / "again")]) == 0

@@ -398,11 +398,21 @@ class TestSchedules:
         assert found == sorted(found, reverse=not up)
 
 
+DEEP = ModelConfig(block_out_channels=(8,) * 4, norm_num_groups=4)
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("model", "resolution", "objective", "adversarial", "message"),
         [
             (TINY_MLP, 24, {}, {"weight": 1.0}, r"^adversarial\.weight needs the architecture vae"),
+            (
+                DEEP,
+                8,
+                {"equivariance": 0.5},
+                {},
+                "equivariance needs latents that can be made smaller, got 1x1",
+            ),
             (TINY_MLP, 24, {"equivariance": 0.5}, {}, r"^objective\.equivariance needs the architecture vae"),
             (TINY_VAE, 20, {}, {"weight": 1.0}, r"at least 24 pixels, got 20x20: .*adversarial\.layers"),
             (TINY_VAE, 24, {"equivariance": 0.5}, {"weight": 1.0, "layers": 2}, r"at least 12 pixels, got 6x6"),
