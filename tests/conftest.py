@@ -21,6 +21,7 @@ import pytest
 
 gc.disable()  # until the tests are collected: imports create a million objects that stay alive
 
+LONGEST = ["test_resume.py", "test_crash_points.py", "test_fine_tuning.py", "test_scale.py", "test_text_to_image.py"]
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -44,11 +45,14 @@ def arranged_figures(monkeypatch):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what `-m soak` is for unless it is asked for."""
+    """Leave out what `-m soak` is for unless it is asked for, and begin with the files that take longest, so that the
+    workers end at the same time.
+    """
     if "soak" not in config.option.markexpr:
         soak = [item for item in items if item.get_closest_marker("soak")]
         config.hook.pytest_deselected(items=soak)
         items[:] = [item for item in items if item not in soak]
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish():
