@@ -107,7 +107,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to write to, which replaces `path` at the end, its files on the disk. After an error there
-    is no trace of it; OSErrors name `path`. The watcher is told of a file after it was written.
+    is no trace of it; OSErrors name `path`. A file is announced to the watcher once it is written.
     """
     partial = partial_of(path)
     with naming(path):

@@ -384,7 +384,10 @@ class TestSlurm:
         """Bit by bit, with a thread a process in both; and the second process writes as little at the end of it."""
         output_dir = tmp_path / "run"
         shutil.copytree(job[0], output_dir)
-        assert "continuing from" in run_forked(train_as_a_node, output_dir, log=tmp_path / "log", processes=2)
+        output = run_forked(train_as_a_node, output_dir, log=tmp_path / "log", processes=2)
+        assert "continuing from" in output, output
+        assert re.search("float32 on 2 x cpu.*, 30 images per forward", output), output
+        assert (output_dir / "evaluation.json").exists()
         uninterrupted = tmp_path / "uninterrupted" / "run"
         run_forked(train_as_a_node, uninterrupted, log=tmp_path / "log", processes=2)
         expected, found = left_behind(uninterrupted), left_behind(output_dir)
