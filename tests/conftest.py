@@ -36,12 +36,12 @@ def one_thread():
 
 
 @pytest.fixture
-def arranged_figures(monkeypatch):
-    """Figures as users see them."""
-    import matplotlib.layout_engine
-    from support.shortcuts import ARRANGE
+def drawn_figures():
+    """Figures as users see them; they are left blank otherwise."""
+    from support import shortcuts
 
-    monkeypatch.setattr(matplotlib.layout_engine.ConstrainedLayoutEngine, "execute", ARRANGE)
+    with shortcuts.drawn_figures():
+        yield
 
 
 def pytest_collection_modifyitems(config, items):
@@ -122,13 +122,14 @@ def finished_mlp_run(tmp_path_factory) -> Path:
 def finished_run(tmp_path_factory, name, model, **run) -> Path:
     from accelerate.state import AcceleratorState
     from support.runs import tiny
+    from support.shortcuts import drawn_figures
 
     from diffusers_vae import cli
 
     folder = tmp_path_factory.mktemp("finished") / name
     tiny(folder, model, **run).save(folder.parent / "run.yaml")
     AcceleratorState._reset_state(True)  # of the test before
-    with redirect_stdout(io.StringIO()) as printed:
+    with redirect_stdout(io.StringIO()) as printed, drawn_figures():
         assert cli.main(["train", "--config", str(folder.parent / "run.yaml")]) == 0
     (folder.parent / "printed.txt").write_text(printed.getvalue())
     AcceleratorState._reset_state(True)

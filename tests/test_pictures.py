@@ -31,7 +31,7 @@ from diffusers_vae.pictures import (
     traversal_picture,
 )
 
-pytestmark = pytest.mark.usefixtures("arranged_figures")
+pytestmark = pytest.mark.usefixtures("drawn_figures")
 
 
 @pytest.fixture(scope="module")

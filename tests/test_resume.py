@@ -94,6 +94,7 @@ class TestSameCommand:
         assert max(path.name for path in (output_dir / "checkpoints").iterdir()) == f"images-{END:012d}"
 
     @pytest.mark.slow
+    @pytest.mark.usefixtures("drawn_figures")
     def test_resumed_run_that_is_measured_leaves_the_same_files(self, tmp_path):
         """Between two evaluations, with a learned scale; weights, pictures, report and card too."""
         config = tiny(tmp_path / "a" / "run", TINY_VAE, max_images=240, checkpoint_every=150, keep_checkpoints=100)

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402, F401
 import gc
+import importlib.metadata
 
 gc.disable()  # imports create a million objects that stay alive
 
@@ -22,12 +23,9 @@ import diffusers_vae.latent_cache
 
 from .shortcuts import take_shortcuts
 
-figure = matplotlib.figure.Figure()
-figure.subplots().plot([1, 2], label="1")
-matplotlib.backends.backend_agg.FigureCanvasAgg(figure).draw()  # which loads fonts
-
 take_shortcuts()
 sklearn.datasets.load_digits()
+importlib.metadata.entry_points(group="torch.distributed.backends")
 
 gc.collect()
 gc.freeze()  # otherwise each fork would copy the pages of all objects as soon as it collects

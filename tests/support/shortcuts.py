@@ -1,17 +1,36 @@
 """Work of libraries that tests would have done again and again without looking at it."""
 
 import functools
+import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import matplotlib.layout_engine
 import sklearn.datasets
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-ARRANGE = matplotlib.layout_engine.ConstrainedLayoutEngine.execute
+DRAW = FigureCanvasAgg.draw
 
 
 def take_shortcuts() -> None:
-    """Read scikit-learn's digits once a process, and leave the parts of figures where matplotlib puts them at first:
-    to arrange them is half the work of drawing. The fixture `arranged_figures` is for tests that look at figures.
+    """Read scikit-learn's digits, and what installed packages offer to others, once a process, which torch asks for
+    twice a launch of several; and leave figures blank but in `drawn_figures`: to draw them is most of what the end of
+    a small run takes.
     """
-    if not hasattr(sklearn.datasets.load_digits, "cache_info"):
-        sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)
-    matplotlib.layout_engine.ConstrainedLayoutEngine.execute = lambda engine, figure: None
+    for module, name in ((sklearn.datasets, "load_digits"), (importlib.metadata, "entry_points")):
+        if not hasattr(getattr(module, name), "cache_info"):
+            setattr(module, name, functools.cache(getattr(module, name)))
+    FigureCanvasAgg.draw = _leave_blank
+
+
+@contextmanager
+def drawn_figures() -> Iterator[None]:
+    """Figures as users see them."""
+    before, FigureCanvasAgg.draw = FigureCanvasAgg.draw, DRAW
+    try:
+        yield
+    finally:
+        FigureCanvasAgg.draw = before
+
+
+def _leave_blank(canvas: FigureCanvasAgg) -> None:
+    canvas.renderer = canvas.get_renderer()
