@@ -107,13 +107,15 @@ def finished_vae_run(tmp_path_factory) -> Path:
     beside it, what the command printed. Shared by all tests: a test that changes it works on a copy.
     """
     from support.runs import TINY_VAE
+    from support.shortcuts import drawn_figures
 
-    return finished_run(tmp_path_factory, "small-vae", TINY_VAE, tracker="tensorboard")
+    with drawn_figures():
+        return finished_run(tmp_path_factory, "small-vae", TINY_VAE, tracker="tensorboard")
 
 
 @pytest.fixture(scope="session")
 def finished_mlp_run(tmp_path_factory) -> Path:
-    """The folder of a finished run of an MLP with two latent units; see `finished_vae_run`."""
+    """The folder of a finished run of an MLP with two latent units, whose figures are blank; see `finished_vae_run`."""
     from support.runs import TINY_MLP
 
     return finished_run(tmp_path_factory, "small-mlp", TINY_MLP)
@@ -122,14 +124,13 @@ def finished_mlp_run(tmp_path_factory) -> Path:
 def finished_run(tmp_path_factory, name, model, **run) -> Path:
     from accelerate.state import AcceleratorState
     from support.runs import tiny
-    from support.shortcuts import drawn_figures
 
     from diffusers_vae import cli
 
     folder = tmp_path_factory.mktemp("finished") / name
     tiny(folder, model, **run).save(folder.parent / "run.yaml")
     AcceleratorState._reset_state(True)  # of the test before
-    with redirect_stdout(io.StringIO()) as printed, drawn_figures():
+    with redirect_stdout(io.StringIO()) as printed:
         assert cli.main(["train", "--config", str(folder.parent / "run.yaml")]) == 0
     (folder.parent / "printed.txt").write_text(printed.getvalue())
     AcceleratorState._reset_state(True)
