@@ -24,6 +24,7 @@ from support.hub import CONFIG, READ_TOKEN, REPO, TOKEN, connect, make_run, uplo
 from support.hub_server import Fault, card_errors
 from support.launches import Launch
 from support.models import make_vae
+from support.stock import run_without_package
 
 from diffusers_vae import MLPVAE, VAE, cli
 from diffusers_vae.adversarial import AdversarialConfig
@@ -690,12 +691,14 @@ def test_wheel_holds_every_module_and_the_template(run, tmp_path):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "diffusers_vae").rglob("*.py")}
     assert modules | {"diffusers_vae/model_cards/template.md", "diffusers_vae/py.typed"} <= packed
     assert not [name for name in packed if name.startswith(("tests", "training", "model_cards"))]
-    code = "import sys; from pathlib import Path; from diffusers_vae import hub; print(hub.__file__);"
-    code += "(Path(sys.argv[1]) / 'README.md').write_text(hub.render_card(Path(sys.argv[1])))"
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, run], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(tmp_path / "installed"))
-    assert (run / "README.md").read_text() == render_card(run)
+    code = f"""
+import sys
+from pathlib import Path
+del sys.modules["diffusers_vae"]
+sys.path.insert(0, {str(tmp_path / "installed")!r})
+from diffusers_vae import hub
+assert hub.__file__.startswith(sys.path[0]), hub.__file__
+Path("card.md").write_text(hub.render_card(Path({str(run)!r})))
+"""
+    run_without_package(code, tmp_path)
+    assert (tmp_path / "card.md").read_text() == render_card(run)
