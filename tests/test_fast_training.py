@@ -178,8 +178,8 @@ class TestMemory:
 
 
 class TestCompiling:
-    """The compiler takes a quarter of a minute for each program of a perceptron, and more than a minute for one of
-    convolutions, which is therefore compiled before a release alone.
+    """The compiler takes about half a minute for a perceptron and more than a minute for convolutions, which are
+    therefore compiled only before a release.
     """
 
     @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ DRAW = FigureCanvasAgg.draw
 
 
 def take_shortcuts() -> None:
-    """Read scikit-learn's digits, and what installed packages offer to others, once a process, which torch asks for
-    twice a launch of several; and leave figures blank but in `drawn_figures`: to draw them is most of what the end of
-    a small run takes.
+    """Read scikit-learn's digits and the entry points of installed packages once per process, and leave figures blank
+    outside `drawn_figures`. torch searches the entry points twice in each process of a distributed launch, and drawing
+    takes most of the time at the end of a small run.
     """
     for module, name in ((sklearn.datasets, "load_digits"), (importlib.metadata, "entry_points")):
         if not hasattr(getattr(module, name), "cache_info"):
