@@ -25,6 +25,27 @@ LONGEST = ["test_resume.py", "test_crash_points.py", "test_fine_tuning.py", "tes
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def runs_tests(config) -> bool:
+    """Whether this process is not the one that hands tests to workers."""
+    return hasattr(os, "fork") and (hasattr(config, "workerinput") or not config.getoption("numprocesses", 0))
+
+
+def pytest_sessionstart(session):
+    if runs_tests(session.config):
+        from support import stock
+
+        stock.fork_the_server()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop(session):
+    if runs_tests(session.config):
+        from support import launches
+
+        launches.fork_the_server()
+    return (yield)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Use one thread, and the shortcuts of all tests, before any fixture of a module computes."""

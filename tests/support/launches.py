@@ -1,12 +1,16 @@
 """Launches of one or several processes that skip the imports: forked from a server that has imported everything and
-computed nothing, since a process that has computed must not be forked.
+computed nothing, since a process that has computed must not be forked. The server itself is forked from pytest once
+its tests are collected.
 """
 
 import contextlib
+import importlib
 import logging
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.util
 import os
+import select
 import signal
 import socket
 import sys
@@ -14,6 +18,9 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from unittest import mock
+
+from .forks import fork
 
 TESTS = Path(__file__).parents[1]
 INTERRUPTED = 75
@@ -31,6 +38,27 @@ def fork_server() -> multiprocessing.context.ForkServerContext:
     else:
         os.environ["PYTHONPATH"] = before
     return context
+
+
+def fork_the_server() -> None:
+    """Fork the server off this process, which has imported what tests do and computed nothing, instead of starting an
+    interpreter. It imports the rest when the first launch asks for it.
+    """
+    start = multiprocessing.util.spawnv_passfds
+
+    def start_by_fork(path: str, arguments: Sequence[str], kept: Sequence[int]) -> int:
+        if "forkserver" in arguments[-1]:
+            return fork(partial(_serve, arguments[-1], kept), kept)
+        return start(path, arguments, kept)
+
+    with mock.patch("multiprocessing.util.spawnv_passfds", start_by_fork):
+        fork_server()
+
+
+def _serve(program: str, kept: Sequence[int]) -> None:
+    importlib.reload(multiprocessing.forkserver)  # the parent holds a lock of it
+    select.select(kept, [], [])
+    exec(program, {})
 
 
 class Launch:

@@ -1,39 +1,52 @@
-"""Programs that run where diffusers_vae cannot be imported. This module imports nothing of it or of torch, since the
-process that programs are forked from imports it.
+"""Programs that run where diffusers_vae cannot be imported. This module imports nothing of it, since the process that
+programs are forked from is forked from pytest before it has imported the package.
 """
 
+import importlib
 import multiprocessing
 import os
 import sys
 import traceback
-from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+from .forks import fork
+
 PRELOADED = "AutoModel", "AutoPipelineForText2Image", "DiffusionPipeline", "StableDiffusionImg2ImgPipeline"
+SERVERS: list[Connection] = []
 
 
 def run_without_package(code: str, folder: Path) -> None:
     """Run `code` in `folder`, in a process of its own where stock diffusers is imported and diffusers_vae cannot be. It
     computes with one thread, as tests do, so that results are the same bit by bit.
     """
-    error = _server().submit(_run, code, folder).result()
+    SERVERS[0].send((code, folder))
+    error = SERVERS[0].recv()
     assert not error, error
 
 
-@cache
-def _server() -> ProcessPoolExecutor:
-    """A process that has imported diffusers and computed nothing: for as long as the tests run."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start)
+def fork_the_server() -> None:
+    """Fork a process that has imported diffusers and computed nothing: for as long as the tests run."""
+    importlib.import_module("diffusers.models.autoencoders.vae")
+    ours, theirs = multiprocessing.Pipe()
+    fork(partial(_serve, theirs), [theirs.fileno()])
+    theirs.close()
+    SERVERS.append(ours)
 
 
-def _start() -> None:
+def _serve(requests: Connection) -> None:
+    assert not any(name.split(".")[0] == "diffusers_vae" for name in sys.modules)
     sys.modules["diffusers_vae"] = None
-    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    requests.poll(None)
     import diffusers
+    import huggingface_hub
 
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
     for name in PRELOADED:
         getattr(diffusers, name)
+    while True:
+        requests.send(_run(*requests.recv()))
 
 
 def _run(code: str, folder: Path) -> str:
@@ -42,7 +55,13 @@ def _run(code: str, folder: Path) -> str:
     child = os.fork()
     if not child:
         error = ""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
         try:
+            import torch
+
+            torch.set_num_threads(1)
             os.chdir(folder)
             exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
         except BaseException:

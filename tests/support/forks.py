@@ -1,0 +1,38 @@
+"""Servers that are forked from pytest itself, since it has imported what they need."""
+
+import gc
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+
+def fork(serve: Callable[[], object], kept: Sequence[int]) -> int:
+    """Run `serve` in a fork of this process, which must have computed nothing, until it raises an EOFError or ends by
+    SystemExit. It has let go of all files but the standard ones and those whose numbers are `kept`. Its process number.
+    """
+    number = os.fork()
+    if not number:
+        code = 1
+        try:
+            _leave_parent(kept)
+            serve()
+        except (EOFError, SystemExit):
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return number
+
+
+def _leave_parent(kept: Sequence[int]) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/dev/fd")):
+        if number > 2 and number not in (null, *kept):
+            os.dup2(null, number, inheritable=False)  # and not closed, since the object that has the number may do so
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)  # not captured
+    logging.root.handlers.clear()
+    gc.freeze()
+    gc.enable()
