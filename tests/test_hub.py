@@ -571,23 +571,24 @@ class TestLoading:
         return tmp_path / "hub"
 
     @pytest.mark.slow
-    def test_pushed_model_loads_where_this_package_is_missing(self, hub, run, tmp_path, monkeypatch):
+    def test_pushed_model_loads_where_this_package_is_missing(self, hub, run, tmp_path):
         push(run, HubConfig(repo_id=REPO))
-        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.delenv("HF_TOKEN")
         code = f"""
-import sys
-sys.modules["diffusers_vae"] = None
+import os
+from huggingface_hub import constants
+os.environ.pop("HF_TOKEN", None)
+constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = False, True
+constants.ENDPOINT, constants.HF_HUB_CACHE = {hub.url!r}, {str(tmp_path / "hub")!r}
+constants.HUGGINGFACE_CO_URL_TEMPLATE = constants.ENDPOINT + "/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+constants.HF_TOKEN_PATH = {str(tmp_path / "no-token")!r}
 import torch
 from diffusers import AutoencoderKL
 model = AutoencoderKL.from_pretrained("{REPO}")
 torch.save((dict(model.config), model.state_dict()), "loaded.pt")
 """
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+        run_without_package(code, tmp_path)
         config, weights = torch.load(tmp_path / "loaded.pt", weights_only=False)
-        assert_pushed(hub, config, weights, tmp_path / "home" / "hub")
+        assert_pushed(hub, config, weights, tmp_path / "hub")
 
     @pytest.mark.slow
     def test_pushed_model_loads_with_this_package(self, hub, run, cache, monkeypatch):

@@ -414,19 +414,11 @@ class TestResume:
         encode(vae, digits, out)
         assert contents(out) == contents(whole)
 
-    @pytest.mark.slow
-    @pytest.mark.skipif(os.name == "nt", reason="needs fork")
-    @pytest.mark.parametrize("processes", [1, 2])
-    def test_encoding_killed_at_random_moments_ends_with_the_same_files(self, processes, tmp_path, capsys):
-        """Up to 3 times, within a write too: at the end the files of one process, byte by byte."""
-        assert crash_encode.main([str(tmp_path), f"--processes={processes}", "--trials=2"]) == 0, (
-            capsys.readouterr().out
-        )
-
-    @pytest.mark.slow
     @pytest.mark.soak
+    @pytest.mark.skipif(os.name == "nt", reason="needs fork")
     @pytest.mark.parametrize("processes", [1, 2, 3])
-    def test_encoding_killed_by_the_dozen_ends_with_the_same_files(self, processes, tmp_path, capsys):
+    def test_encoding_killed_at_random_moments_ends_with_the_same_files(self, processes, tmp_path, capsys):
+        """Within a write too. What happens at every operation in turn is in test_crash_points.py."""
         assert crash_encode.main([str(tmp_path), f"--processes={processes}", "--trials=20"]) == 0, (
             capsys.readouterr().out
         )
