@@ -40,6 +40,7 @@ from .storage import (
     sync,
     write_text,
 )
+from .untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -196,11 +197,11 @@ def tidy(folder: Path, newest: Path | None, keep: int) -> None:
 
 def _problem(path: Path) -> str | None:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_json(path / MANIFEST)
         files = manifest["files"]
         if manifest["sha256"] != digest_of([manifest["format"], files]):
             raise KeyError("sha256")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
+    except (OSError, KeyError, TypeError, ValueError):
         return f"{MANIFEST} is missing or unreadable"
     if manifest["format"] > FORMAT:
         raise ValueError(
@@ -219,7 +220,7 @@ def _problem(path: Path) -> str | None:
 def read_progress(path: Path, process: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The progress in the checkpoint `path`, and what process `process` wrote, or {} if it was not there then."""
     own = path / f"process-{process:05d}.json"
-    return json.loads((path / "progress.json").read_text()), json.loads(own.read_text()) if own.exists() else {}
+    return read_json(path / "progress.json"), read_json(own) if own.exists() else {}
 
 
 def check_fits(path: Path, model: nn.Module, what: str = "model") -> None:

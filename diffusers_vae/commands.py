@@ -45,11 +45,12 @@ from .models import MLPVAE, VAE, encode, find_subfolder, load_autoencoder, weigh
 from .objective import ObjectiveConfig
 from .pictures import comparison_picture, contact_sheet, sample_picture
 from .precision import measure_precision
-from .processes import Interrupted
+from .processes import Interrupted, process_share
 from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
 from .settings import config_of_run, read_settings
-from .storage import write_file
+from .storage import whole_file, whole_files, write_file, write_text
 from .trainer import TrainResult
+from .untrusted import read_json
 from .values import WRITTEN, FileKind, ValueRange, read_values, write_values
 
 RESUME_ME = 75  # EX_TEMPFAIL in sysexits.h: "the user is invited to try again later"
@@ -156,7 +157,8 @@ def run_data(arguments: Sequence[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     found = look(parsed.data, parsed.max_images, True)
     print(look_table(found))
-    contact_sheet(to_model_range(found.shown), parsed.data.described).save(path)
+    with whole_file(path) as partial:
+        contact_sheet(to_model_range(found.shown), parsed.data.described).save(partial, "PNG")
     preset, settings = recommended(found, parsed.data)
     flags = [f"--{name} {shlex.quote(value)}" for name, value in settings.items()]
     print(f"picture       {path}")
@@ -197,13 +199,15 @@ def _write_evaluation(
     out: Path, report: EvaluationReport, model: ModelMixin, images: ImageSet, config: EvaluationConfig
 ) -> None:
     text = report.to_json()
-    (out / "evaluation.json").write_text(text)
-    (out / "evaluation.csv").write_text(report.per_image.to_csv())
     print(report_table(json.loads(text)))
-    pictures = draw_report(model, images, None, config, report)
-    for name, picture in pictures.items():
-        picture.save(out / "pictures" / f"{name}.png")
-    (out / "report.html").write_text(report_html(json.loads(text), pictures, report.model.name))
+    with whole_files(out) as partial:
+        write_text(partial / "evaluation.json", text)
+        write_text(partial / "evaluation.csv", report.per_image.to_csv())
+        pictures = draw_report(model, images, None, config, report)
+        (partial / "pictures").mkdir()
+        for name, picture in pictures.items():
+            picture.save(partial / "pictures" / f"{name}.png")
+        write_text(partial / "report.html", report_html(json.loads(text), pictures, report.model.name))
     print(f"report      {out / 'report.html'}")
     print(f"evaluation  {out / 'evaluation.json'}")
 
@@ -234,7 +238,6 @@ def run_compare(arguments: Sequence[str]) -> int:
     ]
     comparison = compare(*reports)
     text = comparison.to_json()
-    (out / "comparison.json").write_text(text)
     print(comparison_table(json.loads(text)))
     shown = [reports[0].per_image.indices[place] for place in comparison.most_different]
     originals = to_model_range(images.__getitems__(shown).checked().pixels.to(models[0].device))
@@ -244,7 +247,10 @@ def run_compare(arguments: Sequence[str]) -> int:
         ", ".join(f"{report.per_image.figures['psnr'][place]:.2f}" for report in reports) + " dB"
         for place in comparison.most_different
     ]
-    comparison_picture(originals.cpu(), first.cpu(), second.cpu(), names, captions).save(out / "comparison.png")
+    picture = comparison_picture(originals.cpu(), first.cpu(), second.cpu(), names, captions)
+    with whole_files(out) as partial:
+        write_text(partial / "comparison.json", text)
+        picture.save(partial / "comparison.png")
     print(f"comparison  {out / 'comparison.json'}")
     print(f"picture     {out / 'comparison.png'}")
     return 0
@@ -298,7 +304,7 @@ def run_fp16(arguments: Sequence[str]) -> int:
         return 0
     if not report.safe:
         raise ValueError(f"{file} is left as it is. {report.advice}")
-    config = json.loads(file.read_text())
+    config = read_json(file)
     if config.get("force_upcast") is False:
         print(f"force_upcast was false already in {file}")
         return 0
@@ -358,10 +364,11 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
         if path in written:  # of two folders
             path = out / f"{file.stem}-{index}{path.suffix}"
         written.add(path)
-        if kind:
-            write_values(path, values, kind)
-        else:
-            to_pil(reconstruction, 1).convert("L" if channels == 1 else "RGB").save(path)
+        with whole_file(path) as partial:
+            if kind:
+                write_values(partial, values, kind)
+            else:
+                to_pil(reconstruction, 1).convert("L" if channels == 1 else "RGB").save(partial, "PNG")
         over = f" over {stated}" if stated else ""
         tqdm.write(f"{path}  PSNR {psnr(images, reconstruction).item():.2f} dB{over}")
     if failed:
@@ -432,7 +439,8 @@ def run_sample(arguments: Sequence[str]) -> int:
     path = _picture(parsed)
     path.parent.mkdir(parents=True, exist_ok=True)
     model = _load(parsed, parsed.model)
-    sample_picture(model, _latent_shape(model), 16, parsed.seed, parsed.count).save(path)
+    with whole_file(path) as partial:
+        sample_picture(model, _latent_shape(model), 16, parsed.seed, parsed.count).save(partial, "PNG")
     print(f"picture     {path}")
     return 0
 
@@ -723,6 +731,9 @@ def _parse_measuring(
     known = known | {"data": _of_another_set(known["data"], parsed.data, arguments)}
     known = [f"--{name}={json.dumps(values)}" for name, values in known.items() if name in parsed]
     parsed = _parse(parser, [*known, *arguments])
+    if runs[0] and not _names_images(arguments) and process_share()[0] == 0:  # somebody else may have chosen them
+        place = parsed.data.name if parsed.data.name in SETS else parsed.data.root
+        print(f"images      {place}, as {config_of_run(parsed[models[0]])} says", flush=True)
     same = [run["data"] for run in runs if run and _place(run["data"]) == _place(vars(parsed.data))]
     if parsed.split is None and same:  # some model was trained on these images, but for the held-out ones
         if {data["heldout_fraction"] for data in same} != {parsed.data.heldout_fraction}:
@@ -749,11 +760,14 @@ def _place(data: dict[str, Any]) -> tuple[str, Path]:
 
 def _of_another_set(known: dict[str, Any], asked: DataConfig, flags: Sequence[str]) -> dict[str, Any]:
     """Settings of a run's data, without what is of its own set alone where `flags` ask for another."""
-    given = any(flag.startswith(("--data.name", "--data.root")) for flag in flags)
-    if not given or "name" not in known or _place(known) == _place(vars(asked)):
+    if not _names_images(flags) or "name" not in known or _place(known) == _place(vars(asked)):
         return known
     left_out = (*OF_ROWS, *OF_TRAINING, *(["crops"] if asked.name in SETS else []))
     return {name: value for name, value in known.items() if name not in left_out}
+
+
+def _names_images(flags: Sequence[str]) -> bool:
+    return any(flag.startswith(("--data.name", "--data.root")) for flag in flags)
 
 
 def _with_data(arguments: Sequence[str]) -> list[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from .loop import Task
-from .settings import Settings
+from .settings import Settings, read_settings
 from .text_to_image import TextToImageConfig, TextToImageTask
 from .trainer import AutoencoderTask, TrainConfig
 
@@ -82,6 +84,8 @@ def parse_settings(training: Training, arguments: Sequence[str]) -> tuple[Settin
     """The settings, and whether it is a dry run. A wrong key or value ends the process with a message that names it."""
     parser = training_parser(training)
     try:
+        for path in _config_files(arguments):
+            read_settings(path)  # jsonargparse would read it with YAML's traps, and any amount of it
         parsed = parser.parse_args(arguments)
         for field in fields(training.settings):
             if not isinstance(parsed[field.name], Namespace):
@@ -90,8 +94,15 @@ def parse_settings(training: Training, arguments: Sequence[str]) -> tuple[Settin
         settings.pop("config")
         dry = settings.pop("dry_run")
         return training.settings(**settings), dry
-    except (ArgumentError, ValueError) as error:
+    except (ArgumentError, OSError, ValueError) as error:
         message = f"error: {error}\n"
         if "Given value: False" in message:
             message += 'YAML reads a bare no or off as false: write "no" in quotes.\n'
         parser.exit(2, message)
+
+
+def _config_files(arguments: Sequence[str]) -> list[Path]:
+    """Those that `--config` names, in either form."""
+    named = [following for argument, following in pairwise(arguments) if argument == "--config"]
+    joined = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    return [Path(name) for name in named + joined]

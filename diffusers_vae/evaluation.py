@@ -28,6 +28,7 @@ from .objective import VAEObjective
 from .perceptual import LPIPS, InceptionFeatures
 from .precision import PrecisionReport, measure_precision
 from .processes import gather_parts, process_share
+from .untrusted import read_text
 from .values import ValueRange
 
 PACKAGES = (
@@ -59,12 +60,10 @@ class EvaluationConfig:
     """Draws from the posterior per image. Distortion is their mean; of two or more there is the importance-weighted
     bound too."""
     lpips: tuple[Literal["alex", "vgg", "squeeze"], ...] = ()
-    """Networks by whose features images are compared; their weights are downloaded, or lie in `weights`."""
+    """Networks by whose features images are compared; their published weights are downloaded, or lie in
+    `$TORCH_HOME/hub/checkpoints`."""
     rfid: bool = False
     """Frechet inception distance between the images and their reconstructions; weights likewise."""
-    weights: str | None = None
-    """Folder with alexnet-owt-7be5be79.pth, vgg16-397923af.pth, squeezenet1_1-b8a52dc0.pth or
-    weights-inception-2015-12-05-6726825d.pth, for machines without a network; by default torch's cache."""
     projection: Literal["pca", "tsne"] = "pca"
     """Of latents of more than two dimensions, to picture them."""
     fp16: bool = False
@@ -274,7 +273,7 @@ class EvaluationReport:
 def read_report(path: Path) -> EvaluationReport:
     """The report in an evaluation.json; ValueError naming it when it holds none."""
     try:
-        return EvaluationReport.from_json(path.read_text())
+        return EvaluationReport.from_json(read_text(path))
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged or of an older version: {error}. Delete it and continue the run, or measure the model "
@@ -303,8 +302,8 @@ def load_judges(config: EvaluationConfig, channels: int, size: tuple[int, int]) 
         FileNotFoundError: when weights are not there and cannot be downloaded.
         ValueError: when they cannot see images of `channels` and `size`.
     """
-    lpips = {name: LPIPS(name, config.weights) for name in config.lpips}
-    inception = InceptionFeatures(config.weights) if config.rfid else None
+    lpips = {name: LPIPS(name) for name in config.lpips}
+    inception = InceptionFeatures() if config.rfid else None
     for network in (*lpips.values(), *([inception] if inception else [])):
         network.check(channels, size)
     return lpips, inception

@@ -34,6 +34,7 @@ from .objective import ObjectiveConfig
 from .pictures import CAPTIONS
 from .settings import read_settings
 from .storage import write_file
+from .untrusted import read_json
 from .values import RANGE_FILE, ValueRange
 
 T = TypeVar("T")
@@ -145,7 +146,7 @@ class _Run:
             path,
             evaluation,
             read_settings(path / "config.yaml", "evaluation", *RECIPE),
-            json.loads((folder / "config.json").read_text()),
+            read_json(folder / "config.json"),
             weights,
             sorted(
                 (file for file in (path / "pictures").glob("*.png") if not file.name.startswith(".")),
@@ -228,7 +229,7 @@ OPTIONS = {
 RECIPE = ("data", "model", "objective", "optimizer", "run")
 NOT_RECIPE = {
     "root", "num_workers", "on_bad_image",
-    "pretrained", "subfolder", "revision", "latents", "perceptual_weights",
+    "pretrained", "subfolder", "revision", "latents",
     "output_dir", "checkpoint_every", "keep_checkpoints", "allow_config_change", "on_nonfinite", "log_every", "tracker",
 }  # fmt: skip
 

@@ -28,6 +28,7 @@ from .latents import draw
 from .models import VAE, encode, fast_dtype, for_inference, several_at_once, weights_hash
 from .processes import gather_parts, on_main, only_user_of, process_share, sendable
 from .storage import delete_file, described, digest_of, naming, save_tensors, whole_file, write_file
+from .untrusted import read_json
 
 if TYPE_CHECKING:
     import datasets
@@ -420,7 +421,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text())
+        index = read_json(path)
         version = index["cache"]["format"]
         if missing := {"cache", "images", "latent_shape", "classes", "shards"} - index.keys():
             raise KeyError(*missing)

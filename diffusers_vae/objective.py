@@ -319,9 +319,6 @@ class ObjectiveConfig:
     than 1 and 3, each channel is judged by itself as grey."""
     perceptual_weight: float = 1.0
     """Of the LPIPS per value of the image, as in latent-diffusion, which adds it to the error of every value."""
-    perceptual_weights: str | None = None
-    """Folder with alexnet-owt-7be5be79.pth, vgg16-397923af.pth or squeezenet1_1-b8a52dc0.pth, for machines without a
-    network; by default torch's cache, to which they are downloaded."""
     equivariance: float = 0.0
     """Share of the steps that decode scaled and turned latents, and compare with images scaled and turned likewise
     (EQ-VAE, Kouzelis 2025: 0.5): such latents are easier to diffuse. Of the other steps, a quarter sees its images
@@ -351,10 +348,10 @@ class ObjectiveConfig:
             raise ValueError(f"objective.perceptual must be alex, vgg, squeeze or null, got {self.perceptual!r}")
         if not (self.perceptual_weight > 0 and math.isfinite(self.perceptual_weight)):
             raise ValueError(f"objective.perceptual_weight must be positive and finite, got {self.perceptual_weight}")
-        if self.perceptual is None and (self.perceptual_weight != 1 or self.perceptual_weights is not None):
+        if self.perceptual is None and self.perceptual_weight != 1:
             raise ValueError(
-                "objective.perceptual_weight and objective.perceptual_weights belong to a perceptual term: choose its "
-                "network by objective.perceptual alex, vgg or squeeze, or leave them out"
+                "objective.perceptual_weight belongs to a perceptual term: choose its network by objective.perceptual "
+                f"alex, vgg or squeeze, or leave it out, got {self.perceptual_weight}"
             )
         if not 0 <= self.equivariance <= 1:
             raise ValueError(f"objective.equivariance must lie in [0, 1], got {self.equivariance}")

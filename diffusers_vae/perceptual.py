@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+import io
+import logging
+import re
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torchvision
 from torch import nn
 
 from .images import to_uint8
+from .untrusted import load_pickle, open_regular
 
 FILES = {
     "alex": "alexnet-owt-7be5be79.pth",
@@ -23,37 +23,47 @@ FILES = {
     "inception": "weights-inception-2015-12-05-6726825d.pth",
 }
 """Names under which torchvision and torch-fidelity publish the weights."""
+SHA256 = {
+    "alex": "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+    "vgg": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+    "squeeze": "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b",
+    "inception": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+}
+"""Of these files."""
+TORCHVISION = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
+"""torchvision's names of the networks."""
 SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}
 """Side in pixels below which nothing is left for the last layer."""
+
+logger = logging.getLogger(__name__)
 
 
 class LPIPS(nn.Module):
     """Learned perceptual image patch similarity, 0 for a copy: Zhang et al. 2018, version 0.1, by torchmetrics.
 
     Args:
-        net: whose features are compared.
-        weights: folder of the network's published weights, `FILES`; by default torch's cache, to which they are
-            downloaded if they are not there.
-        setting: what names `weights`, for errors.
+        net: whose features are compared. Its published weights, `FILES`, are taken from torch's cache,
+            `$TORCH_HOME/hub/checkpoints`, to which they are downloaded if they are not there.
 
     Raises:
         FileNotFoundError: saying which file goes where.
         ValueError: for a file that does not hold these weights.
     """
 
-    def __init__(
-        self,
-        net: Literal["alex", "vgg", "squeeze"],
-        weights: str | Path | None = None,
-        setting: str = "evaluation.weights",
-    ):
+    def __init__(self, net: Literal["alex", "vgg", "squeeze"]):
         super().__init__()
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+        from torchmetrics.functional.image.lpips import _NoTrainLpips  # seen in 1.9: the public class downloads
 
-        self.name = net
-        with _weights_of(net, weights, setting), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchvision's own arguments are called old
-            self.net = LearnedPerceptualImagePatchSimilarity(net).net
+        self.name, published = net, _published(net)
+        with torch.random.fork_rng(devices=[]):  # of weights that are replaced
+            self.net = _NoTrainLpips(net=net, pnet_rand=True)
+        features = self.net.net
+        # torchmetrics 1.9 cuts torchvision's `features` into slices, where the layers keep their numbers
+        names = {name: re.sub(r"^slices?\.?\d+\.", "features.", name) for name in features.state_dict()}
+        try:
+            features.load_state_dict({name: published[theirs] for name, theirs in names.items()})
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise _not_published(net, error) from error
 
     def check(self, channels: int, size: tuple[int, int]) -> None:
         """Refuse images that the network cannot see."""
@@ -82,9 +92,9 @@ class PerceptualLoss(nn.Module):
     none. Arguments and errors are those of `LPIPS`.
     """
 
-    def __init__(self, net: Literal["alex", "vgg", "squeeze"], weights: str | Path | None = None):
+    def __init__(self, net: Literal["alex", "vgg", "squeeze"]):
         super().__init__()
-        self.lpips = LPIPS(net, weights, setting="objective.perceptual_weights")
+        self.lpips = LPIPS(net)
 
     def check(self, size: tuple[int, int]) -> None:
         """Refuse images that the network cannot see."""
@@ -101,16 +111,20 @@ class PerceptualLoss(nn.Module):
 
 class InceptionFeatures(nn.Module):
     """The 2,048 features of which the FID compares mean and covariance: Heusel et al. 2017, with the network that
-    they published, as torch-fidelity and torchmetrics run it. `weights` and errors are as for `LPIPS`.
+    they published, as torch-fidelity and torchmetrics run it. Where its weights lie, and errors, are as for `LPIPS`.
     """
 
-    def __init__(self, weights: str | Path | None = None):
+    def __init__(self):
         super().__init__()
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        path = None if weights is None else str(Path(weights) / FILES["inception"])
-        with _weights_of("inception", weights, "evaluation.weights"):
-            self.net = FrechetInceptionDistance(2048, feature_extractor_weights_path=path).inception
+        content = io.BytesIO()  # torch-fidelity would unpickle a file, whatever it holds
+        torch.save(_published("inception"), content)
+        content.seek(0)
+        try:
+            self.net = FrechetInceptionDistance(2048, feature_extractor_weights_path=content).inception
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            raise _not_published("inception", error) from error
 
     @staticmethod
     def check(channels: int, size: tuple[int, int]) -> None:
@@ -124,35 +138,43 @@ class InceptionFeatures(nn.Module):
         return self.net(to_uint8(images).expand(-1, 3, -1, -1))
 
 
-@contextmanager
-def _weights_of(net: str, folder: str | Path | None, setting: str) -> Iterator[None]:
-    """Within, the published weights are loaded from `folder`, which `setting` names, and what fails names the file."""
-    name, before = FILES[net], torch.hub.get_dir()
-    usual = Path(before) / "checkpoints"
-    path = usual / name if folder is None else Path(folder) / name
-    if folder is not None and not path.exists():
-        raise FileNotFoundError(f"the weights of {net} are not there: put {name} into {path.parent.resolve()}")
+def _published(net: str) -> dict[str, torch.Tensor]:
+    """The published weights of a network from torch's cache, to which they are downloaded if they are not there. The
+    file is opened once, by a reader that runs no code; nothing else gets its name.
+    """
+    name = FILES[net]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not path.exists():
+        _download(net, path)
+    with open_regular(path) as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+        if digest.hexdigest() != SHA256[net]:
+            logger.warning(
+                "%s is not the published file of %s: its SHA-256 is %s. Figures that it gives compare with no others",
+                path,
+                net,
+                digest.hexdigest(),
+            )
+        file.seek(0)
+        return load_pickle(path, file)
+
+
+def _not_published(net: str, error: Exception) -> ValueError:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / FILES[net]
+    return ValueError(f"{path} does not hold the published weights of {net}: {type(error).__name__}: {error}")
+
+
+def _download(net: str, path: Path) -> None:
+    if net == "inception":
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
+    else:
+        url = torchvision.models.get_model_weights(TORCHVISION[net]).IMAGENET1K_V1.url
     try:
-        if path.exists():
-            torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # who loads it does not look
-        with tempfile.TemporaryDirectory() as scratch:
-            if folder is not None:
-                checkpoints = Path(scratch) / "checkpoints"
-                checkpoints.mkdir()
-                try:
-                    os.symlink(path.resolve(), checkpoints / name)
-                except OSError:  # not every system lets users make links
-                    shutil.copyfile(path, checkpoints / name)
-                torch.hub.set_dir(scratch)
-            yield
-    except ImportError:
-        raise
-    except OSError as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), SHA256[net])
+    except (OSError, RuntimeError) as error:  # a RuntimeError for another hash than that
         raise FileNotFoundError(
-            f"the weights of {net} are not there and cannot be downloaded ({error}). Put {name} into {usual}, or into "
-            f"a folder that {setting} names"
+            f"the weights of {net} are not there and cannot be downloaded ({error}). Put {path.name} into {path.parent}"
         ) from error
-    except Exception as error:  # whatever a damaged file makes of pickle, zip and state dict
-        raise ValueError(f"{path} does not hold the published weights of {net}: {error}") from error
-    finally:
-        torch.hub.set_dir(before)

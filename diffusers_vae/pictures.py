@@ -395,7 +395,7 @@ def rate_picture(rate_per_channel: Sequence[float], rate_per_position: Sequence[
 
 
 def _records(metrics: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
 PANELS = {

@@ -17,6 +17,7 @@ from torch import nn
 from .checkpoint import check_fits, find_checkpoint, tidy
 from .settings import Settings, differences, other_sections
 from .storage import append_text, delete_file, make_folder, naming, sync, whole_file, write_file
+from .untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def begin(
     """
     output_dir = Path(config.run.output_dir)
     if checkpoint:
-        before = json.loads((checkpoint / "data.json").read_text())
+        before = read_json(checkpoint / "data.json")
         differing = [name for name in data if before.get(name) != data[name]]
         images = [_changed(name, before[name], data[name]) for name in differing if "images" in data[name]]
         _refuse_changes(config, "images", images)
@@ -135,7 +136,9 @@ def begin(
         if not checkpoint:
             delete_file(output_dir / "bad_images.txt")
     write_file(output_dir / "data.json", json.dumps(data, indent=2) + "\n")
-    write_file(output_dir / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_text() if checkpoint else "")
+    write_file(
+        output_dir / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_text(encoding="utf-8") if checkpoint else ""
+    )
 
 
 def _changed(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -11,16 +11,20 @@ from typing import Any
 import yaml
 
 from .storage import write_file
+from .untrusted import read_yaml
 
 FREE_SETTINGS = {
     "data.root", "data.num_workers", "data.on_bad_image", "run.output_dir", "run.checkpoint_every",
     "run.keep_checkpoints", "run.allow_config_change", "run.on_nonfinite", "run.tracker",
     "run.gradient_accumulation_steps", "run.device_batch_size", "run.gradient_checkpointing",
     "vae.source", "vae.subfolder", "vae.revision", "latents.folder",
-    "objective.perceptual_weights", "model.pretrained", "model.subfolder", "model.revision",
+    "model.pretrained", "model.subfolder", "model.revision",
 }  # fmt: skip
 """A run may be continued with other values of these: they change no result (of an autoencoder the weights count, not
 where they lie) or, like the number of processes, only the order in which it is summed."""
+
+DELETED_SETTINGS = ("evaluation.weights", "objective.perceptual_weights")
+"""Of runs that an older version began: where published weights lay. They are not read."""
 
 KEPT_SETTINGS = ("data.lanes", "run.compile", "run.mixed_precision")
 """Where these are left open, a run that is continued keeps the values that it was begun with."""
@@ -41,12 +45,15 @@ class Settings:
 
 def read_settings(path: Path, *needed: str) -> dict[str, dict[str, Any]]:
     """The sections of a config.yaml; ValueError naming it when it is none, or lacks one that is `needed`."""
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is damaged, no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
-        raise ValueError(f"{path} is damaged: it must hold sections of settings, got {str(settings)[:60]!r}")
+    settings = read_yaml(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold sections of settings, got {str(settings)[:60]!r}")
+    for name, section in settings.items():
+        if not isinstance(section, dict):
+            raise ValueError(f"{path}: {name} must hold settings, KEY: VALUE, got {str(section)[:60]}")
+    for name in DELETED_SETTINGS:
+        section, _, option = name.partition(".")
+        settings.get(section, {}).pop(option, None)
     if missing := sorted(set(needed) - settings.keys()):
         raise ValueError(f"{path} is damaged: it has no section {', '.join(missing)}")
     return settings

@@ -79,11 +79,15 @@ def acquire(lock: FileLock, doing: str, setting: str) -> None:
         logger.warning("%s cannot be locked: take care that no two processes use it", folder)
 
 
+ODD = "backslashreplace"
+"""What becomes of characters that are none, as of file names that are not UTF-8: no text may fail by them."""
+
+
 def write_file(path: Path, text: str) -> None:
     """Replace `path` by a file with this text, at once and on the disk."""
     with whole_file(path) as partial:
         _announce("write", partial)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors=ODD)
 
 
 @contextmanager
@@ -102,6 +106,30 @@ def whole_file(path: Path) -> Iterator[Path]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to write files to, in folders below it too. At the end, once all are on the disk, each gets
+    its place in `folder`; after an error those are there that were. OSErrors name `folder`.
+    """
+    partial = partial_of(folder / "results")
+    with naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            begin_folder(partial)
+            yield partial
+            written = sorted(path for path in partial.rglob("*") if path.is_file())
+            for path in written:
+                _announce("write", path)
+                sync(path)
+            for path in written:
+                place = folder / path.relative_to(partial)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _rename(path, place)
+            sync(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -194,7 +222,7 @@ def make_folder(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file; `sync` makes it durable."""
     _announce("open", path)
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors=ODD) as file:
         _announce("write", path)
         file.write(text)
 
@@ -202,7 +230,7 @@ def write_text(path: Path, text: str) -> None:
 def append_text(path: Path, text: str) -> None:
     """Add to a file, or begin it; `sync` makes it durable. OSErrors name `path`."""
     _announce("write", path)
-    with naming(path), path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8", errors=ODD) as file:
         file.write(text)
 
 

@@ -42,6 +42,7 @@ from .run_folder import Log
 from .settings import Settings, config_of_run, read_settings
 from .storage import whole_folder, write_file
 from .tokenizer import caption_tokenizer
+from .untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -354,7 +355,7 @@ class TextToImageTask(Task):
     def finished(self) -> TextToImageResult:
         path = Path(self.config.run.output_dir) / "evaluation.json"
         try:
-            evaluation = json.loads(path.read_text())
+            evaluation = read_json(path)
             result, weights = self._result(evaluation), evaluation["autoencoder"]["weights_sha256"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is not of a text-to-image run: {error!r} is missing") from error

@@ -22,7 +22,7 @@ from . import equivariance
 from .adversarial import AdversarialConfig, Adversary, PatchDiscriminator
 from .checkpoint import Discriminator
 from .data import DataConfig, ImageSet, ReadImages, StoredImages, TrainingSet, load_data
-from .evaluation import EvaluationConfig, EvaluationReport, FineTuning, compare, evaluate, load_judges
+from .evaluation import EvaluationConfig, EvaluationReport, FineTuning, compare, evaluate, load_judges, read_report
 from .hub import HubConfig, check_value_range, write_card
 from .images import to_model_range
 from .latent_cache import LatentDataset, matching_latents
@@ -288,8 +288,7 @@ class AutoencoderTask(Task):
         self.terms += ("generator", "discriminator") if config.adversarial.weight else ()
 
     def finished(self) -> TrainResult:
-        text = (Path(self.config.run.output_dir) / "evaluation.json").read_text()
-        report = EvaluationReport.from_json(text)
+        report = read_report(Path(self.config.run.output_dir) / "evaluation.json")
         with torch.device("meta"):
             return self._result(report, self.build())
 
@@ -320,7 +319,7 @@ class AutoencoderTask(Task):
                 "the processes work together by DDP, or set it to false"
             )
         if config.objective.perceptual:
-            self.perceptual = PerceptualLoss(config.objective.perceptual, config.objective.perceptual_weights)
+            self.perceptual = PerceptualLoss(config.objective.perceptual)
             for size in config.smallest_images:
                 self.perceptual.check(size)
             self.perceptual.to(accelerator.device)

@@ -18,6 +18,9 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
+from .storage import write_text
+from .untrusted import read_json
+
 RANGE_FILE = "value_range.json"
 EXACT = 2**24
 """Width of a range of integers up to which float32 tells all of them apart in [-1, 1]: it has 2^23 + 1 values from 0.5
@@ -92,7 +95,7 @@ class ValueRange:
 
     def save(self, folder: Path) -> None:
         """Write it beside the config.json of a model, which has no place for it."""
-        (folder / RANGE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_text(folder / RANGE_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> ValueRange | None:
@@ -101,7 +104,7 @@ class ValueRange:
         if not file.exists():
             return None
         try:
-            return cls(**json.loads(file.read_text()))
+            return cls(**read_json(file))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file} must hold a range, as {{'low': 0, 'high': 65535}}: {error}") from error
 

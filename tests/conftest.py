@@ -56,6 +56,17 @@ def one_thread():
     take_shortcuts()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def torch_home(tmp_path_factory):
+    """torch's cache, whatever that of the user holds, with a squeezenet of random weights."""
+    from support.runs import use_random_networks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", "")  # so that it is as before in the end
+        use_random_networks(tmp_path_factory.mktemp("torch"))
+        yield
+
+
 @pytest.fixture
 def drawn_figures():
     """Figures as users see them; they are left blank otherwise."""
@@ -159,15 +170,15 @@ def finished_run(tmp_path_factory, name, model, **run) -> Path:
 
 
 @pytest.fixture
-def no_download(monkeypatch, tmp_path):
-    """An empty cache of torch, and no network to fill it from."""
+def no_download(monkeypatch, tmp_path) -> Path:
+    """An empty cache of torch, and no network to fill it from; the folder where files of weights are looked for."""
 
     def fail(*arguments, **settings):
         raise OSError("no network")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", fail)
-    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr("torch.hub.set_dir", lambda folder: None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch" / "hub" / "checkpoints"
 
 
 @pytest.fixture

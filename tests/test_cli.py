@@ -268,14 +268,14 @@ class TestEvaluate:
         ("arguments", "message"),
         [
             (["--data", "nowhere"], "which is not there"),
-            (["--evaluation.lpips", '["alex"]', "--evaluation.weights", "."], "put alexnet-owt-7be5be79.pth into"),
+            (["--evaluation.lpips", '["alex"]'], "Put alexnet-owt-7be5be79.pth into"),
             (["--data.channels", "3"], "takes images of 1 channels, got 3"),
             (["--data.resolution", "17"], "must be divisible by 2"),
             (["--out", ROOT / "README.md"], "README.md"),
             (["--device", "abacus"], "--device must be one that torch can use here, got abacus"),
         ],
     )
-    def test_arguments_that_do_not_fit_are_refused(self, arguments, message, run, capsys, tmp_path):
+    def test_arguments_that_do_not_fit_are_refused(self, arguments, message, run, no_download, capsys, tmp_path):
         code, _, error = call(capsys, "evaluate", run, "--out", tmp_path / "out", *arguments)
         assert code == 1 and message in error and not list((tmp_path / "out").rglob("*.*"))
 
@@ -554,7 +554,7 @@ class TestOthers:
         reader = "info" if name == "evaluation.json" else "evaluate"
         for words in (["push", tmp_path / "run", "me/model"], [reader, tmp_path / "run"]):
             code, _, error = call(capsys, *words)
-            assert code == 1 and error.count("\n") == 1 and f"{name} is damaged" in error, (words, error)
+            assert code == 1 and error.count("\n") == 1 and str(tmp_path / "run" / name) in error, (words, error)
 
     @pytest.mark.slow
     def test_settings_of_the_hub_are_those_of_the_run(self, hub, run, capsys, tmp_path):

@@ -150,7 +150,7 @@ def test_exponents_are_numbers(tmp_path):
         ("model: {architecture: mlp, layers_per_block: 2}", ["model.layers_per_block", "mlp", "hidden_dim"]),
         ("model: {block_out_channels: [30, 60]}", ["model.block_out_channels", "divisible", "30"]),
         ("model: {latent_channels: 0}", ["model.latent_channels", "at least 1"]),
-        ("run: [1, 2", ["config"]),
+        ("run: [1, 2", ["a.yaml"]),
     ],
 )
 def test_errors_name_the_key_and_the_value(text, words, tmp_path, capsys):

@@ -30,7 +30,6 @@ from support.runs import (
     group_is_gone,
     interrupted_at,
     left_behind,
-    random_network,
     records,
     tensors,
     tiny,
@@ -71,14 +70,14 @@ def config_of(output_dir, micro_steps=1):
     )
 
 
-def whole_config_of(output_dir, network, micro_steps=1):
+def whole_config_of(output_dir, micro_steps=1):
     """5 steps with a discriminator, LPIPS and a learned scale. Later, rounding decides at kinks of the networks that
     judge, and grows.
     """
     config = config_of(output_dir, micro_steps)
     run = dataclasses.replace(config.run, max_images=200)
     optimizer = dataclasses.replace(config.optimizer, schedule="constant")
-    return whole(dataclasses.replace(config, run=run, optimizer=optimizer), network)
+    return whole(dataclasses.replace(config, run=run, optimizer=optimizer))
 
 
 def assert_same_training(reference, output_dir):
@@ -122,9 +121,9 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_alone(tmp_path_factory):
-    """The same of `whole_config_of`, with its network beside it."""
+    """The same of `whole_config_of`."""
     folder = tmp_path_factory.mktemp("alone")
-    config = whole_config_of(folder / "run", random_network(folder / "network"))
+    config = whole_config_of(folder / "run")
     run_forked(fit, config, log=folder / "log")
     return folder / "run"
 
@@ -147,7 +146,7 @@ class TestSameResult:
 
     @SHARES
     def test_training_with_all_losses_does_not_depend_on_it_either(self, processes, micro_steps, whole_alone, tmp_path):
-        config = whole_config_of(tmp_path / "run", whole_alone.parent / "network", micro_steps)
+        config = whole_config_of(tmp_path / "run", micro_steps)
         run_forked(fit, config, log=tmp_path / "log", processes=processes)
         assert processes_of(tmp_path / "run") == processes
         assert_same_training(whole_alone, tmp_path / "run")
@@ -198,7 +197,7 @@ def test_processes_end_with_equal_weights(tmp_path):
 def test_run_of_three_processes_is_continued_bit_identically(tmp_path):
     """The gradients of three processes can be summed in more than one order."""
     config = tiny(tmp_path / "run", TINY_VAE, batch_size=30, max_images=120, checkpoint_every=60)
-    config = whole(config, random_network(tmp_path / "network"))
+    config = whole(config)
     run_forked(fit, config, log=tmp_path / "log", processes=3)
     output_dir = interrupted_at(60, tmp_path / "run", tmp_path / "again")
     output = run_forked(fit, at(config, output_dir), log=tmp_path / "log of the second", processes=3)

@@ -1,10 +1,12 @@
 """The report's figures against torchmetrics, torch.distributions and cases where the truth is known."""
 
 import dataclasses
+import hashlib
 import json
 import math
-import re
+import pickle
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -54,19 +56,15 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Files with the names, keys and shapes of the published weights, at random."""
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    torch.save(torchvision.models.alexnet(weights=None).state_dict(), folder / FILES["alex"])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory):
+def networks(tmp_path_factory):
+    """torch's folder of weights, with files that have the names, keys and shapes of published ones, at random."""
     from torch_fidelity import feature_extractor_inceptionv3 as published
 
-    folder = tmp_path_factory.mktemp("weights")
+    home = tmp_path_factory.mktemp("torch")
+    folder = home / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), folder / FILES["alex"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(published, "load_state_dict_from_url", lambda *arguments, **settings: {})
         patch.setattr(published.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
@@ -76,7 +74,9 @@ def inception_weights(tmp_path_factory):
         if parameter.ndim == 4:
             parameter.data.normal_(0, (2 / parameter[0].numel()) ** 0.5, generator=generator)
     torch.save(network.state_dict(), folder / FILES["inception"])
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(home))
+        yield folder
 
 
 class LinearVAE(ModelMixin, ConfigMixin):
@@ -213,7 +213,7 @@ class TestReferences:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("set_name", ["kodak", "bsds500"])
-    def test_figures_are_those_of_torchmetrics_on_photographs(self, set_name, shared_data, inception_weights, tmp_path):
+    def test_figures_are_those_of_torchmetrics_on_photographs(self, set_name, shared_data, networks, tmp_path):
         """Computed from 8-bit files by torchmetrics' own classes."""
         folder = shared_data / "kodak"
         if set_name == "bsds500":
@@ -223,7 +223,7 @@ class TestReferences:
         data = DataConfig(name="folder", root=str(folder), channels=3, resolution=96, heldout_fraction=0.3)
         _, images = load_data(data)
         model, count = tiny_vae(3), 3
-        config = EvaluationConfig(rfid=True, weights=str(inception_weights), batch_size=2, max_images=count)
+        config = EvaluationConfig(rfid=True, batch_size=2, max_images=count)
         report = evaluate(model, images, VAEObjective(), config)
 
         saved = []
@@ -237,21 +237,18 @@ class TestReferences:
             expected = torch.stack([metric(data_range=255.0)(file, original) for original, file in pairs]).mean()
             assert getattr(report, name) == pytest.approx(expected.item(), rel=1e-5, abs=5e-5)
         expected = frechet_distance_of_torchmetrics(
-            images.pixels[:count], torch.cat(saved), inception_weights / FILES["inception"]
+            images.pixels[:count], torch.cat(saved), networks / FILES["inception"]
         )
         assert report.rfid == pytest.approx(expected, rel=1e-2) and report.rfid > 0
 
     @pytest.mark.slow
     @pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.slow), 3])
-    def test_lpips_is_that_of_torchmetrics(self, channels, weights, monkeypatch, tmp_path):
+    def test_lpips_is_that_of_torchmetrics(self, channels, networks):
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randint(0, 256, (3, channels, 40, 40), generator=generator, dtype=torch.uint8)
-        config = EvaluationConfig(lpips=("alex",), weights=str(weights))
+        config = EvaluationConfig(lpips=("alex",))
         model = tiny_vae(channels)
         report = evaluate(model, ArrayImages(pixels), VAEObjective(), config)
-        (tmp_path / "checkpoints").mkdir()
-        (tmp_path / "checkpoints" / FILES["alex"]).symlink_to(weights / FILES["alex"])
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
         reference = LearnedPerceptualImagePatchSimilarity("alex")
         images = to_model_range(pixels)
         with torch.no_grad():
@@ -262,44 +259,78 @@ class TestReferences:
         assert expected > 0 and report.intervals["lpips_alex"][0] < expected < report.intervals["lpips_alex"][1]
 
 
+class Harm:
+    """Makes a file when it is unpickled by a reader that calls what a pickle names."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
 class TestNetworks:
-    def test_missing_weights_say_which_file_goes_where(self, tmp_path, digits):
-        for network in (lambda: LPIPS("vgg", tmp_path), lambda: InceptionFeatures(tmp_path)):
-            with pytest.raises(FileNotFoundError, match=rf"put \S+\.pth into {re.escape(str(tmp_path))}"):
-                network()
+    NAMES = pytest.mark.parametrize("name", ["alex", "inception"])
 
-    @pytest.mark.slow
-    def test_weights_that_cannot_be_downloaded(self, no_download):
-        with pytest.raises(FileNotFoundError, match=r"Put alexnet\S+pth into .*checkpoints, or into a folder that"):
-            LPIPS("alex")
+    def network(self, name):
+        return InceptionFeatures() if name == "inception" else LPIPS(name)
 
-    @pytest.mark.slow
-    def test_a_file_of_other_things_is_named_and_not_run(self, tmp_path):
-        class Harm:
-            def __reduce__(self):
-                return (Path.touch, (tmp_path / "harm",))
+    @NAMES
+    def test_weights_that_cannot_be_downloaded(self, name, no_download):
+        with pytest.raises(FileNotFoundError, match=rf"\(no network\)\. Put {FILES[name]} into {no_download}"):
+            self.network(name)
 
-        torch.save({"weight": Harm()}, tmp_path / FILES["inception"])
-        with pytest.raises(ValueError, match=r"inception\S+ does not hold the published weights"):
-            InceptionFeatures(tmp_path)
+    @NAMES
+    def test_download_of_another_file_is_refused(self, name, no_download, monkeypatch):
+        """torch compares the whole SHA-256 before the file gets its name."""
+
+        def download(url, path, digest):
+            assert url.endswith(FILES[name]) and len(digest) == 64
+            raise RuntimeError(f'invalid hash value (expected "{digest}", got "0")')
+
+        monkeypatch.setattr("torch.hub.download_url_to_file", download)
+        with pytest.raises(FileNotFoundError, match=f"invalid hash value .* Put {FILES[name]}"):
+            self.network(name)
+
+    @NAMES
+    @pytest.mark.parametrize("container", ["zip", "legacy", "pickle", "protocol 4", "zip with one entry"])
+    def test_code_in_a_file_is_not_run(self, name, container, no_download, tmp_path):
+        """In each form that torch knows, and in one that its readers take for different things."""
+        no_download.mkdir(parents=True)
+        path, content = no_download / FILES[name], {"weight": Harm(tmp_path / "harm")}
+        if container == "pickle":
+            path.write_bytes(pickle.dumps(content, 2))
+        elif container == "zip with one entry":
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("weights.pth", pickle.dumps(content, 2))
+        else:
+            protocol = 4 if container == "protocol 4" else 2
+            torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=container != "legacy")
+        with pytest.raises(ValueError, match=rf"{FILES[name]} is (a pickle that|no checkpoint)"):
+            self.network(name)
         assert not (tmp_path / "harm").exists()
-        torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / FILES["alex"])
-        with pytest.raises(ValueError, match=r"alexnet\S+ does not hold the published weights of alex"):
-            LPIPS("alex", tmp_path)
+
+    @NAMES
+    def test_file_of_other_things_is_named(self, name, no_download, caplog):
+        no_download.mkdir(parents=True)
+        torch.save({"features.0.weight": torch.zeros(3)}, no_download / FILES[name])
+        digest = hashlib.sha256((no_download / FILES[name]).read_bytes()).hexdigest()
+        with pytest.raises(ValueError, match=rf"{FILES[name]} does not hold the published weights of {name}"):
+            self.network(name)
+        assert f"{FILES[name]} is not the published file of {name}: its SHA-256 is {digest}" in caplog.text
 
     @pytest.mark.slow
-    def test_images_that_they_cannot_see(self, weights):
-        lpips = LPIPS("alex", weights)
+    def test_images_that_they_cannot_see(self, networks):
+        lpips = LPIPS("alex")
         with pytest.raises(ValueError, match=r"sides of at least 31 pixels, got 28x30"):
             lpips(torch.zeros(1, 3, 28, 30), torch.zeros(1, 3, 28, 30))
         with pytest.raises(ValueError, match="defined for 3 channels, and 1 is repeated to 3, got 5"):
             lpips(torch.zeros(1, 5, 64, 64), torch.zeros(1, 5, 64, 64))
 
-    @pytest.mark.slow
-    def test_the_hub_folder_is_left_as_it_was(self, weights):
-        before = torch.hub.get_dir()
-        LPIPS("alex", weights)
-        assert torch.hub.get_dir() == before
+    def test_loading_leaves_the_global_generator_alone(self, networks):
+        state = torch.get_rng_state()
+        LPIPS("alex")
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 class TestReport:

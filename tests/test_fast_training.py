@@ -12,7 +12,7 @@ import torch
 import yaml
 from functorch.compile import make_boxed_func
 from support.models import hooks_of
-from support.runs import TINY_MLP, TINY_VAE, at, fit, interrupted_at, random_network, records, tensors, tiny, whole
+from support.runs import TINY_MLP, TINY_VAE, at, fit, interrupted_at, records, tensors, tiny, whole
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -158,9 +158,8 @@ class TestMemory:
 
     @pytest.mark.slow
     def test_trying_leaves_no_trace_in_a_discriminator(self, tmp_path):
-        network = random_network(tmp_path / "network")
         for name, other in (("plain", {}), ("tried", {"device_batch_size": "auto"})):
-            fit(whole(tiny(tmp_path / name, TINY_VAE, max_images=120, **other), network))
+            fit(whole(tiny(tmp_path / name, TINY_VAE, max_images=120, **other)))
         for name in ("model", "ema", "discriminator"):
             assert same(tensors(tmp_path / "plain", 120, name), tensors(tmp_path / "tried", 120, name))
 

@@ -16,7 +16,7 @@ PACKAGE = "diffusers_vae"
 
 # Files of one row never see each other; a package (models, data) counts as one file.
 ROWS = [
-    {"storage"},
+    {"storage", "untrusted"},
     {"processes", "settings", "images", "values"},
     {"models", "objective", "equivariance", "adversarial", "perceptual", "diffusion", "tokenizer", "metrics", "data"},
     {"latents", "precision"},
@@ -33,7 +33,7 @@ ROWS = [
 ALLOWED_ONLY_IN = {
     "accelerate": {"trainer", "text_to_image", "loop", "run_folder", "checkpoint", "commands"},
     "filelock": {"storage", "processes"},
-    "yaml": {"settings"},
+    "yaml": {"settings", "untrusted"},
     "huggingface_hub": {"hub"},
 }
 
@@ -114,6 +114,31 @@ def test_imports_only_from_rows_above(file):
 )
 def test_the_rule_tells_right_from_wrong(file, source, allowed):
     assert (violations(file, source) == []) == allowed
+
+
+def without_encoding(source: str) -> list[int]:
+    """Lines that open a text in whatever encoding the machine prefers."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or any(word.arg in ("encoding", "buffering") for word in node.keywords):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        ours = isinstance(node.func, ast.Name)  # read_text and write_text of this package
+        modes = {value.value for value in node.args if isinstance(value, ast.Constant) and isinstance(value.value, str)}
+        if (name in ("read_text", "write_text") and not ours) or (name == "open" and modes & {"r", "w", "a", "x"}):
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("file", files())
+def test_text_is_utf8_whatever_the_machine_prefers(file):
+    assert without_encoding((ROOT / file).read_text(encoding="utf-8")) == []
+
+
+def test_the_rule_of_encodings_tells_right_from_wrong():
+    wrong = 'path.read_text()\npath.write_text(text)\nopen(path, "w")\npath.open("a", errors="x")'
+    right = 'path.read_text(encoding="utf-8")\nread_text(path)\nopen(path, "rb")\nopen(path, "w", encoding="utf-8")'
+    assert without_encoding(wrong) == [1, 2, 3, 4] and without_encoding(right) == []
 
 
 def test_package_init_holds_only_public_names():

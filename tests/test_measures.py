@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torchvision
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from support.models import tiny_vae
@@ -13,7 +12,7 @@ from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import LatentStatistics, measure_latents
 from diffusers_vae.metrics import frechet_distance, psnr, ssim
-from diffusers_vae.perceptual import FILES, LPIPS, InceptionFeatures, PerceptualLoss
+from diffusers_vae.perceptual import LPIPS, InceptionFeatures, PerceptualLoss
 from diffusers_vae.precision import measure_precision
 
 
@@ -57,42 +56,31 @@ class TestMetrics:
         assert ssim(images, images).tolist() == pytest.approx([1] * 6)
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A file with the name, keys and shapes of the published weights, at random, in a folder as torch caches them."""
-    folder = tmp_path_factory.mktemp("hub") / "checkpoints"
-    folder.mkdir()
-    torch.manual_seed(0)
-    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder / FILES["squeeze"])
-    return folder
-
-
 class TestPerceptualLoss:
     def pair(self, channels=3, count=3, **kind):
         generator = torch.Generator().manual_seed(0)
         images, noise = torch.rand(2, count, channels, 24, 20, generator=generator).mul(2).sub(1).to(**kind)
         return images, images + 0.3 * noise
 
-    def test_is_that_of_torchmetrics(self, weights, monkeypatch):
+    def test_is_that_of_torchmetrics(self):
         images, reconstructions = self.pair()
         reconstructions = reconstructions.clamp(-1, 1)
-        measure, loss = LPIPS("squeeze", weights), PerceptualLoss("squeeze", weights)
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(weights.parent))
+        measure, loss = LPIPS("squeeze"), PerceptualLoss("squeeze")
         expected = learned_perceptual_image_patch_similarity(images, reconstructions, "squeeze", "none")
         for ours in (measure, loss):
             torch.testing.assert_close(ours(images, reconstructions), expected)
         assert expected.min() > 1e-3
 
-    def test_one_value_per_image_whatever_its_neighbours(self, weights):
+    def test_one_value_per_image_whatever_its_neighbours(self):
         images, reconstructions = self.pair()
-        loss = PerceptualLoss("squeeze", weights)
+        loss = PerceptualLoss("squeeze")
         pairs = zip(images.split(1), reconstructions.split(1), strict=True)
         torch.testing.assert_close(loss(images, reconstructions), torch.cat([loss(*pair) for pair in pairs]))
         assert loss(images, images).tolist() == [0, 0, 0]
 
     @pytest.mark.parametrize("channels", [1, 2, 3])
-    def test_gradient_is_that_of_finite_differences(self, channels, weights):
-        loss = PerceptualLoss("squeeze", weights).double().train()
+    def test_gradient_is_that_of_finite_differences(self, channels):
+        loss = PerceptualLoss("squeeze").double().train()
         images, reconstructions = self.pair(channels, 2, dtype=torch.float64)
         reconstructions.requires_grad_()
         loss(images, reconstructions).sum().backward()
@@ -104,39 +92,39 @@ class TestPerceptualLoss:
             assert change.item() == pytest.approx((reconstructions.grad * way).sum().item(), rel=1e-4)
         assert not any(parameter.requires_grad for parameter in loss.parameters())
 
-    def test_trains_nothing_of_its_own_and_drops_nothing_out(self, weights):
-        loss = PerceptualLoss("squeeze", weights)
+    def test_trains_nothing_of_its_own_and_drops_nothing_out(self):
+        loss = PerceptualLoss("squeeze")
         pair = self.pair()
         before = loss(*pair)
         assert torch.equal(loss.train()(*pair), before)
         assert not any(parameter.requires_grad for parameter in loss.parameters())
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_is_computed_in_float32(self, dtype, weights):
-        loss = PerceptualLoss("squeeze", weights)
+    def test_is_computed_in_float32(self, dtype):
+        loss = PerceptualLoss("squeeze")
         images, reconstructions = self.pair()
         expected = loss(images, reconstructions.to(dtype).float())
         with torch.autocast("cpu", dtype):
             assert torch.equal(loss(images, reconstructions.to(dtype)), expected)
         assert expected.dtype == torch.float32
 
-    def test_channels_are_as_stated(self, weights):
-        loss = PerceptualLoss("squeeze", weights)
+    def test_channels_are_as_stated(self):
+        loss = PerceptualLoss("squeeze")
         images, reconstructions = self.pair(4)
         alone = [loss(images[:, k : k + 1], reconstructions[:, k : k + 1]) for k in range(4)]
         torch.testing.assert_close(loss(images, reconstructions), torch.stack(alone).mean(0))
         repeated = (images[:, [k] * 3] for k in (0, 1))
         torch.testing.assert_close(loss(images[:, :1], images[:, 1:2]), loss(*repeated))
 
-    def test_smallest_images(self, weights):
-        loss = PerceptualLoss("squeeze", weights)
+    def test_smallest_images(self):
+        loss = PerceptualLoss("squeeze")
         loss.check((17, 99))
         assert loss(torch.zeros(1, 3, 17, 99), torch.ones(1, 3, 17, 99)).isfinite().all()
         with pytest.raises(ValueError, match="LPIPS with squeeze needs sides of at least 17 pixels, got 99x16"):
             loss.check((99, 16))
 
-    def test_missing_weights_name_the_setting(self, no_download):
-        with pytest.raises(FileNotFoundError, match=r"Put squeezenet1_1\S+pth into .*, or .* objective\.perceptual_w"):
+    def test_missing_weights_say_which_file_goes_where(self, no_download):
+        with pytest.raises(FileNotFoundError, match=rf"Put squeezenet1_1\S+pth into {no_download}"):
             PerceptualLoss("squeeze")
 
 

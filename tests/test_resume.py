@@ -30,7 +30,6 @@ from support.runs import (
     group_is_gone,
     interrupted_at,
     left_behind,
-    random_network,
     records,
     tensors,
     tiny,
@@ -66,7 +65,7 @@ def uninterrupted(tmp_path_factory):
         )  # fmt: skip
         config = dataclasses.replace(config, data=FEW)
         if kind == "whole":
-            config = whole(config, random_network(folder / "network"))
+            config = whole(config)
         fit(config)
         AcceleratorState._reset_state(True)
         return config

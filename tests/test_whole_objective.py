@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
-from support.runs import TINY_MLP, TINY_VAE, fit, random_network, records, tiny
+from support.runs import TINY_MLP, TINY_VAE, fit, records, tiny, use_random_networks
 
 from diffusers_vae import VAE, cli, equivariance
 from diffusers_vae.adversarial import AdversarialConfig, PatchDiscriminator
@@ -37,11 +37,6 @@ TERMS = {
 }
 
 
-@pytest.fixture(scope="module")
-def network(tmp_path_factory):
-    return str(random_network(tmp_path_factory.mktemp("network")))
-
-
 def settings(output_dir, objective, adversarial=None, **run):
     config = tiny(output_dir, TINY_VAE, **run)
     return dataclasses.replace(
@@ -56,9 +51,8 @@ def settings(output_dir, objective, adversarial=None, **run):
 class Step:
     """The step that a term's settings make of 3 digits, in float64, with equal weights and noise for all of them."""
 
-    def __init__(self, term, network):
-        objective = TERMS[term] | ({"perceptual_weights": network} if term == "perceptual" else {})
-        self.config = settings("unused", objective, JUDGED if term == "generator" else None)
+    def __init__(self, term):
+        self.config = settings("unused", TERMS[term], JUDGED if term == "generator" else None)
         self.task = AutoencoderTask(self.config)
         self.task.load(Accelerator(cpu=True))
         torch.manual_seed(0)
@@ -95,24 +89,24 @@ class Step:
 
 class TestGradient:
     @pytest.mark.parametrize("term", TERMS)
-    def test_is_that_of_finite_differences_in_encoder_and_decoder(self, term, network):
-        step = Step(term, network)
+    def test_is_that_of_finite_differences_in_encoder_and_decoder(self, term):
+        step = Step(term)
         for part in (step.parts.encoder, step.parts.decoder):
             by_autograd, by_differences = step.along(part.parameters())
             assert math.isfinite(by_autograd) and abs(by_autograd) > 1e-3
             assert by_autograd == pytest.approx(by_differences, rel=1e-4)
 
-    def test_of_a_learned_scale(self, network):
-        step = Step("learned scale", network)
+    def test_of_a_learned_scale(self):
+        step = Step("learned scale")
         by_autograd, by_differences = step.along([step.model.slow_log_scale])
         assert by_autograd == pytest.approx(by_differences, rel=1e-6) and abs(by_autograd) > 1
 
     @pytest.mark.parametrize("term", ["rate", "perceptual", "generator"])
-    def test_of_the_term_alone_reaches_the_parts_that_it_depends_on(self, term, network):
+    def test_of_the_term_alone_reaches_the_parts_that_it_depends_on(self, term):
         """What the term adds to the gradient without it; the rate knows no decoder."""
         gradients = []
         for name in ("distortion", term):
-            step = Step(name, network)
+            step = Step(name)
             loss, parts = step().loss, (step.parts.encoder, step.parts.decoder)
             gradients.append([torch.autograd.grad(loss, list(p.parameters()), retain_graph=True) for p in parts])
         for part, (without, with_it) in zip(("encoder", "decoder"), zip(*gradients, strict=True), strict=True):
@@ -125,34 +119,34 @@ class TestLoss:
     """A term adds its weight times itself, and nothing else."""
 
     @staticmethod
-    def added(term, network):
-        plain, step = Step("distortion", network)(), Step(term, network)
+    def added(term):
+        plain, step = Step("distortion")(), Step(term)
         terms = step()
         torch.testing.assert_close(terms.per_image["distortion"], plain.per_image["distortion"], rtol=1e-12, atol=0)
         return (terms.loss - plain.loss).item(), terms, step
 
-    def test_rate(self, network):
-        added, terms, _ = self.added("rate", network)
+    def test_rate(self):
+        added, terms, _ = self.added("rate")
         assert added == pytest.approx(3 * terms.per_image["rate"].mean().item(), rel=1e-9)
 
-    def test_lpips_counts_once_per_value_of_the_image(self, network):
-        added, terms, step = self.added("perceptual", network)
+    def test_lpips_counts_once_per_value_of_the_image(self):
+        added, terms, step = self.added("perceptual")
         with torch.no_grad():
             reconstructions = step.model(step.images, noise=step.draws["noise"]).sample
-            distance = LPIPS("squeeze", network).double()(step.images, reconstructions)
+            distance = LPIPS("squeeze").double()(step.images, reconstructions)
         torch.testing.assert_close(terms.per_image["perceptual"], distance)
         assert added == pytest.approx(0.7 * VALUES * distance.mean().item(), rel=1e-9) and added > 1e-3
 
-    def test_generator(self, network):
-        added, terms, step = self.added("generator", network)
+    def test_generator(self):
+        added, terms, step = self.added("generator")
         with torch.no_grad():
             reconstructions = step.model(step.images, noise=step.draws["noise"]).sample
             judged = -step.task.adversary.discriminator(reconstructions).flatten(1).mean(1)
         torch.testing.assert_close(terms.per_image["generator"], judged)
         assert added == pytest.approx(30 / 4 * judged.mean().item(), rel=1e-9) and added != 0
 
-    def test_equivariance_compares_with_transformed_images(self, network):
-        step = Step("equivariance", network)
+    def test_equivariance_compares_with_transformed_images(self):
+        step = Step("equivariance")
         _, turned = equivariance.draw(step.draws["chances"][0], 1.0, (12, 12), 2)
         with torch.no_grad():
             posterior = step.model.encode(step.images).latent_dist
@@ -163,8 +157,8 @@ class TestLoss:
         assert turned.size != (12, 12) and reconstructions.shape[-1] < 24
         assert terms.loss.item() == pytest.approx(error.mean().item(), rel=1e-6)
 
-    def test_equivariance_sees_smaller_images_through_the_encoder_too(self, network):
-        step = Step("equivariance", network)
+    def test_equivariance_sees_smaller_images_through_the_encoder_too(self):
+        step = Step("equivariance")
         step.task.config = dataclasses.replace(
             step.config, objective=dataclasses.replace(step.config.objective, equivariance=0.5)
         )
@@ -183,13 +177,13 @@ START, WARMUP, WEIGHT, OWN_RATE = 60, 45, 0.3, 1e-3
 
 
 @pytest.fixture(scope="module")
-def run(network, tmp_path_factory):
+def run(tmp_path_factory):
     """Five steps, all kept, without clipping; a discriminator joins at the third, at full weight in the fifth."""
     config = settings(
         tmp_path_factory.mktemp("run") / "run",
         {
             "scale": "learned", "kl_schedule": "linear", "kl_warmup_images": 100, "perceptual": "squeeze",
-            "perceptual_weight": 0.3, "perceptual_weights": network,
+            "perceptual_weight": 0.3,
         },
         AdversarialConfig(
             weight=WEIGHT, start_images=START, warmup_images=WARMUP, width=8, layers=2, learning_rate=OWN_RATE
@@ -206,7 +200,7 @@ def run(network, tmp_path_factory):
 class Recomputed:
     """What the step after `images_seen` images begins with, and its reconstructions and losses, by plain formulas."""
 
-    def __init__(self, run, network, images_seen):
+    def __init__(self, run, images_seen):
         self.checkpoint = self.of(run, images_seen)
         state = load_file(self.checkpoint / "model.safetensors")
         self.log_scale = (10 * state.pop("slow_log_scale")[0]).requires_grad_()
@@ -223,7 +217,7 @@ class Recomputed:
         self.reconstructions = output.sample
         error = (self.images - output.sample).square().sum() / 30 / (2 * (2 * self.log_scale).exp())
         rate = kl_to_standard_normal(output.latent_dist).mean()
-        distance = LPIPS("squeeze", network)(self.images, output.sample).mean()
+        distance = LPIPS("squeeze")(self.images, output.sample).mean()
         kl_weight = min(1.0, images_seen / 100)
         self.loss = error + VALUES * self.log_scale + kl_weight * rate + 0.3 * VALUES * distance
         self.judgement = -self.discriminator(output.sample).mean()
@@ -274,8 +268,8 @@ def weight(images_seen, factor):
 @pytest.mark.slow
 class TestTwoPhases:
     @pytest.mark.parametrize("images_seen", [60, 90])
-    def test_the_discriminators_gradient_is_of_its_own_loss(self, images_seen, run, network):
-        step = Recomputed(run, network, images_seen)
+    def test_the_discriminators_gradient_is_of_its_own_loss(self, images_seen, run):
+        step = Recomputed(run, images_seen)
         real, fake = step.discriminator(step.images), step.discriminator(step.reconstructions.detach())
         loss = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
         named = dict(step.discriminator.named_parameters())
@@ -283,10 +277,10 @@ class TestTwoPhases:
         assert_close(gradient(run, images_seen + 30, "discriminator_optimizer", 0.5), expected)
 
     @pytest.mark.parametrize("images_seen", [30, 60, 90, 120])
-    def test_the_models_gradient_is_of_its_own_loss(self, images_seen, run, network):
+    def test_the_models_gradient_is_of_its_own_loss(self, images_seen, run):
         """With what the discriminator was before it stepped, by the weight that the step before decided."""
-        step = Recomputed(run, network, images_seen)
-        factor = Recomputed(run, network, images_seen - 30).factor() if images_seen > START else 0.0
+        step = Recomputed(run, images_seen)
+        factor = Recomputed(run, images_seen - 30).factor() if images_seen > START else 0.0
         loss = step.loss + max(0.0, weight(images_seen, factor)) * step.judgement
         named = {f"autoencoder.{name}": each for name, each in step.model.named_parameters()}
         gradients = torch.autograd.grad(loss, [step.log_scale, *named.values()])
@@ -307,11 +301,11 @@ class TestTwoPhases:
         moved = max((after[name] - before[name]).abs().max().item() for name in before)
         assert moved == pytest.approx(OWN_RATE / WARMUP, rel=1e-3)
 
-    def test_the_adaptive_weight_is_logged_and_is_that_of_the_step_before(self, run, network):
+    def test_the_adaptive_weight_is_logged_and_is_that_of_the_step_before(self, run):
         logged = [record["adversarial_weight"] for record in records(run.run.output_dir, "train")]
         assert logged[:3] == [0, 0, 0]
         for images_seen, found in zip((90, 120), logged[3:], strict=True):
-            factor = Recomputed(run, network, images_seen - 30).factor()
+            factor = Recomputed(run, images_seen - 30).factor()
             assert found == pytest.approx(weight(images_seen, factor), rel=1e-3)
 
     def test_no_term_is_counted_before_the_start(self, run):
@@ -452,23 +446,21 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("size", "objective"), [(16, {}), (24, {"equivariance": 0.5})], ids=["small", "made small by equivariance"]
     )
-    def test_images_that_lpips_cannot_see(self, size, objective, network, tmp_path):
-        config = settings(tmp_path / "run", {"perceptual": "squeeze", "perceptual_weights": network} | objective)
+    def test_images_that_lpips_cannot_see(self, size, objective, tmp_path):
+        config = settings(tmp_path / "run", {"perceptual": "squeeze"} | objective)
         smallest = 6 if objective else size
         with pytest.raises(ValueError, match=f"squeeze needs sides of at least 17 pixels, got {smallest}x{smallest}"):
             fit(dataclasses.replace(config, data=DataConfig(resolution=size)))
         assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock"}
 
-    def test_missing_weights_of_lpips(self, network, tmp_path):
+    def test_missing_weights_of_lpips(self, no_download, tmp_path):
         """Nothing is left that stands in the way of the next start, once they are there."""
-        config = settings(
-            tmp_path / "run", {"perceptual": "squeeze", "perceptual_weights": str(tmp_path / "gone")}, max_images=30
-        )
+        config = settings(tmp_path / "run", {"perceptual": "squeeze"}, max_images=30)
         for _ in range(2):
-            with pytest.raises(FileNotFoundError, match=f"put squeezenet1_1-b8a52dc0.pth into {tmp_path}/gone"):
+            with pytest.raises(FileNotFoundError, match=f"Put squeezenet1_1-b8a52dc0.pth into {no_download}"):
                 fit(config)
             assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock"}
-        (tmp_path / "gone").symlink_to(network)
+        use_random_networks(no_download.parents[1])
         AutoencoderTask(config).load(Accelerator(cpu=True))
 
 

@@ -16,6 +16,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors import SafetensorError, safe_open
 
+from ..untrusted import load_pickle
 from .vae import VAE
 
 logger = logging.getLogger(__name__)
@@ -129,18 +130,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"{path} is no safetensors file, or was cut off: {error}") from error
     if path.suffix not in PICKLES:
         raise ValueError(f"an autoencoder in one file must be .safetensors or {', '.join(PICKLES)}, got {path}")
-    try:
-        # mapped, so that of a whole checkpoint only the autoencoder is read
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
-    except Exception as error:  # of any kind, for a file that is no pickle
-        if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
-            raise ValueError(
-                f"{path} is a pickle that holds more than tensors, {found[1]}, and loading it could run any code: "
-                "where you trust it, convert its state_dict to .safetensors"
-            ) from error
-        raise ValueError(f"{path} is no checkpoint of torch, or was cut off: {error!r}") from error
+    # mapped, so that of a whole checkpoint only the autoencoder is read
+    content = load_pickle(path, mmap=zipfile.is_zipfile(path))
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
 

@@ -9,6 +9,7 @@ with 1 if any differs.
 
 import argparse
 import json
+import os
 import random
 import signal
 import sys
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from support.launches import INTERRUPTED, Launch
-from support.runs import left_behind, random_network, whole
+from support.runs import left_behind, use_random_networks, whole
 
 from diffusers_vae.data import DataConfig
 from diffusers_vae.evaluation import EvaluationConfig
@@ -49,7 +50,7 @@ def config_of(output_dir: Path, kind: str, finish: bool) -> TrainConfig:
         ),
         evaluation=EvaluationConfig(every=240 if finish else None, max_images=64),
     )
-    return whole(config, random_network(output_dir.parents[1] / "network")) if kind == "whole" else config
+    return whole(config) if kind == "whole" else config
 
 
 def run(config: TrainConfig, finish: bool) -> None:
@@ -87,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     number = getattr(signal, f"SIG{options.signal}")
     options.folder.mkdir(parents=True, exist_ok=True)
     log = options.folder / "log.txt"
+    if "TORCH_HOME" not in os.environ:
+        use_random_networks(options.folder / "torch")
 
     assert Launch(bool, log).wait() == [0]  # the server, whose start takes longer than a run
     began = time.monotonic()

@@ -21,6 +21,7 @@ from diffusers_vae.data import ArrayImages, DataConfig
 from diffusers_vae.loop import RunConfig, RunResult, run_task
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.objective import ObjectiveConfig
+from diffusers_vae.perceptual import FILES
 from diffusers_vae.trainer import AutoencoderTask, TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -178,16 +179,19 @@ def assert_same_gradient(reference, output_dir, images_seen, name="optimizer"):
     return len(gradients)
 
 
-def random_network(folder: Path) -> Path:
-    """A folder with a network for LPIPS whose weights are random: there is no other without a download."""
+def use_random_networks(home: Path) -> None:
+    """Make `home` torch's cache, with a network for LPIPS whose weights are random: there is no other without a
+    download.
+    """
+    os.environ["TORCH_HOME"] = str(home)
+    folder = home / "hub" / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        torch.save(squeezenet1_1().state_dict(), folder / "squeezenet1_1-b8a52dc0.pth")
-    return folder
+        torch.save(squeezenet1_1().state_dict(), folder / FILES["squeeze"])
 
 
-def whole(config, weights: Path):
+def whole(config):
     """`config` with a discriminator that joins after a while, LPIPS and a learned scale, on images large enough."""
     return dataclasses.replace(
         config,
@@ -199,7 +203,6 @@ def whole(config, weights: Path):
             free_bits=3.0,
             perceptual="squeeze",
             perceptual_weight=0.1,
-            perceptual_weights=str(weights),
         ),
         adversarial=AdversarialConfig(
             weight=0.1, start_images=40, warmup_images=300, width=8, layers=2, lecam_weight=0.1, r1_weight=0.01

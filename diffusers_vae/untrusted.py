@@ -1,0 +1,166 @@
+"""Files of unknown origin: opened, read and parsed within limits, by readers that run no code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import yaml
+
+MAX_TEXT = 2**24
+"""Bytes of a text that is read at once: settings, an index, a report, a caption."""
+MAX_NODES = 100_000
+"""Values in a YAML file."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """The file at `path` to read from. A pipe, socket or device, which could block or never end, is refused.
+
+    Raises:
+        OSError: when it cannot be opened.
+        ValueError: when it is no regular file.
+    """
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    mode = os.fstat(number).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(number)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(f"{path} must be a file, got a folder")
+        raise ValueError(f"{path} must be a regular file, got a pipe, socket or device")
+    return os.fdopen(number, "rb")
+
+
+def read_text(path: Path, limit: int = MAX_TEXT) -> str:
+    """The UTF-8 text of a regular file of at most `limit` bytes; a byte order mark is left out.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: naming the file, when it is larger, other than UTF-8, or no regular file.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path} must hold at most {limit:,} bytes of text, got more")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise ValueError(f"{path} must be UTF-8 text, got the byte 0x{byte:02x} at place {error.start}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What the JSON file at `path` holds.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: naming the file, when it is damaged.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: its JSON is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, no JSON: {error}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """What the YAML file at `path` holds. What YAML 1.1 reads otherwise than people mean it is refused: `020` (16),
+    `1:30` (90), a key that is given twice; so are aliases, by which a short file can stand for an endless one.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: naming the file and the line.
+    """
+    text = read_text(path)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError(f"{path} is damaged: its YAML is nested too deeply") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: {' '.join(str(error.problem or error.context).split())}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is damaged, no YAML: {' '.join(str(error).split())}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            self._refuse(f"must hold at most {MAX_NODES:,} values, got more", self.peek_event())
+        if self.check_event(yaml.AliasEvent):
+            self._refuse("aliases (*name) are not taken: write the value itself", self.peek_event())
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                self._refuse(f"the key {key.value} is given twice", key)
+            seen.add(key.value if isinstance(key.value, str) else None)
+        return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)", node.value):
+            self._refuse(f"write a number without leading zeros or colons, or a text in quotes, got {node.value}", node)
+        return super().construct_yaml_int(node)
+
+    @staticmethod
+    def _refuse(problem: str, where: Any) -> None:
+        raise yaml.constructor.ConstructorError(None, None, problem, where.start_mark)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+# dates stay texts, and 1e-4 is a number
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.?[0-9]+)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+CODE = r"GLOBAL (\S+)|call reduce|Can only (?:create|build)"
+"""What torch says of a pickle that does more than to put tensors together."""
+
+
+def load_pickle(path: Path, file: BinaryIO | None = None, mmap: bool = False) -> Any:
+    """What torch saved at `path`, on the CPU: tensors in lists and dicts. `file` is the same, if it is open already;
+    with `mmap`, tensors are read from the disk when they are used. Nothing that the file names is called.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: naming the file, when it holds code, is damaged or is something else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a newer protocol, which either is read or is refused
+            return torch.load(path if file is None else file, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError:
+        raise
+    except Exception as error:  # of any kind, for a file that is no pickle
+        said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+        if found := re.search(CODE, said):
+            holds = f"holds code, {found[1]}," if found[1] else "holds code"
+        elif "Unsupported operand" in said:
+            holds = "torch reads only with whatever code it may hold (it was saved with a newer pickle protocol)"
+        else:
+            reason = re.split(r"\n|\. ", said)[0] or type(error).__name__
+            raise ValueError(f"{path} is no checkpoint of torch, or was cut off: {reason}") from error
+        raise ValueError(
+            f"{path} is a pickle that {holds} and is refused. If you trust it, convert its state_dict to .safetensors"
+        ) from error

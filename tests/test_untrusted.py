@@ -1,0 +1,152 @@
+"""Files of unknown origin are read within limits and run nothing; what they are instead is said."""
+
+import os
+import pickle
+import socket
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_vae.untrusted import MAX_NODES, load_pickle, open_regular, read_json, read_text, read_yaml
+
+
+class Harm:
+    """Makes a file when it is unpickled by a reader that calls what a pickle names."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write a file of this content; its path."""
+
+    def write(content, name="file"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+class TestRegular:
+    @pytest.mark.skipif(os.name == "nt", reason="needs mkfifo")
+    @pytest.mark.parametrize("read", [open_regular, read_text, read_json, read_yaml])
+    def test_a_pipe_is_refused_at_once(self, read, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(ValueError, match="pipe must be a regular file"):
+            read(tmp_path / "pipe")
+
+    @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
+    def test_a_device_without_end_is_refused(self, tmp_path):
+        (tmp_path / "link").symlink_to("/dev/zero")
+        with pytest.raises(ValueError, match="link must be a regular file"):
+            read_text(tmp_path / "link")
+
+    @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="needs sockets in the file system")
+    def test_a_socket_is_refused(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # its path must be short
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind("socket")
+            with pytest.raises((OSError, ValueError), match="socket"):
+                open_regular(Path("socket"))
+
+    def test_a_folder_is_refused(self, tmp_path):
+        with pytest.raises(IsADirectoryError, match="must be a file, got a folder"):
+            read_text(tmp_path)
+
+
+class TestText:
+    def test_utf8_with_a_byte_order_mark_or_without(self, written):
+        for mark in (b"", b"\xef\xbb\xbf"):
+            assert read_text(written(mark + "Zürich ✓\n".encode())) == "Zürich ✓\n"
+
+    @pytest.mark.parametrize("read", [read_text, read_json, read_yaml])
+    def test_other_encodings_are_named(self, read, written):
+        path = written("name: Zürich".encode("latin-1"))
+        with pytest.raises(ValueError, match=rf"{path} must be UTF-8 text, got the byte 0xfc at place 7"):
+            read(path)
+
+    def test_at_most_so_much_is_read(self, written):
+        assert read_text(written("x" * 10), limit=10) == "x" * 10
+        with pytest.raises(ValueError, match="must hold at most 10 bytes of text, got more"):
+            read_text(written("x" * 11), limit=10)
+
+
+class TestJson:
+    @pytest.mark.parametrize(
+        ("text", "message"), [("{", "no JSON: Expecting"), ("[" * 100_000, "nested too deeply"), ("", "no JSON")]
+    )
+    def test_damage_names_the_file(self, text, message, written):
+        path = written(text)
+        with pytest.raises(ValueError, match=rf"{path} is damaged.*{message}"):
+            read_json(path)
+
+
+class TestYaml:
+    def test_values_are_what_people_mean(self, written):
+        text = "a: 1e-4\nb: 2024-01-01\nc: .5\nd: 1_000\ne: -3\nf: true\ng: [1.0, x]\nh: 0\ni: null\nj: 1e5\nk: .inf\n"
+        assert read_yaml(written(text)) == {
+            "a": 1e-4, "b": "2024-01-01", "c": 0.5, "d": 1000, "e": -3, "f": True, "g": [1.0, "x"], "h": 0, "i": None,
+            "j": 1e5, "k": float("inf"),
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("a: 1\nb: 1:30", "line 2: write a number without leading zeros or colons, or a text in quotes, got 1:30"),
+            ("a: 020", "without leading zeros or colons, or a text in quotes, got 020"),
+            ("a: {b: 1, b: 2}", "line 1: the key b is given twice"),
+            ("a: &x [1]\nb: *x", r"line 2: aliases \(\*name\) are not taken"),
+            ("a: [", "expected the node content"),
+            ("a: !!python/object/apply:os.system [x]", "could not determine a constructor for the tag"),
+            ("a: !!python/name:os.system", "could not determine a constructor for the tag"),
+            ("[" * 5000, "nested too deeply"),
+            ("a: \x00", "damaged, no YAML: unacceptable character"),
+            ("- \n" * (MAX_NODES + 1), "must hold at most 100,000 values, got more"),
+        ],
+    )
+    def test_traps_and_damage_are_named(self, text, message, written):
+        path = written(text)
+        with pytest.raises(ValueError, match=rf"^{path}.*{message}"):
+            read_yaml(path)
+
+
+class TestPickle:
+    def test_tensors_are_read_in_every_way(self, tmp_path):
+        for legacy in (False, True):
+            torch.save({"a": torch.arange(3)}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+            with open(tmp_path / "a.pt", "rb") as file:
+                read = [load_pickle(tmp_path / "a.pt"), load_pickle(tmp_path / "a.pt", file)]
+            read += [] if legacy else [load_pickle(tmp_path / "a.pt", mmap=True)]
+            assert all(content["a"].tolist() == [0, 1, 2] for content in read)
+
+    @pytest.mark.parametrize("protocol", range(6))
+    @pytest.mark.parametrize("container", ["plain", "zip", "legacy", "zip with one entry"])
+    def test_code_is_refused_and_not_run(self, container, protocol, tmp_path):
+        path, content = tmp_path / "a.pt", {"a": Harm(tmp_path / "harm")}
+        if container == "plain":
+            path.write_bytes(pickle.dumps(content, protocol))
+        elif container == "zip with one entry":
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("a.pth", pickle.dumps(content, protocol))
+        else:
+            new = container == "zip"
+            torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=new)
+        said = "no checkpoint" if container == "zip with one entry" else "a pickle that .* is refused. If you trust it"
+        with pytest.raises(ValueError, match=rf"^{path} is {said}") as error:
+            load_pickle(path)
+        assert "weights_only" not in str(error.value) and not (tmp_path / "harm").exists()
+
+    def test_what_was_cut_off_is_said_to_be(self, tmp_path):
+        torch.save({"a": torch.arange(3)}, tmp_path / "whole.pt")
+        whole = (tmp_path / "whole.pt").read_bytes()
+        for length in (0, 10, 300, len(whole) - 100):
+            (tmp_path / "a.pt").write_bytes(whole[:length])
+            with pytest.raises(ValueError, match=r"a.pt is no checkpoint of torch, or was cut off: \S"):
+                load_pickle(tmp_path / "a.pt")
