@@ -84,7 +84,7 @@ class TestModels:
         with pytest.raises((OSError, ValueError), match="diffusion_pytorch_model"):
             load_autoencoder(str(tmp_path / "model"))
 
-    @pytest.mark.parametrize("name", ["DiffusionPipeline", "AutoModel", "os.system", "ModelMixin", "__import__", 1, None])
+    @pytest.mark.parametrize("name", ["DiffusionPipeline", "AutoModel", "os.system", "ModelMixin", 1, None])
     def test_class_of_a_config(self, name, tmp_path):
         tiny_vae().save_pretrained(tmp_path / "model")
         config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -105,8 +105,8 @@ class TestRuns:
         for name in ("alexnet-owt-7be5be79.pth", "weights-inception-2015-12-05-6726825d.pth"):
             plant(harm, folder / name, container)
         text = (run / "config.yaml").read_text()
-        text = text.replace("evaluation:\n", f"evaluation:\n  weights: {folder}\n").replace("lpips: []", "lpips: [alex]")
-        (run / "config.yaml").write_text(text)
+        text = text.replace("evaluation:\n", f"evaluation:\n  weights: {folder}\n")
+        (run / "config.yaml").write_text(text.replace("lpips: []", "lpips: [alex]"))
         code, printed = call(capsys, "evaluate", run, "--out", run / "out")
         assert code == 1 and f"Put alexnet-owt-7be5be79.pth into {no_download}" in printed
 
