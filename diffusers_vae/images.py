@@ -6,6 +6,7 @@ pipelines take and give, and the unit range [0, 1] inside likelihoods and pictur
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from torchvision.utils import make_grid
+
+from .untrusted import open_regular
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 TURNED = (5, 6, 7, 8)  # orientations by which height and width change places
@@ -154,7 +157,8 @@ def _opened(path: str | Path, content: Callable[[], BinaryIO] | None) -> Iterato
     """The image in a file; whatever is wrong with it, within too, is a ValueError that names the file."""
     limit = Image.MAX_IMAGE_PIXELS
     try:
-        with Image.open(content() if content else path) as image:
+        # by its path, Pillow would wait for a pipe, and map the file of some formats: if cut, that ends the process
+        with content() if content else open_regular(path) as file, Image.open(file) as image:
             if limit is not None and image.width * image.height > limit:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {limit:,}")
             if image.mode in ("I", "F"):
@@ -166,7 +170,7 @@ def _opened(path: str | Path, content: Callable[[], BinaryIO] | None) -> Iterato
     except MemoryError:
         raise
     except Exception as error:  # on a damaged file Pillow's decoders raise nearly anything
-        reason = str(error).replace(repr(str(path)), "").rstrip(" :")
+        reason = re.sub(r" <.*>", "", str(error).replace(repr(str(path)), "")).rstrip(" :")
         raise ValueError(f"cannot read the image {path}: {reason}") from error
 
 

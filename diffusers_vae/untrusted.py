@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,21 +20,64 @@ MAX_NODES = 100_000
 """Values in a YAML file."""
 
 
-def open_regular(path: Path) -> BinaryIO:
+MAX_UNPACKED = 2**30
+"""Bytes that one compressed file in an archive may unpack to. What is stored without compression has no limit."""
+
+
+class Reader(io.BufferedReader):
+    """Reads what `raw`, which can seek, still holds, and never allocates more, whatever length is asked for: damaged
+    files claim to be of any.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > 2**20:
+            at = self.tell()
+            size = min(size, max(0, self.seek(0, os.SEEK_END) - at))
+            self.seek(at)
+        return super().read(size)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
     """The file at `path` to read from. A pipe, socket or device, which could block or never end, is refused.
 
     Raises:
         OSError: when it cannot be opened.
         ValueError: when it is no regular file.
     """
-    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    return Reader(io.FileIO(os.fspath(path), "r", opener=_open_regular))
+
+
+def _open_regular(path: str, flags: int) -> int:
+    number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     mode = os.fstat(number).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(number)
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(f"{path} must be a file, got a folder")
-        raise ValueError(f"{path} must be a regular file, got a pipe, socket or device")
-    return os.fdopen(number, "rb")
+    if stat.S_ISREG(mode):
+        return number
+    os.close(number)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} must be a file, got a folder")
+    raise ValueError(f"{path} must be a regular file, got a pipe, socket or device")
+
+
+def refuse_irregular(folder: Path) -> None:
+    """Raise ValueError naming a pipe, socket or device below `folder`, for libraries that open files themselves."""
+    for parent, _, names in os.walk(folder, followlinks=False):
+        for path in (os.path.join(parent, name) for name in names):
+            if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+                raise ValueError(f"{path} must be a regular file, got a pipe, socket or device")
+
+
+def read_bytes(path: str | Path, limit: int = MAX_TEXT) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: when it cannot be read.
+        ValueError: naming the file, when it is larger or no regular file.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path} must hold at most {limit:,} bytes of text, got more")
+    return content
 
 
 def read_text(path: Path, limit: int = MAX_TEXT) -> str:
@@ -43,10 +87,7 @@ def read_text(path: Path, limit: int = MAX_TEXT) -> str:
         OSError: when it cannot be read.
         ValueError: naming the file, when it is larger, other than UTF-8, or no regular file.
     """
-    with open_regular(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"{path} must hold at most {limit:,} bytes of text, got more")
+    content = read_bytes(path, limit)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -5,27 +5,36 @@ files of the same kind.
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import lzma
 import math
 import re
+import struct
+import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 
 from .storage import write_text
-from .untrusted import read_json
+from .untrusted import open_regular, read_json
 
 RANGE_FILE = "value_range.json"
 EXACT = 2**24
 """Width of a range of integers up to which float32 tells all of them apart in [-1, 1]: it has 2^23 + 1 values from 0.5
 to 1, to which the upper half of the range is mapped on its way.
 """
+NPY_HEADER = 2**14
+"""Bytes of the header of an NPY, at most: NumPy itself refuses one of more than 10,000."""
+TILE = 2**26
+"""Bytes of a tile of a TIFF, where it is larger than the image."""
 WRITTEN = ("NPY", "PNG", "TIFF")
 """Formats that `write_values` writes; files of others come back as PNG."""
 PHOTOMETRICS = ("MINISBLACK", "MINISWHITE", "RGB", "SEPARATED")
@@ -216,11 +225,34 @@ def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     Raises:
         ValueError: when it is damaged, or of a version for other values than numbers.
     """
-    version = np.lib.format.read_magic(file)
+    start = file.tell()
+    beginning = io.BytesIO(file.read(NPY_HEADER))  # its length is read from it, and could be any
+    version = np.lib.format.read_magic(beginning)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"NPY of version {version[0]}.{version[1]} is for other values than numbers")
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return header(file)
+    try:
+        shape, fortran, dtype = header(beginning)
+    except Exception as error:  # of Python's parser, too
+        raise ValueError(f"its header is damaged: {error}") from error
+    if min(shape, default=0) < 0:
+        raise ValueError(f"its header is damaged: the shape is {shape}")
+    file.seek(start + beginning.tell())
+    return shape, fortran, dtype
+
+
+def read_npy(file: BinaryIO, size: int) -> np.ndarray:
+    """The array in an NPY of `size` bytes. Nothing is allocated before they are known to be enough.
+
+    Raises:
+        ValueError: when it is damaged or cut short, or holds Python objects.
+    """
+    shape, _, dtype = read_npy_header(file)
+    stated = file.tell() + math.prod(shape) * dtype.itemsize
+    if stated > size:
+        raise ValueError(f"it ends after {size:,} of {stated:,} bytes, cut short")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _package(name: str) -> ModuleType:
@@ -238,15 +270,11 @@ def _read(
 ) -> tuple[np.ndarray | None, FileKind]:
     """Values and kind of a file; whatever is wrong with it is a ValueError that names it."""
     try:
-        with content() if content else open(path, "rb") as file:
+        with content() if content else open_regular(path) as file:
             start = file.read(4)
             file.seek(0)
             read = _READERS.get(start, _read_pillow)
             values, kind = read(file, channels, whole)
-        if kind.channels != channels:
-            raise ValueError(
-                f"it has {kind.channels} channels, and data.channels, which must be that of all files, is {channels}"
-            )
         return values if values is None else np.ascontiguousarray(values), kind
     except (ImportError, MemoryError):
         raise
@@ -255,12 +283,17 @@ def _read(
         raise ValueError(f"cannot read the image {path}: {reason or type(error).__name__}") from error
 
 
-def _check_size(height: int, width: int) -> None:
+def _check(kind: FileKind, channels: int) -> None:
+    """Raise ValueError for a file that is not to be read, before it is."""
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and height * width > limit:
-        raise ValueError(f"{width}x{height} pixels are more than {limit:,}")
-    if not height * width:
+    if limit is not None and kind.height * kind.width > limit:
+        raise ValueError(f"{kind.width}x{kind.height} pixels are more than {limit:,}")
+    if not kind.height * kind.width:
         raise ValueError("it has no pixels")
+    if kind.channels != channels:
+        raise ValueError(
+            f"it has {kind.channels} channels, and data.channels, which must be that of all files, is {channels}"
+        )
 
 
 def _read_npy(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray | None, FileKind]:
@@ -278,11 +311,12 @@ def _read_npy(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray | 
         )
     sizes = dict(zip(layouts[0], shape, strict=True))
     kind = FileKind("NPY", dtype.str, sizes.get("C", 1), sizes["H"], sizes["W"], layouts[0])
-    _check_size(kind.height, kind.width)
+    _check(kind, channels)
     if not whole:
         return None, kind
+    size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    return _channels_first(np.load(file, allow_pickle=False), kind.layout), kind
+    return _channels_first(read_npy(file, size), kind.layout), kind
 
 
 def _channels_first(values: np.ndarray, layout: str) -> np.ndarray:
@@ -313,16 +347,48 @@ def _read_tiff(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray |
         dtype = np.dtype(series.dtype).newbyteorder(tiff.byteorder)
         extra = tuple(sample.name.lower() for sample in page.extrasamples)
         kind = FileKind("TIFF", dtype.str, sizes.get("C", 1), height, width, layout, photometric, extra)
-        _check_size(height, width)
+        _check(kind, channels)
         if not whole:
             return None, kind
+        for one in series.pages:
+            _check_unpacked(tiff.filehandle, one)
         values = _channels_first(series.asarray().reshape(shape), layout)
         return _UPRIGHT.get(orientation, np.asarray)(values), kind
 
 
+def _check_unpacked(file: Any, page: Any) -> None:
+    """Raise ValueError when a strip or tile of a page of a TIFF unpacks to more than its size says: tifffile itself
+    unpacks all that is there. Other methods than these need imagecodecs, which stops where the size says.
+    """
+    keyframe = page.keyframe
+    stated = math.prod(keyframe.chunks) * keyframe.dtype.itemsize
+    if keyframe.compression == 1:
+        return
+    if stated > max(keyframe.nbytes, TILE):
+        raise ValueError(f"its tiles of {stated:,} bytes are larger than its image")
+    for data, _ in file.read_segments(page.dataoffsets, page.databytecounts, flat=True):
+        if data is not None and _unpacked(data, keyframe.compression, stated + 1) > stated:
+            raise ValueError(f"it is damaged: a strip or tile of {stated:,} bytes unpacks to more")
+
+
+def _unpacked(data: bytes, compression: int, limit: int) -> int:
+    """Number of bytes that a strip of a TIFF unpacks to, or `limit` if there are as many or more."""
+    if compression in (8, 32946, 50013):  # deflate
+        return len(zlib.decompressobj().decompress(data, limit))
+    if compression == 34925:
+        return len(lzma.LZMADecompressor().decompress(data, limit))
+    if compression in (34926, 50000) and sys.version_info >= (3, 14):  # before, tifffile has no zstd of its own
+        return len(importlib.import_module("compression.zstd").ZstdDecompressor().decompress(data, limit))
+    at = count = 0
+    while compression == 32773 and at < len(data) and count < limit:  # packbits, as in TIFF 6.0, section 9
+        length = data[at]
+        count += length + 1 if length < 128 else 257 - length if length > 128 else 0
+        at += length + 2 if length < 128 else 2 if length > 128 else 1
+    return count
+
+
 def _read_pillow(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray | None, FileKind]:
     with Image.open(file) as image:
-        _check_size(image.height, image.width)
         if image.format == "PNG":
             file.seek(24)
             depth, colour = file.read(2)  # in its IHDR: PNG, third edition, 11.2.1
@@ -341,23 +407,42 @@ def _read_pillow(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if known else 1
         height, width = image.size if orientation > 4 else image.size[::-1]
         kind = FileKind(image.format, dtype.str, count, height, width, "HW" if count == 1 else "HWC")
+        _check(kind, channels)
         if not whole:
             return None, kind
-        file.seek(0)
-        # of 16 bits of colours, Pillow keeps the upper 8
         deep = dtype == np.uint16 and count > 1
-        values = _decode_png(file.read()) if deep else _channels_first(np.array(image), kind.layout)
-        return _UPRIGHT.get(orientation, np.asarray)(values), kind
+        if deep:
+            file.seek(0)
+        laid = _decode_deep_png(file.read(), image.size, count) if deep else np.array(image)
+        return _UPRIGHT.get(orientation, np.asarray)(_channels_first(laid, kind.layout)), kind
 
 
-def _decode_png(content: bytes) -> np.ndarray:
-    """Values (C, H, W) of a PNG of 16 bits."""
-    try:
-        from torchvision.io import decode_png  # reads them from 0.21 on
-    except ImportError:  # deprecated since 0.29; this is the same, some twenty times as slow
-        width, height, rows, _ = _package("png").Reader(bytes=content).read()
-        return np.stack(list(rows)).astype(np.uint16).reshape(height, width, -1).transpose(2, 0, 1)
-    return decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8)).numpy()
+def _decode_deep_png(content: bytes, size: tuple[int, int], channels: int) -> np.ndarray:
+    """Values (H, W, C) of a PNG of 16 bits. Pillow keeps one byte of each, and so decodes it once as it is, and once
+    as if the byte behind was the upper one; grey with transparency has as many bytes as RGBA of 8 bits.
+    """
+    interlaced, data = content[28], _png_data(content)
+    if channels == 2:
+        whole = np.array(Image.frombytes("RGBA", size, data, "zip", "RGBA", interlaced))
+        return whole.view(">u2")
+    mode = "RGB" if channels == 3 else "RGBA"
+    upper, lower = (
+        np.array(Image.frombytes(mode, size, data, "zip", f"{mode};16{order}", interlaced)) for order in "BL"
+    )
+    return upper.astype(np.uint16) << 8 | lower
+
+
+def _png_data(content: bytes) -> bytes:
+    """The compressed values in a PNG; ValueError when a checksum is wrong."""
+    parts, at, name = [], 8, b""
+    while name != b"IEND":
+        length, name = struct.unpack_from(">I4s", content, at)
+        end = at + 8 + length
+        if zlib.crc32(content[at + 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
+            raise ValueError(f"it is damaged: the checksum of its part {name.decode('latin-1')} is wrong")
+        parts += [content[at + 8 : end]] * (name == b"IDAT")
+        at = end + 4
+    return b"".join(parts)
 
 
 _READERS = {b"\x93NUM": _read_npy} | dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), _read_tiff)

@@ -6,7 +6,6 @@ import hashlib
 import math
 import re
 import zipfile
-import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -18,7 +17,9 @@ import torch
 from PIL import Image
 
 from ..images import Header
-from ..values import ValueRange, read_npy_header
+from ..untrusted import open_regular
+from ..values import ValueRange, read_npy, read_npy_header
+from .files import zip_entries
 
 if TYPE_CHECKING:
     from .sources import DataConfig
@@ -105,7 +106,7 @@ class ImageArray:
         if self.fortran:  # all over the file
             return np.array(np.lib.format.open_memmap(self.path, mode="r")[place])
         # not through a map, in which an error of the disk kills the process, and whose pages count as its memory
-        with open(self.path, "rb", buffering=0) as file:
+        with open_regular(self.path).detach() as file:
             file.seek(self.offset + place * self.image_bytes)
             content = file.read(self.image_bytes)
         if len(content) != self.image_bytes:
@@ -125,8 +126,8 @@ class ImageArray:
             name, labels = f"{self.path}, {column}", _read_npz(self.path, column)
         elif beside.exists():
             try:
-                with beside.open("rb") as file:
-                    name, labels = str(beside), np.lib.format.read_array(file, allow_pickle=False)
+                with open_regular(beside) as file:
+                    name, labels = str(beside), read_npy(file, beside.stat().st_size)
             except (EOFError, OSError, ValueError) as error:
                 raise ValueError(f"cannot read {beside}: {error}") from error
         else:
@@ -143,7 +144,7 @@ class ImageArray:
         if self.column is not None:
             return _headers(self.path)[self.column], 0
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 return read_npy_header(file), file.tell()
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot read {self.path}: {error}") from error
@@ -151,7 +152,7 @@ class ImageArray:
     def _digest(self) -> bytes:
         """Of dtype, shape and bytes at places spread over the file."""
         digest = hashlib.sha256(f"{self.column} {self.dtype.str} {self.shape} {self.fortran}".encode())
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             for start in np.linspace(0, max(0, self.path.stat().st_size - SAMPLE), SAMPLES).astype(np.int64).tolist():
                 file.seek(start)
                 digest.update(file.read(SAMPLE))
@@ -332,11 +333,11 @@ def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], bool, np.dtype]]:
     """Of the arrays in an `.npz`, by key."""
     found = {}
     try:
-        with zipfile.ZipFile(path) as opened:
-            for name in opened.namelist():
-                with opened.open(name) as file:
-                    found[name.removesuffix(".npy")] = read_npy_header(file)
-    except (EOFError, NotImplementedError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        with open_regular(path) as packed, zipfile.ZipFile(packed) as opened:
+            for entry in zip_entries(opened):
+                with opened.open(entry) as file:
+                    found[entry.filename.removesuffix(".npy")] = read_npy_header(file)
+    except Exception as error:  # on a damaged one, the readers raise nearly anything
         raise ValueError(f"cannot read {path}: {error}") from error
     return found
 
@@ -346,9 +347,11 @@ def _read_npz(path: Path, column: str) -> np.ndarray:
     if column not in headers:
         raise ValueError(f"{path} has no array {column}: it holds {_listed(headers)}")
     try:
-        with zipfile.ZipFile(path) as opened, opened.open(f"{column}.npy") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except (EOFError, KeyError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        with open_regular(path) as packed, zipfile.ZipFile(packed) as opened:
+            entry = opened.getinfo(f"{column}.npy")
+            with opened.open(entry) as file:
+                return read_npy(file, entry.file_size)
+    except Exception as error:
         raise ValueError(f"cannot read {path}, {column}: {error}") from error
 
 

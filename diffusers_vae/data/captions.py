@@ -10,10 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..untrusted import MAX_TEXT
 from .files import Files
 
 METADATA = "metadata.jsonl"
 KEYS = ("text", "caption")
+MAX_METADATA = 2**28
+"""Bytes of a metadata file, of over a million images; each folder may have its own."""
 LISTED = 20
 """Names in an error, at most."""
 
@@ -73,15 +76,15 @@ def _beside(below: Files, files: Sequence[str]) -> dict[str, str]:
 
 def _from_text(below: Files, path: str) -> tuple[str, ...] | str:
     """The captions in a text file, or what is wrong with it."""
-    text = _read(below, path)
+    text = _read(below, path, MAX_TEXT)
     if isinstance(text, ValueError):
         return str(text)
     return tuple(line.strip() for line in text.split("\n") if line.strip()) or f"{path} holds no caption"
 
 
-def _read(below: Files, path: str) -> str | ValueError:
+def _read(below: Files, path: str, limit: int) -> str | ValueError:
     try:
-        content = below.read(path)
+        content = below.read(path, limit)
     except ValueError as error:
         return error
     try:
@@ -100,7 +103,7 @@ def _from_metadata(
     for metadata in (os.path.join(folder, METADATA) for folder in folders):
         if not below.exists(metadata):
             continue
-        text = _read(below, metadata)
+        text = _read(below, metadata, MAX_METADATA)
         if isinstance(text, ValueError):
             problems.append(str(text))
             continue
@@ -110,7 +113,10 @@ def _from_metadata(
             place = f"{metadata}, line {number}"
             try:
                 name, captions = _row(line)
-                file = os.path.join(os.path.dirname(metadata), os.path.normpath(name))
+                name = os.path.normpath(name)
+                if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
+                    raise ValueError(f"{name} must lie in the folder of the {METADATA} or below it")
+                file = os.path.join(os.path.dirname(metadata), name)
                 if file in places:
                     raise ValueError(f"{name} has a line already, {places[file]}; several captions go into a list")
                 if file not in files and not below.exists(file):  # files of other kinds may be described too

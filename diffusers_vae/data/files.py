@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
+from ..untrusted import MAX_TEXT, MAX_UNPACKED, Reader, open_regular, read_bytes
+
 ARCHIVES = (".tar", ".zip")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst")
 LOCAL_HEADER = 30
@@ -35,16 +37,15 @@ class Member:
 
     def open(self) -> BinaryIO:
         """The content, of which no more is read than is asked for, unless it is compressed; nothing is checked."""
-        return io.BytesIO(self.read()) if self.deflated else io.BufferedReader(_Part(self))
+        return io.BytesIO(self.read()) if self.deflated else Reader(_Part(self))
 
     def read(self) -> bytes:
         """The content; ValueError when it is damaged."""
-        with _Part(self) as part:
-            part.file.seek(part.start)
-            content = part.file.read(part.length)
+        with Reader(_Part(self)) as part:
+            content = part.read(self.stored)
         if self.deflated:
-            try:
-                content = zlib.decompress(content, -zlib.MAX_WBITS)
+            try:  # by one byte more than there should be, it is seen to be more
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, self.size + 1)
             except zlib.error as error:
                 raise ValueError(f"it is damaged in the archive: {error}") from error
         if len(content) != self.size or (self.crc is not None and zlib.crc32(content) != self.crc):
@@ -56,7 +57,7 @@ class _Part(io.RawIOBase):
     """The bytes of a member as they lie in its archive."""
 
     def __init__(self, member: Member):
-        self.file = open(member.archive, "rb", buffering=0)  # noqa: SIM115, closed with this
+        self.file = open_regular(member.archive).detach()
         self.start, self.length, self.at = member.offset, member.stored, 0
         if member.crc is not None:  # what follows the name may be longer here than in the directory
             self.file.seek(member.offset)
@@ -158,11 +159,17 @@ class Files:
             return path.relative_to(folder).parts
         return archive.parent.relative_to(folder).parts + path.relative_to(archive).parts
 
-    def read(self, path: str) -> bytes:
-        """The content of a file; ValueError naming it when it lies in an archive and is damaged there."""
+    def read(self, path: str, limit: int = MAX_TEXT) -> bytes:
+        """The content of a file of at most `limit` bytes; ValueError naming it when it is larger, no regular file, or
+        damaged in an archive.
+        """
         member = self.members.get(path)
+        if member is None:
+            return read_bytes(path, limit)
         try:
-            return Path(path).read_bytes() if member is None else member.read()
+            if member.size > limit:
+                raise ValueError(f"it must hold at most {limit:,} bytes of text, got {member.size:,}")
+            return member.read()
         except ValueError as error:
             raise ValueError(f"cannot read {path}: {error}") from error
 
@@ -201,18 +208,37 @@ def _refuse_compressed(path: str) -> None:
         )
 
 
+def zip_entries(opened: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The files in a zip archive, which unpack to no more than they say, and to little more than the archive holds
+    unless they are compressed.
+
+    Raises:
+        ValueError: naming a file that is encrypted, packed otherwise than by deflate, compressed and larger than
+            `MAX_UNPACKED`, or lies where another does.
+    """
+    entries = sorted(opened.infolist(), key=lambda entry: entry.header_offset)
+    starts = [entry.header_offset for entry in entries] + [opened.start_dir]
+    for entry, following in zip(entries, starts[1:], strict=True):
+        if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{entry.filename} is encrypted or packed otherwise than by deflate")
+        if entry.compress_type == zipfile.ZIP_DEFLATED and entry.file_size > MAX_UNPACKED:
+            raise ValueError(
+                f"{entry.filename} unpacks to {entry.file_size:,} bytes, and a compressed file may unpack to at most "
+                f"{MAX_UNPACKED:,}: store it without compression"
+            )
+        if entry.header_offset + LOCAL_HEADER + entry.compress_size > following:
+            raise ValueError(f"{entry.filename} overlaps what follows it in the archive: pack it again")
+    return [entry for entry in opened.infolist() if not entry.is_dir()]
+
+
 def _members(archive: str) -> dict[str, Member]:
     """By the paths that they would have if the archive was a folder; ValueError naming it when it is damaged."""
     listed: dict[str, Member] = {}
     try:
         end = os.path.getsize(archive)
         if archive.lower().endswith(".zip"):
-            with zipfile.ZipFile(archive) as opened:
-                for entry in opened.infolist():
-                    if entry.is_dir():
-                        continue
-                    if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                        raise ValueError(f"{entry.filename} is encrypted or packed otherwise than by deflate")
+            with open_regular(archive) as file, zipfile.ZipFile(file) as opened:
+                for entry in zip_entries(opened):
                     name = entry.filename if "/" in entry.filename else entry.filename.replace("\\", "/")
                     listed[name] = Member(
                         archive,
@@ -223,7 +249,7 @@ def _members(archive: str) -> dict[str, Member]:
                         entry.compress_type == zipfile.ZIP_DEFLATED,
                     )
         else:
-            with tarfile.open(archive, "r:") as opened:
+            with open_regular(archive) as file, tarfile.open(fileobj=file, mode="r:") as opened:
                 for entry in opened:
                     if entry.islnk() or entry.issym():
                         raise ValueError(f"{entry.name} is a link; pack it with --dereference --hard-dereference")
@@ -231,7 +257,7 @@ def _members(archive: str) -> dict[str, Member]:
                         continue
                     if entry.issparse():
                         raise ValueError(f"{entry.name} has holes; pack it without --sparse")
-                    if entry.offset_data + entry.size > end:
+                    if not 0 <= entry.size <= end - entry.offset_data:
                         raise ValueError(f"it ends within {entry.name}")
                     listed[entry.name] = Member(archive, entry.offset_data, entry.size, entry.size)
                 opened.fileobj.seek(opened.offset)
@@ -239,7 +265,7 @@ def _members(archive: str) -> dict[str, Member]:
                     raise ValueError("it has no end, as if it was cut short; pack it again")
                 if any(opened.fileobj.read(2**20)):
                     raise ValueError("it goes on after its end, as tars do that were put together; pack it again")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, OSError, ValueError) as error:
+    except Exception as error:  # on a damaged one, the readers raise nearly anything
         raise ValueError(f"cannot read the archive {archive}: {error}") from error
     files = {}
     for name, member in listed.items():

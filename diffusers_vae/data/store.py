@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..images import LARGE, Header, read_header, read_image
+from ..untrusted import open_regular
 from ..values import FileKind, ValueRange, read_kind, read_values
 from .files import Member
 
@@ -164,14 +165,17 @@ class FileStore(EncodedStore):
     def content(self, row: int) -> bytes:
         member = self._member(row)
         try:
-            return self.paths[row].read_bytes() if member is None else member.read()
+            if member is not None:
+                return member.read()
+            with open_regular(self.paths[row]) as file:
+                return file.read()
         except ValueError as error:
             raise ValueError(f"cannot read the image {self.paths[row]}: {error}") from error
 
     def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
         member = self._member(row)
         if member is None:
-            return partial(open, self.paths[row], "rb")
+            return partial(open_regular, self.paths[row])
         return (lambda: io.BytesIO(member.read())) if whole else member.open
 
     def is_raw(self, row: int, config: DataConfig) -> bool:
