@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -392,6 +393,8 @@ def _sum(tensors: dict[str, torch.Tensor]) -> str:
 
 def _header(path: Path) -> dict[str, Any] | None:
     """What a shard says of itself; None if it is torn or no shard."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         with safe_open(path, "pt") as file:
             header = json.loads((file.metadata() or {})[HEADER])
@@ -425,6 +428,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
         version = index["cache"]["format"]
         if missing := {"cache", "images", "latent_shape", "classes", "shards"} - index.keys():
             raise KeyError(*missing)
+        if index["images"] != sum(shard["rows"] for shard in index["shards"]):
+            raise ValueError("the number of images is not that of the shards' rows")
     except FileNotFoundError as error:
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder.resolve()}") from error
@@ -450,6 +455,18 @@ def _changed(folder: Path, index: dict[str, Any]) -> list[str]:
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
             changed.append(path.name)
     return changed
+
+
+def _other_shapes(folder: Path, index: dict[str, Any]) -> list[str]:
+    """Names of the shards that hold latents of another number or shape than the index says, by their headers."""
+    name, other = "mean" if index["cache"]["kind"] == "posterior" else "latents", []
+    for number, shard in enumerate(index["shards"]):
+        path = _shard(folder, number)
+        with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+            if file.get_slice(name).get_shape() == [shard["rows"], *index["latent_shape"]]:
+                continue
+        other.append(path.name)
+    return other
 
 
 def matching_latents(vae: ModelMixin, image_set: ImageSet, folder: str | Path, data: str) -> LatentDataset:
@@ -506,6 +523,7 @@ class LatentDataset(Dataset):
                 f"not {weights_hash}: encode the images with this VAE into another folder"
             )
         self._refuse(_changed(self.folder, self.index))
+        self._refuse(_other_shapes(self.folder, self.index))
         self._starts = np.cumsum([0] + [shard["rows"] for shard in self.index["shards"]])
         self._open: dict[int, dict[str, torch.Tensor]] = {}
 

@@ -79,7 +79,7 @@ class TestSources:
         ("config", "error", "message"),
         [
             ('{"_class_name": "UNet2DModel"}', ValueError, "must hold an autoencoder .* got the class UNet2DModel"),
-            ("{", OSError, "cannot load a model from"),
+            ("{", ValueError, "config.json is damaged, no JSON"),
             ('{"_class_name": "AutoencoderKL"}', OSError, "no file named diffusion_pytorch_model"),
         ],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 
+from ..untrusted import Reader, open_regular, refuse_irregular
 from .captions import KEYS, LISTED
 from .store import EncodedStore
 
@@ -153,6 +155,7 @@ def open_rows(config: DataConfig, progress: bool = False) -> dict[str, Dataset]:
     try:
         if was_saved(Path(config.root)):
             _refuse(config, "subset", "revision")
+            refuse_irregular(Path(config.root))
             with _explained(config):
                 found = datasets.load_from_disk(config.root)
         else:
@@ -189,6 +192,7 @@ def rows_builder(config: DataConfig) -> DatasetBuilder:
         return builder
     if path.is_dir():
         _refuse(config, "revision")
+        refuse_irregular(path)
         with _explained(config):
             return datasets.load_dataset_builder(str(path.resolve()), config.subset)
     if not path.is_file() or path.suffix.lower() != PARQUET:
@@ -199,6 +203,21 @@ def rows_builder(config: DataConfig) -> DatasetBuilder:
     _refuse(config, "subset", "revision")
     with _explained(config):
         return datasets.load_dataset_builder("parquet", data_files={"train": [glob.escape(str(path.resolve()))]})
+
+
+def own_folders(root: str) -> tuple[str, ...]:
+    """The folders in which images lie that the rows of a set may name: its own, or that of its file, or, of a set on
+    the Hub, where it was downloaded to; and where `datasets` unpacks archives.
+    """
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if is_hub_id(root):
+        own = [str(Path(HF_HUB_CACHE) / f"datasets--{root.replace('/', '--')}")]
+        own += [str(datasets.config.DOWNLOADED_DATASETS_PATH)]
+    else:
+        own = [str(Path(root).resolve() if Path(root).is_dir() else Path(root).resolve().parent)]
+    return (*own, str(datasets.config.EXTRACTED_DATASETS_PATH))
 
 
 def was_saved(folder: Path) -> bool:
@@ -308,11 +327,12 @@ def _column(table: Dataset, column: str) -> ChunkedArray:
 
 class RowStore(EncodedStore):
     """Images in a column of one table or of several, `parts` by name, row after row; `root` is the name of the set for
-    people. A value is the bytes of an image file, or has them as `bytes`, beside a `path`, or is a file at `path`.
+    people. A value is the bytes of an image file, or has them as `bytes`, beside a `path`, or is a file at `path`,
+    which must lie below one of `folders`: whoever wrote the rows could name any other.
     """
 
-    def __init__(self, root: str, parts: Mapping[str, Dataset], column: str):
-        self.root, self.column, self.names = root, column, list(parts)
+    def __init__(self, root: str, parts: Mapping[str, Dataset], column: str, folders: Sequence[str] = ()):
+        self.root, self.column, self.names, self.folders = root, column, list(parts), folders
         self.tables = [part.select_columns(column).with_format("arrow") for part in parts.values()]
         self.ends = np.cumsum([len(table) for table in self.tables])
 
@@ -336,13 +356,14 @@ class RowStore(EncodedStore):
         content, path = self._value(row)
         if content is not None:
             return content.size
-        return Path(path).stat().st_size if path and Path(path).is_file() else 0
+        file = self._file(path)
+        return file.stat().st_size if file and file.is_file() else 0
 
     def content(self, row: int) -> bytes:
         try:
             with self._open(row) as opened:
                 return opened.read()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"cannot read the image {self.name(row)}: {error}") from error
 
     def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
@@ -375,7 +396,17 @@ class RowStore(EncodedStore):
 
         content, path = self._value(row)
         if content is not None:
-            return io.BufferedReader(BufferReader(content))  # of a header, no more than it needs
+            return Reader(BufferReader(content))  # of a header, no more than it needs
         if path is None:
             raise FileNotFoundError("there is none in the row")
-        return open(path, "rb")
+        if (file := self._file(path)) is None:
+            raise ValueError(f"the row names a file outside of the folder of the set, {path}, which is not read")
+        return open_regular(file)
+
+    def _file(self, path: str | None) -> Path | None:
+        """The file that a row names, if it lies below one of the folders."""
+        for folder in self.folders if path else ():
+            file = os.path.normpath(os.path.join(folder, path))
+            if Path(file).is_relative_to(folder):
+                return Path(file)
+        return None

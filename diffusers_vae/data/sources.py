@@ -27,6 +27,7 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from ..images import OVERSIZE, Header
+from ..untrusted import MAX_UNPACKED, open_regular
 from ..values import ValueRange
 from .arrays import ArrayStore, ImageArray, array_classes, array_files
 from .augmentation import Augmentation
@@ -40,6 +41,7 @@ from .rows import (
     find_parts,
     is_hub_id,
     open_rows,
+    own_folders,
     read_labels,
     read_row_captions,
     rows_builder,
@@ -699,7 +701,11 @@ def _load_mnist(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, tu
                 shutil.copyfile(raw / file, unpacked / file)  # not every system lets users make links
                 continue
             try:
-                (unpacked / file).write_bytes(gzip.decompress((raw / f"{file}.gz").read_bytes()))
+                with open_regular(raw / f"{file}.gz") as packed, gzip.open(packed) as stored:
+                    content = stored.read(MAX_UNPACKED + 1)
+                if len(content) > MAX_UNPACKED:
+                    raise ValueError(f"{raw / file}.gz must unpack to at most {MAX_UNPACKED:,} bytes, got more")
+                (unpacked / file).write_bytes(content)
             except (EOFError, OSError, zlib.error) as error:
                 raise ValueError(f"cannot unpack {raw / file}.gz: {error}") from error
         try:
@@ -817,7 +823,7 @@ def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: 
     columns = of_each[0]
     if any(own != columns for own in of_each):
         raise ValueError(f"the columns of {' and '.join(parts)} in {root} must be the same")
-    store = RowStore(root, parts, columns.image)
+    store = RowStore(root, parts, columns.image, own_folders(config.root))
     labels, classes = read_labels(root, parts, columns.label) if columns.label else (None, None)
     told = read_row_captions(root, parts, columns.caption) if captions and columns.caption else None
     counts = [len(part) for part in parts.values()]

@@ -13,11 +13,18 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 
+from ..untrusted import read_json, refuse_irregular
 from .mlp import MLPVAE
 from .single_file import load_single_file, read_single_file
 from .vae import VAE, posterior_from_moments
 
 logger = logging.getLogger(__name__)
+
+MOST = {"layers": 64, "channels": 2**13, "dim": 2**16, "size": 2**14}
+"""The largest number in a model's config.json under a key with this in its name."""
+MOST_OTHERWISE = 2**20
+MOST_BLOCKS = 64
+"""Entries of a list in a config.json with one for each block."""
 
 
 def load_autoencoder(
@@ -78,20 +85,41 @@ def read_config(source: str, subfolder: str | None = None, revision: str | None 
             f"{folder.resolve()} holds no model: neither config.json nor model/config.json (of a run) nor "
             "vae/config.json (of a pipeline) is there"
         )
+    if folder.is_dir():
+        refuse_irregular(folder / (place or ""))
+        config = read_json(folder / (place or "") / "config.json")
+        return _within_limits(config, str(folder / (place or "") / "config.json"))
     try:
-        return MLPVAE.load_config(source, subfolder=place, revision=revision)
+        config = MLPVAE.load_config(source, subfolder=place, revision=revision)
     except OSError as error:
-        if folder.exists():
-            raise OSError(f"cannot load a model from {source}: {error}") from error
         raise OSError(
             f"there is no file or folder {folder.resolve()}, and from the Hub {source} cannot be loaded (the "
             f"autoencoder of a pipeline lies in its subfolder vae): {error}"
         ) from error
+    return _within_limits(config, f"config.json of {source}")
+
+
+def _within_limits(config: Any, where: str) -> dict[str, Any]:
+    """The config; ValueError naming the key whose value no model has, and which might fill any memory."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{where} is damaged: it must hold settings by name, got {str(config)[:60]}")
+    for key, value in config.items():
+        several = value if isinstance(value, (list, tuple)) else [value]
+        if len(several) > (most := MOST_BLOCKS if "block" in key else MOST["channels"]):
+            raise ValueError(f"{where}: {key} must have at most {most:,} entries, got {len(several):,}")
+        most = next((most for part, most in MOST.items() if part in key), MOST_OTHERWISE)
+        for number in several:
+            if isinstance(number, (int, float)) and abs(number) > most:
+                raise ValueError(f"{where}: {key} must be at most {most:,}, got {number:,}")
+    return config
 
 
 def _is_file(source: str, subfolder: str | None, revision: str | None) -> bool:
     """Whether the model is a single file; ValueError when it is, and has to have a subfolder or a revision."""
-    if not Path(source).is_file():
+    path = Path(source)
+    if not path.is_file():
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{source} must be a regular file, got a pipe, socket or device")
         return False
     if subfolder or revision:
         raise ValueError(f"{source} is a file, which has no subfolder or revision, got {subfolder or revision}")
