@@ -122,4 +122,4 @@ def test_mutants_are_read_or_refused_by_name(name, tmp_path):
 def test_many_mutants_are_read_or_refused_by_name(name, tmp_path, capsys):
     counts = check(name, tmp_path, range(1000, 1300))
     with capsys.disabled():
-        print(f"\n{name}: {dict(counts)}")
+        sys.stdout.write(f"\n{name}: {dict(counts)}\n")

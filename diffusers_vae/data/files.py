@@ -174,8 +174,8 @@ class Files:
             raise ValueError(f"cannot read {path}: {error}") from error
 
     def exists(self, path: str) -> bool:
-        """Whether there is such a file."""
-        return path in self.members or os.path.isfile(path)
+        """Whether there is such a file; one that is not regular is there, and refused when it is read."""
+        return path in self.members or (os.path.exists(path) and not os.path.isdir(path))
 
     def beside(self, path: str) -> set[str]:
         """The names of the files in the folder of a file, which may lie in an archive."""
