@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+NAMES = f"images-{12 * '[0-9]'}"
+"""Pattern of a checkpoint's name. What is named otherwise belongs to the user."""
 
 
 class Discriminator(NamedTuple):
@@ -167,8 +169,8 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     Raises:
         ValueError: when there are checkpoints but none is whole.
     """
-    damaged = [f"{partial} is half-written" for partial in sorted(folder.glob(".images-*.partial"))]
-    found = sorted(folder.glob("images-*"), reverse=True)
+    damaged = [f"{partial} is half-written" for partial in sorted(folder.glob(f".{NAMES}.partial"))]
+    found = sorted(folder.glob(NAMES), reverse=True)
     for path in found:
         problem = _problem(path)
         if problem is None:
@@ -186,8 +188,8 @@ def tidy(folder: Path, newest: Path | None, keep: int) -> None:
     """Delete what was left behind by processes that were killed as they saved or deleted, and of the checkpoints up to
     `newest` all but the last `keep`.
     """
-    delete_leftovers(folder, "images-*")
-    found = sorted(path for path in folder.glob("images-*") if newest and path.name <= newest.name)
+    delete_leftovers(folder, NAMES)
+    found = sorted(path for path in folder.glob(NAMES) if newest and path.name <= newest.name)
     for path in found[:-keep]:
         try:
             discard_folder(path)

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end a command
             stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
+    debug, training = "--debug" in arguments, any(argument.startswith("train") for argument in arguments[:1])
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         try:
@@ -52,10 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit:  # of `train --help`, say
             sys.stdout.flush()
             raise
+        if training:  # which is done, whatever became of its log
+            _drop_output()
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except KeyboardInterrupt:
         if debug:
@@ -63,12 +65,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         expected = isinstance(error, (ArithmeticError, ImportError, OSError, ValueError))
-        if debug or (not expected and arguments[0].startswith("train")):  # it may not come again for days
+        if debug or (not expected and training):  # it may not come again for days
             raise
         kind = "" if expected else f"{type(error).__name__}: "
         text = str(error) if expected else " ".join(str(error).split())
         print(f"error: {kind}{text}{'' if expected else ' (--debug shows where)'}", file=sys.stderr)
         return 1
+
+
+def _drop_output() -> None:
+    """Drop what was printed and cannot be written: Python would try again at its exit, and exit with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(arguments: list[str], debug: bool) -> int:

@@ -45,7 +45,7 @@ from .models import MLPVAE, VAE, encode, find_subfolder, load_autoencoder, weigh
 from .objective import ObjectiveConfig
 from .pictures import comparison_picture, contact_sheet, sample_picture
 from .precision import measure_precision
-from .processes import Interrupted, process_share
+from .processes import Interrupted, lossy_output, process_share
 from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
 from .settings import config_of_run, read_settings
 from .storage import whole_file, whole_files, write_file, write_text
@@ -56,11 +56,13 @@ from .values import WRITTEN, FileKind, ValueRange, read_values, write_values
 RESUME_ME = 75  # EX_TEMPFAIL in sysexits.h: "the user is invited to try again later"
 
 
+@lossy_output()
 def run_train(arguments: Sequence[str]) -> int:
     """One training run of an autoencoder, as `training/train_vae.py` starts it."""
     return _run_training(TRAININGS["train"], arguments)
 
 
+@lossy_output()
 def run_train_text_to_image(arguments: Sequence[str]) -> int:
     """One training run of a text-to-image model, as `training/train_text_to_image.py` starts it."""
     written_out = {"--vae": "--vae.source", "--latents": "--latents.folder"}

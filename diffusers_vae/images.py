@@ -6,7 +6,6 @@ pipelines take and give, and the unit range [0, 1] inside likelihoods and pictur
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +18,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from torchvision.utils import make_grid
 
-from .untrusted import open_regular
+from .untrusted import open_regular, unreadable
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 TURNED = (5, 6, 7, 8)  # orientations by which height and width change places
@@ -154,7 +153,9 @@ def _reduce(
 
 @contextmanager
 def _opened(path: str | Path, content: Callable[[], BinaryIO] | None) -> Iterator[Image.Image]:
-    """The image in a file; whatever is wrong with it, within too, is a ValueError that names the file."""
+    """The image in a file; whatever is wrong with it, within too, is a ValueError that names the file, or an OSError
+    when its storage fails.
+    """
     limit = Image.MAX_IMAGE_PIXELS
     try:
         # by its path, Pillow would wait for a pipe, and map the file of some formats: if cut, that ends the process
@@ -170,8 +171,7 @@ def _opened(path: str | Path, content: Callable[[], BinaryIO] | None) -> Iterato
     except MemoryError:
         raise
     except Exception as error:  # on a damaged file Pillow's decoders raise nearly anything
-        reason = re.sub(r" <.*>", "", str(error).replace(repr(str(path)), "")).rstrip(" :")
-        raise ValueError(f"cannot read the image {path}: {reason}") from error
+        raise unreadable(path, error) from error
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -49,8 +49,8 @@ from .checkpoint import (
 )
 from .data import MicroBatch, Read, TrainingSet, deal, step_generator
 from .models import fast_dtype
-from .processes import Interrupted, Signals, gather, ignore_signals, on_main, only_user_of
-from .run_folder import BadImages, Log, begin, find_run
+from .processes import Interrupted, Signals, gather, ignore_signals, lossy_output, on_main, only_user_of
+from .run_folder import BadImages, Log, begin, find_run, leaving_out_the_tracker
 from .settings import Settings, begun_with, read_settings
 from .storage import make_folder, naming, save_tensors, sync
 
@@ -334,7 +334,7 @@ def run_task(task: Task, finish: bool = True) -> RunResult | None:
     nothing is evaluated or saved, and all get None.
 
     Raises:
-        Interrupted: after SIGTERM, SIGINT or SIGUSR1.
+        Interrupted: after SIGTERM, SIGINT, SIGUSR1 or SIGHUP.
         FileExistsError: when `run.output_dir` holds a run with other settings.
         FloatingPointError: when loss, gradient or result are not finite; before anything of such a step is written.
         OSError: naming what cannot be read or written.
@@ -361,12 +361,14 @@ def run_task(task: Task, finish: bool = True) -> RunResult | None:
     _check_launch(accelerator, run)
     _use_all_cores(accelerator)
     task.config = replace(task.config, run=replace(run, mixed_precision=accelerator.mixed_precision))
-    with Signals() as signals, only_user_of(Path(run.output_dir), "training in", "run.output_dir"):
+    alone = only_user_of(Path(run.output_dir), "training in", "run.output_dir")
+    with lossy_output(), Signals() as signals, alone:
         try:
             return _run(task, accelerator, signals, finish)
         finally:
-            for tracker in accelerator.trackers:
-                tracker.finish()
+            with leaving_out_the_tracker(accelerator):
+                for tracker in accelerator.trackers:
+                    tracker.finish()
 
 
 def _precision(task: Task) -> str:
@@ -444,7 +446,7 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool) -
         interval.put(sums["interval"])
         epoch_terms.put(sums["epoch"])
         task.restore(saved.get("task", {}))
-    log = Log(accelerator, output_dir, images_seen)
+    log = Log(accelerator, output_dir, images_seen, checkpoint)
     bad_images = BadImages(output_dir / "bad_images.txt")
     if accelerator.is_main_process:
         bad_images.add(task.image_errors(), warn=False)
@@ -481,7 +483,7 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool) -
             statistics = _Statistics()
             for micro_step, micro_batch in enumerate(micro_batches, 1):
                 read = train_set.read(micro_batch) if reads is None else next(reads)
-                bad_images.add(read.checked().errors)
+                bad_images.judge(read, len(micro_batch.indices))
                 share = micro_batch.share * len(read.kept) / len(micro_batch.indices)
                 if not read.kept:  # every process must take part in the step
                     read = read.blank()
@@ -513,11 +515,13 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool) -
             # asked a step later, so that the device does not wait for its next step, and before anything is written.
             late = run.on_nonfinite == "stop" and not (statistics.sums or discriminator or accelerator.scaler)
             writes = reached >= min(next_log, next_evaluation, next_checkpoint, epoch_end)
-            bad, stop = [], accelerator.num_processes == 1 and asked_here
-            while pending and not bad and (writes or stop or not late or len(pending) > 1):
+            bad, empty, stop = [], False, accelerator.num_processes == 1 and asked_here
+            while pending and not (bad or empty) and (writes or stop or not late or len(pending) > 1):
                 checked = pending.pop(0)
-                bad, asked = checked.read()
+                bad, empty, asked = checked.read()
                 stop = stop or asked
+            if empty:
+                raise ValueError(f"training stopped: no image of step {checked.step} can be read. {bad_images.advice}")
             # A gradient in float16 may overflow: the scaler then skips the step and lowers its scale; below 1 it
             # will not recover.
             overflow = bad == ["gradient"] and accelerator.scaler and accelerator.scaler.get_scale() >= 1
@@ -574,6 +578,8 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool) -
                 task.evaluate(_model_to_keep(task, accelerator, plain_model, ema), log, progress)
                 next_evaluation = (images_seen // task.evaluate_every + 1) * task.evaluate_every
             if images_seen >= next_checkpoint or images_seen >= total_images or stop:
+                if accelerator.is_main_process:
+                    log.restore()
                 checkpoint = save_checkpoint(
                     output_dir / "checkpoints",
                     accelerator,
@@ -588,6 +594,7 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool) -
                     [output_dir / "config.yaml", output_dir / "data.json", log.path],
                     run.keep_checkpoints,
                 )
+                log.saved(checkpoint)
                 next_checkpoint = (images_seen // run.checkpoint_every + 1) * run.checkpoint_every
             if stop:
                 raise Interrupted(
@@ -1017,8 +1024,8 @@ def _sum_gradients(accelerator: Accelerator, module: nn.Module) -> None:
 
 
 class _Flags:
-    """Which terms of a step are not finite on any process, and whether any was asked to stop; on its way from the
-    device, which goes on meanwhile.
+    """Which terms of a step are not finite on any process, whether none has an image, and whether any was asked to
+    stop; on its way from the device, which goes on meanwhile.
     """
 
     def __init__(
@@ -1033,6 +1040,7 @@ class _Flags:
         self.names, self.asked, self.step, self.seen = (*step_terms.names, *norms), asked, step, seen
         sums = step_terms.sums
         flags = ~torch.cat([sums[:-1], *(whole(norm).to(sums).view(1) for norm in norms.values())]).isfinite()
+        flags = torch.cat([flags, sums[-1:] > 0])
         if accelerator.num_processes > 1:
             both = torch.cat([flags, torch.full([1], asked, device=flags.device)])
             flags = accelerator.reduce(both.int(), "sum")
@@ -1042,13 +1050,16 @@ class _Flags:
             self.done.record()
         self.flags = flags
 
-    def read(self) -> tuple[list[str], bool]:
-        """The names of the terms, and whether to stop; waits until the device has come so far."""
+    def read(self) -> tuple[list[str], bool, bool]:
+        """The names of the terms, whether there is no image, and whether to stop; waits until the device has come so
+        far.
+        """
         if self.done:
             self.done.synchronize()
         flags = [*self.flags.tolist(), self.asked]
         bad = [name for name, flag in zip(self.names, flags, strict=False) if flag]
-        return bad, bool(flags[len(self.names)])
+        images, asked = flags[len(self.names) : len(self.names) + 2]
+        return bad, not images, bool(asked)
 
 
 SKIPS_IN_A_ROW = 20

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import psutil
 import torch.distributed as dist
@@ -96,7 +97,8 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Handles SIGTERM, SIGINT and SIGUSR1, which clusters and spot machines send, inside a `with` block.
+    """Handles SIGTERM, SIGINT and SIGUSR1, which clusters and spot machines send, and SIGHUP, which a terminal sends
+    when it is closed or its connection is lost, inside a `with` block.
 
     The first is noted if `wait` is set, else raises Interrupted; the second ends the process at once.
     """
@@ -120,8 +122,11 @@ class Signals:
 
     @staticmethod
     def numbers() -> list[int]:
-        """The signals that this system has."""
-        return [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+        """The signals that this system has, without SIGHUP where `nohup` has set that it be ignored."""
+        names = ["SIGTERM", "SIGINT", "SIGUSR1"]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            names.append("SIGHUP")
+        return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         for number, handler in self.previous.items():
@@ -136,13 +141,52 @@ class Signals:
         if not self.wait:
             self.interrupted = Interrupted(f"asked to stop ({self.reason}). The same command continues")
             raise self.interrupted
-        os.write(2, f"\n{self.reason}: finishing the step and saving; a second signal stops at once\n".encode())
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{self.reason}: finishing the step and saving; a second signal stops at once\n".encode())
 
     def asked(self) -> bool:
         """Whether this process is to stop, for the `reason` that is then set."""
         if self.launched and os.getppid() != self.parent:
             self.reason = "the launcher has ended"
         return bool(self.reason)
+
+
+class _Lossy:
+    """A text stream that drops what cannot be written."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def __eq__(self, other: object) -> bool:  # tqdm asks which handlers of logging write to the terminal
+        return self.stream == getattr(other, "stream", other)
+
+    def __hash__(self) -> int:
+        return hash(self.stream)
+
+
+@contextmanager
+def lossy_output() -> Iterator[None]:
+    """Within, a write to the terminal never fails: a full disk under a log, or a reader that has ended, must not end a
+    training.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and _Lossy(stream) for stream in before)  # None in a program without a console
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def ignore_signals(worker: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from .checkpoint import check_fits, find_checkpoint, tidy
+from .data import Read
 from .settings import Settings, differences, other_sections
 from .storage import append_text, delete_file, make_folder, naming, sync, whole_file, write_file
 from .untrusted import read_json
@@ -146,24 +148,62 @@ def _changed(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     return f"{before['images']} {name} images -> {now['images']}" + ", others or changed" * same
 
 
-class Log:
-    """metrics.jsonl and the tracker. Records hold nothing that a second run of the same config would not repeat."""
+@contextmanager
+def leaving_out_the_tracker(accelerator: Accelerator) -> Iterator[None]:
+    """Let a tracker that fails within, by whatever, log nothing from now on: it never ends a training."""
+    try:
+        yield
+    except Exception as error:
+        accelerator.trackers = []
+        logger.warning(
+            "the tracker failed and logs nothing from now on: %s: %s. The training goes on, with all records in "
+            "metrics.jsonl",
+            type(error).__name__,
+            error,
+        )
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, images_seen: int):
+
+class Log:
+    """metrics.jsonl and the tracker, since `checkpoint`, at which `images_seen` images were seen. Records hold nothing
+    that a second run of the same config would not repeat.
+    """
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, images_seen: int, checkpoint: Path | None = None):
         self.accelerator, self.path = accelerator, output_dir / "metrics.jsonl"
+        self.saved(checkpoint)
         if accelerator.log_with:
             # what an interrupted run had logged after its checkpoint comes again
-            accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": images_seen + 1}})
+            with leaving_out_the_tracker(accelerator):
+                accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": images_seen + 1}})
+
+    def saved(self, checkpoint: Path | None) -> None:
+        """Note that `checkpoint` holds all records so far."""
+        self.checkpoint, self.since = checkpoint, []
+
+    def restore(self) -> None:
+        """Write metrics.jsonl again if somebody has deleted it: what the checkpoint holds, and what came since."""
+        if self.path.exists():
+            return
+        before, lost = "", ""
+        try:
+            if self.checkpoint:
+                before = (self.checkpoint / self.path.name).read_text(encoding="utf-8")
+        except OSError as error:
+            lost = f", without the records up to its checkpoint ({error})"
+        logger.warning("%s was deleted during the run; it is written again%s", self.path, lost)
+        write_file(self.path, before + "".join(self.since))
 
     def write(self, kind: str, values: dict[str, float | None]) -> None:
         if self.accelerator.is_main_process:
-            append_text(self.path, json.dumps({"kind": kind} | values, allow_nan=False) + "\n")
+            self.restore()
+            self.since.append(json.dumps({"kind": kind} | values, allow_nan=False) + "\n")
+            append_text(self.path, self.since[-1])
             if kind == "evaluation":  # the last record of a run that is finished
                 sync(self.path)
         named = {
             f"{kind}/{name}": value for name, value in values.items() if name != "images_seen" and value is not None
         }
-        with naming(self.path.parent / "tensorboard"):
+        with leaving_out_the_tracker(self.accelerator):
             self.accelerator.log(named, step=values["images_seen"])
 
     def show(self, pictures: dict[str, Image.Image], images_seen: int) -> None:
@@ -172,10 +212,18 @@ class Log:
             path = self.path.parent / "pictures" / f"{name}.png"
             with whole_file(path) as partial:  # on the disk before the run counts as finished
                 picture.save(partial, "PNG")
-        for tracker in self.accelerator.trackers:
-            arrays = {name: np.asarray(picture)[None] for name, picture in pictures.items()}
-            with naming(self.path.parent / "tensorboard"):
+        with leaving_out_the_tracker(self.accelerator):
+            for tracker in self.accelerator.trackers:
+                arrays = {name: np.asarray(picture)[None] for name, picture in pictures.items()}
                 tracker.log_images(arrays, step=images_seen, dataformats="NHWC")
+
+
+MOST_BAD = 0.1
+"""Share of images that cannot be read, above which the fault is taken for one of the storage: of data sets from the
+web, a few in a hundred are damaged."""
+JUDGED_FROM = 200
+"""Images that a process has read before their share is judged: where 5 in 100 are damaged, more than a tenth of 200
+are in 2 runs of 1,000."""
 
 
 class BadImages:
@@ -183,11 +231,35 @@ class BadImages:
 
     def __init__(self, path: Path):
         self.path = path
+        self.asked = self.bad = 0
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole, _, torn = text.rpartition("\n")
         self.listed = set(whole.splitlines())
         if torn:  # the process ended in the middle of a line
             append_text(path, "\n")
+
+    def judge(self, read: Read, asked: int) -> None:
+        """List those of `asked` images that could not be read.
+
+        Raises:
+            OSError: when they could not be reached.
+            ValueError: when they are not to be left out, or are more than `MOST_BAD` of those so far.
+        """
+        self.add(read.checked().errors)
+        self.asked, self.bad = self.asked + asked, self.bad + len(read.errors)
+        if self.asked >= JUDGED_FROM and self.bad > MOST_BAD * self.asked:
+            raise ValueError(
+                f"training stopped: at most {MOST_BAD:.0%} of the images may be left out since they cannot be read, "
+                f"got {self.bad} of the {self.asked} read last, {read.errors[-1]} among them. {self.advice}"
+            )
+
+    @property
+    def advice(self) -> str:
+        """What to do when too many cannot be read."""
+        return (
+            f"{self.path} lists them. If their disk fails or is not there, the same command continues once it is back; "
+            "else remove or mend these files"
+        )
 
     def add(self, errors: Iterable[str], warn: bool = True) -> None:
         lines = dict.fromkeys(" ".join(error.split()) for error in errors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -18,6 +19,44 @@ MAX_TEXT = 2**24
 """Bytes of a text that is read at once: settings, an index, a report, a caption."""
 MAX_NODES = 100_000
 """Values in a YAML file."""
+OF_ONE_FILE = (
+    errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EOVERFLOW
+)  # fmt: skip
+"""What the system says of one file that is missing or damaged (EINVAL: a damaged offset leads to before its beginning).
+All else, as EIO, ESTALE, ENOTCONN or EACCES, is of its storage."""
+ADDRESS = re.compile(r" ?<_io\.[^>]*>| ?<[^<>]* at 0x[0-9a-fA-F]+>")
+"""Objects in the text of an error, which differ from start to start."""
+
+
+class Unreachable(OSError):
+    """Storage that does not answer, which is no fault of the file that was asked for."""
+
+
+def unreadable(path: str | Path, error: Exception) -> Unreachable | ValueError:
+    """The error to raise, naming the image at `path`, for one that came up as it was read: `Unreachable` when its
+    storage failed, ValueError when it is missing or damaged. The same fault gives the same text at every start.
+    """
+    reason = ADDRESS.sub("", str(error).replace(repr(str(path)), "")).rstrip(" :") or type(error).__name__
+    number = error.errno if isinstance(error, OSError) else None  # that of a decoder has none
+    if isinstance(error, Unreachable) or number not in (None, *OF_ONE_FILE):
+        return Unreachable(f"cannot reach the image {path}: {reason}; see to its disk, connection or permissions")
+    return ValueError(f"cannot read the image {path}: {reason}")
+
+
+def open_beside_others(path: str | Path) -> BinaryIO:
+    """The file at `path`, to read from.
+
+    Raises:
+        FileNotFoundError: when it alone is missing.
+        Unreachable: when its folder is not there or is empty, as where a disk is not mounted.
+    """
+    try:
+        return open_regular(path)
+    except FileNotFoundError:
+        folder = os.path.dirname(path) or "."
+        if not os.path.isdir(folder) or not os.listdir(folder):
+            raise Unreachable(f"the folder {folder} is not there or is empty") from None
+        raise
 
 
 MAX_UNPACKED = 2**30

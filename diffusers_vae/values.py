@@ -9,7 +9,6 @@ import io
 import json
 import lzma
 import math
-import re
 import struct
 import sys
 import zlib
@@ -24,7 +23,7 @@ import torch
 from PIL import ExifTags, Image
 
 from .storage import write_text
-from .untrusted import open_regular, read_json
+from .untrusted import open_regular, read_json, unreadable
 
 RANGE_FILE = "value_range.json"
 EXACT = 2**24
@@ -268,7 +267,9 @@ def _package(name: str) -> ModuleType:
 def _read(
     path: str | Path, channels: int, content: Callable[[], BinaryIO] | None, whole: bool
 ) -> tuple[np.ndarray | None, FileKind]:
-    """Values and kind of a file; whatever is wrong with it is a ValueError that names it."""
+    """Values and kind of a file; whatever is wrong with it is a ValueError that names it, or an OSError when its
+    storage fails.
+    """
     try:
         with content() if content else open_regular(path) as file:
             start = file.read(4)
@@ -279,8 +280,7 @@ def _read(
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # on a damaged file decoders raise nearly anything
-        reason = re.sub(r" <_io\..*>", "", str(error).replace(repr(str(path)), "")).rstrip(" :")
-        raise ValueError(f"cannot read the image {path}: {reason or type(error).__name__}") from error
+        raise unreadable(path, error) from error
 
 
 def _check(kind: FileKind, channels: int) -> None:

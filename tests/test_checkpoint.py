@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -220,6 +221,14 @@ class TestDamage:
     def test_one_with_an_unreadable_manifest_is_passed_over(self, text, two, folder):
         (two[1] / "manifest.json").write_text(text)
         assert find_checkpoint(folder)[0] == two[0]
+
+    def test_copies_that_somebody_made_are_neither_taken_for_checkpoints_nor_deleted(self, two, folder):
+        copies = [folder / f"{path.name}.backup" for path in two] + [folder / "images-of mine"]
+        for copy in copies:
+            shutil.copytree(two[0], copy)
+        assert find_checkpoint(folder) == (two[1], [])
+        tidy(folder, two[1], keep=1)
+        assert {*folder.iterdir()} == {two[1], *copies}
 
     def test_one_that_was_half_written_is_named_and_deleted(self, two, folder):
         partial = folder / ".images-000000000012.partial"

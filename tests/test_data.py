@@ -7,6 +7,7 @@ import shutil
 import struct
 import sys
 import tarfile
+import tempfile
 import threading
 from pathlib import Path
 from urllib.error import URLError
@@ -109,6 +110,12 @@ class TestDigits:
         assert torch.equal(rgb, grey.expand(-1, 3, -1, -1))
 
 
+@pytest.fixture
+def nothing_temporary(monkeypatch, tmp_path):
+    """No folder for temporary files, in which a process that is killed would leave what it has unpacked."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no folder"))
+
+
 class TestNamedSets:
     @pytest.mark.slow
     def test_mnist_packed_in_a_read_only_root(self, shared_data):
@@ -126,7 +133,7 @@ class TestNamedSets:
         reference = datasets.MNIST(mnist_root, train=True)
         assert torch.equal(train.pixels[:, 0], reference.data) and torch.equal(train.labels, reference.targets)
 
-    def test_shortened_fashion_mnist_is_read(self, shared_data):
+    def test_shortened_fashion_mnist_is_read(self, shared_data, nothing_temporary):
         root = shared_data / "fashion-mnist-10k"
         train, heldout = load_data(DataConfig(name="fashion-mnist", root=str(root), resolution=28))
         assert (len(train), len(heldout)) == (10_000, 10_000)
@@ -154,7 +161,7 @@ class TestNamedSets:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("packed", [False, True])
-    def test_cifar10_is_read(self, packed, cifar_folder, tmp_path, monkeypatch):
+    def test_cifar10_is_read(self, packed, cifar_folder, tmp_path, monkeypatch, nothing_temporary):
         """Real pixels in CIFAR-10's own batch format; torchvision's sums of the whole set are exchanged for theirs."""
         import hashlib
         import pickle
@@ -395,6 +402,28 @@ class TestFolder:
         with pytest.raises(ValueError, match="3 of 29 files cannot be read") as error:
             load_data(self.awkward(shared_data), memory_limit=0)
         assert all(name in str(error.value) for name in self.REFUSED)
+
+    @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that gives an error of the disk")
+    def test_storage_that_fails_is_no_bad_image(self, cifar_folder, tmp_path):
+        folder = tmp_path / "images"
+        shutil.copytree(cifar_folder / "test" / "ship", folder)
+        config = DataConfig(name="folder", root=str(folder), channels=3, on_bad_image="skip")
+        train, heldout = load_data(config, memory_limit=0)
+        missing, failing = paths_of(heldout)[3], paths_of(train)[5]
+        missing.unlink()
+        failing.unlink()
+        failing.symlink_to("/proc/self/mem")
+        read = heldout.__getitems__([2, 3, 4]).checked()
+        assert list(read.kept) == [0, 2] and str(missing) in read.errors[0]
+        failure = rf"cannot reach the image {failing}: .*Input/output error"
+        with pytest.raises(OSError, match=rf"{failure}.* the same command continues"):
+            train.__getitems__([4, 5, 6]).checked()
+        for limit in (0, None):
+            with pytest.raises(OSError, match=failure):
+                load_data(config, memory_limit=limit)
+        for settings in ({"value_range": (0, 255)}, {"channels": 5}):  # by other readers
+            with pytest.raises(OSError, match=failure):
+                load_data(dataclasses.replace(config, **settings), memory_limit=0)
 
     def test_damage_in_a_large_set_is_named_when_it_is_read(self, cifar_folder, tmp_path):
         for path in (cifar_folder / "test" / "ship").iterdir():

@@ -393,6 +393,24 @@ def endless(output_dir, *arguments):
     return partial(command, "train", *run, *ENDLESS, *arguments)
 
 
+def hung_up(disposition, work):
+    """Do `work` with what is to happen at SIGHUP, whatever the shell that runs the tests has set."""
+    signal.signal(signal.SIGHUP, disposition)
+    work()
+
+
+def without_output(kind, work):
+    """Do `work` where nothing can be printed."""
+    if kind == "full disk":
+        target = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, target = os.pipe()
+        os.close(reader)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    work()
+
+
 def fit_in_a_group(config):
     """Train in a process group of its own, as a job does; images are read on demand."""
     os.setsid()
@@ -417,14 +435,36 @@ def fit_slowly(config):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 class TestSignals:
-    @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+    @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
     def test_step_is_finished_and_saved(self, name, tmp_path):
-        launch = started(endless(tmp_path / "run"), tmp_path / "run")
+        launch = started(partial(hung_up, signal.SIG_DFL, endless(tmp_path / "run")), tmp_path / "run")
         launch.send(getattr(signal, name))
         assert launch.wait() == [75], launch.output()
         (newest, *_) = sorted((tmp_path / "run" / "checkpoints").iterdir(), reverse=True)
         assert f"asked to stop ({name})" in launch.output() and f"saved as {newest}" in launch.output()
         assert "Traceback" not in launch.output()
+
+    def test_run_that_was_started_by_nohup_goes_on_when_the_terminal_is_closed(self, tmp_path):
+        launch = started(partial(hung_up, signal.SIG_IGN, endless(tmp_path / "run")), tmp_path / "run")
+        launch.send(signal.SIGHUP)
+        seen = max((tmp_path / "run" / "checkpoints").iterdir()).name
+        wait_until(lambda: max((tmp_path / "run" / "checkpoints").glob("images-*")).name[:19] > seen, launch)
+        launch.send(signal.SIGTERM)
+        assert launch.wait() == [75] and "asked to stop (SIGTERM)" in launch.output()
+
+    @pytest.mark.parametrize("output", ["full disk", "closed pipe"])
+    def test_run_whose_output_cannot_be_written_goes_on_to_its_end(self, output, tmp_path):
+        config = tiny(tmp_path / "run", TINY_VAE)
+        config.save(tmp_path / "run.yaml")
+        work = partial(without_output, output, partial(command, "train", "--config", tmp_path / "run.yaml"))
+        assert Launch(work, tmp_path / "log").wait() == [0]
+        assert (tmp_path / "run" / "evaluation.json").exists()
+
+    def test_interrupted_run_whose_output_cannot_be_written_is_saved(self, tmp_path):
+        work = partial(without_output, "closed pipe", endless(tmp_path / "run"))
+        launch = started(partial(hung_up, signal.SIG_DFL, work), tmp_path / "run")
+        launch.send(signal.SIGHUP)
+        assert launch.wait() == [75]
 
     def test_step_that_a_signal_came_in_is_saved_before_the_next_checkpoint_is_due(self, tmp_path):
         class Signalled(AutoencoderTask):

@@ -7,6 +7,7 @@ import multiprocessing
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
-from support.files import paths_of
+from support.files import paths_of, tarred
 from support.launches import Launch, command, run_forked
 from support.runs import (
     DATA,
@@ -371,14 +372,121 @@ class TestFaults:
         with pytest.raises(ValueError, match="no image to evaluate can be read"):
             train(at(config, tmp_path / "none"), memory_limit=0)
 
-    def test_a_step_of_which_nothing_can_be_read_is_survived(self, ships, tmp_path):
+    def test_a_step_of_which_nothing_can_be_read_stops_the_run(self, ships, tmp_path):
         images, _ = load_data(ships, memory_limit=0)
-        for index in next(epoch_batches(len(images), 2, 0, 0))[0].indices:  # the two of the first step
+        steps = epoch_batches(len(images), 2, 0, 0)
+        (partly,), (fully,) = next(steps), next(steps)
+        for index in (partly.indices[0], *fully.indices):
             paths_of(images)[index].write_bytes(paths_of(images)[index].read_bytes()[:700])
-        config = tiny(tmp_path / "run", TINY_VAE, batch_size=2, max_images=4, log_every=2)
-        fit(dataclasses.replace(config, data=ships), memory_limit=0)
-        first, second = records(tmp_path / "run", "train")
-        assert first["loss"] is None and first["grad_norm"] == 0 and second["loss"] > 0
+        config = tiny(tmp_path / "run", TINY_VAE, batch_size=2, max_images=6, checkpoint_every=1)
+        with pytest.raises(ValueError, match=r"no image of step 2 can be read\. .*bad_images\.txt lists them"):
+            fit(dataclasses.replace(config, data=ships), memory_limit=0)
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["images-000000000002"]
+        assert len((tmp_path / "run" / "bad_images.txt").read_text().splitlines()) == 3
+
+    def test_too_many_images_that_cannot_be_read_stop_the_run(self, ships, tmp_path):
+        images, _ = load_data(ships, memory_limit=0)
+        for path in paths_of(images)[::4]:
+            path.write_bytes(path.read_bytes()[:700])
+        config = tiny(tmp_path / "run", TINY_VAE, batch_size=20, max_images=None, epochs=4, checkpoint_every=1)
+        with pytest.raises(ValueError, match=r"at most 10% of the images .*, got \d+ of the 2\d\d read last, .*\.png"):
+            fit(dataclasses.replace(config, data=ships), memory_limit=0)
+        newest, damaged = find_checkpoint(tmp_path / "run" / "checkpoints")
+        assert newest and not damaged
+
+    @pytest.mark.parametrize("what", ["renamed", "emptied", "archive"])
+    @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+    def test_run_whose_images_vanish_stops_and_continues_when_they_are_back(self, what, workers, ships, tmp_path):
+        folder = Path(ships.root)
+        root = tarred(folder, tmp_path / "images.tar") if what == "archive" else folder
+        data = dataclasses.replace(ships, root=str(root), num_workers=workers)
+        config = tiny(tmp_path / "run", batch_size=20, max_images=400, checkpoint_every=1, keep_checkpoints=100)
+        config = dataclasses.replace(config, data=data)
+
+        class Vanishing(AutoencoderTask):
+            def begin_step(self, images_seen, total_images, learning_rate):
+                if images_seen == 60:
+                    root.rename(tmp_path / "gone")
+                    if what == "emptied":  # as the folder in which a disk was mounted
+                        root.mkdir()
+                return super().begin_step(images_seen, total_images, learning_rate)
+
+        with pytest.raises(OSError, match=r"cannot reach the image .* the same command continues"):
+            run_task(Vanishing(config, 0), finish=False)
+        assert not (tmp_path / "run" / "bad_images.txt").exists()
+        if what == "emptied":
+            root.rmdir()
+        (tmp_path / "gone").rename(root)
+        fit(config, memory_limit=0)
+        fit(at(config, tmp_path / "uninterrupted"), memory_limit=0)
+        assert left_behind(tmp_path / "run") == left_behind(tmp_path / "uninterrupted")
+
+    @pytest.mark.slow
+    def test_run_whose_images_are_deleted_in_part_ends_and_stays_finished(self, ships, tmp_path):
+        class Deleting(AutoencoderTask):
+            def begin_step(self, images_seen, total_images, learning_rate):
+                if images_seen == 30:
+                    for images in (self.train_set, self.heldout):
+                        paths_of(images)[4].unlink()
+                return super().begin_step(images_seen, total_images, learning_rate)
+
+        config = dataclasses.replace(tiny(tmp_path / "run", max_images=200), data=ships)
+        result = run_task(Deleting(config, 0))
+        _, heldout = load_data(ships, memory_limit=0)
+        assert result.report.images == len(heldout)
+        assert train(config).report.images == len(heldout)
+        assert len((tmp_path / "run" / "bad_images.txt").read_text().splitlines()) == 2
+
+    def test_list_of_bad_images_does_not_grow_at_every_start(self, ships, tmp_path):
+        images, _ = load_data(ships, memory_limit=0)
+        paths_of(images)[4].write_bytes(b"no image")
+        archive = tarred(Path(ships.root), tmp_path / "images.tar")
+        for end in (30, 60, 90):
+            config = tiny(tmp_path / "run", max_images=end, allow_config_change=True)
+            fit(dataclasses.replace(config, data=dataclasses.replace(ships, root=str(archive))))
+        (line,) = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
+        assert line.endswith(".png: cannot identify image file")
+
+    @pytest.mark.parametrize("log_every", [30, 1000])
+    def test_metrics_that_are_deleted_are_written_again(self, log_every, tmp_path, caplog):
+        class Deleting(AutoencoderTask):
+            def begin_step(self, images_seen, total_images, learning_rate):
+                if images_seen in (60, 210):
+                    Path(self.config.run.output_dir, "metrics.jsonl").unlink()
+                return super().begin_step(images_seen, total_images, learning_rate)
+
+        config = tiny(tmp_path / "run", log_every=log_every, checkpoint_every=90, keep_checkpoints=100)
+        run_task(Deleting(config), finish=False)
+        assert caplog.text.count("metrics.jsonl was deleted during the run; it is written again") == 2
+        fit(at(config, tmp_path / "undisturbed"))
+        assert left_behind(tmp_path / "run") == left_behind(tmp_path / "undisturbed")
+
+    @pytest.mark.parametrize("trouble", ["a file in its place", "deleted", "full disk"])
+    def test_tracker_that_fails_does_not_end_the_run(self, trouble, tmp_path, caplog, request):
+        folder = tmp_path / "run" / "tensorboard"
+        disk = request.getfixturevalue("small_disk") if trouble == "full disk" else None
+
+        class Troubled(AutoencoderTask):
+            def build(self):
+                if disk:
+                    folder.symlink_to(disk)
+                elif trouble != "deleted":
+                    folder.write_text("mine")
+                return super().build()
+
+            def begin_step(self, images_seen, total_images, learning_rate):
+                if images_seen == 150 and disk:
+                    with suppress(OSError), (disk / "much").open("wb") as file:
+                        file.write(bytes(2**20))
+                elif images_seen == 150 and trouble == "deleted":
+                    shutil.rmtree(folder)
+                return super().begin_step(images_seen, total_images, learning_rate)
+
+        config = tiny(tmp_path / "run", log_every=30, tracker="tensorboard")
+        run_task(Troubled(config), finish=False)
+        assert caplog.text.count("the tracker failed and logs nothing from now on") == 1
+        assert len(records(tmp_path / "run", "train")) == 10
+        assert find_checkpoint(tmp_path / "run" / "checkpoints")[0].name == "images-000000000300"
 
     def test_workers_end_when_a_run_fails(self, tmp_path):
         """They ignore the signal by which Python would end them, so that a step can be finished. As long as the error

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from ..images import Header
-from ..untrusted import open_regular
+from ..untrusted import Unreachable, open_regular
 from ..values import ValueRange, read_npy, read_npy_header
 from .files import zip_entries
 
@@ -232,7 +232,9 @@ class ArrayStore:
         array, place = self._find(row)
         try:
             return array.image(place)
-        except (OSError, ValueError) as error:
+        except OSError as error:  # of all images in the file
+            raise Unreachable(f"cannot reach {self.name(row)}: {error}") from error
+        except ValueError as error:
             raise ValueError(f"cannot read {self.name(row)}: {error}") from error
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
-from ..untrusted import MAX_TEXT, MAX_UNPACKED, Reader, open_regular, read_bytes
+from ..untrusted import MAX_TEXT, MAX_UNPACKED, Reader, Unreachable, open_regular, read_bytes
 
 ARCHIVES = (".tar", ".zip")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst")
@@ -57,7 +57,10 @@ class _Part(io.RawIOBase):
     """The bytes of a member as they lie in its archive."""
 
     def __init__(self, member: Member):
-        self.file = open_regular(member.archive).detach()
+        try:
+            self.file = open_regular(member.archive).detach()
+        except FileNotFoundError as error:  # with all its images
+            raise Unreachable(str(error)) from error
         self.start, self.length, self.at = member.offset, member.stored, 0
         if member.crc is not None:  # what follows the name may be longer here than in the directory
             self.file.seek(member.offset)

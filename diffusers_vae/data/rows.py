@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 
-from ..untrusted import Reader, open_regular, refuse_irregular
+from ..untrusted import Reader, open_beside_others, refuse_irregular, unreadable
 from .captions import KEYS, LISTED
 from .store import EncodedStore
 
@@ -364,7 +364,7 @@ class RowStore(EncodedStore):
             with self._open(row) as opened:
                 return opened.read()
         except (OSError, ValueError) as error:
-            raise ValueError(f"cannot read the image {self.name(row)}: {error}") from error
+            raise unreadable(self.name(row), error) from error
 
     def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
         if not whole:
@@ -401,7 +401,7 @@ class RowStore(EncodedStore):
             raise FileNotFoundError("there is none in the row")
         if (file := self._file(path)) is None:
             raise ValueError(f"the row names a file outside of the folder of the set, {path}, which is not read")
-        return open_regular(file)
+        return open_beside_others(file)
 
     def _file(self, path: str | None) -> Path | None:
         """The file that a row names, if it lies below one of the folders."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import logging
 import math
 import os
+import pickle
 import re
-import shutil
-import tempfile
+import tarfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 import numpy as np
 import torch
 from torchvision import datasets
-from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
@@ -684,61 +685,84 @@ def _mnist_files(name: str) -> list[str]:
 
 
 def _load_mnist(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]]:
-    """torchvision reads unpacked files only, so packed ones are unpacked elsewhere: the root may be read-only."""
+    """torchvision reads unpacked files only; packed ones are unpacked in memory, so that a kill leaves none behind."""
     kind = {"mnist": datasets.MNIST, "qmnist": datasets.QMNIST, "fashion-mnist": datasets.FashionMNIST}[config.name]
-    # QMNIST's first 10,000 test images are those of MNIST
-    parts = [{"what": "train"}, {"what": "test10k"}] if config.name == "qmnist" else [{"train": True}, {"train": False}]
     files = _mnist_files(config.name)
     raw = Path(config.root) / kind.__name__ / "raw"
     if not all((raw / file).exists() or (raw / f"{file}.gz").exists() for file in files):
+        parts = [{"what": "train"}, {"what": "test"}] if config.name == "qmnist" else [{"train": True}]
         packed = [f"{file}.gz" for file in files]
         _download(lambda: [kind(config.root, download=True, **part) for part in parts], raw, packed)
-    with tempfile.TemporaryDirectory() as scratch:
-        unpacked = Path(scratch) / kind.__name__ / "raw"
-        unpacked.mkdir(parents=True)
-        for file in files:
-            if (raw / file).exists():
-                shutil.copyfile(raw / file, unpacked / file)  # not every system lets users make links
-                continue
-            try:
-                with open_regular(raw / f"{file}.gz") as packed, gzip.open(packed) as stored:
-                    content = stored.read(MAX_UNPACKED + 1)
-                if len(content) > MAX_UNPACKED:
-                    raise ValueError(f"{raw / file}.gz must unpack to at most {MAX_UNPACKED:,} bytes, got more")
-                (unpacked / file).write_bytes(content)
-            except (EOFError, OSError, zlib.error) as error:
-                raise ValueError(f"cannot unpack {raw / file}.gz: {error}") from error
-        try:
-            loaded = [kind(scratch, **part) for part in parts]
-        except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"a file in {raw} is damaged or no IDX file: {error or 'wrong header'}") from error
-        classes = tuple(map(str.lower, kind.classes)) if config.name == "fashion-mnist" else DIGITS
-        return [
-            (part.data[:, None], (part.targets[:, 0] if part.targets.ndim == 2 else part.targets).long(), classes)
-            for part in loaded
-        ]
+    classes = tuple(map(str.lower, kind.classes)) if config.name == "fashion-mnist" else DIGITS
+    loaded = []
+    for images, labels in zip(files[::2], files[1::2], strict=True):
+        pixels, targets = _read_idx(raw / images, 3), _read_idx(raw / labels, 2 if config.name == "qmnist" else 1)
+        if len(pixels) != len(targets):
+            raise ValueError(f"{raw} is damaged: {images} holds {len(pixels)} images, and {labels} {len(targets)}")
+        loaded.append([pixels[:, None], (targets[:, 0] if targets.ndim == 2 else targets).long(), classes])
+    if config.name == "qmnist":  # whose first 10,000 test images are those of MNIST
+        loaded[1][:2] = [values[:10_000] for values in loaded[1][:2]]
+    return [tuple(part) for part in loaded]
+
+
+def _read_idx(path: Path, rank: int) -> torch.Tensor:
+    """The array in a file of MNIST's format (LeCun et al. 1998), uint8 or int32, packed as `path`.gz if not there."""
+    file = path if path.exists() else path.with_name(f"{path.name}.gz")
+    try:
+        with open_regular(file) as opened, opened if file == path else gzip.open(opened) as stored:
+            content = stored.read(MAX_UNPACKED + 1)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"cannot read {file}: {error}") from error
+    if len(content) > MAX_UNPACKED:
+        raise ValueError(f"{file} must hold at most {MAX_UNPACKED:,} bytes, got more")
+    try:
+        dtype = {8: np.dtype("u1"), 12: np.dtype(">i4")}[content[2]]
+        if content[:2] != b"\0\0" or content[3] != rank:
+            raise ValueError("wrong header")
+        shape = np.frombuffer(content, ">u4", rank, 4)
+        values = np.frombuffer(content, dtype, offset=4 + 4 * rank).reshape(shape)
+    except (IndexError, KeyError, ValueError) as error:
+        raise ValueError(f"{path.parent} is damaged: {path.name} is no IDX file of rank {rank}: {error}") from error
+    return torch.from_numpy(values.astype(dtype.newbyteorder("=")))
 
 
 def _load_cifar10(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]]:
-    root = Path(config.root)
-    packed = root / datasets.CIFAR10.filename
-    with tempfile.TemporaryDirectory() as scratch:
-        if not (root / datasets.CIFAR10.base_folder).exists():
-            if not packed.exists():
-                _download(lambda: datasets.CIFAR10(root, download=True), root, [packed.name])
-            elif not check_integrity(str(packed), datasets.CIFAR10.tgz_md5):
-                raise ValueError(f"{packed} is damaged or not CIFAR-10: its md5 is not {datasets.CIFAR10.tgz_md5}")
-            else:
-                extract_archive(str(packed), scratch)
-                root = Path(scratch)
-        try:
-            loaded = [datasets.CIFAR10(root, train=train) for train in (True, False)]
-        except RuntimeError as error:
-            raise ValueError(f"{root / datasets.CIFAR10.base_folder} is damaged or not CIFAR-10: {error}") from error
-        classes = tuple(map(str.lower, loaded[0].classes))
-        return [
-            (torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets), classes) for part in loaded
-        ]
+    """torchvision reads unpacked files only; packed ones are unpacked in memory, so that a kill leaves none behind."""
+    kind, root = datasets.CIFAR10, Path(config.root)
+    folder, packed = root / kind.base_folder, root / kind.filename
+    if not (folder.exists() or packed.exists()):
+        _download(lambda: kind(root, download=True), root, [packed.name])
+    if folder.exists():
+        content = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    elif check_integrity(str(packed), kind.tgz_md5):
+        with tarfile.open(packed) as archive:
+            content = {Path(entry.name).name: archive.extractfile(entry).read() for entry in archive if entry.isreg()}
+    else:
+        raise ValueError(f"{packed} is damaged or not CIFAR-10: its md5 is not {kind.tgz_md5}")
+    read = {}
+    for name, md5 in (*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])):
+        if hashlib.md5(content.get(name, b""), usedforsecurity=False).hexdigest() != md5:
+            raise ValueError(f"{folder} is damaged or not CIFAR-10: the md5 of {name} is not {md5}")
+        read[name] = _ArrayUnpickler(io.BytesIO(content[name]), encoding="latin1").load()
+    classes = tuple(map(str.lower, read[kind.meta["filename"]][kind.meta["key"]]))
+    parts = [[read[name] for name, _ in listed] for listed in (kind.train_list, kind.test_list)]
+    return [
+        (
+            torch.from_numpy(np.concatenate([batch["data"] for batch in part])).view(-1, 3, 32, 32),
+            torch.tensor([label for batch in part for label in batch["labels"]]),
+            classes,
+        )
+        for part in parts
+    ]
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Calls nothing but what makes an array of NumPy."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and only arrays are read")
 
 
 def _download(download, folder: Path, files: list[str]) -> None:

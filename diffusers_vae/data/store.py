@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..images import LARGE, Header, read_header, read_image
-from ..untrusted import open_regular
+from ..untrusted import open_beside_others
 from ..values import FileKind, ValueRange, read_kind, read_values
 from .files import Member
 
@@ -148,6 +148,7 @@ class FileStore(EncodedStore):
     def __init__(self, root: Path, paths: Sequence[Path], members: Mapping[str, Member]):
         self.root, self.paths = root, paths
         self.members = {str(path): members[str(path)] for path in paths if str(path) in members}
+        self.sizes = np.full(len(paths), -1)
 
     def name(self, row: int) -> str:
         return str(self.paths[row])
@@ -159,15 +160,25 @@ class FileStore(EncodedStore):
         return f"{self.key(row)}\0{self.size(row)}\0".encode(errors="surrogateescape")
 
     def size(self, row: int) -> int:
+        """Bytes, as stored when they were first asked for, so that the set keeps its fingerprint when a file is deleted
+        later; 0 of one that was missing then.
+        """
         member = self._member(row)
-        return self.paths[row].stat().st_size if member is None else member.size
+        if member is not None:
+            return member.size
+        if self.sizes[row] < 0:
+            try:
+                self.sizes[row] = self.paths[row].stat().st_size
+            except FileNotFoundError:
+                self.sizes[row] = 0
+        return int(self.sizes[row])
 
     def content(self, row: int) -> bytes:
         member = self._member(row)
         try:
             if member is not None:
                 return member.read()
-            with open_regular(self.paths[row]) as file:
+            with open_beside_others(self.paths[row]) as file:
                 return file.read()
         except ValueError as error:
             raise ValueError(f"cannot read the image {self.paths[row]}: {error}") from error
@@ -175,7 +186,7 @@ class FileStore(EncodedStore):
     def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
         member = self._member(row)
         if member is None:
-            return partial(open_regular, self.paths[row])
+            return partial(open_beside_others, self.paths[row])
         return (lambda: io.BytesIO(member.read())) if whole else member.open
 
     def is_raw(self, row: int, config: DataConfig) -> bool:
