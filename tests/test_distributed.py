@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_torch_version
 from safetensors.torch import load_file
+from support.files import paths_of
 from support.launches import Launch, command, run_forked
 from support.runs import (
     CONFIGS,
@@ -37,7 +39,7 @@ from support.runs import (
     whole,
 )
 
-from diffusers_vae.data import DataConfig, load_data
+from diffusers_vae.data import DataConfig, epoch_batches, load_data
 from diffusers_vae.evaluation import EvaluationConfig, evaluate
 from diffusers_vae.latents import measure_latents
 from diffusers_vae.loop import FSDP2_TORCH, OptimizerConfig, run_task
@@ -309,6 +311,24 @@ class TestFailure:
         launch = Launch(partial(fit, config, 0), tmp_path / "log", processes=2)
         assert launch.wait() == [1, 1]
         assert launch.output().count(f"ValueError: cannot read the image {victim}") == 1, launch.output()
+
+    def test_a_process_without_an_image_takes_part_and_a_step_without_any_stops_all(self, cifar_folder, tmp_path):
+        folder = tmp_path / "images"
+        shutil.copytree(cifar_folder / "test" / "ship", folder)
+        data = DataConfig(
+            name="folder", root=str(folder), channels=3, resolution=8, on_bad_image="skip", num_workers=0
+        )  # fmt: skip
+        images, _ = load_data(data, memory_limit=0)
+        first, second = islice(epoch_batches(len(images), 4, 0, 0), 2)
+        for index in (*first[0].indices[2:], *second[0].indices):  # in the first step those of the second process
+            path = paths_of(images)[index]
+            path.write_bytes(path.read_bytes()[:700])
+        config = tiny(tmp_path / "run", TINY_VAE, batch_size=4, max_images=12, checkpoint_every=1, log_every=4)
+        launch = Launch(partial(fit, dataclasses.replace(config, data=data), 0), tmp_path / "log", processes=2)
+        assert launch.wait() == [1, 1]
+        assert launch.output().count("ValueError: training stopped: no image of step 2 can be read") == 2
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["images-000000000004"]
+        assert [record["loss"] > 0 for record in records(tmp_path / "run", "train")] == [True]
 
 
 def test_dry_run_of_two_processes_runs_every_phase_and_keeps_nothing(tmp_path):
