@@ -28,7 +28,7 @@ from .objective import VAEObjective
 from .perceptual import LPIPS, InceptionFeatures
 from .precision import PrecisionReport, measure_precision
 from .processes import gather_parts, process_share
-from .untrusted import read_text
+from .untrusted import check_type, read_text
 from .values import ValueRange
 
 PACKAGES = (
@@ -261,12 +261,16 @@ class EvaluationReport:
             values = json.loads(text)
             if values.pop("format") != FORMAT:
                 raise ValueError(f"no evaluation report of format {FORMAT}")
+            check_type(values, cls, "report")
+            pairs = values["model"]["latent_shape"], values["protocol"]["resolution"], *values["intervals"].values()
+            if any(len(pair) != (3 if place == 0 else 2) for place, pair in enumerate(pairs)):
+                raise ValueError("a latent_shape must have 3 entries, a resolution and intervals 2 each")
             kinds = (LatentSummary, PosteriorHealth, ModelSummary, Protocol)
             parts = dict(zip(("latents", "posterior", "model", "protocol"), kinds, strict=True))
             later = {"fp16": PrecisionReport, "fine_tuning": FineTuning}  # which reports of older versions lack
             parts |= {name: kind for name, kind in later.items() if values.get(name) is not None}
             return cls(**values | {name: kind(**values[name]) for name, kind in parts.items()})
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError) as error:
             raise ValueError(f"no evaluation report: {error}") from error
 
 

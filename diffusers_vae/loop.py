@@ -224,8 +224,6 @@ class Task(Protocol):
 
     config: Settings
     """With the sections `run` and `optimizer`."""
-    results: tuple[str, ...]
-    """Files and folders that the finished run leaves, evaluation.json last."""
     terms: tuple[str, ...]
     """Names of `StepTerms.per_image`."""
     advice: str
@@ -242,7 +240,7 @@ class Task(Protocol):
     """After `load`: how many images there are to train on; of a dry run, too, whose set may have fewer."""
 
     def finished(self) -> RunResult:
-        """Of the finished run in output_dir; ValueError when evaluation.json cannot be read."""
+        """Of the finished run in output_dir; ValueError naming what it has left that is missing or damaged."""
         ...
 
     def load(self, accelerator: Accelerator) -> None:
@@ -388,10 +386,10 @@ def _precision(task: Task) -> str:
 def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool) -> RunResult | None:
     config = task.config
     run, output_dir = config.run, Path(config.run.output_dir)
-    checkpoint, finished = on_main(partial(_find, task))
-    if finished:
+    checkpoint, result = on_main(partial(_find, task))
+    if result:
         logger.info("%s holds this run, finished", run.output_dir)
-        return task.finished() if accelerator.is_main_process else None
+        return result if accelerator.is_main_process else None
     if checkpoint and accelerator.is_main_process:
         logger.info("continuing from %s", checkpoint)
     task.load(accelerator)
@@ -624,8 +622,8 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool) -
     )
 
 
-def _find(task: Task) -> tuple[Path | None, bool]:
-    return find_run(task.config, task.results, task.finished, task.build if task.builds_at_once else None)
+def _find(task: Task) -> tuple[Path | None, RunResult | None]:
+    return find_run(task.config, task.finished, task.build if task.builds_at_once else None)
 
 
 def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:

@@ -7,12 +7,13 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .checkpoint import check_fits, find_checkpoint, tidy
@@ -21,6 +22,7 @@ from .settings import Settings, differences, other_sections
 from .storage import append_text, delete_file, make_folder, naming, sync, whole_file, write_file
 from .untrusted import read_json
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -40,21 +42,19 @@ FILES = (
 
 
 def find_run(
-    config: Settings,
-    results: tuple[str, ...],
-    readable: Callable[[], object],
-    build: Callable[[], nn.Module] | None,
-) -> tuple[Path | None, bool]:
-    """The newest whole checkpoint in the output_dir, and whether the run is finished. Nothing is changed.
+    config: Settings, finished: Callable[[], T], build: Callable[[], nn.Module] | None
+) -> tuple[Path | None, T | None]:
+    """The newest whole checkpoint in the output_dir, and the result of the run if it is finished. Nothing is changed.
 
     Args:
         config: of the run.
-        results: names of what a finished run leaves.
-        readable: raises ValueError when evaluation.json, which is written last, cannot be read.
+        finished: returns the result of a run with an evaluation.json, which is written last; raises ValueError when
+            something that the run leaves is missing or damaged.
         build: the model that the run trains, if settings alone decide which it is.
 
     Raises:
-        FileExistsError: when the folder is another run's, or holds what a new run would overwrite.
+        FileExistsError: when the folder is another run's, holds what a new run would overwrite, or is a finished run's
+            that has lost results and the checkpoint from which to make them again.
         ValueError: when there are checkpoints, but none that is whole, or it is of another model.
     """
     output_dir = Path(config.run.output_dir)
@@ -68,34 +68,62 @@ def find_run(
                 f"run.output_dir holds files that a run would overwrite, and no config.yaml that says whose they are: "
                 f"{', '.join(found)} in {output_dir.resolve()}. Choose another run.output_dir or move them away"
             )
-        return None, False
+        return None, None
     stated, missing = other_sections((checkpoint or output_dir) / "config.yaml", config)
     if min(len(stated), len(missing)) > 1:
         raise FileExistsError(
             f"run.output_dir holds a run of something else, with the settings {', '.join(stated)}, and not "
             f"{', '.join(missing)}: {output_dir.resolve()}. Choose another run.output_dir"
         )
-    if all((output_dir / name).exists() for name in results) and config_file.exists():
+    if (output_dir / "evaluation.json").exists():
         try:
-            readable()
-            whole = True
+            check_whole(output_dir, ["config.yaml"])
+            if not differences(config_file, config):
+                return checkpoint, finished()
         except ValueError as error:
-            logger.warning("evaluation.json cannot be read (%s); the end of the run is done again", error)
-            whole = False
-        if whole and not differences(config_file, config):
-            return checkpoint, True
+            if not checkpoint:
+                raise FileExistsError(
+                    f"run.output_dir holds a finished run that is not whole, and no checkpoint from which to make its "
+                    f"results again: {error}. Put that back, or a folder of {output_dir / 'checkpoints'}; or choose "
+                    "another run.output_dir"
+                ) from error
+            logger.warning("the run is finished, but not whole: %s. Its end is done again", error)
     _refuse_changes(config, "settings", differences((checkpoint or output_dir) / "config.yaml", config))
     if checkpoint:
         if build is not None:
             with torch.device("meta"):
                 check_fits(checkpoint, build())
-        return checkpoint, False
+        return checkpoint, None
     if found := [name for name in RESULTS if (output_dir / name).exists()]:
         raise FileExistsError(
             f"run.output_dir holds results, {', '.join(found)}, and no checkpoint from which to continue: "
             f"{output_dir.resolve()}. Choose another run.output_dir or move them away"
         )
-    return None, False
+    return None, None
+
+
+def check_whole(folder: Path, names: Iterable[str]) -> None:
+    """Raise ValueError naming the first of these files in `folder` that is missing, empty, cut off or not what its
+    suffix says.
+    """
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        try:
+            if not path.stat().st_size:
+                raise ValueError("it is empty")
+            if path.suffix == ".png":
+                with Image.open(path) as picture:
+                    picture.verify()  # the checksums of all its parts
+            elif path.suffix == ".json":
+                read_json(path)
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix == ".html" and not path.read_bytes().rstrip().endswith(b"</html>"):
+                raise ValueError("its end is missing")
+        except (OSError, SafetensorError, SyntaxError, ValueError) as error:  # Pillow's own is a SyntaxError
+            raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _refuse_changes(config: Settings, what: str, differing: list[str]) -> None:

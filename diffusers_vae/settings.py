@@ -71,9 +71,14 @@ def config_of_run(source: str) -> Path | None:
 
 
 def begun_with(output_dir: str, section: str, name: str) -> Any:
-    """The setting `name` of the run that output_dir holds; None if it holds none."""
-    with suppress(OSError, ValueError):  # what is wrong with it is reported when the run is looked for
-        return read_settings(Path(output_dir) / "config.yaml", section)[section].get(name)
+    """The setting `name` of the run that output_dir holds; None if it holds none. Where its config.yaml cannot be read,
+    that of a checkpoint counts.
+    """
+    folder = Path(output_dir)
+    for path in (folder, *sorted(folder.glob("checkpoints/images-*"), reverse=True)):
+        with suppress(OSError, ValueError):  # what is wrong with it is reported when the run is looked for
+            return read_settings(path / "config.yaml", section)[section].get(name)
+    return None
 
 
 def other_sections(path: Path, config: Settings) -> tuple[list[str], list[str]]:

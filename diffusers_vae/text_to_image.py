@@ -38,11 +38,11 @@ from .models import VAE, encode, load_autoencoder, weights_hash
 from .pictures import loss_picture, prompt_picture
 from .pipelines import latent_scaling
 from .processes import on_main
-from .run_folder import Log
+from .run_folder import Log, check_whole
 from .settings import Settings, config_of_run, read_settings
-from .storage import whole_folder, write_file
+from .storage import described, whole_folder, write_file
 from .tokenizer import caption_tokenizer
-from .untrusted import read_json
+from .untrusted import check_type, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -338,7 +338,6 @@ def captions_of(
 class TextToImageTask(Task):
     """Training of denoiser and text encoder on latents, for the loop."""
 
-    results = ("pipeline", "evaluation.json")
     terms = ("error",)
     advice = (
         "More stable are a lower optimizer.learning_rate, a longer optimizer.warmup_images or a lower "
@@ -354,13 +353,14 @@ class TextToImageTask(Task):
 
     def finished(self) -> TextToImageResult:
         path = Path(self.config.run.output_dir) / "evaluation.json"
+        evaluation = read_json(path)
+        check_type(evaluation, EVALUATION, str(path))
+        check_type(evaluation.get("pipeline", {}), dict[str, str], f"{path}.pipeline")
+        check_whole(path.parent, ["metrics.jsonl", "pictures/prompts.png", "pictures/loss.png"])
+        _check_pipeline(path.parent / "pipeline", evaluation.get("pipeline", {}))
+        result = self._result(evaluation)
         try:
-            evaluation = read_json(path)
-            result, weights = self._result(evaluation), evaluation["autoencoder"]["weights_sha256"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not of a text-to-image run: {error!r} is missing") from error
-        try:
-            same = weights_hash(_load_vae(self.config)) == weights
+            same = weights_hash(_load_vae(self.config)) == evaluation["autoencoder"]["weights_sha256"]
         except OSError as error:
             logger.warning("the autoencoder cannot be loaded, and may be another now: %s", error)
             return result
@@ -606,9 +606,10 @@ class TextToImageTask(Task):
 
     def finish(self, model: TextToImage, log: Log, progress: dict[str, int]) -> TextToImageResult:
         output_dir = Path(self.config.run.output_dir)
+        saved = output_dir / "pipeline"
 
         def save() -> None:
-            with whole_folder(output_dir / "pipeline") as folder:
+            with whole_folder(saved) as folder:
                 pipeline = self.pipeline(model)
                 pipeline.save_pretrained(folder)
                 for_transformers_4(pipeline, folder)
@@ -621,6 +622,7 @@ class TextToImageTask(Task):
             "latent_shape": list(self.train_set.latents.latent_shape),
             "autoencoder": {"source": self.config.vae.source, "weights_sha256": self.train_set.latents.weights_hash},
             "progress": progress,
+            "pipeline": on_main(lambda: {name: described(path)["sha256"] for name, path in _files(saved).items()}),
         }
         on_main(
             lambda: write_file(output_dir / "evaluation.json", json.dumps(evaluation, indent=2) + "\n"),
@@ -645,6 +647,30 @@ class TextToImageTask(Task):
         latents = replace(config.latents, folder=None)
         config = replace(config, run=few_steps(config.run, folder), sampling=sampling, latents=latents)
         return TextToImageTask(config, 2 * config.run.batch_size)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """All files in a folder by their path in it."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _check_pipeline(folder: Path, written: dict[str, str]) -> None:
+    """Raise ValueError naming a file of the pipeline in `folder` that is missing or damaged: weights by the SHA-256 of
+    all files as they were written, which a run of an older version does not know; settings may be others.
+    """
+    check_whole(folder, written or ["model_index.json", *_files(folder)])
+    for name in (name for name in written if name.endswith(".safetensors")):
+        if (found := described(folder / name)["sha256"]) != written[name]:
+            raise ValueError(f"{folder / name} must have the SHA-256 {written[name]}, as it was written, got {found}")
+
+
+EVALUATION = {
+    "heldout": {"error": float},
+    "parameters": int,
+    "latent_shape": list[int],
+    "autoencoder": {"weights_sha256": str},
+}
+"""What is read of evaluation.json."""
 
 
 def _warn_of_another_fit(config: TextToImageConfig) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from .adversarial import AdversarialConfig, Adversary, PatchDiscriminator
 from .checkpoint import Discriminator
 from .data import DataConfig, ImageSet, ReadImages, StoredImages, TrainingSet, load_data
 from .evaluation import EvaluationConfig, EvaluationReport, FineTuning, compare, evaluate, load_judges, read_report
-from .hub import HubConfig, check_value_range, write_card
+from .hub import ADAPTER, HubConfig, check_value_range, write_card
 from .images import to_model_range
 from .latent_cache import LatentDataset, matching_latents
 from .latents import measure_latents
@@ -42,7 +43,7 @@ from .objective import START_SCALE, ObjectiveConfig, TrainingObjective, VAEObjec
 from .perceptual import PerceptualLoss
 from .processes import on_main
 from .report import SETTINGS, draw_report, report_html
-from .run_folder import Log
+from .run_folder import Log, check_whole
 from .settings import Settings, begun_with
 from .storage import whole_folder, write_file
 from .values import ValueRange
@@ -273,7 +274,6 @@ def _saved(model: nn.Module) -> VAE | MLPVAE:
 class AutoencoderTask(Task):
     """Training of a KL autoencoder, for the loop."""
 
-    results = ("model", "evaluation.json")
     advice = STABLER
     builds_at_once = True
 
@@ -288,9 +288,25 @@ class AutoencoderTask(Task):
         self.terms += ("generator", "discriminator") if config.adversarial.weight else ()
 
     def finished(self) -> TrainResult:
-        report = read_report(Path(self.config.run.output_dir) / "evaluation.json")
-        with torch.device("meta"):
-            return self._result(report, self.build())
+        output_dir = Path(self.config.run.output_dir)
+        report = read_report(output_dir / "evaluation.json")
+        check_whole(output_dir, ["report.html", "README.md", "evaluation.csv", "metrics.jsonl"])
+        pictures = re.findall(r'<figure id="(\w+)">', (output_dir / "report.html").read_text(encoding="utf-8"))
+        check_whole(output_dir / "pictures", (f"{name}.png" for name in pictures))
+        if self.config.model.lora_rank:
+            check_whole(output_dir / "lora", [ADAPTER])
+        try:
+            model = load_autoencoder(str(output_dir / "model"))
+            stated = ValueRange.load(output_dir / "model")
+        except OSError as error:
+            raise ValueError(str(error)) from error
+        if (found := weights_hash(model)) != (measured := report.model.weights_sha256):
+            raise ValueError(
+                f"{output_dir / 'model'} must hold the weights that were measured, SHA-256 {measured}, got {found}"
+            )
+        if stated != (self.config.data.value_range and ValueRange(*self.config.data.value_range)):
+            raise ValueError(f"{output_dir / 'model'} must state data.value_range, got {stated}")
+        return self._result(report, model)
 
     def load(self, accelerator: Accelerator) -> None:
         config = self.config

@@ -8,9 +8,12 @@ import json
 import os
 import re
 import stat
+import sys
 import warnings
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import NoneType, UnionType
+from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -148,6 +151,51 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged: its JSON is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged, no JSON: {error}") from error
+
+
+def check_type(value: Any, kind: Any, name: str) -> None:
+    """Raise ValueError when a value from JSON, called `name`, is not of the type `kind`, or is not finite.
+
+    Args:
+        value: as `read_json` gives it.
+        kind: a type as in annotations (`list[int]`, `str | None`, ...), a dataclass, a dict with the type of
+            each key, or a list of the type of all items. Fields without a default, and keys, must be there; others may be.
+        name: of the value, for the error.
+    """
+    origin, parts = (list, kind) if isinstance(kind, list) else (get_origin(kind), get_args(kind))
+    if isinstance(kind, dict) or is_dataclass(kind):
+        check_type(value, dict, name)
+        kinds = kind if isinstance(kind, dict) else get_type_hints(kind)
+        optional = [] if kinds is kind else [field.name for field in fields(kind) if _has_default(field)]
+        for key, part in kinds.items():
+            if key in value:
+                check_type(value[key], part, f"{name}.{key}")
+            elif key not in optional:
+                raise ValueError(f"{name} lacks {key}")
+    elif origin in (list, dict):
+        check_type(value, origin, name)
+        for key, item in value.items() if origin is dict else enumerate(value):
+            check_type(item, parts[-1], f"{name}[{key}]")
+    elif origin in (Union, UnionType):
+        if value is not None:
+            check_type(value, next(part for part in parts if part is not NoneType), name)
+    elif origin is Literal:
+        if value not in parts:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, parts))}, got {value!r:.60}")
+    elif (isinstance(value, bool) and kind is not bool) or not isinstance(
+        value, (int, float) if kind is float else kind
+    ):
+        raise ValueError(f"{name} must be of the type {NAMES.get(kind, kind.__name__)}, got {value!r:.60}")
+    elif kind is float and not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name} must be a finite number, got {value!r:.60}")
+
+
+def _has_default(field: Field) -> bool:
+    return field.default is not MISSING or field.default_factory is not MISSING
+
+
+NAMES = {dict: "object", list: "array", str: "string", float: "number", int: "integer", bool: "boolean"}
+"""What JSON calls types of Python."""
 
 
 def read_yaml(path: Path) -> Any:

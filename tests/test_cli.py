@@ -556,6 +556,35 @@ class TestOthers:
             code, _, error = call(capsys, *words)
             assert code == 1 and error.count("\n") == 1 and str(tmp_path / "run" / name) in error, (words, error)
 
+    @pytest.mark.parametrize(
+        ("place", "value", "message"),
+        [
+            (["psnr"], "high", "report.psnr must be of the type number, got 'high'"),
+            (["psnr"], None, "report.psnr must be of the type number, got None"),
+            (["model"], [], "report.model must be of the type object"),
+            (["model", "latent_shape"], 4, "report.model.latent_shape must be of the type array"),
+            (["model", "latent_shape"], [4, 4], "a latent_shape must have 3 entries"),
+            (["intervals", "psnr"], ["a", "b"], "report.intervals[psnr][0] must be of the type number"),
+            (["posterior", "rate_per_channel"], {}, "report.posterior.rate_per_channel must be of the type array"),
+            (["images"], 1.5, "report.images must be of the type integer, got 1.5"),
+        ],
+    )
+    def test_wrong_types_in_a_report_are_named(self, place, value, message, run, capsys, tmp_path):
+        """In one line, by all that read it."""
+        shutil.copytree(run, tmp_path / "run")
+        path = tmp_path / "run" / "evaluation.json"
+        report = json.loads(path.read_text())
+        *outer, last = place
+        part = report
+        for key in outer:
+            part = part[key]
+        part[last] = value
+        path.write_text(json.dumps(report))
+        for words in (["info", tmp_path / "run"], ["push", tmp_path / "run", "me/model"]):
+            code, _, error = call(capsys, *words)
+            assert code == 1 and error.count("\n") == 1, error
+            assert f"{path} is damaged" in error and message in error, error
+
     @pytest.mark.slow
     def test_settings_of_the_hub_are_those_of_the_run(self, hub, run, capsys, tmp_path):
         shutil.copytree(run, tmp_path / "run")

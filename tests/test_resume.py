@@ -202,7 +202,7 @@ class TestFinishedRun:
         path.write_text(text)
         result = run_task(Unmeasured(run))
         assert result.train_images == 1617  # not known of a run that had finished before
-        assert "evaluation.json cannot be read" in caplog.text
+        assert "evaluation.json is damaged" in caplog.text
 
     @pytest.mark.slow
     def test_evaluation_that_was_cut_off_is_made_again(self, run, finished_mlp_run):

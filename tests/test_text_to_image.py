@@ -191,6 +191,39 @@ class TestRun:
         again = run_task(TextToImageTask(at(config, output_dir)))
         assert again.heldout_error == result.heldout_error and again.parameters == result.parameters
 
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("pipeline/unet/diffusion_pytorch_model.safetensors", b"x"),
+            ("pipeline/text_encoder/model.safetensors", None),
+            ("pipeline/vae/config.json", b"{"),
+            ("pipeline/scheduler/scheduler_config.json", None),
+            ("pipeline/model_index.json", b""),
+            ("pipeline/tokenizer/merges.txt", None),
+            ("pictures/prompts.png", b"\x89PNG"),
+            ("evaluation.json", b"{}"),
+            ("evaluation.json", b'{"heldout": {"error": "low"}}'),
+        ],
+    )
+    def test_finished_run_that_is_not_whole_needs_a_checkpoint(self, name, content, finished, tmp_path):
+        config, result = finished
+        output_dir = copied(result.output_dir, tmp_path / "run")
+        shutil.rmtree(output_dir / "checkpoints")
+        (output_dir / name).unlink()
+        if content is not None:
+            (output_dir / name).write_bytes(content)
+        with pytest.raises(FileExistsError, match=rf"finished run that is not whole, .*{output_dir / name}"):
+            run_task(TextToImageTask(at(config, output_dir)))
+
+    def test_finished_run_whose_weights_were_changed_is_whole_again(self, finished, tmp_path):
+        config, result = finished
+        output_dir = copied(result.output_dir, tmp_path / "run")
+        weights = output_dir / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        run_task(TextToImageTask(at(config, output_dir)))
+        assert left_behind(output_dir) == left_behind(result.output_dir)
+
     def test_dry_run_leaves_nothing(self, vae, tmp_path):
         result, same, seconds = dry_run(TextToImageTask(tiny(tmp_path / "run", vae, max_images=None)))
         assert same and result.parameters > 0 and not (tmp_path / "run").exists()

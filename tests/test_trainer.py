@@ -116,6 +116,81 @@ class TestRun:
         assert (finished_mlp_run / "pictures" / "manifold.png").exists()
 
 
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+DAMAGE = [
+    ("model/diffusion_pytorch_model.safetensors", lambda content: b"x"),
+    ("model/diffusion_pytorch_model.safetensors", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+    ("model/config.json", None),
+    ("model/config.json", lambda content: b"{"),
+    ("report.html", None),
+    ("report.html", cut),
+    ("README.md", None),
+    ("README.md", lambda content: b""),
+    ("pictures/loss.png", None),
+    ("pictures/manifold.png", cut),
+    ("evaluation.csv", None),
+    ("evaluation.json", cut),
+    ("evaluation.json", lambda content: content.replace(b'"psnr": ', b'"psnr": "high", "was": ')),
+    ("config.yaml", lambda content: b"run: ["),
+]
+"""What can happen to a file of a finished run: it is gone (None), or has other content."""
+
+
+def damaged(*which):
+    """Parameters of a test: some of `DAMAGE`."""
+    return pytest.mark.parametrize(("name", "damage"), [DAMAGE[number] for number in which])
+
+
+class TestFinishedRunThatIsNotWhole:
+    @pytest.fixture
+    def run(self, name, damage, finished_mlp_run, tmp_path):
+        """A copy of a finished run, with damage."""
+        run = shutil.copytree(finished_mlp_run, tmp_path / finished_mlp_run.name)  # by which the model is called
+        path = run / name
+        content = path.read_bytes()
+        path.unlink()
+        if damage:
+            path.write_bytes(damage(content))
+        return run
+
+    @pytest.mark.slow
+    @damaged(0, 1, 5, 9, 12, 13)
+    def test_its_end_is_done_again_from_the_last_checkpoint(self, name, damage, run, finished_mlp_run, caplog):
+        result = train(tiny(run))
+        assert left_behind(run) == left_behind(finished_mlp_run)
+        assert yaml.safe_load((run / "config.yaml").read_text())["run"]["seed"] == 0
+        assert "not whole" in caplog.text and result.train_images
+
+    @damaged(*range(len(DAMAGE)))
+    def test_without_a_checkpoint_it_is_refused_with_what_is_wrong(self, name, damage, run):
+        shutil.rmtree(run / "checkpoints")
+        before = left_behind(run)
+        with pytest.raises(FileExistsError, match=r"finished run that is not whole, .* Put that back") as error:
+            train(tiny(run))
+        assert str(run / Path(name).parts[0]) in str(error.value) and left_behind(run) == before
+
+
+@pytest.mark.slow
+def test_finished_run_without_its_model_or_config_is_whole_again(finished_mlp_run, tmp_path):
+    run = shutil.copytree(finished_mlp_run, tmp_path / finished_mlp_run.name)
+    shutil.rmtree(run / "model")
+    (run / "config.yaml").unlink()
+    train(tiny(run))
+    assert left_behind(run) == left_behind(finished_mlp_run)
+    assert (run / "config.yaml").exists()
+
+
+def test_finished_run_that_is_whole_stays_as_it_is_without_a_checkpoint_too(finished_mlp_run, tmp_path):
+    shutil.copytree(finished_mlp_run, tmp_path / "run", copy_function=shutil.copyfile)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != ".lock"}
+    assert train(tiny(tmp_path / "run")).train_images is None
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
 def test_model_is_evaluated_at_each_interval_but_the_last(tmp_path):
     """At the end of the run it is evaluated by `finish`."""
     evaluated = []

@@ -4,12 +4,22 @@ import os
 import pickle
 import socket
 import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
-from diffusers_vae.untrusted import MAX_NODES, load_pickle, open_regular, read_json, read_text, read_yaml
+from diffusers_vae.untrusted import (
+    MAX_NODES,
+    check_type,
+    load_pickle,
+    open_regular,
+    read_json,
+    read_text,
+    read_yaml,
+)
 
 
 class Harm:
@@ -86,6 +96,41 @@ class TestJson:
         path = written(text)
         with pytest.raises(ValueError, match=rf"{path} is damaged.*{message}"):
             read_json(path)
+
+
+@dataclass
+class Point:
+    x: float
+    names: list[str]
+    inner: "Point | None" = None
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+class TestTypes:
+    def test_values_of_the_type(self):
+        for value in ({"x": 1, "names": []}, {"x": 0.5, "names": ["a"], "inner": {"x": -1e9, "names": []}}):
+            check_type(value | {"sizes": {"a": 1}, "more": []}, Point, "file")
+        check_type({"a": [{"b": None}], "c": "x"}, {"a": [{"b": int | None}], "c": Literal["x", "y"]}, "file")
+
+    @pytest.mark.parametrize(
+        ("value", "kind", "message"),
+        [
+            ([], Point, "^file must be of the type object, got"),
+            ({"names": []}, Point, "^file lacks x"),
+            ({"x": "1", "names": [], "sizes": {}}, Point, r"^file\.x must be of the type number, got '1'"),
+            ({"x": True, "names": [], "sizes": {}}, Point, r"^file\.x must be of the type number, got True"),
+            ({"x": float("nan"), "names": [], "sizes": {}}, Point, r"^file\.x must be a finite number, got nan"),
+            ({"x": 10**400, "names": [], "sizes": {}}, Point, r"^file\.x must be a finite number, got 1000"),
+            ({"x": 1, "names": "a", "sizes": {}}, Point, r"^file\.names must be of the type array, got 'a'"),
+            ({"x": 1, "names": ["a", 2], "sizes": {}}, Point, r"^file\.names\[1\] must be of the type string, got 2"),
+            ({"x": 1, "names": [], "inner": 3, "sizes": {}}, Point, r"^file\.inner must be of the type object, got 3"),
+            ({"x": 1, "names": [], "sizes": {"a": 1.5}}, Point, r"^file\.sizes\[a\] must be of the type integer"),
+            ({"a": []}, {"a": Literal["x", "y"]}, r"^file\.a must be one of x, y, got \[\]"),
+        ],
+    )
+    def test_others_are_named(self, value, kind, message):
+        with pytest.raises(ValueError, match=message):
+            check_type(value, kind, "file")
 
 
 class TestYaml:
