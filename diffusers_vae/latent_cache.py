@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -29,11 +31,13 @@ from .latents import draw
 from .models import VAE, encode, fast_dtype, for_inference, several_at_once, weights_hash
 from .processes import gather_parts, on_main, only_user_of, process_share, sendable
 from .storage import delete_file, described, digest_of, naming, save_tensors, whole_file, write_file
-from .untrusted import read_json
+from .untrusted import check_type, read_json
 
 if TYPE_CHECKING:
     import datasets
 
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 COMPUTED = ("compute_dtype", "float32")
@@ -43,11 +47,40 @@ HEADER = "latent_cache"
 """Key in a shard's header; one alone, since safetensors writes several in a random order."""
 Kind = Literal["posterior", "sample", "mode"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+IDENTITY = {
+    "format": int,
+    "kind": Kind,
+    "dtype": Literal[tuple(DTYPES)],
+    "shard_images": int,
+    "vae": {"weights_hash": str, "config": dict},
+    "data": {
+        "fingerprint": str,
+        "images": int,
+        "image_shape": list[int],
+        "resize": str | None,
+        "labels": str | None,
+        "captions": str | None,
+    },
+}
+"""What is read of what a cache was computed from."""
+CONTENT = {
+    "cache": IDENTITY,
+    "data": str,
+    "images": int,
+    "latent_shape": list[int],
+    "classes": list[str] | None,
+    "shards": [{"rows": int, "bytes": int, "sha256": str}],
+}
+"""Of index.json."""
+VERIFIED_AT_ONCE = 2**30
+"""Bytes of a cache that is verified before it is trained on; a larger one is while it is."""
 LISTED = 20
 CPU_VALUES, DEVICE_VALUES = 2**21, 2**29
 """Of the first feature map of a forward: such as stay in a CPU's caches, and such as fill a GPU within its memory."""
 AT_ONCE = 8 * CPU_VALUES
 """Of those of all forwards that a CPU does at a time."""
+CHECKED = 256
+"""Rows that are looked at together, for values that are not finite."""
 GATHERED = 16
 """Batches after which latents leave the device, and after which processes hear of each other: both make it wait."""
 
@@ -143,8 +176,8 @@ def encode_images(
 def _compute_dtype(vae: ModelMixin, folder: Path) -> torch.dtype:
     """In which the latents in `folder` were begun, or, if none were, in which they are to be computed by default."""
     for path in sorted(folder.glob("shard-*.safetensors")):
-        if header := _header(path):
-            return getattr(torch, header["cache"].get(*COMPUTED))
+        if (header := _header(path)) and (dtype := DTYPES.get(str(header["cache"].get(*COMPUTED)))):
+            return dtype
     return fast_dtype(vae.device) if vae.dtype == torch.float32 else vae.dtype
 
 
@@ -425,11 +458,12 @@ def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
         index = read_json(path)
-        version = index["cache"]["format"]
-        if missing := {"cache", "images", "latent_shape", "classes", "shards"} - index.keys():
-            raise KeyError(*missing)
-        if index["images"] != sum(shard["rows"] for shard in index["shards"]):
-            raise ValueError("the number of images is not that of the shards' rows")
+        check_type(index, {"cache": {"format": int}}, "index")
+        if index["cache"]["format"] <= FORMAT:
+            check_type(index, CONTENT, "index")
+            check_type(index["cache"].get(*COMPUTED), IDENTITY["dtype"], f"index.cache.{COMPUTED[0]}")
+            if len(index["latent_shape"]) != 3 or index["images"] != sum(shard["rows"] for shard in index["shards"]):
+                raise ValueError("latent_shape must have 3 entries, and images be the sum of all rows")
     except FileNotFoundError as error:
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder.resolve()}") from error
@@ -438,9 +472,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{folder.resolve()} holds no latents that are complete: there is no {INDEX}, and {shards} shards. The "
             "same encode command goes on where it was interrupted"
         ) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no index of latents; delete it and encode again") from error
-    if version > FORMAT:
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or no index of latents ({error}); delete it and encode again") from error
+    if (version := index["cache"]["format"]) > FORMAT:
         raise ValueError(
             f"{path} is of format {version}, this version of diffusers_vae reads up to {FORMAT}; install a newer one"
         )
@@ -607,14 +641,27 @@ class LatentDataset(Dataset):
         return torch.cat([self._shard(number)[name] for number in range(len(self.index["shards"]))])
 
     def _shard(self, number: int) -> dict[str, torch.Tensor]:
-        """The tensors of a shard, mapped."""
-        if number not in self._open:
-            path = _shard(self.folder, number)
-            try:
-                self._open[number] = _tensors(path)
-            except (OSError, SafetensorError) as error:
-                raise OSError(f"cannot read {path.resolve()}: {error}") from error
+        """The tensors of a shard, mapped; ValueError when the file was cut short, since reading what is no longer there
+        would end the process.
+        """
+        path, shard = _shard(self.folder, number), self.index["shards"][number]
+        try:
+            if path.stat().st_size != shard["bytes"]:
+                self._refuse([path.name])
+            if number not in self._open:
+                tensors = _tensors(path)
+                shapes = {tuple(tensors[name].shape) if name in tensors else None for name in self._names}
+                if shapes != {(shard["rows"], *self.latent_shape)}:
+                    self._refuse([path.name])
+                self._open[number] = tensors
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"cannot read {path.resolve()}: {error}") from error
         return self._open[number]
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """Of the tensors that a shard has."""
+        return ("mean", "logvar") if self.kind == "posterior" else ("latents",)
 
     def _place(self, row: int) -> tuple[int, int]:
         """Shard of a row, and its place there."""
@@ -636,8 +683,7 @@ class LatentDataset(Dataset):
     def __getitem__(self, row: int) -> dict[str, Any]:
         number, place = self._place(int(row))
         shard = self._shard(number)
-        names = ("mean", "logvar") if self.kind == "posterior" else ("latents",)
-        item: dict[str, Any] = {name: shard[name][place].to(torch.float32, copy=True) for name in names}
+        item: dict[str, Any] = {name: shard[name][place].to(torch.float32, copy=True) for name in self._names}
         if "labels" in shard:
             item["label"] = shard["labels"][place].clone()
         if "captions" in shard:
@@ -677,14 +723,28 @@ class LatentDataset(Dataset):
             found[here] = self._shard(number)[name][torch.from_numpy(places[:, 1])[here]].float()
         return found
 
-    def verify(self) -> None:
-        """Read all shards again; ValueError naming those whose SHA-256 is not that of the index."""
-        changed = set(_changed(self.folder, self.index))
-        for number, shard in enumerate(self.index["shards"]):
-            path = _shard(self.folder, number)
-            if path.name not in changed and described(path)["sha256"] != shard["sha256"]:
-                changed.add(path.name)
-        self._refuse(sorted(changed))
+    def verify(self, shards: Iterable[int] | None = None) -> None:
+        """Read these shards again, by default all.
+
+        Raises:
+            OSError: when one cannot be read.
+            ValueError: naming those that are missing or whose SHA-256 is not that of the index, or the first with a
+                value that is not finite.
+        """
+        numbers = range(len(self.index["shards"])) if shards is None else list(shards)
+        changed = []
+        for number in numbers:
+            path, shard = _shard(self.folder, number), self.index["shards"][number]
+            if not path.is_file() or described(path) != {name: shard[name] for name in ("bytes", "sha256")}:
+                changed.append(path.name)
+        self._refuse(changed)
+        for number in numbers:
+            for name in self._names:
+                if not all(part.isfinite().all() for part in self._shard(number)[name].split(CHECKED)):
+                    raise ValueError(
+                        f"{_shard(self.folder, number).resolve()} holds a {name} that is not finite: delete the file, "
+                        "and the same encode command writes it again"
+                    )
 
     def to_datasets(self) -> datasets.Dataset:
         """The same rows as a Hugging Face `datasets.Dataset`: `mean` and `logvar`, or `latents`, as Array3D of float32,
@@ -697,8 +757,7 @@ class LatentDataset(Dataset):
             import datasets
         except ImportError as error:
             raise ImportError("this needs Hugging Face datasets: pip install datasets") from error
-        names = ("mean", "logvar") if self.kind == "posterior" else ("latents",)
-        features: dict[str, Any] = {name: datasets.Array3D(self.latent_shape, "float32") for name in names}
+        features: dict[str, Any] = {name: datasets.Array3D(self.latent_shape, "float32") for name in self._names}
         if self.cache["data"]["labels"] is not None:
             known = self.classes
             features["label"] = datasets.ClassLabel(names=list(known)) if known else datasets.Value("int64")
@@ -709,6 +768,48 @@ class LatentDataset(Dataset):
             features=datasets.Features(features),
             gen_kwargs={"folder": str(self.folder.resolve()), "fingerprint": self.fingerprint},
         )
+
+
+class Verification:
+    """The verification of latents that are trained on, by the main process: of up to `VERIFIED_AT_ONCE` bytes before
+    the first step, of more while training goes on. All processes must make one together.
+
+    Raises:
+        OSError, ValueError: on all processes, what `LatentDataset.verify` raises.
+    """
+
+    def __init__(self, latents: LatentDataset):
+        self._error: Exception | None = None
+        self._thread: Thread | None = None
+        if latents.bytes <= VERIFIED_AT_ONCE:
+            on_main(latents.verify)
+        elif process_share()[0] == 0:
+            # a process that is interrupted does not wait for it
+            self._thread = Thread(target=self._run, args=[latents], name="verify latents", daemon=True)
+            self._thread.start()
+
+    def _run(self, latents: LatentDataset) -> None:
+        try:
+            for number in range(len(latents.index["shards"])):
+                latents.verify([number])
+        except Exception as error:  # of any kind: it is raised where the latents are used
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what was found so far, on the main process."""
+        if self._error:
+            raise self._error
+
+    def finish(self) -> None:
+        """Wait for the end, and raise what was found on all processes."""
+
+        def wait() -> None:
+            if self._thread and self._thread.is_alive():
+                logger.info("waiting until all latents are verified")
+                self._thread.join()
+            self.check()
+
+        on_main(wait)
 
 
 def _generate(folder: str, fingerprint: str) -> Iterator[dict[str, Any]]:

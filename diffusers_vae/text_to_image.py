@@ -32,7 +32,7 @@ from .data import DataConfig, ImageSet, TrainingSet, image_batches, load_data
 from .diffusion import DiffusionConfig
 from .hub import check_value_range
 from .images import to_model_range
-from .latent_cache import INDEX, LatentDataset, encode_images, matching_latents
+from .latent_cache import INDEX, LatentDataset, Verification, encode_images, matching_latents
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps
 from .models import VAE, encode, load_autoencoder, weights_hash
 from .pictures import loss_picture, prompt_picture
@@ -394,6 +394,7 @@ class TextToImageTask(Task):
         self.scaling = latent_scaling("StableDiffusionPipeline", self.vae)
         self.vae.to(accelerator.device)
         self.train_set = EncodedImages(self._latents(images), images)
+        self.verification = Verification(self.train_set.latents)
         self.heldout_captions, means = [], []
         for _, indices, batch in image_batches(heldout, config.latents.batch_size, None, self.vae.device):
             self.heldout_captions += [texts[index] for index in indices]
@@ -510,6 +511,7 @@ class TextToImageTask(Task):
         }
 
     def step(self, model: nn.Module, read: _Asked, draws: dict[str, torch.Tensor]) -> StepTerms:
+        self.verification.check()
         device = draws["noise"].device
         noise = draws["posterior_noise"].cpu() if self.config.latents.sample_posterior else None
         scaled_latents = self.scaling.scale(self.train_set.latents.latents(read.indices, noise)).to(device)
@@ -607,6 +609,7 @@ class TextToImageTask(Task):
     def finish(self, model: TextToImage, log: Log, progress: dict[str, int]) -> TextToImageResult:
         output_dir = Path(self.config.run.output_dir)
         saved = output_dir / "pipeline"
+        self.verification.finish()
 
         def save() -> None:
             with whole_folder(saved) as folder:

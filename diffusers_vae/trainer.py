@@ -26,7 +26,7 @@ from .data import DataConfig, ImageSet, ReadImages, StoredImages, TrainingSet, l
 from .evaluation import EvaluationConfig, EvaluationReport, FineTuning, compare, evaluate, load_judges, read_report
 from .hub import ADAPTER, HubConfig, check_value_range, write_card
 from .images import to_model_range
-from .latent_cache import LatentDataset, matching_latents
+from .latent_cache import LatentDataset, Verification, matching_latents
 from .latents import measure_latents
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, run_task
 from .models import (
@@ -390,6 +390,7 @@ class AutoencoderTask(Task):
                     "encode with --kind posterior"
                 )
             self.train_set = EncodedImages(self.train_set, latents)
+            self.verification = Verification(latents)
 
     def data(self) -> dict[str, dict[str, Any]]:
         return {
@@ -453,6 +454,7 @@ class AutoencoderTask(Task):
         if before:
             noise = noise[..., : before.size[0], : before.size[1]]
         if isinstance(read, _Encoded):
+            self.verification.check()
             keywords["moments"] = read.moments.to(noise.device, non_blocking=True)
         images, reconstructions, terms, *log_scale = self._program(model, pixels, noise, before, after, **keywords)
         step = StepTerms(
@@ -617,6 +619,8 @@ class AutoencoderTask(Task):
         """
         config, output_dir = self.config, Path(self.config.run.output_dir)
         objective, change = self._measured(model), None
+        if config.model.latents:
+            self.verification.finish()
         if config.model.lora_rank:
             on_main(lambda: self._save_adapter(_autoencoder(model)))
         model = _saved(model)

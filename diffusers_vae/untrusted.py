@@ -159,7 +159,8 @@ def check_type(value: Any, kind: Any, name: str) -> None:
     Args:
         value: as `read_json` gives it.
         kind: a type as in annotations (`list[int]`, `str | None`, ...), a dataclass, a dict with the type of
-            each key, or a list of the type of all items. Fields without a default, and keys, must be there; others may be.
+            each key, or a list of the type of all items. Fields without a default, and keys, must be there; others
+            may be.
         name: of the value, for the error.
     """
     origin, parts = (list, kind) if isinstance(kind, list) else (get_origin(kind), get_args(kind))

@@ -13,7 +13,7 @@ from support.launches import run_forked
 from support.models import original
 from support.runs import assert_same_gradient, at, fit, interrupted_at, left_behind, tensors, tiny
 
-from diffusers_vae import VAE, encode_images
+from diffusers_vae import VAE, encode_images, latent_cache
 from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.config import TRAININGS, parse_settings
 from diffusers_vae.data import DataConfig, load_data
@@ -259,6 +259,23 @@ class TestLatentCache:
             other.quant_conv.bias.add_(1e-3)
         other.save_pretrained(tmp_path / "other")
         self.assert_refused(tmp_path, tmp_path / "other", cache, f"{cache}.*another VAE")
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("at_once", [True, False])
+    def test_with_a_flipped_bit_is_refused(self, at_once, base, cache, tmp_path, monkeypatch):
+        """Before anything is written, or by the end of the training: a large cache is verified meanwhile."""
+        folder = shutil.copytree(cache, tmp_path / "latents")
+        path = folder / "shard-00000.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[:-999] + bytes([content[-999] ^ 4]) + content[-998:])
+        monkeypatch.setattr(latent_cache, "VERIFIED_AT_ONCE", 2**30 * at_once)
+        message = f"shard-00000.safetensors in {folder} missing or not as written"
+        if at_once:
+            self.assert_refused(tmp_path, base, folder, message)
+        else:
+            with pytest.raises(ValueError, match=message):
+                train(tuning(tmp_path / "run", base, {"latents": str(folder)}))
+            assert not (tmp_path / "run" / "model").exists()
 
     @pytest.mark.slow
     def test_of_images_that_change_is_refused(self, base, cache, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -16,15 +17,18 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from filelock import FileLock
 from PIL import Image
 from programs import crash_encode
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support.files import paths_of
 from support.launches import fork_server, run_forked
 from support.models import tiny_vae
 from torch.utils.data import DataLoader
 
-from diffusers_vae import VAE, LatentDataset, encode_images
+from diffusers_vae import VAE, LatentDataset, encode_images, latent_cache
 from diffusers_vae.data import ArrayImages, DataConfig, FileStore, StoredImages, load_data
 from diffusers_vae.evaluation import draw
 from diffusers_vae.images import to_model_range
+from diffusers_vae.latent_cache import Verification
 from diffusers_vae.models import fast_dtype, weights_hash
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -486,6 +490,36 @@ class TestDataset:
         with pytest.raises(ValueError, match=r"index\.json is damaged or no index of latents"):
             LatentDataset(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("place", "value", "message"),
+        [
+            (["shards"], {}, "index.shards must be of the type array"),
+            (["shards", 1], [], r"index.shards\[1\] must be of the type object"),
+            (["shards", 1, "bytes"], "many", r"index.shards\[1\].bytes must be of the type integer"),
+            (["images"], 44, "images be the sum of all rows"),
+            (["images"], "45", "index.images must be of the type integer"),
+            (["latent_shape"], 4, "index.latent_shape must be of the type array"),
+            (["latent_shape"], [4, 4], "latent_shape must have 3 entries"),
+            (["classes"], 3, "index.classes must be of the type array"),
+            (["cache"], [], "index.cache must be of the type object"),
+            (["cache", "format"], "1", "index.cache.format must be of the type integer"),
+            (["cache", "kind"], [], "index.cache.kind must be one of posterior, sample, mode"),
+            (["cache", "dtype"], "float64", "index.cache.dtype must be one of float32"),
+            (["cache", "compute_dtype"], ["x"], "index.cache.compute_dtype must be one of float32"),
+            (["cache", "vae"], None, "index.cache.vae must be of the type object"),
+            (["cache", "data"], {}, "index.cache.data lacks fingerprint"),
+        ],
+    )
+    def test_wrong_types_in_an_index_are_named(self, place, value, message, whole, tmp_path):
+        index = part = json.loads((whole / "index.json").read_text())
+        *outer, last = place
+        for key in outer:
+            part = part[key]
+        part[last] = value
+        (tmp_path / "index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=rf"index\.json is damaged or no index of latents \(.*{message}.*encode"):
+            LatentDataset(tmp_path)
+
     def test_no_cache(self, whole, tmp_path):
         with pytest.raises(FileNotFoundError, match="there is no folder"):
             LatentDataset(tmp_path / "none")
@@ -529,6 +563,94 @@ class TestDataset:
         told = run_forked(read_all_latents, tmp_path / "latents", log=tmp_path / "log")
         size, few, own = map(float, told.splitlines()[-1].split())
         assert size > 95 and few < 20 and own < 20, (size, few, own)
+
+
+def damaged(whole, folder, damage):
+    """A copy of a cache, the second of whose shards has a flipped bit, or holds a value that is not finite and is not
+    noticed by its hash.
+    """
+    folder.mkdir()
+    for name, content in contents(whole).items():
+        (folder / name).write_bytes(content)
+    path = folder / "shard-00001.safetensors"
+    if damage == "flipped bit":
+        content = bytearray(path.read_bytes())
+        content[-3000] ^= 1
+        path.write_bytes(content)
+    else:
+        with safe_open(path, "pt") as file:
+            header = file.metadata()
+        tensors = load_file(path)
+        tensors["logvar"][7, 0, 0, 0] = damage
+        save_file(tensors, path, header)
+        index = json.loads((folder / "index.json").read_text())
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        index["shards"][1] |= {"bytes": path.stat().st_size, "sha256": digest}
+        (folder / "index.json").write_text(json.dumps(index))
+    return LatentDataset(folder)
+
+
+def read_what_was_cut_off(folder):
+    """Read a shard after it was cut short, as it is mapped: without a check the process is ended by SIGBUS."""
+    latents = LatentDataset(folder)
+    row = latents[25]
+    with open(folder / "shard-00001.safetensors", "r+b") as file:
+        file.truncate(4096)
+    for read in (lambda: latents[25], lambda: latents.latents([3, 25]), lambda: latents.moments([25]), latents.verify):
+        try:
+            read()
+        except ValueError as error:
+            assert "shard-00001.safetensors in" in str(error), error
+        else:
+            raise AssertionError("what is gone was read")
+    assert row["mean"].isfinite().all() and latents[3]["mean"].isfinite().all()
+    sys.stdout.write("survived")
+
+
+class TestVerification:
+    @pytest.mark.parametrize("at_once", [True, False])
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            ("flipped bit", r"shard-00001\.safetensors in .* missing or not as written: delete"),
+            (float("nan"), r"shard-00001\.safetensors holds a logvar that is not finite: delete the file"),
+            (float("-inf"), r"shard-00001\.safetensors holds a logvar that is not finite: delete the file"),
+        ],
+    )
+    def test_damage_is_named(self, damage, message, at_once, whole, tmp_path, monkeypatch):
+        """Before the training, or while it goes on: then at its end at the latest."""
+        latents = damaged(whole, tmp_path / "latents", damage)
+        if at_once:
+            with pytest.raises(ValueError, match=message):
+                Verification(latents)
+            return
+        monkeypatch.setattr(latent_cache, "VERIFIED_AT_ONCE", latents.bytes - 1)
+        verification = Verification(latents)
+        for raises in (verification.finish, verification.check):
+            with pytest.raises(ValueError, match=message):
+                raises()
+
+    @pytest.mark.parametrize("at_once", [True, False])
+    def test_whole_latents_are_let_through(self, at_once, whole, monkeypatch):
+        monkeypatch.setattr(latent_cache, "VERIFIED_AT_ONCE", 2**30 * at_once)
+        verification = Verification(LatentDataset(whole))
+        verification.check()
+        verification.finish()
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(os.name == "nt", reason="mapped files cannot be cut short")
+    def test_shard_that_is_cut_short_while_it_is_mapped_is_an_error(self, vae, digits, tmp_path):
+        folder = encode(vae, digits, tmp_path / "latents").folder
+        assert "survived" in run_forked(read_what_was_cut_off, folder, log=tmp_path / "log")
+
+    def test_shard_with_other_rows_than_the_index_states_is_an_error(self, whole, tmp_path):
+        for name, content in contents(whole).items():
+            (tmp_path / name).write_bytes(content)
+        index = json.loads((whole / "index.json").read_text())
+        index["shards"][0]["rows"], index["shards"][1]["rows"] = 19, 21
+        (tmp_path / "index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=r"shard-00001\.safetensors in .* not as written"):
+            LatentDataset(tmp_path).latents([39])
 
 
 class TestDatasets:

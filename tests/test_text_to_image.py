@@ -21,7 +21,7 @@ from support.runs import at, left_behind, records, tensors
 from support.stock import run_without_package
 from transformers import CLIPTextModel
 
-from diffusers_vae import MLPVAE, VAE, cli
+from diffusers_vae import MLPVAE, VAE, cli, latent_cache
 from diffusers_vae.data import ArrayImages, DataConfig, load_data
 from diffusers_vae.diffusion import DiffusionConfig
 from diffusers_vae.images import to_model_range
@@ -437,6 +437,20 @@ class TestLatents:
         task = self.task(vae, tmp_path, folder=str(tmp_path / "latents"))
         assert task.train_set.latents.fingerprint == before
         assert (tmp_path / "latents" / "index.json").stat().st_mtime_ns == stamp
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("at_once", [True, False])
+    def test_a_flipped_bit_is_not_trained_on(self, at_once, vae, tmp_path, monkeypatch):
+        """In latents of the run's own, too, which another start has encoded."""
+        config = tiny(tmp_path / "run", vae, max_images=30)
+        trained(config)
+        path = tmp_path / "run" / "latents" / "shard-00000.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[:-4000] + bytes([content[-4000] ^ 4]) + content[-3999:])
+        monkeypatch.setattr(latent_cache, "VERIFIED_AT_ONCE", 2**30 * at_once)
+        with pytest.raises(ValueError, match=r"shard-00000\.safetensors in .*/run/latents missing or not as written"):
+            run_task(TextToImageTask(config))
+        assert not (tmp_path / "run" / "pipeline").exists()
 
     @pytest.mark.slow
     def test_a_cache_of_another_kind_dtype_and_shard_size_is_used_too(self, vae, tmp_path):
