@@ -65,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         expected = isinstance(error, (ArithmeticError, ImportError, OSError, ValueError))
+        if not (expected or debug) and _out_of_memory(error):
+            said = " ".join(str(error).split())
+            print(f"error: there is not enough memory ({said[:300]}): {LESS_MEMORY}", file=sys.stderr)
+            return 1
         if debug or (not expected and training):  # it may not come again for days
             raise
         kind = "" if expected else f"{type(error).__name__}: "
@@ -80,6 +84,17 @@ def _drop_output() -> None:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+LESS_MEMORY = "take a smaller batch (of a training, run.device_batch_size auto), images or model"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    try:
+        from .processes import out_of_memory
+    except ImportError:
+        return isinstance(error, MemoryError)
+    return out_of_memory(error)
 
 
 def _run(arguments: list[str], debug: bool) -> int:

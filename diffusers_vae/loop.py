@@ -31,7 +31,6 @@ from accelerate.utils import (
     release_memory,
     set_seed,
 )
-from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import nn
@@ -49,7 +48,7 @@ from .checkpoint import (
 )
 from .data import MicroBatch, Read, TrainingSet, deal, step_generator
 from .models import fast_dtype
-from .processes import Interrupted, Signals, gather, ignore_signals, lossy_output, on_main, only_user_of
+from .processes import Interrupted, Signals, gather, ignore_signals, lossy_output, on_main, only_user_of, out_of_memory
 from .run_folder import BadImages, Log, begin, find_run, leaving_out_the_tracker
 from .settings import Settings, begun_with, read_settings
 from .storage import make_folder, naming, save_tensors, sync
@@ -876,9 +875,8 @@ def _fits(
     try:
         _forward_and_backward(task, accelerator, model, parameters, count)
         fits = True
-    except RuntimeError as error:
-        of_onednn = "could not create a primitive" in str(error)  # how it says that there is no memory left
-        if not (should_reduce_batch_size(error) or of_onednn):
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
             raise
         fits = False
     for name, value in buffers.items():

@@ -79,6 +79,16 @@ def sendable(error: Exception) -> Exception:
     return RuntimeError(f"process {process_share()[0]}: {type(error).__name__}: {error}")
 
 
+NO_MEMORY = ("out of memory", "can't allocate memory", "could not create a primitive", "CUDNN_STATUS_NOT_SUPPORTED")
+"""How torch, oneDNN and cuDNN say that there is no memory left."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is that there is no memory left, on the CPU or another device."""
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return said or isinstance(error, MemoryError)
+
+
 @contextmanager
 def only_user_of(folder: Path, doing: str, setting: str) -> Iterator[None]:
     """Lock the folder within: no other launch can be `doing` something there. Errors are those of `storage.acquire`."""

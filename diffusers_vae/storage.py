@@ -6,11 +6,13 @@ Every durable operation is announced to the watcher before it happens, so that a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -51,6 +53,22 @@ def naming(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OSError(f"cannot write {path}: {reason}") from error
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield a folder for files that are needed for a moment, which is deleted. An error because there is no space names
+    it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield Path(folder)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(
+                f"cannot write {folder}: {error.strerror}. Set TMPDIR to a folder where there is more space"
+            ) from error
 
 
 def acquire(lock: FileLock, doing: str, setting: str) -> None:

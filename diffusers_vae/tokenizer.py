@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, CLIPTokenizerFast
+
+from .storage import scratch_folder
 
 VOCAB_SIZE = 49408  # of CLIP's
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -20,12 +21,12 @@ def caption_tokenizer(captions: Iterable[str], max_length: int) -> CLIPTokenizer
     at most as many as CLIP's.
     """
     texts = list(captions)
-    with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(Path(folder), [])
-        files = [str(Path(folder) / name) for name in ("vocab.json", "merges.txt")]
+    with scratch_folder() as folder:
+        write_tokenizer(folder, [])
+        files = [str(folder / name) for name in ("vocab.json", "merges.txt")]
         trained = CLIPTokenizerFast(*files).train_new_from_iterator(texts, vocab_size=VOCAB_SIZE, show_progress=False)
         merges = json.loads(trained.backend_tokenizer.to_str())["model"]["merges"]
-        write_tokenizer(Path(folder), [tuple(merge.split()) if isinstance(merge, str) else merge for merge in merges])
+        write_tokenizer(folder, [tuple(merge.split()) if isinstance(merge, str) else merge for merge in merges])
         return CLIPTokenizer(*files, model_max_length=max_length)
 
 

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderOobleck
 from PIL import Image
 from support.files import paths_of
 from support.hub import REPO
@@ -25,6 +27,7 @@ from diffusers_vae import MLPVAE, VAE, LatentDataset, cli
 from diffusers_vae.data import DataConfig, load_data, load_split
 from diffusers_vae.evaluation import EvaluationReport
 from diffusers_vae.models import fast_dtype, weights_hash
+from diffusers_vae.processes import out_of_memory
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,15 +108,22 @@ class TestTop:
             cli.main(["evaluate", str(tmp_path), "--debug"])
 
     def test_error_that_nobody_expected_is_shown_with_its_type(self, capsys, tmp_path):
-        """Such as diffusers' own for a config with fewer widths than blocks."""
-        tiny_vae().save_pretrained(tmp_path)
-        file = tmp_path / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"block_out_channels": [8]}))
+        """Such as for an autoencoder of sound, whose config knows no images."""
+        sizes = {"encoder_hidden_size": 4, "decoder_channels": 4, "decoder_input_channels": 2, "audio_channels": 1}
+        AutoencoderOobleck(downsampling_ratios=[2], channel_multiples=[1], **sizes).save_pretrained(tmp_path)
         code, out, error = call(capsys, "info", tmp_path)
         assert code == 1 and out == ""
-        assert error == "error: IndexError: list index out of range (--debug shows where)\n"
-        with pytest.raises(IndexError):
+        assert re.fullmatch(r"error: (AttributeError|RuntimeError): .* \(--debug shows where\)\n", error)
+        with pytest.raises((AttributeError, RuntimeError)):
             cli.main(["info", str(tmp_path), "--debug"])
+
+    def test_too_little_memory_is_told_with_what_to_do(self, capsys, tmp_path):
+        """Of torch's own: more samples than any memory holds."""
+        MLPVAE(image_size=8, hidden_dim=4, latent_dim=2).save_pretrained(tmp_path / "model")
+        arguments = ["sample", tmp_path / "model", "--count", 10**15, "--out", tmp_path / "samples.png"]
+        code, _, error = call(capsys, *arguments)
+        assert code == 1 and error.startswith("error: there is not enough memory (") and "smaller batch" in error, error
+        assert error.count("\n") == 1 and not (tmp_path / "samples.png").exists()
 
     @pytest.mark.slow
     def test_closed_pipe_ends_the_command_quietly(self, run, tmp_path):
@@ -462,6 +472,66 @@ class TestEncode:
         run_forked(work, log=tmp_path / "log", processes=2)
         assert len(LatentDataset(tmp_path / "out")) == 40
         assert kept == [(name, (tmp_path / "out" / name).stat().st_mtime_ns) for name, _ in kept]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_errors_of_too_little_memory_are_told_from_others(error, expected):
+    """Whichever library found none."""
+    assert out_of_memory(error) == expected
+
+
+def filled(disk):
+    """Fill a disk to its last block; the file that does."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    return filler
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "again", "out"),
+    [
+        (["evaluate", "RUN", "--evaluation.max_images", 5], ["--evaluation.max_images", 6], ""),
+        (["compare", "RUN", "RUN", "--evaluation.max_images", 5], ["--evaluation.max_images", 6], ""),
+        (["sample", "RUN"], ["--seed", 1], "samples.png"),
+        (["data", "digits", "--max_images", 100], ["--max_images", 99], "sheet.png"),
+        (["reconstruct", "RUN", "IMAGE"], ["--seed", 1], ""),
+        (["encode", "digits", "--vae", "RUN", "--split", "held-out"], ["--out", "OTHER"], ""),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_full_disk_is_named_and_leaves_older_results_whole(
+    command, again, out, finished_mlp_run, small_disk, tmp_path, capsys
+):
+    """With room again, the same command does its work."""
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "image.png")
+    names = {"RUN": finished_mlp_run, "IMAGE": tmp_path / "image.png", "OTHER": small_disk / "other"}
+    command, again = ([names.get(word, word) for word in words] for words in (command, again))
+    folder = small_disk / "out"
+    command += ["--out", folder / out]
+    assert call(capsys, *command)[0] == 0
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    filler = filled(small_disk)
+    code, _, error = call(capsys, *command, *again)
+    place = small_disk / "other" if "--out" in again else folder
+    assert code == 1 and f"cannot write {place}" in error and "No space left on device" in error, error
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    filler.unlink()
+    assert call(capsys, *command, *again)[0] == 0
+    assert not list(small_disk.rglob("*.partial"))
 
 
 class TestOthers:

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import socket
 import sys
+import time
 
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from safetensors.torch import save_file
+from support.hub import connect
 
 from diffusers_vae import MLPVAE, VAE
 from diffusers_vae.config import TRAININGS, parse_settings
@@ -87,6 +90,51 @@ class TestSources:
         (tmp_path / "config.json").write_text(config)
         with pytest.raises(error, match=message):
             load_autoencoder(str(tmp_path))
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"norm_num_groups": 0}, "ZeroDivisionError"),
+            ({"act_fn": []}, "no AutoencoderKL can be made: "),
+            ({"down_block_types": ["Evil"] * 3}, "no AutoencoderKL can be made: ValueError: Evil does not exist"),
+            ({"block_out_channels": [8]}, "no AutoencoderKL can be made: IndexError"),
+            ({"block_out_channels": 8}, "block_out_channels must be of the type array, got 8"),
+            ({"sample_size": "large"}, "no AutoencoderKL can be made: "),
+            ({"scaling_factor": "1"}, "scaling_factor must be of the type number, got '1'"),
+            ({"shift_factor": float("nan")}, "shift_factor must be a finite number, got nan"),
+            ({"_class_name": ["AutoencoderKL"]}, "must hold an autoencoder"),
+            ({"_class_name": "Evil"}, "must hold an autoencoder of diffusers or of this package, got the class Evil"),
+            ({"_class_name": "DiffusionPipeline"}, "must hold an autoencoder"),
+            ({"_class_name": "pipelines"}, "must hold an autoencoder"),
+            ({"_class_name": "ModelMixin"}, "must hold an autoencoder"),
+        ],
+    )
+    def test_wrong_values_in_a_config_are_named(self, values, message, source, tmp_path):
+        """By those that load the model, and by those that read its config alone."""
+        shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | values))
+        for read in (
+            lambda: load_autoencoder(str(tmp_path)),
+            lambda: ModelConfig(pretrained=str(tmp_path)).spatial_compression_ratio,
+        ):
+            with pytest.raises(ValueError, match=rf"{tmp_path}.*{message}"):
+                read()
+
+    @pytest.mark.parametrize("text", ["[]", "3", '{"a":' * 100_000])
+    def test_config_that_is_none_is_named(self, text, tmp_path):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"^{tmp_path}: config\.json "):
+            load_autoencoder(str(tmp_path))
+
+    def test_hub_that_cannot_be_reached_is_said(self, tmp_path, monkeypatch):
+        """Not that it has no such file."""
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        connect(monkeypatch, url, tmp_path)  # where nobody listens any more
+        with pytest.raises(OSError, match=r"there is no .*, and the Hub could not be reached .* ann/vae"):
+            load_autoencoder("ann/vae")
 
     def test_subfolder(self, source, stock, tmp_path):
         shutil.copytree(source, tmp_path / "ema")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from .load import LATENT_PARTS, load_autoencoder, read_config
+from .load import LATENT_PARTS, filled_in, load_autoencoder, read_config
 from .lora import add_lora
 from .mlp import MLPVAE
 from .vae import VAE
@@ -28,12 +28,6 @@ _DEFAULTS = {
     "mlp": {"hidden_dim": 400, "latent_dim": 20},
 }
 _PRETRAINED_DEFAULTS = {"subfolder": None, "revision": None, "train": "all", "lora_rank": None, "latents": None}
-
-
-def _filled_in(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """With what a config.json may leave out."""
-    with torch.device("meta"):
-        return VAE.from_config(config).config
 
 
 @dataclass(frozen=True)
@@ -167,14 +161,14 @@ class ModelConfig:
         """The whole config of `pretrained`, which is read once."""
         try:
             config = read_config(self.pretrained, self.subfolder, self.revision)
+            if config["_class_name"] == "AutoencoderKL":
+                return filled_in(config, self.pretrained)
         except (OSError, ValueError) as error:
             raise ValueError(f"model.pretrained: {error}") from error
-        if (name := config.get("_class_name")) != "AutoencoderKL":
-            raise ValueError(
-                f"model.pretrained must be an AutoencoderKL, got the {name} in {self.pretrained}, which cannot be "
-                "trained on here"
-            )
-        return _filled_in(config)
+        raise ValueError(
+            f"model.pretrained must be an AutoencoderKL, got the {config['_class_name']} in {self.pretrained}, which "
+            "cannot be trained on here"
+        )
 
     def made(self, folder: Path) -> None:
         """Where `pretrained` is gone, take its config from `folder`, which holds what was made of it."""
@@ -183,7 +177,7 @@ class ModelConfig:
         except ValueError:
             if not (folder / "config.json").exists():
                 raise
-            self.__dict__["_source"] = _filled_in(read_config(str(folder)))
+            self.__dict__["_source"] = filled_in(read_config(str(folder)), str(folder))
 
     @property
     def spatial_compression_ratio(self) -> int:

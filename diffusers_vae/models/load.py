@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
+from diffusers.models import autoencoders
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 
-from ..untrusted import read_json, refuse_irregular
+from ..untrusted import check_type, read_json, refuse_irregular
 from .mlp import MLPVAE
 from .single_file import load_single_file, read_single_file
 from .vae import VAE, posterior_from_moments
@@ -47,10 +47,8 @@ def load_autoencoder(
     if _is_file(source, subfolder, revision):
         return load_single_file(Path(source), dtype).requires_grad_(False)
     config = read_config(source, subfolder, revision)
-    name = config.get("_class_name")
-    kind = {"MLPVAE": MLPVAE, "AutoencoderKL": VAE}.get(name) or getattr(diffusers, str(name), None)
-    if not (isinstance(kind, type) and issubclass(kind, ModelMixin) and hasattr(kind, "encode")):
-        raise ValueError(f"{source} must hold an autoencoder of diffusers or of this package, got the class {name}")
+    name = config["_class_name"]
+    kind = CLASSES[name]
     arguments = {"revision": revision, "torch_dtype": dtype, "output_loading_info": True}
     place = find_subfolder(source, subfolder)
     try:
@@ -59,11 +57,65 @@ def load_autoencoder(
         try:  # some repositories hold no other weights
             model, report = kind.from_pretrained(source, subfolder=place, variant="fp16", **arguments)
         except OSError:
-            raise error from None
+            raise (_unreachable(error, source) or error) from None
         logger.warning("%s holds its weights in float16 only", source)
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: diffusers checks few of a config's values
+        raise ValueError(
+            f"{source} holds a config.json or weights of which no {name} can be made: {_in_a_line(error)}"
+        ) from error
     if missing := report["missing_keys"]:  # diffusers leaves them random
         raise ValueError(f"{source} lacks {len(missing)} weights of its {name}, {', '.join(sorted(missing)[:3])}")
     return model.eval().requires_grad_(False)
+
+
+CLASSES = {
+    name: kind
+    for name, kind in vars(autoencoders).items()
+    if isinstance(kind, type) and issubclass(kind, ModelMixin) and hasattr(kind, "encode")
+} | {"MLPVAE": MLPVAE, "AutoencoderKL": VAE}
+"""By the name in a config.json: nothing else is looked up, imported or made."""
+CONFIG = {
+    "in_channels": int,
+    "out_channels": int,
+    "latent_channels": int,
+    "block_out_channels": list[int],
+    "scaling_factor": float | None,
+    "shift_factor": float | None,
+    "latents_mean": list[float] | None,
+    "latents_std": list[float] | None,
+    "force_upcast": bool | None,
+}
+"""Values of a config.json that are read here, where it has them."""
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def _unreachable(error: BaseException, source: str) -> OSError | None:
+    """What to say where diffusers misses a file, or cannot load it, because the Hub did not answer."""
+    cause: BaseException | None = error
+    while cause and type(cause).__name__ != "LocalEntryNotFoundError":
+        cause = cause.__cause__ or cause.__context__
+    return cause and OSError(
+        f"there is no file or folder {Path(source).resolve()}, and the Hub could not be reached for the files of "
+        f"{source} that its cache on this machine lacks: check the connection, and HF_HUB_OFFLINE, and try again"
+    )
+
+
+def filled_in(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """The config of an AutoencoderKL in `source`, with what a config.json may leave out; ValueError when none can be
+    made of it.
+    """
+    try:
+        with torch.device("meta"):
+            return VAE.from_config(config).config
+    except Exception as error:  # of any kind, as above
+        raise ValueError(
+            f"{source} holds a config.json of which no AutoencoderKL can be made: {_in_a_line(error)}"
+        ) from error
 
 
 def read_config(source: str, subfolder: str | None = None, revision: str | None = None) -> dict[str, Any]:
@@ -71,7 +123,7 @@ def read_config(source: str, subfolder: str | None = None, revision: str | None 
 
     Raises:
         OSError: when there is no model.
-        ValueError: when it is a file, and no KL autoencoder of images.
+        ValueError: when it is none of an autoencoder, or has wrong values.
     """
     folder, place = Path(source), find_subfolder(source, subfolder)
     if _is_file(source, subfolder, revision):
@@ -87,22 +139,28 @@ def read_config(source: str, subfolder: str | None = None, revision: str | None 
         )
     if folder.is_dir():
         refuse_irregular(folder / (place or ""))
-        config = read_json(folder / (place or "") / "config.json")
-        return _within_limits(config, str(folder / (place or "") / "config.json"))
+        return _checked(read_json(folder / (place or "") / "config.json"), source)
     try:
         config = MLPVAE.load_config(source, subfolder=place, revision=revision)
+    except RecursionError:
+        raise ValueError(f"{source}: config.json is damaged, it is nested too deeply") from None
     except OSError as error:
-        raise OSError(
+        raise _unreachable(error, source) or OSError(
             f"there is no file or folder {folder.resolve()}, and from the Hub {source} cannot be loaded (the "
             f"autoencoder of a pipeline lies in its subfolder vae): {error}"
         ) from error
-    return _within_limits(config, f"config.json of {source}")
+    return _checked(config, source)
 
 
-def _within_limits(config: Any, where: str) -> dict[str, Any]:
-    """The config; ValueError naming the key whose value no model has, and which might fill any memory."""
-    if not isinstance(config, dict):
-        raise ValueError(f"{where} is damaged: it must hold settings by name, got {str(config)[:60]}")
+def _checked(config: Any, source: str) -> dict[str, Any]:
+    """The config of the autoencoder in `source`; ValueError naming the class that is none, or the key whose value no
+    model has, and which might fill any memory.
+    """
+    where = f"{source}: config.json"
+    check_type(config, dict, where)
+    if not isinstance(name := config.get("_class_name"), str) or name not in CLASSES:
+        raise ValueError(f"{source} must hold an autoencoder of diffusers or of this package, got the class {name}")
+    check_type(config, {key: kind for key, kind in CONFIG.items() if key in config}, where)
     for key, value in config.items():
         several = value if isinstance(value, (list, tuple)) else [value]
         if len(several) > (most := MOST_BLOCKS if "block" in key else MOST["channels"]):
