@@ -9,11 +9,12 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -51,6 +52,7 @@ from .models import fast_dtype
 from .processes import Interrupted, Signals, gather, ignore_signals, lossy_output, on_main, only_user_of, out_of_memory
 from .run_folder import BadImages, Log, begin, find_run, leaving_out_the_tracker
 from .settings import Settings, begun_with, read_settings
+from .silence import PATIENCE, Patience, WorkerWatch, alone, meet, report_progress, watched
 from .storage import make_folder, naming, save_tensors, sync
 
 logger = logging.getLogger(__name__)
@@ -323,18 +325,20 @@ class Task(Protocol):
         ...
 
 
-def run_task(task: Task, finish: bool = True) -> RunResult | None:
+def run_task(task: Task, finish: bool = True, patience: Patience = PATIENCE) -> RunResult | None:
     """Train, evaluate and save what `task` says, on the processes that `accelerate launch` started; continue the run
     that `run.output_dir` holds. From now on this process computes with 0 in the place of denormal numbers.
 
     Returns the result on the main process, None on the others. Without `finish`, training ends by its last checkpoint,
-    nothing is evaluated or saved, and all get None.
+    nothing is evaluated or saved, and all get None. A process that falls silent is waited for with `patience`; then
+    all end with an error, as `silence.watched` says.
 
     Raises:
         Interrupted: after SIGTERM, SIGINT, SIGUSR1 or SIGHUP.
         FileExistsError: when `run.output_dir` holds a run with other settings.
         FloatingPointError: when loss, gradient or result are not finite; before anything of such a step is written.
-        OSError: naming what cannot be read or written.
+        OSError: naming what cannot be read or written; TimeoutError, when processes have not started or a worker that
+            reads is silent.
         ValueError: when config and launcher do not fit each other, or images cannot be read.
     """
     run = task.config.run
@@ -344,6 +348,7 @@ def run_task(task: Task, finish: bool = True) -> RunResult | None:
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    meeting = meet(patience)
     precision = _precision(task)
     if AcceleratorState._shared_state.get("_mixed_precision") not in (None, precision):
         AcceleratorState._reset_state()  # of a run before in this process, which Accelerate would hold this one to
@@ -352,16 +357,16 @@ def run_task(task: Task, finish: bool = True) -> RunResult | None:
         mixed_precision=precision,
         log_with=run.tracker,
         project_dir=run.output_dir,
-        # the others wait while the main process reads images first, or draws
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        # the others wait while the main process reads images first, or draws; how long, `watched` decides
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     _check_launch(accelerator, run)
     _use_all_cores(accelerator)
     task.config = replace(task.config, run=replace(run, mixed_precision=accelerator.mixed_precision))
-    alone = only_user_of(Path(run.output_dir), "training in", "run.output_dir")
-    with lossy_output(), Signals() as signals, alone:
+    user = only_user_of(Path(run.output_dir), "training in", "run.output_dir")
+    with lossy_output(), Signals() as signals, watched(meeting, patience), user:
         try:
-            return _run(task, accelerator, signals, finish)
+            return _run(task, accelerator, signals, finish, patience)
         finally:
             with leaving_out_the_tracker(accelerator):
                 for tracker in accelerator.trackers:
@@ -382,7 +387,7 @@ def _precision(task: Task) -> str:
     return "bf16" if task.gains_by_bfloat16(device) and fast_dtype(device) == torch.bfloat16 else "no"
 
 
-def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool) -> RunResult | None:
+def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool, patience: Patience) -> RunResult | None:
     config = task.config
     run, output_dir = config.run, Path(config.run.output_dir)
     checkpoint, result = on_main(partial(_find, task))
@@ -462,12 +467,13 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool) -
     warm, timed_images, timed_seconds = False, 0, 0.0  # the first step is left out: it sets much up
     signals.wait = True  # the loop asks after every step
     steps = partial(_steps, train_set, run, accelerator, images_seen, total_images)
-    reading = _read_by_workers(train_set, steps(), task.workers, run.seed, accelerator.device)
-    with logging_redirect_tqdm(), bar, reading as reads:
+    reading = _reading(train_set, steps(), task.workers, run.seed, accelerator.device, patience)
+    with logging_redirect_tqdm(), bar, reading as read_next:
         model.train()
         pending: list[_Flags] = []
         for epoch, start, micro_batches in steps():
             began = time.monotonic()
+            report_progress(f"step {step + 1}")
             reached = images_seen + micro_batches[0].count
             epoch_end = min((epoch + 1) * len(train_set), total_images)
             learning_rate = config.optimizer.learning_rate_at(images_seen, total_images)
@@ -479,7 +485,8 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool) -
             seen: list[_Seen] = []
             statistics = _Statistics()
             for micro_step, micro_batch in enumerate(micro_batches, 1):
-                read = train_set.read(micro_batch) if reads is None else next(reads)
+                with alone(f"reading for step {step + 1}"):
+                    read = read_next(micro_batch)
                 bad_images.judge(read, len(micro_batch.indices))
                 share = micro_batch.share * len(read.kept) / len(micro_batch.indices)
                 if not read.kept:  # every process must take part in the step
@@ -572,9 +579,11 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool) -
                     text = "  ".join(f"{name} {value:.4f}" for name, value in means.items() if value is not None)
                     logger.info("epoch %d: %s", epoch + 1, text)
             if images_seen >= next_evaluation and images_seen < total_images:
+                report_progress(f"the evaluation after step {step}")
                 task.evaluate(_model_to_keep(task, accelerator, plain_model, ema), log, progress)
                 next_evaluation = (images_seen // task.evaluate_every + 1) * task.evaluate_every
             if images_seen >= next_checkpoint or images_seen >= total_images or stop:
+                report_progress(f"saving after step {step}")
                 if accelerator.is_main_process:
                     log.restore()
                 checkpoint = save_checkpoint(
@@ -602,6 +611,7 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool) -
     if not finish:
         return None
     signals.wait = False  # all that follows can be done again from the checkpoint
+    report_progress("the end of the run")
     averaged = _model_to_keep(task, accelerator, plain_model, ema)
     if images_seen >= total_images + run.batch_size and accelerator.is_main_process:
         logger.warning("%d images were seen already, more than the %d that are asked for", images_seen, total_images)
@@ -783,16 +793,17 @@ def _steps(
 
 
 @contextmanager
-def _read_by_workers(
+def _reading(
     train_set: TrainingSet,
     steps: Iterable[tuple[int, int, list[MicroBatch]]],
     workers: int,
     seed: int,
     device: torch.device,
-) -> Iterator[Iterator[Read] | None]:
-    """The images of one micro-batch after the other, read ahead of when they are needed; None without workers."""
+    patience: Patience,
+) -> Iterator[Callable[[MicroBatch], Read]]:
+    """A function that reads one micro-batch of the steps after the other; workers read ahead of when it is called."""
     if not workers:
-        yield None
+        yield train_set.read
         return
     loader = DataLoader(
         _ByMicroBatch(train_set),
@@ -804,10 +815,18 @@ def _read_by_workers(
         pin_memory=device.type == "cuda",
     )
     reads = iter(loader)
+    watch = WorkerWatch(reads._workers, partial(_names, train_set), patience)  # as torch 2.14 calls them
+    turns = cycle(range(workers))  # of the workers, in which they are given batches
     try:
-        yield reads
+        yield lambda micro_batch: watch.wait(next(turns), micro_batch, partial(next, reads))
     finally:  # at its end, Python would send them a signal that they ignore, and wait
         reads._shutdown_workers()
+        watch.close()
+
+
+def _names(train_set: TrainingSet, micro_batch: MicroBatch) -> str:
+    first, last = (train_set.name(micro_batch.indices[place]) for place in (0, -1))
+    return f"{len(micro_batch.indices)} images, {first} to {last},"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import psutil
 import torch.distributed as dist
 from filelock import FileLock
 
+from .silence import alone
 from .storage import acquire
 
 T = TypeVar("T")
@@ -60,7 +61,8 @@ def on_main(work: Callable[[], T]) -> T:
     failure: Exception | None = None
     if rank == 0:
         try:
-            outcome = [work(), None]
+            with alone():
+                outcome = [work(), None]
         except Exception as error:
             failure, outcome = error, [None, sendable(error)]
     dist.broadcast_object_list(outcome, src=0)
@@ -87,6 +89,17 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error is that there is no memory left, on the CPU or another device."""
     said = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
     return said or isinstance(error, MemoryError)
+
+
+@contextmanager
+def one_first(first: bool, what: str) -> Iterator[None]:
+    """Let those processes do `what` is within that are `first`, while the others wait; then the others."""
+    if not first:
+        gather(None)
+    with alone(what):
+        yield
+    if first:
+        gather(None)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_st
 from .models import VAE, encode, load_autoencoder, weights_hash
 from .pictures import loss_picture, prompt_picture
 from .pipelines import latent_scaling
-from .processes import on_main
+from .processes import on_main, one_first
 from .run_folder import Log, check_whole
 from .settings import Settings, config_of_run, read_settings
 from .storage import described, whole_folder, write_file
@@ -376,7 +376,7 @@ class TextToImageTask(Task):
     def load(self, accelerator: Accelerator) -> None:
         config, first = self.config, accelerator.is_local_main_process
         self.accelerator = accelerator
-        with accelerator.local_main_process_first():
+        with one_first(first, "reading the data set"):
             self.vae = _load_vae(config)
             images, heldout = load_data(config.data, first, None if self.max_images is None else 0, captions=True)
         self.images = len(images)

@@ -41,7 +41,7 @@ from .models import (
 )
 from .objective import START_SCALE, ObjectiveConfig, TrainingObjective, VAEObjective
 from .perceptual import PerceptualLoss
-from .processes import on_main
+from .processes import on_main, one_first
 from .report import SETTINGS, draw_report, report_html
 from .run_folder import Log, check_whole
 from .settings import Settings, begun_with
@@ -317,7 +317,7 @@ class AutoencoderTask(Task):
             config = self.config = replace(config, data=replace(config.data, lanes=lanes))
         if config.data.streaming and accelerator.is_main_process:
             self._warn_of_another_order()
-        with accelerator.local_main_process_first():
+        with one_first(accelerator.is_local_main_process, "reading the data set"):
             self.train_set, self.heldout = load_data(config.data, accelerator.is_local_main_process, self.memory_limit)
         load_judges(config.evaluation, config.data.channels, config.data.size)  # are missed now, not after days
         on_demand = isinstance(self.train_set, StoredImages) or self.train_set.augmentation

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..images import to_model_range
+from ..silence import report_progress
 from .sources import ImageSet, ReadImages
 
 PARTS = 64
@@ -43,6 +44,7 @@ def image_batches(
     batches = [range(start, min(start + batch_size, count)) for _, start in own]
     for (part, _), (indices, read) in zip(own, read_ahead(image_set, batches), strict=True):
         kept, images = kept_images(image_set, indices, read, device)
+        report_progress()
         if kept:
             yield part, kept, images
 

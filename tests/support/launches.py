@@ -63,10 +63,18 @@ def _serve(program: str, kept: Sequence[int]) -> None:
 
 class Launch:
     """`work`, a function that can be pickled, in each of `processes` as `accelerate launch` would start them, with gloo
-    between them. What they print goes to the file `log`. Each has `threads` threads of torch.
+    between them. What they print goes to the file `log`. Each has `threads` threads of torch. Of the `ranks` alone, if
+    given; the others never start.
     """
 
-    def __init__(self, work: Callable[[], object], log: Path, processes: int = 1, threads: int = 1):
+    def __init__(
+        self,
+        work: Callable[[], object],
+        log: Path,
+        processes: int = 1,
+        threads: int = 1,
+        ranks: Sequence[int] | None = None,
+    ):
         self.log = log
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS)}
         with socket.socket() as free:
@@ -74,13 +82,13 @@ class Launch:
             port = free.getsockname()[1]
         self.processes = []
         context = fork_server()
-        for rank in range(processes):
-            ranks = {
+        for rank in range(processes) if ranks is None else ranks:
+            named = {
                 "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
                 "MASTER_ADDR": "localhost", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
             }  # fmt: skip
-            named = environment | ({name: str(value) for name, value in ranks.items()} if processes > 1 else {})
-            process = context.Process(target=_enter, args=(work, log, named, threads), daemon=False)
+            named = {name: str(value) for name, value in named.items()} if processes > 1 else {}
+            process = context.Process(target=_enter, args=(work, log, environment | named, threads), daemon=False)
             process.start()
             self.processes.append(process)
 

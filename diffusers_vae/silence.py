@@ -1,0 +1,420 @@
+"""Processes and reading workers that fall silent: named in a warning after a minute, after minutes the end of the run.
+
+Silent is a process that is stopped or whose machine is unreachable, and one that does something on its own without
+reporting progress, using CPU time, reading or writing. Work that takes long is not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+import psutil
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+CONTINUES = "The same command continues from the newest checkpoint"
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How many seconds of silence are waited through."""
+
+    warning: float = 60.0
+    """Seconds after which a warning names the process or worker."""
+    end: float = 300.0
+    """Seconds after which the run ends with an error."""
+
+    @property
+    def tick(self) -> float:
+        """Seconds between two looks."""
+        return min(1.0, self.warning / 4)
+
+
+PATIENCE = Patience()
+
+
+@dataclass
+class _Doing:
+    """What this process does."""
+
+    what: str = "its start"
+    alone: bool = False
+    """Whether it waits for no other process."""
+    marks: int = 0
+    """How often it reported progress."""
+
+
+_doing = _Doing()
+
+
+def report_progress(what: str | None = None) -> None:
+    """Report that this process makes progress, and `what` it does from now on."""
+    _doing.marks += 1
+    if what is not None:
+        _doing.what = what
+
+
+@contextmanager
+def alone(what: str | None = None) -> Iterator[None]:
+    """Say that this process waits for no other within, so that silence is a fault of its own."""
+    before = _doing.what, _doing.alone
+    report_progress(what)
+    _doing.alone = True
+    try:
+        yield
+    finally:
+        _doing.what, _doing.alone = before
+        report_progress()
+
+
+class _Clock:
+    """Seconds since the last look, at most two ticks: the time in which this process was stopped itself, with all
+    others by a scheduler say, is not counted as silence of another.
+    """
+
+    def __init__(self, tick: float):
+        self.tick, self.at = tick, time.monotonic()
+
+    def seconds(self) -> float:
+        now = time.monotonic()
+        elapsed, self.at = now - self.at, now
+        return min(elapsed, 2 * self.tick)
+
+
+class _Activity:
+    """Whether processes work: use more than a fiftieth of a core, or read and write more than 8 KiB a second. Threads
+    that only wait use less.
+    """
+
+    def __init__(self, processes: Callable[[], list[psutil.Process]]):
+        self.processes, self.level = processes, 0.0
+        self.before = self._used()
+
+    def seen(self, seconds: float) -> bool:
+        """Whether there was work in the `seconds` since the last call."""
+        used = self._used()
+        self.level = max(0.0, self.level + max(0.0, used - self.before) - seconds)
+        self.before = used
+        if self.level <= 1:
+            return False
+        self.level = 0.0
+        return True
+
+    def _used(self) -> float:
+        """Work so far, in seconds of the least that counts as work."""
+        used = -time.thread_time() / 0.02  # of looking itself, if it is this process
+        for process in self.processes():
+            try:
+                cpu = process.cpu_times()
+                used += (cpu.user + cpu.system) / 0.02
+                if hasattr(process, "io_counters"):  # not on macOS
+                    io = process.io_counters()
+                    # not read_chars, which looking at processes raises
+                    used += (io.read_bytes + getattr(io, "write_chars", io.write_bytes)) / 8192
+            except psutil.Error:  # it has ended
+                continue
+        return used
+
+
+class _OwnWork:
+    """Whether this process makes progress: reports it, or works, or has children that do."""
+
+    def __init__(self, patience: Patience):
+        self.patience, self.marks = patience, _doing.marks
+        self.own = _Activity(lambda: [psutil.Process()])
+        self.children: _Activity | None = None
+        self.quiet = 0.0
+
+    def look(self, seconds: float) -> float:
+        """Return for how many seconds there was no progress; the last look was `seconds` ago."""
+        worked = self.own.seen(seconds) or self.marks != _doing.marks
+        self.marks = _doing.marks
+        if self.quiet < self.patience.warning / 2:  # looking for children takes long where there are many processes
+            self.children = None
+        elif self.children is None:
+            self.children = _Activity(lambda: psutil.Process().children(recursive=True))
+        else:
+            worked = worked or self.children.seen(seconds)
+        self.quiet = 0.0 if worked else self.quiet + seconds
+        return self.quiet
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The processes of a launch, and the store through which they know of each other."""
+
+    store: dist.Store
+    rank: int
+    processes: int
+    address: str
+
+
+def meet(patience: Patience) -> Meeting | None:
+    """Wait until all processes of the launch have started; None if this is its only one.
+
+    Raises:
+        TimeoutError: naming the processes that did not start.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as launchers set them
+    if any(name not in os.environ for name in names) or int(os.environ["WORLD_SIZE"]) == 1:
+        return None
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _connect(rank, patience)
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    meeting = Meeting(store, rank, processes, address)
+    store.set(str(rank), json.dumps(vars(_Beat(0, 0.0, _doing.what))))
+    clock, waited, warned = _Clock(patience.tick), 0.0, False
+    everyone = [str(process) for process in range(processes)]
+    try:
+        while not store.check(everyone):
+            time.sleep(min(0.05, patience.tick))
+            waited += clock.seconds()
+            if waited > patience.end or (waited > patience.warning and not warned):
+                missing = [process for process in everyone if not store.check([process])]
+                text = f"{processes - len(missing)} of {processes} processes have started within {waited:.0f} s"
+                text += f", missing is process {', '.join(missing[:8])}{', ...' * (len(missing) > 8)}"
+                if waited > patience.end:
+                    raise TimeoutError(f"only {text}. Look at why it did not start. {CONTINUES}")
+                logger.warning("waiting: %s", text)
+                warned = True
+    except dist.DistError as error:
+        raise ConnectionError(f"process 0, at {address}, has ended before all had started") from error
+    return meeting
+
+
+def _connect(rank: int, patience: Patience) -> dist.Store:
+    """The store of the launch, which the launcher or process 0 holds."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    for seconds in (patience.warning, patience.end - patience.warning):
+        try:
+            store = dist.TCPStore(
+                host,
+                port,
+                is_master=rank == 0,  # a second one at a port of this process, or of its launcher, joins the first
+                timeout=timedelta(seconds=seconds),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+            return dist.PrefixStore(f"diffusers_vae/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        except dist.DistError as error:
+            if rank == 0:
+                raise
+            logger.warning("process %d waits for process 0, which does not answer at %s:%d", rank, host, port)
+            failure = error
+    raise TimeoutError(
+        f"process 0 must answer at {host}:{port} within {patience.end:.0f} s, and process {rank} was waiting in vain. "
+        f"Look at why it did not start. {CONTINUES}"
+    ) from failure
+
+
+@dataclass(frozen=True)
+class _Beat:
+    """What a process lets the others know, once a tick."""
+
+    number: int
+    quiet: float
+    """Seconds without progress."""
+    what: str
+    left: bool = False
+    """Whether it has come to the end."""
+    ends: bool = False
+    """Whether all are to end, since an error was found."""
+
+
+@contextmanager
+def watched(meeting: Meeting | None, patience: Patience) -> Iterator[None]:
+    """End this process, with an error that names the culprit, when a process of the meeting falls silent within.
+
+    A process that is waited for cannot be helped, and no exception reaches a thread that waits in a collective: the
+    process ends at once, with 1. Whatever is durable is whole on the disk at any time.
+    """
+    if meeting is None:
+        yield
+        return
+    watch = _Watch(meeting, patience)
+    threads = [threading.Thread(target=work, daemon=True) for work in (watch.talk, watch.judge)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+        watch.left = True
+    finally:
+        watch.done.set()
+        for thread in threads:  # a thread that lives on while Python ends may abort the process
+            thread.join(5)
+
+
+@dataclass
+class _Watch:
+    """Two threads, since the one that talks to the store hangs if that is stopped."""
+
+    meeting: Meeting
+    patience: Patience
+    done: threading.Event = field(default_factory=threading.Event)
+    beats: dict[int, _Beat] = field(default_factory=dict)
+    """The last of each process that is watched."""
+    exchanges: int = 0
+    quiet: float = 0.0
+    left: bool = False
+    ends: bool = False
+
+    def __post_init__(self):
+        # the main process watches all, and the others watch it, so that the store has little to do
+        self.others = list(range(1, self.meeting.processes)) if self.meeting.rank == 0 else [0]
+
+    def talk(self) -> None:
+        store, done = self.meeting.store, False
+        while not done:
+            done = self.done.wait(self.patience.tick)
+            beat = _Beat(self.exchanges, self.quiet, _doing.what, self.left, self.ends)
+            try:
+                store.set(str(self.meeting.rank), json.dumps(vars(beat)))
+                found = store.multi_get([str(process) for process in self.others])
+            except dist.DistError:  # the others hear nothing, and judge
+                continue
+            self.beats = {process: _Beat(**json.loads(text)) for process, text in zip(self.others, found, strict=True)}
+            self.exchanges += 1
+
+    def judge(self) -> None:
+        patience, clock, own = self.patience, _Clock(self.patience.tick), _OwnWork(self.patience)
+        exchanges, unheard, warned = -1, 0.0, set()
+        numbers: dict[int, int] = {}
+        silent = dict.fromkeys(self.others, 0.0)
+        while not self.done.wait(patience.tick):
+            seconds = clock.seconds()
+            self.quiet = own.look(seconds)
+            unheard = 0.0 if exchanges != self.exchanges else unheard + seconds
+            exchanges = self.exchanges
+            for process, beat in self.beats.items():
+                if beat.ends:
+                    self._end()
+                heard = unheard or beat.left or beat.number != numbers.get(process)
+                silent[process] = 0.0 if heard else silent[process] + seconds
+                numbers[process] = beat.number
+            for key, lasted, text in self._silences(silent, unheard):
+                if lasted >= patience.end:
+                    self._end(text)
+                if lasted >= patience.warning and key not in warned:
+                    logger.warning("%s; after %.0f s the run ends with an error", text, patience.end)
+                    warned.add(key)
+                if lasted < patience.warning:
+                    warned.discard(key)
+
+    def _silences(self, silent: dict[int, float], unheard: float) -> Iterator[tuple[Any, float, str]]:
+        """Yield what can be silent, for how many seconds it was, and that in words."""
+        rank, beats = self.meeting.rank, self.beats
+        for process, seconds in silent.items():
+            what = beats[process].what if process in beats else "its start"
+            yield process, seconds, f"process {process} has not been heard from for {seconds:.0f} s, last in {what}"
+        who = "the launcher" if rank == 0 else f"process 0, last in {beats[0].what if beats else 'its start'},"
+        where = f"the store at {self.meeting.address}"
+        yield "store", unheard, f"{who} has not been heard from for {unheard:.0f} s, nor has {where}"
+        if _doing.alone:
+            text = f"process {rank} has made no progress for {self.quiet:.0f} s in {_doing.what}"
+            yield "alone", self.quiet, text
+        elif rank == 0 and len(beats) == len(self.others):
+            quiet = min(self.quiet, *(beat.quiet for beat in beats.values()))
+            doing = {0: _doing.what} | {process: beat.what for process, beat in beats.items()}
+            places = "; ".join(f"process {process} in {what}" for process, what in doing.items())
+            yield "all", quiet, f"no process has made progress for {quiet:.0f} s: {places}"
+
+    def _end(self, text: str | None = None) -> None:
+        """End this process, after the others had the time to hear of it: then they do not report a lost connection."""
+        if text:
+            _say_error(f"{text}. {CONTINUES}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # lost connections of this one
+        self.ends = True
+        time.sleep(6 * self.patience.tick)
+        os._exit(1)
+
+
+def _say_error(text: str) -> None:
+    os.write(2, f"\nerror: {text}\n".encode())  # not by sys.stderr, which the main thread may hold
+
+
+class WorkerWatch:
+    """Watches, by a thread, the worker that the main thread waits for. When it is silent, all are killed, which
+    ends the waiting.
+
+    Args:
+        workers: processes that read.
+        describe: what a batch is, in words.
+        patience: how long to wait.
+    """
+
+    def __init__(self, workers: Sequence[BaseProcess], describe: Callable[[Any], str], patience: Patience):
+        self.workers, self.describe, self.patience = workers, describe, patience
+        self.waiting: tuple[int, Any] | None = None
+        self.verdict = ""
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+        self.thread.start()
+
+    def wait(self, worker: int, batch: Any, take: Callable[[], T]) -> T:
+        """Return what `take` gives, which waits for `worker` to read the batch.
+
+        Raises:
+            TimeoutError: when the worker was silent.
+        """
+        self.waiting = worker, batch
+        try:
+            return take()
+        except Exception as error:
+            if self.verdict:
+                raise TimeoutError(self.verdict) from error
+            raise
+        finally:
+            self.waiting = None
+
+    def close(self) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def _look(self) -> None:
+        clock, waiting = _Clock(self.patience.tick), None
+        while not self.done.wait(self.patience.tick):
+            seconds = clock.seconds()
+            if waiting is not self.waiting:
+                waiting, waited, silent, warned = self.waiting, 0.0, 0.0, False
+                activity = waiting and _Activity(lambda worker=waiting[0]: self._process(worker))
+            elif waiting:
+                report_progress()  # the worker is watched here, and this process only waits
+                waited += seconds
+                silent = 0.0 if activity.seen(seconds) else silent + seconds
+                if waited >= self.patience.warning and not warned:
+                    logger.warning("reading takes long: %.0f s so far for %s", waited, self._words(*waiting))
+                    warned = True
+                if silent >= self.patience.end:
+                    self._end(f"reading has stood still for {silent:.0f} s: {self._words(*waiting)}")
+
+    def _process(self, worker: int) -> list[psutil.Process]:
+        try:
+            return [psutil.Process(self.workers[worker].pid)]
+        except psutil.Error:  # it has ended, which torch reports
+            return []
+
+    def _words(self, worker: int, batch: Any) -> str:
+        status = "".join(process.status() for process in self._process(worker))
+        who = f"worker {worker} of {len(self.workers)} (process {self.workers[worker].pid}, {status})"
+        return f"{self.describe(batch)} in {_doing.what}, by {who}"
+
+    def _end(self, text: str) -> None:
+        self.verdict = f"{text}. Look at whether these files can be read. {CONTINUES}"
+        for worker in self.workers:  # others may be stopped, too, and Python waits for them at its end
+            worker.kill()
+        if not self.done.wait(10):  # the system cannot end it, and would not let Python end before it
+            _say_error(self.verdict)
+            os._exit(1)

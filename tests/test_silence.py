@@ -1,0 +1,233 @@
+"""A process or a reading worker that falls silent is named and ends the run; one that works for long does not."""
+
+import dataclasses
+import os
+import re
+import signal
+import threading
+import time
+from functools import partial
+
+import psutil
+import pytest
+import torch
+from support.launches import Launch, run_forked
+from support.runs import TINY_VAE, fit, left_behind, tiny
+
+from diffusers_vae.data import ArrayImages, DataConfig
+from diffusers_vae.loop import run_task
+from diffusers_vae.processes import on_main, process_share
+from diffusers_vae.silence import Patience, meet, report_progress, watched
+from diffusers_vae.trainer import AutoencoderTask
+
+SHORT = Patience(warning=1, end=3)
+AT = 150
+"""Images after which something happens."""
+
+
+def config_of(output_dir):
+    """Six steps, with a checkpoint after each."""
+    config = tiny(output_dir, TINY_VAE, batch_size=50, max_images=300, checkpoint_every=1, keep_checkpoints=100)
+    return dataclasses.replace(config, data=DataConfig(resolution=8, heldout_fraction=0.8))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folders of a run of one and of two processes that went through, by their number."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    for processes in (1, 2):
+        run_forked(fit, config_of(folder / str(processes)), log=folder / "log", processes=processes)
+    return lambda processes: folder / str(processes)
+
+
+def assert_continued(config, reference, tmp_path, processes):
+    """The same settings continue the run to the files of the `reference`."""
+    output = run_forked(fit, config, log=tmp_path / "log of the second", processes=processes)
+    assert f"continuing from {config.run.output_dir}/checkpoints/images-{AT:012d}" in output
+    assert left_behind(config.run.output_dir) == left_behind(reference)
+
+
+class Happens(AutoencoderTask):
+    """After some images, `happen` is called on the processes `ranks`."""
+
+    ranks, happen, workers_wanted = (0,), None, 0
+
+    def load(self, accelerator):
+        super().load(accelerator)
+        self.workers = self.workers_wanted
+
+    def begin_step(self, images_seen, *arguments):
+        if images_seen == AT and process_share()[0] in self.ranks:
+            self.happen()
+        return super().begin_step(images_seen, *arguments)
+
+
+def fit_until(happen, config, ranks=(0,), workers=0, patience=SHORT):
+    task = Happens(config)
+    task.ranks, task.happen, task.workers_wanted = ranks, partial(happen, task), workers
+    run_task(task, finish=False, patience=patience)
+
+
+def stop(task):
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def stop_workers(task):
+    for child in psutil.Process().children():
+        child.suspend()
+
+
+class Hanging(ArrayImages):
+    """Images in a pipe that nobody writes to."""
+
+    def __getitems__(self, indices):
+        os.mkfifo(self.pipe)
+        self.pipe.open()
+
+
+class Slow(ArrayImages):
+    """Images that take some seconds of work, once."""
+
+    def __getitems__(self, indices):
+        compute(5)
+        self.__class__ = ArrayImages
+        return super().__getitems__(indices)
+
+
+def replace_images(kind, pipe, task):
+    """From now on, this process reads images of another `kind`."""
+    task.train_set.__class__, task.train_set.pipe = kind, pipe
+
+
+def compute(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        torch.ones(1000).sum()
+
+
+def sleep_and_report(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.2)
+        report_progress()
+
+
+def one_works(work):
+    """The main process works, and the others wait."""
+    patience = Patience(warning=1, end=2.5)
+    meeting = meet(patience)
+    torch.distributed.init_process_group("gloo")
+    with watched(meeting, patience):
+        on_main(work)
+
+
+@pytest.mark.slow
+class TestProcesses:
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_stopped_process_is_named_and_the_same_settings_continue(self, rank, uninterrupted, tmp_path):
+        config = config_of(tmp_path / "run")
+        launch = Launch(partial(fit_until, stop, config, [rank]), tmp_path / "log", processes=2)
+        codes = launch.wait(timeout=40, grace=1)
+        assert codes[1 - rank] == 1 and codes[rank] == -signal.SIGKILL, launch.output()
+        output = launch.output()
+        said = re.findall(rf"^error: process {rank}.* has not been heard from for \d+ s.*$", output, re.MULTILINE)
+        assert len(said) == 1 and "The same command continues" in said[0] and "in step 4" in said[0], output
+        assert output.count("after 3 s the run ends with an error") == 1
+        assert "Traceback" not in output
+        assert_continued(config, uninterrupted(2), tmp_path, 2)
+
+    def test_process_that_hangs_in_reading_is_named(self, uninterrupted, tmp_path):
+        config = config_of(tmp_path / "run")
+        happen = partial(replace_images, Hanging, tmp_path / "pipe")
+        launch = Launch(partial(fit_until, happen, config, [1]), tmp_path / "log", processes=2)
+        assert launch.wait(timeout=40) == [1, 1], launch.output()
+        output = launch.output()
+        said = re.findall(r"^error: process 1 has made no progress for \d+ s in reading for step 4\..*$", output, re.M)
+        assert len(said) == 1 and output.count("error: ") == 1, output
+        assert_continued(config, uninterrupted(2), tmp_path, 2)
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_process_that_never_started_is_named(self, rank, tmp_path):
+        fit_it = partial(fit_until, stop, config_of(tmp_path / "run"))
+        launch = Launch(fit_it, tmp_path / "log", processes=2, ranks=[1 - rank])
+        assert launch.wait(timeout=40) == [1]
+        expected = "process 0 must answer at localhost:" if rank == 0 else "only 1 of 2 processes have started"
+        output = launch.output()
+        assert f"TimeoutError: {expected}" in output and f"process {rank}" in output, output
+        assert not (tmp_path / "run").exists()
+
+    def test_launch_that_is_stopped_as_a_whole_goes_on(self, uninterrupted, tmp_path):
+        """As schedulers do for another job: nobody was waited for while all were stopped."""
+        config = config_of(tmp_path / "run")
+        launch = Launch(partial(fit_until, stop, config, [0, 1]), tmp_path / "log", processes=2)
+        deadline = time.monotonic() + 40
+        while any(psutil.Process(process.pid).status() != psutil.STATUS_STOPPED for process in launch.processes):
+            assert time.monotonic() < deadline and launch.running, launch.output()
+            time.sleep(0.05)
+        time.sleep(SHORT.end + 1)
+        launch.send(signal.SIGCONT)
+        assert launch.wait(timeout=40) == [0, 0], launch.output()
+        assert "has not been heard from" not in launch.output()
+        assert left_behind(config.run.output_dir) == left_behind(uninterrupted(2))
+
+    @pytest.mark.parametrize("work", [compute, sleep_and_report])
+    def test_work_of_one_is_not_cut_off(self, work, tmp_path):
+        assert "error" not in run_forked(one_works, partial(work, 5), log=tmp_path / "log", processes=2)
+
+    def test_one_that_does_nothing_ends_all(self, tmp_path):
+        launch = Launch(partial(one_works, partial(time.sleep, 60)), tmp_path / "log", processes=3)
+        assert launch.wait(timeout=40) == [1, 1, 1]
+        assert launch.output().count("error: process 0 has made no progress for") == 1, launch.output()
+        assert "Traceback" not in launch.output()
+
+
+@pytest.mark.slow
+class TestWorkers:
+    def test_stopped_worker_is_named_and_the_same_settings_continue(self, uninterrupted, tmp_path):
+        config = config_of(tmp_path / "run")
+        launch = Launch(partial(fit_until, stop_workers, config, workers=2), tmp_path / "log")
+        assert launch.wait(timeout=40) == [1], launch.output()
+        output = launch.output()
+        said = re.search(r"TimeoutError: reading has stood still.*worker [01] of 2 \(process (\d+), stopped\)", output)
+        assert said and "50 images, image " in said[0], output
+        assert "reading takes long" in output
+        assert not psutil.pid_exists(int(said[1]))
+        newest = max((tmp_path / "run" / "checkpoints").glob("images-*"))
+        output = run_forked(fit, config, log=tmp_path / "log of the second")
+        assert f"continuing from {newest}" in output
+        assert left_behind(tmp_path / "run") == left_behind(uninterrupted(1))
+
+    def test_slow_reading_is_reported_and_not_cut_off(self, tmp_path):
+        config = config_of(tmp_path / "run")
+        run_it = partial(fit_slowly, config)
+        output = run_forked(run_it, log=tmp_path / "log")
+        assert "reading takes long" in output and "error" not in output
+
+
+class SlowFromTheStart(Happens):
+    def load(self, accelerator):
+        super().load(accelerator)
+        self.train_set.__class__ = Slow
+
+
+def fit_slowly(config):
+    task = SlowFromTheStart(config)
+    task.workers_wanted = 1
+    run_task(task, finish=False, patience=Patience(warning=1, end=2.5))
+
+
+class Threads(AutoencoderTask):
+    """Notes the threads that there are in a step."""
+
+    def begin_step(self, *arguments):
+        self.found = set(threading.enumerate())
+        return super().begin_step(*arguments)
+
+
+def test_one_process_has_no_thread_for_it(tmp_path):
+    before = set(threading.enumerate())
+    task = Threads(tiny(tmp_path / "run"))
+    run_task(task, finish=False)
+    assert {thread.name for thread in task.found - before} <= {"Thread-tqdm"} or all(
+        type(thread).__module__.startswith("tqdm") for thread in task.found - before
+    )
