@@ -91,12 +91,24 @@ class Slow(ArrayImages):
     def __getitems__(self, indices):
         compute(5)
         self.__class__ = ArrayImages
-        return super().__getitems__(indices)
+        return self.__getitems__(indices)
 
 
 def replace_images(kind, pipe, task):
     """From now on, this process reads images of another `kind`."""
     task.train_set.__class__, task.train_set.pipe = kind, pipe
+
+
+class SlowFromTheStart(Happens):
+    def load(self, accelerator):
+        super().load(accelerator)
+        self.train_set.__class__ = Slow
+
+
+def fit_slowly(config):
+    task = SlowFromTheStart(config)
+    task.workers_wanted = 1
+    run_task(task, finish=False, patience=Patience(warning=1, end=2.5))
 
 
 def compute(seconds):
@@ -131,7 +143,7 @@ class TestProcesses:
         assert codes[1 - rank] == 1 and codes[rank] == -signal.SIGKILL, launch.output()
         output = launch.output()
         said = re.findall(rf"^error: process {rank}.* has not been heard from for \d+ s.*$", output, re.MULTILINE)
-        assert len(said) == 1 and "The same command continues" in said[0] and "in step 4" in said[0], output
+        assert len(said) == 1 and "The same command continues" in said[0] and re.search(r"step \d", said[0]), output
         assert output.count("after 3 s the run ends with an error") == 1
         assert "Traceback" not in output
         assert_continued(config, uninterrupted(2), tmp_path, 2)
@@ -199,21 +211,8 @@ class TestWorkers:
 
     def test_slow_reading_is_reported_and_not_cut_off(self, tmp_path):
         config = config_of(tmp_path / "run")
-        run_it = partial(fit_slowly, config)
-        output = run_forked(run_it, log=tmp_path / "log")
+        output = run_forked(fit_slowly, config, log=tmp_path / "log")
         assert "reading takes long" in output and "error" not in output
-
-
-class SlowFromTheStart(Happens):
-    def load(self, accelerator):
-        super().load(accelerator)
-        self.train_set.__class__ = Slow
-
-
-def fit_slowly(config):
-    task = SlowFromTheStart(config)
-    task.workers_wanted = 1
-    run_task(task, finish=False, patience=Patience(warning=1, end=2.5))
 
 
 class Threads(AutoencoderTask):
@@ -228,6 +227,5 @@ def test_one_process_has_no_thread_for_it(tmp_path):
     before = set(threading.enumerate())
     task = Threads(tiny(tmp_path / "run"))
     run_task(task, finish=False)
-    assert {thread.name for thread in task.found - before} <= {"Thread-tqdm"} or all(
-        type(thread).__module__.startswith("tqdm") for thread in task.found - before
-    )
+    added = {type(thread).__module__.split(".")[0] for thread in task.found - before}
+    assert added <= {"tqdm"}  # which refreshes the bar
