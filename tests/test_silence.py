@@ -107,7 +107,7 @@ class SlowFromTheStart(Happens):
 
 def fit_slowly(config):
     task = SlowFromTheStart(config)
-    task.workers_wanted = 1
+    task.ranks, task.workers_wanted = (), 1
     run_task(task, finish=False, patience=Patience(warning=1, end=2.5))
 
 
