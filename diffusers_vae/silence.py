@@ -296,14 +296,15 @@ class _Watch:
         while not self.done.wait(patience.tick):
             seconds = clock.seconds()
             self.quiet = own.look(seconds)
-            unheard = 0.0 if exchanges != self.exchanges else unheard + seconds
-            exchanges = self.exchanges
-            for process, beat in self.beats.items():
-                if beat.ends:
-                    self._end()
-                heard = unheard or beat.left or beat.number != numbers.get(process)
-                silent[process] = 0.0 if heard else silent[process] + seconds
-                numbers[process] = beat.number
+            unheard += seconds
+            if exchanges != self.exchanges:
+                for process, beat in self.beats.items():
+                    if beat.ends:
+                        self._end()
+                    heard = beat.left or beat.number != numbers.get(process)
+                    silent[process] = 0.0 if heard else silent[process] + unheard
+                    numbers[process] = beat.number
+                exchanges, unheard = self.exchanges, 0.0
             for key, lasted, text in self._silences(silent, unheard):
                 if lasted >= patience.end:
                     self._end(text)
