@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .messages import showable
 from .processes import gather, on_main
 from .storage import (
     begin_folder,
@@ -194,7 +195,7 @@ def tidy(folder: Path, newest: Path | None, keep: int) -> None:
         try:
             discard_folder(path)
         except OSError as error:
-            logger.warning("%s is no longer needed and cannot be deleted: %s", path, error)
+            logger.warning("%s is no longer needed and cannot be deleted: %s", showable(path), showable(error))
 
 
 def _problem(path: Path) -> str | None:

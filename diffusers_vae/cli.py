@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+
+from .messages import log_to_terminal, message, showable
 
 COMMANDS = {
     "train": "train a KL autoencoder, or continue a run",
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         kind = "" if expected else f"{type(error).__name__}: "
         text = str(error) if expected else " ".join(str(error).split())
-        print(f"error: {kind}{text}{'' if expected else ' (--debug shows where)'}", file=sys.stderr)
+        print(message(f"error: {kind}{text}{'' if expected else ' (--debug shows where)'}"), file=sys.stderr)
         return 1
 
 
@@ -105,8 +108,9 @@ def _run(arguments: list[str], debug: bool) -> int:
         print(version("diffusers-vae"))
         return 0
     if arguments[0] not in COMMANDS:
-        print(f"error: {arguments[0]} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: {showable(arguments[0])} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    log_to_terminal(logging.INFO if arguments[0].startswith("train") else logging.WARNING)
     try:
         from . import commands
     except ModuleNotFoundError as error:

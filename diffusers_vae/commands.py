@@ -40,6 +40,7 @@ from .hub import HubConfig, check_can_push, find_value_range, push
 from .images import read_image, to_model_range, to_pil
 from .latent_cache import DTYPES, Kind, encode_images
 from .loop import RunResult, Task, dry_run, run_task
+from .messages import message, quoted, showable
 from .metrics import psnr
 from .models import MLPVAE, VAE, encode, find_subfolder, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig
@@ -74,7 +75,6 @@ def run_train_text_to_image(arguments: Sequence[str]) -> int:
 
 
 def _run_training(training: Training, arguments: Sequence[str]) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
     config, dry = parse_settings(training, arguments)
@@ -88,10 +88,10 @@ def _run_training(training: Training, arguments: Sequence[str]) -> int:
         elif result := run_task(training.task(config)):  # on the main process
             _describe(result)
             if hub.push:
-                print(f"published   {push(result.output_dir, hub)}")
+                print(showable(f"published   {push(result.output_dir, hub)}"))
     except Interrupted as interruption:
         if first:
-            print(interruption, file=sys.stderr)
+            print(message(interruption), file=sys.stderr)
         _leave_group()
         return RESUME_ME
     _leave_group()
@@ -125,13 +125,13 @@ def _describe(result: RunResult) -> None:
     _describe_size(result)
     if isinstance(result, TrainResult):
         print(report_table(asdict(replace(result.report, per_image=None))))
-        print(f"report      {result.output_dir / 'report.html'}")
+        print(showable(f"report      {result.output_dir / 'report.html'}"))
     else:
         print(f"held-out squared error of the prediction {result.heldout_error:.4f}")
-    print(f"pictures    {result.output_dir / 'pictures'}")
-    print(f"evaluation  {result.output_dir / 'evaluation.json'}")
-    print(f"{result.saved:<12}{result.output_dir / result.saved}")
-    print(f"load it     {result.load_line}")
+    print(showable(f"pictures    {result.output_dir / 'pictures'}"))
+    print(showable(f"evaluation  {result.output_dir / 'evaluation.json'}"))
+    print(showable(f"{result.saved:<12}{result.output_dir / result.saved}"))
+    print(showable(f"load it     {result.load_line}"))
 
 
 def run_data(arguments: Sequence[str]) -> int:
@@ -163,9 +163,11 @@ def run_data(arguments: Sequence[str]) -> int:
         contact_sheet(to_model_range(found.shown), parsed.data.described).save(partial, "PNG")
     preset, settings = recommended(found, parsed.data)
     flags = [f"--{name} {shlex.quote(value)}" for name, value in settings.items()]
-    print(f"picture       {path}")
+    print(showable(f"picture       {path}"))
     print(f"begin with    training/configs/{preset}.yaml:\n")
-    print(f"accelerate launch training/train_vae.py --config training/configs/{preset}.yaml {' '.join(flags)}")
+    print(
+        showable(f"accelerate launch training/train_vae.py --config training/configs/{preset}.yaml {' '.join(flags)}")
+    )
     return 0
 
 
@@ -210,8 +212,8 @@ def _write_evaluation(
         for name, picture in pictures.items():
             picture.save(partial / "pictures" / f"{name}.png")
         write_text(partial / "report.html", report_html(json.loads(text), pictures, report.model.name))
-    print(f"report      {out / 'report.html'}")
-    print(f"evaluation  {out / 'evaluation.json'}")
+    print(showable(f"report      {out / 'report.html'}"))
+    print(showable(f"evaluation  {out / 'evaluation.json'}"))
 
 
 def run_compare(arguments: Sequence[str]) -> int:
@@ -253,8 +255,8 @@ def run_compare(arguments: Sequence[str]) -> int:
     with whole_files(out) as partial:
         write_text(partial / "comparison.json", text)
         picture.save(partial / "comparison.png")
-    print(f"comparison  {out / 'comparison.json'}")
-    print(f"picture     {out / 'comparison.png'}")
+    print(showable(f"comparison  {out / 'comparison.json'}"))
+    print(showable(f"picture     {out / 'comparison.png'}"))
     return 0
 
 
@@ -308,10 +310,10 @@ def run_fp16(arguments: Sequence[str]) -> int:
         raise ValueError(f"{file} is left as it is. {report.advice}")
     config = read_json(file)
     if config.get("force_upcast") is False:
-        print(f"force_upcast was false already in {file}")
+        print(showable(f"force_upcast was false already in {file}"))
         return 0
     write_file(file, json.dumps(config | {"force_upcast": False}, indent=2) + "\n")
-    print(f"force_upcast is now false in {file}")
+    print(showable(f"force_upcast is now false in {file}"))
     return 0
 
 
@@ -372,9 +374,9 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
             else:
                 to_pil(reconstruction, 1).convert("L" if channels == 1 else "RGB").save(partial, "PNG")
         over = f" over {stated}" if stated else ""
-        tqdm.write(f"{path}  PSNR {psnr(images, reconstruction).item():.2f} dB{over}")
+        tqdm.write(f"{showable(path)}  PSNR {psnr(images, reconstruction).item():.2f} dB{over}")
     if failed:
-        listed = "\n".join(failed)
+        listed = "\n".join(map(showable, failed))
         raise ValueError(f"{len(failed)} of {len(files)} images could not be reconstructed:\n{listed}")
     return 0
 
@@ -443,7 +445,7 @@ def run_sample(arguments: Sequence[str]) -> int:
     model = _load(parsed, parsed.model)
     with whole_file(path) as partial:
         sample_picture(model, _latent_shape(model), 16, parsed.seed, parsed.count).save(partial, "PNG")
-    print(f"picture     {path}")
+    print(showable(f"picture     {path}"))
     return 0
 
 
@@ -532,14 +534,14 @@ def run_encode(arguments: Sequence[str]) -> int:
         progress=True,
     )
     if state.is_main_process:
-        print(f"images      {len(latents):,} of {data.described}, {split}")
+        print(showable(f"images      {len(latents):,} of {data.described}, {split}"))
         if unreadable := unreadable + len(images) - len(latents):
             print(f"left out    {unreadable:,} that cannot be read")
         print(f"latents     {'x'.join(map(str, latents.latent_shape))}, {parsed.kind}, {parsed.dtype}")
         print(f"computed    in {str(latents.compute_dtype).removeprefix('torch.')} on {vae.device.type}")
         print(f"size        {latents.bytes / 2**20:,.1f} MiB")
-        print(f"folder      {parsed.out}")
-        print(f'open it     from diffusers_vae import LatentDataset; latents = LatentDataset("{parsed.out}")')
+        print(showable(f"folder      {parsed.out}"))
+        print(f"open it     from diffusers_vae import LatentDataset; latents = LatentDataset({quoted(parsed.out)})")
     _leave_group()
     return 0
 
@@ -583,8 +585,8 @@ def run_push(arguments: Sequence[str]) -> int:
     try:
         config = HubConfig(push=True, repo_id=repo_id, **settings)
     except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-    print(f"published   {push(run, config)}")
+        parser.exit(2, message(f"error: {error}") + "\n")
+    print(showable(f"published   {push(run, config)}"))
     return 0
 
 
@@ -606,11 +608,11 @@ def run_info(arguments: Sequence[str]) -> int:
     ours = isinstance(model, MLPVAE)
     name = "AutoencoderKL" if isinstance(model, VAE) else type(model).__name__
     place = next((p for sub in ("model", "vae") if (p := Path(parsed.model) / sub).is_dir()), parsed.model)
-    inside = f', subfolder="{parsed.subfolder}"' if parsed.subfolder else ""
+    inside = f", subfolder={quoted(parsed.subfolder)}" if parsed.subfolder else ""
     facts = {
         "class": name,
         "load it": f"from {'diffusers_vae' if ours else 'diffusers'} import {name}; "
-        f'vae = {name}.from_pretrained("{place}"{inside})',
+        f"vae = {name}.from_pretrained({quoted(place)}{inside})",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "images": f"{config.in_channels}x{height}x{width}" + ("" if "image_size" in config else " or other sizes"),
         "latents": f"{'x'.join(map(str, shape))}, {height // shape[1]} times smaller a side",
@@ -619,7 +621,7 @@ def run_info(arguments: Sequence[str]) -> int:
     }
     if stated := find_value_range(parsed.model, parsed.subfolder, parsed.revision):
         facts["values"] = f"of files in {stated}, whose ends are -1 and 1"
-    print("\n".join(f"{name:<16}{value}" for name, value in facts.items()))
+    print("\n".join(showable(f"{name:<16}{value}") for name, value in facts.items()))
     evaluation = Path(parsed.model) / "evaluation.json"
     if evaluation.exists():
         print(report_table(json.loads(read_report(evaluation).to_json())))
@@ -638,7 +640,7 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     try:
         return parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, ValueError) as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, message(f"error: {error}") + "\n")
 
 
 def _parse_data(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
@@ -646,7 +648,7 @@ def _parse_data(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Names
     try:
         images = parser.parse_args([*ANY_DATA, *arguments]).images
     except (ArgumentError, ValueError) as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, message(f"error: {error}") + "\n")
     named = any(argument.partition("=")[0] == "--data.name" for argument in arguments)
     place = ["--data.root", images] if named else _data_flags(images)
     return _parse(parser, [*arguments, *place]), place
@@ -728,7 +730,9 @@ def _parse_measuring(
     known = runs[0]
     if not known:
         if not any(argument.startswith("--data.") for argument in arguments):
-            parser.exit(2, f"error: say with --data on which images; {parsed[models[0]]} is of no run that tells\n")
+            parser.exit(
+                2, f"error: say with --data on which images; {showable(parsed[models[0]])} is of no run that tells\n"
+            )
         known = {"data": _data_for(loaded[0], parsed, parsed[models[0]])}
     known = known | {"data": _of_another_set(known["data"], parsed.data, arguments)}
     known = [f"--{name}={json.dumps(values)}" for name, values in known.items() if name in parsed]

@@ -11,6 +11,7 @@ from pathlib import Path
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from .loop import Task
+from .messages import message
 from .settings import Settings, read_settings
 from .text_to_image import TextToImageConfig, TextToImageTask
 from .trainer import AutoencoderTask, TrainConfig
@@ -95,10 +96,10 @@ def parse_settings(training: Training, arguments: Sequence[str]) -> tuple[Settin
         dry = settings.pop("dry_run")
         return training.settings(**settings), dry
     except (ArgumentError, OSError, ValueError) as error:
-        message = f"error: {error}\n"
-        if "Given value: False" in message:
-            message += 'YAML reads a bare no or off as false: write "no" in quotes.\n'
-        parser.exit(2, message)
+        text = f"error: {error}"
+        if "Given value: False" in text:
+            text += '\nYAML reads a bare no or off as false: write "no" in quotes.'
+        parser.exit(2, message(text) + "\n")
 
 
 def _config_files(arguments: Sequence[str]) -> list[Path]:

@@ -28,6 +28,7 @@ from .objective import VAEObjective
 from .perceptual import LPIPS, InceptionFeatures
 from .precision import PrecisionReport, measure_precision
 from .processes import gather_parts, process_share
+from .storage import digest_of
 from .untrusted import check_type, read_text
 from .values import ValueRange
 
@@ -252,13 +253,17 @@ class EvaluationReport:
         del values["per_image"]
         if bad := _not_finite(values):
             raise ValueError(f"the model gives figures that are not finite: {', '.join(bad)}")
-        return json.dumps({"format": FORMAT} | values, indent=2, allow_nan=False) + "\n"
+        values = {"format": FORMAT} | values
+        return json.dumps(values | {"sha256": report_digest(values)}, indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> EvaluationReport:
         """The report that `to_json` gave; ValueError when it is none."""
         try:
             values = json.loads(text)
+            digest = report_digest(values)
+            if values.pop("sha256", digest) != digest:  # which reports of older versions lack
+                raise ValueError("its SHA-256 must be that of its figures, which were changed since they were measured")
             if values.pop("format") != FORMAT:
                 raise ValueError(f"no evaluation report of format {FORMAT}")
             check_type(values, cls, "report")
@@ -272,6 +277,11 @@ class EvaluationReport:
             return cls(**values | {name: kind(**values[name]) for name, kind in parts.items()})
         except (AttributeError, KeyError, RecursionError, TypeError) as error:
             raise ValueError(f"no evaluation report: {error}") from error
+
+
+def report_digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 of what an evaluation.json holds besides it: a guard against accidents, and no proof."""
+    return digest_of({name: value for name, value in values.items() if name != "sha256"})
 
 
 def read_report(path: Path) -> EvaluationReport:

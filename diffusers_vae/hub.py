@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import html
+import io
 import json
 import logging
 import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -25,16 +27,20 @@ from huggingface_hub import (
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, LocalTokenNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from jinja2 import Environment
+from markupsafe import Markup
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from .adversarial import AdversarialConfig
-from .evaluation import FIGURES, Figure, changed_figures, read_report
+from .evaluation import FIGURES, Figure, changed_figures, read_report, report_digest
+from .messages import hiding_passwords, quoted, showable, without_passwords
 from .models import ModelConfig, find_subfolder, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig
 from .pictures import CAPTIONS
-from .settings import read_settings
+from .settings import read_settings, to_yaml
 from .storage import write_file
-from .untrusted import read_json
+from .untrusted import open_regular, read_json, read_text
 from .values import RANGE_FILE, ValueRange
 
 T = TypeVar("T")
@@ -105,8 +111,10 @@ class _Run:
     evaluation: dict[str, Any]
     config: dict[str, Any]
     model: dict[str, Any]
-    weights: list[Path]
-    pictures: list[Path]
+    weights: list[str]
+    """Names of the files in model/."""
+    pictures: list[str]
+    """Names of those that `draw_all` makes, in its order."""
 
     @classmethod
     def read(cls, path: Path, evaluation: dict[str, Any] | None = None) -> _Run:
@@ -130,16 +138,9 @@ class _Run:
                 f"{folder} must hold weights as safetensors, got {', '.join(pickles)}, which can run code when loaded; "
                 "remove them, or save the model again"
             )
-        weights = sorted(file for file in folder.iterdir() if WEIGHTS.fullmatch(file.name))
-        tensors = [file for file in weights if file.suffix == ".safetensors"]
-        if not tensors:
-            raise ValueError(f"{folder} holds no weights, diffusion_pytorch_model.safetensors; train the model first")
-        for file in tensors:
-            try:
-                with safe_open(file, "pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(f"{file} is damaged: {error}. Delete evaluation.json and continue the run") from error
+        weights = _weights(folder)
+        if not (folder / weights[-1]).is_file():
+            raise ValueError(f"{folder} holds no weights, {weights[-1]}; train the model first")
         if evaluation is None:
             evaluation = json.loads(read_report(path / "evaluation.json").to_json())
         return cls(
@@ -148,24 +149,54 @@ class _Run:
             read_settings(path / "config.yaml", "evaluation", *RECIPE),
             read_json(folder / "config.json"),
             weights,
-            sorted(
-                (file for file in (path / "pictures").glob("*.png") if not file.name.startswith(".")),
-                key=lambda file: ([*CAPTIONS, file.stem].index(file.stem), file.stem),
-            ),
+            [name for name in CAPTIONS if (path / "pictures" / f"{name}.png").is_file()],
         )
 
     @property
     def name(self) -> str:
         return self.path.resolve().name
 
-    @property
-    def files(self) -> dict[str, Path]:
-        """What is uploaded, besides the card, by its path in the repository: nothing that is not named here."""
-        files = [self.path / "model" / "config.json", *self.weights]
-        files += [self.path / "evaluation.json", self.path / "config.yaml"]
-        files += [file for file in [self.path / "model" / RANGE_FILE] if file.exists()]
-        found = {file.name: file for file in files} | {f"pictures/{file.name}": file for file in self.pictures}
-        return found | ({f"lora/{ADAPTER}": self.path / "lora" / ADAPTER} if self.lora_rank else {})
+    def contents(self) -> dict[str, bytes | Path]:
+        """What is uploaded besides the card, by its path in the repository: nothing that is not named here, none of it
+        through a link, no token, and no path on this machine.
+
+        Raises:
+            ValueError: naming a file that is not what it should be.
+        """
+        report = read_json(self._own("evaluation.json"))
+        shown = _without_places(report)
+        if "sha256" in report:
+            shown["sha256"] = report_digest(shown)
+        model = json.dumps(_without_places(read_json(self._own("model/config.json"))), indent=2, sort_keys=True)
+        texts = {
+            "config.json": model + "\n",
+            "evaluation.json": json.dumps(shown, indent=2) + "\n",
+            "config.yaml": to_yaml(_without_places(read_settings(self._own("config.yaml")))),
+        }
+        others = [name for name in (*self.weights, RANGE_FILE) if name.endswith(".json")]
+        texts |= {
+            name: read_text(self._own(f"model/{name}")) for name in others if (self.path / "model" / name).exists()
+        }
+        for name, text in texts.items():
+            _refuse_secrets(f"{name} of {self.path}", text)
+        tensors = {name: f"model/{name}" for name in self.weights if name.endswith(".safetensors")}
+        tensors |= {f"lora/{ADAPTER}": f"lora/{ADAPTER}"} if self.lora_rank else {}
+        pictures = [f"pictures/{name}.png" for name in self.pictures]
+        return (
+            {name: text.encode() for name, text in texts.items()}
+            | {name: _tensors(self._own(place)) for name, place in tensors.items()}
+            | {name: _picture(self._own(name)) for name in pictures}
+        )
+
+    def _own(self, name: str) -> Path:
+        """The file `name` of the run; ValueError when it is a link or lies behind one, which could lead anywhere."""
+        file = self.path / name
+        if file.resolve() != self.path.resolve() / name:
+            raise ValueError(
+                f"{file} must be a file of the run itself to be published, got a link to {file.resolve()}; put a copy "
+                "in its place"
+            )
+        return file
 
     @property
     def lora_rank(self) -> int | None:
@@ -193,7 +224,65 @@ class _Run:
         return None if local else source
 
 
+def _weights(folder: Path) -> list[str]:
+    """Names of the files in `folder` that hold the model's weights: one, or an index and the shards that it names."""
+    index = folder / f"{WEIGHTS_FILE}.index.json"
+    if not index.is_file():
+        return [WEIGHTS_FILE]
+    found = read_json(index)
+    shards = found.get("weight_map") if isinstance(found, dict) else None
+    if not (isinstance(shards, dict) and shards and all(WEIGHTS.fullmatch(str(name)) for name in shards.values())):
+        raise ValueError(
+            f"{index} is damaged: it must name files like {WEIGHTS_FILE} in weight_map; save the model again"
+        )
+    return [index.name, *sorted(set(shards.values()))]
+
+
+def _tensors(file: Path) -> Path:
+    """`file`, which is whole safetensors."""
+    open_regular(file).close()  # of anything else, reading might never end
+    try:
+        with safe_open(file, "pt") as tensors:
+            _refuse_secrets(str(file), str(tensors.metadata()))
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}. Delete evaluation.json and continue the run") from error
+    return file
+
+
+def _picture(file: Path) -> bytes:
+    """The content of `file`, which is a PNG and nothing else."""
+    with open_regular(file) as opened:
+        content = opened.read()
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+            picture.load()
+        if content.find(PNG_END) != len(content) - len(PNG_END):
+            raise ValueError("something follows its end")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{file} must be the PNG that the run drew, to be published: {error}. Delete it, or delete evaluation.json "
+            "and continue the run, which draws it again"
+        ) from error
+    _refuse_secrets(str(file), str(picture.info))
+    return content
+
+
+def _without_places(value: Any) -> Any:
+    """`value` of a JSON or YAML file, with no more than the last name of each path that leads out of the repository."""
+    if isinstance(value, dict):
+        return {name: _without_places(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    path = PureWindowsPath(re.sub("^file:(//)?", "", value))  # which knows slashes of both kinds
+    outside = path.root or ".." in path.parts or value.startswith("~")
+    return path.name if outside else value
+
+
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 ADAPTER = "pytorch_lora_weights.safetensors"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 CHECKPOINTS = {".ckpt", ".safetensors"}
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
@@ -250,7 +339,7 @@ def write_card(run: Path, config: HubConfig, evaluation: dict[str, Any]) -> None
 
 
 def _render(run: _Run, config: HubConfig) -> str:
-    evaluation, protocol = run.evaluation, run.evaluation["protocol"]
+    evaluation, protocol = run.evaluation, _without_places(run.evaluation["protocol"])
     stock = run.model["_class_name"] == "AutoencoderKL"
     data = run.config["data"]
     size = [data["resolution"]] * 2 if isinstance(data["resolution"], int) else data["resolution"]
@@ -272,7 +361,7 @@ def _render(run: _Run, config: HubConfig) -> str:
         )
         for key, figure in measured.items()
     ]
-    name = config.repo_id.rpartition("/")[2] if config.repo_id else run.name
+    name = config.repo_id.rpartition("/")[2] if config.repo_id else showable(run.name)
     base_model = config.base_model or run.base_model
     card_data = ModelCardData(
         license=config.license,
@@ -283,37 +372,59 @@ def _render(run: _Run, config: HubConfig) -> str:
         model_name=name,
         eval_results=results,
     )
+    environment = Environment(finalize=_plain)
     return str(
-        ModelCard.from_template(
-            card_data,
-            template_path=str(_template()),
-            run=run,
-            name=name,
-            stock=stock,
-            source=config.repo_id or (run.path / "model").as_posix(),
-            revision=config.revision if config.repo_id else None,
-            repository=config.repo_id or run.path.as_posix(),
-            license=config.license,
-            base_model=base_model,
-            fine_tuning=_fine_tuning(run),
-            evaluation=evaluation,
-            protocol=protocol,
-            model=evaluation["model"],
-            posterior=evaluation["posterior"],
-            trained_on=trained_on,
-            value_range=ValueRange.load(run.path / "model"),
-            size="x".join(map(str, size)),
-            measured_on=measured_on,
-            rows=[_row(key, figure, evaluation) for key, figure in measured.items()],
-            recipe=_recipe(run.config),
-            pushes=run.config.get("hub", {}).get("push", False),
-            pictures=[(file.name, *CAPTIONS.get(file.stem, (file.stem, ""))) for file in run.pictures],
-            measured_latents=run.config["evaluation"].get("max_images"),
-            ratio=2 ** (len(run.model["block_out_channels"]) - 1) if stock else None,
-            perceptual=run.config["objective"].get("perceptual"),
-            adversarial=run.config.get("adversarial", {}).get("weight"),
+        ModelCard(
+            environment.from_string(_template().read_text(encoding="utf-8")).render(
+                card_data=Markup(card_data.to_yaml()),
+                code=_code,
+                string=lambda text: Markup(quoted(text)),
+                url=lambda text: quote(text, safe=""),
+                shell=shlex.quote,
+                name=name,
+                stock=stock,
+                class_name="AutoencoderKL" if stock else "MLPVAE",
+                source=config.repo_id or (run.path / "model").as_posix(),
+                revision=config.revision if config.repo_id else None,
+                repository=config.repo_id or run.path.as_posix(),
+                license=config.license,
+                base_model=base_model,
+                fine_tuning=_fine_tuning(run),
+                evaluation=evaluation,
+                protocol=protocol,
+                model=evaluation["model"],
+                posterior=evaluation["posterior"],
+                trained_on=trained_on,
+                value_range=ValueRange.load(run.path / "model"),
+                size="x".join(map(str, size)),
+                measured_on=measured_on,
+                rows=[_row(key, figure, evaluation) for key, figure in measured.items()],
+                recipe=_recipe(_without_places(run.config)),
+                pushes=run.config.get("hub", {}).get("push", False),
+                pictures=[(name, *CAPTIONS[name]) for name in run.pictures],
+                measured_latents=run.config["evaluation"].get("max_images"),
+                ratio=2 ** (len(run.model["block_out_channels"]) - 1) if stock else None,
+                perceptual=run.config["objective"].get("perceptual"),
+                adversarial=run.config.get("adversarial", {}).get("weight"),
+            )
         )
     )
+
+
+def _plain(value: object) -> Markup:
+    """`value` as text of Markdown that means nothing but itself."""
+    if isinstance(value, Markup):
+        return value
+    text = html.escape(showable(value), quote=False)
+    return Markup(re.sub(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text))  # a_b is no emphasis
+
+
+def _code(value: object) -> Markup:
+    """`value` as a span of code in Markdown."""
+    text = showable(value)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return Markup(f"{fence}{space}{text}{space}{fence}")
 
 
 def _template() -> Path:
@@ -327,7 +438,7 @@ def _row(key: str, figure: Figure, evaluation: dict[str, Any]) -> tuple[str, str
     """Name, value, interval and meaning, as the card shows them."""
     interval = evaluation["intervals"].get(key)
     shown = f"{interval[0]:,.{figure.digits}f} to {interval[1]:,.{figure.digits}f}" if interval else ""
-    meaning = f"{figure.unit}; {figure.meaning}".removeprefix("; ").replace("|", "\\|")
+    meaning = f"{figure.unit}; {figure.meaning}".removeprefix("; ")
     return figure.label, f"{evaluation[key]:,.{figure.digits}f}", shown, meaning
 
 
@@ -343,7 +454,7 @@ def _fine_tuning(run: _Run) -> dict[str, Any] | None:
     if run.lora_rank:
         trained = f"adapters of rank {run.lora_rank} on its decoder (LoRA) were trained, and merged into its weights"
     elif trained is None:
-        trained = f"what {', '.join(f'`{pattern}`' for pattern in train)} matches of it was trained"
+        trained = Markup(f"what {', '.join(map(_code, train))} matches of it was trained")
     changes = [
         (figure.label, f"{mean} {figure.unit}".strip(), f"{low} to {high}")
         for figure, mean, low, high in changed_figures(found["differences"])
@@ -380,13 +491,15 @@ def find_value_range(source: str, subfolder: str | None = None, revision: str | 
     """
     if Path(source).exists():
         return ValueRange.load(Path(source, find_subfolder(source, subfolder) or ""))
-    try:
-        file = hf_hub_download(source, RANGE_FILE, subfolder=subfolder, revision=revision)
-    except LocalEntryNotFoundError:
-        logger.warning("%s is taken for a model of images of 8 bits: there is no network to ask for more", source)
-        return None
-    except EntryNotFoundError:
-        return None
+    with hiding_passwords():
+        try:
+            file = hf_hub_download(source, RANGE_FILE, subfolder=subfolder, revision=revision)
+        except LocalEntryNotFoundError:
+            said = "%s is taken for a model of images of 8 bits: there is no network to ask for more"
+            logger.warning(said, showable(source))
+            return None
+        except EntryNotFoundError:
+            return None
     return ValueRange.load(Path(file).parent)
 
 
@@ -430,22 +543,28 @@ def push(run: Path, config: HubConfig) -> str:
     request. Repeated after an error, it goes on: what has arrived is not sent again. Nothing in `run` is changed.
 
     Raises:
-        ValueError: when the run is not finished, holds pickles or weights that were not measured, or there is no
-            repo_id.
+        ValueError: when the run is not finished, holds pickles, links, tokens, figures that were changed or weights
+            that were not measured, or there is no repo_id.
         OSError: when the Hub refuses, or the connection breaks, with the command that repeats the upload.
     """
     repo_id, revision = _repo_id(config), config.revision or "main"
     found = _Run.read(run)
+    contents = found.contents()
     if weights_hash(load_autoencoder(str(run / "model"))) != found.evaluation["model"]["weights_sha256"]:
         raise ValueError(
             f"{run / 'evaluation.json'} must be of the weights in {run / 'model'}, got one of others; delete it and "
             "continue the run, which measures the model again"
         )
     card = _render(found, config)
+    psnr, name = found.evaluation["psnr"], showable(found.name)
+    message = config.commit_message or f"Upload {name}: PSNR {psnr:.2f} dB on {found.evaluation['images']} images"
+    _refuse_secrets("the model card", card)
+    _refuse_secrets("hub.commit_message", message)
     additions = [CommitOperationAdd("README.md", card.encode())]
-    additions += [CommitOperationAdd(name, str(file)) for name, file in found.files.items()]
-    psnr = found.evaluation["psnr"]
-    message = config.commit_message or f"Upload {found.name}: PSNR {psnr:.2f} dB on {found.evaluation['images']} images"
+    additions += [
+        CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+        for name, content in contents.items()
+    ]
     api = HfApi()
 
     def upload() -> str:
@@ -470,11 +589,12 @@ def push(run: Path, config: HubConfig) -> str:
             return str(commit.pr_url)
         return url if revision == "main" else f"{url}/tree/{quote(revision, safe='')}"
 
-    return _ask(
+    url = _ask(
         upload,
         f"{run} was not uploaded to {repo_id}",
         f" The run is whole, and what has arrived is not sent again. Repeat: {config.command(run)}",
     )
+    return without_passwords(url)
 
 
 class _Refused(Exception):
@@ -546,14 +666,33 @@ def _reason(error: BaseException) -> str:
     return f"the Hub answered {status} ({said}): {remedy}"
 
 
-def _without_token(text: str) -> str:
-    """One line, with every token blotted out that the text might hold: ours, and what looks like one."""
+TOKEN = re.compile(r"(?<![A-Za-z0-9])(hf|api)_(org_)?[A-Za-z0-9]{16,}|://[^\s/:@]*:[^\s/@]+@")
+"""What looks like a token of the Hub, or a password in an address."""
+
+
+def _refuse_secrets(where: str, text: str) -> None:
+    """Raise ValueError when what is to be published holds a token or a password."""
+    token = _token()
+    if TOKEN.search(text) or (token and token in text):
+        raise ValueError(
+            f"{where} must hold no token and no password, since it is published, got one. Remove it, and if others may "
+            "have seen it, replace it by another"
+        )
+
+
+def _token() -> str | None:
+    """That of the user."""
     try:
-        token = get_token()
+        return get_token()
     except Exception:  # it may come from a server
-        token = None
-    if token:
+        return None
+
+
+def _without_token(text: str) -> str:
+    """One line, without passwords, with every token blotted out that it might hold: ours, and what looks like one."""
+    text = without_passwords(text)
+    if token := _token():
         text = text.replace(token, "***")
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?***", text)  # addresses of the storage are signed
     text = re.sub(r"\b(hf_|api_|Bearer\s+)[\w.-]{8,}", r"\1***", text)
-    return " ".join(text.split())
+    return showable(" ".join(text.split()))

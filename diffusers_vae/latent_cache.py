@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from .data import ImageSet, StoredImages, kept_images, read_ahead
 from .latents import draw
+from .messages import showable
 from .models import VAE, encode, fast_dtype, for_inference, several_at_once, weights_hash
 from .processes import gather_parts, on_main, only_user_of, process_share, sendable
 from .storage import delete_file, described, digest_of, naming, save_tensors, whole_file, write_file
@@ -250,7 +251,7 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
     old, new = (_flat(dict([COMPUTED]) | cache) for cache in (found, wanted))
     different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if different:
-        listed = "\n".join(f"{name}: {old.get(name)} there, {new.get(name)} here" for name in different)
+        listed = "\n".join(showable(f"{name}: {old.get(name)} there, {new.get(name)} here") for name in different)
         raise ValueError(
             f"{folder.resolve()} holds latents of something else; choose another folder, or delete this one to encode "
             f"again:\n{listed}"

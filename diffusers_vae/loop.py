@@ -48,6 +48,7 @@ from .checkpoint import (
     whole,
 )
 from .data import MicroBatch, Read, TrainingSet, deal, step_generator
+from .messages import showable
 from .models import fast_dtype
 from .processes import Interrupted, Signals, gather, ignore_signals, lossy_output, on_main, only_user_of, out_of_memory
 from .run_folder import BadImages, Log, begin, find_run, leaving_out_the_tracker
@@ -392,10 +393,10 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool, p
     run, output_dir = config.run, Path(config.run.output_dir)
     checkpoint, result = on_main(partial(_find, task))
     if result:
-        logger.info("%s holds this run, finished", run.output_dir)
+        logger.info("%s holds this run, finished", showable(run.output_dir))
         return result if accelerator.is_main_process else None
     if checkpoint and accelerator.is_main_process:
-        logger.info("continuing from %s", checkpoint)
+        logger.info("continuing from %s", showable(checkpoint))
     task.load(accelerator)
     config, train_set = task.config, task.train_set
     if run.compile is None:
@@ -622,7 +623,8 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool, p
     if skipped:
         logger.warning("%d steps were skipped, since loss or gradient were not finite", skipped)
     if bad_images.listed:
-        logger.warning("%d files could not be read and were left out: %s", len(bad_images.listed), bad_images.path)
+        path = showable(bad_images.path)
+        logger.warning("%d files could not be read and were left out: %s", len(bad_images.listed), path)
     return replace(
         result,
         memory=_peak_memory(accelerator.device),

@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 
 from .images import to_uint8
+from .messages import showable
 from .untrusted import load_pickle, open_regular
 
 FILES = {
@@ -153,7 +154,7 @@ def _published(net: str) -> dict[str, torch.Tensor]:
         if digest.hexdigest() != SHA256[net]:
             logger.warning(
                 "%s is not the published file of %s: its SHA-256 is %s. Figures that it gives compare with no others",
-                path,
+                showable(path),
                 net,
                 digest.hexdigest(),
             )

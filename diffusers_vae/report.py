@@ -17,6 +17,7 @@ from PIL import Image
 
 from .data import ImageSet, Look
 from .evaluation import FIGURES, EvaluationConfig, EvaluationReport, Figure, changed_figures
+from .messages import showable
 from .pictures import CAPTIONS, draw_all
 from .precision import LARGEST
 
@@ -88,12 +89,12 @@ def report_table(report: Mapping[str, Any]) -> str:
         )
     if report.get("fp16"):
         notes.append(_precision_note(report["fp16"]))
-    text = [*lines, "", *(line for note in notes for line in textwrap.wrap(note, 100))]
+    text = [*lines, "", *(line for note in notes for line in _wrapped(note))]
     if tuning := report.get("fine_tuning"):
         changes = [(label, change, f"[{low}, {high}]", unit) for label, change, low, high, unit in _changes(report)]
-        text += ["", *textwrap.wrap(f"{_origin(tuning)} After minus before, in pairs:", 100)]
+        text += ["", *_wrapped(f"{_origin(tuning)} After minus before, in pairs:")]
         text += _aligned([("", "difference", "95 % interval", ""), *changes], "<><<")
-        text += ["", *textwrap.wrap(" ".join(_compatibility(tuning)), 100)]
+        text += ["", *_wrapped(" ".join(_compatibility(tuning)))]
     return "\n".join(text) + "\n"
 
 
@@ -101,17 +102,17 @@ def look_table(found: Look) -> str:
     """What there is in a set of images, as text for a terminal."""
 
     def listed(counts: Mapping[str, int]) -> str:
-        first = [f"{name} {count:,}" for name, count in list(counts.items())[:LISTED]]
+        first = [f"{showable(name)} {count:,}" for name, count in list(counts.items())[:LISTED]]
         return ", ".join(first) + (f" and {len(counts) - LISTED} more" if len(counts) > LISTED else "")
 
     def named(names: Sequence[str]) -> str:
         more = [f"{'':14}and {len(names) - LISTED} more"] if len(names) > LISTED else []
-        return "\n".join([f"{len(names):,}", *(f"{'':14}{name}" for name in names[:LISTED]), *more])
+        return "\n".join([f"{len(names):,}", *(f"{'':14}{showable(name)}" for name in names[:LISTED]), *more])
 
     source = "the set's own parts" if found.split else "cut here"
     rows = [("images", ", ".join(f"{count:,} {part}" for part, count in found.parts.items()) + f" ({source})")]
     rows += [("classes", f"{len(found.classes)}: {listed(found.classes)}")] if found.classes else []
-    rows += [("captions", found.captions)] if found.files else []
+    rows += [("captions", showable(found.captions, lines=True))] if found.files else []
     if files := found.files:
         rows += [("formats", listed(files.formats)), ("modes", listed(files.modes))]
         if not found.value_range and any(";16" in mode for mode in files.modes):
@@ -141,7 +142,7 @@ def precision_table(precision: Mapping[str, Any]) -> str:
     rows = [("", "largest", "of 65,504")]
     rows += [(name, _number(value), f"{value / LARGEST:.3%}") for name, value in precision["blocks"].items()]
     note = f"{precision['images']:,} images. {_precision_note(precision)}"
-    return "\n".join([*_aligned(rows, "<>>"), "", *textwrap.wrap(note, 100)]) + "\n"
+    return "\n".join([*_aligned(rows, "<>>"), "", *_wrapped(note)]) + "\n"
 
 
 def _precision_note(precision: Mapping[str, Any]) -> str:
@@ -196,15 +197,23 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
     if first["rfid"] is not None and second["rfid"] is not None:
         values = first["rfid"], second["rfid"], second["rfid"] - first["rfid"]
         rows.append((FIGURES["rfid"].label, *map(_number, values), "", ""))
-    names = [f"{place}: {report['model']['name']}" for place, report in (("first", first), ("second", second))]
+    names = [
+        f"{place}: {showable(report['model']['name'])}" for place, report in (("first", first), ("second", second))
+    ]
     return "\n".join([*names, f"{first['images']:,} images, in pairs", "", *_aligned(rows, "<>>><<")]) + "\n"
 
 
 def _aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
     """Columns of one width each, aligned to the `sides` < and >."""
+    rows = [[showable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [[f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)] for row in rows]
     return ["  ".join(row).rstrip() for row in cells]
+
+
+def _wrapped(text: str) -> list[str]:
+    """Lines of at most 100 columns."""
+    return textwrap.wrap(showable(text), 100)
 
 
 def _figures(report: Mapping[str, Any]) -> Iterator[tuple[str, float, tuple[float, float] | None, str, str]]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from .checkpoint import check_fits, find_checkpoint, tidy
 from .data import Read
+from .messages import showable
 from .settings import Settings, differences, other_sections
 from .storage import append_text, delete_file, make_folder, naming, sync, whole_file, write_file
 from .untrusted import read_json
@@ -60,7 +61,7 @@ def find_run(
     output_dir = Path(config.run.output_dir)
     checkpoint, damaged = find_checkpoint(output_dir / "checkpoints")
     for problem in damaged:
-        logger.warning("%s; it is passed over", problem)
+        logger.warning("%s; it is passed over", showable(problem))
     config_file = output_dir / "config.yaml"
     if not (checkpoint or config_file.exists()):
         if found := [name for name in FILES if (output_dir / name).exists()]:
@@ -87,7 +88,7 @@ def find_run(
                     f"results again: {error}. Put that back, or a folder of {output_dir / 'checkpoints'}; or choose "
                     "another run.output_dir"
                 ) from error
-            logger.warning("the run is finished, but not whole: %s. Its end is done again", error)
+            logger.warning("the run is finished, but not whole: %s. Its end is done again", showable(error))
     _refuse_changes(config, "settings", differences((checkpoint or output_dir) / "config.yaml", config))
     if checkpoint:
         if build is not None:
@@ -129,7 +130,7 @@ def check_whole(folder: Path, names: Iterable[str]) -> None:
 def _refuse_changes(config: Settings, what: str, differing: list[str]) -> None:
     if not differing:
         return
-    listed = "\n".join(f"  {line}" for line in differing)
+    listed = "\n".join(f"  {showable(line)}" for line in differing)
     if not config.run.allow_config_change:
         raise FileExistsError(
             f"run.output_dir holds a run with other {what}: {Path(config.run.output_dir).resolve()}\n{listed}\nChoose "
@@ -295,7 +296,7 @@ class BadImages:
         self.listed.update(new)
         for line in new:
             if warn:
-                logger.warning("%s; left out", line)
+                logger.warning("%s; left out", showable(line))
         if new:
             append_text(self.path, "".join(f"{line}\n" for line in new))
             sync(self.path)  # a run that is continued reads them from here

@@ -40,7 +40,12 @@ class Settings:
 
     def save(self, path: Path) -> None:
         """Write all settings as YAML, which gives the same run again."""
-        write_file(path, yaml.safe_dump(self.plain(), sort_keys=False))
+        write_file(path, to_yaml(self.plain()))
+
+
+def to_yaml(settings: dict[str, dict[str, Any]]) -> str:
+    """Sections of settings as the text of a config.yaml."""
+    return yaml.safe_dump(settings, sort_keys=False)
 
 
 def read_settings(path: Path, *needed: str) -> dict[str, dict[str, Any]]:

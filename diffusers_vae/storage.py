@@ -23,6 +23,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from .messages import showable
+
 logger = logging.getLogger(__name__)
 
 Operation = Literal["open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir"]
@@ -87,14 +89,14 @@ def acquire(lock: FileLock, doing: str, setting: str) -> None:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            logger.info("%s is in use: waiting, in case it is by what is left of a killed process", folder)
+            logger.info("%s is in use: waiting, in case it is by what is left of a killed process", showable(folder))
             lock.acquire(timeout=15)
     except Timeout as error:
         raise OSError(
             f"another process is {doing} {folder.resolve()}: wait for its end or choose another {setting}"
         ) from error
     except NotImplementedError:
-        logger.warning("%s cannot be locked: take care that no two processes use it", folder)
+        logger.warning("%s cannot be locked: take care that no two processes use it", showable(folder))
 
 
 ODD = "backslashreplace"

@@ -34,6 +34,7 @@ from .hub import check_value_range
 from .images import to_model_range
 from .latent_cache import INDEX, LatentDataset, Verification, encode_images, matching_latents
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps
+from .messages import message, quoted
 from .models import VAE, encode, load_autoencoder, weights_hash
 from .pictures import loss_picture, prompt_picture
 from .pipelines import latent_scaling
@@ -362,7 +363,7 @@ class TextToImageTask(Task):
         try:
             same = weights_hash(_load_vae(self.config)) == evaluation["autoencoder"]["weights_sha256"]
         except OSError as error:
-            logger.warning("the autoencoder cannot be loaded, and may be another now: %s", error)
+            logger.warning("the autoencoder cannot be loaded, and may be another now: %s", message(error))
             return result
         if not same and not self.config.run.allow_config_change:
             raise FileExistsError(
@@ -641,7 +642,7 @@ class TextToImageTask(Task):
             latent_shape=tuple(evaluation["latent_shape"]),
             heldout_error=evaluation["heldout"]["error"],
             load_line="from diffusers import DiffusionPipeline; "
-            f'pipeline = DiffusionPipeline.from_pretrained("{folder.as_posix()}")',
+            f"pipeline = DiffusionPipeline.from_pretrained({quoted(folder.as_posix())})",
         )
 
     def few(self, folder: Path) -> TextToImageTask:

@@ -29,6 +29,7 @@ from .images import to_model_range
 from .latent_cache import LatentDataset, Verification, matching_latents
 from .latents import measure_latents
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, run_task
+from .messages import quoted
 from .models import (
     LATENT_PARTS,
     MLPVAE,
@@ -706,5 +707,5 @@ class AutoencoderTask(Task):
             report=report,
             parameters=autoencoder.num_parameters(),
             latent_shape=self.config.model.latent_shape(self.config.data.size),
-            load_line=f'from {package} import {name}; vae = {name}.from_pretrained("{folder.as_posix()}")',
+            load_line=f"from {package} import {name}; vae = {name}.from_pretrained({quoted(folder.as_posix())})",
         )

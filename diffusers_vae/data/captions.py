@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..messages import showable
 from ..untrusted import MAX_TEXT
 from .files import Files
 
@@ -46,7 +47,9 @@ def read_captions(below: Files, paths: Sequence[Path]) -> list[tuple[str, ...]] 
         return None
     problems = problems or [f"{file} has no caption, and others have one" for file in files if file not in found]
     if problems:
-        listed = "\n".join(problems[:LISTED] + [f"and {len(problems) - LISTED} more"] * (len(problems) > LISTED))
+        listed = "\n".join(
+            [*map(showable, problems[:LISTED])] + [f"and {len(problems) - LISTED} more"] * (len(problems) > LISTED)
+        )
         raise ValueError(f"the captions below {below.root.resolve()} are not as they should be:\n{listed}")
     return [found[file] for file in files]
 

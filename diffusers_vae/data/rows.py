@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 
+from ..messages import showable, without_passwords
 from ..untrusted import Reader, open_beside_others, refuse_irregular, unreadable
 from .captions import KEYS, LISTED
 from .store import EncodedStore
@@ -186,8 +187,9 @@ def rows_builder(config: DataConfig) -> DatasetBuilder:
         from_cache = not str(builder.base_path).startswith("hf://")  # which takes the newest of its commits
         if from_cache and config.revision not in (None, builder.hash):
             raise OSError(
-                f"cannot tell without a connection to {datasets.config.HF_ENDPOINT} whether data.revision "
-                f"{config.revision} of {config.root} is what the cache holds, the commit {builder.hash}; if so, name it"
+                f"cannot tell without a connection to {without_passwords(datasets.config.HF_ENDPOINT)} whether "
+                f"data.revision {config.revision} of {config.root} is what the cache holds, the commit {builder.hash}; "
+                "if so, name it"
             )
         return builder
     if path.is_dir():
@@ -267,7 +269,7 @@ def _explained(config: DataConfig) -> Iterator[None]:
             reason = f"the connection to {settings.HF_ENDPOINT} must hold, or the set be in the cache already ({said})"
         else:
             reason = f"{type(error).__name__}: {said}"
-    raise kind(f"cannot load the data set {config.root}: {reason}")
+    raise kind(without_passwords(f"cannot load the data set {config.root}: {reason}"))
 
 
 def read_labels(
@@ -316,7 +318,9 @@ def read_row_captions(root: str, parts: Mapping[str, Dataset], column: str) -> l
             if not several or not all(several):
                 problems.append(f"{part}, row {row}")
     if problems:
-        listed = "\n".join(problems[:LISTED] + [f"and {len(problems) - LISTED} more"] * (len(problems) > LISTED))
+        listed = "\n".join(
+            [*map(showable, problems[:LISTED])] + [f"and {len(problems) - LISTED} more"] * (len(problems) > LISTED)
+        )
         raise ValueError(f"every row of {root} must have a caption in {column} that is not empty; not so in\n{listed}")
     return captions
 

@@ -13,6 +13,7 @@ from diffusers.models import autoencoders
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 
+from ..messages import hiding_passwords, showable
 from ..untrusted import check_type, read_json, refuse_irregular
 from .mlp import MLPVAE
 from .single_file import load_single_file, read_single_file
@@ -52,13 +53,14 @@ def load_autoencoder(
     arguments = {"revision": revision, "torch_dtype": dtype, "output_loading_info": True}
     place = find_subfolder(source, subfolder)
     try:
-        model, report = kind.from_pretrained(source, subfolder=place, **arguments)
+        with hiding_passwords():
+            model, report = kind.from_pretrained(source, subfolder=place, **arguments)
     except OSError as error:
         try:  # some repositories hold no other weights
             model, report = kind.from_pretrained(source, subfolder=place, variant="fp16", **arguments)
         except OSError:
             raise (_unreachable(error, source) or error) from None
-        logger.warning("%s holds its weights in float16 only", source)
+        logger.warning("%s holds its weights in float16 only", showable(source))
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any kind: diffusers checks few of a config's values
@@ -141,7 +143,8 @@ def read_config(source: str, subfolder: str | None = None, revision: str | None 
         refuse_irregular(folder / (place or ""))
         return _checked(read_json(folder / (place or "") / "config.json"), source)
     try:
-        config = MLPVAE.load_config(source, subfolder=place, revision=revision)
+        with hiding_passwords():
+            config = MLPVAE.load_config(source, subfolder=place, revision=revision)
     except RecursionError:
         raise ValueError(f"{source}: config.json is damaged, it is nested too deeply") from None
     except OSError as error:

@@ -16,6 +16,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors import SafetensorError, safe_open
 
+from ..messages import showable
 from ..untrusted import load_pickle
 from .vae import VAE
 
@@ -59,7 +60,7 @@ def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> VAE:
             "%s does not tell its scaling_factor: its config keeps %s, that of Stable Diffusion 1 and 2 (%s). Encoding "
             "and decoding do not use it, pipelines do: set the right one with "
             "vae.register_to_config(scaling_factor=..., shift_factor=...)",
-            path,
+            showable(path),
             vae.config.scaling_factor,
             "with 16 channels, Stable Diffusion 3 has 1.5305 and the shift 0.0609, Flux 0.3611 and 0.1159"
             if vae.config.latent_channels == 16

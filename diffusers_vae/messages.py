@@ -1,0 +1,58 @@
+"""What people are shown: names of unknown origin without control characters, addresses without passwords."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def showable(text: object, lines: bool = False) -> str:
+    """`text` in one line of printable characters. All others, which could command a terminal or hide what follows, are
+    escaped as in a Python string. With `lines`, its lines are kept and those after the first are indented, so that none
+    can pass for another message.
+    """
+    if lines:
+        return "\n  ".join(map(showable, str(text).split("\n")))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def quoted(text: object) -> str:
+    """`text` as a string of Python in double quotes."""
+    return showable(json.dumps(str(text), ensure_ascii=False))
+
+
+def without_passwords(text: str) -> str:
+    """`text` with what stands before the host in its addresses, https://USER:PASSWORD@HOST, blotted out."""
+    return re.sub(r"(?<=://)[^\s/]*@", "***@", text)
+
+
+@contextmanager
+def hiding_passwords() -> Iterator[None]:
+    """Raise an OSError from within that shows a password, as clients of the Hub do, without it."""
+    try:
+        yield
+    except OSError as error:
+        said = without_passwords(str(error))
+        if said == str(error):
+            raise
+        raise OSError(said) from None
+
+
+def message(text: object) -> str:
+    """An error or a warning as the terminal gets it."""
+    return showable(without_passwords(str(text)), lines=True)
+
+
+def log_to_terminal(level: int) -> None:
+    """Print what is logged from `level` on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return message(super().format(record))
