@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 
 from .adversarial import AdversarialConfig
 from .evaluation import FIGURES, Figure, changed_figures, read_report, report_digest
-from .messages import hiding_passwords, quoted, showable, without_passwords
+from .messages import changed_logs, hiding_passwords, quoted, showable, without_passwords
 from .models import ModelConfig, find_subfolder, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig
 from .pictures import CAPTIONS
@@ -617,22 +617,12 @@ def _ask(work: Callable[[], T], failed: str, advice: str = "") -> T:
     """What `work` returns; whatever goes wrong in it is an OSError of one line, without token and without the errors
     that caused it, since any of them may hold what was sent. Nor is a token, or a signed address, logged meanwhile.
     """
-    handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
-    for handler in handlers:
-        handler.addFilter(_blot)
     try:
-        return work()
+        with changed_logs(_without_token):
+            return work()
     except Exception as error:  # the client has no common base of its errors, which differ from version to version
         message = _without_token(f"{failed}: {_reason(error)}.{advice}")
-    finally:
-        for handler in handlers:
-            handler.removeFilter(_blot)
     raise OSError(message)
-
-
-def _blot(record: logging.LogRecord) -> bool:
-    record.msg, record.args = _without_token(record.getMessage()), ()
-    return True
 
 
 def _reason(error: BaseException) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -29,11 +29,34 @@ def without_passwords(text: str) -> str:
     return re.sub(r"(?<=://)[^\s/]*@", "***@", text)
 
 
+CLIENTS = ("huggingface_hub", "datasets", "diffusers")
+"""Libraries that ask the Hub, and log by handlers of their own."""
+
+
 @contextmanager
-def hiding_passwords() -> Iterator[None]:
-    """Raise an OSError from within that shows a password, as clients of the Hub do, without it."""
+def changed_logs(change: Callable[[str], str]) -> Iterator[None]:
+    """Apply `change` to each message that is logged meanwhile, by the clients of the Hub too."""
+
+    def apply(record: logging.LogRecord) -> bool:
+        record.msg, record.args = change(record.getMessage()), ()
+        return True
+
+    handlers = [handler for name in (None, *CLIENTS) for handler in logging.getLogger(name).handlers]
+    for handler in handlers:
+        handler.addFilter(apply)
     try:
         yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(apply)
+
+
+@contextmanager
+def hiding_passwords() -> Iterator[None]:
+    """Raise an OSError from within that shows a password, as clients of the Hub do, without it, and log none."""
+    try:
+        with changed_logs(without_passwords):
+            yield
     except OSError as error:
         said = without_passwords(str(error))
         if said == str(error):

@@ -47,6 +47,62 @@ def call(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
+HOSTILE = "\x1b[2J\x1b]0;t\x07\nerror: done\r\udcff"
+"""As a file may be called where names are bytes."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that takes any name")
+class TestNames:
+    def assert_tame(self, text):
+        assert all(line.isprintable() for line in text.splitlines()), ascii(text)
+        assert "\nerror: done" not in text and r"\x1b[2J" in text
+
+    def test_of_a_model_are_escaped_in_errors(self, capsys, tmp_path):
+        code, out, error = call(capsys, "info", tmp_path / HOSTILE)
+        assert code == 1 and out == ""
+        self.assert_tame(error)
+
+    def test_of_no_command_are_escaped(self, capsys):
+        code, _, error = call(capsys, HOSTILE)
+        assert code == 2
+        self.assert_tame(error)
+
+    def test_of_a_run_are_escaped_in_what_is_printed(self, run, capsys, tmp_path):
+        shutil.copytree(run, tmp_path / HOSTILE)
+        code, out, _ = call(capsys, "info", tmp_path / HOSTILE)
+        assert code == 0
+        self.assert_tame(out)
+        line = next(line for line in out.splitlines() if line.startswith("load it"))
+        names = {}
+        exec(line.removeprefix("load it").strip(), names)  # it loads what it names
+        assert names["vae"].config.scaling_factor
+
+    def test_of_images_are_escaped(self, run, capsys, tmp_path):
+        images = tmp_path / "images"
+        images.mkdir()
+        Image.new("L", (8, 8)).save(images / "a.png")
+        (images / "a.png").rename(images / f"{HOSTILE}.png")
+        (images / f"{HOSTILE}-bad.png").write_bytes(b"no image")
+        code, out, error = call(capsys, "reconstruct", run, images, "--out", tmp_path / "out")
+        assert code == 1 and "1 of 2 images could not be reconstructed:\n  cannot read" in error
+        self.assert_tame(out)
+        self.assert_tame(error.partition("error: ")[2])  # after the bar
+
+    def test_of_images_are_escaped_in_warnings_and_tables(self, capsys, caplog, tmp_path):
+        images = tmp_path / "images"
+        for folder in ("train", "test"):
+            (images / folder / HOSTILE).mkdir(parents=True)
+            for index in range(3):
+                Image.effect_noise((8, 8), 50 + index).save(images / folder / HOSTILE / f"{index}.png")
+        (images / "train" / HOSTILE / "bad.png").write_bytes(b"no image")
+        code, out, _ = call(capsys, "data", images, "--data.channels", 1, "--data.resolution", 8, "--out",
+                            tmp_path / "sheet.png")  # fmt: skip
+        assert code == 0
+        self.assert_tame(out)
+        load_split(DataConfig("folder", str(images), channels=1, resolution=8, on_bad_image="skip"), "all", True)
+        self.assert_tame("\n".join(record.getMessage() for record in caplog.records))
+
+
 class TestTop:
     def test_help_needs_no_torch(self):
         code = (
@@ -221,6 +277,7 @@ class TestEvaluate:
         code, out, _ = call(capsys, "evaluate", run, "--out", tmp_path)
         assert code == 0 and "PSNR" in out and "95 % interval" in out
         found, of_run = (json.loads((folder / "evaluation.json").read_text()) for folder in (tmp_path, run))
+        assert found.pop("sha256") and of_run.pop("sha256")
         assert_same(found, of_run)
         assert_same(read_csv(tmp_path / "evaluation.csv"), read_csv(run / "evaluation.csv"))
         assert {path.stem for path in (tmp_path / "pictures").iterdir()} >= {"reconstructions", "rates", "traversals"}

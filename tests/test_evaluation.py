@@ -36,6 +36,7 @@ from diffusers_vae.evaluation import (
     Protocol,
     compare,
     evaluate,
+    read_report,
     reconstruct,
 )
 from diffusers_vae.images import to_model_range, to_uint8
@@ -361,8 +362,24 @@ class TestReport:
         assert EvaluationReport.from_json(report.to_json()) == report
         assert without == dataclasses.replace(report, fp16=None)
         older = json.loads(without.to_json())
-        del older["fp16"]  # by a version that knew nothing of it
+        del older["fp16"], older["sha256"]  # by a version that knew nothing of it
         assert EvaluationReport.from_json(json.dumps(older)) == without
+
+    def test_figures_that_were_changed_are_refused(self, digits, tmp_path):
+        report = evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=4))
+        whole, path = json.loads(report.to_json()), tmp_path / "evaluation.json"
+        path.write_text(json.dumps(dict(reversed(whole.items()))))  # neither order nor layout matters
+        assert read_report(path) == report
+        posterior = whole["posterior"] | {"verdict": "healthy and strong"}
+        for change in ({"psnr": whole["psnr"] + 0.01}, {"posterior": posterior}, {"sha256": "ab" * 32}):
+            path.write_text(json.dumps(whole | change))
+            with pytest.raises(
+                ValueError, match=r"evaluation.json .* SHA-256 .* were changed .*measure the model again"
+            ):
+                read_report(path)
+        del whole["sha256"]  # of an older version
+        path.write_text(json.dumps(whole | {"psnr": 99.0}))
+        assert read_report(path).psnr == 99.0
 
     @pytest.mark.parametrize("text", ["{}", "[]", '{"format": 0}', "", '{"images": 3, "psnr": 20}'])
     def test_what_is_no_report(self, text):

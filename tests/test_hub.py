@@ -20,6 +20,9 @@ import yaml
 from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import logging as client_logging
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
 from support.hub import CONFIG, READ_TOKEN, REPO, TOKEN, connect, make_run, uploaded
 from support.hub_server import Fault, card_errors
 from support.launches import Launch
@@ -28,9 +31,10 @@ from support.stock import run_without_package
 
 from diffusers_vae import MLPVAE, VAE, cli
 from diffusers_vae.adversarial import AdversarialConfig
-from diffusers_vae.evaluation import FIGURES
+from diffusers_vae.data import DataConfig, load_split
+from diffusers_vae.evaluation import FIGURES, FineTuning, read_report
 from diffusers_vae.hub import HubConfig, check_can_push, push, render_card, write_card
-from diffusers_vae.models import ModelConfig
+from diffusers_vae.models import ModelConfig, load_autoencoder
 from diffusers_vae.models.lora import add_lora
 from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.trainer import TrainConfig
@@ -51,10 +55,10 @@ def tune(run: Path, fine_tuning: dict | None = None, **model) -> Path:
     """Make of a run one that began with a trained autoencoder."""
     fine_tuning = TUNED | (fine_tuning or {})
     report = json.loads((run / "evaluation.json").read_text())
-    (run / "evaluation.json").write_text(json.dumps(report | {"fine_tuning": fine_tuning}))
+    (run / "evaluation.json").write_text(json.dumps(report | {"fine_tuning": fine_tuning}, indent=2) + "\n")
     defaults = {"subfolder": None, "train": "decoder", "lora_rank": None, "latents": None}
     model = {"architecture": "vae", "pretrained": fine_tuning["source"], "revision": "v1"} | defaults | model
-    (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": model}))
+    (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": model}, sort_keys=False))
     return run
 
 
@@ -77,12 +81,26 @@ def contents(folder: Path) -> dict[str, bytes]:
 def expected_files(run: Path, config: HubConfig) -> dict[str, bytes]:
     names = ["config.json", "diffusion_pytorch_model.safetensors"]
     files = {name: (run / "model" / name).read_bytes() for name in names}
-    files |= {name: (run / name).read_bytes() for name in ("evaluation.json", "config.yaml")}
+    files["evaluation.json"] = (run / "evaluation.json").read_bytes()
+    files["config.yaml"] = (run / "config.yaml").read_bytes().replace(b"/home/ann/secret-place", b"secret-place")
     files |= {f"pictures/{name}.png": (run / "pictures" / f"{name}.png").read_bytes() for name in PICTURED}
     return files | {"README.md": render_card(run, config).encode()}
 
 
 PICTURED = ("reconstructions", "loss")
+
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+def read_markdown(card: str) -> tuple[list[str], str]:
+    """Kinds of all elements of a card's text, but for the plain ones, and its text as it is shown."""
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    tokens = parser.parse(card.partition("\n---\n")[2])
+    inner = [part for token in tokens for part in token.children or [token]]
+    plain = ("text", "text_special", "softbreak")
+    shown = "".join(part.content or " " for part in inner)
+    return [token.type for token in [*tokens, *inner] if token.type not in plain], shown
 
 
 class TestConfig:
@@ -289,6 +307,44 @@ class TestCard:
         assert "Float16 is safe: say so. Tried on 1,234 images." in card
         assert "The loss has kl_weight 1e-06." in card and "0.125" not in card
 
+    @pytest.mark.parametrize("hostile", ["<!--<script>", "a`b``c", "[x](y)|**z**_", "# \\ $x$ ~~", "\x1b\n\n# a\udcff"])
+    def test_names_mean_nothing_in_markdown(self, run, hostile):
+        """A parser of Markdown finds them as text, and the same blocks as with harmless ones."""
+        cards = []
+        for name in (hostile, "name"):
+            report = json.loads((run / "evaluation.json").read_text())
+            report["protocol"] |= dict.fromkeys(
+                ("data", "split", "fingerprint", "resize", "value_range", "dtype"), name
+            )
+            report["protocol"]["versions"] = {name: name}
+            report["posterior"] |= {"verdict": name, "advice": name}
+            report["density"] = report["model"]["class_name"] = report["model"]["weights_sha256"] = name
+            report["fp16"] = {"images": 1, "blocks": {}, "overflow": None, "fp16_psnr": None, "verdict": "safe"}
+            report["fp16"]["advice"] = name
+            (run / "evaluation.json").write_text(json.dumps(report))
+            changes = {"revision": name, "weights_sha256": name, "encoder_sha256": name, "source": f"/x/{name}"}
+            tune(run, changes, subfolder=name, train=[name])
+            settings = yaml.safe_load((run / "config.yaml").read_text())
+            settings["data"]["fit"] = name
+            (run / "config.yaml").write_text(yaml.safe_dump(settings))
+            cards.append(render_card(run, HubConfig(repo_id=REPO, license=name, revision="x")))
+        shown = hostile.replace("\x1b", "\\x1b").replace("\n", "\\n").replace("\udcff", "\\udcff")
+        assert cards[0].encode() and "<!--" not in re.sub("`.*?`", "", cards[0].partition("\n---\n")[2])
+        kinds, texts = zip(*map(read_markdown, cards), strict=True)
+        assert kinds[0] == kinds[1]
+        assert texts[0].count(shown) >= texts[1].count("name") - 3 > 15
+        assert ModelCard(cards[0]).data.license == hostile
+
+    @pytest.mark.parametrize("name", ['a"); import os; ("', "a\nb", "<!--", "back\\slash", "\u202e"])
+    def test_example_loads_the_run_whatever_its_name(self, run, name, monkeypatch):
+        monkeypatch.chdir(run.parent)
+        run.rename(name)
+        code = re.search(r"```python\n(.*?)```", render_card(Path(name)), re.S)[1]
+        names = {}
+        exec(code, names)
+        assert isinstance(names["vae"], AutoencoderKL) and "os" not in names
+        write_card(Path(name), HubConfig(), json.loads(Path(name, "evaluation.json").read_text()))
+
     @pytest.mark.slow
     def test_is_the_same_each_time_and_has_no_local_path(self, run):
         config = HubConfig(repo_id=REPO)
@@ -420,6 +476,149 @@ class TestPush:
             push(run, HubConfig(repo_id=REPO))
         assert hub.requests == []
 
+    @pytest.mark.slow
+    def test_pictures_are_those_that_the_package_draws(self, hub, run, tmp_path):
+        (tmp_path / "secret").write_text("root:x:0:0")
+        shutil.copy(run / "pictures" / "loss.png", run / "pictures" / "holiday.png")
+        (run / "pictures" / "zz.png").symlink_to(tmp_path / "secret")
+        push(run, HubConfig(repo_id=REPO))
+        assert uploaded(hub) == expected_files(run, HubConfig(repo_id=REPO))
+
+    @pytest.mark.parametrize("kind", ["text", "jpeg", "cut", "followed", "pipe"])
+    def test_pictures_must_be_png_and_nothing_else(self, hub, run, kind):
+        picture = run / "pictures" / "loss.png"
+        content = picture.read_bytes()
+        if kind == "jpeg":
+            Image.open(picture).save(picture, "JPEG")
+        else:
+            changed = {"cut": content[: len(content) // 2], "followed": content + b"root:x:0:0", "text": b"root:x:0:0"}
+            picture.write_bytes(changed.get(kind, b""))
+        if kind == "pipe":
+            picture.unlink()
+            (run / "lora").mkdir()
+            os.mkfifo(run / ADAPTER)
+            tune(run, lora_rank=2)
+        match = "must be a regular file, got a pipe" if kind == "pipe" else "loss.png must be the PNG that the run drew"
+        with pytest.raises(ValueError, match=match):
+            push(run, HubConfig(repo_id=REPO))
+        assert hub.requests == []
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "config.yaml", "evaluation.json", "model", "model/config.json", "model/value_range.json", "pictures",
+            "model/diffusion_pytorch_model.safetensors", "pictures/loss.png", ADAPTER, "lora",
+        ],
+    )  # fmt: skip
+    def test_links_are_refused(self, hub, run, name, tmp_path):
+        if name in (ADAPTER, "lora"):
+            (run / "lora").mkdir()
+            shutil.copy(run / "model" / "diffusion_pytorch_model.safetensors", run / ADAPTER)
+            tune(run, lora_rank=2)
+        if name.endswith("range.json"):
+            (run / name).write_text('{"low": 0, "high": 4095}')
+        (run / name).rename(tmp_path / "elsewhere")
+        (run / name).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(
+            ValueError, match=rf"{name}.* must be a file of the run itself .*, got a link to .*elsewhere"
+        ):
+            push(run, HubConfig(repo_id=REPO))
+        assert hub.requests == []
+
+    @pytest.mark.slow
+    def test_run_behind_a_link_is_pushed(self, hub, run, tmp_path):
+        (tmp_path / "newest").symlink_to(run)
+        push(tmp_path / "newest", HubConfig(repo_id=REPO))
+        assert uploaded(hub) == expected_files(run, HubConfig(repo_id=REPO))
+
+    @pytest.mark.slow
+    def test_shards_are_those_of_the_index(self, hub, run):
+        (run / "model" / "diffusion_pytorch_model.safetensors").unlink()
+        make_vae().save_pretrained(run / "model", max_shard_size="20KB")
+        stray = "diffusion_pytorch_model-00009-of-00009.safetensors"
+        saved = {file.name for file in (run / "model").glob("*.safetensors*")}
+        shutil.copy(run / "model" / max(saved - {INDEX}), run / "model" / stray)
+        push(run, HubConfig(repo_id=REPO))
+        assert {name for name in uploaded(hub) if "safetensors" in name} == saved and len(saved) > 2
+        (run / "model" / INDEX).write_text('{"weight_map": {"a": "../../secret.safetensors"}}')
+        with pytest.raises(ValueError, match=r"index.json is damaged: it must name files like"):
+            push(run, HubConfig(repo_id=REPO))
+
+    @pytest.mark.parametrize("secret", [TOKEN, "mine", "hf_" + "aB3" * 11, "api_org_" + "x" * 34, "http://a:b@c.lan/"])
+    @pytest.mark.parametrize("where", ["config.yaml", "evaluation.json", "config.json", "value_range.json", "message",
+                                       "loss.png", "safetensors"])  # fmt: skip
+    def test_tokens_are_refused(self, hub, run, where, secret, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "mine-of-an-unusual-kind" if secret == "mine" else TOKEN)
+        secret = "mine-of-an-unusual-kind" if secret == "mine" else secret
+        text, config = f"by {secret} of ann", HubConfig(repo_id=REPO)
+        if where == "config.yaml":
+            settings = CONFIG | {"hub": {"push": True, "commit_message": text}}
+            (run / "config.yaml").write_text(yaml.safe_dump(settings))
+        elif where == "message":
+            config, where = HubConfig(repo_id=REPO, commit_message=text), "hub.commit_message"
+        elif where == "loss.png":
+            described = PngInfo()
+            described.add_text("Comment", text, zip=True)
+            Image.open(run / "pictures" / "loss.png").save(run / "pictures" / "loss.png", pnginfo=described)
+        elif where == "safetensors":
+            file = run / "model" / "diffusion_pytorch_model.safetensors"
+            save_file(load_file(file), file, {"format": "pt", "note": text})
+        else:
+            file = run / where if where == "evaluation.json" else run / "model" / where
+            values = json.loads(file.read_text()) if file.exists() else {"low": 0, "high": 255}
+            notes = {"versions": {"torch": text}} if where == "evaluation.json" else text
+            if where == "evaluation.json":
+                values["protocol"] |= notes
+            else:
+                values["note"] = notes
+            file.write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=rf"{where}.* must hold no token and no password, .* got one\.") as error:
+            push(run, config)
+        assert secret not in str(error.value) and hub.requests == []
+
+    @pytest.mark.slow
+    def test_paths_on_this_machine_stay_here(self, hub, run):
+        places = {
+            "root": "/home/ann/my photos", "a": "C:\\Users\\ann\\x.png", "b": "~/data/y", "c": "../../ann/z",
+            "d": ["/srv/ann"], "e": "file:///home/ann/f", "kept": "runs/ann", "rule": "nats/image", "url": "https://hub.lan/ann",
+        }  # fmt: skip
+        shown = {
+            "root": "my photos", "a": "x.png", "b": "y", "c": "z", "d": ["ann"], "e": "f", "kept": "runs/ann",
+            "rule": "nats/image", "url": "https://hub.lan/ann",
+        }  # fmt: skip
+        settings = CONFIG | {"data": CONFIG["data"] | places, "run": CONFIG["run"] | {"output_dir": str(run)}}
+        tune(run, {"source": "/home/ann/models/base"}, note="/home/ann/note")
+        model = yaml.safe_load((run / "config.yaml").read_text())["model"]
+        (run / "config.yaml").write_text(yaml.safe_dump(settings | {"model": model}) + "# by /home/ann/train.py\n")
+        config = json.loads((run / "model" / "config.json").read_text())
+        (run / "model" / "config.json").write_text(json.dumps(config | {"_name_or_path": "/home/ann/models/base"}))
+        before = contents(run)
+        push(run, HubConfig(repo_id=REPO))
+        pushed = uploaded(hub)
+        found = yaml.safe_load(pushed["config.yaml"])
+        assert {name: found["data"][name] for name in shown} == shown and found["run"]["output_dir"] == "tiny"
+        assert json.loads(pushed["evaluation.json"])["fine_tuning"]["source"] == "base"
+        assert json.loads(pushed["config.json"])["_name_or_path"] == "base"
+        for name in ("config.yaml", "evaluation.json", "config.json", "README.md"):
+            assert b"/home/ann" not in pushed[name] and b"Users" not in pushed[name], name
+        assert contents(run) == before
+
+    @pytest.mark.slow
+    def test_figures_that_were_edited_are_refused(self, hub, run):
+        report = read_report(run / "evaluation.json")
+        sealed = json.loads(report.to_json()) | {"psnr": 99.0}
+        (run / "evaluation.json").write_text(json.dumps(sealed))
+        with pytest.raises(ValueError, match=r"evaluation.json .* were changed .*measure the model again"):
+            push(run, HubConfig(repo_id=REPO))
+        assert hub.requests == []
+        tuned = FineTuning(**TUNED | {"source": "/home/ann/base"})
+        (run / "evaluation.json").write_text(dataclasses.replace(report, fine_tuning=tuned).to_json())
+        tune_settings = CONFIG["model"] | {"pretrained": "/home/ann/base", "train": "decoder"}
+        (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": tune_settings}))
+        push(run, HubConfig(repo_id=REPO))
+        (run / "pushed.json").write_bytes(uploaded(hub)["evaluation.json"])  # without the path, and whole all the same
+        assert read_report(run / "pushed.json").fine_tuning.source == "base"
+
     def test_needs_a_repository(self, run):
         with pytest.raises(ValueError, match=r"hub.repo_id must be NAMESPACE/NAME of a repository, got null"):
             push(run, HubConfig())
@@ -542,6 +741,41 @@ class TestFaults:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
         with pytest.raises(OSError, match=r"the connection to http://127.0.0.1:9 must hold, got Connect"):
             push(run, HubConfig(repo_id=REPO))
+
+
+class TestPasswords:
+    """Of a Hub of one's own, in HF_ENDPOINT."""
+
+    SECRET = "s3cret-word"
+
+    @pytest.fixture(autouse=True)
+    def endpoint(self, hub, monkeypatch, tmp_path):
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        connect(monkeypatch, f"http://ann:{self.SECRET}@127.0.0.1:9", tmp_path)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "work",
+        [
+            lambda run: push(run, HubConfig(repo_id=REPO)),
+            lambda run: check_can_push(HubConfig(repo_id=REPO)),
+            lambda run: load_autoencoder(REPO),
+            lambda run: load_split(DataConfig(name="datasets", root=REPO, resolution=8), "all"),
+        ],
+    )
+    def test_show_in_no_error(self, run, work, caplog):
+        with pytest.raises(OSError) as error:
+            work(run)
+        assert self.SECRET not in str(error.value) + caplog.text
+        assert REPO in str(error.value)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("words", [["info", REPO], ["push", "RUN", REPO], ["data", REPO], ["evaluate", REPO]])
+    def test_show_nowhere_in_the_terminal(self, run, words, capfd):
+        assert cli.main([str(run) if word == "RUN" else word for word in words]) == 1
+        out, error = capfd.readouterr()
+        assert self.SECRET not in out + error and "error: " in error
 
 
 class TestCheck:

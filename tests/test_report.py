@@ -11,9 +11,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from diffusers_vae.report import precision_table, report_html, report_table
+from diffusers_vae.data import Look
+from diffusers_vae.data.look import FileFigures
+from diffusers_vae.report import comparison_table, look_table, precision_table, report_html, report_table
 
 
 def make_report(**changes):
@@ -104,6 +107,42 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
+
+
+def test_policy_allows_what_the_page_holds_and_nothing_else():
+    text = report_html(make_report(), make_pictures(), "digits")
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', text)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules.pop("style-src") == "'unsafe-inline'" and rules.pop("img-src") == "data:"
+    assert rules.keys() >= {"default-src", "base-uri", "form-action"} and set(rules.values()) == {"'none'"}
+    assert text.index("Content-Security-Policy") < text.index("<style>") < text.index("<img")
+
+
+HOSTILE = "\x1b[2J\rx\u202ey\nerror: z\udcff"
+SHOWN = r"\x1b[2J\rx\u202ey\nerror: z\udcff"
+
+
+def test_tables_escape_names_that_could_command_a_terminal():
+    report = make_report(density=HOSTILE, fine_tuning=TUNED | {"source": HOSTILE, "revision": HOSTILE})
+    report["posterior"]["advice"] = report["model"]["name"] = HOSTILE
+    precision = {"images": 1, "blocks": {HOSTILE: 1.0}, "overflow": None, "fp16_psnr": None, "verdict": "safe"}
+    differences = {"psnr": {"mean": 1.0, "interval": [0.5, 1.5], "second_is_better": 1.0}}
+    figures = FileFigures(
+        formats={HOSTILE: 1}, modes={"L": 1}, sizes={"8x8": 1}, sides=(8, 8, 8), duplicates=((HOSTILE, "b"),), leaks=0
+    )
+    look = Look(
+        parts={"training": 1}, split=False, classes={HOSTILE: 1}, captions=f"bad:\n{HOSTILE}", unreadable=(HOSTILE,),
+        measured=1, mean=(0.5,), std=(0.5,), constant=(HOSTILE,), shown=torch.zeros(1, 1, 8, 8), files=figures,
+    )  # fmt: skip
+    tables = [
+        report_table(report | {HOSTILE: 1.5}),
+        precision_table(precision | {"advice": HOSTILE}),
+        comparison_table({"first": report, "second": report, "differences": differences}),
+        look_table(look),
+    ]
+    for table in tables:
+        assert SHOWN in table
+        assert all(line.isprintable() for line in table.splitlines()) and "\nerror" not in table
 
 
 def test_page_points_nowhere_outside():
@@ -277,6 +316,13 @@ def chromium():
     return program
 
 
+def without_policy(page: str) -> str:
+    """A page that may run the scripts of a test."""
+    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>\n')
+    assert policy.search(page)
+    return policy.sub("", page)
+
+
 def browse(program, folder, address, *options):
     """What Chromium prints on opening an address, with a profile that is new."""
     command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -298,7 +344,8 @@ def test_page_is_readable_at(width, chromium, tmp_path):
         letters: [...document.querySelectorAll("body *")].map(e => parseFloat(getComputedStyle(e).fontSize))
     }), "*")</script>"""
     pictures = make_pictures()
-    (tmp_path / "page.html").write_text(report_html(make_report(), pictures, "digits " + "x" * 90) + look)
+    page = without_policy(report_html(make_report(), pictures, "digits " + "x" * 90))
+    (tmp_path / "page.html").write_text(page + look)
     (tmp_path / "frame.html").write_text(
         f'<body><iframe src="page.html" style="width: {width}px; height: 900px; border: 0"></iframe>'
         "<script>onmessage = message => { document.body.dataset.seen = message.data }</script></body>"
@@ -324,4 +371,16 @@ def test_page_asks_no_host_for_anything(chromium, tmp_path):
 
     text = report_html(make_report(), make_pictures(), "digits")
     assert all(url.startswith(("data:", "file:")) for url in asked(text))
-    assert "http://127.0.0.1:9/x.png" in asked(text + '<img src="http://127.0.0.1:9/x.png">')  # it would have shown
+    hostile = '<img src="http://127.0.0.1:9/x.png"><script src="http://127.0.0.1:9/x.js"></script>'
+    assert "http://127.0.0.1:9/x.png" in asked(without_policy(text) + hostile)  # it would have shown
+    assert all(url.startswith(("data:", "file:")) for url in asked(text + hostile))
+
+
+@pytest.mark.slow
+def test_page_runs_no_script_even_one_that_slipped_in(chromium, tmp_path):
+    def seen(text):
+        (tmp_path / "page.html").write_text(text + "<script>document.body.dataset.ran = 1</script>")
+        return "data-ran" in browse(chromium, tmp_path, (tmp_path / "page.html").as_uri(), "--dump-dom")
+
+    text = report_html(make_report(), make_pictures(), "digits")
+    assert seen(without_policy(text)) and not seen(text)
