@@ -53,9 +53,11 @@ def changed_logs(change: Callable[[str], str]) -> Iterator[None]:
 
 @contextmanager
 def hiding_passwords() -> Iterator[None]:
-    """Raise an OSError from within that shows a password, as clients of the Hub do, without it, and log none."""
+    """Raise an OSError from within that shows a password, as clients of the Hub do, without it; log what they log as it
+    is shown to people.
+    """
     try:
-        with changed_logs(without_passwords):
+        with changed_logs(message):
             yield
     except OSError as error:
         said = without_passwords(str(error))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 
-from ..messages import changed_logs, showable, without_passwords
+from ..messages import changed_logs, message, showable, without_passwords
 from ..untrusted import Reader, open_beside_others, refuse_irregular, unreadable
 from .captions import KEYS, LISTED
 from .store import EncodedStore
@@ -247,7 +247,7 @@ def _explained(config: DataConfig) -> Iterator[None]:
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        with changed_logs(without_passwords):
+        with changed_logs(message):
             yield
         return
     except Exception as error:  # the client has no common base of its errors, which differ from version to version
