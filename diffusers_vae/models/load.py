@@ -54,14 +54,15 @@ def load_autoencoder(
     place = find_subfolder(source, subfolder)
     try:
         with hiding_passwords():
-            model, report = kind.from_pretrained(source, subfolder=place, **arguments)
-    except OSError as error:
-        try:  # some repositories hold no other weights
-            model, report = kind.from_pretrained(source, subfolder=place, variant="fp16", **arguments)
-        except OSError:
-            raise (_unreachable(error, source) or error) from None
-        logger.warning("%s holds its weights in float16 only", showable(source))
-    except (ImportError, MemoryError, torch.OutOfMemoryError):
+            try:
+                model, report = kind.from_pretrained(source, subfolder=place, **arguments)
+            except OSError as error:
+                try:  # some repositories hold no other weights
+                    model, report = kind.from_pretrained(source, subfolder=place, variant="fp16", **arguments)
+                except OSError:
+                    raise (_unreachable(error, source) or error) from None
+                logger.warning("%s holds its weights in float16 only", showable(source))
+    except (ImportError, MemoryError, OSError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any kind: diffusers checks few of a config's values
         raise ValueError(
