@@ -18,7 +18,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from torchvision.utils import make_grid
 
-from .untrusted import open_regular, unreadable
+from .untrusted import open_image, open_regular, unreadable
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 TURNED = (5, 6, 7, 8)  # orientations by which height and width change places
@@ -159,7 +159,7 @@ def _opened(path: str | Path, content: Callable[[], BinaryIO] | None) -> Iterato
     limit = Image.MAX_IMAGE_PIXELS
     try:
         # by its path, Pillow would wait for a pipe, and map the file of some formats: if cut, that ends the process
-        with content() if content else open_regular(path) as file, Image.open(file) as image:
+        with content() if content else open_regular(path) as file, open_image(file) as image:
             if limit is not None and image.width * image.height > limit:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {limit:,}")
             if image.mode in ("I", "F"):

@@ -114,7 +114,7 @@ def check_whole(folder: Path, names: Iterable[str]) -> None:
             if not path.stat().st_size:
                 raise ValueError("it is empty")
             if path.suffix == ".png":
-                with Image.open(path) as picture:
+                with Image.open(path, formats=["PNG"]) as picture:
                     picture.verify()  # the checksums of all its parts
             elif path.suffix == ".json":
                 read_json(path)

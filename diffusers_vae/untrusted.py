@@ -11,17 +11,23 @@ import stat
 import sys
 import warnings
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
+from PIL import Image
 
 MAX_TEXT = 2**24
 """Bytes of a text that is read at once: settings, an index, a report, a caption."""
 MAX_NODES = 100_000
 """Values in a YAML file."""
+FORMATS = ("BMP", "GIF", "JPEG", "PPM", "PNG", "AVIF", "DIB", "ICO", "JPEG2000", "TGA", "TIFF", "WEBP")
+"""Pillow's names of the formats that are read, whatever a file's name says. Pillow reads more, some of them by starting
+other programs: Ghostscript runs what an EPS holds.
+"""
 OF_ONE_FILE = (
     errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EOVERFLOW
 )  # fmt: skip
@@ -98,6 +104,17 @@ def _open_regular(path: str, flags: int) -> int:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{path} must be a file, got a folder")
     raise ValueError(f"{path} must be a regular file, got a pipe, socket or device")
+
+
+@cache
+def _known_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # older versions of Pillow have no AVIF
+
+
+def open_image(file: BinaryIO) -> Image.Image:
+    """The image in an open file of one of the `FORMATS`; an error of Pillow otherwise."""
+    return Image.open(file, formats=_known_formats())
 
 
 def refuse_irregular(folder: Path) -> None:

@@ -23,7 +23,7 @@ import torch
 from PIL import ExifTags, Image
 
 from .storage import write_text
-from .untrusted import open_regular, read_json, unreadable
+from .untrusted import open_image, open_regular, read_json, unreadable
 
 RANGE_FILE = "value_range.json"
 EXACT = 2**24
@@ -388,7 +388,7 @@ def _unpacked(data: bytes, compression: int, limit: int) -> int:
 
 
 def _read_pillow(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray | None, FileKind]:
-    with Image.open(file) as image:
+    with open_image(file) as image:
         if image.format == "PNG":
             file.seek(24)
             depth, colour = file.read(2)  # in its IHDR: PNG, third edition, 11.2.1

@@ -10,11 +10,14 @@ from typing import Literal
 
 import pytest
 import torch
+from PIL import Image, UnidentifiedImageError
 
+from diffusers_vae.images import read_image
 from diffusers_vae.untrusted import (
     MAX_NODES,
     check_type,
     load_pickle,
+    open_image,
     open_regular,
     read_json,
     read_text,
@@ -69,6 +72,24 @@ class TestRegular:
     def test_a_folder_is_refused(self, tmp_path):
         with pytest.raises(IsADirectoryError, match="must be a file, got a folder"):
             read_text(tmp_path)
+
+
+class TestImages:
+    def test_formats_that_start_other_programs_are_not_read(self, written):
+        """Ghostscript runs what an EPS holds; the name does not matter."""
+        path = written("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "a.png")
+        with Image.open(path) as read_by_pillow:
+            assert read_by_pillow.format == "EPS"
+        with open(path, "rb") as file, pytest.raises(UnidentifiedImageError):
+            open_image(file)
+        with pytest.raises(ValueError, match=rf"cannot read the image {path}"):
+            read_image(path, 3)
+
+    @pytest.mark.parametrize("name", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"])
+    def test_usual_formats_are_read(self, name, tmp_path):
+        Image.new("RGB", (4, 3)).save(tmp_path / "a", name)
+        with open(tmp_path / "a", "rb") as file, open_image(file) as image:
+            assert image.size == (4, 3)
 
 
 class TestText:
