@@ -9,6 +9,7 @@ import io
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -25,13 +26,14 @@ LONGEST = ["test_resume.py", "test_crash_points.py", "test_fine_tuning.py", "tes
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def runs_tests(config) -> bool:
-    """Whether this process is not the one that hands tests to workers."""
-    return hasattr(os, "fork") and (hasattr(config, "workerinput") or not config.getoption("numprocesses", 0))
+def forks_servers(config) -> bool:
+    """Whether this process runs tests, and can be forked: elsewhere than on Linux, libraries may not survive it."""
+    runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses", 0)
+    return sys.platform == "linux" and runs_tests and not config.option.collectonly
 
 
 def pytest_sessionstart(session):
-    if runs_tests(session.config):
+    if forks_servers(session.config):
         from support import stock
 
         stock.fork_the_server()
@@ -39,7 +41,7 @@ def pytest_sessionstart(session):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtestloop(session):
-    if runs_tests(session.config):
+    if forks_servers(session.config):
         from support import launches
 
         launches.fork_the_server()

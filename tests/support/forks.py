@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 
 def fork(serve: Callable[[], object], kept: Sequence[int]) -> int:
-    """Run `serve` in a fork of this process, which must have computed nothing, until it raises an EOFError or ends by
-    SystemExit. It has let go of all files but the standard ones and those whose numbers are `kept`. Its process number.
+    """Fork this process, which must not have started threads of torch, and run `serve` in the child until it raises
+    EOFError or SystemExit. The child keeps only the standard files and those with the numbers `kept`. Return its pid.
     """
     number = os.fork()
     if not number:
@@ -18,7 +18,7 @@ def fork(serve: Callable[[], object], kept: Sequence[int]) -> int:
         try:
             _leave_parent(kept)
             serve()
-        except (EOFError, SystemExit):
+        except (EOFError, KeyboardInterrupt, SystemExit):
             code = 0
         except BaseException:
             traceback.print_exc()

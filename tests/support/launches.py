@@ -57,7 +57,8 @@ def fork_the_server() -> None:
 
 def _serve(program: str, kept: Sequence[int]) -> None:
     importlib.reload(multiprocessing.forkserver)  # the parent holds a lock of it
-    select.select(kept, [], [])
+    if kept[0] not in select.select(kept, [], [])[0]:  # the socket; pytest has ended without a launch
+        raise EOFError
     exec(program, {})
 
 

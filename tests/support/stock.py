@@ -1,10 +1,11 @@
-"""Programs that run where diffusers_vae cannot be imported. This module imports nothing of it, since the process that
-programs are forked from is forked from pytest before it has imported the package.
+"""Run code in a process where diffusers_vae cannot be imported. This module imports nothing of it: on Linux the process
+is forked from another that was forked from pytest before the package was imported.
 """
 
 import importlib
 import multiprocessing
 import os
+import subprocess
 import sys
 import traceback
 from functools import partial
@@ -21,7 +22,13 @@ def run_without_package(code: str, folder: Path) -> None:
     """Run `code` in `folder`, in a process of its own where stock diffusers is imported and diffusers_vae cannot be. It
     computes with one thread, as tests do, so that results are the same bit by bit.
     """
+    if not SERVERS:
+        program = f"import sys\nsys.modules['diffusers_vae'] = None\n{code}"
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, check=True)
+        return
     SERVERS[0].send((code, folder))
+    assert SERVERS[0].poll(300), "the program takes more than five minutes"
     error = SERVERS[0].recv()
     assert not error, error
 
@@ -38,7 +45,7 @@ def fork_the_server() -> None:
 def _serve(requests: Connection) -> None:
     assert not any(name.split(".")[0] == "diffusers_vae" for name in sys.modules)
     sys.modules["diffusers_vae"] = None
-    requests.poll(None)
+    request = requests.recv()  # nothing more is imported unless it is used
     import diffusers
     import huggingface_hub
 
@@ -46,7 +53,8 @@ def _serve(requests: Connection) -> None:
     for name in PRELOADED:
         getattr(diffusers, name)
     while True:
-        requests.send(_run(*requests.recv()))
+        requests.send(_run(*request))
+        request = requests.recv()
 
 
 def _run(code: str, folder: Path) -> str:
