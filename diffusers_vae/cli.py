@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 
 from .messages import log_to_terminal, message, showable
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments`, by default those of the process, name; the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end a command
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # a log that cannot be written ends no training
+                stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug, training = "--debug" in arguments, any(argument.startswith("train") for argument in arguments[:1])
     arguments = [argument for argument in arguments if argument != "--debug"]

@@ -17,13 +17,10 @@ from types import NoneType, UnionType
 from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from PIL import Image
 
 MAX_TEXT = 2**24
 """Bytes of a text that is read at once: settings, an index, a report, a caption."""
-MAX_NODES = 100_000
-"""Values in a YAML file."""
 FORMATS = ("BMP", "GIF", "JPEG", "PPM", "PNG", "AVIF", "DIB", "ICO", "JPEG2000", "TGA", "TIFF", "WEBP")
 """Pillow's names of the formats that are read, whatever a file's name says. Pillow reads more, some of them by starting
 other programs: Ghostscript runs what an EPS holds.
@@ -33,7 +30,7 @@ OF_ONE_FILE = (
 )  # fmt: skip
 """What the system says of one file that is missing or damaged (EINVAL: a damaged offset leads to before its beginning).
 All else, as EIO, ESTALE, ENOTCONN or EACCES, is of its storage."""
-ADDRESS = re.compile(r" ?<_io\.[^>]*>| ?<[^<>]* at 0x[0-9a-fA-F]+>")
+ADDRESS = re.compile(r" ?<(?:_io\.|Reader )[^>]*>| ?<[^<>]* at 0x[0-9a-fA-F]+>")
 """Objects in the text of an error, which differ from start to start."""
 
 
@@ -214,70 +211,6 @@ def _has_default(field: Field) -> bool:
 
 NAMES = {dict: "object", list: "array", str: "string", float: "number", int: "integer", bool: "boolean"}
 """What JSON calls types of Python."""
-
-
-def read_yaml(path: Path) -> Any:
-    """What the YAML file at `path` holds. What YAML 1.1 reads otherwise than people mean it is refused: `020` (16),
-    `1:30` (90), a key that is given twice; so are aliases, by which a short file can stand for an endless one.
-
-    Raises:
-        OSError: when it cannot be read.
-        ValueError: naming the file and the line.
-    """
-    text = read_text(path)
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except RecursionError:
-        raise ValueError(f"{path} is damaged: its YAML is nested too deeply") from None
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path}{line}: {' '.join(str(error.problem or error.context).split())}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is damaged, no YAML: {' '.join(str(error).split())}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    def __init__(self, text: str):
-        super().__init__(text)
-        self.nodes = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        self.nodes += 1
-        if self.nodes > MAX_NODES:
-            self._refuse(f"must hold at most {MAX_NODES:,} values, got more", self.peek_event())
-        if self.check_event(yaml.AliasEvent):
-            self._refuse("aliases (*name) are not taken: write the value itself", self.peek_event())
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                self._refuse(f"the key {key.value} is given twice", key)
-            seen.add(key.value if isinstance(key.value, str) else None)
-        return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: Any) -> int:
-        if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)", node.value):
-            self._refuse(f"write a number without leading zeros or colons, or a text in quotes, got {node.value}", node)
-        return super().construct_yaml_int(node)
-
-    @staticmethod
-    def _refuse(problem: str, where: Any) -> None:
-        raise yaml.constructor.ConstructorError(None, None, problem, where.start_mark)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-# dates stay texts, and 1e-4 is a number
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "float")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.?[0-9]+)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
 
 
 CODE = r"GLOBAL (\S+)|call reduce|Can only (?:create|build)"

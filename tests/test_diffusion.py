@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -125,3 +126,11 @@ class TestTokenizer:
             done = subprocess.run([sys.executable, "-c", code], input=json.dumps(words), **start)
             found.append(json.loads(done.stdout))
         assert len(found[0]) > 500 and all(vocabulary == found[0] for vocabulary in found)
+
+    @pytest.mark.slow
+    def test_a_temporary_folder_that_is_full_is_named(self, small_disk, monkeypatch):
+        monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+        (small_disk / "filler").write_bytes(b"x" * (2**18 - 2**12))
+        with pytest.raises(OSError, match=rf"cannot write {small_disk}/\w+: No space left on device\. Set TMPDIR to"):
+            caption_tokenizer(["a photograph"] * 10, 16)
+        assert [path.name for path in small_disk.iterdir()] == ["filler"]

@@ -34,7 +34,7 @@ ROWS = [
 ALLOWED_ONLY_IN = {
     "accelerate": {"trainer", "text_to_image", "loop", "run_folder", "checkpoint", "commands"},
     "filelock": {"storage", "processes"},
-    "yaml": {"settings", "untrusted"},
+    "yaml": {"settings"},
     "huggingface_hub": {"hub", "data"},
 }
 

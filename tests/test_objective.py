@@ -712,7 +712,7 @@ def test_config_measures_a_scale_of_a_run_only_with_its_value():
         ({"target_rate": 9.0, "kl_schedule": "cyclical"}, "moves the weight of the rate, and so does a cyclical"),
         ({"perceptual": "vgg19"}, "objective.perceptual must be alex, vgg, squeeze or null, got 'vgg19'"),
         ({"perceptual": "vgg", "perceptual_weight": 0.0}, "objective.perceptual_weight must be positive and finite"),
-        ({"perceptual_weight": 2.0}, "belong to a perceptual term"),
+        ({"perceptual_weight": 2.0}, "belongs to a perceptual term"),
         ({"equivariance": 1.5}, r"objective.equivariance must lie in \[0, 1\], got 1.5"),
         ({"kl_weight": 0.0, "free_bits": 1.0}, "kl_weight 0 .* objective.free_bits 1.0 does nothing"),
         ({"kl_weight": 0.0, "target_rate": 9.0}, "kl_weight 0 .* objective.target_rate 9.0 does nothing"),

@@ -124,7 +124,7 @@ class TestSources:
     @pytest.mark.parametrize("text", ["[]", "3", '{"a":' * 100_000])
     def test_config_that_is_none_is_named(self, text, tmp_path):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=rf"^{tmp_path}: config\.json "):
+        with pytest.raises(ValueError, match=rf"^{tmp_path}.*config\.json "):
             load_autoencoder(str(tmp_path))
 
     def test_hub_that_cannot_be_reached_is_said(self, tmp_path, monkeypatch):

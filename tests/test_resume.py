@@ -517,11 +517,11 @@ class TestSignals:
         config = dataclasses.replace(tiny(tmp_path / "run", TINY_VAE, max_images=30), data=data)
         opened, sent = PIL.Image.open, threading.Event()
 
-        def open_and_signal(*arguments):
+        def open_and_signal(*arguments, **settings):
             if (tmp_path / "run" / "model").exists() and not sent.is_set():
                 sent.set()
                 os.kill(os.getpid(), signal.SIGTERM)
-            return opened(*arguments)
+            return opened(*arguments, **settings)
 
         monkeypatch.setattr(PIL.Image, "open", open_and_signal)
         with pytest.raises(Interrupted, match=r"asked to stop \(SIGTERM\)"):

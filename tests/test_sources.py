@@ -6,7 +6,6 @@ import dataclasses
 import pickle
 import shutil
 import signal
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -266,12 +265,3 @@ class TestTraining:
             assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
         first, second = ((runs(name) / way / "run" / "metrics.jsonl").read_text() for way in ("whole", "killed"))
         assert first == second
-
-
-@pytest.mark.slow
-def test_a_temporary_folder_that_is_full_is_named(shared_data, small_disk, monkeypatch):
-    """And not the packed file, which is whole."""
-    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
-    with pytest.raises(OSError, match=rf"cannot write {small_disk}/\w+: No space left on device\. Set TMPDIR to"):
-        load_data(DataConfig(name="mnist", root=str(shared_data), resolution=28))
-    assert not list(small_disk.iterdir())

@@ -13,15 +13,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from diffusers_vae.images import read_image
+from diffusers_vae.settings import MAX_NODES, read_yaml
 from diffusers_vae.untrusted import (
-    MAX_NODES,
     check_type,
     load_pickle,
     open_image,
     open_regular,
     read_json,
     read_text,
-    read_yaml,
 )
 
 

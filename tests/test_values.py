@@ -514,7 +514,7 @@ class TestModels:
             monkeypatch.setattr(f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE", address, raising=False)
         ValueRange(0, 4095).save(run / "model")
         card = render_card(run, HubConfig(repo_id=REPO))
-        assert "values lie in [0, 4095]" in card and f"diffusers-vae reconstruct {REPO} FILES" in card
+        assert r"values lie in \[0, 4095\]" in card and f"diffusers-vae reconstruct {REPO} FILES" in card
         push(run, HubConfig(repo_id=REPO, license="mit"))
         assert json.loads(uploaded(hub)["value_range.json"]) == {"low": 0, "high": 4095}
         assert find_value_range(REPO) == find_value_range(str(run)) == ValueRange(0, 4095)
@@ -637,7 +637,7 @@ class TestWholeRun:
             model = runs[kind] / "run" / "model"
             assert json.loads((model / "value_range.json").read_text()) == {"low": 0, "high": 65535}
             assert "value_range" not in json.loads((model / "config.json").read_text())
-            assert "values lie in [0, 65535]" in (runs[kind] / "run" / "README.md").read_text()
+            assert r"values lie in \[0, 65535\]" in (runs[kind] / "run" / "README.md").read_text()
             program += (
                 f"vae = AutoencoderKL.from_pretrained({str(model)!r})\n"
                 f"assert vae(torch.zeros(1, {channels}, 16, 16)).sample.shape[1] == {channels}\n"

@@ -757,11 +757,14 @@ def _load_cifar10(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, 
     ]
 
 
+ARRAY_NAMES = ("numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype", "_codecs.encode")
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Calls nothing but what makes an array of NumPy."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")):
+        if module.replace("numpy._core", "numpy.core") + f".{name}" in ARRAY_NAMES:  # NumPy 2 has renamed it
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, and only arrays are read")
 
