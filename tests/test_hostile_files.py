@@ -80,11 +80,13 @@ class TestZip:
         change_directory(archive, "1.png", 24, stated)
         return archive
 
+    @pytest.mark.slow
     def test_no_more_is_unpacked_than_is_stated(self, tmp_path, little_memory):
         (member,) = Files(self.bomb(tmp_path, 100)).members.values()
         with pytest.raises(ValueError, match="it is damaged in the archive"):
             member.read()
 
+    @pytest.mark.slow
     def test_more_than_the_limit_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match=r"a.zip: 1.png unpacks to 1,073,741,825 bytes, .* at most 1,073,741,824"):
             Files(self.bomb(tmp_path, MAX_UNPACKED + 1))
@@ -109,6 +111,7 @@ class TestZip:
 
 
 class TestTiff:
+    @pytest.mark.slow
     @pytest.mark.parametrize("compression", ["deflate", "lzma", "packbits"])
     def test_no_more_is_unpacked_than_the_strips_hold(self, compression, tmp_path, request):
         path, grey = tmp_path / "a.tif", np.zeros((16, 16), np.uint8)
@@ -154,6 +157,7 @@ class TestArrays:
         with pytest.raises(ValueError, match=f"{path}"):
             load_data(DataConfig(name="array", root=str(path), resolution=64))
 
+    @pytest.mark.slow
     def test_length_of_the_header_is_not_believed(self, tmp_path, little_memory):
         archive = zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED)
         with archive as packed, packed.open("images.npy", "w") as entry:

@@ -459,6 +459,7 @@ class TestFaults:
         assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["images-000000000002"]
         assert len((tmp_path / "run" / "bad_images.txt").read_text().splitlines()) == 3
 
+    @pytest.mark.slow
     def test_too_many_images_that_cannot_be_read_stop_the_run(self, ships, tmp_path):
         images, _ = load_data(ships, memory_limit=0)
         for path in paths_of(images)[::4]:
@@ -469,6 +470,7 @@ class TestFaults:
         newest, damaged = find_checkpoint(tmp_path / "run" / "checkpoints")
         assert newest and not damaged
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("what", ["renamed", "emptied", "archive"])
     @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
     def test_run_whose_images_vanish_stops_and_continues_when_they_are_back(self, what, workers, ships, tmp_path):
