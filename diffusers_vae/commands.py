@@ -739,7 +739,7 @@ def _parse_measuring(
     parsed = _parse(parser, [*known, *arguments])
     if runs[0] and not _names_images(arguments) and process_share()[0] == 0:  # somebody else may have chosen them
         place = parsed.data.name if parsed.data.name in SETS else parsed.data.root
-        print(f"images      {place}, as {config_of_run(parsed[models[0]])} says", flush=True)
+        print(showable(f"images      {place}, as {config_of_run(parsed[models[0]])} says"), flush=True)
     same = [run["data"] for run in runs if run and _place(run["data"]) == _place(vars(parsed.data))]
     if parsed.split is None and same:  # some model was trained on these images, but for the held-out ones
         if {data["heldout_fraction"] for data in same} != {parsed.data.heldout_fraction}:

@@ -63,7 +63,7 @@ IDENTITY = {
         "captions": str | None,
     },
 }
-"""What is read of what a cache was computed from."""
+"""Types of the description of what a cache was computed from."""
 CONTENT = {
     "cache": IDENTITY,
     "data": str,
@@ -72,7 +72,7 @@ CONTENT = {
     "classes": list[str] | None,
     "shards": [{"rows": int, "bytes": int, "sha256": str}],
 }
-"""Of index.json."""
+"""Types of what index.json holds."""
 VERIFIED_AT_ONCE = 2**30
 """Bytes of a cache that is verified before it is trained on; a larger one is while it is."""
 LISTED = 20
@@ -492,18 +492,6 @@ def _changed(folder: Path, index: dict[str, Any]) -> list[str]:
     return changed
 
 
-def _other_shapes(folder: Path, index: dict[str, Any]) -> list[str]:
-    """Names of the shards that hold latents of another number or shape than the index says, by their headers."""
-    name, other = "mean" if index["cache"]["kind"] == "posterior" else "latents", []
-    for number, shard in enumerate(index["shards"]):
-        path = _shard(folder, number)
-        with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-            if file.get_slice(name).get_shape() == [shard["rows"], *index["latent_shape"]]:
-                continue
-        other.append(path.name)
-    return other
-
-
 def matching_latents(vae: ModelMixin, image_set: ImageSet, folder: str | Path, data: str) -> LatentDataset:
     """The latents in `folder`, of whatever kind and dtype, if they are those of these images under this VAE.
 
@@ -558,9 +546,21 @@ class LatentDataset(Dataset):
                 f"not {weights_hash}: encode the images with this VAE into another folder"
             )
         self._refuse(_changed(self.folder, self.index))
-        self._refuse(_other_shapes(self.folder, self.index))
+        self._refuse(self._other_shapes(range(len(self.index["shards"]))))
         self._starts = np.cumsum([0] + [shard["rows"] for shard in self.index["shards"]])
         self._open: dict[int, dict[str, torch.Tensor]] = {}
+
+    def _other_shapes(self, numbers: Iterable[int]) -> list[str]:
+        """Names of those shards whose latents have another number or shape than the index says, by their headers."""
+        other = []
+        for number in numbers:
+            path, rows = _shard(self.folder, number), self.index["shards"][number]["rows"]
+            shape = [rows, *self.latent_shape]
+            with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+                if all(file.get_slice(name).get_shape() == shape for name in self._names):
+                    continue
+            other.append(path.name)
+        return other
 
     def _refuse(self, changed: list[str]) -> None:
         if changed:
@@ -650,18 +650,15 @@ class LatentDataset(Dataset):
             if path.stat().st_size != shard["bytes"]:
                 self._refuse([path.name])
             if number not in self._open:
-                tensors = _tensors(path)
-                shapes = {tuple(tensors[name].shape) if name in tensors else None for name in self._names}
-                if shapes != {(shard["rows"], *self.latent_shape)}:
-                    self._refuse([path.name])
-                self._open[number] = tensors
+                self._refuse(self._other_shapes([number]))
+                self._open[number] = _tensors(path)
         except (OSError, SafetensorError) as error:
             raise OSError(f"cannot read {path.resolve()}: {error}") from error
         return self._open[number]
 
     @property
     def _names(self) -> tuple[str, ...]:
-        """Of the tensors that a shard has."""
+        """Names of the tensors of latents in a shard."""
         return ("mean", "logvar") if self.kind == "posterior" else ("latents",)
 
     def _place(self, row: int) -> tuple[int, int]:

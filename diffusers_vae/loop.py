@@ -242,7 +242,7 @@ class Task(Protocol):
     """After `load`: how many images there are to train on; of a dry run, too, whose set may have fewer."""
 
     def finished(self) -> RunResult:
-        """Of the finished run in output_dir; ValueError naming what it has left that is missing or damaged."""
+        """Return the result of the finished run in output_dir; ValueError naming a file that is missing or damaged."""
         ...
 
     def load(self, accelerator: Accelerator) -> None:

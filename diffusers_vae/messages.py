@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -17,6 +17,12 @@ def showable(text: object, lines: bool = False) -> str:
     if lines:
         return "\n  ".join(map(showable, str(text).split("\n")))
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def listed(problems: Sequence[str], most: int = 20) -> str:
+    """At most so many of the problems, a line each, and how many there are besides."""
+    more = [f"and {len(problems) - most} more"] * (len(problems) > most)
+    return "\n".join([*map(showable, problems[:most]), *more])
 
 
 def quoted(text: object) -> str:

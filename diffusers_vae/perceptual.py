@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import re
@@ -15,6 +14,7 @@ from torch import nn
 
 from .images import to_uint8
 from .messages import showable
+from .storage import digest_of_file
 from .untrusted import load_pickle, open_regular
 
 FILES = {
@@ -30,7 +30,7 @@ SHA256 = {
     "squeeze": "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b",
     "inception": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
 }
-"""Of these files."""
+"""Published SHA-256 of each of these files."""
 TORCHVISION = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
 """torchvision's names of the networks."""
 SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}
@@ -148,15 +148,13 @@ def _published(net: str) -> dict[str, torch.Tensor]:
     if not path.exists():
         _download(net, path)
     with open_regular(path) as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-        if digest.hexdigest() != SHA256[net]:
+        digest = digest_of_file(file)
+        if digest != SHA256[net]:
             logger.warning(
                 "%s is not the published file of %s: its SHA-256 is %s. Figures that it gives compare with no others",
                 showable(path),
                 net,
-                digest.hexdigest(),
+                digest,
             )
         file.seek(0)
         return load_pickle(path, file)

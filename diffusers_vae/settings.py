@@ -25,7 +25,7 @@ FREE_SETTINGS = {
 where they lie) or, like the number of processes, only the order in which it is summed."""
 
 DELETED_SETTINGS = ("evaluation.weights", "objective.perceptual_weights")
-"""Of runs that an older version began: where published weights lay. They are not read."""
+"""Settings of older versions that said where published weights lie. They are ignored."""
 
 KEPT_SETTINGS = ("data.lanes", "run.compile", "run.mixed_precision")
 """Where these are left open, a run that is continued keeps the values that it was begun with."""
@@ -54,8 +54,8 @@ MAX_NODES = 100_000
 
 
 def read_yaml(path: Path) -> Any:
-    """What the YAML file at `path` holds. What YAML 1.1 reads otherwise than people mean it is refused: `020` (16),
-    `1:30` (90), a key that is given twice; so are aliases, by which a short file can stand for an endless one.
+    """What the YAML file at `path` holds. Values that YAML 1.1 reads in an unexpected way are refused: `020` (16),
+    `1:30` (90), and a key that is given twice. So are aliases, by which a short file can expand without bound.
 
     Raises:
         OSError: when it cannot be read.

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -304,10 +304,16 @@ def _old_of(path: Path) -> Path:
 def described(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
     with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+        digest = digest_of_file(file)
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def digest_of_file(file: BinaryIO) -> str:
+    """SHA-256 of what follows in an open file."""
+    digest = hashlib.sha256()
+    while chunk := file.read(2**20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def digest_of(value: Any) -> str:

@@ -68,7 +68,7 @@ class TestNames:
         self.assert_tame(error)
 
     def test_of_a_run_are_escaped_in_what_is_printed(self, run, capsys, tmp_path):
-        name = HOSTILE.strip("\udcff")  # of which safetensors opens no file
+        name = HOSTILE.strip("\udcff")  # safetensors opens no file with such a name
         shutil.copytree(run, tmp_path / name)
         code, out, _ = call(capsys, "info", tmp_path / name)
         assert code == 0
@@ -182,7 +182,7 @@ class TestTop:
             cli.main(["info", str(tmp_path), "--debug"])
 
     def test_too_little_memory_is_told_with_what_to_do(self, capsys, tmp_path):
-        """Of torch's own: more samples than any memory holds."""
+        """An error of torch itself: more samples than fit into any memory."""
         MLPVAE(image_size=8, hidden_dim=4, latent_dim=2).save_pretrained(tmp_path / "model")
         arguments = ["sample", tmp_path / "model", "--count", 10**15, "--out", tmp_path / "samples.png"]
         code, _, error = call(capsys, *arguments)
@@ -580,7 +580,7 @@ def filled(disk):
 def test_full_disk_is_named_and_leaves_older_results_whole(
     command, again, out, finished_mlp_run, small_disk, tmp_path, capsys
 ):
-    """With room again, the same command does its work."""
+    """Once there is room, the same command succeeds."""
     subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "image.png")
     names = {"RUN": finished_mlp_run, "IMAGE": tmp_path / "image.png", "OTHER": small_disk / "other"}

@@ -4,9 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import pickle
 import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from support.models import tiny_vae
+from support.pickles import CONTAINERS, Harm, plant
 from torch.distributions import Bernoulli as TorchBernoulli
 from torch.distributions import Independent, MultivariateNormal, Normal
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
@@ -260,16 +259,6 @@ class TestReferences:
         assert expected > 0 and report.intervals["lpips_alex"][0] < expected < report.intervals["lpips_alex"][1]
 
 
-class Harm:
-    """Makes a file when it is unpickled by a reader that calls what a pickle names."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
 class TestNetworks:
     NAMES = pytest.mark.parametrize("name", ["alex", "inception"])
 
@@ -294,19 +283,11 @@ class TestNetworks:
             self.network(name)
 
     @NAMES
-    @pytest.mark.parametrize("container", ["zip", "legacy", "pickle", "protocol 4", "zip with one entry"])
-    def test_code_in_a_file_is_not_run(self, name, container, no_download, tmp_path):
+    @pytest.mark.parametrize(("container", "protocol"), [*((form, 2) for form in CONTAINERS), ("zip", 4)])
+    def test_code_in_a_file_is_not_run(self, name, container, protocol, no_download, tmp_path):
         """In each form that torch knows, and in one that its readers take for different things."""
         no_download.mkdir(parents=True)
-        path, content = no_download / FILES[name], {"weight": Harm(tmp_path / "harm")}
-        if container == "pickle":
-            path.write_bytes(pickle.dumps(content, 2))
-        elif container == "zip with one entry":
-            with zipfile.ZipFile(path, "w") as archive:
-                archive.writestr("weights.pth", pickle.dumps(content, 2))
-        else:
-            protocol = 4 if container == "protocol 4" else 2
-            torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=container != "legacy")
+        plant(Harm(tmp_path / "harm"), no_download / FILES[name], container, protocol)
         with pytest.raises(ValueError, match=rf"{FILES[name]} is (a pickle that|no checkpoint)"):
             self.network(name)
         assert not (tmp_path / "harm").exists()

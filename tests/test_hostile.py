@@ -4,7 +4,6 @@ import json
 import pickle
 import re
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from support.models import tiny_vae
+from support.pickles import CONTAINERS, Harm, plant
 from support.runs import TINY_VAE, tiny
 
 from diffusers_vae import LatentDataset, cli, encode_images
@@ -21,36 +21,11 @@ from diffusers_vae.models import load_autoencoder
 ROOT = Path(__file__).parents[1]
 
 
-class Harm:
-    """Makes a file when it is unpickled by a reader that calls what a pickle names."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
 @pytest.fixture
 def harm(tmp_path):
     """What must not run; and it has not."""
     yield Harm(tmp_path / "harm")
     assert not (tmp_path / "harm").exists()
-
-
-PICKLES = ["plain", "zip", "legacy", "zip with one entry"]
-
-
-def plant(harm, path, container="plain"):
-    """Write a pickle that would run, in a form that some reader takes."""
-    content = {"encoder.conv_in.weight": harm}
-    if container == "plain":
-        path.write_bytes(pickle.dumps(content, 2))
-    elif container == "zip with one entry":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("weights", pickle.dumps(content, 2))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=container == "zip")
 
 
 @pytest.fixture
@@ -66,8 +41,18 @@ def call(capsys, *arguments):
     return code, " ".join("".join(capsys.readouterr()).split())
 
 
+@pytest.mark.parametrize("container", ["plain", "zip", "legacy"])
+def test_what_is_planted_would_run(container, tmp_path):
+    plant(Harm(tmp_path / "harm"), tmp_path / "weights", container)
+    if container == "plain":
+        pickle.loads((tmp_path / "weights").read_bytes())
+    else:
+        torch.load(tmp_path / "weights", weights_only=False)
+    assert (tmp_path / "harm").exists()
+
+
 class TestModels:
-    @pytest.mark.parametrize("container", PICKLES)
+    @pytest.mark.parametrize("container", CONTAINERS)
     @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin", ".safetensors"])
     def test_file_of_weights(self, suffix, container, harm, tmp_path):
         plant(harm, tmp_path / f"model{suffix}", container)
@@ -75,7 +60,7 @@ class TestModels:
             load_autoencoder(str(tmp_path / f"model{suffix}"))
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("container", PICKLES)
+    @pytest.mark.parametrize("container", CONTAINERS)
     @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"])
     def test_weights_of_a_folder(self, name, container, harm, tmp_path):
         tiny_vae().save_pretrained(tmp_path / "model")
@@ -97,7 +82,7 @@ class TestRuns:
     """What `evaluate`, `compare` and `fp16` read beside a model."""
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("container", PICKLES)
+    @pytest.mark.parametrize("container", CONTAINERS)
     def test_weights_of_networks_that_a_config_names(self, container, run, harm, no_download, capsys):
         """As runs of older versions could; only torch's cache is looked into."""
         folder = run / "weights"

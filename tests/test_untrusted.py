@@ -1,9 +1,7 @@
 """Files of unknown origin are read within limits and run nothing; what they are instead is said."""
 
 import os
-import pickle
 import socket
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,6 +9,7 @@ from typing import Literal
 import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
+from support.pickles import CONTAINERS, Harm, plant
 
 from diffusers_vae.images import read_image
 from diffusers_vae.settings import MAX_NODES, read_yaml
@@ -22,16 +21,6 @@ from diffusers_vae.untrusted import (
     read_json,
     read_text,
 )
-
-
-class Harm:
-    """Makes a file when it is unpickled by a reader that calls what a pickle names."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
 
 
 @pytest.fixture
@@ -194,17 +183,10 @@ class TestPickle:
             assert all(content["a"].tolist() == [0, 1, 2] for content in read)
 
     @pytest.mark.parametrize("protocol", range(6))
-    @pytest.mark.parametrize("container", ["plain", "zip", "legacy", "zip with one entry"])
+    @pytest.mark.parametrize("container", CONTAINERS)
     def test_code_is_refused_and_not_run(self, container, protocol, tmp_path):
-        path, content = tmp_path / "a.pt", {"a": Harm(tmp_path / "harm")}
-        if container == "plain":
-            path.write_bytes(pickle.dumps(content, protocol))
-        elif container == "zip with one entry":
-            with zipfile.ZipFile(path, "w") as archive:
-                archive.writestr("a.pth", pickle.dumps(content, protocol))
-        else:
-            new = container == "zip"
-            torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=new)
+        path = tmp_path / "a.pt"
+        plant(Harm(tmp_path / "harm"), path, container, protocol)
         said = "no checkpoint" if container == "zip with one entry" else "a pickle that .* is refused. If you trust it"
         with pytest.raises(ValueError, match=rf"^{path} is {said}") as error:
             load_pickle(path)

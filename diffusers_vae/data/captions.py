@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..messages import showable
+from ..messages import listed
 from ..untrusted import MAX_TEXT
 from .files import Files
 
@@ -18,8 +18,6 @@ METADATA = "metadata.jsonl"
 KEYS = ("text", "caption")
 MAX_METADATA = 2**28
 """Bytes of a metadata file, of over a million images; each folder may have its own."""
-LISTED = 20
-"""Names in an error, at most."""
 
 
 def read_captions(below: Files, paths: Sequence[Path]) -> list[tuple[str, ...]] | None:
@@ -47,10 +45,7 @@ def read_captions(below: Files, paths: Sequence[Path]) -> list[tuple[str, ...]] 
         return None
     problems = problems or [f"{file} has no caption, and others have one" for file in files if file not in found]
     if problems:
-        listed = "\n".join(
-            [*map(showable, problems[:LISTED])] + [f"and {len(problems) - LISTED} more"] * (len(problems) > LISTED)
-        )
-        raise ValueError(f"the captions below {below.root.resolve()} are not as they should be:\n{listed}")
+        raise ValueError(f"the captions below {below.root.resolve()} are not as they should be:\n{listed(problems)}")
     return [found[file] for file in files]
 
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 
-from ..messages import changed_logs, message, showable, without_passwords
+from ..messages import changed_logs, listed, message, without_passwords
 from ..untrusted import Reader, open_beside_others, refuse_irregular, unreadable
-from .captions import KEYS, LISTED
+from .captions import KEYS
 from .store import EncodedStore
 
 if TYPE_CHECKING:
@@ -319,10 +319,9 @@ def read_row_captions(root: str, parts: Mapping[str, Dataset], column: str) -> l
             if not several or not all(several):
                 problems.append(f"{part}, row {row}")
     if problems:
-        listed = "\n".join(
-            [*map(showable, problems[:LISTED])] + [f"and {len(problems) - LISTED} more"] * (len(problems) > LISTED)
+        raise ValueError(
+            f"every row of {root} must have a caption in {column} that is not empty; not so in\n{listed(problems)}"
         )
-        raise ValueError(f"every row of {root} must have a caption in {column} that is not empty; not so in\n{listed}")
     return captions
 
 

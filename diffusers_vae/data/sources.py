@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from ..images import OVERSIZE, Header
-from ..messages import showable
+from ..messages import listed
 from ..untrusted import MAX_UNPACKED, open_regular
 from ..values import ValueRange
 from .arrays import ArrayStore, ImageArray, array_classes, array_files
@@ -1033,14 +1033,13 @@ def _scan(
     with ThreadPoolExecutor() as pool:
         results = list(tqdm(pool.map(attempt, places), title, len(places), unit="img", disable=not progress))
     errors = sorted(error for _, error in results if error)
-    listed = "\n".join([*map(showable, errors[:20])] + [f"and {len(errors) - 20} more"] * (len(errors) > 20))
     if errors and parts[0].config.on_bad_image == "stop":
         raise ValueError(
             f"{len(errors)} of {len(places)} files cannot be read; remove or mend them, or leave them out with "
-            f"data.on_bad_image skip:\n{listed}"
+            f"data.on_bad_image skip:\n{listed(errors)}"
         )
     if errors and progress:
-        logger.warning("%d of %d files cannot be read and are left out:\n%s", len(errors), len(places), listed)
+        logger.warning("%d of %d files cannot be read and are left out:\n%s", len(errors), len(places), listed(errors))
     kept, found = [], []
     for part in parts:
         own, results = results[: len(part)], results[len(part) :]

@@ -78,7 +78,7 @@ CLASSES = {
     for name, kind in vars(autoencoders).items()
     if isinstance(kind, type) and issubclass(kind, ModelMixin) and hasattr(kind, "encode")
 } | {"MLPVAE": MLPVAE, "AutoencoderKL": VAE}
-"""By the name in a config.json: nothing else is looked up, imported or made."""
+"""Classes that a config.json may name; no other is looked up."""
 CONFIG = {
     "in_channels": int,
     "out_channels": int,
