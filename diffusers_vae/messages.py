@@ -19,7 +19,7 @@ def showable(text: object, lines: bool = False) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def listed(problems: Sequence[str], most: int = 20) -> str:
+def problem_list(problems: Sequence[str], most: int = 20) -> str:
     """At most so many of the problems, a line each, and how many there are besides."""
     more = [f"and {len(problems) - most} more"] * (len(problems) > most)
     return "\n".join([*map(showable, problems[:most]), *more])

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..messages import listed
+from ..messages import problem_list
 from ..untrusted import MAX_TEXT
 from .files import Files
 
@@ -45,7 +45,9 @@ def read_captions(below: Files, paths: Sequence[Path]) -> list[tuple[str, ...]] 
         return None
     problems = problems or [f"{file} has no caption, and others have one" for file in files if file not in found]
     if problems:
-        raise ValueError(f"the captions below {below.root.resolve()} are not as they should be:\n{listed(problems)}")
+        raise ValueError(
+            f"the captions below {below.root.resolve()} are not as they should be:\n{problem_list(problems)}"
+        )
     return [found[file] for file in files]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 
-from ..messages import changed_logs, listed, message, without_passwords
+from ..messages import changed_logs, message, problem_list, without_passwords
 from ..untrusted import Reader, open_beside_others, refuse_irregular, unreadable
 from .captions import KEYS
 from .store import EncodedStore
@@ -320,7 +320,8 @@ def read_row_captions(root: str, parts: Mapping[str, Dataset], column: str) -> l
                 problems.append(f"{part}, row {row}")
     if problems:
         raise ValueError(
-            f"every row of {root} must have a caption in {column} that is not empty; not so in\n{listed(problems)}"
+            f"every row of {root} must have a caption in {column} that is not empty; not so in\n"
+            f"{problem_list(problems)}"
         )
     return captions
 

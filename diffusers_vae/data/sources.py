@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from ..images import OVERSIZE, Header
-from ..messages import listed
+from ..messages import problem_list
 from ..untrusted import MAX_UNPACKED, open_regular
 from ..values import ValueRange
 from .arrays import ArrayStore, ImageArray, array_classes, array_files
@@ -1033,13 +1033,14 @@ def _scan(
     with ThreadPoolExecutor() as pool:
         results = list(tqdm(pool.map(attempt, places), title, len(places), unit="img", disable=not progress))
     errors = sorted(error for _, error in results if error)
+    shown = problem_list(errors)
     if errors and parts[0].config.on_bad_image == "stop":
         raise ValueError(
             f"{len(errors)} of {len(places)} files cannot be read; remove or mend them, or leave them out with "
-            f"data.on_bad_image skip:\n{listed(errors)}"
+            f"data.on_bad_image skip:\n{shown}"
         )
     if errors and progress:
-        logger.warning("%d of %d files cannot be read and are left out:\n%s", len(errors), len(places), listed(errors))
+        logger.warning("%d of %d files cannot be read and are left out:\n%s", len(errors), len(places), shown)
     kept, found = [], []
     for part in parts:
         own, results = results[: len(part)], results[len(part) :]
@@ -1047,6 +1048,6 @@ def _scan(
         found.append([value for value, error in own if not error])
         if not len(kept[-1]):
             raise ValueError(
-                f"no image is left to {'hold out' if kept[1:] else 'train on'}: none can be read:\n{listed}"
+                f"no image is left to {'hold out' if kept[1:] else 'train on'}: none can be read:\n{shown}"
             )
     return kept, found
