@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -27,7 +28,7 @@ from huggingface_hub import (
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, LocalTokenNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from jinja2 import Environment
+from jinja2 import Environment, Template
 from markupsafe import Markup
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -372,10 +373,9 @@ def _render(run: _Run, config: HubConfig) -> str:
         model_name=name,
         eval_results=results,
     )
-    environment = Environment(finalize=_plain)
     return str(
         ModelCard(
-            environment.from_string(_template().read_text(encoding="utf-8")).render(
+            _template().render(
                 card_data=Markup(card_data.to_yaml()),
                 code=_code,
                 string=lambda text: Markup(quoted(text)),
@@ -427,11 +427,13 @@ def _code(value: object) -> Markup:
     return Markup(f"{fence}{space}{text}{space}{fence}")
 
 
-def _template() -> Path:
+@cache
+def _template() -> Template:
     """model_cards/template.md: inside of the package when it was installed from a wheel, beside it in a checkout."""
     here = Path(__file__).parent
-    inside = here / "model_cards" / "template.md"
-    return inside if inside.exists() else here.parent / "model_cards" / "template.md"
+    inside, beside = (folder / "model_cards" / "template.md" for folder in (here, here.parent))
+    text = (inside if inside.exists() else beside).read_text(encoding="utf-8")
+    return Environment(finalize=_plain).from_string(text)
 
 
 def _row(key: str, figure: Figure, evaluation: dict[str, Any]) -> tuple[str, str, str, str]:

@@ -7,12 +7,13 @@ import io
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from PIL import Image
 
 from .data import ImageSet, Look
@@ -42,11 +43,6 @@ def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], 
     """A page that needs no other file and no network: the figures of `report`, which is what evaluation.json holds,
     and the pictures by name.
     """
-    template = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "value": _value, "words": _words}
-    environment.filters |= {"precision": _precision_note, "origin": _origin, "weight": _weight}
-    environment.filters["compatibility"] = _compatibility
     shown = []
     for name, picture in pictures.items():
         heading, caption = CAPTIONS.get(name, (_words(name).capitalize(), ""))
@@ -60,7 +56,7 @@ def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], 
                 "height": picture.height,
             }
         )
-    return environment.from_string(template).render(
+    return _template().render(
         title=title,
         report=report,
         figures=list(_figures(report)),
@@ -68,6 +64,16 @@ def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], 
         channels=_channels(report),
         pictures=shown,
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": _number, "value": _value, "words": _words}
+    environment.filters |= {"precision": _precision_note, "origin": _origin, "weight": _weight}
+    environment.filters["compatibility"] = _compatibility
+    text = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(text)
 
 
 def report_table(report: Mapping[str, Any]) -> str:

@@ -16,13 +16,16 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of other workers want the cores that would be spun on
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a pool of compilers imports torch once per core
+if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 2**32:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")  # no test needs a disk, and syncing one takes long
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process of every test compiles all modules
 
 import pytest
 
 gc.disable()  # until the tests are collected: imports create a million objects that stay alive
 
-LONGEST = ["test_resume.py", "test_crash_points.py", "test_fine_tuning.py", "test_scale.py", "test_text_to_image.py"]
+LONGEST = "resume crash_points fast_training distributed silence fine_tuning trainer sources text_to_image scale hub"
+"""Files of tests that take long, the longest first."""
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -86,7 +89,9 @@ def pytest_collection_modifyitems(config, items):
         soak = [item for item in items if item.get_closest_marker("soak")]
         config.hook.pytest_deselected(items=soak)
         items[:] = [item for item in items if item not in soak]
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def pytest_collection_finish():

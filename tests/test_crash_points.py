@@ -1,7 +1,9 @@
 """A run that ends at any of its durable operations, or loses what was not synced there, continues bit-identically.
 
-Every operation in turn: a process ends itself there, another continues what is left, and every file is compared with
-those of a run without interruption. States of the disk that are the same, file by file, are continued once.
+Every operation in turn: what a process would leave that ended there is continued, and every file is compared with those
+of a run without interruption. Of one process, that is a copy of its folder before the operation; of two, one ends
+itself, and the other meets that. `-m soak` ends one process as well. States of the disk that are the same, file by
+file, are continued once.
 """
 
 import dataclasses
@@ -9,8 +11,7 @@ import json
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -38,17 +39,6 @@ from diffusers_vae.evaluation import EvaluationConfig
 from diffusers_vae.loop import run_task
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.trainer import AutoencoderTask, train
-
-
-@pytest.fixture
-def folder(tmp_path) -> Iterator[Path]:
-    """A folder in memory where there is one: a power failure is simulated, so that nothing need reach a disk."""
-    if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 2**30:
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-            yield Path(folder)
-    else:
-        yield tmp_path
-
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork")]
 
@@ -99,6 +89,24 @@ class Points:
         first = (number for number, name in enumerate(self.operations[0][0]) if "checkpoints/images-" in name)
         self.first_checkpoint = next(first, len(self.operations[0][0]))
 
+    def copy_at_every_operation(self, begin: Callable[[], object] | None = None, unfinished: str | None = None) -> int:
+        """Keep what an end at each operation would leave, also by a power failure where that loses something, from what
+        `begin` has done on; how many. For `unfinished`, see `keep`.
+        """
+        trial, states = self.folder / "copied", self.folder / "states"
+        states.mkdir()
+        if begin:
+            assert launched(partial(in_folder, begin, trial), self.log) == [0]
+        assert launched(partial(watched, self.work, trial, Snapshots(trial, states)), self.log) == [0]
+        assert state_of(trial) == self.expected
+        names, lossy = operations(trial)
+        found = sorted(states.iterdir())
+        assert len(found) == len(names) + len(lossy)
+        for state in found:
+            number = int(state.name[:4])
+            self.keep(state, names[number], unfinished, checkpoint=bool(begin) or number > self.first_checkpoint)
+        return len(found)
+
     def end_at_every_operation(self, power_failures: bool = True) -> int:
         """End each process at each of its operations, also by a power failure where that loses something; how many."""
         points = 0
@@ -121,15 +129,15 @@ class Points:
             left.append(self.folder / f"{trial.name}-power")
             copy_after_power_failure(trial, paths, left[1])
         for folder in left:
-            if rank == 0 and number > self.first_checkpoint:
-                assert find_checkpoint(folder / "run" / "checkpoints")[0], f"ended before {name}: no checkpoint is left"
-            self.keep(folder, name)
+            self.keep(folder, name, checkpoint=rank == 0 and number > self.first_checkpoint)
 
-    def keep(self, trial: Path, operation: str, unfinished: str | None = None) -> None:
+    def keep(self, trial: Path, operation: str, unfinished: str | None = None, checkpoint: bool = False) -> None:
         """Keep what lies in `trial` to continue it, unless it is as another state. `unfinished` stands for the content
         of all unfinished files. Files that have their names are whole: the log alone grows in place, and a model's
-        config is replaced when its latents were measured.
+        config is replaced when its latents were measured. If `checkpoint`, a whole checkpoint must be among them.
         """
+        if checkpoint:
+            assert find_checkpoint(trial / "run" / "checkpoints")[0], f"ended before {operation}: no checkpoint is left"
         state = state_of(trial)
         other = [path for path in state.keys() & self.expected.keys() if state[path] != self.expected[path]]
         torn = [path for path in other if Path(path).name not in ("metrics.jsonl", "config.json")]
@@ -161,17 +169,29 @@ def one_after_the_other(work: Callable[[], object], folders: list[Path]) -> None
         in_folder(work, folder)
 
 
-def test_run_ended_at_any_operation_continues_bit_identically(folder, record_property):
+def test_run_ended_at_any_operation_continues_bit_identically(tmp_path, record_property):
     """The loop with its checkpoints, their deletion and its log; the end of a run has a test of its own."""
-    points = Points(run_loop, folder, 1)
-    record_property("points", count := points.end_at_every_operation())
+    points = Points(run_loop, tmp_path, 1)
+    record_property("points", count := points.copy_at_every_operation())
     assert count > 90 and sum(name.startswith("unlink") for name in points.operations[0][0]) > 5
     points.continue_all()
     record_property("states", len(points.states))
 
 
-def test_run_of_two_processes_one_of_which_ends_at_any_operation_continues_bit_identically(folder, record_property):
-    points = Points(run_loop, folder, 2)
+@pytest.mark.soak
+def test_copies_are_what_an_ended_process_leaves(tmp_path):
+    """Continued are the states that processes left which ended themselves; they are those of the copies."""
+    points = Points(run_loop, tmp_path, 1)
+    points.copy_at_every_operation()
+    copied = set(points.states)
+    points.states.clear()
+    points.end_at_every_operation()
+    assert set(points.states) == copied
+    points.continue_all()
+
+
+def test_run_of_two_processes_one_of_which_ends_at_any_operation_continues_bit_identically(tmp_path, record_property):
+    points = Points(run_loop, tmp_path, 2)
     assert len(points.operations[1][0]) > 5
     record_property("points", points.end_at_every_operation(power_failures=False))
     points.continue_all()
@@ -179,33 +199,24 @@ def test_run_of_two_processes_one_of_which_ends_at_any_operation_continues_bit_i
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_encoding_ended_at_any_operation_continues_with_the_same_files(processes, folder, record_property):
-    points = Points(encode, folder, processes)
-    record_property("points", count := points.end_at_every_operation())
+def test_encoding_ended_at_any_operation_continues_with_the_same_files(processes, tmp_path, record_property):
+    points = Points(encode, tmp_path, processes)
+    visit = points.copy_at_every_operation if processes == 1 else points.end_at_every_operation
+    record_property("points", count := visit())
     kinds = {name.partition(" ")[0] for name in points.operations[0][0]}
     assert count > 20 and kinds >= {"open", "write", "fsync", "rename"}
     points.continue_all()
     record_property("states", len(points.states))
 
 
-def test_end_of_a_run_interrupted_at_any_operation_is_done_again_the_same(folder, record_property):
+def test_end_of_a_run_interrupted_at_any_operation_is_done_again_the_same(tmp_path, record_property):
     """From the last checkpoint on: model, evaluation, pictures, report, card. Measuring and drawing take long, so that
-    the states in which a process would leave the folder are copied from one run instead of ending one for each, and
-    those that differ only in the content of unfinished files are continued once.
+    states that differ only in the content of unfinished files are continued once.
     """
-    points = Points(run_whole, folder, 1)
-    trained = folder / "trained"
-    assert launched(partial(in_folder, run_loop, trained), points.log) == [0]
-    (folder / "states").mkdir()
-    launched(partial(watched, run_whole, trained, Snapshots(trained, folder / "states")), points.log)
-    assert state_of(trained) == points.expected
-    names, lossy = operations(trained)
-    states = sorted((folder / "states").iterdir())
-    assert len(states) == len(names) + len(lossy) > 60
-    for state in states:
-        points.keep(state, names[int(state.name[:4])], unfinished="")
+    points = Points(run_whole, tmp_path, 1)
+    record_property("points", count := points.copy_at_every_operation(begin=run_loop, unfinished=""))
+    assert count > 60
     points.continue_all()
-    record_property("points", len(states))
     record_property("states", len(points.states))
 
 

@@ -220,7 +220,10 @@ class TestReferences:
             with tarfile.open(shared_data / "bsds500-val.tar") as archive:
                 archive.extractall(tmp_path, filter="data")
             folder = tmp_path / "bsds500" / "val"
-        data = DataConfig(name="folder", root=str(folder), channels=3, resolution=96, heldout_fraction=0.3)
+        (tmp_path / "few").mkdir()
+        for path in sorted(folder.iterdir())[:6]:
+            (tmp_path / "few" / path.name).symlink_to(path)
+        data = DataConfig("folder", root=str(tmp_path / "few"), channels=3, resolution=96, heldout_fraction=0.5)
         _, images = load_data(data)
         model, count = tiny_vae(3), 3
         config = EvaluationConfig(rfid=True, batch_size=2, max_images=count)

@@ -12,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import PIL.Image
+import psutil
 import pytest
 import torch
 import yaml
@@ -399,6 +400,15 @@ def hung_up(disposition, work):
     work()
 
 
+def below_a_launcher(work):
+    """Do `work` in a child of a process that has become another program, called as launchers are."""
+    if os.fork():
+        os.execvp("sleep", ["accelerate launch", "600"])
+    while "accelerate" not in " ".join(psutil.Process(os.getppid()).cmdline()):
+        time.sleep(0.01)
+    work()
+
+
 def without_output(kind, work):
     """Do `work` where nothing can be printed."""
     if kind == "full disk":
@@ -542,8 +552,20 @@ class TestSignals:
         newest, damaged = find_checkpoint(tmp_path / "run" / "checkpoints")
         assert newest and not damaged
 
+    @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
     def test_run_stops_when_its_launcher_is_gone(self, tmp_path):
-        """`accelerate launch` dies without passing the signal on; the run sees that and saves."""
+        """The run saves as soon as its parent, which was named as a launcher is, has ended."""
+        launch = started(partial(below_a_launcher, endless(tmp_path / "run")), tmp_path / "run")
+        (run,) = psutil.Process(launch.processes[0].pid).children()
+        launch.send(signal.SIGTERM)
+        assert launch.wait() == [-signal.SIGTERM]
+        run.wait(timeout=60)
+        newest, damaged = find_checkpoint(tmp_path / "run" / "checkpoints")
+        assert "the launcher has ended" in launch.output() and f"saved as {newest}" in launch.output() and not damaged
+
+    @pytest.mark.soak
+    def test_run_stops_when_accelerate_is_gone(self, tmp_path):
+        """`accelerate launch` of one process dies without passing the signal on."""
         with begun(tmp_path / "run", *ENDLESS, launcher=LAUNCH) as process:
             os.kill(process.pid, signal.SIGTERM)
             output = process.communicate(timeout=60)[0]

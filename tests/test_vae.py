@@ -76,9 +76,10 @@ def assert_same_model(a, b):
     """Bit-equal weights, and the same posterior means and reconstructions of the same images, up to rounding, which may
     differ with the place of weights in memory.
     """
-    assert list(a.state_dict()) == list(b.state_dict())
-    for name, weight in a.state_dict().items():
-        assert weight.dtype == b.state_dict()[name].dtype and torch.equal(weight, b.state_dict()[name]), name
+    weights, others = a.state_dict(), b.state_dict()
+    assert list(weights) == list(others)
+    for name, weight in weights.items():
+        assert weight.dtype == others[name].dtype and torch.equal(weight, others[name]), name
     images = random_images(a)
     mean, other_mean = (model.encode(images).latent_dist.mean.float() for model in (a, b))
     # a half-precision model rounds its moments
