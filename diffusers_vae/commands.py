@@ -8,8 +8,10 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -46,9 +48,10 @@ from .models import MLPVAE, VAE, encode, find_subfolder, load_autoencoder, weigh
 from .objective import ObjectiveConfig
 from .pictures import comparison_picture, contact_sheet, sample_picture
 from .precision import measure_precision
-from .processes import Interrupted, lossy_output, process_share
+from .processes import Interrupted, lossy_output, on_main, one_first, process_share
 from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
 from .settings import config_of_run, read_settings
+from .silence import PATIENCE, Patience, report_progress, watched
 from .storage import whole_file, whole_files, write_file, write_text
 from .trainer import TrainResult
 from .untrusted import read_json
@@ -96,6 +99,18 @@ def _run_training(training: Training, arguments: Sequence[str]) -> int:
         return RESUME_ME
     _leave_group()
     return 0
+
+
+@contextmanager
+def _launched(doing: str, patience: Patience, again: str) -> Iterator[PartialState]:
+    """What is `doing` something on all processes that `accelerate launch` started, which are watched within; what the
+    same command does after one fell silent is said by `again`. One process has nobody to wait for.
+    """
+    with watched(patience, again):
+        report_progress(doing)
+        # how long a process that reads or draws is waited for, `watched` decides
+        yield PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+    _leave_group()
 
 
 def _leave_group() -> None:
@@ -171,8 +186,8 @@ def run_data(arguments: Sequence[str]) -> int:
     return 0
 
 
-def run_evaluate(arguments: Sequence[str]) -> int:
-    """Measure one model."""
+def run_evaluate(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
+    """Measure one model. Processes that fall silent are waited for with `patience`."""
     parser = _parser(
         "evaluate",
         "MODEL [--data NAME|FOLDER] [--SECTION.KEY VALUE ...]",
@@ -183,20 +198,21 @@ def run_evaluate(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("model", help=MODEL)
     _add_measuring(parser)
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    with _launched("the evaluation", patience, "The same command measures again") as state:
+        _evaluate(parser, arguments, state)
+    return 0
+
+
+def _evaluate(parser: ArgumentParser, arguments: Sequence[str], state: PartialState) -> None:
     parsed, (model,) = _parse_measuring(parser, arguments, ["model"])
-    with state.local_main_process_first():
+    with one_first(state.is_local_main_process, "reading the data set"):
         images, split = load_split(parsed.data, parsed.split, state.is_local_main_process)
     name = _name(parsed.model)
     out = Path(parsed.out or Path("evaluations") / name.replace("/", "--"))
-    if state.is_main_process:
-        (out / "pictures").mkdir(parents=True, exist_ok=True)  # what cannot be written must not cost the measuring
+    # what cannot be written must not cost the measuring
+    on_main(lambda: (out / "pictures").mkdir(parents=True, exist_ok=True))
     report = evaluate(model, images, parsed.objective.build(), parsed.evaluation, parsed.data, split, name, True)
-    if state.is_main_process:
-        _write_evaluation(out, report, model, images, parsed.evaluation)
-    state.wait_for_everyone()
-    _leave_group()
-    return 0
+    on_main(lambda: _write_evaluation(out, report, model, images, parsed.evaluation))
 
 
 def _write_evaluation(
@@ -449,8 +465,8 @@ def run_sample(arguments: Sequence[str]) -> int:
     return 0
 
 
-def run_encode(arguments: Sequence[str]) -> int:
-    """The latents of a data set."""
+def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
+    """The latents of a data set. Processes that fall silent are waited for with `patience`."""
     parser = _parser(
         "encode",
         "DATA --vae MODEL --out FOLDER [--SECTION.KEY VALUE ...]",
@@ -502,7 +518,12 @@ def run_encode(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--shard_images", type=PositiveInt, default=4096, help="Images per file.")
     parser.add_class_arguments(DataConfig, "data")
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    with _launched("encoding", patience, "The same command continues after the last whole shards") as state:
+        _encode(parser, arguments, state)
+    return 0
+
+
+def _encode(parser: ArgumentParser, arguments: Sequence[str], state: PartialState) -> None:
     parsed, place = _parse_data(parser, arguments)  # wrong ones are told before a model is loaded
     if "--data.root" in place and "datasets" not in place and not Path(parsed.images).exists():
         raise FileNotFoundError(
@@ -515,7 +536,7 @@ def run_encode(arguments: Sequence[str]) -> int:
     if known.get("name") in PLACED:  # whose root is no place for other sets
         del known["root"]
     parsed = _parse(parser, [f"--data={json.dumps(known)}", *arguments, *place])
-    with state.local_main_process_first():
+    with one_first(state.is_local_main_process, "reading the data set"):
         images, split = load_split(
             parsed.data, parsed.split, state.is_local_main_process, parsed.captions, default="training"
         )
@@ -542,8 +563,6 @@ def run_encode(arguments: Sequence[str]) -> int:
         print(f"size        {latents.bytes / 2**20:,.1f} MiB")
         print(showable(f"folder      {parsed.out}"))
         print(f"open it     from diffusers_vae import LatentDataset; latents = LatentDataset({quoted(parsed.out)})")
-    _leave_group()
-    return 0
 
 
 def _size(model: ModelMixin) -> tuple[int, int]:

@@ -31,6 +31,7 @@ from .latents import draw
 from .messages import showable
 from .models import VAE, encode, fast_dtype, for_inference, several_at_once, weights_hash
 from .processes import gather_parts, on_main, only_user_of, process_share, sendable
+from .silence import alone
 from .storage import delete_file, described, digest_of, naming, save_tensors, whole_file, write_file
 from .untrusted import check_type, read_json
 
@@ -392,7 +393,7 @@ def _encode_shard(
         tensors["captions"] = torch.from_numpy(np.array(bytearray(b"".join(encoded)), np.uint8))
         tensors["caption_ends"] = torch.tensor(np.cumsum([len(text) for text in encoded]), dtype=torch.long)
     header = {HEADER: json.dumps({"cache": cache, "sha256": _sum(tensors)})}
-    with whole_file(path) as partial:
+    with alone(f"writing {path.name}"), whole_file(path) as partial:
         save_tensors(partial, {name: tensor.contiguous() for name, tensor in tensors.items()}, header)
     yield len(indices)
 

@@ -53,7 +53,7 @@ from .models import fast_dtype
 from .processes import Interrupted, Signals, gather, ignore_signals, lossy_output, on_main, only_user_of, out_of_memory
 from .run_folder import BadImages, Log, begin, find_run, leaving_out_the_tracker
 from .settings import Settings, begun_with, read_settings
-from .silence import PATIENCE, Patience, WorkerWatch, alone, meet, report_progress, watched
+from .silence import PATIENCE, Patience, WorkerWatch, alone, report_progress, watched
 from .storage import make_folder, naming, save_tensors, sync
 
 logger = logging.getLogger(__name__)
@@ -349,8 +349,21 @@ def run_task(task: Task, finish: bool = True, patience: Patience = PATIENCE) -> 
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    meeting = meet(patience)
-    precision = _precision(task)
+    with lossy_output(), Signals() as signals, watched(patience):
+        accelerator = _accelerator(task)
+        task.config = replace(task.config, run=replace(run, mixed_precision=accelerator.mixed_precision))
+        with only_user_of(Path(run.output_dir), "training in", "run.output_dir"):
+            try:
+                return _run(task, accelerator, signals, finish, patience)
+            finally:
+                with leaving_out_the_tracker(accelerator):
+                    for tracker in accelerator.trackers:
+                        tracker.finish()
+
+
+def _accelerator(task: Task) -> Accelerator:
+    """Of this launch, in the precision of the run."""
+    run, precision = task.config.run, _precision(task)
     if AcceleratorState._shared_state.get("_mixed_precision") not in (None, precision):
         AcceleratorState._reset_state()  # of a run before in this process, which Accelerate would hold this one to
     accelerator = Accelerator(
@@ -363,15 +376,7 @@ def run_task(task: Task, finish: bool = True, patience: Patience = PATIENCE) -> 
     )
     _check_launch(accelerator, run)
     _use_all_cores(accelerator)
-    task.config = replace(task.config, run=replace(run, mixed_precision=accelerator.mixed_precision))
-    user = only_user_of(Path(run.output_dir), "training in", "run.output_dir")
-    with lossy_output(), Signals() as signals, watched(meeting, patience), user:
-        try:
-            return _run(task, accelerator, signals, finish, patience)
-        finally:
-            with leaving_out_the_tracker(accelerator):
-                for tracker in accelerator.trackers:
-                    tracker.finish()
+    return accelerator
 
 
 def _precision(task: Task) -> str:

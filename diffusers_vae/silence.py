@@ -26,6 +26,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 CONTINUES = "The same command continues from the newest checkpoint"
+"""What the same command does after such an end."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class Meeting:
     address: str
 
 
-def meet(patience: Patience) -> Meeting | None:
+def meet(patience: Patience, again: str = CONTINUES) -> Meeting | None:
     """Wait until all processes of the launch have started; None if this is its only one.
 
     Raises:
@@ -172,7 +173,7 @@ def meet(patience: Patience) -> Meeting | None:
     if any(name not in os.environ for name in names) or int(os.environ["WORLD_SIZE"]) == 1:
         return None
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = _connect(rank, patience)
+    store = _connect(rank, patience, again)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     meeting = Meeting(store, rank, processes, address)
     store.set(str(rank), json.dumps(vars(_Beat(0, 0.0, _doing.what))))
@@ -187,7 +188,7 @@ def meet(patience: Patience) -> Meeting | None:
                 text = f"{processes - len(missing)} of {processes} processes have started within {waited:.0f} s"
                 text += f", missing is process {', '.join(missing[:8])}{', ...' * (len(missing) > 8)}"
                 if waited > patience.end:
-                    raise TimeoutError(f"only {text}. Look at why it did not start. {CONTINUES}")
+                    raise TimeoutError(f"only {text}. Look at why it did not start. {again}")
                 logger.warning("waiting: %s", text)
                 warned = True
     except dist.DistError as error:
@@ -195,7 +196,7 @@ def meet(patience: Patience) -> Meeting | None:
     return meeting
 
 
-def _connect(rank: int, patience: Patience) -> dist.Store:
+def _connect(rank: int, patience: Patience, again: str) -> dist.Store:
     """The store of the launch, which the launcher or process 0 holds."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     for seconds in (patience.warning, patience.end - patience.warning):
@@ -216,7 +217,7 @@ def _connect(rank: int, patience: Patience) -> dist.Store:
             failure = error
     raise TimeoutError(
         f"process 0 must answer at {host}:{port} within {patience.end:.0f} s, and process {rank} was waiting in vain. "
-        f"Look at why it did not start. {CONTINUES}"
+        f"Look at why it did not start. {again}"
     ) from failure
 
 
@@ -235,16 +236,21 @@ class _Beat:
 
 
 @contextmanager
-def watched(meeting: Meeting | None, patience: Patience) -> Iterator[None]:
-    """End this process, with an error that names the culprit, when a process of the meeting falls silent within.
+def watched(patience: Patience, again: str = CONTINUES) -> Iterator[None]:
+    """Wait until all processes of the launch have started; then end this process, with an error that names the culprit,
+    when one of them falls silent within. `again` is the sentence that says what the same command does after that.
 
     A process that is waited for cannot be helped, and no exception reaches a thread that waits in a collective: the
     process ends at once, with 1. Whatever is durable is whole on the disk at any time.
+
+    Raises:
+        TimeoutError: naming the processes that did not start.
     """
+    meeting = meet(patience, again)
     if meeting is None:
         yield
         return
-    watch = _Watch(meeting, patience)
+    watch = _Watch(meeting, patience, again)
     threads = [threading.Thread(target=work, daemon=True) for work in (watch.talk, watch.judge)]
     for thread in threads:
         thread.start()
@@ -263,6 +269,7 @@ class _Watch:
 
     meeting: Meeting
     patience: Patience
+    again: str
     done: threading.Event = field(default_factory=threading.Event)
     beats: dict[int, _Beat] = field(default_factory=dict)
     """The last of each process that is watched."""
@@ -335,7 +342,7 @@ class _Watch:
     def _end(self, text: str | None = None) -> None:
         """End this process, after the others had the time to hear of it: then they do not report a lost connection."""
         if text:
-            _say_error(f"{text}. {CONTINUES}")
+            _say_error(f"{text}. {self.again}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # lost connections of this one
         self.ends = True
         time.sleep(6 * self.patience.tick)

@@ -14,10 +14,11 @@ import torch
 from support.launches import Launch, run_forked
 from support.runs import TINY_VAE, fit, left_behind, tiny
 
+from diffusers_vae.commands import run_encode, run_evaluate
 from diffusers_vae.data import ArrayImages, DataConfig
 from diffusers_vae.loop import run_task
 from diffusers_vae.processes import on_main, process_share
-from diffusers_vae.silence import Patience, meet, report_progress, watched
+from diffusers_vae.silence import Patience, report_progress, watched
 from diffusers_vae.trainer import AutoencoderTask
 
 SHORT = Patience(warning=1, end=3)
@@ -126,10 +127,8 @@ def sleep_and_report(seconds):
 
 def one_works(work):
     """The main process works, and the others wait."""
-    patience = Patience(warning=1, end=2.5)
-    meeting = meet(patience)
-    torch.distributed.init_process_group("gloo")
-    with watched(meeting, patience):
+    with watched(Patience(warning=1, end=2.5)):
+        torch.distributed.init_process_group("gloo")
         on_main(work)
 
 
@@ -191,6 +190,43 @@ class TestProcesses:
         assert launch.wait(timeout=40) == [1, 1, 1]
         assert launch.output().count("error: process 0 has made no progress for") == 1, launch.output()
         assert "Traceback" not in launch.output()
+
+
+BRIEF = Patience(warning=0.5, end=2)
+
+
+def run_until(rank, run_command, arguments):
+    """Run a command on processes of which `rank` is stopped at its third batch."""
+    read, batches = ArrayImages.__getitems__, []
+
+    def read_or_stop(self, indices):
+        batches.append(indices)
+        if len(batches) == 3 and process_share()[0] == rank:
+            stop(None)
+        return read(self, indices)
+
+    ArrayImages.__getitems__ = read_or_stop  # in this process, which ends with it
+    run_command([*map(str, arguments)], patience=BRIEF)
+
+
+@pytest.mark.slow
+class TestCommands:
+    @pytest.mark.parametrize(
+        ("run_command", "rank", "arguments", "words"),
+        [
+            (run_evaluate, 0, ["RUN", "--evaluation.batch_size", 4], "The same command measures again"),
+            (run_encode, 1, ["digits", "--vae", "RUN", "--shard_images", 100], "The same command continues"),
+        ],
+    )
+    def test_stopped_process_is_named(self, run_command, rank, arguments, words, finished_mlp_run, tmp_path):
+        arguments = [finished_mlp_run if word == "RUN" else word for word in [*arguments, "--out", tmp_path / "out"]]
+        launch = Launch(partial(run_until, rank, run_command, arguments), tmp_path / "log", processes=2)
+        codes = launch.wait(timeout=20, grace=0.1)
+        assert codes[1 - rank] == 1 and codes[rank] == -signal.SIGKILL, launch.output()
+        output = launch.output()
+        said = re.findall(rf"^error: process {rank}.* has not been heard from for \d+ s.*$", output, re.MULTILINE)
+        assert len(said) == 1 and words in said[0], output
+        assert "the run ends with an error" in output and "Traceback" not in output
 
 
 @pytest.mark.slow

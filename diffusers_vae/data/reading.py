@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..images import to_model_range
-from ..silence import report_progress
+from ..silence import alone, report_progress
 from .sources import ImageSet, ReadImages
 
 PARTS = 64
@@ -56,7 +56,9 @@ def read_ahead(image_set: ImageSet, batches: Sequence[range]) -> Iterator[tuple[
     reading = deque(pool.submit(image_set.__getitems__, batch) for batch in islice(later, AHEAD))
     try:
         for batch in batches:
-            yield batch, reading.popleft().result()
+            with alone(f"reading images {batch.start} to {batch.stop - 1}"):
+                read = reading.popleft().result()
+            yield batch, read
             reading += [pool.submit(image_set.__getitems__, next_one) for next_one in islice(later, 1)]
     finally:  # where not all are wanted, none is waited for
         pool.shutdown(wait=False, cancel_futures=True)
