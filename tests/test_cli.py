@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, AutoencoderOobleck
 from PIL import Image
-from support.files import paths_of
+from support.files import filled, paths_of
 from support.hub import REPO
 from support.launches import Launch, command, run_forked
 from support.models import tiny_vae
@@ -553,15 +552,6 @@ class TestEncode:
 def test_errors_of_too_little_memory_are_told_from_others(error, expected):
     """Whichever library found none."""
     assert out_of_memory(error) == expected
-
-
-def filled(disk):
-    """Fill a disk to its last block; the file that does."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(b"x" * 4096)
-    return filler
 
 
 @pytest.mark.slow

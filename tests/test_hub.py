@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from huggingface_hub.utils import logging as client_logging
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
+from support.files import filled
 from support.hub import CONFIG, READ_TOKEN, REPO, TOKEN, connect, make_run, uploaded
 from support.hub_server import Fault, card_errors
 from support.launches import Launch
@@ -373,6 +375,18 @@ class TestPush:
         assert uploaded(hub) == expected | {ADAPTER: (run / ADAPTER).read_bytes()}
         push(tune(run), HubConfig(repo_id=REPO))
         assert uploaded(hub) == expected_files(run, HubConfig(repo_id=REPO))
+
+    @pytest.mark.slow
+    def test_writes_nothing_so_that_full_disks_do_not_matter(self, hub, run, small_disk, monkeypatch):
+        """That of the run, of temporary files and of the Hub's cache."""
+        full = Path(shutil.move(run, small_disk / "tiny"))
+        monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(small_disk / "cache"))
+        filled(small_disk)
+        before = contents(small_disk)
+        push(full, HubConfig(repo_id=REPO))
+        assert uploaded(hub) == expected_files(full, HubConfig(repo_id=REPO))
+        assert contents(small_disk) == before
 
     @pytest.mark.slow
     def test_repeated_changes_nothing(self, hub, run):

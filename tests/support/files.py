@@ -1,8 +1,9 @@
-"""Image files: where they lie, packed into archives, damaged."""
+"""Image files: where they lie, packed into archives, damaged; disks without room."""
 
 import shutil
 import tarfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -56,3 +57,12 @@ def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def filled(disk):
+    """Fill a disk to its last block; the file that does."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    return filler
