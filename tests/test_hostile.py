@@ -1,15 +1,18 @@
 """Nothing that lies in a model, a run, a latent cache or a data set runs: SECURITY.md, followed."""
 
+import io
 import json
 import pickle
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.hub import connect
 from support.models import tiny_vae
 from support.pickles import CONTAINERS, Harm, plant
 from support.runs import TINY_VAE, tiny
@@ -197,6 +200,110 @@ class TestLatentCaches:
         plant(harm, cache / "index.json")
         with pytest.raises(ValueError, match=r"index\.json"):
             LatentDataset(cache)
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SCRIPT = b"import pathlib; pathlib.Path(%r).touch()\n"
+
+
+@pytest.mark.slow
+class TestRepositories:
+    """What a stranger has put on the Hub, by NAMESPACE/NAME."""
+
+    @pytest.fixture
+    def stranger(self, hub, tmp_path, monkeypatch):
+        connect(monkeypatch, hub.url, tmp_path / "home")
+        return hub
+
+    @pytest.fixture
+    def planted(self, harm, tmp_path):
+        """The content of a file that would run, in a container."""
+
+        def content(container="plain"):
+            plant(harm, tmp_path / "planted", container)
+            return (tmp_path / "planted").read_bytes()
+
+        return content
+
+    @pytest.fixture
+    def model(self, tmp_path):
+        """The files of a sound model."""
+        tiny_vae(1, sample_size=8).save_pretrained(tmp_path / "model")
+        return {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+
+    @pytest.mark.parametrize(
+        ("name", "container"),
+        [
+            *(("diffusion_pytorch_model.bin", container) for container in CONTAINERS),
+            ("diffusion_pytorch_model.fp16.bin", "legacy"),
+            (WEIGHTS, "zip with one entry"),
+            ("diffusion_pytorch_model-00001-of-00001.safetensors", "plain"),
+        ],
+    )
+    def test_weights_of_a_model(self, name, container, stranger, planted, model):
+        index = {"metadata": {"total_size": 1}, "weight_map": {"encoder.conv_in.weight": name}}
+        files = {f"{WEIGHTS}.index.json": json.dumps(index).encode()} if "-of-" in name else {}
+        stranger.put("eve/model", files | {"config.json": model["config.json"], name: planted(container)})
+        with pytest.raises((OSError, ValueError), match=name.replace(".fp16", "")) as error:
+            load_autoencoder("eve/model")
+        assert "weights_only=False" not in str(error.value)
+
+    @pytest.mark.parametrize("command", ["evaluate", "encode"])
+    def test_what_lies_beside_the_weights_of_a_model(self, command, stranger, planted, model, harm, tmp_path, capsys):
+        """None of it is even downloaded."""
+        script = SCRIPT % str(harm.path)
+        config = json.loads(model["config.json"])
+        config |= {"_name_or_path": "{{ 'eve' * 3 }}", "auto_map": {"AutoModel": "eve/model--vae.VAE"}}
+        beside = {name: script for name in ("vae.py", "pipeline.py", "eve.py", "__init__.py", "conftest.py")}
+        beside |= {name: planted() for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.ckpt")}
+        beside["config.yaml"] = f"data: !!python/object/apply:pathlib.Path.touch [{harm.path}]\n".encode()
+        beside["evaluation.json"] = planted()
+        beside["model_index.json"] = json.dumps({"_class_name": ["pipeline", "Eve"], "vae": ["vae", "VAE"]}).encode()
+        stranger.put("eve/model", model | {"config.json": json.dumps(config).encode()} | beside)
+        arguments = ["evaluate", "eve/model", "--data", "digits", "--evaluation.max_images", 8]
+        if command == "encode":
+            arguments = ["encode", "digits", "--vae", "eve/model", "--split", "held-out"]
+        code, printed = call(capsys, *arguments, "--data.resolution", 8, "--out", tmp_path / "out")
+        assert code == 0, printed
+        written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+        assert b"eveeveeve" not in written and "eveeveeve" not in printed
+        asked = {request.rpartition("/")[2] for request, _ in stranger.requests if "/resolve/" in request}
+        assert {"config.json", WEIGHTS} <= asked and not asked & beside.keys()
+
+    @pytest.mark.parametrize(
+        ("kind", "message"),
+        [
+            ("script", r"cannot load the data set eve/rows: .* found rows\.py"),
+            ("pickles", r"cannot load the data set eve/rows: .*train\.pkl"),
+            ("weights among images", r"cannot load the data set eve/rows: a \.pth file in it is refused"),
+            ("arrays among images", "cannot load the data set eve/rows: .* the magic string is not correct"),
+            ("images", r"\{\{ 7 \* 191 \}\}\.png"),
+        ],
+    )
+    def test_data_set(self, kind, message, stranger, planted, harm):
+        files = {"rows.py": SCRIPT % str(harm.path)} if kind == "script" else {}
+        if kind == "pickles":
+            files = {name: planted() for name in ("train.pkl", "train.pickle", "data/train.pt", "dataset.joblib")}
+            files["README.md"] = b"---\nconfigs:\n- config_name: pandas\n  data_files: train.pkl\n---\n"
+        members = {
+            "weights among images": ["0.png", "0.pth"],
+            "arrays among images": ["0.png", "0.npy"],
+            "images": ["{{ 7 * 191 }}.png", "1.png"],
+        }
+        if kind in members:
+            archive = io.BytesIO()
+            with tarfile.open(fileobj=archive, mode="w") as opened:
+                for name in members[kind]:
+                    found = tarfile.TarInfo(name)
+                    content = planted("zip" if name.endswith("pth") else "plain")
+                    found.size = len(content)
+                    opened.addfile(found, io.BytesIO(content))
+            files["train.tar"] = archive.getvalue()
+        stranger.put("datasets/eve/rows", files)
+        data = DataConfig(name="datasets", root="eve/rows", resolution=8, heldout_fraction=0.5)
+        with pytest.raises((OSError, ValueError), match=message) as error:
+            load_data(data)
+        assert "weights_only" not in str(error.value)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -266,6 +267,8 @@ def _explained(config: DataConfig) -> Iterator[None]:
                 f"it must be a folder here, or exist on the Hub and be visible to you ({said}). See {page}; if it is "
                 "private, log in with `hf auth login`, or set HF_TOKEN, as somebody who may read it"
             )
+        elif any(isinstance(found, pickle.UnpicklingError) for found in (error, error.__cause__)):
+            kind, reason = ValueError, "a .pth file in it is refused, since it is damaged or a pickle that holds code"
         elif isinstance(error, ConnectionError):
             reason = f"the connection to {settings.HF_ENDPOINT} must hold, or the set be in the cache already ({said})"
         else:

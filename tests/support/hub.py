@@ -104,6 +104,7 @@ def connect(patch: pytest.MonkeyPatch, url: str | None, cache: Path) -> None:
     if url is not None:
         patch.setattr("datasets.config.HF_ENDPOINT", url)
         patch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        patch.setattr("huggingface_hub.hf_api.api.endpoint", url)
         template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         for module in ("constants", "file_download"):  # of older versions, the latter
             patch.setattr(f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
