@@ -150,7 +150,8 @@ class RunConfig:
     """When loss or gradient are not finite, nothing of the step is kept and the batch is written to output_dir. stop:
     with an error. skip: go on, and count; 20 in a row stop the run."""
     deterministic: bool = False
-    """Use algorithms alone that repeat bit by bit. On a CPU all do; on a GPU exact resume needs it, and is slower."""
+    """Use only algorithms that repeat bit by bit. On a CPU all do; on a GPU exact resume in float32 needs it, which is
+    slower and was not yet tried."""
     log_every: int = 1000
     """Images between two records in metrics.jsonl."""
     tracker: Literal["tensorboard"] | None = "tensorboard"

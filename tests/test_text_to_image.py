@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, StableDif
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.launches import Launch, run_forked
-from support.runs import at, left_behind, records, tensors
+from support.runs import DETERMINISTIC, at, left_behind, records, tensors
 from support.stock import run_without_package
 from transformers import CLIPTextModel
 
@@ -55,7 +55,8 @@ def vae(finished_vae_run):
 
 
 def tiny(output_dir, vae, **run):
-    run = {"max_images": 300, "batch_size": 30, "log_every": 90, "tracker": None, "epochs": 3} | run
+    settings = {"max_images": 300, "batch_size": 30, "log_every": 90, "tracker": None, "epochs": 3}
+    run = settings | {"deterministic": DETERMINISTIC} | run
     return TextToImageConfig(
         data=DATA,
         vae=AutoencoderConfig(source=str(vae)),

@@ -22,6 +22,7 @@ from support.files import paths_of, tarred
 from support.launches import Launch, command, run_forked
 from support.runs import (
     DATA,
+    DETERMINISTIC,
     TINY_VAE,
     NotANumber,
     Unmeasured,
@@ -680,7 +681,8 @@ class TestScript:
         assert "Traceback" not in printed
 
     def test_dry_run_of_the_default(self, tmp_path, capsys):
-        assert cli.main(["train", "--dry_run", "--run.output_dir", str(tmp_path / "run")]) == 0
+        repeats = ["--run.deterministic", str(DETERMINISTIC).lower()]
+        assert cli.main(["train", "--dry_run", "--run.output_dir", str(tmp_path / "run"), *repeats]) == 0
         printed = capsys.readouterr().out
         for word in ("681,241 parameters", "latents 4x8x8", "MiB", "bit-identical", "min (", "nothing was kept"):
             assert word in printed

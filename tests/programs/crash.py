@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from support.launches import INTERRUPTED, Launch
-from support.runs import left_behind, use_random_networks, whole
+from support.runs import DETERMINISTIC, left_behind, use_random_networks, whole
 
 from diffusers_vae.data import DataConfig
 from diffusers_vae.evaluation import EvaluationConfig
@@ -47,6 +47,7 @@ def config_of(output_dir: Path, kind: str, finish: bool) -> TrainConfig:
             log_every=150,
             tracker=None,
             mixed_precision="bf16" if kind == "bf16" else "no",
+            deterministic=DETERMINISTIC,
         ),
         evaluation=EvaluationConfig(every=240 if finish else None, max_images=64),
     )
