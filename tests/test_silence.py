@@ -41,9 +41,9 @@ def uninterrupted(tmp_path_factory):
     return lambda processes: folder / str(processes)
 
 
-def assert_continued(config, reference, tmp_path, processes):
+def assert_continued(config, reference, log, processes):
     """The same settings continue the run to the files of the `reference`."""
-    output = run_forked(fit, config, log=tmp_path / "log of the second", processes=processes)
+    output = run_forked(fit, config, log=log, processes=processes)
     assert f"continuing from {config.run.output_dir}/checkpoints/images-{AT:012d}" in output
     assert left_behind(config.run.output_dir) == left_behind(reference)
 
@@ -134,18 +134,23 @@ def one_works(work):
 
 @pytest.mark.slow
 class TestProcesses:
-    @pytest.mark.parametrize("rank", [0, 1])
-    def test_stopped_process_is_named_and_the_same_settings_continue(self, rank, uninterrupted, tmp_path):
-        config = config_of(tmp_path / "run")
-        launch = Launch(partial(fit_until, stop, config, [rank]), tmp_path / "log", processes=2)
-        codes = launch.wait(timeout=40, grace=1)
-        assert codes[1 - rank] == 1 and codes[rank] == -signal.SIGKILL, launch.output()
-        output = launch.output()
-        said = re.findall(rf"^error: process {rank}.* has not been heard from for \d+ s.*$", output, re.MULTILINE)
-        assert len(said) == 1 and "The same command continues" in said[0] and re.search(r"step \d", said[0]), output
-        assert output.count("after 3 s the run ends with an error") == 1
-        assert "Traceback" not in output
-        assert_continued(config, uninterrupted(2), tmp_path, 2)
+    def test_stopped_process_is_named_and_the_same_settings_continue(self, uninterrupted, tmp_path):
+        def config(rank):
+            return config_of(tmp_path / f"run of {rank}")
+
+        launches = [
+            Launch(partial(fit_until, stop, config(rank), [rank]), tmp_path / f"log of {rank}", processes=2)
+            for rank in (0, 1)
+        ]
+        for rank, launch in enumerate(launches):
+            codes = launch.wait(timeout=40, grace=1)
+            assert codes[1 - rank] == 1 and codes[rank] == -signal.SIGKILL, launch.output()
+            output = launch.output()
+            said = re.findall(rf"^error: process {rank}.* has not been heard from for \d+ s.*$", output, re.MULTILINE)
+            assert len(said) == 1 and "The same command continues" in said[0] and re.search(r"step \d", said[0]), output
+            assert output.count("after 3 s the run ends with an error") == 1
+            assert "Traceback" not in output
+            assert_continued(config(rank), uninterrupted(2), tmp_path / f"log of {rank} continued", 2)
 
     def test_process_that_hangs_in_reading_is_named(self, uninterrupted, tmp_path):
         config = config_of(tmp_path / "run")
@@ -155,17 +160,21 @@ class TestProcesses:
         output = launch.output()
         said = re.findall(r"^error: process 1 has made no progress for \d+ s in reading for step 4\..*$", output, re.M)
         assert len(said) == 1 and output.count("error: ") == 1, output
-        assert_continued(config, uninterrupted(2), tmp_path, 2)
+        assert_continued(config, uninterrupted(2), tmp_path / "log of the second", 2)
 
-    @pytest.mark.parametrize("rank", [0, 1])
-    def test_process_that_never_started_is_named(self, rank, tmp_path):
-        fit_it = partial(fit_until, stop, config_of(tmp_path / "run"))
-        launch = Launch(fit_it, tmp_path / "log", processes=2, ranks=[1 - rank])
-        assert launch.wait(timeout=40) == [1]
-        expected = "process 0 must answer at localhost:" if rank == 0 else "only 1 of 2 processes have started"
-        output = launch.output()
-        assert f"TimeoutError: {expected}" in output and f"process {rank}" in output, output
-        assert not (tmp_path / "run").exists()
+    def test_process_that_never_started_is_named(self, tmp_path):
+        launches = [
+            Launch(
+                partial(fit_until, stop, config_of(tmp_path / f"run of {rank}")), tmp_path / f"log of {rank}",
+                processes=2, ranks=[1 - rank],
+            )
+            for rank in (0, 1)
+        ]  # fmt: skip
+        for rank, expected in enumerate(["process 0 must answer at localhost:", "only 1 of 2 processes have started"]):
+            assert launches[rank].wait(timeout=40) == [1]
+            output = launches[rank].output()
+            assert f"TimeoutError: {expected}" in output and f"process {rank}" in output, output
+            assert not (tmp_path / f"run of {rank}").exists()
 
     def test_launch_that_is_stopped_as_a_whole_goes_on(self, uninterrupted, tmp_path):
         """As schedulers do for another job: nobody was waited for while all were stopped."""
@@ -181,9 +190,13 @@ class TestProcesses:
         assert "has not been heard from" not in launch.output()
         assert left_behind(config.run.output_dir) == left_behind(uninterrupted(2))
 
-    @pytest.mark.parametrize("work", [compute, sleep_and_report])
-    def test_work_of_one_is_not_cut_off(self, work, tmp_path):
-        assert "error" not in run_forked(one_works, partial(work, 5), log=tmp_path / "log", processes=2)
+    def test_work_of_one_is_not_cut_off(self, tmp_path):
+        works = compute, sleep_and_report
+        launches = [
+            Launch(partial(one_works, partial(work, 5)), tmp_path / work.__name__, processes=2) for work in works
+        ]
+        for launch in launches:
+            assert launch.wait() == [0, 0] and "error" not in launch.output(), launch.output()
 
     def test_one_that_does_nothing_ends_all(self, tmp_path):
         launch = Launch(partial(one_works, partial(time.sleep, 60)), tmp_path / "log", processes=3)
