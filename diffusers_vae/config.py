@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
@@ -82,24 +84,50 @@ def training_parser(training: Training) -> ArgumentParser:
 
 
 def parse_settings(training: Training, arguments: Sequence[str]) -> tuple[Settings, bool]:
-    """The settings, and whether it is a dry run. A wrong key or value ends the process with a message that names it."""
-    parser = training_parser(training)
+    """The settings, and whether it is a dry run. A wrong key or value ends the process with a message that names it
+    and the file that it is in.
+    """
     try:
-        for path in _config_files(arguments):
-            read_settings(path)  # jsonargparse would read it with YAML's traps, and any amount of it
-        parsed = parser.parse_args(arguments)
-        for field in fields(training.settings):
-            if not isinstance(parsed[field.name], Namespace):
-                raise ValueError(f"{field.name} must hold settings, KEY: VALUE, got {parsed[field.name]}")
-        settings = parser.instantiate(parsed).as_dict()
-        settings.pop("config")
-        dry = settings.pop("dry_run")
-        return training.settings(**settings), dry
-    except (ArgumentError, OSError, ValueError) as error:
+        return _parse(training, arguments)
+    except WRONG as error:
         text = f"error: {error}"
+        for path in _config_files(arguments):
+            if str(path) not in text and _error_of(training, path) == str(error):
+                text += f"\nThis is in {path}."
         if "Given value: False" in text:
             text += '\nYAML reads a bare no or off as false: write "no" in quotes.'
-        parser.exit(2, message(text) + "\n")
+        training_parser(training).exit(2, message(text) + "\n")
+
+
+WRONG = (ArgumentError, OSError, ValueError)
+"""What settings that are wrong raise."""
+
+
+def _parse(training: Training, arguments: Sequence[str]) -> tuple[Settings, bool]:
+    parser = training_parser(training)
+    for path in _config_files(arguments):
+        read_settings(path)  # jsonargparse would read it with YAML's traps, and any amount of it
+    parsed = parser.parse_args(arguments)
+    for section, kind in get_type_hints(training.settings).items():
+        if not isinstance(parsed[section], Namespace):
+            raise ValueError(f"{section} must hold settings, KEY: VALUE, got {parsed[section]}")
+        kinds = get_type_hints(kind)
+        for option in fields(kind):  # jsonargparse takes a null for any of them
+            if parsed[section][option.name] is None and NoneType not in get_args(kinds[option.name]):
+                raise ValueError(f"{section}.{option.name} must have a value, got null: leave it out for its default")
+    settings = parser.instantiate(parsed).as_dict()
+    settings.pop("config")
+    dry = settings.pop("dry_run")
+    return training.settings(**settings), dry
+
+
+def _error_of(training: Training, path: Path) -> str | None:
+    """What is wrong with the settings in one file, without flags and other files."""
+    try:
+        _parse(training, ["--config", str(path)])
+    except WRONG as error:
+        return str(error)
+    return None
 
 
 def _config_files(arguments: Sequence[str]) -> list[Path]:

@@ -151,6 +151,8 @@ def test_exponents_are_numbers(tmp_path):
         ("model: {block_out_channels: [30, 60]}", ["model.block_out_channels", "divisible", "30"]),
         ("model: {latent_channels: 0}", ["model.latent_channels", "at least 1"]),
         ("run: [1, 2", ["a.yaml"]),
+        ("data: {resolution: }", ["data.resolution must have a value, got null"]),
+        ("optimizer: {learning_rate: null}", ["optimizer.learning_rate must have a value, got null"]),
     ],
 )
 def test_errors_name_the_key_and_the_value(text, words, tmp_path, capsys):
@@ -158,7 +160,19 @@ def test_errors_name_the_key_and_the_value(text, words, tmp_path, capsys):
         parse_settings(TRAIN, ["--config", write(tmp_path / "a.yaml", text)])
     message = capsys.readouterr().err
     assert exit_.value.code == 2
-    assert all(word in message for word in words), message
+    assert all(word in message for word in [*words, "a.yaml"]), message
+
+
+def test_the_file_with_the_error_is_named_and_no_other(tmp_path, capsys):
+    right, wrong = write(tmp_path / "a.yaml", "run: {epochs: 2}"), write(tmp_path / "b.yaml", "run: {epochs: two}")
+    for arguments, files in (
+        ([f"--config={right}", "--config", wrong], ["b.yaml"]),
+        (["--config", right, "--run.epochs", "two"], []),
+    ):
+        with pytest.raises(SystemExit):
+            parse_settings(TRAIN, arguments)
+        message = capsys.readouterr().err
+        assert [name for name in ("a.yaml", "b.yaml") if name in message] == files, message
 
 
 @pytest.mark.parametrize("flag", ["--optimizer.learning_rat", "--nothing"])
