@@ -70,7 +70,8 @@ def find_columns(features: Features, config: DataConfig, captions: bool) -> Colu
             return named
         raise ValueError(f"data.{setting} {reason}. {listed}")
 
-    listed = "The columns are " + ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+    kinds = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+    listed = f"The columns of {config.described} are {kinds}"
     image = find("image_column", images, "images", _is_image)
     if image is None:
         raise ValueError(

@@ -7,8 +7,9 @@ import io
 import os
 import posixpath
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -119,19 +120,17 @@ class ParquetStore(EncodedStore):
     def _read_group(self, number: int) -> Array:
         """The images' bytes, of a row group."""
         import fsspec
-        from pyarrow import ArrowInvalid, types
+        from pyarrow import types
         from pyarrow.parquet import ParquetFile
 
         group = self.groups[number]
         path = self.files[group["file"]]
-        try:
+        with _naming(f"row group {group['number']} of {path}"):
             with fsspec.open(path, "rb") as file, ParquetFile(file) as parquet:
                 table = parquet.read_row_group(int(group["number"]), columns=[self.column], use_threads=False)
-        except (ArrowInvalid, OSError) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
-            kind = ValueError if isinstance(error, ArrowInvalid) else OSError
-            raise kind(f"cannot read row group {group['number']} of {path}: {reason}") from error
-        values = table.column(0).combine_chunks()
+            if len(table) != group["rows"]:
+                raise ValueError(f"it is damaged: it has {len(table):,} rows, not {group['rows']:,} as the footer says")
+            values = table.column(0).combine_chunks()
         return values.field("bytes") if types.is_struct(values.type) else values
 
 
@@ -206,24 +205,36 @@ def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, Str
     )
 
 
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Raise what goes wrong as a file is read as a ValueError or an OSError that begins with `what`."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # on a damaged file, pyarrow raises nearly anything
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"cannot read {what}: {' '.join(str(error).split()).rstrip('.')}") from error
+
+
 def _footer(path: str) -> tuple[FileMetaData, Any]:
     """Of a Parquet file: what is in it, and its schema."""
     import fsspec
-    from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
 
-    try:
-        with fsspec.open(path, "rb") as file, ParquetFile(file) as parquet:
-            return parquet.metadata, parquet.schema_arrow
-    except ArrowInvalid as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+    with _naming(path), fsspec.open(path, "rb") as file, ParquetFile(file) as parquet:
+        return parquet.metadata, parquet.schema_arrow
 
 
 def _column(config: DataConfig, schemas: Sequence[Any], files: Sequence[str]) -> str:
     """The one with the images, the same in all files."""
     from datasets import Features
 
-    found = [find_columns(Features.from_arrow_schema(schema), config, False).image for schema in {*schemas}]
+    found = []
+    for schema, file in {schema: file for schema, file in zip(schemas, files, strict=True)}.items():
+        with _naming(file):
+            features = Features.from_arrow_schema(schema)
+        found.append(find_columns(features, config, False).image)
     for schema, file in zip(schemas, files, strict=True):
         if found[0] not in schema.names or schema.field(found[0]).type != schemas[0].field(found[0]).type:
             raise ValueError(f"the column {found[0]} must be of the same type in all files, and is not so in {file}")
