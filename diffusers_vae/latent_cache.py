@@ -49,6 +49,8 @@ HEADER = "latent_cache"
 """Key in a shard's header; one alone, since safetensors writes several in a random order."""
 Kind = Literal["posterior", "sample", "mode"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""What safetensors calls them."""
 IDENTITY = {
     "format": int,
     "kind": Kind,
@@ -552,13 +554,20 @@ class LatentDataset(Dataset):
         self._open: dict[int, dict[str, torch.Tensor]] = {}
 
     def _other_shapes(self, numbers: Iterable[int]) -> list[str]:
-        """Names of those shards whose latents have another number or shape than the index says, by their headers."""
+        """Names of those shards that lack a tensor, or have one of another shape or dtype than the index says, by their
+        headers.
+        """
+        columns = ["indices"] + ["labels"] * (self.cache["data"]["labels"] is not None)
+        texts = ["captions"] * (self.cache["data"]["captions"] is not None)
+        columns += ["caption_ends"] * len(texts)
         other = []
         for number in numbers:
             path, rows = _shard(self.folder, number), self.index["shards"][number]["rows"]
-            shape = [rows, *self.latent_shape]
+            wanted = dict.fromkeys(self._names, (STORED[self.cache["dtype"]], [rows, *self.latent_shape]))
+            wanted |= dict.fromkeys(columns, ("I64", [rows]))
             with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-                if all(file.get_slice(name).get_shape() == shape for name in self._names):
+                found = {name: file.get_slice(name) for name in [*wanted, *texts]}
+                if all((found[name].get_dtype(), found[name].get_shape()) == wanted[name] for name in wanted):
                     continue
             other.append(path.name)
         return other
@@ -674,7 +683,12 @@ class LatentDataset(Dataset):
         shard = self._shard(number)
         ends = shard["caption_ends"]
         start = int(ends[place - 1]) if place else 0
-        return json.loads(shard["captions"][start : int(ends[place])].numpy().tobytes())
+        try:
+            captions = json.loads(shard["captions"][start : int(ends[place])].numpy().tobytes())
+            check_type(captions, list[str], "captions")
+        except (KeyError, ValueError):
+            self._refuse([_shard(self.folder, number).name])
+        return captions
 
     def __len__(self) -> int:
         return self.index["images"]

@@ -607,6 +607,15 @@ def read_what_was_cut_off(folder):
     sys.stdout.write("survived")
 
 
+@pytest.mark.parametrize("name", ["indices", "labels", "caption_ends", "captions"])
+def test_a_shard_without_one_of_its_tensors_is_named(name, whole, tmp_path):
+    for file, content in contents(whole).items():
+        content = content.replace(f'"{name}"'.encode(), f'"{name[:-1]}_"'.encode())  # in the header of a shard
+        (tmp_path / file).write_bytes(content if file.startswith("shard") else (whole / file).read_bytes())
+    with pytest.raises(ValueError, match=r"shard-00000\.safetensors.* missing or not as written"):
+        LatentDataset(tmp_path)[0]
+
+
 class TestVerification:
     @pytest.mark.parametrize("at_once", [True, False])
     @pytest.mark.parametrize(
