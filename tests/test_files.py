@@ -7,6 +7,7 @@ import shutil
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -255,6 +256,19 @@ class TestDamage:
         first.write_bytes(2 * first.read_bytes())
         with pytest.raises(ValueError, match="it goes on after its end"):
             load_data(config(first))
+
+    def test_what_is_no_tar_after_the_end_is_passed_over(self, folder, tmp_path):
+        archive = tarred(folder, tmp_path / "a.tar")
+        whole = Files(archive).members
+        archive.write_bytes(archive.read_bytes() + bytes(511) + b"x" * 600)
+        assert Files(archive).members == whole
+
+    def test_a_wrong_size_in_a_zip_does_not_count_where_the_checksum_is_right(self, folder, tmp_path):
+        archive = zipped(folder, tmp_path / "a.zip")
+        members = Files(archive).members.values()
+        contents = [member.read() for member in members if member.deflated]
+        larger = [replace(member, size=member.size + 2**20) for member in members if member.deflated]
+        assert contents and [member.read() for member in larger] == contents
 
     def test_a_damaged_class_is_named(self, folder, tmp_path):
         for path in (folder / "cat").glob("[0-9]*.png"):

@@ -7,6 +7,7 @@ import os
 import tarfile
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +49,9 @@ class Member:
                 content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, self.size + 1)
             except zlib.error as error:
                 raise ValueError(f"it is damaged in the archive: {error}") from error
-        if len(content) != self.size or (self.crc is not None and zlib.crc32(content) != self.crc):
+        # a zip's checksum counts, even where the size that it states is wrong, as for zipfile
+        whole = len(content) == self.size if self.crc is None else zlib.crc32(content) == self.crc
+        if len(content) > self.size or not whole:
             raise ValueError("it is damaged in the archive")
         return content
 
@@ -234,6 +237,15 @@ def zip_entries(opened: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     return [entry for entry in opened.infolist() if not entry.is_dir()]
 
 
+def _holds_a_header(content: bytes) -> bool:
+    """Whether a tar's header of a file begins at some block."""
+    for at in range(0, len(content), tarfile.BLOCKSIZE):
+        with suppress(tarfile.HeaderError):
+            tarfile.TarInfo.frombuf(content[at : at + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+            return True
+    return False
+
+
 def _members(archive: str) -> dict[str, Member]:
     """By the paths that they would have if the archive was a folder; ValueError naming it when it is damaged."""
     listed: dict[str, Member] = {}
@@ -266,7 +278,7 @@ def _members(archive: str) -> dict[str, Member]:
                 opened.fileobj.seek(opened.offset)
                 if any(opened.fileobj.read(tarfile.BLOCKSIZE) or b"cut"):  # tarfile takes any end for one
                     raise ValueError("it has no end, as if it was cut short; pack it again")
-                if any(opened.fileobj.read(2**20)):
+                if _holds_a_header(opened.fileobj.read(2**20)):  # anything else, tools pass over
                     raise ValueError("it goes on after its end, as tars do that were put together; pack it again")
     except Exception as error:  # on a damaged one, the readers raise nearly anything
         raise ValueError(f"cannot read the archive {archive}: {error}") from error
