@@ -1,6 +1,8 @@
 """Small files with random damage, fed to readers in a process that may neither crash, hang nor fill the memory."""
 
+import hashlib
 import os
+import pickle
 import resource
 import signal
 import traceback
@@ -35,9 +37,15 @@ def mutated(content: bytes, seed: int) -> bytes:
     return bytes(changed)
 
 
-def outcomes(path: Path, seeds: range, read: Callable[[Path], object]) -> dict[int, str]:
-    """What becomes of each mutant of the file, written in its place: "read", "refused" by a ValueError or OSError that
-    names it, or else what went wrong.
+def digest(value: object) -> str:
+    """The same for the same arrays and plain values."""
+    return hashlib.sha256(pickle.dumps(value)).hexdigest()[:16]
+
+
+def outcomes(path: Path, seeds: range, read: Callable[[Path], object], source: Path) -> dict[int, str]:
+    """What becomes of each mutant of the file at `path`, written in its place, when `read` gets `source`, the file or
+    its folder: "read" with the digest of what it returned, "refused" by a ValueError or OSError that names the source,
+    with its text, or else what went wrong.
     """
     content, found = path.read_bytes(), {}
     while len(found) < len(seeds):
@@ -47,7 +55,7 @@ def outcomes(path: Path, seeds: range, read: Callable[[Path], object]) -> dict[i
         if not child:
             os.close(receive)
             try:
-                _read_all(path, content, rest, read, send)
+                _read_all(path, content, rest, read, source, send)
             finally:
                 os._exit(0)
         os.close(send)
@@ -61,7 +69,9 @@ def outcomes(path: Path, seeds: range, read: Callable[[Path], object]) -> dict[i
     return found
 
 
-def _read_all(path: Path, content: bytes, seeds: range, read: Callable[[Path], object], send: int) -> None:
+def _read_all(
+    path: Path, content: bytes, seeds: range, read: Callable[[Path], object], source: Path, send: int
+) -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings of the decoders
@@ -70,11 +80,10 @@ def _read_all(path: Path, content: bytes, seeds: range, read: Callable[[Path], o
         path.write_bytes(mutated(content, seed))
         signal.alarm(SECONDS)
         try:
-            read(path)
-            said = "read"
+            said = f"read {digest(read(source))}"
         except (OSError, ValueError) as error:
-            named = path.name in str(error)
-            said = "refused" if named else f"the file is not named: {error!r}"
+            named = source.name in str(error)
+            said = f"refused: {error}" if named else f"the file is not named: {error!r}"
         except BaseException:
             said = " / ".join(traceback.format_exc().splitlines()[-5:])
         signal.alarm(0)
