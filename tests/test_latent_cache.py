@@ -607,11 +607,19 @@ def read_what_was_cut_off(folder):
     sys.stdout.write("survived")
 
 
-@pytest.mark.parametrize("name", ["indices", "labels", "caption_ends", "captions"])
-def test_a_shard_without_one_of_its_tensors_is_named(name, whole, tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        *((f'"{name}"', f'"{name[:-1]}_"') for name in ("indices", "labels", "caption_ends", "captions", "mean")),
+        ('"I64"', '"U64"'),
+        ('"F32"', '"I32"'),
+        ('["', "[,"),
+    ],
+)
+def test_a_shard_whose_tensors_are_not_what_they_were_is_named(old, new, whole, tmp_path):
     for file, content in contents(whole).items():
-        content = content.replace(f'"{name}"'.encode(), f'"{name[:-1]}_"'.encode())  # in the header of a shard
-        (tmp_path / file).write_bytes(content if file.startswith("shard") else (whole / file).read_bytes())
+        changed = content.replace(old.encode(), new.encode())  # in a header, or in the captions
+        (tmp_path / file).write_bytes(changed if file.startswith("shard") else content)
     with pytest.raises(ValueError, match=r"shard-00000\.safetensors.* missing or not as written"):
         LatentDataset(tmp_path)[0]
 

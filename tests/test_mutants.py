@@ -300,10 +300,12 @@ def test_what_the_library_reads_is_read_or_refused_for_a_reason(name, tmp_path, 
         whole_by_library = f"read {digest(kind.library(path))}" if kind.library else None
     assert_safe(found)
     ours, theirs = ({seed for seed in found if what.get(seed, "").startswith("read")} for what in (found, others))
-    reasons = Counter(reason_of(found[seed]) for seed in theirs - ours)
+    refused = [found[seed] for seed in theirs - ours]
+    reasons = Counter(reason for text in refused for pattern, reason in REASONS.items() if re.search(pattern, text))
     with capsys.disabled():
         sys.stdout.write(f"\n{name}: of {len(found)}, {len(ours)} are read, {len(theirs)} by the library\n")
         sys.stdout.writelines(f"    {count} refused: {reason}\n" for reason, count in reasons.items())
+    assert not [text for text in refused if not any(re.search(pattern, text) for pattern in REASONS)]
     unharmed = {seed for seed in ours if others.get(seed) == whole_by_library}
     assert not [seed for seed in unharmed if found[seed] != whole]
 
@@ -318,7 +320,3 @@ def named(read):
             raise ValueError(f"{path.name}: {error}") from error
 
     return attempt
-
-
-def reason_of(refusal):
-    return next((reason for pattern, reason in REASONS.items() if re.search(pattern, refusal)), refusal)
