@@ -217,35 +217,35 @@ class Format(NamedTuple):
     """Returns the folder that is read, where it is not the file."""
     read: Callable[[Path], object]
     library: Callable[[Path], object] | None = None
-    few: int = 20
-    """Mutants in a quick test."""
+    few: int = 12
+    """Mutants in a quick test; none of what another reads in the same way."""
 
 
 FORMATS = {
     "a.png": Format(saved("png"), as_image, by_pillow),
-    "values.png": Format(saved("png"), as_values, by_pypng),
-    "a.16-bit.png": Format(deep_png, as_image, by_pillow),
+    "values.png": Format(saved("png"), as_values, by_pypng, 0),
+    "a.16-bit.png": Format(deep_png, as_image, by_pillow, 0),
     "values.16-bit.png": Format(deep_png, as_values, by_pypng),
     "a.jpg": Format(saved("jpeg"), as_image, by_pillow),
-    "values.jpg": Format(saved("jpeg"), as_values, by_pillow),
+    "values.jpg": Format(saved("jpeg"), as_values, by_pillow, 0),
     "a.tif": Format(tiff(), as_image, by_pillow),
     "values.tif": Format(tiff(), as_values, tifffile.imread),
-    "a.deflated.tif": Format(tiff(compression="deflate", predictor=False), as_image, by_pillow),
+    "a.deflated.tif": Format(tiff(compression="deflate", predictor=False), as_image, by_pillow, 0),
     "values.deflated.tif": Format(tiff(compression="deflate", predictor=False), as_values, tifffile.imread),
     "a.webp": Format(saved("webp", lossless=True), as_image, by_pillow),
-    "values.webp": Format(saved("webp", lossless=True), as_values, by_pillow),
+    "values.webp": Format(saved("webp", lossless=True), as_values, by_pillow, 0),
     "a.gif": Format(saved("gif"), as_image, by_pillow),
     "values.npy": Format(lambda path: np.save(path, PIXELS), as_values, np.load),
     "a.npy": Format(lambda path: np.save(path, np.stack([PIXELS] * 3)), as_set("array"), by_numpy),
     "a.npz": Format(lambda path: np.savez_compressed(path, images=np.stack([PIXELS] * 3)), as_set("array"), by_numpy),
     "a.zip": Format(packed, as_set("folder"), by_zipfile),
     "a.tar": Format(packed, as_set("folder"), by_tarfile),
-    "a.parquet": Format(parquet, as_set("datasets"), by_pyarrow, 8),
-    "stream.parquet": Format(parquet, as_set("datasets", streaming=True), by_pyarrow, 8),
+    "a.parquet": Format(parquet, as_set("datasets"), by_pyarrow, 5),
+    "stream.parquet": Format(parquet, as_set("datasets", streaming=True), by_pyarrow, 5),
     "any.yaml": Format(settings, read_yaml, lambda path: yaml.safe_load(path.read_text())),
-    "settings.yaml": Format(settings, as_settings, few=6),
-    "diffusion_pytorch_model.safetensors": Format(model, as_model, safetensors.numpy.load_file, 6),
-    "original.safetensors": Format(single_file, as_model, safetensors.numpy.load_file, 10),
+    "settings.yaml": Format(settings, as_settings, few=5),
+    "diffusion_pytorch_model.safetensors": Format(model, as_model, safetensors.numpy.load_file, 5),
+    "original.safetensors": Format(single_file, as_model, safetensors.numpy.load_file, 5),
     "shard-00000.safetensors": Format(latents, as_latents, safetensors.numpy.load_file),
     "index.json": Format(latents, as_latents, lambda path: json.loads(path.read_text())),
 }
@@ -281,7 +281,7 @@ def assert_safe(found):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name, kind in FORMATS.items() if kind.few])
 def test_mutants_are_read_or_refused_by_name(name, tmp_path):
     with undamaged(name, tmp_path) as (path, source, kind):
         found = outcomes(path, range(kind.few), kind.read, source)
