@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from functorch.compile import make_boxed_func
-from support.models import hooks_of
+from support.models import hooks_of, same
 from support.runs import TINY_MLP, TINY_VAE, at, fit, interrupted_at, records, tensors, tiny, whole
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -30,10 +30,6 @@ FAST = "bf16" if fast_dtype(torch.device("cpu")) == torch.bfloat16 else "no"
 
 def run_settings(output_dir):
     return yaml.safe_load((Path(output_dir) / "config.yaml").read_text())["run"]
-
-
-def same(one, other):
-    return all(torch.equal(value, other[name]) for name, value in one.items()) and one.keys() == other.keys()
 
 
 class TestPrecision:

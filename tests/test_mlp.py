@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.models import same
 from torch import nn
 
 from diffusers_vae import MLPVAE
@@ -106,8 +107,7 @@ def test_save_and_load(model, save, tmp_path):
     assert not any(report.values()), report
     assert loaded.config.scaling_factor == 0.7 and loaded.config.shift_factor == -0.2
     assert loaded.image_shape == model.image_shape
-    for name, weight in model.state_dict().items():
-        assert torch.equal(weight, loaded.state_dict()[name]), name
+    assert same(model.state_dict(), loaded.state_dict())
     assert torch.equal(model(random_images(model)).sample, loaded(random_images(model)).sample)
 
 

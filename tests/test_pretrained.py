@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from safetensors.torch import save_file
 from support.hub import connect
+from support.models import same
 
 from diffusers_vae import MLPVAE, VAE
 from diffusers_vae.config import TRAININGS, parse_settings
@@ -61,8 +62,9 @@ def assert_equal_to_stock(model, stock):
     ours, theirs = ({name: each for name, each in m.config.items() if name[0] != "_"} for m in (model, stock))
     assert ours == theirs
     model.eval()
-    if model.state_dict().keys() == stock.state_dict().keys():  # no adapters
-        assert all(torch.equal(weight, stock.state_dict()[name]) for name, weight in model.state_dict().items())
+    weights, expected = model.state_dict(), stock.state_dict()
+    if weights.keys() == expected.keys():  # no adapters
+        assert same(weights, expected)
     theirs = stock.encode(IMAGES).latent_dist.parameters
     torch.testing.assert_close(model.encode(IMAGES).latent_dist.parameters, theirs)
     torch.testing.assert_close(model(IMAGES).sample, stock(IMAGES).sample)

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 from safetensors.torch import save_file
-from support.models import original
+from support.models import original, same
 
 from diffusers_vae import VAE
 from diffusers_vae.models import ModelConfig, load_autoencoder
@@ -49,8 +49,7 @@ def whole(state, prefix="first_stage_model.", **others):
 def assert_equal_to_stock(vae, stock):
     assert type(vae) is VAE and not vae.training
     images = torch.rand(2, stock.config.in_channels, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    assert vae.state_dict().keys() == stock.state_dict().keys()
-    assert all(torch.equal(weight, stock.state_dict()[name]) for name, weight in vae.state_dict().items())
+    assert same(vae.state_dict(), stock.state_dict())
     ours, theirs = (model.encode(images).latent_dist.parameters for model in (vae, stock))
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(vae(images).sample, stock(images).sample)

@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, StableDif
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.launches import Launch, run_forked
+from support.models import same
 from support.runs import DETERMINISTIC, at, left_behind, records, tensors
 from support.stock import run_without_package
 from transformers import CLIPTextModel
@@ -170,7 +171,7 @@ class TestRun:
 
     def test_pipeline_holds_the_given_autoencoder_unchanged(self, finished, vae):
         before, after = VAE.from_pretrained(vae / "model"), VAE.from_pretrained(finished[1].output_dir / "pipeline/vae")
-        assert all(torch.equal(before.state_dict()[name], value) for name, value in after.state_dict().items())
+        assert same(before.state_dict(), after.state_dict())
         assert before.config.scaling_factor == after.config.scaling_factor
 
     def test_run_leaves_pictures_and_figures(self, finished):

@@ -17,6 +17,11 @@ TINY = {
 }
 
 
+def same(one, other):
+    """Whether two state dicts have the same names and equal tensors."""
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def original_name(key, levels):
     """The latent-diffusion name of a diffusers key."""
     for pattern, replacement in (
