@@ -46,11 +46,15 @@ class Settings:
 
 def to_yaml(settings: dict[str, dict[str, Any]]) -> str:
     """Sections of settings as the text of a config.yaml."""
-    return yaml.safe_dump(settings, sort_keys=False)
+    return yaml.dump(settings, Dumper=Dumper, sort_keys=False)
 
 
-MAX_NODES = 100_000
-"""Values in a YAML file."""
+Loader, Dumper = (getattr(yaml, f"C{name}", getattr(yaml, name)) for name in ("SafeLoader", "SafeDumper"))
+"""Those in C take a tenth of the time; PyYAML has them where it was built with libyaml."""
+MAX_EVENTS = 200_000
+"""Values, and beginnings and ends of lists and sections, in a YAML file."""
+MAX_DEPTH = 100
+"""Lists and sections in each other, in a YAML file."""
 
 
 def read_yaml(path: Path) -> Any:
@@ -63,9 +67,8 @@ def read_yaml(path: Path) -> Any:
     """
     text = read_text(path)
     try:
+        _check(text)
         return yaml.load(text, Loader=_Loader)
-    except RecursionError:
-        raise ValueError(f"{path} is damaged: its YAML is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path}{line}: {' '.join(str(error.problem or error.context).split())}") from error
@@ -73,35 +76,36 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path} is damaged, no YAML: {' '.join(str(error).split())}") from error
 
 
-class _Loader(yaml.SafeLoader):
-    def __init__(self, text: str):
-        super().__init__(text)
-        self.nodes = 0
+def _check(text: str) -> None:
+    """Refuse what would take much memory, or many calls in each other, to load."""
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader=Loader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if number >= MAX_EVENTS:
+            _refuse(f"a YAML file must hold at most {MAX_EVENTS // 2:,} values, got more", event)
+        if depth > MAX_DEPTH:
+            _refuse(f"exceeded maximum nesting depth, which is {MAX_DEPTH} lists or sections in each other", event)
+        if isinstance(event, yaml.AliasEvent):
+            _refuse("aliases (*name) are not taken: write the value itself", event)
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        self.nodes += 1
-        if self.nodes > MAX_NODES:
-            self._refuse(f"must hold at most {MAX_NODES:,} values, got more", self.peek_event())
-        if self.check_event(yaml.AliasEvent):
-            self._refuse("aliases (*name) are not taken: write the value itself", self.peek_event())
-        return super().compose_node(parent, index)
 
+def _refuse(problem: str, where: Any) -> None:
+    raise yaml.constructor.ConstructorError(None, None, problem, where.start_mark)
+
+
+class _Loader(Loader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                self._refuse(f"the key {key.value} is given twice", key)
+                _refuse(f"the key {key.value} is given twice", key)
             seen.add(key.value if isinstance(key.value, str) else None)
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: Any) -> int:
         if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)", node.value):
-            self._refuse(f"write a number without leading zeros or colons, or a text in quotes, got {node.value}", node)
+            _refuse(f"write a number without leading zeros or colons, or a text in quotes, got {node.value}", node)
         return super().construct_yaml_int(node)
-
-    @staticmethod
-    def _refuse(problem: str, where: Any) -> None:
-        raise yaml.constructor.ConstructorError(None, None, problem, where.start_mark)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)

@@ -177,11 +177,12 @@ def meet(patience: Patience, again: str = CONTINUES) -> Meeting | None:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     meeting = Meeting(store, rank, processes, address)
     store.set(str(rank), json.dumps(vars(_Beat(0, 0.0, _doing.what))))
-    clock, waited, warned = _Clock(patience.tick), 0.0, False
+    clock, waited, warned, pause = _Clock(patience.tick), 0.0, False, 0.001
     everyone = [str(process) for process in range(processes)]
     try:
         while not store.check(everyone):
-            time.sleep(min(0.05, patience.tick))
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05, patience.tick)
             waited += clock.seconds()
             if waited > patience.end or (waited > patience.warning and not warned):
                 missing = [process for process in everyone if not store.check([process])]
