@@ -1,9 +1,9 @@
 """A run that ends at any of its durable operations, or loses what was not synced there, continues bit-identically.
 
-Every operation in turn: what a process would leave that ended there is continued, and every file is compared with those
-of a run without interruption. Of one process, that is a copy of its folder before the operation; of two, one ends
-itself, and the other meets that. `-m soak` ends one process as well. States of the disk that are the same, file by
-file, are continued once.
+Every operation in turn: what a process would leave that ended there, which is a copy of its folder before the
+operation, is continued, and every file is compared with those of a run without interruption. Where another process
+meets the end of one, processes end themselves at some of their operations, and with `-m soak` at all. States of the
+disk that are the same, file by file, are continued once.
 """
 
 import dataclasses
@@ -89,32 +89,38 @@ class Points:
         first = (number for number, name in enumerate(self.operations[0][0]) if "checkpoints/images-" in name)
         self.first_checkpoint = next(first, len(self.operations[0][0]))
 
-    def copy_at_every_operation(self, begin: Callable[[], object] | None = None, unfinished: str | None = None) -> int:
-        """Keep what an end at each operation would leave, also by a power failure where that loses something, from what
-        `begin` has done on; how many. For `unfinished`, see `keep`.
+    def copy_at_every_operation(
+        self, begin: Callable[[], object] | None = None, unfinished: str | None = None, power_failures: bool = True
+    ) -> int:
+        """Keep what an end of the first process at each operation would leave, also by a power failure where that loses
+        something, from what `begin` has done on; how many. For `unfinished`, see `keep`.
         """
         trial, states = self.folder / "copied", self.folder / "states"
         states.mkdir()
         if begin:
             assert launched(partial(in_folder, begin, trial), self.log) == [0]
-        assert launched(partial(watched, self.work, trial, Snapshots(trial, states)), self.log) == [0]
+        copying = partial(watched, self.work, trial, Snapshots(trial, states))
+        assert not any(launched(copying, self.log, self.processes)), self.log.read_text()
         assert state_of(trial) == self.expected
         names, lossy = operations(trial)
         found = sorted(states.iterdir())
         assert len(found) == len(names) + len(lossy)
+        found = [state for state in found if power_failures or "power" not in state.name]
         for state in found:
             number = int(state.name[:4])
             self.keep(state, names[number], unfinished, checkpoint=bool(begin) or number > self.first_checkpoint)
         return len(found)
 
-    def end_at_every_operation(self, power_failures: bool = True) -> int:
-        """End each process at each of its operations, also by a power failure where that loses something; how many."""
+    def end_at_operations(self, every: int = 1, power_failures: bool = True) -> int:
+        """End the first process at one in `every` of its operations, and the others at each of theirs, also by a
+        power failure where that loses something; how many.
+        """
         points = 0
         for rank in range(self.processes):
             names, lossy = self.operations[rank]
-            for number in range(len(names)):
-                self.end_at(number, rank, power_failures and number in lossy)
-            points += len(names) + len(lossy) * power_failures
+            for number in range(0, len(names), 1 if rank else every):
+                self.end_at(number, rank, power := power_failures and number in lossy)
+                points += 1 + power
         return points
 
     def end_at(self, number: int, rank: int, power_failure: bool) -> None:
@@ -178,30 +184,27 @@ def test_run_ended_at_any_operation_continues_bit_identically(tmp_path, record_p
     record_property("states", len(points.states))
 
 
-@pytest.mark.soak
-def test_copies_are_what_an_ended_process_leaves(tmp_path):
-    """Continued are the states that processes left which ended themselves; they are those of the copies."""
-    points = Points(run_loop, tmp_path, 1)
-    points.copy_at_every_operation()
-    copied = set(points.states)
-    points.states.clear()
-    points.end_at_every_operation()
-    assert set(points.states) == copied
-    points.continue_all()
-
-
 def test_run_of_two_processes_one_of_which_ends_at_any_operation_continues_bit_identically(tmp_path, record_property):
     points = Points(run_loop, tmp_path, 2)
     assert len(points.operations[1][0]) > 5
-    record_property("points", points.end_at_every_operation(power_failures=False))
+    count = points.copy_at_every_operation(power_failures=False)
+    record_property("points", count + points.end_at_operations(every=8, power_failures=False))
     points.continue_all()
     record_property("states", len(points.states))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("processes", [1, 2])
+def test_run_whose_processes_end_themselves_at_every_operation_continues_bit_identically(processes, tmp_path):
+    points = Points(run_loop, tmp_path, processes)
+    points.end_at_operations(power_failures=processes == 1)
+    points.continue_all()
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_encoding_ended_at_any_operation_continues_with_the_same_files(processes, tmp_path, record_property):
     points = Points(encode, tmp_path, processes)
-    visit = points.copy_at_every_operation if processes == 1 else points.end_at_every_operation
+    visit = points.copy_at_every_operation if processes == 1 else points.end_at_operations
     record_property("points", count := visit())
     kinds = {name.partition(" ")[0] for name in points.operations[0][0]}
     assert count > 20 and kinds >= {"open", "write", "fsync", "rename"}
