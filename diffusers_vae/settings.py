@@ -6,6 +6,7 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,9 @@ class Settings:
 
 def to_yaml(settings: dict[str, dict[str, Any]]) -> str:
     """Sections of settings as the text of a config.yaml."""
-    return yaml.dump(settings, Dumper=Dumper, sort_keys=False)
+    return yaml.safe_dump(settings, sort_keys=False)
 
 
-Loader, Dumper = (getattr(yaml, f"C{name}", getattr(yaml, name)) for name in ("SafeLoader", "SafeDumper"))
-"""Those in C take a tenth of the time; PyYAML has them where it was built with libyaml."""
 MAX_EVENTS = 200_000
 """Values, and beginnings and ends of lists and sections, in a YAML file."""
 MAX_DEPTH = 100
@@ -67,8 +66,10 @@ def read_yaml(path: Path) -> Any:
     """
     text = read_text(path)
     try:
-        _check(text)
-        return yaml.load(text, Loader=_Loader)
+        if hasattr(yaml, "CSafeLoader"):  # of libyaml, in a tenth of the time
+            with suppress(yaml.YAMLError):  # it cannot read names that are no UTF-8, and its lines may be off by one
+                return _load(text, yaml.CSafeLoader)
+        return _load(text, yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path}{line}: {' '.join(str(error.problem or error.context).split())}") from error
@@ -76,49 +77,48 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path} is damaged, no YAML: {' '.join(str(error).split())}") from error
 
 
-def _check(text: str) -> None:
-    """Refuse what would take much memory, or many calls in each other, to load."""
+def _load(text: str, loader: type) -> Any:
     depth = 0
-    for number, event in enumerate(yaml.parse(text, Loader=Loader)):
+    for number, event in enumerate(yaml.parse(text, Loader=loader)):  # before anything is built of them
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if number >= MAX_EVENTS:
             _refuse(f"a YAML file must hold at most {MAX_EVENTS // 2:,} values, got more", event)
         if depth > MAX_DEPTH:
-            _refuse(f"exceeded maximum nesting depth, which is {MAX_DEPTH} lists or sections in each other", event)
+            _refuse(f"nested too deeply: more than {MAX_DEPTH} lists and sections in each other", event)
         if isinstance(event, yaml.AliasEvent):
             _refuse("aliases (*name) are not taken: write the value itself", event)
+    return yaml.load(text, Loader=_strict(loader))
 
 
 def _refuse(problem: str, where: Any) -> None:
     raise yaml.constructor.ConstructorError(None, None, problem, where.start_mark)
 
 
-class _Loader(Loader):
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                _refuse(f"the key {key.value} is given twice", key)
-            seen.add(key.value if isinstance(key.value, str) else None)
-        return super().construct_mapping(node, deep)
+@cache
+def _strict(loader: Any) -> type:
+    class Strict(loader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    _refuse(f"the key {key.value} is given twice", key)
+                seen.add(key.value if isinstance(key.value, str) else None)
+            return super().construct_mapping(node, deep)
 
-    def construct_yaml_int(self, node: Any) -> int:
-        if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)", node.value):
-            _refuse(f"write a number without leading zeros or colons, or a text in quotes, got {node.value}", node)
-        return super().construct_yaml_int(node)
+        def construct_yaml_int(self, node: Any) -> int:
+            if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)", node.value):
+                _refuse(f"write a number without leading zeros or colons, or a text in quotes, got {node.value}", node)
+            return super().construct_yaml_int(node)
 
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-# dates stay texts, and 1e-4 is a number
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "float")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.?[0-9]+)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
+    Strict.add_constructor("tag:yaml.org,2002:int", Strict.construct_yaml_int)
+    # dates stay texts, and 1e-4 is a number
+    Strict.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "float")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    number = r"[-+]?(?:[0-9]+\.[0-9]*|\.?[0-9]+)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+    Strict.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), list("-+0123456789."))
+    return Strict
 
 
 def read_settings(path: Path, *needed: str) -> dict[str, dict[str, Any]]:

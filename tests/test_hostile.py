@@ -133,7 +133,7 @@ class TestPresets:
             ("run:\n  seed: 1\n  seed: 2\n", "line 3: the key seed is given twice"),
             ("run: &x {seed: 1}\noptimizer: *x\n", "aliases"),
             ("run: [1]\n", "run must hold settings"),
-            ("[" * 1500, "exceeded maximum nesting depth"),
+            ("[" * 1500, "nested too deeply"),
         ],
     )
     def test_traps(self, text, message, tmp_path, capsys):
