@@ -246,6 +246,7 @@ def assert_finite_differences(function, values):
         assert difference == pytest.approx(gradient[place].item(), rel=1e-4, abs=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_loss_has_the_gradient_of_its_finite_differences(kind, norm):
@@ -313,6 +314,7 @@ def one_step(adversary, generator, images, order, autocast=False):
     return gradients_of(generator), gradients_of(adversary.discriminator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
 def test_neither_partys_backward_leaves_a_trace_in_the_others_gradients(norm, autocast):

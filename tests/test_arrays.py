@@ -147,6 +147,7 @@ class TestReading:
         (tmp_path / "other.npy").unlink()
         assert load_split(config(tmp_path))[1] == "all"
 
+    @pytest.mark.slow
     def test_crops_are_of_its_own_resolution(self, cifar, folder, tmp_path):
         cut = {"crops": 3, "resolution": 8}
         sets = [load_data(config(**save("npy", tmp_path / "a", *cifar), **cut), memory_limit=at)[0] for at in (0, None)]

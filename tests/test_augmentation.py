@@ -99,6 +99,7 @@ class TestPureFunction:
 
 
 class TestColorJitter:
+    @pytest.mark.slow
     @pytest.mark.parametrize("channels", [1, 3])
     def test_brightness_changes_within_its_bounds(self, channels, photographs):
         """Brightness alone is a factor, of each image another."""

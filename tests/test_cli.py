@@ -95,6 +95,7 @@ class TestNames:
         self.assert_tame(out)
         self.assert_tame(error.partition("error: ")[2])  # after the bar
 
+    @pytest.mark.slow
     def test_of_images_are_escaped_in_warnings_and_tables(self, capsys, caplog, tmp_path):
         images = tmp_path / "images"
         for folder in ("train", "test"):
@@ -153,6 +154,7 @@ class TestTop:
         code, _, error = call(capsys, *arguments)
         assert code == 2 and message in error and "Traceback" not in error
 
+    @pytest.mark.slow
     def test_a_missing_autoencoder_is_named(self, capsys, tmp_path):
         """It is not looked for on the Hub either."""
         missing = tmp_path / "none"
@@ -163,6 +165,7 @@ class TestTop:
             code, out, error = call(capsys, *arguments)
             assert code == 1 and out == "" and f"{begin}there is no file or folder {missing}" in error
 
+    @pytest.mark.slow
     def test_errors_are_one_line_unless_debug_is_asked_for(self, capsys, tmp_path):
         code, out, error = call(capsys, "evaluate", tmp_path)
         assert code == 1 and out == ""
@@ -414,6 +417,7 @@ class TestFp16:
         code, out, error = call(capsys, "fp16", tmp_path, "--data", "digits", "--max_images", 20, "--write", "true")
         assert code == 1 and out == "" and "MLPVAE does not have" in error
 
+    @pytest.mark.slow
     def test_a_repository_is_not_written_to(self, capsys, tmp_path, monkeypatch):
         repository = tmp_path / "models--me--vae"
         tiny_vae(sample_size=16).save_pretrained(repository / "snapshots" / ("0" * 40))
@@ -615,6 +619,7 @@ class TestOthers:
         psnr = comparison["differences"]["psnr"]
         assert psnr["mean"] < 0 and psnr["interval"][1] < 0 and psnr["second_is_better"] < 0.5
 
+    @pytest.mark.slow
     def test_compare_refuses_a_model_before_it_measures_another(self, run, capsys, tmp_path):
         tiny_vae(3).save_pretrained(tmp_path / "rgb")
         code, _, error = call(capsys, "compare", run, tmp_path / "rgb", "--out", tmp_path / "out")
@@ -660,6 +665,7 @@ class TestOthers:
         assert np.abs(found.astype(int) - expected).max() <= 1  # a sum that was rounded otherwise may be on the edge
         assert found.std() > 1
 
+    @pytest.mark.slow
     def test_sample_repeats(self, run, capsys, tmp_path):
         for name in ("one", "two"):
             assert call(capsys, "sample", run, "--count", 3, "--out", tmp_path / f"{name}.png")[0] == 0
@@ -723,6 +729,7 @@ class TestOthers:
         assert repo.private and repo.refs.keys() == {"main", "123"} and repo.at("123").message == "it's: done"
         assert b"license: apache-2.0" in hub.files(REPO, "123")["README.md"]
 
+    @pytest.mark.slow
     def test_a_model_of_no_run_needs_to_be_told_on_what(self, capsys, tmp_path):
         tiny_vae(3).save_pretrained(tmp_path)
         code, _, error = call(capsys, "evaluate", tmp_path)

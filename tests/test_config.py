@@ -65,6 +65,7 @@ class TestRecipes:
     def read(name, pretrained, *flags):
         return read_preset(next(preset for preset in PRESETS if preset.stem == name), pretrained, *flags)[0]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("name", "power"), [("kl-f8", 1), ("eq-vae", 1), ("sdxl-decoder", 1), ("sd-ft-mse", 2)])
     def test_loss_is_that_of_latent_diffusion(self, name, power, pretrained):
         generator = torch.Generator().manual_seed(0)
@@ -90,6 +91,7 @@ class TestRecipes:
             parameters = self.read("kl-f8", pretrained).model.build(3, (256, 256)).num_parameters()
         assert parameters == 83_653_863  # of CompVis/stable-diffusion-v1-4
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["sd-ft-mse", "sdxl-decoder", "flux-16ch"])
     def test_decoders_leave_latents_as_they_are(self, name, pretrained):
         assert not self.read(name, pretrained).model.trains_encoder
@@ -168,6 +170,7 @@ def test_errors_name_the_key_and_the_value(text, words, tmp_path, capsys):
     assert all(word in message for word in [*words, "a.yaml"]), message
 
 
+@pytest.mark.slow
 def test_the_file_with_the_error_is_named_and_no_other(tmp_path, capsys):
     right, wrong = write(tmp_path / "a.yaml", "run: {epochs: 2}"), write(tmp_path / "b.yaml", "run: {epochs: two}")
     for arguments, files in (
@@ -243,6 +246,7 @@ class TestLearningRate:
         assert OptimizerConfig(learning_rate=1.0, warmup_images=100).learning_rate_at(9, 10) == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_digits_preset_is_the_default():
     digits = next(preset for preset in PRESETS if preset.stem == "digits")
     assert parse_settings(TRAIN, ["--config", str(digits)]) == parse_settings(TRAIN, [])

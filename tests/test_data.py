@@ -403,6 +403,7 @@ class TestFolder:
             load_data(self.awkward(shared_data), memory_limit=0)
         assert all(name in str(error.value) for name in self.REFUSED)
 
+    @pytest.mark.slow
     @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that gives an error of the disk")
     def test_storage_that_fails_is_no_bad_image(self, cifar_folder, tmp_path):
         folder = tmp_path / "images"
@@ -602,6 +603,7 @@ class TestCrops:
         train, heldout = self.load(folder / "train", heldout_fraction=0.4)
         assert (len(train), len(heldout)) == (21, 14) and not set(paths_of(train)) & set(paths_of(heldout))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("limit", [0, None])
     def test_fingerprint_is_of_the_crops(self, limit, folder, tmp_path):
         (tmp_path / "moved").symlink_to(folder)
@@ -609,6 +611,7 @@ class TestCrops:
         first, moved, *others = (self.load(root, limit, crops=crops)[0].fingerprint() for root, crops in places)
         assert first == moved and len({first, *others}) == 4
 
+    @pytest.mark.slow
     def test_bad_files_are_left_out_with_all_their_crops(self, folder):
         good, _ = self.load(folder)
         broken = next((folder / "train").rglob("b.png"))

@@ -292,6 +292,7 @@ class TestNetworks:
             self.network(name)
         assert not (tmp_path / "harm").exists()
 
+    @pytest.mark.slow
     @NAMES
     def test_file_of_other_things_is_named(self, name, no_download, caplog):
         no_download.mkdir(parents=True)
@@ -324,6 +325,7 @@ class TestReport:
             one, two = (getattr(report, name) for report in reports)
             assert one == pytest.approx(two, rel=1e-5), name
 
+    @pytest.mark.slow
     def test_repeats_exactly_and_leaves_the_global_generator_alone(self, digits):
         vae = tiny_vae()
         state = torch.get_rng_state()
@@ -426,6 +428,7 @@ class TestReport:
         with pytest.raises(ValueError, match="at least two images"):
             evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(rfid=True, max_images=1))
 
+    @pytest.mark.slow
     def test_seeds_share_no_noise(self, digits):
         """The draw for image 1 under seed 0 is not that for image 0 under seed 1."""
         twice = ArrayImages(digits.pixels[:1].repeat(2, 1, 1, 1))

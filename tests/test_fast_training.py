@@ -59,6 +59,7 @@ class TestPrecision:
         assert not whole.gains_by_bfloat16(cpu)
         assert AutoencoderTask(tiny(tmp_path, TINY_VAE)).gains_by_bfloat16(cpu)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("asked", ["bf16", "no"])
     def test_what_is_asked_for_comes_first(self, asked, tmp_path):
         fit(tiny(tmp_path / "run", TINY_VAE, max_images=30, mixed_precision=asked))
@@ -134,6 +135,7 @@ class TestNoWaiting:
             counts.append(questions.count)
         assert counts[0] > 0 and abs(counts[1] - counts[0]) < 3  # those of the end, and not of six more steps
 
+    @pytest.mark.slow
     def test_a_step_that_is_not_finite_is_named_before_anything_is_written(self, tmp_path):
         config = tiny(tmp_path / "run", TINY_VAE, max_images=300, log_every=10**6, checkpoint_every=120)
         explodes = dataclasses.replace(config.optimizer, learning_rate=1e30, warmup_images=0, max_grad_norm=None)

@@ -43,6 +43,7 @@ def config(root, **settings):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("limit", [None, 0], ids=["memory", "on demand"])
 class TestTheSameAsAFolder:
+    @pytest.mark.slow
     def test_images_labels_and_captions_are_those_of_the_folder(self, kind, limit, folder, tmp_path):
         root = pack(kind, folder, tmp_path / "packed")
         sets = [load_data(config(at), memory_limit=limit, captions=True) for at in (root, folder)]
@@ -112,6 +113,7 @@ class TestReading:
         assert (len(train_set), len(heldout)) == ((40 if kind.startswith("zip") else 80), 40)
         assert train_set.classes == ("cat", "ship") and train_set.labels.float().mean() == 0.5
 
+    @pytest.mark.slow
     def test_folders_of_an_archive_are_the_parts(self, folder, tmp_path):
         (tmp_path / "set").mkdir()
         shutil.copytree(folder, tmp_path / "set" / "train")
@@ -145,6 +147,7 @@ class TestReading:
         next(root.glob("*.cls")).unlink()
         assert load_split(config(root), "all")[0].labels is None
 
+    @pytest.mark.slow
     def test_an_archive_may_be_read_from_within_its_folder(self, folder, tmp_path, monkeypatch):
         packed = pack("shards", folder, tmp_path / "packed")
         expected = load_data(config(packed), captions=True)[0]
@@ -154,6 +157,7 @@ class TestReading:
         monkeypatch.chdir(folder / "cat")
         assert load_data(config("."), captions=True)[0].captions
 
+    @pytest.mark.slow
     def test_crops_are_those_of_the_folder(self, folder, tmp_path):
         cut = {"crops": 3, "resolution": 8}
         for kind in ("tar", "zip"):
@@ -161,6 +165,7 @@ class TestReading:
             assert torch.equal(packed.pixels, plain.pixels)
 
 
+@pytest.mark.slow
 def test_entries_of_folders_are_passed_over(folder, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as opened:
         opened.add(folder, ".")

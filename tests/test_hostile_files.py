@@ -135,6 +135,7 @@ class TestTiff:
         with pytest.raises(ValueError, match=r"a.tif: it is damaged: a strip or tile of 256 bytes unpacks to more"):
             read_values(path, 1)
 
+    @pytest.mark.slow
     def test_other_channels_are_refused_before_they_are_read(self, tmp_path, request):
         path = tmp_path / "a.tif"
         tifffile.imwrite(path, np.zeros((16, 2048, 2048), np.uint8), compression="deflate", photometric="minisblack")

@@ -727,6 +727,7 @@ class TestFaults:
         with pytest.raises(OSError, match=r"there must be a token, got none\. Make one"):
             check_can_push(HubConfig(repo_id=REPO))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("repo", [REPO, "stranger/x"])
     def test_token_that_may_not_write(self, hub, run, monkeypatch, repo):
         if repo == REPO:
@@ -734,6 +735,7 @@ class TestFaults:
         with pytest.raises(OSError, match=r"answered 403 .*the token must be allowed to write there"):
             push(run, HubConfig(repo_id=repo))
 
+    @pytest.mark.slow
     def test_server_that_echoes_the_token(self, hub, run):
         body = json.dumps({"error": f"the token {TOKEN} may not, nor hf_{'x' * 30}, says\n{hub.url}/a?signature=abc"})
         hub.faults.append(Fault("POST /api/repos/create", "status", status=403, body=body))
@@ -742,10 +744,12 @@ class TestFaults:
         assert error.value.__cause__ is None and error.value.__context__ is None
         assert "abc" not in str(error.value) and "\n" not in str(error.value)
 
+    @pytest.mark.slow
     def test_revision_that_cannot_be(self, hub, run):
         with pytest.raises(OSError, match=r"answered 404 .*repository and revision must exist"):
             push(run, HubConfig(repo_id=REPO, revision="refs/pr/9"))
 
+    @pytest.mark.slow
     def test_licence_that_the_hub_does_not_know(self, hub, run):
         with pytest.raises(OSError, match=r'answered 400 .*"license" must be one of .*what it names must be changed'):
             push(run, HubConfig(repo_id=REPO, license="MIT licence"))
@@ -793,6 +797,7 @@ class TestPasswords:
 
 
 class TestCheck:
+    @pytest.mark.slow
     def test_what_would_be_refused_is_told_before(self, hub, monkeypatch):
         check_can_push(HubConfig(repo_id=REPO))
         check_can_push(HubConfig(repo_id="lab/x"))

@@ -396,6 +396,7 @@ def test_awkward_1_bit_file_becomes_black_and_white(awkward):
     assert read_image(awkward / "1_trns.png", 1).unique().tolist() == [0, 255]
 
 
+@pytest.mark.slow
 def test_awkward_photograph_is_turned_upright(awkward):
     path = awkward / "Landscape_6.jpg"
     assert torch.equal(read_image(path, 3).permute(1, 2, 0).long(), stored(path).rot90(-1))

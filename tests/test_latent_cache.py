@@ -161,6 +161,7 @@ class TestEncode:
         encode(vae, digits, tmp_path)
         assert not (tmp_path / ".tmpAb1_cd").exists()
 
+    @pytest.mark.slow
     def test_unreadable_images_are_missing_rows(self, vae, digits, whole, tmp_path):
         """All of a shard and some of another cannot be read; the rest is encoded as in the whole set."""
         images = in_files(digits, tmp_path / "files")
@@ -237,6 +238,7 @@ class TestComputeDtype:
         with torch.no_grad():  # computes as before, in float32
             assert torch.equal(vae.encode(images).latent_dist.parameters, moments)
 
+    @pytest.mark.slow
     def test_draws_are_float32(self, vae, digits, tmp_path):
         """The mean and the noise are not rounded to the precision of the encoder when they are added."""
         posterior = encode(vae, digits, tmp_path / "posterior", compute_dtype=BF16)
@@ -246,12 +248,14 @@ class TestComputeDtype:
         torch.testing.assert_close(sample.latents(range(45)), expected, rtol=1e-6, atol=1e-6)
         assert (expected - expected.bfloat16().float()).abs().max() > 1e-3
 
+    @pytest.mark.slow
     def test_default_is_what_is_fast_and_a_models_own_below_float32(self, vae, digits, tmp_path):
         latents = encode(vae, digits, tmp_path / "fast", compute_dtype=None)
         assert latents.compute_dtype == fast_dtype(vae.device)
         half = copy.deepcopy(vae).half()
         assert encode(half, digits, tmp_path / "half", compute_dtype=None).compute_dtype == FP16
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.float32, BF16])
     def test_default_continues_as_begun(self, dtype, vae, digits, tmp_path):
         before = contents(encode(vae, digits, tmp_path, compute_dtype=dtype).folder)
@@ -380,6 +384,7 @@ class TestResume:
         assert len(str(error.value).splitlines()) == 2 + (change == "fewer") * 3
         assert contents(tmp_path) == before
 
+    @pytest.mark.slow
     def test_seed_counts_for_samples_only_and_the_way_of_reading_for_files(self, vae, digits, tmp_path):
         encode(vae, digits, tmp_path / "mode", kind="mode", seed=1)
         encode(vae, digits, tmp_path / "mode", kind="mode", seed=2)
@@ -397,6 +402,7 @@ class TestResume:
         with pytest.raises(NotADirectoryError, match="folder for the latents must be a folder, got the file"):
             encode(vae, digits, tmp_path / "out")
 
+    @pytest.mark.slow
     def test_folder_that_is_written_by_another_is_refused(self, vae, digits, tmp_path, impatient_locks):
         with (
             FileLock(tmp_path / ".lock"),

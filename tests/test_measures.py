@@ -62,6 +62,7 @@ class TestPerceptualLoss:
         images, noise = torch.rand(2, count, channels, 24, 20, generator=generator).mul(2).sub(1).to(**kind)
         return images, images + 0.3 * noise
 
+    @pytest.mark.slow
     def test_is_that_of_torchmetrics(self):
         images, reconstructions = self.pair()
         reconstructions = reconstructions.clamp(-1, 1)
@@ -78,6 +79,7 @@ class TestPerceptualLoss:
         torch.testing.assert_close(loss(images, reconstructions), torch.cat([loss(*pair) for pair in pairs]))
         assert loss(images, images).tolist() == [0, 0, 0]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("channels", [1, 2, 3])
     def test_gradient_is_that_of_finite_differences(self, channels):
         loss = PerceptualLoss("squeeze").double().train()
@@ -108,6 +110,7 @@ class TestPerceptualLoss:
             assert torch.equal(loss(images, reconstructions.to(dtype)), expected)
         assert expected.dtype == torch.float32
 
+    @pytest.mark.slow
     def test_channels_are_as_stated(self):
         loss = PerceptualLoss("squeeze")
         images, reconstructions = self.pair(4)

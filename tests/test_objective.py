@@ -228,6 +228,7 @@ def test_distortion_has_the_analytic_gradient(likelihood, analytic):
     torch.testing.assert_close(gradient, analytic(images, reconstructions))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=str)
 def test_loss_passes_gradcheck(likelihood):
     images, reconstructions = 0.9 * make_images(batch=2, dtype=torch.float64)
@@ -376,6 +377,7 @@ def test_half_precision_reconstructions_and_scale_are_computed_in_float32(dtype)
     torch.testing.assert_close(terms.loss.detach(), expected.loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free_bits", [0.0, 1.0])
 @pytest.mark.parametrize("likelihood", [Gaussian(), Laplace()], ids=str)
 def test_loss_with_scale_and_free_bits_passes_gradcheck(likelihood, free_bits):

@@ -273,6 +273,7 @@ class TestCurves:
         assert len({picture.tobytes() for picture in pictures}) == 2
         assert runs_picture(runs, panels | {"scale": "scale"}).height > pictures[1].height
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kinds", [[], ["train"], ["evaluation"]])
     def test_short_runs(self, kinds, tmp_path):
         records = [{"kind": kind, "images_seen": 10, "loss": 3, "distortion": 4, "rate": 2} for kind in kinds]
@@ -309,6 +310,7 @@ class TestComparison:
         for place, expected in enumerate([images, a, 4 * (a - images), b, 4 * (b - images)]):
             assert np.array_equal(drawn[:, place], shown(expected, 128)), place
 
+    @pytest.mark.slow
     def test_of_large_images_the_part_that_differs_most(self):
         image = torch.rand(1, 3, 300, 400, generator=torch.Generator().manual_seed(0)) * 2 - 1
         other = image.clone()
@@ -352,6 +354,7 @@ class TestAll:
         pictures = draw_all(MLPVAE(16, latent_dim=2).eval(), few, None, 60, 100, 0)
         assert set(pictures) == self.ALWAYS - {"interpolations"} | {"manifold"}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", [AutoencoderKL, AsymmetricAutoencoderKL])
     def test_stock_autoencoders(self, kind, digits):
         blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4}

@@ -214,6 +214,7 @@ class TestLatentScaling:
             expected = add_noise(expected, *arguments)
         assert torch.equal(found, expected)
 
+    @pytest.mark.slow
     def test_names_classes_objects_and_derived_classes(self, vae, texts):
         class Derived(diffusers.FluxPipeline):
             pass
@@ -288,6 +289,7 @@ for name, pictures in expected.items():
         assert pipeline.vae.dtype == torch.bfloat16 and vae.dtype == torch.float32
         assert draw(pipeline, *pictures()).isfinite().all()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline", "DiTPipeline"])
     def test_float16(self, name, vae, texts):
         pipeline = make(name, untrained(vae), texts)
@@ -295,6 +297,7 @@ for name, pictures in expected.items():
         swap_vae(pipeline, vae)
         assert pipeline.vae.dtype == torch.float16 and draw(pipeline).isfinite().all()
 
+    @pytest.mark.slow
     def test_upcasting(self, vae, texts):
         """Stock's SDXL in float16 takes the float32 dtype from post_quant_conv."""
         pipeline = make("StableDiffusionXLPipeline", untrained(vae), texts)
@@ -310,6 +313,7 @@ for name, pictures in expected.items():
         upcast = AutoencoderKL.from_config({**vae.config, "force_upcast": True, "use_post_quant_conv": True})
         assert draw(swap_vae(pipeline, upcast)).isfinite().all() and pipeline.vae.dtype == torch.float16
 
+    @pytest.mark.slow
     def test_copy_takes_the_place_of_the_old_one(self, vae, texts):
         vae.train()
         pipeline = make("StableDiffusionPipeline", untrained(vae).double(), texts)
@@ -326,6 +330,7 @@ for name, pictures in expected.items():
         vae.enable_tiling()
         assert swap_vae(pipeline, vae).vae.use_tiling
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", STOCK)
     def test_what_a_pipeline_derives_is_as_if_it_was_built_with_the_vae(self, name, vae, texts):
         three = untrained(vae, latent_channels=3)
@@ -348,6 +353,7 @@ for name, pictures in expected.items():
         pipeline.vae = AutoencoderTiny(latent_channels=4)
         assert type(swap_vae(pipeline, vae).vae) is AutoencoderKL
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "config"),
         [
@@ -414,6 +420,7 @@ class TestRefusals:
         for problem, parts in zip(problems, expected, strict=True):
             assert problem.startswith(parts[0]) and all(part in problem for part in parts), problem
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "denoiser_channels", "latent_channels", "message"),
         [

@@ -36,6 +36,7 @@ def reaching(value, digits):
 
 
 class TestActivations:
+    @pytest.mark.slow
     def test_blocks_reach_what_their_layers_give(self, digits):
         vae, images = tiny_vae(), to_model_range(digits.pixels)
         report = measure_precision(vae, digits, 4)
@@ -91,6 +92,7 @@ class TestVerdict:
         assert (report.overflow, report.fp16_psnr, report.verdict) == ("decoder.up_blocks.1", None, "overflows")
         assert not report.safe and report.advice == "Float16 overflows in decoder.up_blocks.1: keep force_upcast true."
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("value", "verdict"), [(LARGEST / 4.1, "safe"), (LARGEST / 3.9, "close"), (6e4, "close")])
     def test_a_quarter_of_what_float16_holds_is_left_free(self, value, verdict, digits):
         report = measure_precision(reaching(value, digits), digits, 4)
@@ -107,6 +109,7 @@ class TestVerdict:
         assert max(report.blocks.values()) < 100
         assert (report.overflow, report.verdict) == ("encoder.down_blocks.1", "overflows")
 
+    @pytest.mark.slow
     def test_details_that_float16_loses(self, digits):
         vae = tiny_vae()
         with torch.no_grad():
@@ -119,6 +122,7 @@ class TestVerdict:
         black = torch.full((1, 1, 8, 8), -1.0)
         assert psnr(black, black + 2 / 255).item() == pytest.approx(EXACT, rel=1e-5)
 
+    @pytest.mark.slow
     def test_what_float32_cannot_do_either(self, digits):
         vae = tiny_vae()
         with torch.no_grad():
@@ -128,6 +132,7 @@ class TestVerdict:
 
 
 class TestModels:
+    @pytest.mark.slow
     def test_stock_gives_the_report_of_ours(self, digits):
         ours = tiny_vae()
         of_ours, of_stock = (measure_precision(model, digits, 4) for model in (ours, ours.to_diffusers()))
@@ -150,6 +155,7 @@ class TestModels:
         ]
         assert report.safe
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_the_model_is_left_as_it_was(self, dtype, digits):
         vae = tiny_vae().to(dtype)

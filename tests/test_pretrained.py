@@ -129,6 +129,7 @@ class TestSources:
         with pytest.raises(ValueError, match=rf"^{tmp_path}.*config\.json "):
             load_autoencoder(str(tmp_path))
 
+    @pytest.mark.slow
     def test_hub_that_cannot_be_reached_is_said(self, tmp_path, monkeypatch):
         """Not that it has no such file."""
         monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
@@ -221,6 +222,7 @@ class TestLora:
         step(model)
         return model.eval()
 
+    @pytest.mark.slow
     def test_trains_adapters_of_the_decoder(self, source, stock):
         model = ModelConfig(pretrained=source, train="decoder", lora_rank=2).build(3, SIZE)
         assert_equal_to_stock(model, stock)

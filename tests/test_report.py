@@ -145,6 +145,7 @@ def test_tables_escape_names_that_could_command_a_terminal():
         assert all(line.isprintable() for line in table.splitlines()) and "\nerror" not in table
 
 
+@pytest.mark.slow
 def test_page_points_nowhere_outside():
     text = report_html(make_report(), make_pictures(), "digits")
     page = Page(text)
@@ -155,6 +156,7 @@ def test_page_points_nowhere_outside():
     assert '<meta name="viewport" content="width=device-width' in text
 
 
+@pytest.mark.slow
 def test_pictures_are_whole_described_and_small():
     pictures = make_pictures()
     page = Page(report_html(make_report(), pictures, "digits"))

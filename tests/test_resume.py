@@ -79,6 +79,7 @@ KINDS = ["plain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bf1
 
 
 class TestSameCommand:
+    @pytest.mark.slow
     @pytest.mark.parametrize("images_seen", PLACES)
     @pytest.mark.parametrize("kind", KINDS)
     def test_resumed_run_is_bit_identical(self, kind, images_seen, uninterrupted, tmp_path, caplog):
@@ -120,6 +121,7 @@ class TestSameCommand:
         for words in (f"{newest} is damaged", f"{second} is damaged", f"continuing from {third}"):
             assert words in caplog.text
 
+    @pytest.mark.slow
     def test_leftovers_of_deleted_checkpoints_are_deleted_after_the_last_save(self, uninterrupted, tmp_path):
         config = uninterrupted("plain")
         output_dir = interrupted_at(END, config.run.output_dir, tmp_path / "run")
@@ -238,6 +240,7 @@ class TestAnotherRun:
         with pytest.raises(FileExistsError, match=r"run\.seed: 0 -> 3"):
             train(tiny(tmp_path / "run", seed=3))
 
+    @pytest.mark.slow
     def test_is_continued_with_other_settings_when_that_is_allowed(self, run, caplog):
         """Longer, at another learning rate."""
         longer = at(run, run.run.output_dir, max_images=600, allow_config_change=True)

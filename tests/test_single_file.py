@@ -75,6 +75,7 @@ def test_equal_to_stock(config, suffix, tmp_path):
     assert_equal_to_stock(vae, saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["first_stage_model.", "vae."])
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
 def test_whole_checkpoint(suffix, prefix, tmp_path):
@@ -97,6 +98,7 @@ SD3, FLUX = CHECKPOINT_KEY_NAMES["sd3"][1], CHECKPOINT_KEY_NAMES["flux"][1]
 POSITIONS = "model.diffusion_model.pos_embed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "others", "factor", "shift"),
     [
@@ -116,6 +118,7 @@ def test_scaling_factor_of_known_models(config, others, factor, shift, tmp_path,
     assert not caplog.records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "named"), [("sd", ["SDXL", "0.13025"]), ("16-channels", ["1.5305", "0.3611"])])
 def test_unknown_scaling_factor_is_said(config, named, tmp_path, caplog):
     for state in (original(make(CONFIGS[config])), whole(original(make(CONFIGS[config])))):

@@ -81,6 +81,7 @@ class TestSeveralAtOnce:
         yield request.param
         torch.set_num_threads(before)
 
+    @pytest.mark.slow
     def test_gives_what_one_after_the_other_gives(self, threads):
         vae = tiny_vae()
         batches = [images(side=8 * count) for count in range(1, 8)]

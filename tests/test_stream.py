@@ -65,6 +65,7 @@ def pixels_of(images, indices=None):
 
 
 class TestImages:
+    @pytest.mark.slow
     def test_images_are_those_of_the_files(self, root, files):
         train, heldout = load_data(config(root, resolution=32))
         assert (len(train), len(heldout)) == (120, 10)
@@ -200,6 +201,7 @@ class TestRowGroups:
             most = max(most, kept())
         assert len(train) == 1080 and 2 <= most <= 24 // 10 + 2
 
+    @pytest.mark.slow
     def test_each_row_group_is_read_by_one_worker(self, root, reads):
         """Except those at the ends of the 4 pieces and of the last batch."""
         train, _ = load_data(config(root, lanes=(2, 2)))
@@ -242,6 +244,7 @@ class TestRowGroups:
 
 
 class TestErrors:
+    @pytest.mark.slow
     def test_a_damaged_row_is_named(self, files, tmp_path):
         images = [{"bytes": file.read_bytes(), "path": file.name} for file in files[:40]]
         images[7]["bytes"] = images[7]["bytes"][:500]

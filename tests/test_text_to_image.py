@@ -392,6 +392,7 @@ class TestLatents:
         for name, value in weights["stored"].items():
             torch.testing.assert_close(value, weights["encoded"][name], rtol=0, atol=1e-4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("sample_posterior", [True, False])
     def test_the_denoiser_sees_noised_scaled_latents(self, sample_posterior, vae, tmp_path):
         """Scaled draws from the posterior, or scaled means, of the images asked for, with the noise asked for."""
@@ -413,6 +414,7 @@ class TestLatents:
         torch.testing.assert_close(seen[0], alphas.sqrt() * scaled_latents + (1 - alphas).sqrt() * draws["noise"])
         torch.testing.assert_close(terms.per_image["error"], (draws["noise"] ** 2).mean((1, 2, 3)))
 
+    @pytest.mark.slow
     def test_drawn_latents_differ_from_the_mean(self, vae, tmp_path):
         """The two settings are two: a model that sees draws sees the posterior's variance."""
         task = self.task(vae, tmp_path)
@@ -420,6 +422,7 @@ class TestLatents:
         drawn = latents.latents(range(IMAGES), torch.randn(IMAGES, *latents.latent_shape))
         assert (drawn - latents.latents(range(IMAGES))).std() > 0.01
 
+    @pytest.mark.slow
     def test_scaled_latents_have_unit_scale(self, vae, tmp_path):
         """As the pipeline scales them: without the shift."""
         task = self.task(vae, tmp_path)
@@ -495,6 +498,7 @@ class TestCaptions:
         with pytest.raises(ValueError, match=r"metadata\.jsonl"):
             captions_of(None, None, None, None, False)
 
+    @pytest.mark.slow
     def test_dropped_captions_are_the_empty_prompt(self, vae, tmp_path):
         config = tiny(tmp_path / "run", vae)
         task = loaded(dataclasses.replace(config, diffusion=DiffusionConfig(caption_dropout=0.25)))
@@ -586,6 +590,7 @@ class TestRefused:
             loaded(dataclasses.replace(at(config, tmp_path / fit), data=data), max_images=30)
             assert ("trained with data.fit crop, and this is data.fit pad" in caplog.text) == (fit == "pad")
 
+    @pytest.mark.slow
     def test_held_out_captions_and_prompts_are_not_cut_silently(self, vae, tmp_path):
         config = tiny(tmp_path / "run", vae)
         long = SamplingConfig(prompts=("a nine " * 20,))
@@ -620,6 +625,7 @@ class TestRefused:
             cli.main(["train-text-to-image", "--diffusion.gamma", "5"])
         assert stopped.value.code == 2 and "diffusion.gamma" in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_vae_is_short_for_its_source(self, tmp_path, capsys):
         flags = [f"--vae={tmp_path / 'missing'}", "--run.output_dir", str(tmp_path / "run")]
         assert cli.main(["train-text-to-image", *flags]) == 1

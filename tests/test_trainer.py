@@ -82,6 +82,7 @@ class TestRun:
         exec(vae_run[1].load_line, names)
         assert type(names["vae"]) is AutoencoderKL
 
+    @pytest.mark.slow
     def test_report_is_of_the_saved_model(self, vae_run):
         config, result = vae_run
         model = VAE.from_pretrained(result.output_dir / "model")
@@ -90,6 +91,7 @@ class TestRun:
         assert again.elbo == pytest.approx(result.report.elbo, rel=1e-5)
         assert json.loads((result.output_dir / "evaluation.json").read_text())["psnr"] == result.report.psnr
 
+    @pytest.mark.slow
     def test_scaling_and_shift_are_measured(self, vae_run):
         result = vae_run[1]
         model = VAE.from_pretrained(result.output_dir / "model")
@@ -206,6 +208,7 @@ def test_model_is_evaluated_at_each_interval_but_the_last(tmp_path):
     assert evaluated == [90, 150, 240]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(tmp_path):
     optimizer = OptimizerConfig(learning_rate=3e-3, warmup_images=0)
     fit(dataclasses.replace(tiny(tmp_path / "run", max_images=3000), optimizer=optimizer))
@@ -220,6 +223,7 @@ def test_last_epoch_may_be_a_part(tmp_path):
 
 
 class TestExactness:
+    @pytest.mark.slow
     def test_two_runs_are_the_same(self, tmp_path):
         for name in ("first", "second"):
             fit(tiny(tmp_path / name, TINY_VAE, checkpoint_every=150))
@@ -262,12 +266,14 @@ class TestExactness:
             assert record["grad_norm"] == pytest.approx(float(norms[None]), rel=1e-5)  # as it was before
         assert norms[None] > 5 and norms[0.5] == pytest.approx(0.5, rel=1e-4)
 
+    @pytest.mark.slow
     def test_another_seed_is_another_run(self, tmp_path):
         for seed in (0, 1):
             fit(tiny(tmp_path / str(seed), seed=seed))
         first, second = (tensors(tmp_path / str(seed), 300, "ema") for seed in (0, 1))
         assert not any(torch.equal(first[key], second[key]) for key in first)
 
+    @pytest.mark.slow
     def test_accumulated_gradients_are_those_of_the_whole_batch(self, tmp_path, caplog):
         """A whole epoch, with an uneven last batch, of 17."""
         caplog.set_level("INFO")
@@ -298,6 +304,7 @@ class TestExactness:
         first, second = (tensors(tmp_path / name, 90, "model") for name in ("memory", "disk"))
         assert all(torch.equal(first[key], second[key]) for key in first)
 
+    @pytest.mark.slow
     def test_deterministic_algorithms_are_used_when_asked_for(self, tmp_path):
         try:
             fit(tiny(tmp_path / "run", TINY_VAE, deterministic=True, max_images=60))
@@ -448,6 +455,7 @@ class TestFaults:
         with pytest.raises(ValueError, match="no image to evaluate can be read"):
             train(at(config, tmp_path / "none"), memory_limit=0)
 
+    @pytest.mark.slow
     def test_a_step_of_which_nothing_can_be_read_stops_the_run(self, ships, tmp_path):
         images, _ = load_data(ships, memory_limit=0)
         steps = epoch_batches(len(images), 2, 0, 0)
@@ -515,6 +523,7 @@ class TestFaults:
         assert train(config).report.images == len(heldout)
         assert len((tmp_path / "run" / "bad_images.txt").read_text().splitlines()) == 2
 
+    @pytest.mark.slow
     def test_list_of_bad_images_does_not_grow_at_every_start(self, ships, tmp_path):
         images, _ = load_data(ships, memory_limit=0)
         paths_of(images)[4].write_bytes(b"no image")
@@ -525,6 +534,7 @@ class TestFaults:
         (line,) = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
         assert line.endswith(".png: cannot identify image file")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("log_every", [30, 1000])
     def test_metrics_that_are_deleted_are_written_again(self, log_every, tmp_path, caplog):
         class Deleting(AutoencoderTask):
@@ -539,6 +549,7 @@ class TestFaults:
         fit(at(config, tmp_path / "undisturbed"))
         assert left_behind(tmp_path / "run") == left_behind(tmp_path / "undisturbed")
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of tensorboard's thread
     @pytest.mark.parametrize("trouble", ["a file in its place", "deleted", "full disk"])
     def test_tracker_that_fails_does_not_end_the_run(self, trouble, tmp_path, caplog, request):
@@ -567,6 +578,7 @@ class TestFaults:
         assert len(records(tmp_path / "run", "train")) == 30
         assert find_checkpoint(tmp_path / "run" / "checkpoints")[0].name == "images-000000000300"
 
+    @pytest.mark.slow
     def test_workers_end_when_a_run_fails(self, tmp_path):
         """They ignore the signal by which Python would end them, so that a step can be finished. As long as the error
         is kept, so is, by its traceback, what reads.
@@ -624,6 +636,7 @@ class TestFaults:
         saved = {path.name for path in (tmp_path / "run").iterdir()}
         assert "checkpoints" in saved and not saved & {"model", "evaluation.json", "report.html"}
 
+    @pytest.mark.slow
     def test_dry_run_of_less_than_a_batch_resumes_too(self, tmp_path, caplog):
         caplog.set_level("INFO")
         config = tiny(tmp_path / "run", batch_size=4000, epochs=1, max_images=None)

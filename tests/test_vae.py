@@ -279,6 +279,7 @@ def test_pipeline_pictures(vae, mode, tmp_path):
 
 
 class TestNumbers:
+    @pytest.mark.slow
     @torch.no_grad()
     def test_equal_to_stock(self, vae):
         stock, images = stock_twin(vae), random_images(vae)
@@ -407,6 +408,7 @@ class TestLatentScaling:
 
 
 class TestSharing:
+    @pytest.mark.slow
     @pytest.mark.parametrize("direction", ["to_diffusers", "from_diffusers"])
     def test_shares_parameters(self, vae, direction):
         source = vae if direction == "to_diffusers" else stock_twin(vae)
@@ -477,6 +479,7 @@ class TestMachinery:
         vae.disable_slicing()
         assert torch.equal(vae.encode(images).latent_dist.mean, whole)
 
+    @pytest.mark.slow
     def test_gradient_checkpointing(self, vae):
         vae.train()
         calls = count_calls(vae.decoder.mid_block.resnets[0])

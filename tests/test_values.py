@@ -453,6 +453,7 @@ class TestSets:
 
 
 class TestLook:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("dtype", "most", "advice"),
         [
@@ -484,6 +485,7 @@ class TestLook:
         with pytest.raises(ValueError, match=r"float32 in 2 of 2 files, -3.14094 to 3.14068. State .*'\[-4, 4\]'"):
             look(config(tmp_path, channels=1), 10)
 
+    @pytest.mark.slow
     def test_statistics_and_what_is_recommended(self, tmp_path, capsys):
         root = deep_folder(tmp_path / "set")
         stated = config(root, value_range=DEEP)

@@ -88,6 +88,7 @@ class Step:
 
 
 class TestGradient:
+    @pytest.mark.slow
     @pytest.mark.parametrize("term", TERMS)
     def test_is_that_of_finite_differences_in_encoder_and_decoder(self, term):
         step = Step(term)
@@ -101,6 +102,7 @@ class TestGradient:
         by_autograd, by_differences = step.along([step.model.slow_log_scale])
         assert by_autograd == pytest.approx(by_differences, rel=1e-6) and abs(by_autograd) > 1
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("term", ["rate", "perceptual", "generator"])
     def test_of_the_term_alone_reaches_the_parts_that_it_depends_on(self, term):
         """What the term adds to the gradient without it; the rate knows no decoder."""
@@ -129,6 +131,7 @@ class TestLoss:
         added, terms, _ = self.added("rate")
         assert added == pytest.approx(3 * terms.per_image["rate"].mean().item(), rel=1e-9)
 
+    @pytest.mark.slow
     def test_lpips_counts_once_per_value_of_the_image(self):
         added, terms, step = self.added("perceptual")
         with torch.no_grad():
