@@ -150,8 +150,8 @@ class RunConfig:
     """When loss or gradient are not finite, nothing of the step is kept and the batch is written to output_dir. stop:
     with an error. skip: go on, and count; 20 in a row stop the run."""
     deterministic: bool = False
-    """Use only algorithms that repeat bit by bit. On a CPU all do. On a GPU, exact resume in float32 needs it, and steps
-    take longer; it has not been tried on a GPU yet."""
+    """Use only algorithms that repeat bit by bit. On a CPU all do. On a GPU, exact resume in float32 needs it, although
+    it has not been tried there yet; steps take longer."""
     log_every: int = 1000
     """Images between two records in metrics.jsonl."""
     tracker: Literal["tensorboard"] | None = "tensorboard"
