@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import psutil
 import torch.distributed as dist
+
+from .messages import message
 
 T = TypeVar("T")
 
@@ -351,7 +353,8 @@ class _Watch:
 
 
 def _say_error(text: str) -> None:
-    os.write(2, f"\nerror: {text}\n".encode())  # not by sys.stderr, which the main thread may hold
+    with suppress(OSError):  # the terminal may be gone, and the process ends all the same
+        os.write(2, f"\n{message(f'error: {text}')}\n".encode())  # not by sys.stderr, which the main thread may hold
 
 
 class WorkerWatch:

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from filelock import FileLock
 from programs import crash
 from support.files import flip
-from support.launches import INTERRUPTED, Launch, command, run_forked
+from support.launches import INTERRUPTED, Launch, command, run_forked, without_output
 from support.runs import (
     LAUNCH,
     TINY_VAE,
@@ -409,18 +409,6 @@ def below_a_launcher(work):
         os.execvp("sleep", ["accelerate launch", "600"])
     while "accelerate" not in " ".join(psutil.Process(os.getppid()).cmdline()):
         time.sleep(0.01)
-    work()
-
-
-def without_output(kind, work):
-    """Do `work` where nothing can be printed."""
-    if kind == "full disk":
-        target = os.open("/dev/full", os.O_WRONLY)
-    else:
-        reader, target = os.pipe()
-        os.close(reader)
-    os.dup2(target, 1)
-    os.dup2(target, 2)
     work()
 
 

@@ -11,7 +11,7 @@ from functools import partial
 import psutil
 import pytest
 import torch
-from support.launches import Launch, run_forked
+from support.launches import Launch, run_forked, without_output
 from support.runs import TINY_VAE, fit, left_behind, tiny
 
 from diffusers_vae.commands import run_encode, run_evaluate
@@ -151,6 +151,11 @@ class TestProcesses:
             assert output.count("after 3 s the run ends with an error") == 1
             assert "Traceback" not in output
             assert_continued(config(rank), uninterrupted(2), tmp_path / f"log of {rank} continued", 2)
+
+    def test_the_others_end_where_nothing_can_be_printed(self, tmp_path):
+        work = partial(fit_until, stop, config_of(tmp_path / "run"), [1])
+        launch = Launch(partial(without_output, "closed pipe", work), tmp_path / "log", processes=2)
+        assert launch.wait(timeout=30, grace=1) == [1, -signal.SIGKILL]
 
     def test_process_that_hangs_in_reading_is_named(self, uninterrupted, tmp_path):
         config = config_of(tmp_path / "run")

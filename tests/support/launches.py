@@ -150,6 +150,18 @@ def command(*arguments: object) -> None:
     os._exit(code)
 
 
+def without_output(kind: str, work: Callable[[], object]) -> None:
+    """Do `work` where nothing can be printed: to a "full disk" or a "closed pipe"."""
+    if kind == "full disk":
+        target = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, target = os.pipe()
+        os.close(reader)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    work()
+
+
 def _enter(work: Callable[[], object], log: Path, environment: dict[str, str], threads: int) -> None:
     assert "support.preloaded" in sys.modules, "the server has imported nothing, so that each launch imports everything"
     with log.open("a") as file:
