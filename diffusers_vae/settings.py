@@ -111,6 +111,8 @@ def _strict(loader: Any) -> type:
             return super().construct_yaml_int(node)
 
     Strict.add_constructor("tag:yaml.org,2002:int", Strict.construct_yaml_int)
+    for tag in ("binary", "omap", "pairs", "set", "timestamp"):  # what they make is no setting, and JSON has no such
+        del Strict.yaml_constructors[f"tag:yaml.org,2002:{tag}"]
     # dates stay texts, and 1e-4 is a number
     Strict.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "float")]

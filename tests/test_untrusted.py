@@ -160,6 +160,8 @@ class TestYaml:
             ("a: [", "line 1: expected the node content"),
             ("a: !!python/object/apply:os.system [x]", "could not determine a constructor for the tag"),
             ("a: !!python/name:os.system", "could not determine a constructor for the tag"),
+            ("a: !!binary aGk=", "could not determine a constructor for the tag"),
+            ("a: !!set {b}", "could not determine a constructor for the tag"),
             ("[" * 1500, "nested too deeply"),
             ("a: \x00", "damaged, no YAML: unacceptable character"),
             pytest.param("- \n" * MAX_EVENTS, "must hold at most 100,000 values, got more", marks=pytest.mark.slow),
