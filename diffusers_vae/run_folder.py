@@ -20,8 +20,8 @@ from .checkpoint import check_fits, find_checkpoint, tidy
 from .data import Read
 from .messages import showable
 from .settings import Settings, differences, other_sections
-from .storage import append_text, delete_file, make_folder, naming, sync, whole_file, write_file
-from .untrusted import read_json
+from .storage import ODD, append_text, delete_file, make_folder, naming, sync, whole_file, write_file
+from .untrusted import open_regular, read_json
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def check_whole(folder: Path, names: Iterable[str]) -> None:
             elif path.suffix == ".safetensors":
                 with safe_open(path, "pt"):
                     pass
-            elif path.suffix == ".html" and not path.read_bytes().rstrip().endswith(b"</html>"):
+            elif path.suffix == ".html" and not path.read_text(encoding="utf-8").rstrip().endswith("</html>"):
                 raise ValueError("its end is missing")
         except (OSError, SafetensorError, SyntaxError, ValueError) as error:  # Pillow's own is a SyntaxError
             raise ValueError(f"{path} is damaged: {error}") from error
@@ -261,7 +261,10 @@ class BadImages:
     def __init__(self, path: Path):
         self.path = path
         self.asked = self.bad = 0
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = ""
+        if path.exists():
+            with open_regular(path) as file:
+                text = file.read().decode(errors=ODD)
         whole, _, torn = text.rpartition("\n")
         self.listed = set(whole.splitlines())
         if torn:  # the process ended in the middle of a line

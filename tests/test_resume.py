@@ -208,6 +208,29 @@ class TestFinishedRun:
         assert "evaluation.json is damaged" in caplog.text
 
     @pytest.mark.slow
+    def test_report_that_is_damaged_is_named(self, run, caplog):
+        path = Path(run.run.output_dir) / "report.html"
+        path.write_bytes(path.read_bytes().replace(b"<body", b"\xff<body"))
+        run_task(Unmeasured(run))
+        assert f"{path} is damaged" in caplog.text
+
+    @pytest.mark.slow
+    def test_list_of_bad_images_that_is_not_utf8_ends_no_run(self, run):
+        path = Path(run.run.output_dir) / "bad_images.txt"
+        path.write_bytes(b"caf\xe9.png\n")
+        (path.parent / "evaluation.json").unlink()
+        fit(run)
+        assert path.read_bytes() == b"caf\xe9.png\n"
+
+    @pytest.mark.slow
+    def test_list_of_bad_images_that_is_a_pipe_is_refused(self, run):
+        path = Path(run.run.output_dir) / "bad_images.txt"
+        os.mkfifo(path)
+        (path.parent / "evaluation.json").unlink()
+        with pytest.raises(ValueError, match=rf"{path} must be a regular file, got a pipe"):
+            fit(run)
+
+    @pytest.mark.slow
     def test_evaluation_that_was_cut_off_is_made_again(self, run, finished_mlp_run):
         path = Path(run.run.output_dir) / "evaluation.json"
         path.write_bytes(path.read_bytes()[:-9])
