@@ -23,7 +23,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from .config import TRAININGS, Training, new_parser, parse_settings
+from .config import TRAININGS, Training, new_parser, parse_settings, refuse_null
 from .data import (
     IMAGE_SUFFIXES,
     OF_ROWS,
@@ -54,7 +54,7 @@ from .settings import config_of_run, read_settings
 from .silence import PATIENCE, Patience, report_progress, watched
 from .storage import whole_file, whole_files, write_file, write_text
 from .trainer import TrainResult
-from .untrusted import read_json
+from .untrusted import check_type, read_json
 from .values import WRITTEN, FileKind, ValueRange, read_values, write_values
 
 RESUME_ME = 75  # EX_TEMPFAIL in sysexits.h: "the user is invited to try again later"
@@ -535,7 +535,7 @@ def _encode(parser: ArgumentParser, arguments: Sequence[str], state: PartialStat
     known = _of_another_set(known, parsed.data, place)
     if known.get("name") in PLACED:  # whose root is no place for other sets
         del known["root"]
-    parsed = _parse(parser, [f"--data={json.dumps(known)}", *arguments, *place])
+    parsed = _parse(parser, [f"--data={json.dumps(known)}", *arguments, *place], config_of_run(parsed.vae))
     with one_first(state.is_local_main_process, "reading the data set"):
         images, split = load_split(
             parsed.data, parsed.split, state.is_local_main_process, parsed.captions, default="training"
@@ -635,7 +635,7 @@ def run_info(arguments: Sequence[str]) -> int:
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "images": f"{config.in_channels}x{height}x{width}" + ("" if "image_size" in config else " or other sizes"),
         "latents": f"{'x'.join(map(str, shape))}, {height // shape[1]} times smaller a side",
-        "scaled latents": f"(latents {-shift:+.6g}) * {config.get('scaling_factor', 1):.6g}",
+        "scaled latents": f"(latents {-shift:+.6g}) * {config.get('scaling_factor') or 1:.6g}",
         "weights": f"SHA-256 {weights_hash(model)}",
     }
     if stated := find_value_range(parsed.model, parsed.subfolder, parsed.revision):
@@ -655,11 +655,17 @@ def _parser(command: str, usage: str, description: str, example: str) -> Argumen
     return new_parser(usage, description, example, f"diffusers-vae {command}")
 
 
-def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+def _parse(parser: ArgumentParser, arguments: Sequence[str], file: Path | None = None) -> Namespace:
+    """The settings; a wrong one ends the process. `file` is where those come from that are not given as flags."""
     try:
-        return parser.instantiate(parser.parse_args(arguments))
+        parsed = parser.parse_args(arguments)
+        for section, kind in (("data", DataConfig), ("objective", ObjectiveConfig), ("evaluation", EvaluationConfig)):
+            if section in parsed:
+                refuse_null(parsed[section], section, kind)
+        return parser.instantiate(parsed)
     except (ArgumentError, ValueError) as error:
-        parser.exit(2, message(f"error: {error}") + "\n")
+        source = f"\nSettings that are not given as flags are those of {file}." if file else ""
+        parser.exit(2, message(f"error: {error}{source}") + "\n")
 
 
 def _parse_data(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
@@ -716,6 +722,11 @@ def _load(parsed: Namespace, source: str) -> ModelMixin:
 
 MEASURED = {"likelihood", "scale", "kl_weight"}
 """What an objective is measured with; the rest of it is for training."""
+NEEDED = {
+    "data": {"name": str, "root": str, "heldout_fraction": float},
+    "objective": dict.fromkeys(sorted(MEASURED), object),
+}
+"""What the config.yaml of a run must hold to be measured on its images."""
 
 
 def _add_measuring(parser: ArgumentParser) -> None:
@@ -750,14 +761,15 @@ def _parse_measuring(
     if not known:
         if not any(argument.startswith("--data.") for argument in arguments):
             parser.exit(
-                2, f"error: say with --data on which images; {showable(parsed[models[0]])} is of no run that tells\n"
+                2, f"error: name the images with --data: {showable(parsed[models[0]])} belongs to no run that does\n"
             )
         known = {"data": _data_for(loaded[0], parsed, parsed[models[0]])}
     known = known | {"data": _of_another_set(known["data"], parsed.data, arguments)}
     known = [f"--{name}={json.dumps(values)}" for name, values in known.items() if name in parsed]
-    parsed = _parse(parser, [*known, *arguments])
+    parsed = _parse(parser, [*known, *arguments], config_of_run(parsed[models[0]]))
     if runs[0] and not _names_images(arguments) and process_share()[0] == 0:  # somebody else may have chosen them
-        place = parsed.data.name if parsed.data.name in SETS else parsed.data.root
+        place = parsed.data.root if parsed.data.name in PLACED else parsed.data.name
+        place += f" in {parsed.data.root}" if parsed.data.name not in (*PLACED, "digits") else ""
         print(showable(f"images      {place}, as {config_of_run(parsed[models[0]])} says"), flush=True)
     same = [run["data"] for run in runs if run and _place(run["data"]) == _place(vars(parsed.data))]
     if parsed.split is None and same:  # some model was trained on these images, but for the held-out ones
@@ -828,6 +840,7 @@ def _settings_of_run(source: str) -> dict[str, dict[str, Any]]:
     if file is None:
         return {}
     settings = read_settings(file, "data", "objective", "evaluation")
+    check_type(settings, NEEDED, str(file))
     settings["evaluation"].pop("every", None)
     objective = {name: settings["objective"][name] for name in MEASURED}
     moved = isinstance(objective["scale"], str) or settings["objective"].get("target_rate") is not None

@@ -111,14 +111,21 @@ def _parse(training: Training, arguments: Sequence[str]) -> tuple[Settings, bool
     for section, kind in get_type_hints(training.settings).items():
         if not isinstance(parsed[section], Namespace):
             raise ValueError(f"{section} must hold settings, KEY: VALUE, got {parsed[section]}")
-        kinds = get_type_hints(kind)
-        for option in fields(kind):  # jsonargparse takes a null for any of them
-            if parsed[section][option.name] is None and NoneType not in get_args(kinds[option.name]):
-                raise ValueError(f"{section}.{option.name} must have a value, got null: leave it out for its default")
+        refuse_null(parsed[section], section, kind)
     settings = parser.instantiate(parsed).as_dict()
     settings.pop("config")
     dry = settings.pop("dry_run")
     return training.settings(**settings), dry
+
+
+def refuse_null(settings: Namespace, section: str, kind: type) -> None:
+    """Raise ValueError naming a setting of the dataclass `kind` that is null and must not be, which jsonargparse
+    accepts.
+    """
+    kinds = get_type_hints(kind)
+    for option in fields(kind):
+        if option.name in settings and settings[option.name] is None and NoneType not in get_args(kinds[option.name]):
+            raise ValueError(f"{section}.{option.name} must have a value, got null: leave it out for its default")
 
 
 def _error_of(training: Training, path: Path) -> str | None:

@@ -557,7 +557,11 @@ def push(run: Path, config: HubConfig) -> str:
             f"{run / 'evaluation.json'} must be of the weights in {run / 'model'}, got one of others; delete it and "
             "continue the run, which measures the model again"
         )
-    card = _render(found, config)
+    try:
+        card = _render(found, config)
+    except (KeyError, TypeError) as error:  # evaluation.json and config.json were checked
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{run / 'config.yaml'} is damaged: no model card can be made of it ({said})") from error
     psnr, name = found.evaluation["psnr"], showable(found.name)
     message = config.commit_message or f"Upload {name}: PSNR {psnr:.2f} dB on {found.evaluation['images']} images"
     _refuse_secrets("the model card", card)

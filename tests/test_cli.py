@@ -718,6 +718,49 @@ class TestOthers:
             assert f"{path} is damaged" in error and message in error, error
 
     @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("section", "changed", "message"),
+        [
+            ("data", {"name": ...}, ".data lacks name"),
+            ("data", {"root": ...}, ".data lacks root"),
+            ("data", {"heldout_fraction": "all"}, ".data.heldout_fraction must be of the type number"),
+            ("objective", {"scale": ...}, ".objective lacks scale"),
+            ("data", {"resolution": "large"}, "data.resolution"),
+            ("data", {"resolution": None}, "data.resolution must have a value, got null"),
+            ("data", {"pixels": 5}, "does not accept option 'pixels'"),
+            ("evaluation", {"batch_size": None}, "evaluation.batch_size must have a value, got null"),
+        ],
+    )
+    def test_wrong_settings_of_a_run_are_named_with_its_file(self, section, changed, message, run, capsys, tmp_path):
+        shutil.copytree(run, tmp_path / "run")
+        file = tmp_path / "run" / "config.yaml"
+        settings = yaml.safe_load(file.read_text())
+        settings[section] = {name: value for name, value in (settings[section] | changed).items() if value is not ...}
+        file.write_text(yaml.safe_dump(settings))
+        commands = [["evaluate", tmp_path / "run"], ["compare", tmp_path / "run", run]]
+        commands += [["encode", "digits", "--vae", tmp_path / "run"]] * (section != "evaluation")
+        for words in commands:
+            code, _, error = call(capsys, *words, "--out", tmp_path / "out")
+            assert code in (1, 2) and message in error and str(file) in error, error
+            assert "--debug" not in error and not (tmp_path / "out" / "evaluation.json").exists()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("changed", [{"name": ...}, {"resolution": None}])
+    def test_push_names_a_config_of_which_no_card_can_be_made(self, changed, run, capsys, tmp_path):
+        shutil.copytree(run, tmp_path / "run")
+        file = tmp_path / "run" / "config.yaml"
+        settings = yaml.safe_load(file.read_text())
+        settings["data"] = {name: value for name, value in (settings["data"] | changed).items() if value is not ...}
+        file.write_text(yaml.safe_dump(settings))
+        code, _, error = call(capsys, "push", tmp_path / "run", "me/model")
+        assert code == 1 and f"error: {file} is damaged: no model card can be made of it" in error, error
+
+    def test_info_shows_a_model_without_a_scaling_factor(self, capsys, tmp_path):
+        tiny_vae(3, scaling_factor=None).save_pretrained(tmp_path)
+        code, out, error = call(capsys, "info", tmp_path)
+        assert code == 0 and "scaled latents  (latents +0) * 1\n" in out, error
+
+    @pytest.mark.slow
     def test_settings_of_the_hub_are_those_of_the_run(self, hub, run, capsys, tmp_path):
         shutil.copytree(run, tmp_path / "run")
         settings = yaml.safe_load((run / "config.yaml").read_text())
@@ -733,7 +776,7 @@ class TestOthers:
     def test_a_model_of_no_run_needs_to_be_told_on_what(self, capsys, tmp_path):
         tiny_vae(3).save_pretrained(tmp_path)
         code, _, error = call(capsys, "evaluate", tmp_path)
-        assert code == 2 and "say with --data on which images" in error
+        assert code == 2 and "name the images with --data" in error
 
     def test_push_refuses_what_is_no_run(self, capsys, tmp_path):
         code, _, error = call(capsys, "push", tmp_path, "me/model")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from support.hub import connect
 from support.models import tiny_vae
@@ -113,6 +114,17 @@ class TestRuns:
     def test_where_images_are_read_is_said(self, run, capsys):
         code, printed = call(capsys, "evaluate", run, "--out", run / "out", "--evaluation.max_images", 8)
         assert code == 0 and f"digits, as {run / 'config.yaml'} says" in printed
+
+    @pytest.mark.slow
+    def test_where_a_named_set_is_read_is_said(self, run, tmp_path, capsys):
+        """It is downloaded to there where it is missing."""
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        settings["data"] |= {"name": "cifar10", "root": str(tmp_path / "odd")}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+        (tmp_path / "odd").mkdir()
+        (tmp_path / "odd" / "cifar-10-batches-py").mkdir()
+        code, printed = call(capsys, "evaluate", run, "--out", run / "out")
+        assert code == 1 and f"images cifar10 in {tmp_path / 'odd'}, as {run / 'config.yaml'} says" in printed
 
 
 class TestPresets:
