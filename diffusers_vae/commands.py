@@ -416,7 +416,7 @@ def _image_files(names: Sequence[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
             if not found:
                 raise FileNotFoundError(f"no image below {path.resolve()}: none of {', '.join(IMAGE_SUFFIXES)}")
             files += found
