@@ -41,7 +41,7 @@ from .objective import ObjectiveConfig
 from .pictures import CAPTIONS
 from .settings import read_settings, to_yaml
 from .storage import write_file
-from .untrusted import open_regular, read_json, read_text
+from .untrusted import open_regular, read_json, read_text, refuse_odd_name
 from .values import RANGE_FILE, ValueRange
 
 T = TypeVar("T")
@@ -550,6 +550,7 @@ def push(run: Path, config: HubConfig) -> str:
         OSError: when the Hub refuses, or the connection breaks, with the command that repeats the upload.
     """
     repo_id, revision = _repo_id(config), config.revision or "main"
+    refuse_odd_name(run, "a run that is published")
     found = _Run.read(run)
     contents = found.contents()
     if weights_hash(load_autoencoder(str(run / "model"))) != found.evaluation["model"]["weights_sha256"]:

@@ -33,7 +33,7 @@ from .models import VAE, encode, fast_dtype, for_inference, several_at_once, wei
 from .processes import gather_parts, on_main, only_user_of, process_share, sendable
 from .silence import alone
 from .storage import delete_file, described, digest_of, naming, save_tensors, whole_file, write_file
-from .untrusted import check_type, read_json
+from .untrusted import check_type, read_json, refuse_odd_name
 
 if TYPE_CHECKING:
     import datasets
@@ -135,6 +135,7 @@ def encode_images(
         ValueError: when the folder holds latents of something else, with the differences; when an image cannot be read.
     """
     folder = Path(folder)
+    refuse_odd_name(folder, "the folder of latents")
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind}")
     if dtype not in DTYPES.values():
@@ -540,6 +541,7 @@ class LatentDataset(Dataset):
 
     def __init__(self, folder: str | Path, weights_hash: str | None = None):
         self.folder = Path(folder)
+        refuse_odd_name(folder, "the folder of latents")
         self.index = _read_index(self.folder)
         self.cache: dict[str, Any] = self.index["cache"]
         """What the latents were computed from."""

@@ -55,6 +55,7 @@ from .run_folder import BadImages, Log, begin, find_run, leaving_out_the_tracker
 from .settings import Settings, begun_with, read_settings
 from .silence import PATIENCE, Patience, WorkerWatch, alone, report_progress, watched
 from .storage import make_folder, naming, save_tensors, sync
+from .untrusted import refuse_odd_name
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +161,7 @@ class RunConfig:
     def __post_init__(self):
         if not self.output_dir:
             raise ValueError("run.output_dir must name a folder, got an empty text")
+        refuse_odd_name(self.output_dir, "run.output_dir")
         for name in (
             "epochs", "max_images", "batch_size", "gradient_accumulation_steps", "checkpoint_every",
             "keep_checkpoints", "log_every",

@@ -122,6 +122,16 @@ def refuse_irregular(folder: Path) -> None:
                 raise ValueError(f"{path} must be a regular file, got a pipe, socket or device")
 
 
+def refuse_odd_name(path: str | Path, name: str) -> None:
+    """Raise ValueError when `path`, which `name` gives, is not UTF-8: safetensors writes to such a path, but cannot
+    read from it.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} must be a UTF-8 path, since safetensors reads no other, got {path}") from None
+
+
 def read_bytes(path: str | Path, limit: int = MAX_TEXT) -> bytes:
     """The content of a regular file of at most `limit` bytes.
 

@@ -77,6 +77,18 @@ class TestNames:
         exec(line.removeprefix("load it").strip(), names)  # it loads what it names
         assert names["vae"].config.scaling_factor
 
+    def test_that_safetensors_cannot_read_are_refused(self, run, capsys, tmp_path):
+        """It writes to such a folder: a run there could not be continued."""
+        odd = tmp_path / HOSTILE
+        shutil.copytree(run, odd)
+        for words in (
+            ["info", odd], ["push", odd, "me/model"], ["train", "--run.output_dir", tmp_path / "\udcff"],
+            ["encode", "digits", "--vae", run, "--out", tmp_path / "\udcff"],
+        ):  # fmt: skip
+            code, _, error = call(capsys, *words)
+            assert code in (1, 2) and "must be a UTF-8 path, since safetensors reads no other" in error, error
+        assert not (tmp_path / "\udcff").exists()
+
     def test_of_a_model_without_weights_are_escaped_in_what_diffusers_logs(self, run, capsys, caplog, tmp_path):
         shutil.copytree(run / "model", tmp_path / HOSTILE)
         (tmp_path / HOSTILE / "diffusion_pytorch_model.safetensors").unlink()
@@ -644,6 +656,7 @@ class TestOthers:
             (tmp_path / folder).mkdir()
             Image.fromarray(pixels).save(tmp_path / folder / "odd.png")
         (tmp_path / "a" / "bad.png").write_bytes(b"no image")
+        (tmp_path / "a" / "folder.png").mkdir()
         code, out, error = call(capsys, "reconstruct", run, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out")
         assert code == 1 and "1 of 3 images" in error and "bad.png" in error
         files = sorted((tmp_path / "out").iterdir())

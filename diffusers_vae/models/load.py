@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..messages import hiding_passwords, showable
-from ..untrusted import check_type, read_json, refuse_irregular
+from ..untrusted import check_type, read_json, refuse_irregular, refuse_odd_name
 from .mlp import MLPVAE
 from .single_file import load_single_file, read_single_file
 from .vae import VAE, posterior_from_moments
@@ -179,6 +179,7 @@ def _checked(config: Any, source: str) -> dict[str, Any]:
 def _is_file(source: str, subfolder: str | None, revision: str | None) -> bool:
     """Whether the model is a single file; ValueError when it is, and has to have a subfolder or a revision."""
     path = Path(source)
+    refuse_odd_name(path, "a model")
     if not path.is_file():
         if path.exists() and not path.is_dir():
             raise ValueError(f"{source} must be a regular file, got a pipe, socket or device")
