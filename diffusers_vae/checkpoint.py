@@ -212,6 +212,8 @@ def _problem(path: Path) -> str | None:
             "newer one"
         )
     for name, expected in files.items():
+        if (path / name).exists() and not (path / name).is_file():
+            return f"{name} is no regular file"  # a pipe would be waited for
         try:
             if described(path / name) != expected:
                 return f"{name} is not as it was written"

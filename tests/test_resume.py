@@ -112,13 +112,20 @@ class TestSameCommand:
     def test_damaged_checkpoints_are_passed_over(self, uninterrupted, tmp_path, caplog):
         config = uninterrupted("plain")
         output_dir = interrupted_at(280, config.run.output_dir, tmp_path / "run")
-        newest, second, third = sorted((output_dir / "checkpoints").iterdir(), reverse=True)[:3]
+        newest, second, third, fourth = sorted((output_dir / "checkpoints").iterdir(), reverse=True)[:4]
         flip(newest / "model.safetensors")
         (second / "optimizer.safetensors").write_bytes(b"")
+        (third / "model.safetensors").unlink()
+        os.mkfifo(third / "model.safetensors")
         caplog.set_level("INFO")
         fit(at(config, output_dir))
         assert left_behind(output_dir) == left_behind(config.run.output_dir)
-        for words in (f"{newest} is damaged", f"{second} is damaged", f"continuing from {third}"):
+        for words in (
+            f"{newest} is damaged",
+            f"{second} is damaged",
+            f"{third} is damaged",
+            f"continuing from {fourth}",
+        ):
             assert words in caplog.text
 
     @pytest.mark.slow
