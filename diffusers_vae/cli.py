@@ -94,7 +94,7 @@ def _drop_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-LESS_MEMORY = "take a smaller batch (of a training, run.device_batch_size auto), images or model"
+LESS_MEMORY = "use a smaller batch, smaller images or a smaller model; for training, run.device_batch_size auto"
 
 
 def _out_of_memory(error: Exception) -> bool:

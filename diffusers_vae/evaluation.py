@@ -61,10 +61,11 @@ class EvaluationConfig:
     """Draws from the posterior per image. Distortion is their mean; of two or more there is the importance-weighted
     bound too."""
     lpips: tuple[Literal["alex", "vgg", "squeeze"], ...] = ()
-    """Networks by whose features images are compared; their published weights are downloaded, or lie in
-    `$TORCH_HOME/hub/checkpoints`."""
+    """Networks whose features LPIPS compares; their published weights are downloaded to
+    `$TORCH_HOME/hub/checkpoints` if they are not there."""
     rfid: bool = False
-    """Frechet inception distance between the images and their reconstructions; weights likewise."""
+    """Frechet inception distance between the images and their reconstructions; its weights are found as those of
+    `lpips`."""
     projection: Literal["pca", "tsne"] = "pca"
     """Of latents of more than two dimensions, to picture them."""
     fp16: bool = False

@@ -678,7 +678,7 @@ def _refuse_secrets(where: str, text: str) -> None:
 
 
 def _token() -> str | None:
-    """That of the user."""
+    """The user's token of the Hub, or None."""
     try:
         return get_token()
     except Exception:  # it may come from a server

@@ -365,7 +365,7 @@ def run_task(task: Task, finish: bool = True, patience: Patience = PATIENCE) -> 
 
 
 def _accelerator(task: Task) -> Accelerator:
-    """Of this launch, in the precision of the run."""
+    """The Accelerator of this launch, in the precision of the run."""
     run, precision = task.config.run, _precision(task)
     if AcceleratorState._shared_state.get("_mixed_precision") not in (None, precision):
         AcceleratorState._reset_state()  # of a run before in this process, which Accelerate would hold this one to

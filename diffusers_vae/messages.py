@@ -20,7 +20,7 @@ def showable(text: object, lines: bool = False) -> str:
 
 
 def problem_list(problems: Sequence[str], most: int = 20) -> str:
-    """At most so many of the problems, a line each, and how many there are besides."""
+    """The first `most` problems, a line each, and the number of the others."""
     more = [f"and {len(problems) - most} more"] * (len(problems) > most)
     return "\n".join([*map(showable, problems[:most]), *more])
 

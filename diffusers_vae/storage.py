@@ -130,8 +130,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to write files to, in folders below it too. At the end, once all are on the disk, each gets
-    its place in `folder`; after an error those are there that were. OSErrors name `folder`.
+    """Yield an empty folder to write files to, in folders below it too. At the end, once all are on the disk, move each
+    into `folder`; an error within leaves `folder` as it was. OSErrors name `folder`.
     """
     partial = partial_of(folder / "results")
     with naming(folder):

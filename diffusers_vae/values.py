@@ -343,7 +343,7 @@ def _read_tiff(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray |
             raise ValueError(f"values of {photometric} are not read as they are: convert it to grey, RGB or CMYK")
         sizes = dict(zip("CHW" if layout == "pages" else layout, shape, strict=True))
         if page.dtype is None:
-            raise ValueError("its values are of no type that is known")
+            raise ValueError("its values have a data type that is not supported")
         orientation = int(page.tags.valueof(ExifTags.Base.Orientation, 1))
         height, width = (sizes["W"], sizes["H"]) if orientation > 4 else (sizes["H"], sizes["W"])
         dtype = np.dtype(series.dtype).newbyteorder(tiff.byteorder)

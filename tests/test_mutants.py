@@ -257,7 +257,7 @@ REASONS = {
     "overlaps what follows|encrypted or packed|unpacks to": "the archive's directory is wrong: all of it is refused",
     "data.image_column must say": "the type of the column is lost, which pyarrow does not need to know",
     "it has . channels|are not read as they are": "an image of other channels or colours: data.channels counts",
-    "it has no pixels|no type that is known|pages of a TIFF": "tifffile gives an empty array",
+    "it has no pixels|data type that is not supported|pages of a TIFF": "tifffile gives an empty array",
     "lacks . weights|Missing key": "a tensor has lost its name, and the model its weights",
     "missing or not as written|no index of latents": "a key, a tensor or a value of the cache is not what it was",
 }
