@@ -103,8 +103,8 @@ def _run_training(training: Training, arguments: Sequence[str]) -> int:
 
 @contextmanager
 def _launched(doing: str, patience: Patience, again: str) -> Iterator[PartialState]:
-    """What is `doing` something on all processes that `accelerate launch` started, which are watched within; what the
-    same command does after one fell silent is said by `again`. One process has nobody to wait for.
+    """Watch the processes that `accelerate launch` started while they work. An error names what was `doing`, and
+    ends with the sentence `again`, which says what the same command does. A single process is not watched.
     """
     with watched(patience, again):
         report_progress(doing)
@@ -656,7 +656,7 @@ def _parser(command: str, usage: str, description: str, example: str) -> Argumen
 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str], file: Path | None = None) -> Namespace:
-    """The settings; a wrong one ends the process. `file` is where those come from that are not given as flags."""
+    """The settings; a wrong one ends the process. `file` holds those that are not given as flags."""
     try:
         parsed = parser.parse_args(arguments)
         for section, kind in (("data", DataConfig), ("objective", ObjectiveConfig), ("evaluation", EvaluationConfig)):

@@ -100,7 +100,7 @@ def parse_settings(training: Training, arguments: Sequence[str]) -> tuple[Settin
 
 
 WRONG = (ArgumentError, OSError, ValueError)
-"""What settings that are wrong raise."""
+"""Errors that wrong settings raise."""
 
 
 def _parse(training: Training, arguments: Sequence[str]) -> tuple[Settings, bool]:

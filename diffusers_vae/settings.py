@@ -50,15 +50,16 @@ def to_yaml(settings: dict[str, dict[str, Any]]) -> str:
     return yaml.safe_dump(settings, sort_keys=False)
 
 
-MAX_EVENTS = 200_000
-"""Values, and beginnings and ends of lists and sections, in a YAML file."""
+MAX_NODES = 100_000
+"""Values in a YAML file."""
 MAX_DEPTH = 100
 """Lists and sections in each other, in a YAML file."""
 
 
 def read_yaml(path: Path) -> Any:
     """What the YAML file at `path` holds. Values that YAML 1.1 reads in an unexpected way are refused: `020` (16),
-    `1:30` (90), and a key that is given twice. So are aliases, by which a short file can expand without bound.
+    `1:30` (90), and a key that is given twice. Aliases are refused, too, since they let a short file expand without
+    bound.
 
     Raises:
         OSError: when it cannot be read.
@@ -78,11 +79,12 @@ def read_yaml(path: Path) -> Any:
 
 
 def _load(text: str, loader: type) -> Any:
-    depth = 0
-    for number, event in enumerate(yaml.parse(text, Loader=loader)):  # before anything is built of them
+    depth = nodes = 0
+    for event in yaml.parse(text, Loader=loader):  # before anything is built of them
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if number >= MAX_EVENTS:
-            _refuse(f"a YAML file must hold at most {MAX_EVENTS // 2:,} values, got more", event)
+        nodes += isinstance(event, yaml.NodeEvent)
+        if nodes > MAX_NODES:
+            _refuse(f"must hold at most {MAX_NODES:,} values, got more", event)
         if depth > MAX_DEPTH:
             _refuse(f"nested too deeply: more than {MAX_DEPTH} lists and sections in each other", event)
         if isinstance(event, yaml.AliasEvent):

@@ -144,7 +144,7 @@ def by_numpy(path):
 
 
 def in_order(images):
-    """By content: a changed name changes the order of files."""
+    """Sort images by content, since a damaged name changes the order of files."""
     return sorted(images, key=lambda image: image.tobytes())
 
 
@@ -256,7 +256,7 @@ REASONS = {
     "it has no end": "tarfile takes a damaged header for the end, and leaves out what follows",
     "overlaps what follows|encrypted or packed|unpacks to": "the archive's directory is wrong: all of it is refused",
     "data.image_column must say": "the type of the column is lost, which pyarrow does not need to know",
-    "it has . channels|are not read as they are": "an image of other channels or colours: data.channels counts",
+    "it has . channels|are not read as they are": "the image has other channels or colours than data.channels asks for",
     "it has no pixels|data type that is not supported|pages of a TIFF": "tifffile gives an empty array",
     "lacks . weights|Missing key": "a tensor has lost its name, and the model its weights",
     "missing or not as written|no index of latents": "a key, a tensor or a value of the cache is not what it was",

@@ -214,7 +214,7 @@ BRIEF = Patience(warning=0.5, end=2)
 
 
 def run_until(rank, run_command, arguments):
-    """Run a command on processes of which `rank` is stopped at its third batch."""
+    """Run a command, and stop process `rank` at its third batch."""
     read, batches = ArrayImages.__getitems__, []
 
     def read_or_stop(self, indices):
