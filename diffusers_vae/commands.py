@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -51,7 +50,7 @@ from .precision import measure_precision
 from .processes import Interrupted, lossy_output, on_main, one_first, process_share
 from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
 from .settings import config_of_run, read_settings
-from .silence import PATIENCE, Patience, report_progress, watched
+from .silence import GROUP_TIMEOUT, PATIENCE, Patience, report_progress, watched
 from .storage import whole_file, whole_files, write_file, write_text
 from .trainer import TrainResult
 from .untrusted import check_type, read_json
@@ -108,8 +107,7 @@ def _launched(doing: str, patience: Patience, again: str) -> Iterator[PartialSta
     """
     with watched(patience, again):
         report_progress(doing)
-        # how long a process that reads or draws is waited for, `watched` decides
-        yield PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+        yield PartialState(cpu=not torch.accelerator.is_available(), timeout=GROUP_TIMEOUT)
     _leave_group()
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -53,7 +52,7 @@ from .models import fast_dtype
 from .processes import Interrupted, Signals, gather, ignore_signals, lossy_output, on_main, only_user_of, out_of_memory
 from .run_folder import BadImages, Log, begin, find_run, leaving_out_the_tracker
 from .settings import Settings, begun_with, read_settings
-from .silence import PATIENCE, Patience, WorkerWatch, alone, report_progress, watched
+from .silence import GROUP_TIMEOUT, PATIENCE, Patience, WorkerWatch, alone, report_progress, watched
 from .storage import make_folder, naming, save_tensors, sync
 from .untrusted import refuse_odd_name
 
@@ -374,8 +373,7 @@ def _accelerator(task: Task) -> Accelerator:
         mixed_precision=precision,
         log_with=run.tracker,
         project_dir=run.output_dir,
-        # the others wait while the main process reads images first, or draws; how long, `watched` decides
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)],
     )
     _check_launch(accelerator, run)
     _use_all_cores(accelerator)

@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+GROUP_TIMEOUT = timedelta(days=1)
+"""Timeout of a process group. It is long, since `watched` decides how long the others wait for a process."""
 CONTINUES = "The same command continues from the newest checkpoint"
 """What the same command does after such an end."""
 
