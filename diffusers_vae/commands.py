@@ -44,7 +44,7 @@ from .loop import RunResult, Task, dry_run, run_task
 from .messages import message, quoted, showable
 from .metrics import psnr
 from .models import MLPVAE, VAE, encode, find_subfolder, load_autoencoder, weights_hash
-from .objective import ObjectiveConfig
+from .objective import ObjectiveConfig, VAEObjective
 from .pictures import comparison_picture, contact_sheet, sample_picture
 from .precision import measure_precision
 from .processes import Interrupted, lossy_output, on_main, one_first, process_share
@@ -209,7 +209,9 @@ def _evaluate(parser: ArgumentParser, arguments: Sequence[str], state: PartialSt
     out = Path(parsed.out or Path("evaluations") / name.replace("/", "--"))
     # what cannot be written must not cost the measuring
     on_main(lambda: (out / "pictures").mkdir(parents=True, exist_ok=True))
-    report = evaluate(model, images, parsed.objective.build(), parsed.evaluation, parsed.data, split, name, True)
+    report = evaluate(
+        model, images, _objective(parsed, parsed.model), parsed.evaluation, parsed.data, split, name, True
+    )
     on_main(lambda: _write_evaluation(out, report, model, images, parsed.evaluation))
 
 
@@ -250,8 +252,9 @@ def run_compare(arguments: Sequence[str]) -> int:
     out = Path(parsed.out or Path("comparisons") / "--vs--".join(name.strip("./").replace("/", "--") for name in names))
     out.mkdir(parents=True, exist_ok=True)
     _check_images(models, names, images)
+    objective = _objective(parsed, parsed.first)
     reports = [
-        evaluate(model, images, parsed.objective.build(), parsed.evaluation, parsed.data, split, name, True)
+        evaluate(model, images, objective, parsed.evaluation, parsed.data, split, name, True)
         for model, name in zip(models, names, strict=True)
     ]
     comparison = compare(*reports)
@@ -841,11 +844,22 @@ def _settings_of_run(source: str) -> dict[str, dict[str, Any]]:
     check_type(settings, NEEDED, str(file))
     settings["evaluation"].pop("every", None)
     objective = {name: settings["objective"][name] for name in MEASURED}
-    moved = isinstance(objective["scale"], str) or settings["objective"].get("target_rate") is not None
-    if moved and (file.parent / "evaluation.json").exists():
-        report = read_report(file.parent / "evaluation.json")
-        objective |= {"scale": report.scale, "kl_weight": report.kl_weight}
+    if settings["objective"].get("target_rate") is not None and (report := _report_of_run(source)):
+        objective["kl_weight"] = report.kl_weight
     return {"data": settings["data"], "objective": objective, "evaluation": settings["evaluation"]}
+
+
+def _report_of_run(source: str) -> EvaluationReport | None:
+    """The evaluation of the finished run that a folder, or its model/, belongs to."""
+    file = config_of_run(source)
+    path = file and file.parent / "evaluation.json"
+    return read_report(path) if path and path.exists() else None
+
+
+def _objective(parsed: Namespace, source: str) -> VAEObjective:
+    """The objective to measure by: a learned or optimal scale has the value that the run of `source` ended with."""
+    report = _report_of_run(source) if isinstance(parsed.objective.scale, str) else None
+    return parsed.objective.build(report.scale if report else None)
 
 
 def _name(source: str) -> str:

@@ -23,8 +23,8 @@ from .data import DataConfig, ImageSet, image_batches
 from .images import to_model_range, to_uint8
 from .latents import LatentStatistics, PosteriorHealth, draw, total
 from .metrics import frechet_distance, mean_interval, psnr, ssim
-from .models import decode, encode, weights_hash
-from .objective import VAEObjective
+from .models import decode, decode_logits, encode, weights_hash
+from .objective import Bernoulli, VAEObjective
 from .perceptual import LPIPS, InceptionFeatures
 from .precision import PrecisionReport, measure_precision
 from .processes import gather_parts, process_share
@@ -204,7 +204,8 @@ class EvaluationReport:
     images: int
     """How many were measured."""
     loss: float
-    """As trained: distortion without its constant + kl_weight * rate, nats per image."""
+    """The objective: distortion, without the part of its constant that training cannot change, + kl_weight * rate, nats
+    per image; without perceptual and adversarial terms."""
     distortion: float
     """-log p(image | latents) with its constant, nats per image."""
     rate: float
@@ -487,8 +488,12 @@ def _measure(
     """The figures of each image, (B,) by name, and the features of images and reconstructions if asked for."""
     distortions, log_weights, reconstructions = [], [], None
     for latents in draw(posterior, indices, config.seed, config.draws):
-        decoded = decode(model, latents)
-        terms = objective(images, decoded, posterior)
+        if isinstance(objective.likelihood, Bernoulli):
+            logits = decode_logits(model, latents)
+            decoded, terms = to_model_range(logits.sigmoid()), objective(images, logits, posterior, logits=logits)
+        else:
+            decoded = decode(model, latents)
+            terms = objective(images, decoded, posterior)
         distortions.append(terms.distortion)
         log_weights.append(log_prior_ratio(posterior, latents).cpu().double() - terms.distortion.cpu().double())
         if reconstructions is None and config.reconstruction == "sample":
@@ -497,9 +502,9 @@ def _measure(
         reconstructions = decode(model, posterior.mode())
     reconstructions = _as_compared(reconstructions, config)
     distortion, rate = torch.stack(distortions).mean(0), terms.rate
-    constant = objective.likelihood.constant() * images[0].numel()
+    left_out = objective.left_out() * images[0].numel()
     figures = {
-        "loss": distortion - constant + objective.kl_weight * rate,
+        "loss": distortion - left_out + objective.kl_weight * rate,
         "distortion": distortion,
         "rate": rate,
         "elbo": -(distortion + rate),
@@ -539,7 +544,7 @@ FIGURES = {
         "IW bound", "nats/image", "a tighter bound of log p(image), of several draws", 2
     ),
     "bits_per_dim": Figure("bits/dim", "bits", "-ELBO per channel of a pixel; below 0 where a density exceeds 1", 4),
-    "loss": Figure("loss", "nats/image", "as trained: distortion without its constant + kl_weight * rate", 3),
+    "loss": Figure("loss", "nats/image", "the objective: distortion without its constant + kl_weight * rate", 3),
 }
 """By the key in evaluation.json, in the order in which people are shown them."""
 

@@ -210,7 +210,7 @@ class StepTerms:
     """What came of a micro-batch."""
 
     loss: torch.Tensor
-    """Scalar, the mean over its images: what is differentiated."""
+    """Scalar, the mean over its images: the objective, as it is logged."""
     per_image: dict[str, torch.Tensor]
     """Each (B,), for people; they lead to the image when the loss is not finite."""
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -221,6 +221,14 @@ class StepTerms:
     """Images and reconstructions for the discriminator; None while it does not train."""
     discriminator_loss: torch.Tensor | None = None
     """Scalar likewise, of the discriminator."""
+    network_loss: torch.Tensor | None = None
+    """Scalar: what terms that other networks judge add to what is differentiated, with their weights; the terms
+    themselves are logged by `per_image`."""
+
+    @property
+    def total_loss(self) -> torch.Tensor:
+        """Scalar: what is differentiated."""
+        return self.loss if self.network_loss is None else self.loss + self.network_loss
 
 
 class Task(Protocol):
@@ -503,7 +511,7 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool, p
                 with nullcontext() if micro_step == len(micro_batches) else accelerator.no_sync(model):
                     terms = task.step(model, read, own_draws)
                     # Gradients are averaged over processes, so that this sums to the mean over the step's images.
-                    loss = terms.loss * share * accelerator.num_processes
+                    loss = terms.total_loss * share * accelerator.num_processes
                     (accelerator.scaler.scale(loss) if accelerator.scaler else loss).backward()
                 if terms.pair:
                     terms = task.discriminate(terms)
@@ -927,7 +935,7 @@ def _forward_and_backward(
     for _ in range(2):  # the second one beside the gradients of the first
         with accelerator.no_sync(model):  # another process may have no memory left, and would be waited for
             terms = task.step(model, read, {name: values[: len(read.kept)] for name, values in draws.items()})
-            accelerator.backward(terms.loss)
+            accelerator.backward(terms.total_loss)
         if terms.pair:
             task.discriminate(terms).discriminator_loss.backward()
     del moments

@@ -59,8 +59,10 @@ def rate_per_channel(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
 class Likelihood(Protocol):
     """p(image | latents), independent per pixel. `error` is what training needs of -log p, `constant` the rest."""
 
-    def error(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        """-log p(image | latents) per image (B,), nats, without the part that no parameter changes."""
+    def error(self, images: torch.Tensor, decoded: torch.Tensor, /) -> torch.Tensor:
+        """-log p(image | latents) per image (B,), nats, without the part that no parameter changes. `decoded` are the
+        reconstructions, for a `Bernoulli` likelihood their logits.
+        """
         ...
 
     def constant(self) -> float:
@@ -152,30 +154,15 @@ class Laplace:
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Every value is 1 with the probability (reconstruction + 1) / 2; grey values count as probabilities.
+    """Every value is 1 with the probability sigmoid(logit); grey values count as probabilities.
 
-    Needs reconstructions in [-1, 1]: others are a ValueError on a CPU, and NaN on other devices, which would have to be
-    waited for, and where it is compiled. Probabilities are kept a float32 epsilon away from 0 and 1, as
-    `torch.distributions.Bernoulli` does.
+    Computed from the decoder's logits (B, C, H, W), not from reconstructions: in float32, a reconstruction rounds to -1
+    or 1 for logits beyond about 16, where the error would stop growing and its gradient would vanish.
     """
 
-    def error(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        low, high = reconstructions.detach().aminmax()
-        # NaN is for the training loop to report, and so is, as NaN, what other devices would be waited for to tell
-        tellable = reconstructions.device.type == "cpu" and not torch.compiler.is_compiling()
-        if tellable and (low < -1 or high > 1):
-            raise ValueError(
-                "a Bernoulli likelihood needs reconstructions that are probabilities: in [-1, 1] after the rescaling "
-                f"of images, got values from {low.item():.3g} to {high.item():.3g}. The decoder of VAE is unbounded; "
-                "use MLPVAE, which ends in a sigmoid, or a Gaussian or Laplace likelihood"
-            )
-        outside = torch.where((low < -1) | (high > 1), math.nan, 0.0)
-        epsilon = torch.finfo(reconstructions.dtype).eps
-        probabilities = to_unit_range(reconstructions).clamp(epsilon, 1 - epsilon)
+    def error(self, images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         values = to_unit_range(images)
-        # written out: F.binary_cross_entropy refuses to run under CUDA autocast
-        error = -(values * probabilities.log() + (1 - values) * (-probabilities).log1p()).flatten(1).sum(1)
-        return error + outside
+        return F.binary_cross_entropy_with_logits(logits, values, reduction="none").flatten(1).sum(1)
 
     def constant(self) -> float:
         return 0.0
@@ -194,7 +181,8 @@ class ObjectiveTerms:
     rate: torch.Tensor
     """KL to the prior, (B,)."""
     loss: torch.Tensor
-    """What is differentiated, a scalar: mean of distortion, without its constant, + kl_weight * rate."""
+    """What is differentiated, a scalar: mean of distortion, without its constant (`VAEObjective.left_out`), + kl_weight
+    * rate."""
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
     """Means over these images of what the next step depends on, without gradient: `TrainingObjective.end_step`."""
 
@@ -214,6 +202,13 @@ class VAEObjective:
     kl_weight: float = 1.0
     free_bits: float = 0.0
     """Nats per latent channel, as a mean over the images, below which the loss does not press its rate."""
+    scale_varies: bool = False
+    """Whether training changes the likelihood's scale, so that its logarithm is part of the loss, once per value."""
+
+    def left_out(self) -> float:
+        """Return what the loss leaves out of the distortion: the part that training cannot change, nats per value."""
+        constant = self.likelihood.constant()
+        return constant - _log(self.scale) if self.scale_varies else constant
 
     @property
     def scale(self) -> float | torch.Tensor | None:
@@ -226,6 +221,7 @@ class VAEObjective:
         reconstructions: torch.Tensor,
         posterior: DiagonalGaussianDistribution,
         *,
+        logits: torch.Tensor | None = None,
         kl_weight: float | None = None,
         scale: torch.Tensor | float | None = None,
         channel_rates: torch.Tensor | None = None,
@@ -233,6 +229,8 @@ class VAEObjective:
         """The terms for images and reconstructions (B, C, H, W) in [-1, 1]; float32 at least.
 
         Args:
+            logits: (B, C, H, W), from which a `Bernoulli` likelihood is computed, as `MLPVAE` returns them with
+                `return_logits=True`: reconstructions are 2 * sigmoid(logits) - 1. Only for that likelihood.
             kl_weight: replaces the objective's in the loss.
             scale: replaces the likelihood's, a positive number or scalar tensor. As it is no constant then, the loss
                 holds its logarithm once per value, and its gradient flows to a tensor that requires one.
@@ -242,8 +240,8 @@ class VAEObjective:
                 decide as one.
 
         Raises:
-            ValueError: when shapes or numbers of images differ, images are integers, reconstructions are no
-                probabilities for a `Bernoulli` likelihood, as it says, or one is given a scale.
+            ValueError: when shapes or numbers of images differ, images are integers, logits are missing for a
+                `Bernoulli` likelihood or given for another one, or a `Bernoulli` likelihood is given a scale.
         """
         if not images.is_floating_point():
             raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
@@ -252,17 +250,32 @@ class VAEObjective:
                 f"images and reconstructions must have one shape, got {tuple(images.shape)} and "
                 f"{tuple(reconstructions.shape)}"
             )
-        if reconstructions.dtype in (torch.float16, torch.bfloat16):
-            reconstructions = reconstructions.float()
-        images = images.to(reconstructions.dtype)
+        decoded = reconstructions
+        if isinstance(self.likelihood, Bernoulli) != (logits is not None):
+            raise ValueError(
+                "logits are for a Bernoulli likelihood, which is computed from them: "
+                + ("leave them out" if logits is not None else "pass those that MLPVAE returns with return_logits=True")
+                + f", got the likelihood {self.likelihood}"
+            )
+        if logits is not None:
+            if logits.shape != images.shape:
+                raise ValueError(
+                    f"logits must have the shape of the images, {tuple(images.shape)}, got {tuple(logits.shape)}"
+                )
+            decoded = logits
+        if decoded.dtype in (torch.float16, torch.bfloat16):
+            decoded = decoded.float()
+        images = images.to(decoded.dtype)
         values, likelihood = images[0].numel(), self.likelihood
         if scale is not None:
             if isinstance(likelihood, Bernoulli):
                 raise ValueError(f"a Bernoulli likelihood has no scale: leave it out, got {scale}")
             if isinstance(scale, torch.Tensor):
-                scale = scale.to(reconstructions.dtype)
+                scale = scale.to(decoded.dtype)
             likelihood = likelihood.with_scale(scale)
-        error = likelihood.error(images, reconstructions)
+        elif self.scale_varies:
+            scale = self.scale
+        error = likelihood.error(images, decoded)
         rate = pressed_rate = kl_to_standard_normal(posterior)
         if len(rate) != len(images):
             raise ValueError(f"the posterior must be of the {len(images)} images, got one of {len(rate)}")
@@ -426,7 +439,7 @@ class ObjectiveConfig:
             raise ValueError(f"objective.scale is {self.scale}, not learned or optimal: leave out {scale}")
         likelihoods = {"gaussian": Gaussian, "laplace": Laplace}
         likelihood = likelihoods[self.likelihood](scale) if self.likelihood in likelihoods else Bernoulli()
-        return VAEObjective(likelihood, self.kl_weight)
+        return VAEObjective(likelihood, self.kl_weight, scale_varies=isinstance(self.scale, str))
 
 
 class RateController:
@@ -507,10 +520,12 @@ class TrainingObjective:
         reconstructions: torch.Tensor,
         posterior: DiagonalGaussianDistribution,
         log_scale: torch.Tensor | None = None,
+        logits: torch.Tensor | None = None,
     ) -> ObjectiveTerms:
         """The terms of a micro-batch, as `VAEObjective`, with the statistics that `end_step` needs.
 
         Args:
+            logits: for a Bernoulli likelihood, as `VAEObjective` takes them.
             log_scale: the parameter of a learned scale, its natural logarithm, a scalar tensor.
 
         Raises:
@@ -529,6 +544,7 @@ class TrainingObjective:
             images,
             reconstructions,
             posterior,
+            logits=logits,
             kl_weight=self._kl_weight,
             scale=scale,
             channel_rates=channel_rates,

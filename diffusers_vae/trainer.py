@@ -457,18 +457,18 @@ class AutoencoderTask(Task):
         if isinstance(read, _Encoded):
             self.verification.check()
             keywords["moments"] = read.moments.to(noise.device, non_blocking=True)
-        images, reconstructions, terms, *log_scale = self._program(model, pixels, noise, before, after, **keywords)
+        images, reconstructions, terms, log_scale = self._program(model, pixels, noise, before, after, **keywords)
         step = StepTerms(
             terms.loss,
             {"distortion": terms.distortion, "rate": terms.rate},
             statistics=dict(terms.statistics),
-            readings={"scale": log_scale[0].detach().exp()} if log_scale else {},
+            readings={} if log_scale is None else {"scale": log_scale.detach().exp()},
         )
         if self.perceptual:
             distance = self.perceptual(images, reconstructions)
             step.per_image["perceptual"] = distance
             weight = self.config.objective.perceptual_weight * images[0].numel()
-            step = replace(step, loss=step.loss + weight * distance.mean())
+            step = replace(step, network_loss=weight * distance.mean())
         if self.adversary:
             step.per_image.update(dict.fromkeys(("generator", "discriminator"), torch.zeros_like(terms.rate)))
         if self.adversary and self.adversary.active:
@@ -496,28 +496,33 @@ class AutoencoderTask(Task):
         after: equivariance.Transformation | None,
         **keywords: torch.Tensor,
     ) -> tuple[Any, ...]:
-        """Images, reconstructions, terms of the objective and, if it is learned, log_scale: what is compiled."""
+        """Images, reconstructions, terms of the objective and log_scale (None unless it is learned)."""
         images = to_model_range(pixels)
         if before:
             images = before.images(images)
         if after:
             keywords["transform"] = after.latents
-        reconstructions, posterior, *log_scale = model(
+        if bernoulli := self.config.objective.likelihood == "bernoulli":
+            keywords["return_logits"] = True
+        reconstructions, posterior, *others = model(
             images, return_dict=False, return_posterior=True, noise=noise, **keywords
         )
         if after:
             images = after.images(images)
-        return images, reconstructions, self.objective(images, reconstructions, posterior, *log_scale), *log_scale
+        named = {"logits" if bernoulli else "log_scale": others[0]} if others else {}
+        terms = self.objective(images, reconstructions, posterior, **named)
+        return images, reconstructions, terms, named.get("log_scale")
 
     def _judged(self, step: StepTerms, images: torch.Tensor, reconstructions: torch.Tensor, model: VAE) -> StepTerms:
         """The step with what the discriminator makes of it."""
         with self.accelerator.autocast():
             judgement = self.adversary.generator_loss(reconstructions)
         step.per_image["generator"] = judgement
-        gradients = self.adversary.gradients(step.loss, judgement.mean(), model.decoder.conv_out.weight)
+        added = self.adversary.weight * judgement.mean()
+        gradients = self.adversary.gradients(step.total_loss, judgement.mean(), model.decoder.conv_out.weight)
         return replace(
             step,
-            loss=step.loss + self.adversary.weight * judgement.mean(),
+            network_loss=added if step.network_loss is None else step.network_loss + added,
             statistics=step.statistics | gradients,
             pair=(images, reconstructions.detach()),
         )

@@ -175,10 +175,11 @@ class TestReferences:
                 posterior = Independent(Normal(found.mean[0], found.std[0]), 3)
                 latents = posterior.sample((4000,))
                 decoded = model.decode(latents).sample
+                logits = model.decode_logits(latents)
             if isinstance(likelihood, Gaussian):
                 density, value = Normal(decoded, likelihood.std), images
             else:
-                density, value = TorchBernoulli((decoded + 1) / 2), (images + 1) / 2
+                density, value = TorchBernoulli(logits=logits), (images + 1) / 2
             log_p = Independent(density, 3).log_prob(value.expand_as(decoded))
             prior = Independent(Normal(torch.zeros(5, 1, 1), 1), 3)
             estimates.append((log_p + prior.log_prob(latents) - posterior.log_prob(latents)).double())
@@ -421,6 +422,19 @@ class TestReport:
     def test_bernoulli_says_that_it_is_no_density(self, digits):
         report = evaluate(MLPVAE(16, latent_dim=2), digits, VAEObjective(Bernoulli()), EvaluationConfig(max_images=4))
         assert "no density for grey values" in report.density and report.distortion > 0
+
+    def test_bernoulli_counts_all_of_a_confident_error(self, digits):
+        """Each pixel of a white image costs 40 nats where the logit is -40; a reconstruction in float32 caps it."""
+        model = MLPVAE(16, latent_dim=2)
+        torch.nn.init.zeros_(model.decoder[-1].weight)
+        torch.nn.init.constant_(model.decoder[-1].bias, -40.0)
+        white = ArrayImages(torch.full((2, 1, 16, 16), 255, dtype=torch.uint8))
+        report = evaluate(model, white, VAEObjective(Bernoulli()), EvaluationConfig())
+        assert report.distortion == pytest.approx(40 * 256, rel=1e-6)
+
+    def test_bernoulli_is_refused_for_a_model_without_logits(self, digits):
+        with pytest.raises(ValueError, match="needs a decoder that gives probabilities, which MLPVAE does and VAE"):
+            evaluate(tiny_vae(), digits, VAEObjective(Bernoulli()), EvaluationConfig(max_images=2))
 
     def test_no_images_and_too_few_are_refused(self, digits):
         with pytest.raises(ValueError, match="at least one image"):

@@ -31,7 +31,7 @@ from diffusers_vae.objective import (
 REFERENCES = [
     *((Gaussian(std), lambda r, std=std: distributions.Normal(r, std)) for std in (0.05, 1.0, math.sqrt(2))),
     *((Laplace(scale), lambda r, scale=scale: distributions.Laplace(r, scale)) for scale in (0.05, 1.0, 3.0)),
-    (Bernoulli(), lambda r: distributions.Bernoulli(probs=to_unit_range(r), validate_args=False)),
+    (Bernoulli(), lambda logits: distributions.Bernoulli(logits=logits, validate_args=False)),
 ]
 LIKELIHOODS = [likelihood for likelihood, _ in REFERENCES]
 
@@ -40,6 +40,13 @@ def make_images(batch=3, channels=1, dtype=torch.float32, seed=0):
     """Random images and reconstructions (batch, channels, 4, 6) in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     return 2 * torch.rand(2, batch, channels, 4, 6, generator=generator, dtype=dtype) - 1
+
+
+def compute_terms(objective, images, decoded, posterior, **keywords):
+    """The terms for reconstructions `decoded`, or for a Bernoulli likelihood their logits."""
+    if isinstance(objective.likelihood, Bernoulli):
+        return objective(images, 2 * decoded.sigmoid() - 1, posterior, logits=decoded, **keywords)
+    return objective(images, decoded, posterior, **keywords)
 
 
 def make_moments(batch=3, dtype=torch.float32, seed=0):
@@ -102,7 +109,7 @@ def test_rate_of_half_precision_moments_is_computed_in_float32(dtype):
 def test_distortion_equals_torch_distributions(likelihood, reference, channels, dtype):
     images, reconstructions = make_images(channels=channels, dtype=dtype)
     posterior = DiagonalGaussianDistribution(make_moments(dtype=dtype))
-    terms = VAEObjective(likelihood)(images, reconstructions, posterior)
+    terms = compute_terms(VAEObjective(likelihood), images, reconstructions, posterior)
     value = to_unit_range(images) if isinstance(likelihood, Bernoulli) else images
     expected = -reference(reconstructions).log_prob(value).flatten(1).sum(1)
     assert terms.distortion.dtype == dtype
@@ -118,7 +125,7 @@ def test_density_sums_to_one_over_a_pixel(likelihood):
         weight = (pixels[1] - pixels[0]).item()
     images = pixels.view(-1, 1, 1, 1)
     posterior = DiagonalGaussianDistribution(torch.zeros(len(images), 2, 1, 1))
-    terms = VAEObjective(likelihood)(images, torch.full_like(images, 0.3), posterior)
+    terms = compute_terms(VAEObjective(likelihood), images, torch.full_like(images, 0.3), posterior)
     assert (terms.distortion.neg().exp().sum() * weight).item() == pytest.approx(1, abs=1e-4)
 
 
@@ -127,8 +134,10 @@ def test_density_sums_to_one_over_a_pixel(likelihood):
 def test_half_precision_reconstructions_are_computed_in_float32(likelihood, dtype):
     images, reconstructions = make_images()
     reconstructions, posterior = reconstructions.to(dtype), DiagonalGaussianDistribution(make_moments())
-    terms = VAEObjective(likelihood)(images, reconstructions, posterior)
-    expected = VAEObjective(likelihood)(images, reconstructions.float(), posterior)
+    terms, expected = (
+        compute_terms(VAEObjective(likelihood), images, decoded, posterior)
+        for decoded in (reconstructions, reconstructions.float())
+    )
     for name in ("distortion", "rate", "loss"):
         assert getattr(terms, name).dtype == torch.float32
         assert torch.equal(getattr(terms, name), getattr(expected, name)), name
@@ -142,7 +151,7 @@ def test_half_precision_reconstructions_are_computed_in_float32(likelihood, dtyp
 def test_loss_is_distortion_and_weighted_rate_without_the_constant(likelihood, kl_weight):
     images, reconstructions = make_images(channels=3)
     posterior = DiagonalGaussianDistribution(make_moments())
-    terms = VAEObjective(likelihood, kl_weight)(images, reconstructions, posterior)
+    terms = compute_terms(VAEObjective(likelihood, kl_weight), images, reconstructions, posterior)
     assert terms.distortion.shape == terms.rate.shape == terms.elbo.shape == (3,)
     assert terms.loss.shape == ()
     constant = likelihood.constant() * 3 * 4 * 6
@@ -162,11 +171,13 @@ def test_loss_is_distortion_and_weighted_rate_without_the_constant(likelihood, k
 def test_loss_is_the_number_that_the_articles_print(likelihood, article):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(3, 1, 4, 6, generator=generator)  # [0, 1], as in the articles
-    output = torch.sigmoid(torch.randn(3, 1, 4, 6, generator=generator))
+    logits = torch.randn(3, 1, 4, 6, generator=generator)
+    output = torch.sigmoid(logits)
     mean, logvar = make_moments().chunk(2, dim=1)
     expected = article(pixels, output) - 0.5 * torch.sum(1 + logvar - mean.pow(2) - logvar.exp())
     posterior = DiagonalGaussianDistribution(torch.cat([mean, logvar], dim=1))
-    terms = VAEObjective(likelihood)(2 * pixels - 1, 2 * output - 1, posterior)
+    decoded = logits if isinstance(likelihood, Bernoulli) else 2 * output - 1
+    terms = compute_terms(VAEObjective(likelihood), 2 * pixels - 1, decoded, posterior)
     torch.testing.assert_close(terms.loss, expected / 3)
 
 
@@ -191,7 +202,7 @@ def test_terms_of_an_image_do_not_depend_on_its_batch(likelihood):
 
     def terms_of(chosen):
         posterior = DiagonalGaussianDistribution(moments[chosen])
-        terms = VAEObjective(likelihood)(images[chosen], reconstructions[chosen], posterior)
+        terms = compute_terms(VAEObjective(likelihood), images[chosen], reconstructions[chosen], posterior)
         return torch.stack([terms.distortion, terms.rate, terms.elbo])
 
     whole = terms_of([0, 1, 2, 3])
@@ -215,7 +226,7 @@ def test_rate_has_the_analytic_gradient():
     [
         (Gaussian(0.3), lambda images, r: (r - images) / 0.3**2),
         (Laplace(0.3), lambda images, r: (r - images).sign() / 0.3),
-        (Bernoulli(), lambda images, r: (r - images) / (1 - r**2)),  # (p - x) / (p (1 - p)) / 2 with r = 2p - 1
+        (Bernoulli(), lambda images, logits: logits.sigmoid() - to_unit_range(images)),
     ],
     ids=["gaussian", "laplace", "bernoulli"],
 )
@@ -223,7 +234,7 @@ def test_distortion_has_the_analytic_gradient(likelihood, analytic):
     images, reconstructions = make_images(dtype=torch.float64)
     reconstructions.requires_grad_()
     posterior = DiagonalGaussianDistribution(make_moments(dtype=torch.float64))
-    terms = VAEObjective(likelihood)(images, reconstructions, posterior)
+    terms = compute_terms(VAEObjective(likelihood), images, reconstructions, posterior)
     (gradient,) = torch.autograd.grad(terms.distortion.sum(), reconstructions)
     torch.testing.assert_close(gradient, analytic(images, reconstructions))
 
@@ -234,7 +245,8 @@ def test_loss_passes_gradcheck(likelihood):
     images, reconstructions = 0.9 * make_images(batch=2, dtype=torch.float64)
 
     def loss(reconstructions, moments):
-        return VAEObjective(likelihood, 0.5)(images, reconstructions, DiagonalGaussianDistribution(moments)).loss
+        posterior = DiagonalGaussianDistribution(moments)
+        return compute_terms(VAEObjective(likelihood, 0.5), images, reconstructions, posterior).loss
 
     moments = make_moments(batch=2, dtype=torch.float64)
     assert torch.autograd.gradcheck(loss, (reconstructions.requires_grad_(), moments.requires_grad_()))
@@ -285,12 +297,18 @@ def test_gradient_of_the_loss_is_the_weighted_sum_of_its_terms(name, kl_weight):
 # --- faults
 
 
-def test_bernoulli_refuses_the_unbounded_decoder_of_vae():
-    model, images = make_model("vae")
-    torch.nn.init.constant_(model.decoder.conv_out.bias, 1.0)  # as soon as it leaves [-1, 1]
-    output = model(images, return_posterior=True)
-    with pytest.raises(ValueError, match=r"needs reconstructions that are probabilities.*use MLPVAE"):
-        VAEObjective(Bernoulli())(images, output.sample, output.latent_dist)
+@pytest.mark.parametrize("logit", [0.0, 15.0, 17.0, 30.0, 1e4])
+@pytest.mark.parametrize("right", [True, False])
+def test_bernoulli_has_error_and_gradient_at_every_logit(logit, right):
+    """-log sigmoid(l) of a pixel that is 1 has the gradient sigmoid(l) - 1; reconstructions round to 1 at 17."""
+    images = torch.ones(1, 1, 1, 1)
+    logits = torch.full((1, 1, 1, 1), logit if right else -logit, requires_grad=True)
+    error = Bernoulli().error(images, logits).sum()
+    (gradient,) = torch.autograd.grad(error, logits)
+    exact = math.log1p(math.exp(-logit)) + (0.0 if right else logit)
+    probability = 1 / (1 + math.exp(-logit)) if right else 1 - 1 / (1 + math.exp(-logit))
+    assert error.item() == pytest.approx(exact, rel=1e-6, abs=1e-12)
+    assert gradient.item() == pytest.approx(probability - 1, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("logit", [-1e4, 0.0, 1e4])
@@ -298,22 +316,26 @@ def test_bernoulli_takes_mlpvae_even_when_its_sigmoid_saturates(logit):
     model, images = make_model("mlp")
     torch.nn.init.constant_(model.decoder[-1].bias, logit)
     for target in (images, -torch.ones_like(images), torch.ones_like(images)):
-        output = model(target, return_posterior=True)
-        terms = VAEObjective(Bernoulli())(target, output.sample, output.latent_dist)
+        output = model(target, return_logits=True)
+        terms = VAEObjective(Bernoulli())(target, output.sample, output.latent_dist, logits=output.logits)
         terms.loss.backward()
-        reference = distributions.Bernoulli(probs=to_unit_range(output.sample), validate_args=False)
+        reference = distributions.Bernoulli(logits=output.logits, validate_args=False)
         expected = -reference.log_prob(to_unit_range(target)).flatten(1).sum(1)
         assert terms.distortion.isfinite().all()
         torch.testing.assert_close(terms.distortion, expected, rtol=1e-5, atol=1e-4)
+        assert torch.equal(output.sample, 2 * output.logits.sigmoid() - 1)
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("value", [float("inf"), -1.01])
-def test_bernoulli_refuses_what_is_no_probability(value):
-    images, reconstructions = make_images()
-    reconstructions[1, 0, 2, 3] = value
-    with pytest.raises(ValueError, match="probabilities"):
-        VAEObjective(Bernoulli())(images, reconstructions, DiagonalGaussianDistribution(make_moments()))
+def test_logits_are_required_by_bernoulli_and_refused_by_others():
+    images, decoded = make_images()
+    posterior = DiagonalGaussianDistribution(make_moments())
+    with pytest.raises(ValueError, match="pass those that MLPVAE returns with return_logits=True"):
+        VAEObjective(Bernoulli())(images, decoded, posterior)
+    with pytest.raises(ValueError, match="leave them out"):
+        VAEObjective(Gaussian(0.1))(images, decoded, posterior, logits=decoded)
+    with pytest.raises(ValueError, match="logits must have the shape of the images"):
+        VAEObjective(Bernoulli())(images, decoded, posterior, logits=decoded[:1])
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 4, 6), (1, 1, 4, 6), (3, 1, 4, 1), (3, 4, 6)])
@@ -429,7 +451,7 @@ def test_free_bits_are_decided_by_the_mean_over_the_images(order):
 def test_bernoulli_is_refused_a_scale():
     images, reconstructions, posterior = make_batch()
     with pytest.raises(ValueError, match=r"has no scale: leave it out, got 0\.5"):
-        VAEObjective(Bernoulli())(images, reconstructions, posterior, scale=0.5)
+        VAEObjective(Bernoulli())(images, reconstructions, posterior, logits=reconstructions, scale=0.5)
 
 
 # --- schedules
@@ -540,7 +562,8 @@ def test_training_without_options_is_bit_equal_to_the_objective(likelihood):
     config = ObjectiveConfig(likelihood, kl_weight=0.3)
     objective = TrainingObjective(config)
     assert objective.begin_step(0, 100) == {} and objective.state() == {}
-    terms, expected = objective(images, reconstructions, posterior), config.build()(images, reconstructions, posterior)
+    logits = {"logits": reconstructions} if likelihood == "bernoulli" else {}
+    terms, expected = (each(images, reconstructions, posterior, **logits) for each in (objective, config.build()))
     for name in ("distortion", "rate", "loss"):
         assert torch.equal(getattr(terms, name), getattr(expected, name)), name
     assert terms.statistics == {} and objective.measured() == config.build()
@@ -589,7 +612,7 @@ def test_measured_objective_has_the_full_weight_and_the_present_scale():
     config = ObjectiveConfig(kl_weight=0.2, scale="learned", kl_schedule="linear", kl_warmup_images=50, free_bits=2.0)
     objective = TrainingObjective(config)
     objective.begin_step(10, 100)
-    assert objective.measured(math.log(0.3)) == VAEObjective(Gaussian(pytest.approx(0.3)), 0.2)
+    assert objective.measured(math.log(0.3)) == VAEObjective(Gaussian(pytest.approx(0.3)), 0.2, scale_varies=True)
     with pytest.raises(ValueError, match=r"log_scale is the parameter of objective\.scale learned, got None"):
         objective.measured()
     with pytest.raises(ValueError, match=r"got 0\.1 with objective\.scale 0\.1"):
@@ -684,7 +707,7 @@ def test_scale_is_read_from_flags_and_yaml(scale, tmp_path):
 
 def test_config_measures_a_scale_of_a_run_only_with_its_value():
     config = ObjectiveConfig("laplace", scale="optimal", kl_weight=0.1, free_bits=1.0)
-    assert config.build(0.5) == VAEObjective(Laplace(0.5), kl_weight=0.1)
+    assert config.build(0.5) == VAEObjective(Laplace(0.5), kl_weight=0.1, scale_varies=True)
     with pytest.raises(ValueError, match="scale optimal is known only to the run that trains it"):
         config.build()
     with pytest.raises(ValueError, match=r"objective\.scale is 0\.1, not learned or optimal: leave out 0\.5"):

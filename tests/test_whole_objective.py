@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file
 from support.runs import TINY_MLP, TINY_VAE, fit, records, tiny, use_random_networks
 
@@ -18,6 +19,7 @@ from diffusers_vae.data import DataConfig, epoch_batches, load_data, step_genera
 from diffusers_vae.data.sources import ReadImages
 from diffusers_vae.evaluation import EvaluationConfig, evaluate
 from diffusers_vae.images import to_model_range
+from diffusers_vae.latents import draw
 from diffusers_vae.loop import OptimizerConfig
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.objective import Gaussian, ObjectiveConfig, VAEObjective, kl_to_standard_normal
@@ -76,14 +78,14 @@ class Step:
         parameters = list(parameters)
         generator = torch.Generator().manual_seed(2)
         ways = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
-        gradients = torch.autograd.grad(self().loss, parameters, allow_unused=True)
+        gradients = torch.autograd.grad(self().total_loss, parameters, allow_unused=True)
         by_autograd = sum((g * way).sum().item() for g, way in zip(gradients, ways, strict=True) if g is not None)
         losses = []
         with torch.no_grad():
             for sign in (1, -2):
                 for parameter, way in zip(parameters, ways, strict=True):
                     parameter.add_(way, alpha=sign * 1e-8)
-                losses.append(self().loss.item())
+                losses.append(self().total_loss.item())
         return by_autograd, (losses[0] - losses[1]) / 2e-8
 
 
@@ -109,7 +111,7 @@ class TestGradient:
         gradients = []
         for name in ("distortion", term):
             step = Step(name)
-            loss, parts = step().loss, (step.parts.encoder, step.parts.decoder)
+            loss, parts = step().total_loss, (step.parts.encoder, step.parts.decoder)
             gradients.append([torch.autograd.grad(loss, list(p.parameters()), retain_graph=True) for p in parts])
         for part, (without, with_it) in zip(("encoder", "decoder"), zip(*gradients, strict=True), strict=True):
             added = torch.cat([(b - a).flatten() for a, b in zip(without, with_it, strict=True)])
@@ -125,7 +127,7 @@ class TestLoss:
         plain, step = Step("distortion")(), Step(term)
         terms = step()
         torch.testing.assert_close(terms.per_image["distortion"], plain.per_image["distortion"], rtol=1e-12, atol=0)
-        return (terms.loss - plain.loss).item(), terms, step
+        return (terms.total_loss - plain.total_loss).item(), terms, step
 
     def test_rate(self):
         added, terms, _ = self.added("rate")
@@ -173,6 +175,38 @@ class TestLoss:
             reconstructions = step.model(smaller, noise=step.draws["noise"][..., :height, :width]).sample
             error = (smaller - reconstructions).square().flatten(1).sum(1) / (2 * 0.5**2)
             assert step().loss.item() == pytest.approx(error.mean().item(), rel=1e-9)
+
+
+class TestLoggedLoss:
+    """The `loss` in the log of the training is the one in evaluation.json, of the same images and noise."""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("networks", [False, True], ids=["alone", "with LPIPS and a discriminator"])
+    @pytest.mark.parametrize("scale", [0.1, "learned", "optimal"])
+    def test_is_that_of_the_evaluation(self, scale, networks):
+        objective = {"scale": scale, "kl_weight": 0.3} | ({"perceptual": "squeeze"} if networks else {})
+        task = AutoencoderTask(settings("unused", objective, JUDGED if networks else None))
+        task.load(Accelerator(cpu=True))
+        torch.manual_seed(0)
+        model = task.build()
+        task.build_discriminator(torch.device("cpu"))
+        heldout = task.heldout.first(6)
+        draws = task.draws(6, torch.Generator().manual_seed(1))
+        standard = DiagonalGaussianDistribution(torch.zeros(6, 8, 12, 12))
+        draws["noise"] = next(draw(standard, range(6), 0, 1))  # the evaluation's
+        if scale == "learned":
+            torch.nn.init.constant_(model.slow_log_scale, -0.2)
+        read = ReadImages(heldout.pixels.float() / 255, list(range(6)))
+        task.begin_step(0, 12, 1e-3)
+        task.end_step(task.step(model, read, draws).statistics, 6)  # from now on, an optimal scale is known
+        task.begin_step(6, 12, 1e-3)
+        terms = task.step(model, read, draws)
+        measured = task.objective.measured(model.log_scale.item() if scale == "learned" else None)
+        autoencoder = model.autoencoder if scale == "learned" else model
+        report = evaluate(autoencoder.eval(), heldout, measured, EvaluationConfig())
+        assert scale == 0.1 or report.scale not in (0.1, 1.0)
+        assert terms.loss.item() == pytest.approx(report.loss, rel=1e-5)
+        assert (terms.total_loss.item() == terms.loss.item()) == (not networks)
 
 
 RUN = {"max_images": 150, "batch_size": 30, "log_every": 30, "checkpoint_every": 30, "keep_checkpoints": 9}
@@ -310,6 +344,12 @@ class TestTwoPhases:
         for images_seen, found in zip((90, 120), logged[3:], strict=True):
             factor = Recomputed(run, images_seen - 30).factor()
             assert found == pytest.approx(weight(images_seen, factor), rel=1e-3)
+
+    def test_the_logged_loss_is_the_objectives_alone(self, run):
+        for record in records(run.run.output_dir, "train"):
+            left_out = VALUES * 0.5 * math.log(2 * math.pi)
+            expected = record["distortion"] - left_out + record["kl_weight"] * record["rate"]
+            assert record["loss"] == pytest.approx(expected, rel=1e-5) and record["perceptual"] > 0
 
     def test_no_term_is_counted_before_the_start(self, run):
         for record in records(run.run.output_dir, "train"):

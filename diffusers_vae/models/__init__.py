@@ -1,7 +1,7 @@
 """The models. Each takes and gives images in [-1, 1] and has `encode`, `decode`, `forward` as `AutoencoderKL` has."""
 
 from .config import ModelConfig
-from .load import LATENT_PARTS, decode, encode, find_subfolder, load_autoencoder, weights_hash
+from .load import LATENT_PARTS, decode, decode_logits, encode, find_subfolder, load_autoencoder, weights_hash
 from .lora import without_adapters
 from .mlp import MLPVAE
 from .scaling import LatentScaling
@@ -16,6 +16,7 @@ __all__ = [
     "ModelConfig",
     "VAEOutput",
     "decode",
+    "decode_logits",
     "encode",
     "fast_dtype",
     "find_subfolder",

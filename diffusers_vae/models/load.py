@@ -220,6 +220,20 @@ def decode(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     return model.decode(latents.to(model.dtype)).sample.float()
 
 
+def decode_logits(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """Logits in float32 of the probabilities that pixels are on, of latents of any floating dtype.
+
+    Raises:
+        ValueError: when the model gives none.
+    """
+    if not hasattr(model, "decode_logits"):
+        raise ValueError(
+            "a Bernoulli likelihood needs a decoder that gives probabilities, which MLPVAE does and "
+            f"{type(model).__name__}, whose output is unbounded, does not; use gaussian or laplace"
+        )
+    return model.decode_logits(latents.to(model.dtype)).float()
+
+
 LATENT_PARTS = ("encoder", "quant_conv")
 """The parts of a `VAE` that decide its latents."""
 

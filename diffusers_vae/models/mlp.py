@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
@@ -11,7 +13,14 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..images import to_model_range, to_unit_range
-from .vae import VAE, check_batch, check_dtype, in_dtype_of, posterior_from_moments
+from .vae import VAEOutput, check_batch, check_dtype, in_dtype_of, posterior_from_moments, take_latents
+
+
+@dataclass
+class MLPVAEOutput(VAEOutput):
+    """`VAEOutput` with the logits (B, C, H, W) of the reconstructions: sample is 2 * sigmoid(logits) - 1."""
+
+    logits: torch.Tensor
 
 
 class MLPVAE(ModelMixin, ConfigMixin):
@@ -77,13 +86,41 @@ class MLPVAE(ModelMixin, ConfigMixin):
 
         (sample + 1) / 2 is the probability that a pixel is on. `generator` is accepted as in `VAE.decode`.
         """
+        sample = to_model_range(torch.sigmoid(self.decode_logits(z)))
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def decode_logits(self, z: torch.Tensor) -> torch.Tensor:
+        """Logits (B, in_channels, height, width), float32 at least, of the probability that a pixel is on, of latents
+        (B, latent_dim, 1, 1).
+
+        Raises:
+            ValueError: for latents of another shape.
+        """
         check_batch(z, self.config.latent_dim, "latents")
         if z.shape[2:] != (1, 1):
             raise ValueError(f"latents must have the shape (batch, {z.shape[1]}, 1, 1), got {tuple(z.shape)}")
         logits = self.decoder(in_dtype_of(self, z).flatten(1)).view(-1, *self.image_shape)
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()  # a sigmoid in half precision rounds dark pixels to probability 0
-        sample = to_model_range(torch.sigmoid(logits))
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+        # a sigmoid in half precision rounds dark pixels to probability 0
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
-    forward = VAE.forward
+    def forward(
+        self,
+        sample: torch.Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        return_posterior: bool = False,
+        noise: torch.Tensor | None = None,
+        return_logits: bool = False,
+    ) -> DecoderOutput | MLPVAEOutput | tuple[torch.Tensor, ...]:
+        """`sample`: reconstructions (B, in_channels, height, width) of the images `sample`. Arguments are those of
+        `VAE.forward`, and `return_logits`: return an `MLPVAEOutput` (or a tuple of three) with posterior and logits,
+        which a `Bernoulli` likelihood is computed from.
+        """
+        posterior = self.encode(sample).latent_dist
+        latents = take_latents(posterior, sample_posterior, generator, noise)
+        logits = self.decode_logits(latents)
+        outputs = (to_model_range(torch.sigmoid(logits)), posterior, logits)
+        outputs = outputs[: 3 if return_logits else 2 if return_posterior else 1]
+        kind = MLPVAEOutput if return_logits else VAEOutput if return_posterior else DecoderOutput
+        return kind(*outputs) if return_dict else outputs

@@ -68,6 +68,18 @@ def in_dtype_of(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     return latents if latents.dtype == next(model.parameters()).dtype else latents.to(model.dtype)
 
 
+def take_latents(
+    posterior: DiagonalGaussianDistribution,
+    sample_posterior: bool,
+    generator: torch.Generator | None,
+    noise: torch.Tensor | None,
+) -> torch.Tensor:
+    """Latents (B, C, h, w) as `VAE.forward` decodes them: from the given noise, a random sample, or the mode."""
+    if noise is not None:
+        return posterior.mean + posterior.std * noise
+    return posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+
+
 class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOriginalModelMixin, PeftAdapterMixin):
     """A KL autoencoder with the constructor, config keys and weights of diffusers' `AutoencoderKL`.
 
@@ -249,10 +261,7 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
         else:
             check_batch(moments, 2 * self.config.latent_channels, "moments")
             posterior = posterior_from_moments(moments)
-        if noise is not None:
-            latents = posterior.mean + posterior.std * noise
-        else:
-            latents = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        latents = take_latents(posterior, sample_posterior, generator, noise)
         if transform is not None:
             latents = transform(latents)
         reconstructions = self.decode(latents).sample
