@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .data import DataConfig, ImageSet, image_batches
 from .images import to_model_range, to_uint8
-from .latents import LatentStatistics, PosteriorHealth, draw, total
+from .latents import LatentStatistics, PosteriorHealth, SwapCosts, draw, measure_swaps, total
 from .metrics import frechet_distance, mean_interval, psnr, ssim
 from .models import decode, decode_logits, encode, weights_hash
 from .objective import Bernoulli, VAEObjective
@@ -274,6 +274,8 @@ class EvaluationReport:
                 raise ValueError("a latent_shape must have 3 entries, a resolution and intervals 2 each")
             kinds = (LatentSummary, PosteriorHealth, ModelSummary, Protocol)
             parts = dict(zip(("latents", "posterior", "model", "protocol"), kinds, strict=True))
+            if swaps := values["posterior"]["swaps"]:
+                values["posterior"] |= {"swaps": SwapCosts(**swaps)}
             later = {"fp16": PrecisionReport, "fine_tuning": FineTuning}  # which reports of older versions lack
             parts |= {name: kind for name, kind in later.items() if values.get(name) is not None}
             return cls(**values | {name: kind(**values[name]) for name, kind in parts.items()})
@@ -427,6 +429,7 @@ def evaluate(
     precision = None
     if config.fp16:
         precision = measure_precision(model, image_set, config.batch_size, config.max_images, progress)
+    swaps = measure_swaps(model, image_set, config.batch_size, config.max_images)
     described = getattr(model, "config", {})
     return EvaluationReport(
         images=len(indices),
@@ -442,7 +445,7 @@ def evaluate(
             shift_factor=statistics.mean,
             scaling_factor=statistics.scaling_factor,
         ),
-        posterior=statistics.health(),
+        posterior=statistics.health(swaps),
         model=ModelSummary(
             name=name,
             class_name=type(model).__name__,

@@ -15,17 +15,32 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 from tqdm import tqdm
 
-from .data import ImageSet, image_batches
-from .models import encode
+from .data import ImageSet, image_batches, kept_images
+from .metrics import psnr
+from .models import decode, encode
 from .objective import rate_per_unit
 from .processes import gather_parts, process_share
+from .silence import report_progress
 
 ACTIVE = 0.01
 """Variance of a unit's posterior mean over the data above which Burda et al. 2016, section 5.2, call it active."""
-COLLAPSED = 0.01
-"""Nats: a unit, or the mean of a channel's, with a smaller rate tells next to nothing of the image."""
+EMPTY = 0.01
+"""Rate in nats below which a unit's posterior is the prior."""
+UNUSED = 0.05
+"""dB: a channel is unused if taking it from another image lowers the PSNR by less."""
+UNUSED_INFORMATION = 0.1
+"""Nats per image: a channel that holds less is unused, where no decoder was asked."""
+POOR = 3.0
+"""dB: reconstructions are poor if taking all latents from another image lowers the PSNR by less."""
+POOR_COLOUR = 1.0
+"""dB, the same for the differences between the image channels alone."""
 EXPLODED = 20.0
-"""Std of a channel's latents above which the prior has lost its hold; published models lie between 1 and 6."""
+"""Std of a channel's latents above which the prior has no hold on them. Published models: 0.65 (Stable Diffusion 3) to
+7.7 (Stable Diffusion XL)."""
+SWAPPED = 64
+"""Images at most by which `measure_swaps` judges."""
+FAINT_COLOUR = 4 / 255
+"""Root mean square of an image's colour, in model range, below which it counts as grey."""
 
 
 class LatentStatistics:
@@ -86,23 +101,51 @@ class LatentStatistics:
         """Of each channel: (latents - latents_mean) / latents_std has mean 0 and std 1 in every channel."""
         return self._moments((1, 2))[1].tolist()
 
-    def health(self) -> PosteriorHealth:
-        """How the posterior uses the latents."""
-        mean, square, _, rate = self.sums / self.images
+    def health(self, swaps: SwapCosts | None = None) -> PosteriorHealth:
+        """How the posterior uses the latents, and with `swaps` the decoder, too.
+
+        A channel's information is an upper bound of what it tells images apart by: its rate beyond the KL divergence of
+        the average posterior from the prior, for which each unit counts as normal, 0.5 * (log variance over the images
+        - mean log variance of the posteriors). Like `swaps`, it does not depend on the scale of the latents.
+        """
+        mean, square, variance, rate = self.sums / self.images
         unit_mean, unit_std = self._moments(())
-        active = square - mean**2 > ACTIVE
-        channels = (rate.mean((1, 2)) < COLLAPSED) | ~active.any(2).any(1)
+        log_variance = square + variance - 1 - 2 * rate  # the mean of it, by the definition of the rate
+        information = 0.5 * (2 * unit_std.log() - log_variance).clamp(min=0)
+        per_channel = torch.where(unit_std > 0, information, 0.0).sum((1, 2)).tolist()
+        if swaps is None:
+            unused = [channel for channel, nats in enumerate(per_channel) if nats < UNUSED_INFORMATION]
+        else:
+            unused = [channel for channel, cost in enumerate(swaps.channels) if cost < UNUSED]
         measured = {
             "units": mean.numel(),
-            "active_units": int(active.sum()),
-            "collapsed_share": (rate < COLLAPSED).double().mean().item(),
-            "collapsed_channels": channels.nonzero().flatten().tolist(),
+            "active_units": int((square - mean**2 > ACTIVE).sum()),
+            "empty_share": (rate < EMPTY).double().mean().item(),
+            "unused_channels": unused,
             "rate_per_channel": rate.sum((1, 2)).tolist(),
+            "information_per_channel": per_channel,
             "rate_per_position": rate.sum(0).tolist(),
             "aggregate_distance": (unit_mean**2 + (unit_std - 1) ** 2).mean().sqrt().item(),
+            "swaps": swaps,
         }
         verdict, advice = _verdict(measured, max(self.latents_std), self.images)
         return PosteriorHealth(**measured, verdict=verdict, advice=advice)
+
+
+@dataclass(frozen=True)
+class SwapCosts:
+    """How much of the PSNR reconstructions lose, in dB, when latents are taken from another image: what the decoder
+    uses, free of the scale of the latents. Means over the images, of modes of the posterior.
+    """
+
+    images: int
+    """How many were reconstructed: at most 64, spread evenly over those that were measured."""
+    all: float
+    """With all latents of another image."""
+    colour: float | None
+    """The same for what differs between the channels of an image alone; None for images without colour."""
+    channels: list[float]
+    """With one latent channel of another image, each in turn."""
 
 
 @dataclass(frozen=True)
@@ -113,55 +156,127 @@ class PosteriorHealth:
     """Latent units."""
     active_units: int
     """Units whose posterior mean varies over the images with a variance above 0.01: Burda et al. 2016, section 5.2."""
-    collapsed_share: float
+    empty_share: float
     """Share of the units with a rate below 0.01 nats: their posterior is the prior, whatever the image."""
-    collapsed_channels: list[int]
-    """Channels that tell nothing of the image, from 0: with a mean rate below 0.01 nats a unit, or without an active
-    unit, since a rate that is the same for all images tells nothing either."""
+    unused_channels: list[int]
+    """Channels, from 0, that may come from another image for less than 0.05 dB; without `swaps`, those that hold less
+    than 0.1 nats of information."""
     rate_per_channel: list[float]
     """Nats per image, summed over the channel's positions; their sum is the rate."""
+    information_per_channel: list[float]
+    """Nats per image: the part of the rate that is not common to all images, an upper bound."""
     rate_per_position: list[list[float]]
     """Nats per image, summed over the channels, height by width; their sum is the rate."""
     aggregate_distance: float
-    """Of the aggregate posterior, the mean of all images' posteriors, from N(0, I): the 2-Wasserstein distance between
-    normals of each unit's mean m and std s and N(0, 1), sqrt(m^2 + (s - 1)^2), as root mean square over the units; 0
-    is best. What units have in common does not show in it."""
+    """Distance of the aggregate posterior, the mean of all images' posteriors, from N(0, I): the 2-Wasserstein distance
+    between normals of each unit's mean m and std s and N(0, 1), sqrt(m^2 + (s - 1)^2), as root mean square over the
+    units; 0 is best. What units have in common does not show in it."""
+    swaps: SwapCosts | None
+    """What the decoder loses without the latents; None where no decoder was asked."""
     verdict: str
-    """healthy, partly collapsed, collapsed or exploding; of one image, unknown."""
+    """healthy, partly collapsed, collapsed, poor reconstruction or exploding; of one image, unknown."""
     advice: str
     """What the verdict means, and what to change."""
 
 
 def _verdict(measured: dict[str, Any], largest_std: float, images: int) -> tuple[str, str]:
-    count, collapsed = len(measured["rate_per_channel"]), measured["collapsed_channels"]
+    count, unused, swaps = len(measured["rate_per_channel"]), measured["unused_channels"], measured["swaps"]
     kind = "unit" if measured["units"] == count else "channel"
     if images < 2:
-        return "unknown", "What the latents tell of an image shows in how they differ between images: measure more."
+        return "unknown", "How the latents differ between images takes at least two images: measure more."
     if not largest_std < EXPLODED:  # or not a number
         return "exploding", (
             f"The latents of a channel have std {largest_std:.3g}, where N(0, I) has 1: the rate hardly counts in the "
             "loss. Raise objective.kl_weight or objective.scale, or lower optimizer.learning_rate."
         )
-    if collapsed:
-        which = f"{kind}s {', '.join(map(str, collapsed[:20]))}{' ...' * (len(collapsed) > 20)}"
-        lower = "lower objective.kl_weight or objective.scale"
-        if len(collapsed) == count:
-            return "collapsed", (
-                f"No {kind} tells anything of the image: to the decoder, all look the same. Start again and {lower}; a "
-                "kl_weight that rises slowly helps too."
-            )
-        return "partly collapsed", (
-            f"{len(collapsed)} of {count} {kind}s tell nothing of the image ({which}: less than {COLLAPSED} nats a "
-            f"unit, or the same for all images). To use them, {lower}; else the model can do with fewer."
+    information = sum(measured["information_per_channel"])
+    lower = "lower objective.kl_weight or objective.scale"
+    if len(unused) == count and information < max(1.0, EMPTY * measured["units"]):
+        return "collapsed", (
+            f"No {kind} tells images apart: to the decoder, all look the same. Train again and {lower}; a kl_weight "
+            "that rises slowly helps, too."
         )
-    advice = f"Every {kind} carries information, at a scale near the prior's; nothing to change."
+    if swaps and swaps.all < POOR:
+        return "poor reconstruction", (
+            "Reconstructions hardly show their own image: with the latents of another one, the PSNR falls by "
+            f"{swaps.all:.2f} dB only. The latents hold {information:.1f} nats that the decoder does not use yet: "
+            f"train longer or with a higher optimizer.learning_rate, or {lower}."
+        )
+    if swaps and swaps.colour is not None and swaps.colour < POOR_COLOUR:
+        return "poor reconstruction", (
+            "Reconstructions hardly show the colours of their own image: with the latents of another one, the error of "
+            f"the colours grows by {swaps.colour:.2f} dB only. Train longer or with a higher optimizer.learning_rate, "
+            f"or {lower}."
+        )
+    if unused:
+        which = f"{kind}s {', '.join(map(str, unused[:20]))}{' ...' * (len(unused) > 20)}"
+        cost = f"can come from another image for less than {UNUSED} dB" if swaps else "hold hardly any information"
+        normal = (
+            "This is normal for a network with more units than pay for their rate: it ignores the others. "
+            if kind == "unit"
+            else ""
+        )
+        return "partly collapsed", (
+            f"{len(unused)} of {count} {kind}s are unused: they {cost} ({which}). {normal}To use them, {lower}; else "
+            "the model can do with fewer."
+        )
+    advice = f"Every {kind} carries information that the decoder uses; nothing to change."
     if measured["aggregate_distance"] > 0.5:
         advice = (
-            f"Every {kind} carries information. Taken together, the latents are not N(0, I) "
-            f"(distance {measured['aggregate_distance']:.2f}), so that draws from the prior do not decode to images: "
-            "train a diffusion model on the scaled latents or, to draw from the prior, raise objective.kl_weight."
+            f"Every {kind} carries information that the decoder uses. Taken together, the latents are not N(0, I) "
+            f"(distance {measured['aggregate_distance']:.2f}), so samples from the prior do not decode to images: "
+            "train a diffusion model on the scaled latents or, to sample from the prior, raise objective.kl_weight."
         )
     return "healthy", advice
+
+
+@torch.no_grad()
+def measure_swaps(
+    model: ModelMixin, image_set: ImageSet, batch_size: int, max_images: int | None = None
+) -> SwapCosts | None:
+    """What reconstructions lose when latents are taken from another image, for `model` in eval mode; None if fewer than
+    two images can be read.
+
+    Each of at most `SWAPPED` images, evenly spread over the first `max_images`, takes latents from the one that is half
+    as many further on. Under torch.distributed all processes must call it, with the same model; they share the work.
+    """
+    count = len(image_set) if max_images is None else min(max_images, len(image_set))
+    indices = np.unique(np.linspace(0, count - 1, min(count, SWAPPED)).astype(int)).tolist()
+    _, images = kept_images(image_set, indices, image_set.__getitems__(indices), model.device)
+    if len(images) < 2:
+        return None
+    modes = torch.cat([encode(model, part).mode() for part in images.split(batch_size)])
+    others = modes.roll(len(modes) // 2, 0)
+
+    def figures(latents: torch.Tensor) -> tuple[float, float]:
+        """The mean PSNR, and the mean squared error of the colours, of reconstructions."""
+        ratios, errors = [], 0.0
+        for shown, part in zip(images.split(batch_size), latents.split(batch_size), strict=True):
+            reconstructions = decode(model, part).clamp(-1, 1)
+            ratios += psnr(shown, reconstructions).tolist()
+            errors += (_colour(shown) - _colour(reconstructions)).square().mean((1, 2, 3)).sum().item()
+            report_progress()
+        return sum(ratios) / len(ratios), errors / len(images)
+
+    (own, own_colour), (other, other_colour) = figures(modes), figures(others)
+    rank, processes = process_share()
+    costs = []
+    for channel in range(rank, modes.shape[1], processes):
+        mixed = modes.clone()
+        mixed[:, channel] = others[:, channel]
+        costs.append((channel, own - figures(mixed)[0]))
+    colourful = _colour(images).square().mean().sqrt() > FAINT_COLOUR
+    return SwapCosts(
+        images=len(images),
+        all=own - other,
+        colour=10 * math.log10(max(other_colour, 1e-12) / own_colour) if colourful and own_colour else None,
+        channels=[cost for _, cost in gather_parts(costs)],
+    )
+
+
+def _colour(images: torch.Tensor) -> torch.Tensor:
+    """What differs between the channels of an image: each (B, C, H, W) minus their mean."""
+    return images - images.mean(1, keepdim=True)
 
 
 @torch.no_grad()

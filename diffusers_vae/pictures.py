@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +18,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .data import ImageSet, image_batches
 from .images import shown_channels, to_pil
-from .latents import COLLAPSED
 from .models import decode, encode
 from .objective import rate_per_unit
 
@@ -35,6 +34,7 @@ VERDICT_COLOURS = {
     "healthy": "tab:green",
     "partly collapsed": "tab:orange",
     "collapsed": "tab:red",
+    "poor reconstruction": "tab:brown",
     "exploding": "tab:purple",
 }
 
@@ -63,8 +63,8 @@ CAPTIONS = {
     "latents": ("Latents", "Posterior means of images in a plane, coloured by label where there are labels."),
     "rates": (
         "Rates",
-        "How many nats each channel, and each position, of the latents says about an image on average. Near 0 it says "
-        "nothing: it has collapsed to the prior.",
+        "The rate of each channel and of each position of the latents, in nats per image. Red channels are unused: "
+        "taking them from another image hardly changes the reconstruction.",
     ),
     "loss": ("Training", "Loss, its two terms and the learning rate over the images seen."),
     "rate_distortion": (
@@ -351,7 +351,9 @@ def latent_picture(
     return _render(figure)
 
 
-def rate_picture(rate_per_channel: Sequence[float], rate_per_position: Sequence[Sequence[float]]) -> Image.Image:
+def rate_picture(
+    rate_per_channel: Sequence[float], rate_per_position: Sequence[Sequence[float]], unused: Collection[int] = ()
+) -> Image.Image:
     """The rate per channel of the latents, the largest first when they are many, beside that per position, where there
     are several; nats per image.
     """
@@ -363,20 +365,19 @@ def rate_picture(rate_per_channel: Sequence[float], rate_per_position: Sequence[
     figure = _figure(10 if several_positions else 7, 4)
     left, *right = figure.subplots(1, 2 if several_positions else 1, squeeze=False)[0]
     kind = "channel" if several_positions else "unit"
-    silent = rates[order] / positions.size < COLLAPSED
-    bars = left.bar(range(len(rates)), rates[order], color=["tab:red" if low else "tab:blue" for low in silent])
+    red = [channel in unused for channel in order.tolist()]
+    bars = left.bar(range(len(rates)), rates[order], color=["tab:red" if marked else "tab:blue" for marked in red])
     if not many:
         left.bar_label(bars, [_nats(rate) for rate in rates.tolist()], fontsize=8, padding=2)
         left.margins(y=0.1)
     left.set_ylim(bottom=min(0, rates.min()))
     if len(rates) <= 32:
         left.set_xticks(range(len(rates)), [str(channel) for channel in order.tolist()], fontsize=8)
-        for tick, low in zip(left.get_xticklabels(), silent, strict=True):  # whose bars are too low to be seen
-            tick.set_color("tab:red" if low else "black")
+        for tick, marked in zip(left.get_xticklabels(), red, strict=True):  # whose bars may be too low to be seen
+            tick.set_color("tab:red" if marked else "black")
     left.set_xlabel(f"latent {kind}" + (", the largest rate first" if many else ""), fontsize=9)
     left.set_title(
-        f"rate per {kind}, nats per image\n{_nats(rates.sum())} in all; collapsed (red): {int(silent.sum())} of "
-        f"{len(rates)}",
+        f"rate per {kind}, nats per image\n{_nats(rates.sum())} in all; unused (red): {sum(red)} of {len(rates)}",
         fontsize=10,
         loc="left",
     )
@@ -633,10 +634,11 @@ def draw_all(
     seed: int,
     rate_per_channel: Sequence[float] | None = None,
     rate_per_position: Sequence[Sequence[float]] | None = None,
+    unused: Collection[int] = (),
     projection: Literal["pca", "tsne"] = "pca",
 ) -> dict[str, Image.Image]:
     """Every picture that there can be, by name: of `model` in eval mode, at most `max_images` images, the
-    metrics.jsonl of its run, and measured rates.
+    metrics.jsonl of its run, and measured rates with the channels that are `unused`.
     """
     _, _, images = next(image_batches(image_set, 64, None, model.device))
     columns, rows = _columns(images.shape[-1]), _rows(images.shape[-2])
@@ -655,7 +657,7 @@ def draw_all(
     if min(len(image_set), max_images or len(image_set)) > 2 and math.prod(latent_shape) > 1:
         pictures["latents"] = latent_picture(model, image_set, batch_size, max_images, projection)
     if rate_per_channel is not None and rate_per_position is not None:
-        pictures["rates"] = rate_picture(rate_per_channel, rate_per_position)
+        pictures["rates"] = rate_picture(rate_per_channel, rate_per_position, unused)
     if metrics is not None:
         pictures["loss"] = loss_picture(metrics)
         pictures["rate_distortion"] = rate_distortion_picture(metrics)

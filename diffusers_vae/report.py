@@ -35,7 +35,8 @@ def draw_report(
 ) -> dict[str, Image.Image]:
     """The pictures of a report, by name: of the model, the measured images and, in a run, its metrics.jsonl."""
     shown = min(POINTS, config.max_images or POINTS)
-    rates = report.posterior.rate_per_channel, report.posterior.rate_per_position
+    posterior = report.posterior
+    rates = posterior.rate_per_channel, posterior.rate_per_position, posterior.unused_channels
     return draw_all(model, image_set, metrics, config.batch_size, shown, config.seed, *rates, config.projection)
 
 
@@ -234,12 +235,15 @@ def _figures(report: Mapping[str, Any]) -> Iterator[tuple[str, float, tuple[floa
             yield figure.label, report[name], tuple(interval) if interval else None, figure.unit, figure.meaning
 
 
-def _channels(report: Mapping[str, Any]) -> list[tuple[int, float | None, float | None, float | None]]:
-    """Number, mean, std and rate of each channel of the latents."""
+def _channels(report: Mapping[str, Any]) -> list[tuple[int | float | None, ...]]:
+    """Number, mean, std, rate, information and cost of a swap of each channel of the latents."""
+    latents, posterior = (report.get(name, {}) for name in ("latents", "posterior"))
     columns = [
-        report.get("latents", {}).get("mean"),
-        report.get("latents", {}).get("std"),
-        report.get("posterior", {}).get("rate_per_channel"),
+        latents.get("mean"),
+        latents.get("std"),
+        posterior.get("rate_per_channel"),
+        posterior.get("information_per_channel"),
+        (posterior.get("swaps") or {}).get("channels"),
     ]
     count = max((len(column) for column in columns if isinstance(column, list)), default=0)
     columns = [column if isinstance(column, list) else [None] * count for column in columns]

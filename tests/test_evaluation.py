@@ -522,6 +522,35 @@ class TestAnyAutoencoder:
         assert half.psnr == pytest.approx(exact.psnr, rel=1e-2)
 
 
+class BlockVAE(ModelMixin, ConfigMixin):
+    """Latent channel k is `scale` times block k of an image, 8 columns wide; the decoder shows it `weights[k]` times.
+
+    With another image's channel k, an error of (1 - w)^2 becomes one of 1 + w^2, in variances of the block. With
+    `grey`, the decoder shows the mean of the image's channels.
+    """
+
+    @register_to_config
+    def __init__(self, weights=(1.0,), scale: float = 1.0, grey: bool = False):
+        super().__init__()
+        self.shown = torch.nn.Parameter(torch.tensor(weights).view(-1, 1, 1))
+
+    def encode(self, images):
+        blocks = images.shape[1] * len(self.config.weights)
+        mean = self.config.scale * images.unflatten(3, (-1, 8)).movedim(3, 2).reshape(-1, blocks, 8, 8)
+        logvar = torch.full_like(mean, -6 + 2 * math.log(self.config.scale))
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(torch.cat([mean, logvar], 1)))
+
+    def decode(self, latents):
+        blocks = latents.unflatten(1, (-1, len(self.config.weights))) / self.config.scale * self.shown
+        images = blocks.movedim(2, 3).flatten(3)
+        return DecoderOutput(sample=images.mean(1, keepdim=True).expand_as(images) if self.config.grey else images)
+
+
+def random_images(channels, width, count=70):
+    generator = torch.Generator().manual_seed(0)
+    return ArrayImages(torch.randint(256, (count, channels, 8, width), generator=generator, dtype=torch.uint8))
+
+
 class TestHealth:
     def statistics(self, mean, logvar):
         found = LatentStatistics()
@@ -535,55 +564,68 @@ class TestHealth:
         mean = 0.8 * torch.randn(4000, 3, 2, 2, generator=generator)
         health = self.statistics(mean, torch.full_like(mean, math.log(0.36))).health()
         assert health.verdict == "healthy" and "nothing to change" in health.advice
-        assert health.units == health.active_units == 12 and health.collapsed_share == 0
+        assert health.units == health.active_units == 12 and health.empty_share == 0
         assert health.aggregate_distance < 0.05
         expected = 0.5 * (mean**2 + 0.36 - 1 - math.log(0.36)).mean(0)
         assert health.rate_per_channel == pytest.approx(expected.sum((1, 2)).tolist(), rel=1e-5)
         assert health.rate_per_position == [pytest.approx(row, rel=1e-5) for row in expected.sum(0).tolist()]
 
-    def test_units_equal_to_the_prior_are_collapsed(self):
+    @pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (3.0, 1.0), (0.0, 0.09), (-100.0, 1e-3)])
+    def test_information_is_that_of_a_gaussian_channel_at_any_scale(self, shift, scale):
+        """0.5 log(1 + signal / noise) nats a unit (Shannon 1948), whatever the mean and the scale of the latents."""
         generator = torch.Generator().manual_seed(0)
-        mean = torch.randn(500, 4, 1, 1, generator=generator)
+        mean = torch.randn(4000, 2, 3, 3, generator=generator, dtype=torch.float64)
+        mean = (mean - mean.mean(0)) / mean.std(0, correction=0)
+        logvar = torch.full_like(mean, math.log(0.25 * scale**2))
+        health = self.statistics(shift + scale * mean, logvar).health()
+        assert health.information_per_channel == pytest.approx([9 * 0.5 * math.log(5)] * 2, rel=1e-4)
+        assert health.unused_channels == []
+
+    @pytest.mark.parametrize("side", [8, 64])
+    @pytest.mark.parametrize("dead", ["the prior", "the same for all images"])
+    def test_a_dead_channel_is_unused_at_any_size(self, dead, side):
+        mean = 0.98 * torch.randn(60, 4, side, side, generator=torch.Generator().manual_seed(0))
+        logvar = torch.full_like(mean, math.log(0.04))
+        mean[:, 2] = 0.0 if dead == "the prior" else 2.0
+        if dead == "the prior":
+            logvar[:, 2] = 0.0
+        health = self.statistics(mean, logvar).health()
+        assert health.verdict == "partly collapsed" and health.unused_channels == [2]
+        assert "1 of 4 channels" in health.advice
+        assert health.active_units == 3 * side**2 and health.empty_share == (0.25 if dead == "the prior" else 0)
+
+    def test_units_equal_to_the_prior_are_collapsed(self):
+        mean = torch.randn(500, 4, 1, 1, generator=torch.Generator().manual_seed(0))
         mean[:, 2] = 0
         logvar = torch.full_like(mean, -2)
         logvar[:, 2] = 0
         health = self.statistics(mean, logvar).health()
-        assert health.verdict == "partly collapsed" and health.collapsed_channels == [2]
-        assert health.active_units == 3 and health.collapsed_share == 0.25 and "1 of 4 units" in health.advice
-        health = self.statistics(0 * mean, 0 * mean).health()
-        assert health.verdict == "collapsed" and health.active_units == 0 and health.collapsed_share == 1
-        assert "lower objective.kl_weight" in health.advice
+        assert health.verdict == "partly collapsed" and health.unused_channels == [2]
+        assert "1 of 4 units are unused" in health.advice and "This is normal" in health.advice
+        for constant in (0.0, 3.0):
+            health = self.statistics(0 * mean + constant, 0 * mean).health()
+            assert health.verdict == "collapsed" and health.active_units == 0
+            assert "lower objective.kl_weight" in health.advice
 
-    def test_a_unit_that_is_the_same_for_all_images_is_not_active(self):
-        """Though it costs rate, since its mean is not the prior's."""
-        mean = torch.randn(500, 3, 1, 1, generator=torch.Generator().manual_seed(0))
-        mean[:, 1] = 2
-        health = self.statistics(mean, torch.full_like(mean, -2)).health()
-        assert health.active_units == 2 and health.collapsed_share == 0
-
-    def test_a_channel_that_is_the_same_for_all_images_tells_nothing(self):
-        """However large its rate, and however far the aggregate posterior."""
-        mean = torch.randn(500, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-        mean[:, 1] = 2
-        health = self.statistics(mean, torch.full_like(mean, -2)).health()
-        assert health.verdict == "partly collapsed" and health.collapsed_channels == [1]
+    @pytest.mark.parametrize("scale", [1.0, 0.09])
+    def test_information_in_few_units_is_not_collapsed(self, scale):
+        """36 units of 1 nat among 4,096; with a std of 0.09 and precise posteriors, 455 nats."""
+        mean = torch.zeros(300, 1, 64, 64)
+        logvar = torch.zeros_like(mean)
+        signal = torch.randn(300, 36, generator=torch.Generator().manual_seed(0))
+        mean.flatten(2)[:, 0, :36] = signal * scale * (1 - math.exp(-2)) ** 0.5
+        logvar.flatten(2)[:, 0, :36] = -2.0 + 2 * math.log(scale)
+        health = self.statistics(mean, logvar).health()
+        assert health.verdict == "healthy" and health.information_per_channel == [pytest.approx(36, rel=0.05)]
 
     def test_one_image_tells_nothing_of_it(self, digits):
         report = evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=1))
-        assert report.posterior.verdict == "unknown" and report.intervals == {}
+        assert report.posterior.verdict == "unknown" and report.intervals == {} and report.posterior.swaps is None
 
-    def test_draws_far_from_the_prior_are_said(self):
+    def test_samples_far_from_the_prior_are_reported(self):
         mean = 3 + torch.randn(500, 2, 2, 2, generator=torch.Generator().manual_seed(0))
         health = self.statistics(mean, torch.full_like(mean, -2)).health()
         assert health.verdict == "healthy" and "do not decode to images" in health.advice
-
-    def test_a_channel_with_some_dead_positions_is_not_collapsed(self):
-        mean = torch.randn(500, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-        mean[:, :, 0] = 0
-        logvar = torch.full_like(mean, -2)
-        logvar[:, :, 0] = 0
-        health = self.statistics(mean, logvar).health()
-        assert health.verdict == "healthy" and health.collapsed_share == 0.25
 
     def test_far_from_unit_scale_is_exploding(self):
         mean = 50 * torch.randn(100, 2, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -596,6 +638,61 @@ class TestHealth:
         health = self.statistics(mean, torch.full_like(mean, -30)).health()
         assert health.aggregate_distance == pytest.approx(math.sqrt(10), rel=1e-4)
         assert health.verdict == "collapsed"  # the same for all images
+
+
+class TestSwaps:
+    """What the decoder loses with the latents of another image."""
+
+    def measure(self, model, channels=1):
+        images = random_images(channels, 8 * len(model.config.weights))
+        return evaluate(model, images, VAEObjective(Gaussian(1.0)), EvaluationConfig()).posterior
+
+    @pytest.mark.parametrize(("weight", "cost"), [(0.0, 0.0), (0.0047, 0.041), (0.007, 0.061), (0.5, 6.85)])
+    def test_a_channel_is_unused_exactly_where_a_swap_costs_less_than_a_twentieth_of_a_decibel(self, weight, cost):
+        """10 log10(1 + 2 w / e), where e is the error without a swap, in variances of a block."""
+        health = self.measure(BlockVAE((0.9, weight)))
+        assert health.swaps.channels[1] == pytest.approx(cost, rel=0.1, abs=1e-6)
+        assert health.unused_channels == ([1] if cost < 0.05 else [])
+        assert health.information_per_channel[1] > 100  # which the decoder ignores
+        assert health.verdict == ("healthy" if cost > 0.05 else "partly collapsed")
+
+    @pytest.mark.parametrize("scale", [1e-3, 0.09])
+    def test_the_scale_of_the_latents_does_not_matter(self, scale):
+        health, same = (self.measure(BlockVAE((0.9, 0.8), each)) for each in (scale, 1.0))
+        assert health.verdict == "healthy"
+        assert health.swaps.channels == pytest.approx(same.swaps.channels, rel=1e-3)
+        assert health.information_per_channel == pytest.approx(same.information_per_channel, rel=1e-3)
+
+    def test_a_decoder_that_ignores_informative_latents_reconstructs_poorly(self, digits):
+        vae = tiny_vae()
+        with torch.no_grad():
+            vae.decoder.conv_out.weight.zero_()
+        posterior = evaluate(vae, digits, VAEObjective(), EvaluationConfig(max_images=20)).posterior
+        assert posterior.swaps.all == 0 and posterior.verdict == "poor reconstruction"
+        assert "hardly show their own image" in posterior.advice
+
+    def test_a_model_without_colours_reconstructs_poorly(self):
+        tints = random_images(3, 8).pixels // 6
+        images = ArrayImages(random_images(1, 8).pixels // 2 + 50 + tints)
+        grey, colourful = (
+            evaluate(BlockVAE((0.9,), grey=grey), images, VAEObjective(Gaussian(1.0)), EvaluationConfig()).posterior
+            for grey in (True, False)
+        )
+        assert grey.swaps.colour == pytest.approx(0, abs=1e-6) and grey.verdict == "poor reconstruction"
+        assert "colours" in grey.advice
+        assert colourful.swaps.colour > 10 and colourful.verdict == "healthy"
+
+    def test_grey_images_have_no_colours_to_lose(self):
+        images = ArrayImages(random_images(1, 8).pixels.expand(-1, 3, -1, -1))
+        health = evaluate(BlockVAE((0.9,)), images, VAEObjective(Gaussian(1.0)), EvaluationConfig()).posterior
+        assert health.swaps.colour is None and health.verdict == "healthy"
+
+    def test_images_are_spread_over_those_that_are_measured(self, digits):
+        assert evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig()).posterior.swaps.images == 64
+        few = evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=5))
+        assert few.posterior.swaps.images == 5
+        again = EvaluationReport.from_json(few.to_json())
+        assert again.posterior == few.posterior
 
 
 class TestComparison:

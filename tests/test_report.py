@@ -39,8 +39,10 @@ def make_report(**changes):
         "posterior": {
             "units": 128,
             "active_units": 70,
-            "collapsed_share": 0.45,
+            "empty_share": 0.45,
             "rate_per_channel": [100.0, 44.5],
+            "information_per_channel": [90.0, 40.5],
+            "swaps": {"images": 64, "all": 21.5, "colour": None, "channels": [10.25, 3.5]},
             "rate_per_position": [[1.0] * 8] * 8,
             "aggregate_distance": 0.23,
             "verdict": "partly collapsed",
@@ -207,7 +209,7 @@ def test_text_of_others_is_escaped():
     assert "".join(page.text).count(hostile) >= 4
 
 
-@pytest.mark.parametrize("verdict", ["healthy", "partly collapsed", "collapsed", "exploding"])
+@pytest.mark.parametrize("verdict", ["healthy", "partly collapsed", "collapsed", "poor reconstruction", "exploding"])
 def test_every_verdict_has_its_colour(verdict):
     report = make_report()
     report["posterior"]["verdict"] = verdict

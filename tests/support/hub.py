@@ -34,8 +34,9 @@ def make_run(path: Path, model: VAE | MLPVAE, resolution: tuple[int, int], confi
         "intervals": {"psnr": [30.5, 31.25], "ssim": [0.985, 0.99], "rate": [40.0, 42.5]},
         "latents": {"mean": [0.1, -0.2], "std": [0.5, 0.25], "scaling_factor": 2.5, "shift_factor": -0.05},
         "posterior": {
-            "units": 32, "active_units": 30, "collapsed_share": 0.0625, "collapsed_channels": [],
-            "rate_per_channel": [30.0, 11.125],
+            "units": 32, "active_units": 30, "empty_share": 0.0625, "unused_channels": [],
+            "rate_per_channel": [30.0, 11.125], "information_per_channel": [28.0, 10.5],
+            "swaps": {"images": 64, "all": 12.5, "colour": None, "channels": [7.25, 0.5]},
             "rate_per_position": [[2.5] * 4] * 4, "aggregate_distance": 0.75, "verdict": "healthy",
             "advice": "Nothing needs to change.",
         },
