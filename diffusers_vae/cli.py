@@ -94,7 +94,9 @@ def _drop_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-LESS_MEMORY = "use a smaller batch, smaller images or a smaller model; for training, run.device_batch_size auto"
+LESS_MEMORY = (
+    "use a smaller batch, smaller images or a smaller model; for training, a larger run.gradient_accumulation_steps"
+)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -8,13 +8,13 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from .loop import Task
 from .messages import message
-from .settings import Settings, read_settings
+from .settings import REMOVED, Settings, read_settings, refuse_removed
 from .text_to_image import TextToImageConfig, TextToImageTask
 from .trainer import AutoencoderTask, TrainConfig
 
@@ -80,7 +80,14 @@ def training_parser(training: Training) -> ArgumentParser:
         "--dry_run", action="store_true", help="Read the images, run every other phase once in seconds, keep nothing."
     )
     parser.add_class_arguments(training.settings, as_group=False, fail_untyped=True)
+    for name in _removed(training):  # not shown in --help
+        parser.add_argument(f"--{name}", type=Any, default=REMOVED[name][0], help=SUPPRESS)
     return parser
+
+
+def _removed(training: Training) -> list[str]:
+    """Names of the removed settings in the sections of this training."""
+    return [name for name in REMOVED if name.partition(".")[0] in get_type_hints(training.settings)]
 
 
 def parse_settings(training: Training, arguments: Sequence[str]) -> tuple[Settings, bool]:
@@ -112,6 +119,8 @@ def _parse(training: Training, arguments: Sequence[str]) -> tuple[Settings, bool
         if not isinstance(parsed[section], Namespace):
             raise ValueError(f"{section} must hold settings, KEY: VALUE, got {parsed[section]}")
         refuse_null(parsed[section], section, kind)
+    for name in _removed(training):
+        refuse_removed(name, parsed.pop(name))
     settings = parser.instantiate(parsed).as_dict()
     settings.pop("config")
     dry = settings.pop("dry_run")

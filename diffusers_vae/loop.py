@@ -28,7 +28,6 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     is_torch_version,
     parse_choice_from_env,
-    release_memory,
     set_seed,
 )
 from diffusers.training_utils import EMAModel
@@ -49,9 +48,9 @@ from .checkpoint import (
 from .data import MicroBatch, Read, TrainingSet, deal, step_generator
 from .messages import showable
 from .models import fast_dtype
-from .processes import Interrupted, Signals, gather, ignore_signals, lossy_output, on_main, only_user_of, out_of_memory
+from .processes import Interrupted, Signals, gather, ignore_signals, lossy_output, on_main, only_user_of
 from .run_folder import BadImages, Log, begin, find_run, leaving_out_the_tracker
-from .settings import Settings, begun_with, read_settings
+from .settings import Settings, begun_with
 from .silence import GROUP_TIMEOUT, PATIENCE, Patience, WorkerWatch, alone, report_progress, watched
 from .storage import make_folder, naming, save_tensors, sync
 from .untrusted import refuse_odd_name
@@ -119,10 +118,6 @@ class RunConfig:
     """Images per optimiser step over all processes."""
     gradient_accumulation_steps: int = 1
     """Forwards per optimiser step on each process."""
-    device_batch_size: Literal["auto"] | None = None
-    """auto: as few forwards per optimiser step as memory allows, found by trying before the first step; config.yaml
-    then states them as gradient_accumulation_steps, which must be left out. On a CPU, only a limit of address space
-    shows before the system ends the process."""
     gradient_checkpointing: bool = False
     """Compute what the backward needs a second time instead of keeping it: less memory, slower, the same result."""
     mixed_precision: Precision | None = None
@@ -168,13 +163,6 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"run.{name} must be at least 1, got {value}")
-        if self.device_batch_size not in ("auto", None):
-            raise ValueError(f"run.device_batch_size must be auto or null, got {self.device_batch_size}")
-        if self.device_batch_size and self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                "run.device_batch_size auto finds run.gradient_accumulation_steps: leave one of the two out, got "
-                f"{self.gradient_accumulation_steps} for the latter"
-            )
         if self.on_nonfinite not in ("stop", "skip"):
             raise ValueError(f"run.on_nonfinite must be stop or skip, got {self.on_nonfinite}")
         if not 0 <= self.seed < 2**31:
@@ -445,11 +433,6 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool, p
         optimizer.zero_grad()
     set_seed(run.seed)  # whatever was drawn since
     discriminator = task.build_discriminator(accelerator.device)
-    if run.device_batch_size:
-        fewest = _fewest_forwards(task, accelerator, model, trained, discriminator, checkpoint)
-        run = replace(run, gradient_accumulation_steps=fewest, device_batch_size=None)
-        task.config = config = replace(config, run=run)
-        on_main(lambda: config.save(output_dir / "config.yaml"))
     set_seed(run.seed, device_specific=True)  # for whatever draws without a generator of its own
     step = images_seen = skipped = skipped_in_a_row = 0
     changes: list[str] = []
@@ -757,11 +740,6 @@ def _check_launch(accelerator: Accelerator, run: RunConfig) -> None:
             "run.batch_size must be divisible by the number of processes times run.gradient_accumulation_steps, "
             f"{parts}, got {run.batch_size}"
         )
-    if run.device_batch_size and kind == DistributedType.FSDP:
-        raise ValueError(
-            "run.device_batch_size auto cannot try a step with FSDP2, where a process without memory left would be "
-            "waited for: set run.gradient_accumulation_steps instead"
-        )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             "gradient accumulation is set by run.gradient_accumulation_steps, not by the launcher, got "
@@ -863,82 +841,6 @@ def _rows(micro_batch: MicroBatch, read: Read) -> slice | list[int]:
     if len(read.kept) == len(micro_batch.indices):
         return slice(micro_batch.first, micro_batch.first + len(read.kept))
     return [micro_batch.first + place for place in read.kept]
-
-
-def _fewest_forwards(
-    task: Task,
-    accelerator: Accelerator,
-    model: nn.Module,
-    parameters: list[nn.Parameter],
-    discriminator: Discriminator | None,
-    checkpoint: Path | None,
-) -> int:
-    """In how many forwards a step must be cut to fit into the memory of every process, found by trying; at least as
-    many as before the `checkpoint`, if it is of as many processes, so that a run that goes on sums in the same order.
-
-    Raises:
-        ValueError: when one image alone is too much.
-    """
-    own = task.config.run.batch_size // accelerator.num_processes
-    at_least = 1
-    if checkpoint and read_progress(checkpoint, 0)[0]["surroundings"]["processes"] == accelerator.num_processes:
-        at_least = read_settings(checkpoint / "config.yaml", "run")["run"]["gradient_accumulation_steps"]
-    for forwards in (count for count in range(at_least, own + 1) if own % count == 0):
-        count = own // forwards
-        # a quarter more than needed: what was freed lies in pieces, and the rest of the run takes memory, too
-        fits = _fits(task, accelerator, model, parameters, discriminator, count + count // 4)
-        if accelerator.reduce(torch.tensor([int(fits)], device=accelerator.device), "sum") == accelerator.num_processes:
-            if accelerator.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            return forwards
-    raise ValueError(
-        f"a step with one image per forward needs more memory than there is on {accelerator.device}: take a smaller "
-        "model or data.resolution, run.gradient_checkpointing true or run.mixed_precision bf16"
-    )
-
-
-def _fits(
-    task: Task,
-    accelerator: Accelerator,
-    model: nn.Module,
-    parameters: list[nn.Parameter],
-    discriminator: Discriminator | None,
-    count: int,
-) -> bool:
-    """Whether forward and backward of so many images fit into memory; leaves no trace."""
-    buffers = {name: value.clone() for name, value in discriminator.module.named_buffers()} if discriminator else {}
-    try:
-        _forward_and_backward(task, accelerator, model, parameters, count)
-        fits = True
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        fits = False
-    for name, value in buffers.items():
-        discriminator.module.get_buffer(name).copy_(value)
-    for parameter in (*parameters, *(discriminator.module.parameters() if discriminator else ())):
-        parameter.grad = None
-    release_memory()
-    return fits
-
-
-def _forward_and_backward(
-    task: Task, accelerator: Accelerator, model: nn.Module, parameters: list[nn.Parameter], count: int
-) -> None:
-    """Those of the first `count` images, with all terms, beside as much memory as the optimiser will take."""
-    config = task.config
-    moments = [torch.empty_like(parameter) for parameter in parameters for _ in range(2)]
-    indices = [place % len(task.train_set) for place in range(count)]
-    read = task.train_set.read(MicroBatch(indices, 0, count, 1.0)).checked()
-    task.begin_step(sys.maxsize, sys.maxsize, config.optimizer.learning_rate)  # when all terms have joined
-    draws = task.draws(count, step_generator(config.run.seed, 0, 0, accelerator.device))
-    for _ in range(2):  # the second one beside the gradients of the first
-        with accelerator.no_sync(model):  # another process may have no memory left, and would be waited for
-            terms = task.step(model, read, {name: values[: len(read.kept)] for name, values in draws.items()})
-            accelerator.backward(terms.total_loss)
-        if terms.pair:
-            task.discriminate(terms).discriminator_loss.backward()
-    del moments
 
 
 def _clip(

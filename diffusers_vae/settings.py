@@ -18,15 +18,26 @@ from .untrusted import read_text
 FREE_SETTINGS = {
     "data.root", "data.num_workers", "data.on_bad_image", "run.output_dir", "run.checkpoint_every",
     "run.keep_checkpoints", "run.allow_config_change", "run.on_nonfinite", "run.tracker",
-    "run.gradient_accumulation_steps", "run.device_batch_size", "run.gradient_checkpointing",
+    "run.gradient_accumulation_steps", "run.gradient_checkpointing",
     "vae.source", "vae.subfolder", "vae.revision", "latents.folder",
     "model.pretrained", "model.subfolder", "model.revision",
 }  # fmt: skip
 """A run may be continued with other values of these: they change no result (of an autoencoder the weights count, not
 where they lie) or, like the number of processes, only the order in which it is summed."""
 
-DELETED_SETTINGS = ("evaluation.weights", "objective.perceptual_weights")
-"""Settings of older versions that said where published weights lie. They are ignored."""
+REMOVED: dict[str, tuple[Any, str]] = {
+    "evaluation.weights": (None, ""),
+    "objective.perceptual_weights": (None, ""),
+    "run.device_batch_size": (
+        None,
+        "set run.gradient_accumulation_steps instead, the number of forwards per optimizer step; a dry run prints the "
+        "peak memory of a step",
+    ),
+}
+"""Settings that were removed, each with its old default and what to do instead. A config.yaml that sets one to its old
+default is read as if it did not. Any other value is an error, or ignored if the advice is empty: those settings change
+no result.
+"""
 
 KEPT_SETTINGS = ("data.lanes", "run.compile", "run.mixed_precision")
 """Where these are left open, a run that is continued keeps the values that it was begun with."""
@@ -133,12 +144,22 @@ def read_settings(path: Path, *needed: str) -> dict[str, dict[str, Any]]:
     for name, section in settings.items():
         if not isinstance(section, dict):
             raise ValueError(f"{path}: {name} must hold settings, KEY: VALUE, got {str(section)[:60]}")
-    for name in DELETED_SETTINGS:
+    for name, (default, _) in REMOVED.items():
         section, _, option = name.partition(".")
-        settings.get(section, {}).pop(option, None)
+        try:
+            refuse_removed(name, settings.get(section, {}).pop(option, default))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     if missing := sorted(set(needed) - settings.keys()):
         raise ValueError(f"{path} is damaged: it has no section {', '.join(missing)}")
     return settings
+
+
+def refuse_removed(name: str, value: Any) -> None:
+    """Raise ValueError if `value` of the removed setting `name` is one that must not be ignored."""
+    default, advice = REMOVED[name]
+    if advice and value != default:
+        raise ValueError(f"{name} was removed, got {value}: {advice}")
 
 
 def config_of_run(source: str) -> Path | None:

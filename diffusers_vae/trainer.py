@@ -117,11 +117,6 @@ class TrainConfig(Settings):
                 f"data.buckets must be divisible by {ratio}, by which the model makes the latents smaller, got "
                 f"{self.data.buckets}"
             )
-        if self.data.streaming and self.data.lanes is None and self.run.device_batch_size:
-            raise ValueError(
-                "the lanes of a stream are as many as forwards, which run.device_batch_size auto has yet to find: "
-                "state data.lanes, or run.gradient_accumulation_steps instead"
-            )
         if self.data.buckets and self.model.architecture == "mlp":
             raise ValueError("data.buckets needs the architecture vae: a perceptron takes images of one size")
         if self.model.latents and (self.data.changes_images or self.data.streaming):

@@ -742,6 +742,7 @@ class TestOthers:
             ("data", {"resolution": None}, "data.resolution must have a value, got null"),
             ("data", {"pixels": 5}, "does not accept option 'pixels'"),
             ("evaluation", {"batch_size": None}, "evaluation.batch_size must have a value, got null"),
+            ("run", {"device_batch_size": "auto"}, "run.device_batch_size was removed, got auto: set run.gradient_acc"),
         ],
     )
     def test_wrong_settings_of_a_run_are_named_with_its_file(self, section, changed, message, run, capsys, tmp_path):

@@ -170,6 +170,32 @@ def test_errors_name_the_key_and_the_value(text, words, tmp_path, capsys):
     assert all(word in message for word in [*words, "a.yaml"]), message
 
 
+REMOVED = [
+    ("run", "device_batch_size", "auto", "set run.gradient_accumulation_steps instead"),
+]
+
+
+@pytest.mark.parametrize("training", [TRAIN, TEXT_TO_IMAGE], ids=lambda training: training.command)
+@pytest.mark.parametrize(("section", "name", "value", "advice"), REMOVED)
+class TestRemovedSettings:
+    def test_old_default_is_ignored(self, training, section, name, value, advice, tmp_path):
+        file = write(tmp_path / "config.yaml", f"{section}: {{{name}: null}}\n")
+        config, _ = parse_settings(training, ["--config", file])
+        assert config == parse_settings(training, [])[0] and name not in config.plain()[section]
+
+    def test_other_value_is_an_error_that_says_what_to_use(
+        self, training, section, name, value, advice, tmp_path, capsys
+    ):
+        file = write(tmp_path / "config.yaml", f"{section}: {{{name}: {value}}}\n")
+        for arguments, where in ((["--config", file], f"{file}: "), ([f"--{section}.{name}", value], "")):
+            with pytest.raises(SystemExit):
+                parse_settings(training, arguments)
+            assert f"error: {where}{section}.{name} was removed, got {value}: {advice}" in capsys.readouterr().err
+
+    def test_help_does_not_list_it(self, training, section, name, value, advice):
+        assert f"{section}.{name}" not in training_parser(training).format_help()
+
+
 @pytest.mark.slow
 def test_the_file_with_the_error_is_named_and_no_other(tmp_path, capsys):
     right, wrong = write(tmp_path / "a.yaml", "run: {epochs: 2}"), write(tmp_path / "b.yaml", "run: {epochs: two}")

@@ -12,7 +12,7 @@ import torch
 import yaml
 from functorch.compile import make_boxed_func
 from support.models import hooks_of, same
-from support.runs import TINY_MLP, TINY_VAE, at, fit, interrupted_at, records, tensors, tiny, whole
+from support.runs import TINY_MLP, TINY_VAE, at, fit, interrupted_at, records, tensors, tiny
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -147,27 +147,11 @@ class TestNoWaiting:
 
 class TestMemory:
     @pytest.mark.slow
-    @pytest.mark.parametrize("other", [{"gradient_checkpointing": True}, {"device_batch_size": "auto"}], ids=str)
-    def test_what_saves_it_leaves_no_trace_in_the_weights(self, other, tmp_path):
+    def test_gradient_checkpointing_leaves_no_trace_in_the_weights(self, tmp_path):
         fit(tiny(tmp_path / "plain", TINY_VAE, max_images=90))
-        fit(tiny(tmp_path / "other", TINY_VAE, max_images=90, **other))
+        fit(tiny(tmp_path / "other", TINY_VAE, max_images=90, gradient_checkpointing=True))
         for name in ("model", "ema", "optimizer"):
             assert same(tensors(tmp_path / "plain", 90, name), tensors(tmp_path / "other", 90, name))
-
-    @pytest.mark.slow
-    def test_trying_leaves_no_trace_in_a_discriminator(self, tmp_path):
-        for name, other in (("plain", {}), ("tried", {"device_batch_size": "auto"})):
-            fit(whole(tiny(tmp_path / name, TINY_VAE, max_images=120, **other)))
-        for name in ("model", "ema", "discriminator"):
-            assert same(tensors(tmp_path / "plain", 120, name), tensors(tmp_path / "tried", 120, name))
-
-    def test_auto_and_a_number_contradict_each_other(self, tmp_path):
-        with pytest.raises(ValueError, match="leave one of the two out, got 2"):
-            tiny(tmp_path, device_batch_size="auto", gradient_accumulation_steps=2)
-
-    def test_device_batch_size_is_no_number(self, tmp_path):
-        with pytest.raises(ValueError, match="device_batch_size must be auto or null, got half"):
-            tiny(tmp_path, device_batch_size="half")
 
     def test_mlp_has_no_gradient_checkpointing(self, tmp_path):
         with pytest.raises(ValueError, match="gradient_checkpointing needs the architecture vae"):

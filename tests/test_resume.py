@@ -162,6 +162,18 @@ class TestSameCommand:
             fit(at(config, output_dir))
         assert [line for line in str(error.value).splitlines() if "->" in line] == ["  run.log_every: 1000 -> 90"]
 
+    def test_removed_settings_are_ignored_at_their_old_defaults_and_refused_otherwise(self, tmp_path):
+        config = tiny(tmp_path, max_images=30)
+        settings, file = config.plain(), tmp_path / "config.yaml"
+        settings["run"]["device_batch_size"] = "auto"
+        file.write_text(yaml.safe_dump(settings))
+        with pytest.raises(ValueError, match=r"config\.yaml: run\.device_batch_size was removed, got auto: set run\."):
+            fit(config)
+        settings["run"]["device_batch_size"] = None
+        file.write_text(yaml.safe_dump(settings))
+        fit(config)
+        assert "device_batch_size" not in yaml.safe_load(file.read_text())["run"]
+
     @pytest.mark.slow
     def test_settings_that_change_no_result_may_differ(self, uninterrupted, tmp_path):
         config = uninterrupted("plain")

@@ -335,8 +335,6 @@ def test_run_continued_in_another_order_warns(root, tmp_path, caplog):
     longer = dataclasses.replace(run.run, max_images=48, allow_config_change=True)
     fit(dataclasses.replace(run, run=longer, data=config(root, shuffle_buffer=99)))
     assert "the order of a stream depends on data.shuffle_buffer, 24 -> 99" in caplog.text
-    with pytest.raises(ValueError, match=r"state data\.lanes, or run\.gradient_accumulation_steps instead"):
-        dataclasses.replace(run, run=dataclasses.replace(run.run, device_batch_size="auto"))
 
 
 def test_a_stream_has_another_order_than_a_set_that_is_prepared(root):
