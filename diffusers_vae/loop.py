@@ -279,12 +279,8 @@ class Task(Protocol):
         """Set what depends on how far the run is; returns what of it is to be logged."""
         return {}
 
-    def draws(
-        self, count: int, generator: torch.Generator, size: tuple[int, int] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """All that is random in a step of `count` images, (count, ...) each, on the generator's device; of images of
-        this size, where it differs from step to step.
-        """
+    def draws(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """All that is random in a step of `count` images, (count, ...) each, on the generator's device."""
         ...
 
     def step(self, model: nn.Module, read: Read, draws: dict[str, torch.Tensor]) -> StepTerms:
@@ -479,7 +475,7 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool, p
                 group["lr"] = learning_rate
             readings = task.begin_step(images_seen, total_images, learning_rate)
             generator = step_generator(run.seed, epoch, start, accelerator.device)
-            draws = task.draws(micro_batches[0].count, generator, micro_batches[0].size)
+            draws = task.draws(micro_batches[0].count, generator)
             seen: list[_Seen] = []
             statistics = _Statistics()
             for micro_step, micro_batch in enumerate(micro_batches, 1):

@@ -26,6 +26,7 @@ FREE_SETTINGS = {
 where they lie) or, like the number of processes, only the order in which it is summed."""
 
 REMOVED: dict[str, tuple[Any, str]] = {
+    "data.buckets": (None, "train on data.crops, or on whole images at one data.resolution"),
     "evaluation.weights": (None, ""),
     "objective.perceptual_weights": (None, ""),
     "run.device_batch_size": (

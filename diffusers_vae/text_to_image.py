@@ -498,9 +498,7 @@ class TextToImageTask(Task):
         latents = torch.zeros(1, *self.train_set.latents.latent_shape, device=device)
         return model(latents, torch.zeros(1, dtype=torch.long, device=device), self.no_prompt.to(device)).sum()
 
-    def draws(
-        self, count: int, generator: torch.Generator, size: tuple[int, int] | None = None
-    ) -> dict[str, torch.Tensor]:
+    def draws(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         on = {"generator": generator, "device": generator.device}
         shape = (count, *self.train_set.latents.latent_shape)
         return {

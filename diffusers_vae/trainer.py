@@ -98,8 +98,8 @@ class TrainConfig(Settings):
                     f"objective.{name} {getattr(self.objective, name)} shapes the rate, and an encoder that is not "
                     f"trained has always the same: leave it out with model.train {self.model.train}"
                 )
-        for size in self.data.bucket_sizes * bool(self.objective.equivariance):
-            latents = self.model.latent_shape(size)[1:]
+        if self.objective.equivariance:
+            latents = self.model.latent_shape(self.data.size)[1:]
             if equivariance.smallest(latents)[0] == latents[0]:
                 raise ValueError(
                     "objective.equivariance needs latents that can be made smaller, got "
@@ -112,21 +112,13 @@ class TrainConfig(Settings):
                 f"run.compile needs steps that are all the same program, got {self.changes_by_step}: leave "
                 "run.compile out"
             )
-        if self.data.buckets and self.data.buckets % ratio:
-            raise ValueError(
-                f"data.buckets must be divisible by {ratio}, by which the model makes the latents smaller, got "
-                f"{self.data.buckets}"
-            )
-        if self.data.buckets and self.model.architecture == "mlp":
-            raise ValueError("data.buckets needs the architecture vae: a perceptron takes images of one size")
         if self.model.latents and (self.data.changes_images or self.data.streaming):
             raise ValueError(
                 "model.latents are of a set of images as they are, and training would show others: leave out "
                 f"{self.data.changes_images or 'data.streaming'}"
             )
         if self.adversarial.weight:
-            for size in self.smallest_images:
-                PatchDiscriminator.check(size, self.adversarial.layers)
+            PatchDiscriminator.check(self.smallest_size, self.adversarial.layers)
         if self.model.pretrained:
             self._check_pretrained()
 
@@ -151,18 +143,16 @@ class TrainConfig(Settings):
         named = [f"objective.{name} {getattr(self.objective, name)}" for name in changing]
         # which joins late, and whose adaptive weight goes through the backward twice
         named += [f"adversarial.weight {self.adversarial.weight}"] * bool(self.adversarial.weight)
-        named += [f"data.buckets {self.data.buckets}"] * bool(self.data.buckets)
         return ", ".join(named)
 
     @property
-    def smallest_images(self) -> list[tuple[int, int]]:
-        """Height and width of the smallest images that the losses see, for each size that is trained on."""
-        sizes = self.data.bucket_sizes
+    def smallest_size(self) -> tuple[int, int]:
+        """Height and width of the smallest images that the losses see."""
         if not self.objective.equivariance:
-            return sizes
+            return self.data.size
         ratio = self.model.spatial_compression_ratio
-        latents = (equivariance.smallest(self.model.latent_shape(size)[1:]) for size in sizes)
-        return [(height * ratio, width * ratio) for height, width in latents]
+        height, width = equivariance.smallest(self.model.latent_shape(self.data.size)[1:])
+        return height * ratio, width * ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,8 +322,7 @@ class AutoencoderTask(Task):
             )
         if config.objective.perceptual:
             self.perceptual = PerceptualLoss(config.objective.perceptual)
-            for size in config.smallest_images:
-                self.perceptual.check(size)
+            self.perceptual.check(config.smallest_size)
             self.perceptual.to(accelerator.device)
 
     def _warn_of_another_order(self) -> None:
@@ -427,10 +416,8 @@ class AutoencoderTask(Task):
                 group["lr"] = own
         return readings
 
-    def draws(
-        self, count: int, generator: torch.Generator, size: tuple[int, int] | None = None
-    ) -> dict[str, torch.Tensor]:
-        shape = self.config.model.latent_shape(size or self.config.data.size)
+    def draws(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        shape = self.config.model.latent_shape(self.config.data.size)
         drawn = {"noise": torch.randn(count, *shape, generator=generator, device=generator.device)}
         if self.config.objective.equivariance:
             # the same for all images of a step; on the CPU, which decides by them without waiting for the device

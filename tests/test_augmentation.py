@@ -1,21 +1,17 @@
-"""Training images that are others in every epoch, and of several sizes, against those of the files."""
+"""Training images that are others in every epoch, against those of the files."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support.files import paths_of
-from support.launches import run_forked
-from support.runs import TINY_VAE, at, fit, records, tiny
 from torchvision.transforms.v2 import functional
 
-from diffusers_vae.data import DataConfig, deal, load_data
+from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.data.order import MicroBatch
 from diffusers_vae.images import read_image
 from diffusers_vae.text_to_image import TextToImageConfig
-from diffusers_vae.trainer import TrainConfig, train
 
 
 @pytest.fixture(scope="module")
@@ -153,49 +149,6 @@ class TestRandomCrops:
         assert read(train).shape == (len(train), 3, 160, 144)
 
 
-class TestBuckets:
-    def test_sizes(self):
-        settings = config("", resolution=64, buckets=16)
-        assert settings.bucket_sizes == [(48, 80), (64, 64), (80, 48)]
-        assert config("", resolution=256, buckets=64).bucket_sizes == [
-            (192, 320), (256, 256), (320, 192),
-        ]  # fmt: skip
-        for size in config("", resolution=(96, 160), buckets=8).bucket_sizes:
-            assert not size[0] % 8 and not size[1] % 8 and size[0] * size[1] <= 96 * 160
-            assert max(size) <= 2 * min(size)
-        assert (96, 160) in config("", resolution=(96, 160), buckets=8).bucket_sizes
-
-    def test_each_image_is_resized_to_the_size_most_like_its_own(self, photographs):
-        train, heldout = load_data(config(photographs, buckets=16))
-        assert heldout.__getitems__([0]).pixels.shape == (1, 3, 64, 64)
-        seen = []
-        for (micro,) in deal(train.batches(4, 0, 0, 0), 0, 0):
-            pixels = train.read(micro).pixels
-            assert tuple(pixels.shape[2:]) == micro.size
-            for index in micro.indices:
-                height, width = read_image(paths_of(train)[index], 3).shape[1:]
-                wanted = (64, 64) if height == width else ((80, 48) if height > width else (48, 80))
-                assert micro.size == wanted
-            seen += micro.indices
-        assert sorted(seen) == list(range(len(train))) and len({*train.buckets.tolist()}) >= 2
-
-    @pytest.mark.slow
-    def test_run_with_images_of_several_sizes_is_measured(self, photographs, tmp_path):
-        run = tiny(tmp_path / "run", TINY_VAE, batch_size=4, max_images=24, epochs=3, log_every=4)
-        result = train(dataclasses.replace(run, data=config(photographs, buckets=16)))
-        assert result.report.images == 1 and np.isfinite(result.report.psnr)
-
-    @pytest.mark.slow
-    def test_two_processes_give_what_one_does(self, photographs, tmp_path):
-        run = tiny(tmp_path / "1", TINY_VAE, batch_size=4, max_images=40, epochs=9, log_every=4)
-        run = dataclasses.replace(run, data=config(photographs, buckets=16, horizontal_flip=True))
-        for processes in (1, 2):
-            output_dir = tmp_path / str(processes)
-            run_forked(fit, at(run, output_dir), log=tmp_path / f"log of {processes}", processes=processes)
-        one, two = ([record["loss"] for record in records(tmp_path / name, "train")] for name in ("1", "2"))
-        assert len(one) == 10 and one == pytest.approx(two, rel=1e-4)
-
-
 class TestErrors:
     @pytest.mark.parametrize(
         ("settings", "message"),
@@ -207,13 +160,6 @@ class TestErrors:
                 {"color_jitter": (0, 0, 0, 0.7)},
                 r"data\.color_jitter must be .* hue at most 0\.5, got \[0, 0, 0, 0\.7\]",
             ),
-            ({"buckets": 0}, r"data\.buckets must be at least 1 .* got 0"),
-            ({"buckets": 128}, r"divide the sides of data\.resolution, got 128 and 64x64"),
-            ({"buckets": 8, "crops": 3}, r"leave out data\.crops and data\.fit pad, got 3 and crop"),
-            (
-                {"buckets": 8, "name": "cifar10"},
-                r"data\.buckets are for images of several sizes, got data\.name cifar10",
-            ),
             ({"crops": "all"}, r"data\.crops must be at least 1, or random, got all"),
         ],
     )
@@ -221,19 +167,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             DataConfig(**{"name": "folder", "channels": 3, "resolution": 64} | settings)
 
-    def test_settings_that_do_not_fit_the_rest(self, photographs, tmp_path):
-        def settings(**data) -> TrainConfig:
-            return dataclasses.replace(tiny(tmp_path / "run", TINY_VAE), data=config(photographs, **data))
-
-        with pytest.raises(ValueError, match=r"data\.buckets must be divisible by 2, by which .*, got 1"):
-            settings(buckets=1)
-        with pytest.raises(ValueError, match=r"data\.buckets needs the architecture vae"):
-            dataclasses.replace(tiny(tmp_path / "run"), data=config(photographs, buckets=8))
-        with pytest.raises(
-            ValueError, match=r"run\.compile needs steps that are all the same program, got data\.buckets"
-        ):
-            plain = settings(buckets=8)
-            dataclasses.replace(plain, run=dataclasses.replace(plain.run, compile=True))
+    def test_text_to_image_refuses_what_changes_images(self, photographs):
         with pytest.raises(
             ValueError, match=r"encoded once, of a set of images as they are: leave out data\.horizontal"
         ):

@@ -253,7 +253,7 @@ def copy_images(source, target, count):
             "shuffle_buffer": 9,
             "crops": "random",
         },
-        {"name": "folder", "root": "photos", "buckets": 8, "horizontal_flip": True, "color_jitter": [0.1, 0, 0, 0]},
+        {"name": "folder", "root": "photos", "buckets": None, "horizontal_flip": True, "color_jitter": [0.1, 0, 0, 0]},
         {"name": "array", "root": "a.npz", "image_column": "images", "vertical_flip": True, "crops": 3},
     ],
 )
@@ -741,6 +741,7 @@ class TestOthers:
             ("data", {"resolution": "large"}, "data.resolution"),
             ("data", {"resolution": None}, "data.resolution must have a value, got null"),
             ("data", {"pixels": 5}, "does not accept option 'pixels'"),
+            ("data", {"buckets": 16}, "data.buckets was removed, got 16: train on data.crops"),
             ("evaluation", {"batch_size": None}, "evaluation.batch_size must have a value, got null"),
             ("run", {"device_batch_size": "auto"}, "run.device_batch_size was removed, got auto: set run.gradient_acc"),
         ],

@@ -171,6 +171,7 @@ def test_errors_name_the_key_and_the_value(text, words, tmp_path, capsys):
 
 
 REMOVED = [
+    ("data", "buckets", 16, "train on data.crops, or on whole images at one data.resolution"),
     ("run", "device_batch_size", "auto", "set run.gradient_accumulation_steps instead"),
 ]
 
@@ -187,7 +188,7 @@ class TestRemovedSettings:
         self, training, section, name, value, advice, tmp_path, capsys
     ):
         file = write(tmp_path / "config.yaml", f"{section}: {{{name}: {value}}}\n")
-        for arguments, where in ((["--config", file], f"{file}: "), ([f"--{section}.{name}", value], "")):
+        for arguments, where in ((["--config", file], f"{file}: "), ([f"--{section}.{name}={value}"], "")):
             with pytest.raises(SystemExit):
                 parse_settings(training, arguments)
             assert f"error: {where}{section}.{name} was removed, got {value}: {advice}" in capsys.readouterr().err

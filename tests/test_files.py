@@ -307,7 +307,7 @@ def test_workers_read_each_step_of_the_folder(kind, folder, tmp_path):
     for name, root in (("packed", pack(kind, folder, tmp_path / "archive")), ("plain", folder)):
         train_set, _ = load_data(config(root), memory_limit=0)
         batches = [
-            indices.tolist() for epoch in range(2) for indices, _ in train_set.batches(8, seed=0, epoch=epoch, start=0)
+            indices.tolist() for epoch in range(2) for indices in train_set.batches(8, seed=0, epoch=epoch, start=0)
         ]
         read[name] = list(DataLoader(train_set, batch_sampler=batches, num_workers=2, collate_fn=pixels_of))
     assert len(read["plain"]) == 10 and all(map(torch.equal, read["packed"], read["plain"]))

@@ -1,68 +1,18 @@
-"""Which images each step has, where it is not simply any: batches of one size, and streams."""
+"""Which images each step of a stream has."""
 
 from itertools import chain
 
 import numpy as np
 import pytest
 
-from diffusers_vae.data.order import bucketed, deal, streamed
-
-SIZES = [(16, 32), (24, 24), (32, 16)]
-
-
-def buckets(count=103):
-    return np.random.default_rng(1).choice(3, count, p=[0.2, 0.7, 0.1])
-
-
-def of_buckets(seed=0, epoch=0, start=0, batch_size=8):
-    return list(bucketed(buckets(), SIZES, batch_size, seed, epoch, start))
-
-
-class TestBuckets:
-    def test_every_image_once_and_each_batch_of_one_size(self):
-        places, batches = buckets(), of_buckets()
-        assert sorted(np.concatenate([indices for indices, _ in batches]).tolist()) == list(range(103))
-        for indices, size in batches:
-            assert {SIZES[places[index]] for index in indices} == {size} and 1 <= len(indices) <= 8
-        assert sum(len(indices) < 8 for indices, _ in batches) <= 3
-
-    def test_batches_of_all_sizes_are_mixed(self):
-        sizes = [size for _, size in of_buckets()]
-        assert sizes != sorted(sizes) and sizes != sorted(sizes, reverse=True)
-
-    def test_pure_function_of_seed_and_epoch(self):
-        def flat(**place):
-            return tuple(index for indices, _ in of_buckets(**place) for index in indices.tolist())
-
-        assert flat(seed=1, epoch=2) == flat(seed=1, epoch=2)
-        assert len({flat(seed=seed, epoch=epoch) for seed in range(3) for epoch in range(3)}) == 9
-
-    def test_epoch_is_continued_within(self):
-        whole, seen = of_buckets(), 0
-        for step, (indices, _) in enumerate(whole):
-            rest = of_buckets(start=seen)
-            assert [(own.tolist(), size) for own, size in rest] == [(own.tolist(), size) for own, size in whole[step:]]
-            seen += len(indices)
-
-    def test_after_another_batch_size_no_image_is_lost_or_doubled(self):
-        for start in range(103):
-            assert sum(len(indices) for indices, _ in of_buckets(start=start)) == 103 - start
-
-    def test_more_processes_than_images_of_a_size(self):
-        found = [list(deal(iter(of_buckets()), 0, 0, rank, 4, 2)) for rank in range(4)]
-        assert all(len({micro.size for micros in step for micro in micros}) == 1 for step in zip(*found, strict=True))
-        seen = [
-            index for rank in found for step in rank for micro in step for index in micro.indices * (micro.share > 0)
-        ]
-        assert sorted(seen) == list(range(103))
-
+from diffusers_vae.data.order import deal, streamed
 
 COUNTS = np.array([30, 7, 100, 1, 64, 33, 90, 12])
 
 
 def of_stream(counts=COUNTS, lanes=(2, 2), buffer=64, batch_size=8, seed=0, epoch=0, start=0):
     batches = list(streamed(counts, lanes, buffer, batch_size, seed, epoch, start))
-    return [indices.tolist() for indices, _ in batches]
+    return [indices.tolist() for indices in batches]
 
 
 class TestStream:
@@ -97,7 +47,7 @@ class TestStream:
     def test_a_block_is_read_by_one_worker_of_one_process(self, processes, workers):
         """Except those at the ends of pieces: one for each piece."""
         counts = np.full(400, 20)
-        batches = [(np.array(b), None) for b in of_stream(counts, (processes, workers), 500, 10 * processes)]
+        batches = [np.array(batch) for batch in of_stream(counts, (processes, workers), 500, 10 * processes)]
         readers: dict[int, set] = {block: set() for block in range(400)}
         for rank in range(processes):
             for step, (micro,) in enumerate(deal(iter(batches), 0, 0, rank, processes)):

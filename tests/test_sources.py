@@ -42,7 +42,6 @@ SOURCES = {
     "hub": {"name": "datasets"},
     "stream": {"name": "datasets", "streaming": True, "shuffle_buffer": 16},
     "hub_stream": {"name": "datasets", "streaming": True, "shuffle_buffer": 1000},
-    "buckets": {"buckets": 4},
     "crops": {"crops": "random"},
     "augmented": {"horizontal_flip": True, "vertical_flip": True, "color_jitter": (0.3, 0.3, 0.3, 0.1)},
 }

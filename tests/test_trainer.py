@@ -626,8 +626,8 @@ class TestFaults:
 
             generator = torch.Generator().manual_seed(0)
 
-            def draws(self, count, generator, size=None):
-                return super().draws(count, self.generator, size)
+            def draws(self, count, generator):
+                return super().draws(count, self.generator)
 
         assert not dry_run(Careless(tiny(tmp_path / "run")))[1]
 

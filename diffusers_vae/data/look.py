@@ -82,7 +82,7 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         FileNotFoundError: when there is no such set.
         ValueError: when nothing in it can be read, and when data.value_range must be stated, with the values found.
     """
-    config = replace(config, on_bad_image="skip", crops=None, buckets=None)
+    config = replace(config, on_bad_image="skip", crops=None)
     try:
         train, heldout = load_data(config, memory_limit=0, captions=True)
         captions = "none" if train.captions is None else "yes"

@@ -27,12 +27,10 @@ class MicroBatch:
     """Of the run, and"""
     epoch: int = 0
     """from 0: for what is random in the reading of an image."""
-    size: tuple[int, int] | None = None
-    """Height and width of the images, where they differ from step to step."""
 
 
-Batches = Iterator[tuple[np.ndarray, tuple[int, int] | None]]
-"""Of each optimiser step of an epoch the images, as indices, and their size, where it differs from step to step."""
+Batches = Iterator[np.ndarray]
+"""Indices of the images of each optimiser step of an epoch."""
 
 
 class Read(Protocol):
@@ -79,28 +77,7 @@ class TrainingSet(Protocol):
 def shuffled(length: int, batch_size: int, seed: int, epoch: int, start: int) -> Batches:
     """`length` images in random order; the last batch of an epoch holds what remains."""
     order = np.random.default_rng([seed, epoch]).permutation(length)
-    return ((order[begin : begin + batch_size], None) for begin in range(start, length, batch_size))
-
-
-def bucketed(
-    buckets: np.ndarray, sizes: Sequence[tuple[int, int]], batch_size: int, seed: int, epoch: int, start: int
-) -> Batches:
-    """Batches of images of one size each, in random order, `buckets` (N,) being the place of each image's size in
-    `sizes`. Of each size one batch holds what remains.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(buckets))
-    batches = []
-    for bucket, size in enumerate(sizes):
-        own = order[buckets[order] == bucket]
-        batches += [(own[begin : begin + batch_size], size) for begin in range(0, len(own), batch_size)]
-    seen = 0
-    for place in rng.permutation(len(batches)).tolist():
-        indices, size = batches[place]
-        left = max(0, start - seen)  # whole batches, unless their size was changed since
-        seen += len(indices)
-        if left < len(indices):
-            yield indices[left:], size
+    return (order[begin : begin + batch_size] for begin in range(start, length, batch_size))
 
 
 def streamed(
@@ -166,7 +143,7 @@ def streamed(
             ]
         )
         blocks = ends.searchsorted(places, side="right")
-        yield firsts[blocks] + places - (ends[blocks] - counts[order[blocks]]), None
+        yield firsts[blocks] + places - (ends[blocks] - counts[order[blocks]])
 
 
 def epoch_batches(
@@ -192,15 +169,13 @@ def deal(
     process (gradient accumulation). A process left without images in a small batch repeats one with share 0, since
     every process must take part.
     """
-    for batch, image_size in batches:
+    for batch in batches:
         size, larger = divmod(len(batch), processes * micro_steps)  # the first parts have one image more
         ends = [part * size + min(part, larger) for part in range(processes * micro_steps + 1)]
         yield [
-            MicroBatch(
-                batch[first:end].tolist(), first, len(batch), (end - first) / len(batch), seed, epoch, image_size
-            )
+            MicroBatch(batch[first:end].tolist(), first, len(batch), (end - first) / len(batch), seed, epoch)
             if end > first
-            else MicroBatch([int(batch[0])], 0, len(batch), 0.0, seed, epoch, image_size)
+            else MicroBatch([int(batch[0])], 0, len(batch), 0.0, seed, epoch)
             for first, end in list(pairwise(ends))[rank::processes]
         ]
 

@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
@@ -35,7 +34,7 @@ from .arrays import ArrayStore, ImageArray, array_classes, array_files
 from .augmentation import Augmentation
 from .captions import read_captions
 from .files import ARCHIVES, Files
-from .order import Batches, MicroBatch, TrainingSet, bucketed
+from .order import MicroBatch, TrainingSet
 from .rows import (
     PARQUET,
     RowStore,
@@ -57,7 +56,7 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm
 HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")
 OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column")
 """Settings of `DataConfig` that belong to one data set of rows."""
-OF_TRAINING = ("buckets", "horizontal_flip", "vertical_flip", "color_jitter", "streaming", "shuffle_buffer", "lanes")
+OF_TRAINING = ("horizontal_flip", "vertical_flip", "color_jitter", "streaming", "shuffle_buffer", "lanes")
 """Those that change how a set is trained on, and not what is measured or encoded of it."""
 MEMORY_LIMIT = 2**31
 """Bytes of pixels up to which a set is read once and kept in memory."""
@@ -111,10 +110,6 @@ class DataConfig:
     """So many crops of each image of a folder at its own resolution, at places drawn once, instead of the whole image
     brought to size; images smaller than the resolution are scaled up to cover it. Of the held-out images too. random:
     one of each image, at another place in every epoch; of the held-out images always at the same."""
-    buckets: int | None = None
-    """Train on images of several sizes, as many pixels as `resolution` has or less, with sides that this divides and
-    aspect ratios from 1:2 to 2:1: each image is brought to that which is most like its own, and a batch has images of
-    one size. The held-out images are brought to `resolution`."""
     horizontal_flip: bool = False
     """Mirror every second training image, drawn anew in every epoch: for what looks as well the other way round."""
     vertical_flip: bool = False
@@ -171,19 +166,6 @@ class DataConfig:
                 raise ValueError(f"data.crops are of folder, array and datasets, got data.name {self.name}")
             if self.fit != "crop":
                 raise ValueError(f"data.crops leave nothing to pad: data.fit must be crop, got {self.fit}")
-        if self.buckets is not None:
-            if self.buckets < 1 or any(side % self.buckets for side in self.size):
-                raise ValueError(
-                    f"data.buckets must be at least 1 and divide the sides of data.resolution, got {self.buckets} and "
-                    f"{self.size[0]}x{self.size[1]}"
-                )
-            if self.name in IN_MEMORY:
-                raise ValueError(f"data.buckets are for images of several sizes, got data.name {self.name}")
-            if self.crops is not None or self.fit != "crop":
-                raise ValueError(
-                    f"data.buckets bring whole images to size: leave out data.crops and data.fit pad, got {self.crops} "
-                    f"and {self.fit}"
-                )
         for name in ("horizontal_flip", "vertical_flip"):
             if getattr(self, name) and self.name in ("digits", "mnist", "qmnist"):
                 raise ValueError(f"data.{name} makes another sign of a digit: leave it out with data.name {self.name}")
@@ -210,7 +192,7 @@ class DataConfig:
                 )
             if isinstance(self.crops, int):
                 raise ValueError(f"of a stream, data.crops must be random or null, got {self.crops}")
-            for name in ("buckets", "label_column", "caption_column"):
+            for name in ("label_column", "caption_column"):
                 if (value := getattr(self, name)) is not None:
                     raise ValueError(f"a stream has no data.{name}, got {value}: leave it or data.streaming out")
         if self.shuffle_buffer < 1:
@@ -262,22 +244,9 @@ class DataConfig:
         return (self.resolution, self.resolution) if isinstance(self.resolution, int) else tuple(self.resolution)
 
     @property
-    def bucket_sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of those that training images are brought to."""
-        if self.buckets is None:
-            return [self.size]
-        pixels, step = self.size[0] * self.size[1], self.buckets
-        sizes = {self.size}
-        for height in range(step, math.isqrt(2 * pixels) + 1, step):
-            width = pixels // height // step * step
-            if height <= 2 * width and width <= 2 * height:
-                sizes.add((height, width))
-        return sorted(sizes)
-
-    @property
     def changes_images(self) -> str:
-        """The settings by which a training image is another in every epoch, or of another size, or nothing."""
-        unchanged = {"buckets": None, "horizontal_flip": False, "vertical_flip": False, "color_jitter": None}
+        """The settings by which a training image is another in every epoch, or nothing."""
+        unchanged = {"horizontal_flip": False, "vertical_flip": False, "color_jitter": None}
         changing = [name for name, value in unchanged.items() if getattr(self, name) != value]
         changing += ["crops"] * (self.crops == "random")
         return ", ".join(f"data.{name} {getattr(self, name)}" for name in changing)
@@ -326,9 +295,7 @@ class ReadImages:
 
 
 class ImageSet(TrainingSet, Protocol):
-    """Images with or without labels, of one size unless they are trained on; any first part is a fair sample, of a
-    stream one of row groups.
-    """
+    """Images of one size, with or without labels; any first part is a fair sample, of a stream one of row groups."""
 
     labels: torch.Tensor | None
     """(N,) int64 classes."""
@@ -440,40 +407,30 @@ class ArrayImages(_Images):
 
 
 class StoredImages(_Images):
-    """Images of a store, read on demand as `config` says, and what `_Images` has; in `buckets` (N,), if `config` asks
-    for them, the place of each image's size in `config.bucket_sizes`.
-    """
+    """Images of a store, read on demand as `config` says, and what `_Images` has."""
 
-    def __init__(
-        self, config: DataConfig, store: Store, rows: np.ndarray, buckets: np.ndarray | None = None, **about: Any
-    ):
+    def __init__(self, config: DataConfig, store: Store, rows: np.ndarray, **about: Any):
         super().__init__(store=store, rows=rows, **about)
-        self.config, self.buckets = config, buckets
+        self.config = config
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitems__(self, indices: Sequence[int]) -> ReadImages:
-        return self._read_as(indices, self.config, (0,))
-
-    def batches(self, batch_size: int, seed: int, epoch: int, start: int) -> Batches:
-        if self.buckets is None:
-            return super().batches(batch_size, seed, epoch, start)
-        return bucketed(self.buckets, self.config.bucket_sizes, batch_size, seed, epoch, start)
+        return self._read_at(indices, (0,))
 
     def _read(self, batch: MicroBatch) -> ReadImages:
-        config = self.config if batch.size is None else _at_size(self.config, batch.size)
-        return self._read_as(batch.indices, config, (batch.seed, batch.epoch))
+        return self._read_at(batch.indices, (batch.seed, batch.epoch))
 
-    def _read_as(self, indices: Sequence[int], config: DataConfig, place: tuple[int, ...]) -> ReadImages:
+    def _read_at(self, indices: Sequence[int], place: tuple[int, ...]) -> ReadImages:
         """The images at the indices; random crops at the place of this number."""
-        pixels, kept, errors = [], [], []
+        config, pixels, kept, errors = self.config, [], [], []
         empty = torch.zeros(0, config.channels, *config.size, dtype=config.dtype)
         for number, index in enumerate(indices):
             crops = [place] if config.crops == "random" else []
             crops = crops if self.crops is None else [(int(self.crops[index]),)]
             try:
-                pixels.append(self._read_one(index, config, crops)[0])
+                pixels.append(self._read_one(index, crops)[0])
                 kept.append(number)
             except ValueError as error:
                 errors += [str(error)] * (str(error) not in errors)  # of two crops of a file
@@ -487,11 +444,11 @@ class StoredImages(_Images):
         ValueError naming it when it cannot be read.
         """
         crops = {"random": 1, None: 0}.get(self.config.crops, self.config.crops)
-        return self._read_one(index, self.config, [(crop,) for crop in range(crops)])
+        return self._read_one(index, [(crop,) for crop in range(crops)])
 
-    def _read_one(self, index: int, config: DataConfig, crops: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    def _read_one(self, index: int, crops: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """Pixels (B, C, H, W): the crops of these numbers of an image or, without, the whole, B = 1."""
-        row = int(self.rows[index])
+        config, row = self.config, int(self.rows[index])
 
         def fit(pixels: torch.Tensor) -> torch.Tensor:
             if not crops:
@@ -896,30 +853,16 @@ def _in_size(
     """
     config = train.config
     count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels * config.dtype.itemsize
-    several = config.buckets or count == "random"  # of a training image there is more than the pixels at one size
-    if several or (len(train) + len(heldout)) * count * size > memory_limit:
-        parts, found = [train, heldout], []
-        if headers or config.buckets:
-            parts, found = _scan(parts, StoredImages.header, "checking files", progress)
-        if config.buckets:
-            parts[0].buckets = _nearest(found[0], config.bucket_sizes)
+    if count == "random" or (len(train) + len(heldout)) * count * size > memory_limit:
+        parts = [train, heldout]
+        if headers:
+            parts, _ = _scan(parts, StoredImages.header, "checking files", progress)
         return parts[0].cropped(), parts[1].cropped()
     parts, read = _scan([train, heldout], StoredImages.read_all, "reading images", progress)
     return tuple(
         ArrayImages(torch.stack(pixels, 1).flatten(0, 1), **part.cropped().about())  # the order of `cropped`
         for part, pixels in zip(parts, read, strict=True)
     )
-
-
-@cache
-def _at_size(config: DataConfig, size: tuple[int, int]) -> DataConfig:
-    return replace(config, resolution=size, buckets=None)
-
-
-def _nearest(headers: Sequence[Header], sizes: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Of each image (N,) the place in `sizes` of that whose aspect ratio is most like its own."""
-    own = np.log([header.height / header.width for header in headers])
-    return np.abs(own[:, None] - np.log([height / width for height, width in sizes])).argmin(1)
 
 
 def _look_into(config: DataConfig) -> tuple[Files, dict[str, list[Path]], list[Path]]:
