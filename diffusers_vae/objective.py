@@ -33,6 +33,8 @@ START_SCALE = 1.0
 """Of a learned or optimal scale, where nothing is known of the errors yet: about that of a grey picture in [-1, 1]."""
 SMALLEST_SCALE = 2 / 65535 / math.sqrt(12)
 """Of an optimal scale: the std of rounding to 16 bits. No file is more exact, and below it the loss has no bound."""
+MEAN_LOSSES = {"gaussian": "F.mse_loss", "laplace": "F.l1_loss", "bernoulli": "F.binary_cross_entropy"}
+"""The loss of torch.nn.functional that is the mean of each likelihood's error, but for a constant factor."""
 DEVIATION_HALF_LIFE = 1_000
 """Images after which a step counts half in the mean that an optimal scale is computed from."""
 
@@ -331,7 +333,8 @@ class ObjectiveConfig:
     """Network of an LPIPS term in the loss (Zhang 2018); null: none. One channel is repeated to three; of other numbers
     than 1 and 3, each channel is judged by itself as grey."""
     perceptual_weight: float = 1.0
-    """Of the LPIPS per value of the image, as in latent-diffusion, which adds it to the error of every value."""
+    """Weight of the LPIPS, times the number of values of the image. At scale 1 it is that of latent-diffusion, which
+    divides its LPIPS by the scale, too: its weight w is w / scale here."""
     equivariance: float = 0.0
     """Share of the steps that decode scaled and turned latents, and compare with images scaled and turned likewise
     (EQ-VAE, Kouzelis 2025: 0.5): such latents are easier to diffuse. Of the other steps, a quarter sees its images
@@ -414,9 +417,16 @@ class ObjectiveConfig:
         progress = min(1.0, images_seen / self.kl_warmup_images)
         return self.kl_weight * (progress if self.kl_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2)
 
-    def kl_weight_per_value(self, values: int) -> float:
-        """The factor of the summed rate in a loss whose distortion is the mean over an image's `values` = C * H * W."""
-        return self.kl_weight / values
+    def kl_weight_per_value(self, values: int) -> float | None:
+        """The weight w at which `MEAN_LOSSES` + w * rate has the minimum of this objective: the loss is a mean over the
+        `values` = C * H * W of an image in [-1, 1], the rate a sum over its latents. None for a learned or optimal
+        scale, since w changes with it.
+        """
+        if isinstance(self.scale, str):
+            return None
+        if self.scale is None:  # bernoulli
+            return self.kl_weight / values
+        return self.kl_weight * (2 * self.scale**2 if self.likelihood == "gaussian" else self.scale) / values
 
     def build(self, scale: float | None = None) -> VAEObjective:
         """The objective that these settings describe where it is measured: at the full `kl_weight`, without free bits.

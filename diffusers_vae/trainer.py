@@ -40,7 +40,7 @@ from .models import (
     weights_hash,
     without_adapters,
 )
-from .objective import START_SCALE, ObjectiveConfig, TrainingObjective, VAEObjective
+from .objective import MEAN_LOSSES, START_SCALE, ObjectiveConfig, TrainingObjective, VAEObjective
 from .perceptual import PerceptualLoss
 from .processes import on_main, one_first
 from .report import SETTINGS, draw_report, report_html
@@ -553,13 +553,14 @@ class AutoencoderTask(Task):
         judged = f"; a discriminator after {adversarial.start_images:,} images" if adversarial.weight else ""
         all_of_them, trained = (autoencoder.num_parameters(only_trainable=only) for only in (False, True))
         compiled = ", compiled" if self.config.run.compile else ""
+        per_value = objective.kl_weight_per_value(values)
+        means = "" if per_value is None else f" (w = {per_value:.3g} in {MEAN_LOSSES[objective.likelihood]} + w * KL)"
         of = "" if trained == all_of_them else f" ({trained:,} are trained)"
         return (
             f"{type(autoencoder).__name__} with {all_of_them:,} parameters{of}{compiled}, latents "
             f"{'x'.join(map(str, self.config.model.latent_shape(data.size)))}; {len(self.train_set):,} training and "
             f"{len(self.heldout):,} held-out images of {data.name} at {'x'.join(map(str, data.size))}; kl_weight "
-            f"{objective.kl_weight:g}, which is {objective.kl_weight_per_value(values):.3g} where the loss is the mean "
-            f"over the {values:,} values of an image{when}{judged}"
+            f"{objective.kl_weight:g}{means}{when}{judged}"
         )
 
     def evaluate(

@@ -487,12 +487,39 @@ def test_cyclical_repeats_itself_in_every_part():
     assert weights[:51] == sorted(weights[:51]) and set(weights[50:100]) == {1.0}
 
 
-def test_kl_weight_per_value_is_its_part_of_a_loss_of_means():
-    images, reconstructions, posterior = make_batch()
-    config = ObjectiveConfig(scale=math.sqrt(0.5), kl_weight=0.1)
+def binary_cross_entropy(reconstructions, images):
+    return F.binary_cross_entropy((reconstructions + 1) / 2, (images + 1) / 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean_loss"),
+    [
+        ({"likelihood": "gaussian", "scale": 0.1}, F.mse_loss),
+        ({"likelihood": "laplace", "scale": 0.3}, F.l1_loss),
+        ({"likelihood": "bernoulli"}, binary_cross_entropy),
+    ],
+    ids=["gaussian", "laplace", "bernoulli"],
+)
+def test_kl_weight_per_value_gives_the_gradients_of_a_loss_of_means(settings, mean_loss):
+    """In the same ratio to each other: of the reconstructions and of the moments."""
+    images, reconstructions = make_images(4, seed=3)
+    reconstructions = (0.9 * reconstructions).requires_grad_()
+    moments = make_moments(4, seed=3).requires_grad_()
+    posterior = DiagonalGaussianDistribution(moments)
+    config = ObjectiveConfig(kl_weight=0.7, **settings)
     terms = config.build()(images, reconstructions, posterior)
-    mean = F.mse_loss(reconstructions, images) + config.kl_weight_per_value(72) * terms.rate.mean()
-    torch.testing.assert_close(terms.loss / 72, mean)
+    weight = config.kl_weight_per_value(images[0].numel())
+    of_means = mean_loss(reconstructions, images) + weight * posterior.kl().mean()
+    inputs = (reconstructions, moments)
+    ours, theirs = (torch.autograd.grad(loss, inputs, retain_graph=True) for loss in (terms.loss, of_means))
+    factor = ours[0].norm() / theirs[0].norm()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, factor * other)
+
+
+@pytest.mark.parametrize("scale", ["learned", "optimal"])
+def test_kl_weight_per_value_is_unknown_while_the_scale_moves(scale):
+    assert ObjectiveConfig(scale=scale).kl_weight_per_value(72) is None
 
 
 # --- training: what depends on the run

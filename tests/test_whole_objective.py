@@ -374,8 +374,14 @@ def test_the_first_line_says_when_each_term_joins(tmp_path):
     task = AutoencoderTask(settings(tmp_path, objective, AdversarialConfig(weight=0.1, start_images=7000)))
     task.load(Accelerator(cpu=True))
     said = task.summary(task.build())
-    assert "kl_weight 2.88, which is 0.005 where the loss is the mean over the 576 values of an image" in said
+    assert "kl_weight 2.88 (w = 0.0025 in F.mse_loss + w * KL)" in said  # 2.88 * 2 * 0.5^2 / 576
     assert said.endswith(", after 5,000 images; a discriminator after 7,000 images")
+
+
+def test_the_first_line_names_no_weight_for_means_with_a_scale_that_moves(tmp_path):
+    task = AutoencoderTask(settings(tmp_path, {"scale": "learned"}))
+    task.load(Accelerator(cpu=True))
+    assert task.summary(task.build()).endswith("; kl_weight 1")
 
 
 @pytest.mark.slow
