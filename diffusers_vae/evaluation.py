@@ -35,8 +35,8 @@ from .values import ValueRange
 PACKAGES = (
     "diffusers-vae", "diffusers", "torch", "torchvision", "torchmetrics", "torch-fidelity", "numpy", "scipy", "pillow",
 )  # fmt: skip
-FORMAT = 1
-"""Of evaluation.json, which docs/evaluation.md describes."""
+FORMAT = 2
+"""Of evaluation.json, which docs/evaluation.md describes. In 1, figures had other meanings: see CHANGELOG.md."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class EvaluationConfig:
     batch_size: int = 64
     """Images per forward, of pictures too."""
     seed: int = 0
-    """Of the noise in the latents, the samples from the prior and the resampling for intervals."""
+    """Of the noise in the latents and of the samples from the prior."""
     reconstruction: Literal["mode", "sample"] = "mode"
     """What PSNR, SSIM, LPIPS and rFID are of: the decoded mode of the posterior, or one draw from it."""
     round_to_8_bit: bool = True
@@ -146,7 +146,7 @@ class Protocol:
     draws: int
     """From the posterior, per image, for distortion and bounds."""
     seed: int
-    """Of the draws and of the intervals' resamples."""
+    """Of the draws."""
     dtype: str
     """Of the model; objective and metrics are float32 at least."""
     device: str
@@ -216,9 +216,10 @@ class EvaluationReport:
     """log of the mean of p(image, latents) / q(latents | image) over the draws, nats per image: Burda et al. 2016,
     equation 8. Nearer to log p(image) than elbo; None of one draw."""
     bits_per_dim: float
-    """-elbo / (ln 2 * C * H * W)."""
+    """-elbo / (ln 2 * C * H * W), bits per value of an image. A density over [-1, 1] gets log2(255 / 2) more: it then
+    is one per level of an 8-bit value, as in the literature. With data.value_range nothing is added."""
     density: str
-    """What distortion, bounds and bits_per_dim are the likelihood of."""
+    """What distortion and bounds are the likelihood of, and the unit of the density in bits_per_dim."""
     psnr: float
     """Peak signal-to-noise ratio, dB."""
     ssim: float
@@ -227,20 +228,20 @@ class EvaluationReport:
     """Learned perceptual image patch similarity, 0 is best; None when it was not asked for."""
     lpips_vgg: float | None
     """Likewise."""
-    lpips_squeeze: float | None = field(default=None, kw_only=True)  # which older reports do not have
+    lpips_squeeze: float | None
     """Likewise."""
     rfid: float | None
     """Frechet inception distance between images and reconstructions, of all together; None likewise."""
     intervals: dict[str, list[float]]
-    """95 % confidence intervals of the figures, by bootstrap over the images; not of the rFID, which is one figure of
+    """95 % confidence intervals of the figures, Student's t over the images; not of the rFID, which is one figure of
     all, and none of one image."""
     latents: LatentSummary
     posterior: PosteriorHealth
     model: ModelSummary
     protocol: Protocol
-    kl_weight: float | None = None
+    kl_weight: float
     """In loss; of a run that steers it to a target rate, the last."""
-    scale: float | None = None
+    scale: float | None
     """Of the likelihood, in model range; of a run that learns it, the last. None for one without, bernoulli."""
     fine_tuning: FineTuning | None = None
     """In a run that began with a trained autoencoder."""
@@ -264,10 +265,12 @@ class EvaluationReport:
         try:
             values = json.loads(text)
             digest = report_digest(values)
-            if values.pop("sha256", digest) != digest:  # which reports of older versions lack
+            if (found := values.pop("format")) != FORMAT:
+                raise ValueError(
+                    f"its format is {found} and must be {FORMAT}, since figures have changed their meaning"
+                )
+            if values.pop("sha256") != digest:
                 raise ValueError("its SHA-256 must be that of its figures, which were changed since they were measured")
-            if values.pop("format") != FORMAT:
-                raise ValueError(f"no evaluation report of format {FORMAT}")
             check_type(values, cls, "report")
             pairs = values["model"]["latent_shape"], values["protocol"]["resolution"], *values["intervals"].values()
             if any(len(pair) != (3 if place == 0 else 2) for place, pair in enumerate(pairs)):
@@ -276,8 +279,8 @@ class EvaluationReport:
             parts = dict(zip(("latents", "posterior", "model", "protocol"), kinds, strict=True))
             if swaps := values["posterior"]["swaps"]:
                 values["posterior"] |= {"swaps": SwapCosts(**swaps)}
-            later = {"fp16": PrecisionReport, "fine_tuning": FineTuning}  # which reports of older versions lack
-            parts |= {name: kind for name, kind in later.items() if values.get(name) is not None}
+            optional = {"fp16": PrecisionReport, "fine_tuning": FineTuning}
+            parts |= {name: kind for name, kind in optional.items() if values[name] is not None}
             return cls(**values | {name: kind(**values[name]) for name, kind in parts.items()})
         except (AttributeError, KeyError, RecursionError, TypeError) as error:
             raise ValueError(f"no evaluation report: {error}") from error
@@ -294,8 +297,8 @@ def read_report(path: Path) -> EvaluationReport:
         return EvaluationReport.from_json(read_text(path))
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged or of an older version: {error}. Delete it and continue the run, or measure the model "
-            "again"
+            f"{path} is damaged or of another version: {error}. Delete it and run the training command again, which "
+            "measures the model again, or measure it with `diffusers-vae evaluate`"
         ) from error
 
 
@@ -418,11 +421,11 @@ def evaluate(
     figures = {name: np.ascontiguousarray(table[:, column]) for column, name in enumerate(parts[0][2])}
     means = {name: float(values.sum() / len(values)) for name, values in figures.items()}
     channels, height, width = parts[0][5]
-    per_dim = -1 / (math.log(2) * channels * height * width)
+    per_dim, (per_unit, unit) = -1 / (math.log(2) * channels * height * width), _unit(objective, stated)
     intervals = {}
     if len(indices) > 1:
-        intervals = {name: list(mean_interval(values, config.seed)) for name, values in figures.items()}
-        intervals["bits_per_dim"] = [bound * per_dim for bound in intervals["elbo"][::-1]]
+        intervals = {name: list(mean_interval(values)) for name, values in figures.items()}
+        intervals["bits_per_dim"] = [bound * per_dim + per_unit for bound in intervals["elbo"][::-1]]
     rfid = None
     if config.rfid:
         rfid = frechet_distance(*(torch.cat([part[4][which] for part in parts]) for which in (0, 1)))
@@ -433,8 +436,8 @@ def evaluate(
     described = getattr(model, "config", {})
     return EvaluationReport(
         images=len(indices),
-        bits_per_dim=means["elbo"] * per_dim,
-        density=objective.likelihood.density,
+        bits_per_dim=means["elbo"] * per_dim + per_unit,
+        density=objective.likelihood.density + unit,
         kl_weight=objective.kl_weight,
         scale=objective.scale,
         rfid=rfid,
@@ -475,8 +478,17 @@ def evaluate(
         ),
         fp16=precision,
         per_image=PerImage(indices, [image_set.name(index) for index in indices], figures),
-        **{"importance_weighted_bound": None, "lpips_alex": None, "lpips_vgg": None} | means,
+        **dict.fromkeys(("importance_weighted_bound", "lpips_alex", "lpips_vgg", "lpips_squeeze")) | means,
     )
+
+
+def _unit(objective: VAEObjective, stated: ValueRange | None) -> tuple[float, str]:
+    """What the unit of the density adds to bits/dim, and that unit in words."""
+    if isinstance(objective.likelihood, Bernoulli):  # a probability, in no unit
+        return 0.0, ""
+    if stated:
+        return 0.0, "; bits/dim per unit of [-1, 1]"
+    return math.log2(255 / 2), "; bits/dim per 8-bit level (2/255)"
 
 
 def _measure(
@@ -546,7 +558,9 @@ FIGURES = {
     "importance_weighted_bound": Figure(
         "IW bound", "nats/image", "a tighter bound of log p(image), of several draws", 2
     ),
-    "bits_per_dim": Figure("bits/dim", "bits", "-ELBO per channel of a pixel; below 0 where a density exceeds 1", 4),
+    "bits_per_dim": Figure(
+        "bits/dim", "bits/value", "-ELBO per channel of a pixel, in the unit of the density; lower is better", 4
+    ),
     "loss": Figure("loss", "nats/image", "the objective: distortion without its constant + kl_weight * rate", 3),
 }
 """By the key in evaluation.json, in the order in which people are shown them."""
@@ -575,7 +589,7 @@ class Difference:
     mean: float
     """Over the images."""
     interval: list[float]
-    """95 % confidence interval of the mean, by bootstrap over the images, in pairs."""
+    """95 % confidence interval of the mean of the differences, Student's t."""
     second_is_better: float | None
     """Share of the images where it is; None for figures of which neither more nor less is better."""
 
@@ -614,13 +628,13 @@ def compare(first: EvaluationReport, second: EvaluationReport, show: int = 8) ->
     if differing:
         listed = ", ".join(f"{name}: {protocols[0][name]} and {protocols[1][name]}" for name in differing)
         raise ValueError(f"models are compared under one protocol, got two: {listed}")
-    differences, seed = {}, first.protocol.seed
+    differences = {}
     for name in (name for name in first.per_image.figures if name in second.per_image.figures):
         values = second.per_image.figures[name] - first.per_image.figures[name]
         better = None
         if name in HIGHER_IS_BETTER:
             better = float(np.mean(values > 0 if HIGHER_IS_BETTER[name] else values < 0))
-        differences[name] = Difference(float(values.mean()), list(mean_interval(values, seed)), better)
+        differences[name] = Difference(float(values.mean()), list(mean_interval(values)), better)
     psnr_difference = np.abs(second.per_image.figures["psnr"] - first.per_image.figures["psnr"])
     order = np.argsort(-psnr_difference, kind="stable")[:show]
     return Comparison(first, second, differences, order.tolist())

@@ -166,8 +166,7 @@ class _Run:
         """
         report = read_json(self._own("evaluation.json"))
         shown = _without_places(report)
-        if "sha256" in report:
-            shown["sha256"] = report_digest(shown)
+        shown["sha256"] = report_digest(shown)
         model = json.dumps(_without_places(read_json(self._own("model/config.json"))), indent=2, sort_keys=True)
         texts = {
             "config.json": model + "\n",

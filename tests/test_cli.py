@@ -17,7 +17,7 @@ import yaml
 from diffusers import AutoencoderKL, AutoencoderOobleck
 from PIL import Image
 from support.files import filled, paths_of
-from support.hub import REPO
+from support.hub import REPO, write_report
 from support.launches import Launch, command, run_forked
 from support.models import tiny_vae
 from support.runs import TINY_VAE, tiny
@@ -723,8 +723,7 @@ class TestOthers:
         for key in outer:
             part = part[key]
         part[last] = value
-        del report["sha256"]  # as in a report of an older version
-        path.write_text(json.dumps(report))
+        write_report(tmp_path / "run", report)
         for words in (["info", tmp_path / "run"], ["push", tmp_path / "run", "me/model"]):
             code, _, error = call(capsys, *words)
             assert code == 1 and error.count("\n") == 1, error

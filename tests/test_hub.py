@@ -25,7 +25,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from support.files import filled
-from support.hub import CONFIG, READ_TOKEN, REPO, TOKEN, connect, make_run, uploaded
+from support.hub import CONFIG, READ_TOKEN, REPO, TOKEN, connect, make_run, uploaded, write_report
 from support.hub_server import Fault, card_errors
 from support.launches import Launch
 from support.models import make_vae
@@ -57,7 +57,7 @@ def tune(run: Path, fine_tuning: dict | None = None, **model) -> Path:
     """Make of a run one that began with a trained autoencoder."""
     fine_tuning = TUNED | (fine_tuning or {})
     report = json.loads((run / "evaluation.json").read_text())
-    (run / "evaluation.json").write_text(json.dumps(report | {"fine_tuning": fine_tuning}, indent=2) + "\n")
+    write_report(run, report | {"fine_tuning": fine_tuning})
     defaults = {"subfolder": None, "train": "decoder", "lora_rank": None, "latents": None}
     model = {"architecture": "vae", "pretrained": fine_tuning["source"], "revision": "v1"} | defaults | model
     (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": model}, sort_keys=False))
@@ -165,7 +165,7 @@ class TestCard:
         assert "LPIPS (alex)" not in card and "rFID" not in card
         report = json.loads((run / "evaluation.json").read_text())
         report["psnr"], report["posterior"]["active_units"] = 12.5, 3
-        (run / "evaluation.json").write_text(json.dumps(report))
+        write_report(run, report)
         changed = render_card(run)
         assert "| PSNR | 12.50 |" in changed and "3 of 32" in changed and "30.9" not in changed
 
@@ -300,11 +300,11 @@ class TestCard:
         assert f'base.load_lora_adapter("{REPO}", prefix=None' in pushed
 
     def test_tells_of_float16_and_of_the_weight_of_the_rate(self, run):
-        assert "Float16" not in render_card(run) and "The loss has" not in render_card(run)
+        assert "Float16" not in render_card(run) and "The loss has kl_weight 0.5." in render_card(run)
         report = json.loads((run / "evaluation.json").read_text())
         precision = {"images": 1234, "blocks": {"a": 1.0}, "overflow": None, "fp16_psnr": 71.0, "verdict": "safe"}
         report |= {"fp16": precision | {"advice": "Float16 is safe: say so."}, "kl_weight": 1e-6, "scale": 0.125}
-        (run / "evaluation.json").write_text(json.dumps(report))
+        write_report(run, report)
         card = render_card(run)
         assert "Float16 is safe: say so. Tried on 1,234 images." in card
         assert "The loss has kl_weight 1e-06." in card and "0.125" not in card
@@ -323,7 +323,7 @@ class TestCard:
             report["density"] = report["model"]["class_name"] = report["model"]["weights_sha256"] = name
             report["fp16"] = {"images": 1, "blocks": {}, "overflow": None, "fp16_psnr": None, "verdict": "safe"}
             report["fp16"]["advice"] = name
-            (run / "evaluation.json").write_text(json.dumps(report))
+            write_report(run, report)
             changes = {"revision": name, "weights_sha256": name, "encoder_sha256": name, "source": f"/x/{name}"}
             tune(run, changes, subfolder=name, train=[name])
             settings = yaml.safe_load((run / "config.yaml").read_text())
@@ -480,9 +480,13 @@ class TestPush:
         assert hub.requests == []
 
     def test_evaluation_of_an_older_version_is_named(self, hub, run):
-        (run / "evaluation.json").write_text('{"psnr": 1.0}')
-        with pytest.raises(ValueError, match=r"is damaged or of an older version: .*Delete it and continue the run"):
+        report = json.loads((run / "evaluation.json").read_text())
+        write_report(run, report | {"format": 1})
+        with pytest.raises(
+            ValueError, match=r"its format is 1 and must be 2, .*Delete it and run the training command"
+        ):
             push(run, HubConfig(repo_id=REPO))
+        assert hub.requests == []
 
     def test_figures_of_other_weights_are_refused(self, hub, run):
         make_vae(1).save_pretrained(run / "model")
@@ -586,6 +590,8 @@ class TestPush:
             else:
                 values["note"] = notes
             file.write_text(json.dumps(values))
+        if where == "evaluation.json":
+            write_report(run, values)
         with pytest.raises(ValueError, match=rf"{where}.* must hold no token and no password, .* got one\.") as error:
             push(run, config)
         assert secret not in str(error.value) and hub.requests == []
@@ -622,7 +628,7 @@ class TestPush:
         report = read_report(run / "evaluation.json")
         sealed = json.loads(report.to_json()) | {"psnr": 99.0}
         (run / "evaluation.json").write_text(json.dumps(sealed))
-        with pytest.raises(ValueError, match=r"evaluation.json .* were changed .*measure the model again"):
+        with pytest.raises(ValueError, match=r"evaluation.json .* were changed .*measures the model again"):
             push(run, HubConfig(repo_id=REPO))
         assert hub.requests == []
         tuned = FineTuning(**TUNED | {"source": "/home/ann/base"})

@@ -1,5 +1,6 @@
 """Metrics, perceptual distances and latent statistics, on tiny real models and real digits."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -46,6 +47,24 @@ class TestMetrics:
         a, b = torch.full((1, 1, 16, 16), 0.2), torch.full((1, 1, 16, 16), 0.6)
         expected = (2 * 0.6 * 0.8 + 0.01**2) / (0.6**2 + 0.8**2 + 0.01**2)  # of 0.2 and 0.6 as values in [0, 1]
         assert ssim(a, b).item() == pytest.approx(expected, rel=1e-3)
+
+    def test_ssim_counts_the_windows_of_all_pixels_with_a_reflected_border(self, digits):
+        """By the definition, in NumPy: Wang et al. 2004, equation 13, with a border of 5 pixels."""
+        pair = self.images(digits)[:2, 0].double().numpy() / 2 + 0.5
+        taps = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+        window = np.outer(taps, taps) / taps.sum() ** 2
+
+        def mean(values):
+            padded = np.pad(values, 5, mode="reflect")
+            return (np.lib.stride_tricks.sliding_window_view(padded, (11, 11)) * window).sum((2, 3))
+
+        a, b = pair
+        of_a, of_b = mean(a), mean(b)
+        variances = mean(a * a) - of_a**2 + mean(b * b) - of_b**2
+        similar = (2 * of_a * of_b + 0.01**2) * (2 * (mean(a * b) - of_a * of_b) + 0.03**2)
+        expected = (similar / ((of_a**2 + of_b**2 + 0.01**2) * (variances + 0.03**2))).mean()
+        images = self.images(digits)
+        assert ssim(images[:1], images[1:2]).item() == pytest.approx(expected, rel=1e-4)
 
     def test_one_value_per_image_whatever_its_neighbours(self, digits):
         images = self.images(digits)

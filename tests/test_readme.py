@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from support.models import make_pipeline
 
 from diffusers_vae import VAE
-from diffusers_vae.evaluation import FIGURES, EvaluationReport
+from diffusers_vae.evaluation import FIGURES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -80,17 +80,17 @@ CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.parent.name)
 def test_cards_show_what_was_measured(card):
     """Figures and links of the card of a preset, and those in the README, against its evaluation.json."""
-    report = EvaluationReport.from_json((card.parent / "evaluation.json").read_text())
+    report = json.loads((card.parent / "evaluation.json").read_text())
     text = card.read_text()
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", text):
         assert (card.parent / path).exists(), path
     metadata = ModelCard.load(card).data
     measured = {result.metric_type: result.metric_value for result in metadata.eval_results}
-    assert measured == {key: getattr(report, key) for key in FIGURES if getattr(report, key) is not None}
-    assert f"**{report.posterior.verdict.capitalize()}:**" in text
+    assert measured == {key: report[key] for key in FIGURES if report.get(key) is not None}
+    assert f"**{report['posterior']['verdict'].capitalize()}:**" in text
     preset = f"`{card.parent.name}.yaml`"
     row = next(line for line in README.splitlines() if line.startswith(f"| {preset}"))
-    shown = {"PSNR": report.psnr, "SSIM": report.ssim, "loss": report.loss, "rate": report.rate}
+    shown = {"PSNR": report["psnr"], "SSIM": report["ssim"], "loss": report["loss"], "rate": report["rate"]}
     found = re.findall(r"(PSNR|SSIM|loss|rate) ([\d.]+)", row)
     assert len(found) == 2
     for name, value in found:

@@ -218,7 +218,7 @@ class TestFinishedRun:
         assert left_behind(run.run.output_dir) == left_behind(finished_mlp_run)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("text", ['{"psnr"', "", "{}"])
+    @pytest.mark.parametrize("text", ['{"psnr"', "", "{}", '{"format": 1}'])
     def test_end_is_done_again_if_the_evaluation_cannot_be_read(self, run, text, caplog):
         path = Path(run.run.output_dir) / "evaluation.json"
         path.write_text(text)

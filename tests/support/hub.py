@@ -10,6 +10,7 @@ from PIL import Image
 from support.hub_server import HubServer
 
 from diffusers_vae import MLPVAE, VAE
+from diffusers_vae.evaluation import report_digest
 from diffusers_vae.models import weights_hash
 
 TOKEN = "hf_ThisTokenMustNeverShow"
@@ -21,16 +22,21 @@ READ_TOKEN = "hf_AnotherTokenWhichReads"
 REPO = "ann/tiny-vae"
 
 
+def write_report(run: Path, report: dict) -> None:
+    """Write `report` as the evaluation.json of a run, with the digest of its figures."""
+    (run / "evaluation.json").write_text(json.dumps(report | {"sha256": report_digest(report)}, indent=2) + "\n")
+
+
 def make_run(path: Path, model: VAE | MLPVAE, resolution: tuple[int, int], config: dict) -> Path:
     """What a finished run leaves behind, with things besides that must not be published."""
     channels, latent_shape = 1, (2, 4, 4) if isinstance(model, VAE) else (2, 1, 1)
     model.save_pretrained(path / "model")
     weights = (path / "model" / "diffusion_pytorch_model.safetensors").read_bytes()
     report = {
-        "format": 1, "images": 180, "loss": 61.5,
+        "format": 2, "images": 180, "loss": 61.5,
         "distortion": -812.25, "rate": 41.125, "elbo": 771.125, "bits_per_dim": -4.345,
         "density": "normal density with std 0.1 over pixels in [-1, 1]", "psnr": 30.875, "ssim": 0.9875,
-        "lpips_alex": None, "lpips_vgg": 0.0625, "rfid": None, "importance_weighted_bound": None,
+        "lpips_alex": None, "lpips_vgg": 0.0625, "lpips_squeeze": None, "rfid": None, "importance_weighted_bound": None,
         "intervals": {"psnr": [30.5, 31.25], "ssim": [0.985, 0.99], "rate": [40.0, 42.5]},
         "latents": {"mean": [0.1, -0.2], "std": [0.5, 0.25], "scaling_factor": 2.5, "shift_factor": -0.05},
         "posterior": {
@@ -53,8 +59,9 @@ def make_run(path: Path, model: VAE | MLPVAE, resolution: tuple[int, int], confi
             "dtype": "float32", "device": "cpu", "networks": {"vgg": "4567cdef"},
             "versions": {"diffusers_vae": "0.1.0", "torch": "2.7.1"},
         },
+        "kl_weight": 0.5, "scale": 0.1, "fine_tuning": None, "fp16": None,
     }  # fmt: skip
-    (path / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_report(path, report)
     (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (path / "metrics.jsonl").write_text('{"kind": "train"}\n')
     (path / "tensorboard").mkdir()
