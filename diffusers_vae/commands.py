@@ -238,8 +238,9 @@ def run_compare(arguments: Sequence[str]) -> int:
         "compare",
         "FIRST SECOND [--data NAME|FOLDER] [--SECTION.KEY VALUE ...]",
         "Measure two autoencoders under one protocol, image by image: differences with intervals in the terminal, and "
-        "comparison.json and comparison.png in a folder. Settings that are not given are those of FIRST.",
-        "diffusers-vae compare runs/mine stabilityai/sd-vae-ft-mse --data photos/ --data.resolution 256",
+        "comparison.json and comparison.png in a folder. Differences are SECOND minus FIRST. Settings that are not "
+        "given are those of the models' runs; one in which two runs differ must be given.",
+        "diffusers-vae compare stabilityai/sd-vae-ft-mse runs/mine --data photos/ --data.resolution 256",
     )
     parser.add_argument("first", help=MODEL)
     parser.add_argument("second", help=MODEL)
@@ -753,26 +754,32 @@ def _add_images(parser: ArgumentParser) -> None:
 def _parse_measuring(
     parser: ArgumentParser, arguments: Sequence[str], models: list[str]
 ) -> tuple[Namespace, list[ModelMixin]]:
-    """The settings, of which those not given come from the first model's run or config, and the models."""
+    """The settings, of which those not given come from the models' runs, or from their configs if none has a run, and
+    the models. The order of the models does not matter.
+    """
     arguments = _with_data(arguments)
     parsed = _parse(parser, [*ANY_DATA, *arguments])  # wrong ones are told before a model is loaded
-    loaded = [_load(parsed, parsed[name]) for name in models]
-    runs = [_settings_of_run(parsed[name]) for name in models]
-    known = runs[0]
+    sources = [parsed[name] for name in models]
+    loaded = [_load(parsed, source) for source in sources]
+    runs = {source: run for source in sources if (run := _settings_of_run(source))}
+    known = {source: run | {"data": _data_of_run(run, runs, parsed.data, arguments)} for source, run in runs.items()}
     if not known:
         if not any(argument.startswith("--data.") for argument in arguments):
-            parser.exit(
-                2, f"error: name the images with --data: {showable(parsed[models[0]])} belongs to no run that does\n"
-            )
-        known = {"data": _data_for(loaded[0], parsed, parsed[models[0]])}
-    known = known | {"data": _of_another_set(known["data"], parsed.data, arguments)}
-    known = [f"--{name}={json.dumps(values)}" for name, values in known.items() if name in parsed]
-    parsed = _parse(parser, [*known, *arguments], config_of_run(parsed[models[0]]))
-    if runs[0] and not _names_images(arguments) and process_share()[0] == 0:  # somebody else may have chosen them
+            parser.exit(2, f"error: name the images with --data: {showable(sources[0])} belongs to no run that does\n")
+        known = {
+            source: {"data": _data_for(model, parsed, source)} for source, model in zip(sources, loaded, strict=True)
+        }
+    found = {}
+    for source, sections in known.items():
+        flags = [f"--{name}={json.dumps(values)}" for name, values in sections.items() if name in parsed]
+        found[source] = _parse(parser, [*flags, *arguments], config_of_run(source))
+    _refuse_differences(found)
+    chosen, parsed = next(iter(found.items()))
+    if runs and not _names_images(arguments) and process_share()[0] == 0:  # somebody else may have chosen them
         place = parsed.data.root if parsed.data.name in PLACED else parsed.data.name
         place += f" in {parsed.data.root}" if parsed.data.name not in (*PLACED, "digits") else ""
-        print(showable(f"images      {place}, as {config_of_run(parsed[models[0]])} says"), flush=True)
-    same = [run["data"] for run in runs if run and _place(run["data"]) == _place(vars(parsed.data))]
+        print(showable(f"images      {place}, as {config_of_run(chosen)} says"), flush=True)
+    same = [run["data"] for run in runs.values() if _same_set(run["data"], vars(parsed.data))]
     if parsed.split is None and same:  # some model was trained on these images, but for the held-out ones
         if {data["heldout_fraction"] for data in same} != {parsed.data.heldout_fraction}:
             raise ValueError(
@@ -781,6 +788,60 @@ def _parse_measuring(
             )
         parsed.split = "held-out"
     return parsed, loaded
+
+
+def _data_of_run(run: dict[str, Any], runs: dict[str, Any], asked: DataConfig, flags: Sequence[str]) -> dict[str, Any]:
+    """Settings of a run's data; where `flags` ask for another set, what its model needs of them, beside those of the
+    run whose own set it is, if there is one.
+    """
+    if not _names_images(flags) or _same_set(run["data"], vars(asked)):
+        return run["data"]
+    owner = next((other["data"] for other in runs.values() if _same_set(other["data"], vars(asked))), {})
+    if run["data"]["name"] in SETS and asked.name in SETS:  # which lie beside each other
+        owner = {"root": run["data"]["root"]} | owner
+    return owner | {name: value for name, value in run["data"].items() if name in OF_MODEL}
+
+
+def _same_set(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two settings of data mean the same images, wherever those of a named set lie."""
+    return one["name"] == other["name"] and (one["name"] in SETS or _place(one) == _place(other))
+
+
+OF_MODEL = ("resolution", "channels", "value_range", "fit", "on_bad_image", "num_workers")
+"""Settings of a run's data that it keeps for another set: what its model needs, and how files are read."""
+NO_MATTER = {
+    "data": {"name", "root", "num_workers", *OF_TRAINING},
+    "evaluation": {"every", "batch_size", "projection", "fp16"},
+}
+"""Settings that change neither which images are compared, nor how; name and root are compared by `_same_set`."""
+
+
+def _refuse_differences(found: dict[str, Namespace]) -> None:
+    """Raise ValueError when runs, by their source, differ in a setting that decides what is compared."""
+    if len(found) < 2:
+        return
+    (first, one), (second, other) = found.items()
+    if not _same_set(vars(one.data), vars(other.data)):
+        raise ValueError(
+            "two models are compared on the same images: name them with --data, since the run of "
+            f"{first} has {one.data.name} in {one.data.root}, and that of {second} has {other.data.name} in "
+            f"{other.data.root}"
+        )
+    lines, flags = [], []
+    for section in ("data", "objective", "evaluation"):
+        for name in vars(one[section]).keys() - NO_MATTER.get(section, set()):
+            values = [
+                parsed.data.size if name == "resolution" else vars(parsed[section])[name] for parsed in (one, other)
+            ]
+            if values[0] != values[1]:
+                shown = [json.dumps(value) for value in values]
+                lines.append(f"{section}.{name} is {shown[0]} for {first} and {shown[1]} for {second}")
+                flags.append(f"--{section}.{name} VALUE")
+    if lines:
+        raise ValueError(
+            f"two models are compared under one protocol: give {' '.join(sorted(flags))}, since "
+            f"{'; '.join(sorted(lines))}"
+        )
 
 
 def _data_for(model: ModelMixin, parsed: Namespace, source: str) -> dict[str, Any]:

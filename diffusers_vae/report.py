@@ -194,20 +194,37 @@ def _changes(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
 def comparison_table(comparison: Mapping[str, Any]) -> str:
     """The differences of `comparison`, which is what comparison.json holds, as text for a terminal."""
     first, second = comparison["first"], comparison["second"]
-    rows = [("", "first", "second", "difference", "95 % interval", "second is better")]
+    rows = [("", "first", "second", "second - first", "95 % interval", "unit", "second is better")]
     for name, difference in comparison["differences"].items():
         low, high = difference["interval"]
         share = difference["second_is_better"]
         better = "" if share is None else f"in {100 * share:.0f} % of images"
         values = [_number(value) for value in (first[name], second[name], difference["mean"])]
-        rows.append((FIGURES[name].label, *values, f"[{_number(low)}, {_number(high)}]", better))
+        rows.append((FIGURES[name].label, *values, f"[{_number(low)}, {_number(high)}]", FIGURES[name].unit, better))
     if first["rfid"] is not None and second["rfid"] is not None:
         values = first["rfid"], second["rfid"], second["rfid"] - first["rfid"]
-        rows.append((FIGURES["rfid"].label, *map(_number, values), "", ""))
+        rows.append((FIGURES["rfid"].label, *map(_number, values), "", "", ""))
     names = [
         f"{place}: {showable(report['model']['name'])}" for place, report in (("first", first), ("second", second))
     ]
-    return "\n".join([*names, f"{first['images']:,} images, in pairs", "", *_aligned(rows, "<>>><<")]) + "\n"
+    notes = [
+        _protocol(first["protocol"]),
+        "Differences are second minus first, image by image, with Student's t intervals of their mean. Distortion and "
+        f"elbo are of the {first['density']}{_weight(first)}.",
+    ]
+    lines = [line for note in notes for line in _wrapped(note)]
+    return "\n".join([*names, "", *lines, "", *_aligned(rows, "<>>><<<")]) + "\n"
+
+
+def _protocol(protocol: Mapping[str, Any]) -> str:
+    """The images, and how they were reconstructed."""
+    rounding = "rounded to 8 bits" if protocol["round_to_8_bit"] else "not rounded to 8 bits"
+    channels = f"{protocol['channels']} channel{'s' if protocol['channels'] > 1 else ''}"
+    return (
+        f"{protocol['images']:,} images of {protocol['data']}, split {protocol['split']}, at "
+        f"{_value(protocol['resolution'])}, {channels}. Reconstructions are decoded from the posterior's "
+        f"{protocol['reconstruction']}, {rounding}; {protocol['dtype']} on {protocol['device']}."
+    )
 
 
 def _aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:

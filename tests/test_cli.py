@@ -26,6 +26,7 @@ from diffusers_vae import MLPVAE, VAE, LatentDataset, cli
 from diffusers_vae.data import DataConfig, load_data, load_split
 from diffusers_vae.evaluation import EvaluationReport
 from diffusers_vae.models import fast_dtype, weights_hash
+from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.processes import out_of_memory
 
 ROOT = Path(__file__).parents[1]
@@ -627,9 +628,69 @@ class TestOthers:
         worse.save_pretrained(tmp_path / "worse" / "model")
         code, out, _ = call(capsys, "compare", run, tmp_path / "worse", "--out", tmp_path / "out")
         assert code == 0 and "first: small-vae\nsecond: worse" in out
+        assert "180 images of digits, split held-out, at 8x8, 1 channel." in out and "second minus first" in out
         comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
         psnr = comparison["differences"]["psnr"]
         assert psnr["mean"] < 0 and psnr["interval"][1] < 0 and psnr["second_is_better"] < 0.5
+
+    def runs_on_folders(self, run, folder, cifar_folder, **settings):
+        """Two models with the weights of `run`, the second a little worse, and a config.yaml each, made of `settings`,
+        which names one of DataConfig and one of ObjectiveConfig with a value for each; and a folder of other images.
+        """
+        for name, count in (("ship", 20), ("frog", 6)):
+            copy_images(cifar_folder / "test" / name, folder / name, count)
+        for place, name in enumerate(("one", "two")):
+            vae = VAE.from_pretrained(run / "model")
+            with torch.no_grad():
+                vae.decoder.conv_out.bias += 0.1 * place
+            vae.save_pretrained(folder / name / "model")
+            config = tiny(folder / name, TINY_VAE)
+            chosen = {setting: values[place] for setting, values in settings.items()}
+            data = {"name": "folder", "root": str(folder / "ship"), "resolution": 8, "crops": chosen.get("crops")}
+            objective = ObjectiveConfig(scale=chosen.get("scale", 0.5))
+            dataclasses.replace(config, data=DataConfig(**data), objective=objective).save(
+                folder / name / "config.yaml"
+            )
+        return folder / "one", folder / "two"
+
+    @pytest.mark.slow
+    def test_compare_is_of_the_same_images_in_either_order(self, run, capsys, tmp_path, cifar_folder):
+        """Though one of the runs has `crops`, which are of its own set; differences are negated."""
+        models = self.runs_on_folders(run, tmp_path, cifar_folder, crops=(4, None))
+        found = []
+        for pair in (models, models[::-1]):
+            code, out, _ = call(capsys, "compare", *pair, "--data", tmp_path / "frog", "--out", tmp_path / "out")
+            assert code == 0 and f"first: {pair[0].name}\nsecond: {pair[1].name}" in out
+            found.append(json.loads((tmp_path / "out" / "comparison.json").read_text()))
+        one, other = found
+        assert one["first"]["protocol"] == other["first"]["protocol"] and one["first"]["images"] == 6
+        for name, difference in one["differences"].items():
+            assert difference["mean"] == pytest.approx(-other["differences"][name]["mean"]), name
+        assert one["differences"]["psnr"]["mean"] != 0
+
+    @pytest.mark.slow
+    def test_compare_refuses_runs_that_differ_in_what_no_flag_gives(self, run, capsys, tmp_path, cifar_folder):
+        models = self.runs_on_folders(run, tmp_path, cifar_folder, crops=(2, None), scale=(0.5, 0.25))
+        one, two = models
+        for pair in (models, models[::-1]):
+            code, _, error = call(capsys, "compare", *pair, "--out", tmp_path / "out")
+            assert code == 1 and "give --data.crops VALUE --objective.scale VALUE, since" in error
+            scales = {one: 0.5, two: 0.25}
+            shown = f"objective.scale is {scales[pair[0]]} for {pair[0]} and {scales[pair[1]]} for {pair[1]}"
+            assert shown in error and "data.crops is " in error
+        flags = ["--data.crops", 1, "--objective.scale", 0.5, "--evaluation.max_images", 2]
+        assert call(capsys, "compare", *models, *flags, "--out", tmp_path / "out")[0] == 0
+        code, _, error = call(capsys, "compare", one, run, "--out", tmp_path / "out")  # digits
+        assert code == 1 and "name them with --data, since the run of" in error
+
+    @pytest.mark.slow
+    def test_compare_takes_the_settings_of_the_only_run_wherever_it_stands(self, run, capsys, tmp_path):
+        tiny_vae(sample_size=16).save_pretrained(tmp_path / "other")
+        few = ["--evaluation.max_images", 3, "--out", tmp_path / "out"]
+        for pair in ((tmp_path / "other", run), (run, tmp_path / "other")):
+            assert call(capsys, "compare", *pair, *few)[0] == 0
+            protocol = json.loads((tmp_path / "out" / "comparison.json").read_text())["first"]["protocol"]
+            assert (protocol["data"], protocol["split"], protocol["resolution"]) == ("digits", "held-out", [8, 8])
 
     @pytest.mark.slow
     def test_compare_refuses_a_model_before_it_measures_another(self, run, capsys, tmp_path):

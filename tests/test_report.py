@@ -147,6 +147,32 @@ def test_tables_escape_names_that_could_command_a_terminal():
         assert all(line.isprintable() for line in table.splitlines()) and "\nerror" not in table
 
 
+def test_comparison_gives_protocol_units_and_the_sign_of_differences():
+    report = make_report()
+    differences = {"psnr": {"mean": 1.0, "interval": [0.5, 1.5], "second_is_better": 1.0}}
+    differences["rate"] = {"mean": -2.0, "interval": [-3.0, -1.0], "second_is_better": None}
+    table = comparison_table({"first": report, "second": report, "differences": differences})
+    assert max(map(len, table.splitlines())) <= 110
+    text = " ".join(table.split())
+    assert "split held-out, at 32x48, 1 channel." in text and "mode, not rounded to 8 bits; float32 on cpu." in text
+    assert "Differences are second minus first" in text and f"elbo are of the {report['density']}" in text
+    assert "second - first 95 % interval unit" in text
+    assert "[0.5000, 1.5000] dB in 100 % of images" in text and "[-3.0000, -1.0000] nats/image" in text
+
+
+def test_page_labels_each_scaling_factor_with_what_it_was_measured_on():
+    report = make_report()
+    report["latents"] |= {"scaling_factor": 1.0125, "shift_factor": 0.25}
+    report["model"] |= {"scaling_factor": 1.5, "shift_factor": None}
+    text = " ".join("".join(Page(report_html(report, {}, "digits")).text).split())
+    assert "Of the 1,234 images of this report: scaling_factor 1.0125, shift_factor 0.25." in text
+    assert (
+        "Pipelines use those in the model's config.json, which a training run measures on its training images" in text
+    )
+    assert ": scaling_factor 1.5, shift_factor none." in text
+    assert "scaling factor in config.json 1.5" in " ".join(Page(report_html(report, {}, "digits")).text)
+
+
 @pytest.mark.slow
 def test_page_points_nowhere_outside():
     text = report_html(make_report(), make_pictures(), "digits")
