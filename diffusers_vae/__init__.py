@@ -5,20 +5,37 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .latent_cache import LatentDataset, encode_images
+    from .latents import measure_latents
     from .models import MLPVAE, VAE
-    from .objective import VAEObjective, kl_to_standard_normal
+    from .objective import Bernoulli, Gaussian, Laplace, VAEObjective, kl_to_standard_normal
     from .pipelines import swap_vae
 
 __version__ = "0.1.0"
-__all__ = ["MLPVAE", "VAE", "LatentDataset", "VAEObjective", "encode_images", "kl_to_standard_normal", "swap_vae"]
+__all__ = [
+    "MLPVAE",
+    "VAE",
+    "Bernoulli",
+    "Gaussian",
+    "Laplace",
+    "LatentDataset",
+    "VAEObjective",
+    "encode_images",
+    "kl_to_standard_normal",
+    "measure_latents",
+    "swap_vae",
+]
 
 _MODULES = {
+    "Bernoulli": "objective",
+    "Gaussian": "objective",
+    "Laplace": "objective",
     "LatentDataset": "latent_cache",
     "MLPVAE": "models",
     "VAE": "models",
     "VAEObjective": "objective",
     "encode_images": "latent_cache",
     "kl_to_standard_normal": "objective",
+    "measure_latents": "latents",
     "swap_vae": "pipelines",
 }
 

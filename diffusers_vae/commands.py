@@ -8,7 +8,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -43,7 +43,7 @@ from .latent_cache import DTYPES, Kind, encode_images
 from .loop import RunResult, Task, dry_run, run_task
 from .messages import message, quoted, showable
 from .metrics import psnr
-from .models import MLPVAE, VAE, encode, find_subfolder, load_autoencoder, weights_hash
+from .models import MLPVAE, VAE, LatentScaling, encode, find_subfolder, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig, VAEObjective
 from .pictures import comparison_picture, contact_sheet, sample_picture
 from .precision import measure_precision
@@ -625,7 +625,6 @@ def run_info(arguments: Sequence[str]) -> int:
     model = load_autoencoder(parsed.model, parsed.subfolder, parsed.revision)
     config, shape = model.config, _latent_shape(model)
     height, width = _size(model)
-    shift = config.get("shift_factor") or 0
     ours = isinstance(model, MLPVAE)
     name = "AutoencoderKL" if isinstance(model, VAE) else type(model).__name__
     place = next((p for sub in ("model", "vae") if (p := Path(parsed.model) / sub).is_dir()), parsed.model)
@@ -637,7 +636,7 @@ def run_info(arguments: Sequence[str]) -> int:
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "images": f"{config.in_channels}x{height}x{width}" + ("" if "image_size" in config else " or other sizes"),
         "latents": f"{'x'.join(map(str, shape))}, {height // shape[1]} times smaller a side",
-        "scaled latents": f"(latents {-shift:+.6g}) * {config.get('scaling_factor') or 1:.6g}",
+        "scaled latents": _scaled_latents(config),
         "weights": f"SHA-256 {weights_hash(model)}",
     }
     if stated := find_value_range(parsed.model, parsed.subfolder, parsed.revision):
@@ -647,6 +646,17 @@ def run_info(arguments: Sequence[str]) -> int:
     if evaluation.exists():
         print(report_table(json.loads(read_report(evaluation).to_json())))
     return 0
+
+
+def _scaled_latents(config: Mapping[str, Any]) -> str:
+    """How latents become scaled latents, as a formula."""
+    if config.get("scaling_factor") is None:
+        return "unknown: config.json has no scaling_factor"
+    scaling = LatentScaling.from_config(config)
+    if scaling.mean is None:
+        return f"(latents {-scaling.shift:+.6g}) * {scaling.factor:.6g}"
+    mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (scaling.mean, scaling.std))
+    return f"(latents - mean) * {scaling.factor:.6g} / std, by channel: mean {mean}; std {std}"
 
 
 IMAGES = "A set, as in data.name, a folder or archive of images, an array (.npy, .npz), Parquet, or a set on the Hub."

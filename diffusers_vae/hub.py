@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path, PureWindowsPath
@@ -392,6 +392,8 @@ def _render(run: _Run, config: HubConfig) -> str:
                 evaluation=evaluation,
                 protocol=protocol,
                 model=evaluation["model"],
+                scaled_std=_scaled_std(run.model, evaluation["latents"]["std"]),
+                by_channel=_by_channel(run.model),
                 posterior=evaluation["posterior"],
                 trained_on=trained_on,
                 value_range=ValueRange.load(run.path / "model"),
@@ -408,6 +410,19 @@ def _render(run: _Run, config: HubConfig) -> str:
             )
         )
     )
+
+
+def _by_channel(config: Mapping[str, Any]) -> bool:
+    """Whether the autoencoder's config has a mean and a std for each channel of the latents."""
+    return config.get("latents_mean") is not None and config.get("latents_std") is not None
+
+
+def _scaled_std(config: Mapping[str, Any], stds: list[float]) -> list[float] | None:
+    """Per channel, from the stds of the latents; None where the autoencoder's config does not tell how to scale."""
+    if config.get("scaling_factor") is None:
+        return None
+    own = config["latents_std"] if _by_channel(config) else [1.0] * len(stds)
+    return [std * config["scaling_factor"] / divisor for std, divisor in zip(stds, own, strict=True)]
 
 
 def _plain(value: object) -> Markup:

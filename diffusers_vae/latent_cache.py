@@ -29,7 +29,7 @@ from tqdm import tqdm
 from .data import ImageSet, StoredImages, kept_images, read_ahead
 from .latents import draw
 from .messages import showable
-from .models import VAE, encode, fast_dtype, for_inference, several_at_once, weights_hash
+from .models import VAE, encode, fast_dtype, for_inference, several_at_once, unmeasured, weights_hash
 from .processes import gather_parts, on_main, only_user_of, process_share, sendable
 from .silence import alone
 from .storage import delete_file, described, digest_of, naming, save_tensors, whole_file, write_file
@@ -136,6 +136,8 @@ def encode_images(
     """
     folder = Path(folder)
     refuse_odd_name(folder, "the folder of latents")
+    if vae.config.get("scaling_factor") is not None and (reason := unmeasured(vae.config)):
+        logger.warning("the latents will be stored with the config of a model that is not measured: %s", reason)
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind}")
     if dtype not in DTYPES.values():

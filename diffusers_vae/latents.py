@@ -5,7 +5,7 @@ uses them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .data import ImageSet, image_batches, kept_images
 from .metrics import psnr
-from .models import decode, encode
+from .models import check_batch, decode, encode
 from .objective import rate_per_unit
 from .processes import gather_parts, process_share
 from .silence import report_progress
@@ -41,6 +41,9 @@ SWAPPED = 64
 """Images at most by which `measure_swaps` judges."""
 FAINT_COLOUR = 4 / 255
 """Root mean square of an image's colour, in model range, below which it counts as grey."""
+
+SLACK = 1e-3
+"""By how much a value of an image may exceed [-1, 1], for rounding in whatever made it."""
 
 
 class LatentStatistics:
@@ -279,8 +282,95 @@ def _colour(images: torch.Tensor) -> torch.Tensor:
     return images - images.mean(1, keepdim=True)
 
 
-@torch.no_grad()
 def measure_latents(
+    vae: ModelMixin, images: torch.Tensor | Iterable[torch.Tensor] | ImageSet, batch_size: int = 64
+) -> LatentStatistics:
+    """Measure the latents of `images` and write scaling_factor and shift_factor into the config of `vae`, as a run of
+    `diffusers-vae train` does at its end; save the model afterwards. latents_mean and latents_std become None.
+
+    The model is measured in eval mode, without gradients, and left in the mode that it had. Under torch.distributed all
+    processes must call it, with the same model, each with its own part of the images or all with the same.
+
+    Args:
+        vae: a `VAE`, an `MLPVAE`, or a stock autoencoder whose config has a scaling_factor, on the device where it is
+            to run.
+        images: the training images: a float tensor (N, C, H, W) in [-1, 1]; batches of such, as a DataLoader yields
+            them; or an image set of this package.
+        batch_size: images per forward, unless `images` come in batches.
+
+    Returns:
+        Statistics of the latents: `mean`, `std` and `scaling_factor` over all of them, `latents_mean` and `latents_std`
+        by channel, and `health()`.
+
+    Raises:
+        FloatingPointError: when mean or std of the latents is not finite, or std is 0. The config is left as it was.
+        TypeError: when `vae` is no autoencoder with a scaling_factor, or a batch no tensor.
+        ValueError: when there are no images, or some do not lie in [-1, 1], or have another shape or dtype.
+    """
+    if "scaling_factor" not in getattr(vae, "config", ()):
+        raise TypeError(
+            "measure_latents takes an autoencoder whose config has a scaling_factor, such as diffusers_vae.VAE or "
+            f"diffusers' AutoencoderKL, got {type(vae).__name__}; of a wrapped model, pass the model inside"
+        )
+    training = [module for module in vae.modules() if module.training]
+    vae.eval()
+    try:
+        if isinstance(images, ImageSet):
+            statistics = image_set_statistics(vae, images, batch_size)
+        else:
+            batches = images.split(batch_size) if isinstance(images, torch.Tensor) else images
+            statistics = total(_sums(vae, batches))
+    finally:
+        for module in training:
+            module.training = True
+    describe_latents(vae, statistics)
+    return statistics
+
+
+@torch.no_grad()
+def _sums(vae: ModelMixin, batches: Iterable[torch.Tensor]) -> dict[int, LatentStatistics]:
+    """Of this process's batches, by its rank; nothing where there are none."""
+    statistics, size = LatentStatistics(), None
+    for images in batches:
+        if not isinstance(images, torch.Tensor):
+            raise TypeError(
+                f"batches of images must be tensors (B, C, H, W), got {type(images).__name__}; of a DataLoader that "
+                "yields labels too, pass (images for images, labels in loader)"
+            )
+        check_batch(images, vae.config.get("in_channels", images.shape[1:2].numel()), "images")
+        if not len(images):
+            continue
+        low, high = images.min().item(), images.max().item()
+        if not max(-low, high) <= 1 + SLACK:  # or not a number
+            raise ValueError(f"images must be finite and lie in [-1, 1], got values from {low:g} to {high:g}")
+        if size not in (None, tuple(images.shape[2:])):
+            raise ValueError(f"images must all be of one size, got {size} and {tuple(images.shape[2:])}")
+        size = tuple(images.shape[2:])
+        statistics.update(encode(vae, images.to(vae.device)))
+    return {process_share()[0]: statistics} if size else {}
+
+
+def describe_latents(model: ModelMixin, statistics: LatentStatistics | None) -> None:
+    """Write into the model's config all that describes its latents, or, with None, that nothing is known of them.
+
+    latents_mean and latents_std become None in any case: stock pipelines that find them apply them on top of
+    scaling_factor.
+
+    Raises:
+        FloatingPointError: when mean or std is not finite, or std is 0.
+    """
+    values = dict.fromkeys(("scaling_factor", "shift_factor", "latents_mean", "latents_std"))
+    if statistics is not None:
+        if not (math.isfinite(statistics.mean) and 0 < statistics.std < math.inf):
+            raise FloatingPointError(
+                f"the latents have mean {statistics.mean} and std {statistics.std}: both must be finite and std above 0"
+            )
+        values |= {"scaling_factor": statistics.scaling_factor, "shift_factor": statistics.mean}
+    model.register_to_config(**{name: value for name, value in values.items() if name in model.config})
+
+
+@torch.no_grad()
+def image_set_statistics(
     model: ModelMixin, image_set: ImageSet, batch_size: int, max_images: int | None = None, progress: bool = False
 ) -> LatentStatistics:
     """Statistics of the latents of the first `max_images` images, by default all, under `model` in eval mode.
@@ -301,7 +391,7 @@ def total(parts: dict[int, LatentStatistics]) -> LatentStatistics:
     """The statistics of the parts of all processes, summed in one order whatever their number."""
     gathered = gather_parts(list(parts.items()))
     if not gathered:
-        raise ValueError("no image to measure the latents of can be read")
+        raise ValueError("there is no image to measure the latents of, or none that can be read")
     statistics = LatentStatistics()
     for _, part in gathered:
         statistics.add(part)

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
-from .models import MLPVAE, VAE, LatentScaling
+from .models import MLPVAE, VAE, LatentScaling, unmeasured
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def latent_scaling(
 
     Raises:
         TypeError: when `vae` is no `VAE` and no stock `AutoencoderKL`.
-        ValueError: when it is not known how the pipeline scales latents, or it cannot compute with this config.
+        ValueError: when it is not known how the pipeline scales latents, it cannot compute with this config, or
+            nobody has measured or published the scaling_factor.
     """
     _check_class(vae)
     name, stock = _look_up(pipeline)
@@ -163,6 +164,8 @@ def _not_computable(
 ) -> Iterator[str]:
     """Where the pipeline would fail with this VAE in `dtype`, or in any without one."""
     config = vae.config
+    if reason := unmeasured(config):
+        yield reason
     if stock.use_shift and config.shift_factor is None:
         yield (
             f"shift_factor: the VAE has None, and {name} subtracts it; vae.register_to_config(shift_factor=...) sets "

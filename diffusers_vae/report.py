@@ -176,12 +176,13 @@ def _compatibility(tuning: Mapping[str, Any]) -> tuple[str, str]:
         return (
             "Latents unchanged: existing diffusion models keep working.",
             f"The encoder's weights are bit for bit those of {tuning['source']} (SHA-256 {tuning['encoder_sha256']}); "
-            "scaling_factor and shift_factor are its own.",
+            "so are scaling_factor, shift_factor, latents_mean and latents_std.",
         )
     return (
         "Latents changed:",
         f"the encoder was trained, so diffusion models that were made for {tuning['source']}, and latents that it "
-        "encoded, no longer fit. scaling_factor and shift_factor were measured anew.",
+        "encoded, no longer fit. scaling_factor and shift_factor were measured anew and stand alone: latents_mean and "
+        "latents_std are null.",
     )
 
 

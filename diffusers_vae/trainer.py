@@ -27,7 +27,7 @@ from .evaluation import EvaluationConfig, EvaluationReport, FineTuning, compare,
 from .hub import ADAPTER, HubConfig, check_value_range, write_card
 from .images import to_model_range
 from .latent_cache import LatentDataset, Verification, matching_latents
-from .latents import measure_latents
+from .latents import describe_latents, image_set_statistics
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, run_task
 from .messages import quoted
 from .models import (
@@ -620,6 +620,8 @@ class AutoencoderTask(Task):
                 if config.data.value_range is not None:
                     ValueRange(*config.data.value_range).save(folder)
 
+        if config.model.trains_encoder:
+            describe_latents(model, None)  # what the config holds is the source's, or a default
         on_main(save)
         if config.model.trains_encoder:
             self._measure_latents(model)
@@ -646,15 +648,14 @@ class AutoencoderTask(Task):
             model.save_lora_adapter(folder)
 
     def _measure_latents(self, model: VAE | MLPVAE) -> None:
-        """Put scaling_factor and shift_factor into the model's config."""
+        """Put what describes the latents into the model's config."""
         settings = self.config.evaluation
         bar = self.accelerator.is_main_process
-        statistics = measure_latents(model, self.train_set, settings.batch_size, settings.max_images, bar)
-        if not (math.isfinite(statistics.mean) and 0 < statistics.std < math.inf):
-            raise FloatingPointError(
-                f"training diverged: the latents have mean {statistics.mean} and std {statistics.std}. {STABLER}"
-            )
-        model.register_to_config(scaling_factor=statistics.scaling_factor, shift_factor=statistics.mean)
+        statistics = image_set_statistics(model, self.train_set, settings.batch_size, settings.max_images, bar)
+        try:
+            describe_latents(model, statistics)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"training diverged: {error}. {STABLER}") from error
 
     def _fine_tuning(self, base: VAE, before: EvaluationReport, report: EvaluationReport) -> FineTuning:
         """What the saved model has in common with the published one, and by what it is better.

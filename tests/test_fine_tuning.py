@@ -187,10 +187,11 @@ def test_everything_is_trained_and_the_latents_are_measured(base, tmp_path):
     result = load_autoencoder(str(output(config)))
     assert found["latents_unchanged"] is False
     assert found["encoder_sha256"] == weights_hash(result, LATENT_PARTS)
-    statistics = measure_latents(result, load_data(DATA)[0], config.evaluation.batch_size, 20)
+    statistics = measure_latents(result, load_data(DATA)[0].first(20))
     values = settings_of(output(config) / "model")
     assert values["scaling_factor"] == pytest.approx(1 / statistics.std, rel=1e-5)
     assert values["shift_factor"] == pytest.approx(statistics.mean, rel=1e-4)
+    assert values["latents_mean"] is values["latents_std"] is None
     before = settings_of(base)
     assert all(values[name] == before[name] for name in before.keys() - NO_LATENTS)
 

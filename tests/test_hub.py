@@ -248,7 +248,7 @@ class TestCard:
             f"Made from {link}/tree/v1), subfolder `vae`, revision `v1`" in card and "its decoder was trained" in card
         )
         assert "**Latents unchanged: existing diffusion models keep working.** The encoder's weights are bit" in card
-        assert f"SHA-256 `{TUNED['encoder_sha256']}`" in card and "are its own." in card
+        assert f"SHA-256 `{TUNED['encoder_sha256']}`" in card and "so are `scaling_factor`" in card
         assert "| PSNR | +0.52 dB | +0.49 to +0.55 |" in card and "| SSIM | -0.0010 | -0.0020 to +0.0000 |" in card
         assert "| rate | +0" not in card  # which the encoder alone decides
         assert "mean 0 and std 1" not in card  # nobody has measured that

@@ -212,8 +212,11 @@ class TestLatentStatistics:
         images, _ = load_data(data, memory_limit=0)
         for path in tmp_path.iterdir():
             path.write_bytes(b"damaged")
-        for measure, what in ((measure_latents, "latents"), (measure_precision, "activations")):
-            with pytest.raises(ValueError, match=f"no image to measure the {what} of can be read"):
+        for measure, message in (
+            (measure_latents, "no image to measure the latents of, or none that can be read"),
+            (measure_precision, "no image to measure the activations of can be read"),
+        ):
+            with pytest.raises(ValueError, match=message):
                 measure(tiny_vae(), images, 2)
 
     def test_streamed_equals_at_once_far_from_zero(self):
@@ -230,6 +233,6 @@ class TestLatentStatistics:
 
     def test_does_not_depend_on_batches(self, digits):
         vae = tiny_vae()
-        one, two = (measure_latents(vae, digits, batch_size, 50) for batch_size in (50, 7))
+        one, two = (measure_latents(vae, digits.first(50), batch_size) for batch_size in (50, 7))
         assert one.images == two.images == 50
         assert one.mean == pytest.approx(two.mean, rel=1e-5) and one.std == pytest.approx(two.std, rel=1e-6)

@@ -11,11 +11,13 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from huggingface_hub import ModelCard
 from support.models import make_pipeline
 
 from diffusers_vae import VAE
-from diffusers_vae.evaluation import FIGURES
+from diffusers_vae.evaluation import FIGURES, EvaluationReport
+from diffusers_vae.objective import ObjectiveConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,6 +56,21 @@ def test_code_runs_as_it_stands(digits_model, tmp_path, monkeypatch):
     assert (tmp_path / "seven.png").exists()
     assert names["reconstructions"].shape == names["images"].shape == (4, 1, 32, 32)
     assert torch.isfinite(names["terms"].loss)
+    assert names["vae"].config.scaling_factor != 0.18215 and (tmp_path / "my-vae" / "config.json").exists()
+
+
+def test_own_loop_trains_what_the_command_trains():
+    """The objective of the snippet, against that of a run's default settings."""
+    (code,) = re.findall(r"^objective = .*$", README, re.M)
+    names = {}
+    exec("from diffusers_vae import *", names)
+    exec(code, names)
+    images, reconstructions, moments = (torch.rand(2, channels, 4, 4) for channels in (1, 1, 8))
+    batch = images, reconstructions, DiagonalGaussianDistribution(moments)
+    found, expected = names["objective"](*batch), ObjectiveConfig().build()(*batch)
+    assert names["objective"] == ObjectiveConfig().build()
+    for term in ("distortion", "rate", "loss"):
+        assert torch.equal(getattr(found, term), getattr(expected, term)), term
 
 
 def test_ci_runs_the_test_command_of_the_readme():

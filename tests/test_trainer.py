@@ -95,7 +95,7 @@ class TestRun:
     def test_scaling_and_shift_are_measured(self, vae_run):
         result = vae_run[1]
         model = VAE.from_pretrained(result.output_dir / "model")
-        statistics = measure_latents(model, load_data(DATA)[0], 100)
+        statistics = measure_latents(model, load_data(DATA)[0])
         assert model.config.scaling_factor == pytest.approx(1 / statistics.std, rel=1e-5)
         assert model.config.shift_factor == pytest.approx(statistics.mean, rel=1e-4)
         assert model.config.scaling_factor != 0.18215

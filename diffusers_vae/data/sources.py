@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints, runtime_checkable
 
 import numpy as np
 import torch
@@ -294,6 +294,7 @@ class ReadImages:
         return {"pixels": self.pixels}
 
 
+@runtime_checkable
 class ImageSet(TrainingSet, Protocol):
     """Images of one size, with or without labels; any first part is a fair sample, of a stream one of row groups."""
 

@@ -4,9 +4,9 @@ from .config import ModelConfig
 from .load import LATENT_PARTS, decode, decode_logits, encode, find_subfolder, load_autoencoder, weights_hash
 from .lora import without_adapters
 from .mlp import MLPVAE
-from .scaling import LatentScaling
+from .scaling import LatentScaling, unmeasured
 from .speed import fast_dtype, for_inference, several_at_once, speed_up_norms
-from .vae import VAE, VAEOutput
+from .vae import VAE, VAEOutput, check_batch
 
 __all__ = [
     "LATENT_PARTS",
@@ -15,6 +15,7 @@ __all__ = [
     "LatentScaling",
     "ModelConfig",
     "VAEOutput",
+    "check_batch",
     "decode",
     "decode_logits",
     "encode",
@@ -24,6 +25,7 @@ __all__ = [
     "load_autoencoder",
     "several_at_once",
     "speed_up_norms",
+    "unmeasured",
     "weights_hash",
     "without_adapters",
 ]

@@ -13,6 +13,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..images import to_model_range, to_unit_range
+from .scaling import KeepsScaling
 from .vae import VAEOutput, check_batch, check_dtype, in_dtype_of, posterior_from_moments, take_latents
 
 
@@ -23,7 +24,7 @@ class MLPVAEOutput(VAEOutput):
     logits: torch.Tensor
 
 
-class MLPVAE(ModelMixin, ConfigMixin):
+class MLPVAE(KeepsScaling, ModelMixin, ConfigMixin):
     """Encoder and decoder with one hidden layer each, after Kingma & Welling 2014 (Auto-Encoding Variational Bayes).
 
     Inside, the network works on [0, 1] pixels as in the paper and ends in a sigmoid, so that a Bernoulli likelihood
@@ -35,7 +36,7 @@ class MLPVAE(ModelMixin, ConfigMixin):
         in_channels: channels of the images and of the reconstructions.
         hidden_dim: width of the two hidden layers.
         latent_dim: number of latent units.
-        scaling_factor: 1 / std of the latents over the training set.
+        scaling_factor: 1 / std of the latents over the training set; `diffusers_vae.measure_latents` sets it.
         shift_factor: mean of the latents over the training set.
     """
 

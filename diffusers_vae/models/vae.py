@@ -24,7 +24,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .scaling import LatentScaling
+from .scaling import DEFAULTED, KeepsScaling, LatentScaling, unmeasured
 
 
 @dataclass
@@ -80,7 +80,9 @@ def take_latents(
     return posterior.sample(generator=generator) if sample_posterior else posterior.mode()
 
 
-class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOriginalModelMixin, PeftAdapterMixin):
+class VAE(
+    KeepsScaling, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOriginalModelMixin, PeftAdapterMixin
+):
     """A KL autoencoder with the constructor, config keys and weights of diffusers' `AutoencoderKL`.
 
     It saves itself under that name, so a saved `VAE` loads in stock diffusers and a stock `AutoencoderKL` loads here.
@@ -98,7 +100,8 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
         latent_channels: channels of the latents.
         norm_num_groups: groups of the group norms; must divide every width.
         sample_size: side in pixels that the model was trained on; the tile size when tiling is enabled.
-        scaling_factor: 1 / std of the latents over the training set.
+        scaling_factor: 1 / std of the latents over the training set. The default is Stable Diffusion's, as in stock;
+            `diffusers_vae.measure_latents` sets that of the model.
         shift_factor: mean of the latents over the training set.
         latents_mean: per-channel mean, for pipelines that standardise by channel.
         latents_std: per-channel std, likewise.
@@ -285,7 +288,8 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
         `diffusers_vae.pipelines.latent_scaling`.
 
         Raises:
-            ValueError: for latents of another shape or channel count.
+            ValueError: for latents of another shape or channel count, and while the scaling_factor is the constructor's
+                default, which nobody has measured: see `diffusers_vae.measure_latents`.
         """
         check_batch(latents, self.config.latent_channels, "latents")
         return LatentScaling.from_config(self.config).scale(latents)
@@ -294,25 +298,21 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
         """The latents (B, latent_channels, h, w), ready for `decode`, that `scale_latents` made into `scaled_latents`.
 
         Raises:
-            ValueError: for latents of another shape or channel count.
+            ValueError: as `scale_latents`.
         """
         check_batch(scaled_latents, self.config.latent_channels, "scaled_latents")
         return LatentScaling.from_config(self.config).unscale(scaled_latents)
 
     def to_diffusers(self) -> AutoencoderKL:
         """The stock class around the same modules: parameters are shared, not copied. This is what a pipeline takes."""
-        with torch.device("meta"):
-            stock = AutoencoderKL.from_config(self.config)
-        return _move_parts(self, stock)
+        return _move_parts(self, _with_config_of(self, AutoencoderKL))
 
     @classmethod
     def from_diffusers(cls, stock: AutoencoderKL) -> VAE:
         """This class around the modules of a stock `AutoencoderKL`: parameters are shared, not copied."""
         if not isinstance(stock, AutoencoderKL):
             raise TypeError(f"from_diffusers takes a diffusers AutoencoderKL, got {type(stock).__name__}")
-        with torch.device("meta"):
-            vae = cls.from_config(stock.config)
-        return _move_parts(stock, vae)
+        return _move_parts(stock, _with_config_of(stock, cls))
 
     @classmethod
     def from_single_file(cls, *args, **kwargs) -> VAE:
@@ -324,6 +324,18 @@ class VAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOrigina
         config = json.loads(super().to_json_string())
         config["_class_name"] = "AutoencoderKL"
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _with_config_of(source: VAE | AutoencoderKL, kind: type) -> VAE | AutoencoderKL:
+    """A model of the class `kind` without weights, with all of the source's config, as it is now: `from_config` alone
+    resets what was registered after the constructor had used a default.
+    """
+    of_class = (DEFAULTED, "_class_name", "_diffusers_version")
+    with torch.device("meta"):
+        target = kind.from_config({name: value for name, value in source.config.items() if name not in of_class})
+    if unmeasured(source.config):
+        target.register_to_config(**{DEFAULTED: ["scaling_factor"]})
+    return target
 
 
 def _move_parts(source: VAE | AutoencoderKL, target: VAE | AutoencoderKL) -> VAE | AutoencoderKL:
