@@ -101,7 +101,7 @@ def _log(scale: float | torch.Tensor) -> float | torch.Tensor:
 class Gaussian:
     """Normal with the reconstruction as its mean; `std` in model range."""
 
-    std: float | torch.Tensor = 1.0
+    std: float | torch.Tensor
 
     def error(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         squared = F.mse_loss(reconstructions, images, reduction="none")  # half the passes of writing it out
@@ -130,7 +130,7 @@ class Gaussian:
 class Laplace:
     """Laplace with the reconstruction as its median; `scale` (mean absolute deviation) in model range."""
 
-    scale: float | torch.Tensor = 1.0
+    scale: float | torch.Tensor
 
     def error(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         return (images - reconstructions).abs().flatten(1).sum(1) / self.scale
@@ -200,7 +200,7 @@ class VAEObjective:
     (Higgins 2017, equation 4).
     """
 
-    likelihood: Likelihood = Gaussian()
+    likelihood: Likelihood
     kl_weight: float = 1.0
     free_bits: float = 0.0
     """Nats per latent channel, as a mean over the images, below which the loss does not press its rate."""

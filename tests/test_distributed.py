@@ -44,7 +44,7 @@ from diffusers_vae.evaluation import EvaluationConfig, evaluate
 from diffusers_vae.latents import measure_latents
 from diffusers_vae.loop import FSDP2_TORCH, OptimizerConfig, run_task
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.objective import VAEObjective
+from diffusers_vae.objective import Gaussian, VAEObjective
 from diffusers_vae.processes import on_main, process_share
 from diffusers_vae.trainer import AutoencoderTask
 
@@ -241,7 +241,7 @@ def measure():
     found = [accelerator.num_processes]
     for batch_size in (16, 100):
         config = EvaluationConfig(batch_size=batch_size, draws=2)
-        found.append(json.loads(evaluate(model, images, VAEObjective(), config).to_json()))
+        found.append(json.loads(evaluate(model, images, VAEObjective(Gaussian(1.0)), config).to_json()))
         statistics = measure_latents(model, images, batch_size)
         found.append([statistics.images, statistics.latents_mean, statistics.latents_std])
     if accelerator.is_main_process:

@@ -184,7 +184,7 @@ class TestReferences:
         np.save(tmp_path / "scans.npy", np.random.default_rng(0).uniform(0, 5, (6, 1, 16, 16)).astype(np.float32))
         data = DataConfig(name="array", root=str(tmp_path / "scans.npy"), resolution=16, value_range=(0, 5))
         scans = load_split(data, "all")[0]
-        report = evaluate(tiny_vae(), scans, VAEObjective(), EvaluationConfig(), data)
+        report = evaluate(tiny_vae(), scans, VAEObjective(Gaussian(1.0)), EvaluationConfig(), data)
         assert report.bits_per_dim == pytest.approx(-report.elbo / (math.log(2) * 256))
         assert report.density.endswith("; bits/dim per unit of [-1, 1]")
         model = MLPVAE(16, latent_dim=2)
@@ -246,7 +246,7 @@ class TestReferences:
         assert bounds[2] == pytest.approx(truth, abs=0.05) and truth - bounds[0] > 0.2
 
     def test_one_draw_gives_no_bound(self, digits):
-        report = evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=3))
+        report = evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=3))
         assert report.importance_weighted_bound is None and "importance_weighted_bound" not in report.intervals
 
     @pytest.mark.slow
@@ -262,7 +262,7 @@ class TestReferences:
         _, images = load_data(data)
         model, count = tiny_vae(3), 3
         config = EvaluationConfig(rfid=True, batch_size=2, max_images=count)
-        report = evaluate(model, images, VAEObjective(), config)
+        report = evaluate(model, images, VAEObjective(Gaussian(1.0)), config)
 
         saved = []
         for index in range(count):
@@ -286,7 +286,7 @@ class TestReferences:
         pixels = torch.randint(0, 256, (3, channels, 40, 40), generator=generator, dtype=torch.uint8)
         config = EvaluationConfig(lpips=("alex",))
         model = tiny_vae(channels)
-        report = evaluate(model, ArrayImages(pixels), VAEObjective(), config)
+        report = evaluate(model, ArrayImages(pixels), VAEObjective(Gaussian(1.0)), config)
         reference = LearnedPerceptualImagePatchSimilarity("alex")
         images = to_model_range(pixels)
         with torch.no_grad():
@@ -357,8 +357,8 @@ class TestNetworks:
 class TestReport:
     @pytest.mark.slow
     def test_uneven_batches_change_nothing(self, digits):
-        vae = tiny_vae()
-        reports = [evaluate(vae, digits, VAEObjective(), EvaluationConfig(batch_size=size)) for size in (180, 50)]
+        vae, objective = tiny_vae(), VAEObjective(Gaussian(1.0))
+        reports = [evaluate(vae, digits, objective, EvaluationConfig(batch_size=size)) for size in (180, 50)]
         for name in ("loss", "distortion", "rate", "psnr", "ssim"):
             one, two = (getattr(report, name) for report in reports)
             assert one == pytest.approx(two, rel=1e-5), name
@@ -367,7 +367,7 @@ class TestReport:
     def test_repeats_exactly_and_leaves_the_global_generator_alone(self, digits):
         vae = tiny_vae()
         state = torch.get_rng_state()
-        reports = [evaluate(vae, digits, VAEObjective(), EvaluationConfig(max_images=9)) for _ in range(2)]
+        reports = [evaluate(vae, digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=9)) for _ in range(2)]
         assert reports[0] == reports[1] and torch.equal(torch.get_rng_state(), state)
         assert json.loads(reports[0].to_json())["psnr"] == reports[0].psnr
         assert EvaluationReport.from_json(reports[0].to_json()) == reports[0]
@@ -376,7 +376,7 @@ class TestReport:
     def test_float16_is_tried_when_asked_for(self, digits):
         vae = tiny_vae()
         report, without = (
-            evaluate(vae, digits, VAEObjective(), EvaluationConfig(max_images=6, batch_size=4, fp16=fp16))
+            evaluate(vae, digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=6, batch_size=4, fp16=fp16))
             for fp16 in (True, False)
         )
         assert report.fp16 == measure_precision(vae, digits, 4, 6) and report.fp16.images == 6
@@ -384,7 +384,7 @@ class TestReport:
         assert without == dataclasses.replace(report, fp16=None)
 
     def test_figures_that_were_changed_are_refused(self, digits, tmp_path):
-        report = evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=4))
+        report = evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=4))
         whole, path = json.loads(report.to_json()), tmp_path / "evaluation.json"
         path.write_text(json.dumps(dict(reversed(whole.items()))))  # neither order nor layout matters
         assert read_report(path) == report
@@ -397,7 +397,7 @@ class TestReport:
                 read_report(path)
 
     def test_what_format_1_could_lack_is_needed(self, digits):
-        report = evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=4))
+        report = evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=4))
         for name in ("sha256", "fp16", "fine_tuning", "lpips_squeeze", "kl_weight", "scale"):
             whole = json.loads(report.to_json())
             del whole[name]
@@ -407,7 +407,7 @@ class TestReport:
                 EvaluationReport.from_json(json.dumps(whole))
 
     def test_a_report_of_format_1_is_refused_by_name(self, digits, tmp_path):
-        whole = json.loads(evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=4)).to_json())
+        whole = json.loads(evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=4)).to_json())
         whole["format"] = 1
         del whole["sha256"]  # which it could lack
         (tmp_path / "evaluation.json").write_text(json.dumps(whole))
@@ -426,12 +426,12 @@ class TestReport:
         model = MLPVAE(16, latent_dim=2).eval()
         with torch.no_grad():
             model.decoder[2].bias.fill_(float("nan"))
-        report = evaluate(model, digits, VAEObjective(), EvaluationConfig(max_images=4))
+        report = evaluate(model, digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=4))
         with pytest.raises(ValueError, match="not finite: loss, distortion, elbo, bits_per_dim, psnr"):
             report.to_json()
 
     def test_csv_holds_the_figures_of_each_image(self, digits):
-        report = evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=4))
+        report = evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=4))
         header, *lines = (line.split(",") for line in report.per_image.to_csv().splitlines())
         assert header == ["image", "loss", "distortion", "rate", "elbo", "psnr", "ssim"]
         assert [line[0] for line in lines] == [f"image {index}" for index in range(4)]
@@ -448,7 +448,7 @@ class TestReport:
     def test_protocol_says_what_the_figures_depend_on(self, digits):
         data = DataConfig(resolution=16)
         config = EvaluationConfig(max_images=4, seed=7, reconstruction="sample", round_to_8_bit=False)
-        protocol = evaluate(tiny_vae(), digits, VAEObjective(), config, data, "held-out").protocol
+        protocol = evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), config, data, "held-out").protocol
         assert (protocol.data, protocol.split, protocol.images, protocol.seed) == ("digits", "held-out", 4, 7)
         assert protocol.resolution == [16, 16] and protocol.channels == 1 and "bicubic" in protocol.resize
         assert (protocol.reconstruction, protocol.round_to_8_bit, protocol.dtype) == ("sample", False, "float32")
@@ -456,13 +456,14 @@ class TestReport:
 
     def test_sample_and_rounding_change_the_reconstructions(self, digits):
         def figure(**settings):
-            return evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=4, **settings)).psnr
+            config = EvaluationConfig(max_images=4, **settings)
+            return evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), config).psnr
 
         assert len({figure(), figure(reconstruction="sample"), figure(round_to_8_bit=False)}) == 3
 
     def test_reconstruct_gives_what_was_measured(self, digits):
         config = EvaluationConfig(max_images=4, reconstruction="sample")
-        report = evaluate(tiny_vae(), digits, VAEObjective(), config)
+        report = evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), config)
         images = to_model_range(digits.pixels[1:3])
         with torch.no_grad():
             found = psnr(images, reconstruct(tiny_vae(), images, [1, 2], config))
@@ -487,9 +488,9 @@ class TestReport:
 
     def test_no_images_and_too_few_are_refused(self, digits):
         with pytest.raises(ValueError, match="at least one image"):
-            evaluate(tiny_vae(), ArrayImages(digits.pixels[:0]), VAEObjective(), EvaluationConfig())
+            evaluate(tiny_vae(), ArrayImages(digits.pixels[:0]), VAEObjective(Gaussian(1.0)), EvaluationConfig())
         with pytest.raises(ValueError, match="at least two images"):
-            evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(rfid=True, max_images=1))
+            evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(rfid=True, max_images=1))
 
     @pytest.mark.slow
     def test_seeds_share_no_noise(self, digits):
@@ -527,7 +528,7 @@ class TestAnyAutoencoder:
         ours = tiny_vae()
         stock = ours.to_diffusers()
         config = EvaluationConfig(max_images=6)
-        reports = [evaluate(model, digits, VAEObjective(), config) for model in (ours, stock)]
+        reports = [evaluate(model, digits, VAEObjective(Gaussian(1.0)), config) for model in (ours, stock)]
         assert reports[0].psnr == pytest.approx(reports[1].psnr, rel=1e-6)
         assert reports[0].elbo == pytest.approx(reports[1].elbo, rel=1e-6)
         assert reports[0].model.weights_sha256 == reports[1].model.weights_sha256
@@ -548,25 +549,24 @@ class TestAnyAutoencoder:
         model = AsymmetricAutoencoderKL(
             in_channels=1, out_channels=1, down_block_out_channels=(8,), up_block_out_channels=(8,), norm_num_groups=4
         ).eval()
-        report = evaluate(model, digits, VAEObjective(), EvaluationConfig(max_images=3))
+        report = evaluate(model, digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=3))
         assert report.model.class_name == "AsymmetricAutoencoderKL" and math.isfinite(report.elbo)
 
     def test_one_without_a_posterior_is_refused(self, digits):
         images = ArrayImages(digits.pixels.expand(-1, 3, -1, -1))
         model = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4).eval()
         with pytest.raises(ValueError, match=r"latent_dist, which AutoencoderTiny has not"):
-            evaluate(model, images, VAEObjective(), EvaluationConfig(max_images=3))
+            evaluate(model, images, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=3))
 
     def test_other_channels_are_refused(self, digits):
         with pytest.raises(ValueError, match="takes images of 3 channels, got 1"):
-            evaluate(
-                AutoencoderKL(norm_num_groups=4, block_out_channels=(8,)), digits, VAEObjective(), EvaluationConfig()
-            )
+            stock = AutoencoderKL(norm_num_groups=4, block_out_channels=(8,))
+            evaluate(stock, digits, VAEObjective(Gaussian(1.0)), EvaluationConfig())
 
     def test_half_precision_is_measured_and_stated(self, digits):
         vae, config = tiny_vae(), EvaluationConfig(max_images=6)
-        exact = evaluate(vae, digits, VAEObjective(), config)
-        half = evaluate(vae.to(torch.bfloat16), digits, VAEObjective(), config)
+        exact = evaluate(vae, digits, VAEObjective(Gaussian(1.0)), config)
+        half = evaluate(vae.to(torch.bfloat16), digits, VAEObjective(Gaussian(1.0)), config)
         assert half.protocol.dtype == "bfloat16" and half.psnr != exact.psnr
         assert half.psnr == pytest.approx(exact.psnr, rel=1e-2)
 
@@ -668,7 +668,7 @@ class TestHealth:
         assert health.verdict == "healthy" and health.information_per_channel == [pytest.approx(36, rel=0.05)]
 
     def test_one_image_tells_nothing_of_it(self, digits):
-        report = evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=1))
+        report = evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=1))
         assert report.posterior.verdict == "unknown" and report.intervals == {} and report.posterior.swaps is None
 
     def test_samples_far_from_the_prior_are_reported(self):
@@ -716,7 +716,7 @@ class TestSwaps:
         vae = tiny_vae()
         with torch.no_grad():
             vae.decoder.conv_out.weight.zero_()
-        posterior = evaluate(vae, digits, VAEObjective(), EvaluationConfig(max_images=20)).posterior
+        posterior = evaluate(vae, digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=20)).posterior
         assert posterior.swaps.all == 0 and posterior.verdict == "poor reconstruction"
         assert "hardly show their own image" in posterior.advice
 
@@ -737,8 +737,8 @@ class TestSwaps:
         assert health.swaps.colour is None and health.verdict == "healthy"
 
     def test_images_are_spread_over_those_that_are_measured(self, digits):
-        assert evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig()).posterior.swaps.images == 64
-        few = evaluate(tiny_vae(), digits, VAEObjective(), EvaluationConfig(max_images=5))
+        assert evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), EvaluationConfig()).posterior.swaps.images == 64
+        few = evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=5))
         assert few.posterior.swaps.images == 5
         again = EvaluationReport.from_json(few.to_json())
         assert again.posterior == few.posterior
@@ -751,7 +751,7 @@ class TestComparison:
         with torch.no_grad():
             worse.decoder[2].bias.sub_(5)
             better.decoder[2].bias.copy_(to_model_range(digits.pixels.float().mean(0) / 255).flatten() * 3)
-        return [evaluate(model, digits, VAEObjective(), config) for model in (worse, better)]
+        return [evaluate(model, digits, VAEObjective(Gaussian(1.0)), config) for model in (worse, better)]
 
     def test_a_model_with_itself_differs_in_nothing(self, digits):
         report = self.reports(digits)[0]

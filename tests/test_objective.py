@@ -265,7 +265,7 @@ def part_gradients(model, output):
 def test_each_term_moves_its_own_parameters(name):
     model, images = make_model(name)
     output = model(images, sample_posterior=True, return_posterior=True, generator=torch.Generator().manual_seed(0))
-    terms = VAEObjective()(images, output.sample, output.latent_dist)
+    terms = VAEObjective(Gaussian(1.0))(images, output.sample, output.latent_dist)
 
     encoder, decoder = part_gradients(model, terms.rate.mean())
     assert all(gradient is not None for gradient in encoder)
@@ -342,7 +342,7 @@ def test_logits_are_required_by_bernoulli_and_refused_by_others():
 def test_images_and_reconstructions_of_different_shape_are_refused(shape):
     images, _ = make_images()
     with pytest.raises(ValueError, match=r"must have one shape, got \(3, 1, 4, 6\) and \(" + str(shape)[1:-1]):
-        VAEObjective()(images, torch.zeros(shape), DiagonalGaussianDistribution(make_moments()))
+        VAEObjective(Gaussian(1.0))(images, torch.zeros(shape), DiagonalGaussianDistribution(make_moments()))
 
 
 # --- overrides of one call: kl_weight, scale, channel rates
@@ -370,7 +370,7 @@ def test_given_scale_is_that_of_the_likelihood_and_its_logarithm_is_in_the_loss(
     )
 
 
-@pytest.mark.parametrize("likelihood", [Gaussian(), Laplace()], ids=str)
+@pytest.mark.parametrize("likelihood", [Gaussian(1.0), Laplace(1.0)], ids=str)
 def test_optimal_scale_is_where_a_learned_one_has_no_gradient(likelihood):
     images, reconstructions, posterior = make_batch(dtype=torch.float64)
     optimum = likelihood.optimal_scale(likelihood.deviation(images, reconstructions).mean().item())
@@ -390,9 +390,10 @@ def test_half_precision_reconstructions_and_scale_are_computed_in_float32(dtype)
     images, reconstructions, posterior = make_batch()
     log_scale = torch.tensor(-4.0, requires_grad=True)
     with torch.autocast("cpu", dtype):
-        terms = VAEObjective()(images.to(dtype), reconstructions.to(dtype), posterior, scale=log_scale.exp())
-    expected = VAEObjective()(
-        images.to(dtype).float(), reconstructions.to(dtype).float(), posterior, scale=log_scale.detach().exp()
+        images, reconstructions = images.to(dtype), reconstructions.to(dtype)
+        terms = VAEObjective(Gaussian(1.0))(images, reconstructions, posterior, scale=log_scale.exp())
+    expected = VAEObjective(Gaussian(1.0))(
+        images.float(), reconstructions.float(), posterior, scale=log_scale.detach().exp()
     )
     terms.loss.backward()
     assert terms.loss.dtype == torch.float32 and log_scale.grad.isfinite()
@@ -401,7 +402,7 @@ def test_half_precision_reconstructions_and_scale_are_computed_in_float32(dtype)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("free_bits", [0.0, 1.0])
-@pytest.mark.parametrize("likelihood", [Gaussian(), Laplace()], ids=str)
+@pytest.mark.parametrize("likelihood", [Gaussian(1.0), Laplace(1.0)], ids=str)
 def test_loss_with_scale_and_free_bits_passes_gradcheck(likelihood, free_bits):
     images, reconstructions, posterior = make_batch(2, torch.float64)
 
@@ -425,17 +426,18 @@ def test_free_bits_leave_a_channel_below_alone_and_press_one_above_as_before():
 
     rates = rate_per_channel(posterior).detach().mean(0)
     assert rates[1] < 1 < rates[0]
-    plain, gradient = terms_of(VAEObjective())
-    terms, freed = terms_of(VAEObjective(free_bits=1.0))
+    plain, gradient = terms_of(VAEObjective(Gaussian(1.0)))
+    terms, freed = terms_of(VAEObjective(Gaussian(1.0), free_bits=1.0))
     assert torch.equal(terms.rate, plain.rate) and torch.equal(terms.distortion, plain.distortion)
     torch.testing.assert_close(terms.loss, plain.loss + 1.0 - rates[1])  # the sum of max(free bits, rate)
     torch.testing.assert_close(freed[:, [0, 2]], gradient[:, [0, 2]])  # mean and log-variance of channel 0
     assert (freed[:, [1, 3]] == 0).all() and (gradient[:, [1, 3]] != 0).all()
 
-    _, freed = terms_of(VAEObjective(free_bits=1.0), channel_rates=torch.tensor([0.5, 1.5]))  # the others' decision
+    others = torch.tensor([0.5, 1.5])
+    _, freed = terms_of(VAEObjective(Gaussian(1.0), free_bits=1.0), channel_rates=others)
     assert (freed[:, [0, 2]] == 0).all() and (freed[:, [1, 3]] != 0).all()
     with pytest.raises(ValueError, match=r"one per latent channel, \(2,\), got \(3,\)"):
-        terms_of(VAEObjective(free_bits=1.0), channel_rates=torch.ones(3))
+        terms_of(VAEObjective(Gaussian(1.0), free_bits=1.0), channel_rates=torch.ones(3))
 
 
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
@@ -444,7 +446,8 @@ def test_free_bits_are_decided_by_the_mean_over_the_images(order):
     rates = torch.tensor([[0.2, 1.5], [3.0, 0.1]])[order]
     posterior = DiagonalGaussianDistribution(torch.cat([(2 * rates).sqrt(), torch.zeros(2, 2)], 1)[..., None, None])
     images = torch.zeros(2, 1, 4, 4)
-    losses = [VAEObjective(free_bits=free_bits)(images, images, posterior).loss for free_bits in (0.0, 1.0)]
+    objectives = [VAEObjective(Gaussian(1.0), free_bits=free_bits) for free_bits in (0.0, 1.0)]
+    losses = [objective(images, images, posterior).loss for objective in objectives]
     torch.testing.assert_close(losses[1] - losses[0], torch.tensor(1.0 - 0.8), rtol=0, atol=1e-5)
 
 
@@ -781,6 +784,6 @@ def test_integer_images_and_another_batchs_posterior_are_refused():
     images = torch.zeros(2, 1, 8, 8)
     posterior = DiagonalGaussianDistribution(torch.zeros(1, 4, 2, 2))
     with pytest.raises(ValueError, match=r"floating point in \[-1, 1\], got torch.uint8"):
-        VAEObjective()(images.to(torch.uint8), images, posterior)
+        VAEObjective(Gaussian(1.0))(images.to(torch.uint8), images, posterior)
     with pytest.raises(ValueError, match="of the 2 images, got one of 1"):
-        VAEObjective()(images, images, posterior)
+        VAEObjective(Gaussian(1.0))(images, images, posterior)
