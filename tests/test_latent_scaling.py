@@ -68,6 +68,7 @@ def assert_standard_by_every_scaling(vae, images):
 
 
 class TestMeasured:
+    @pytest.mark.slow
     @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
     def test_whatever_the_config_held(self, source, tmp_path):
         vae, images = shifted(tiny_vae(**source)), pictures()
@@ -193,6 +194,7 @@ class TestUnmeasured:
         mlp.register_to_config(scaling_factor=1.0)
         assert LatentScaling.from_config(mlp.config) == LatentScaling(1.0)
 
+    @pytest.mark.slow
     def test_registered_values_survive_the_change_of_class(self):
         """`from_config` of diffusers resets values whose arguments the constructor was not given."""
         vae, stock = tiny_vae(), AutoencoderKL.from_config(tiny_vae().config)
