@@ -407,7 +407,9 @@ class TestReport:
                 EvaluationReport.from_json(json.dumps(whole))
 
     def test_a_report_of_format_1_is_refused_by_name(self, digits, tmp_path):
-        whole = json.loads(evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=4)).to_json())
+        whole = json.loads(
+            evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=4)).to_json()
+        )
         whole["format"] = 1
         del whole["sha256"]  # which it could lack
         (tmp_path / "evaluation.json").write_text(json.dumps(whole))
@@ -737,7 +739,9 @@ class TestSwaps:
         assert health.swaps.colour is None and health.verdict == "healthy"
 
     def test_images_are_spread_over_those_that_are_measured(self, digits):
-        assert evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), EvaluationConfig()).posterior.swaps.images == 64
+        assert (
+            evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), EvaluationConfig()).posterior.swaps.images == 64
+        )
         few = evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=5))
         assert few.posterior.swaps.images == 5
         again = EvaluationReport.from_json(few.to_json())

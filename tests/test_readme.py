@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from support.models import make_pipeline
 
 from diffusers_vae import VAE
-from diffusers_vae.evaluation import FIGURES, EvaluationReport
+from diffusers_vae.evaluation import FIGURES
 from diffusers_vae.objective import ObjectiveConfig
 
 ROOT = Path(__file__).parents[1]
