@@ -311,7 +311,7 @@ class ObjectiveConfig:
     likelihood: Literal["gaussian", "laplace", "bernoulli"] = "gaussian"
     """Density of an image given its reconstruction. bernoulli needs the mlp architecture."""
     scale: float | Literal["learned", "optimal"] | None = None
-    """Std of the gaussian or scale of the laplace, in model range [-1, 1] (0.1); bernoulli has none. learned: a
+    """Std of the gaussian or scale of the laplace, in model range [-1, 1] (0.05); bernoulli has none. learned: a
     parameter that is trained with the others. optimal: the root mean squared error of the images before, for laplace
     their mean absolute error (Rybkin 2021). Both begin at 1."""
     kl_weight: float = 1.0
@@ -347,7 +347,7 @@ class ObjectiveConfig:
             if self.scale is not None:
                 raise ValueError(f"a bernoulli likelihood has no scale: leave out objective.scale, got {self.scale}")
         elif self.scale is None:
-            object.__setattr__(self, "scale", 0.1)
+            object.__setattr__(self, "scale", 0.05)
         elif isinstance(self.scale, str):
             if self.scale not in ("learned", "optimal"):
                 raise ValueError(f"objective.scale must be a number, learned or optimal, got {self.scale!r}")

@@ -130,7 +130,7 @@ def test_resolved_config_gives_the_same_run(tmp_path):
     config.save(tmp_path / "config.yaml")
     assert parse_settings(TRAIN, ["--config", str(tmp_path / "config.yaml")])[0] == config
     stated = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert stated["objective"]["scale"] == 0.1
+    assert stated["objective"]["scale"] == 0.05
     assert stated["model"]["hidden_dim"] == 400 and stated["model"]["latent_channels"] is None
 
 

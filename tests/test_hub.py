@@ -231,7 +231,7 @@ class TestCard:
             "pretrained", "train", "lora_rank", "latents ", "adversarial", "lecam_weight",
         ):  # fmt: skip
             assert option not in recipe, option
-        assert "| objective | likelihood gaussian, scale 0.1, kl_weight 1.0 |" in recipe
+        assert "| objective | likelihood gaussian, scale 0.05, kl_weight 1.0 |" in recipe
         objective = ObjectiveConfig(kl_schedule="cyclical", perceptual="vgg", equivariance=0.5)
         adversarial = AdversarialConfig(weight=0.5, start_images=600, layers=1, r1_weight=2.0)
         dataclasses.replace(plain, objective=objective, adversarial=adversarial).save(run / "config.yaml")

@@ -602,7 +602,7 @@ def test_training_without_options_is_bit_equal_to_the_objective(likelihood):
 def test_free_bits_press_all_channels_first_and_then_those_of_the_step_before():
     images, reconstructions, posterior = make_batch()
     objective = TrainingObjective(ObjectiveConfig(free_bits=1.0))
-    plain = VAEObjective(Gaussian(0.1))(images, reconstructions, posterior)
+    plain = VAEObjective(Gaussian(0.05))(images, reconstructions, posterior)
     objective.begin_step(0, 100)
     terms = objective(images, reconstructions, posterior)
     torch.testing.assert_close(terms.loss, plain.loss)
@@ -645,7 +645,7 @@ def test_measured_objective_has_the_full_weight_and_the_present_scale():
     assert objective.measured(math.log(0.3)) == VAEObjective(Gaussian(pytest.approx(0.3)), 0.2, scale_varies=True)
     with pytest.raises(ValueError, match=r"log_scale is the parameter of objective\.scale learned, got None"):
         objective.measured()
-    with pytest.raises(ValueError, match=r"got 0\.1 with objective\.scale 0\.1"):
+    with pytest.raises(ValueError, match=r"got 0\.1 with objective\.scale 0\.05"):
         TrainingObjective(ObjectiveConfig()).measured(0.1)
 
 
@@ -740,7 +740,7 @@ def test_config_measures_a_scale_of_a_run_only_with_its_value():
     assert config.build(0.5) == VAEObjective(Laplace(0.5), kl_weight=0.1, scale_varies=True)
     with pytest.raises(ValueError, match="scale optimal is known only to the run that trains it"):
         config.build()
-    with pytest.raises(ValueError, match=r"objective\.scale is 0\.1, not learned or optimal: leave out 0\.5"):
+    with pytest.raises(ValueError, match=r"objective\.scale is 0\.05, not learned or optimal: leave out 0\.5"):
         ObjectiveConfig().build(0.5)
 
 
