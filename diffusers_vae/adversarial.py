@@ -37,6 +37,9 @@ class AdversarialConfig:
     """Images after start_images over which weight and the discriminator's learning rate rise linearly from 0."""
     adaptive: bool = True
     """Scale weight so that the gradient at the decoder's last layer is as large as that of the reconstruction terms."""
+    max_factor: float | None = None
+    """Upper limit of the factor that adaptive scales weight by; null: none. latent-diffusion: 1e4, which its losses,
+    sums over the image as here, exceed."""
     norm: Literal["spectral", "batch"] = "spectral"
     """Of the layers. batch: the result depends on how a batch is cut into micro-batches and over processes."""
     width: int = 64
@@ -63,6 +66,8 @@ class AdversarialConfig:
         for name in ("width", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"adversarial.{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_factor is not None and not (self.max_factor > 0 and math.isfinite(self.max_factor)):
+            raise ValueError(f"adversarial.max_factor must be positive and finite or null, got {self.max_factor}")
         if self.loss not in ("hinge", "non-saturating"):
             raise ValueError(f"adversarial.loss must be hinge or non-saturating, got {self.loss!r}")
         if self.norm not in ("spectral", "batch"):
@@ -219,8 +224,9 @@ def lecam_penalty(
 
 def adaptive_weight(reconstruction_gradient: torch.Tensor, generator_gradient: torch.Tensor) -> torch.Tensor:
     """The factor, a scalar, that makes the generator's gradient at the last layer as large as that of the
-    reconstruction: Esser et al. 2021, equation 7, with the delta of their code, but not its limit of 1e4: losses that
-    are sums over the image in nats lie above it, and the product has the reconstruction's gradient as its limit.
+    reconstruction: Esser et al. 2021, equation 7, with the delta of their code. Its limit of 1e4 is
+    `AdversarialConfig.max_factor`: where the reconstruction loss is a sum over the values of the image, as in
+    latent-diffusion and here, the factor exceeds it.
     """
     return reconstruction_gradient.norm() / (generator_gradient.norm() + 1e-4)
 
@@ -235,6 +241,10 @@ class Adversary:
     One deviation from the papers: the adaptive factor and LeCam's averages are those of the steps before, since a
     micro-batch does not know the gradients and logits of the others. In the first step after the start, the factor and
     the LeCam penalty are 0.
+
+    The reconstruction's loss is a sum over an image's values and the generator's a mean over its patches, so the factor
+    is proportional to the size of the images. What is remembered is the factor for images at full size; `size` is the
+    number of values of an image at hand, divided by that of an image at full size.
 
     Only `discriminator_loss` gives the discriminator's parameters gradients, local to the process.
     """
@@ -253,17 +263,22 @@ class Adversary:
         """Whether reconstructions are judged in this step."""
         return self.rise > 0
 
-    @property
-    def weight(self) -> float:
-        """What the generator's loss counts in this step."""
-        return self.config.weight * self.rise * (self._factor if self.config.adaptive else 1.0)
+    def weight_for(self, size: float = 1.0) -> float:
+        """What the generator's loss counts in this step, for images of this size."""
+        factor = 1.0
+        if self.config.adaptive:
+            limit = math.inf if self.config.max_factor is None else self.config.max_factor
+            factor = min(self._factor * size, limit)
+        return self.config.weight * self.rise * factor
 
     def begin_step(self, images_seen: int) -> dict[str, float]:
-        """Readings for the log, of the step that begins after `images_seen` images."""
+        """Readings for the log, of the step that begins after `images_seen` images; the weight is that for images at
+        full size.
+        """
         self.rise = self.config.rise(images_seen)
         if self.active:
             self.discriminator.iterate()
-        return {"adversarial_weight": self.weight}
+        return {"adversarial_weight": self.weight_for()}
 
     def generator_loss(self, reconstructions: torch.Tensor) -> torch.Tensor:
         """Per image (B,), without the weight, of reconstructions (B, C, H, W) in [-1, 1]."""
@@ -271,17 +286,23 @@ class Adversary:
             return generator_loss(self.config.loss, self.discriminator(reconstructions))
 
     def gradients(
-        self, reconstruction_loss: torch.Tensor, generator_loss: torch.Tensor, last_layer: nn.Parameter
+        self,
+        reconstruction_loss: torch.Tensor,
+        generator_loss: torch.Tensor,
+        last_layer: nn.Parameter,
+        size: float = 1.0,
     ) -> dict[str, torch.Tensor]:
         """Statistics: the gradients at the decoder's last layer of the two losses, which may be per image (B,) or
-        means; empty when nothing adapts to them. The graphs stay for the backward.
+        means, that of the reconstruction divided by `size`; empty when nothing adapts to them. The graphs stay for the
+        backward.
         """
         if not (self.active and self.config.adaptive):
             return {}
-        losses = {"reconstruction_gradient": reconstruction_loss, "generator_gradient": generator_loss}
-        return {
-            name: torch.autograd.grad(loss.mean(), last_layer, retain_graph=True)[0] for name, loss in losses.items()
-        }
+        of_reconstruction, of_generator = (
+            torch.autograd.grad(loss.mean(), last_layer, retain_graph=True)[0]
+            for loss in (reconstruction_loss, generator_loss)
+        )
+        return {"reconstruction_gradient": of_reconstruction / size, "generator_gradient": of_generator}
 
     def discriminator_loss(
         self, images: torch.Tensor, reconstructions: torch.Tensor

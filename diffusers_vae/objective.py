@@ -186,7 +186,8 @@ class ObjectiveTerms:
     """What is differentiated, a scalar: mean of distortion, without its constant (`VAEObjective.left_out`), + kl_weight
     * rate."""
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Means over these images of what the next step depends on, without gradient: `TrainingObjective.end_step`."""
+    """What the next step depends on, to be averaged over the step's images, without gradient: means over these images
+    with the weight that they count with. See `TrainingObjective.end_step`."""
 
     @property
     def elbo(self) -> torch.Tensor:
@@ -339,6 +340,9 @@ class ObjectiveConfig:
     """Share of the steps that decode scaled and turned latents, and compare with images scaled and turned likewise
     (EQ-VAE, Kouzelis 2025: 0.5): such latents are easier to diffuse. Of the other steps, a quarter sees its images
     scaled down. What such steps log is of the smaller images."""
+    transformations: int = 1
+    """Number of equal parts that equivariance cuts a step's images into, each with a transformation of its own.
+    Processes times run.gradient_accumulation_steps must be a multiple of it."""
 
     def __post_init__(self):
         if self.likelihood not in ("gaussian", "laplace", "bernoulli"):
@@ -371,6 +375,13 @@ class ObjectiveConfig:
             )
         if not 0 <= self.equivariance <= 1:
             raise ValueError(f"objective.equivariance must lie in [0, 1], got {self.equivariance}")
+        if self.transformations < 1:
+            raise ValueError(f"objective.transformations must be at least 1, got {self.transformations}")
+        if self.transformations > 1 and not self.equivariance:
+            raise ValueError(
+                "objective.transformations are those of objective.equivariance, which is 0: set it, or leave out "
+                f"objective.transformations {self.transformations}"
+            )
 
     def _check_schedule(self) -> None:
         schedule = self.kl_schedule
@@ -500,6 +511,9 @@ class TrainingObjective:
     - an optimal scale comes from the steps before, half of it from the last 1,000 images. It is a constant of the step,
       as at the optimum the loss has no gradient to it: Rybkin 2021, optimal sigma-VAE.
     - the controller of a target rate sees whole steps.
+
+    Equivariance makes some images smaller. Rates of such images are lower, so free bits and the controller learn from
+    images that were encoded at full size only; in an optimal scale, images count by their number of values.
     """
 
     def __init__(self, config: ObjectiveConfig):
@@ -531,12 +545,17 @@ class TrainingObjective:
         posterior: DiagonalGaussianDistribution,
         log_scale: torch.Tensor | None = None,
         logits: torch.Tensor | None = None,
+        *,
+        encoded_whole: bool = True,
+        size: float = 1.0,
     ) -> ObjectiveTerms:
         """The terms of a micro-batch, as `VAEObjective`, with the statistics that `end_step` needs.
 
         Args:
             logits: for a Bernoulli likelihood, as `VAEObjective` takes them.
             log_scale: the parameter of a learned scale, its natural logarithm, a scalar tensor.
+            encoded_whole: whether the posterior is of images at their full size.
+            size: number of values of one of these images, divided by that of an image at its full size.
 
         Raises:
             ValueError: as `VAEObjective`, and when log_scale is missing or of no use.
@@ -560,14 +579,17 @@ class TrainingObjective:
             channel_rates=channel_rates,
         )
         statistics = {}
+        if self._controller or self.config.free_bits:
+            statistics["encoded_whole"] = torch.full_like(terms.loss.detach(), float(encoded_whole))
         if self._controller:
-            statistics["rate"] = terms.rate.detach().mean()
+            statistics["rate"] = encoded_whole * terms.rate.detach().mean()
         if self.config.free_bits:
-            statistics["channel_rates"] = rate_per_channel(posterior).detach().mean(0)
+            statistics["channel_rates"] = encoded_whole * rate_per_channel(posterior).detach().mean(0)
         if self.config.scale == "optimal":
             exact = terms.distortion.dtype
             deviation = self._objective.likelihood.deviation(images.to(exact), reconstructions.detach().to(exact))
-            statistics["deviation"] = deviation.mean()
+            statistics["size"] = torch.full_like(terms.loss.detach(), size)
+            statistics["deviation"] = size * deviation.mean()
         return replace(terms, statistics=statistics)
 
     def end_step(self, statistics: dict[str, torch.Tensor], images: int) -> None:
@@ -579,13 +601,15 @@ class TrainingObjective:
         for name, value in statistics.items():
             if not value.isfinite().all():
                 raise ValueError(f"the statistics of a step that is taken must be finite, got {name} {value}")
-        if self._controller:
-            self._controller.update(statistics["rate"].item(), images)
-        if self.config.free_bits:
-            self._channel_rates = statistics["channel_rates"].tolist()
+        encoded_whole = statistics["encoded_whole"].item() if "encoded_whole" in statistics else 0.0
+        if self._controller and encoded_whole:
+            self._controller.update(statistics["rate"].item() / encoded_whole, round(images * encoded_whole))
+        if self.config.free_bits and encoded_whole:
+            self._channel_rates = (statistics["channel_rates"] / encoded_whole).tolist()
         if self.config.scale == "optimal":
-            decay = 0.5 ** (images / DEVIATION_HALF_LIFE)
-            self._deviation = decay * self._deviation + (1 - decay) * statistics["deviation"].item()
+            size = statistics["size"].item()
+            decay = 0.5 ** (images * size / DEVIATION_HALF_LIFE)
+            self._deviation = decay * self._deviation + (1 - decay) * statistics["deviation"].item() / size
             self._deviation_weight = decay * self._deviation_weight + (1 - decay)
 
     def state(self) -> dict[str, Any]:

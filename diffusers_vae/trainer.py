@@ -296,9 +296,15 @@ class AutoencoderTask(Task):
 
     def load(self, accelerator: Accelerator) -> None:
         config = self.config
+        forwards = accelerator.num_processes * config.run.gradient_accumulation_steps
+        if forwards % config.objective.transformations:
+            raise ValueError(
+                "the number of processes times run.gradient_accumulation_steps must be a multiple of "
+                f"objective.transformations, {config.objective.transformations}, so that the images of a forward share "
+                f"one, got {accelerator.num_processes} x {config.run.gradient_accumulation_steps}"
+            )
         if config.data.streaming and config.data.lanes is None:
             begun = on_main(lambda: begun_with(config.run.output_dir, "data", "lanes"))
-            forwards = accelerator.num_processes * config.run.gradient_accumulation_steps
             lanes = tuple(begun or (forwards, max(1, config.data.num_workers)))
             config = self.config = replace(config, data=replace(config.data, lanes=lanes))
         if config.data.streaming and accelerator.is_main_process:
@@ -420,10 +426,13 @@ class AutoencoderTask(Task):
         shape = self.config.model.latent_shape(self.config.data.size)
         drawn = {"noise": torch.randn(count, *shape, generator=generator, device=generator.device)}
         if self.config.objective.equivariance:
-            # the same for all images of a step; on the CPU, which decides by them without waiting for the device
+            # The same for all images of a part; on the CPU, which decides by them without waiting for the device. Parts
+            # of a whole batch are made of whole micro-batches. A smaller one, at the end of an epoch, is one part: how
+            # its images are cut depends on the number of forwards.
+            parts = self.config.objective.transformations if count == self.config.run.batch_size else 1
             own = torch.Generator().manual_seed(generator.initial_seed() ^ 1)
-            chances = torch.rand(1, equivariance.DRAWS, generator=own)
-            drawn["chances"] = chances.expand(count, -1)
+            chances = torch.rand(parts, equivariance.DRAWS, generator=own)
+            drawn["chances"] = chances.repeat_interleave(count // parts, 0)
         return drawn
 
     def step(self, model: nn.Module, read: ReadImages, draws: dict[str, torch.Tensor]) -> StepTerms:
@@ -454,7 +463,8 @@ class AutoencoderTask(Task):
         if self.adversary:
             step.per_image.update(dict.fromkeys(("generator", "discriminator"), torch.zeros_like(terms.rate)))
         if self.adversary and self.adversary.active:
-            step = self._judged(step, images, reconstructions, _autoencoder(self.accelerator.unwrap_model(model)))
+            autoencoder = _autoencoder(self.accelerator.unwrap_model(model))
+            step = self._judged(step, images, reconstructions, autoencoder, images.numel() / pixels.numel())
         return step
 
     @cached_property
@@ -491,17 +501,20 @@ class AutoencoderTask(Task):
         )
         if after:
             images = after.images(images)
+        size = images.numel() / pixels.numel()
         named = {"logits" if bernoulli else "log_scale": others[0]} if others else {}
-        terms = self.objective(images, reconstructions, posterior, **named)
+        terms = self.objective(images, reconstructions, posterior, **named, encoded_whole=before is None, size=size)
         return images, reconstructions, terms, named.get("log_scale")
 
-    def _judged(self, step: StepTerms, images: torch.Tensor, reconstructions: torch.Tensor, model: VAE) -> StepTerms:
+    def _judged(
+        self, step: StepTerms, images: torch.Tensor, reconstructions: torch.Tensor, model: VAE, size: float
+    ) -> StepTerms:
         """The step with what the discriminator makes of it."""
         with self.accelerator.autocast():
             judgement = self.adversary.generator_loss(reconstructions)
         step.per_image["generator"] = judgement
-        added = self.adversary.weight * judgement.mean()
-        gradients = self.adversary.gradients(step.total_loss, judgement.mean(), model.decoder.conv_out.weight)
+        added = self.adversary.weight_for(size) * judgement.mean()
+        gradients = self.adversary.gradients(step.total_loss, judgement.mean(), model.decoder.conv_out.weight, size)
         return replace(
             step,
             network_loss=added if step.network_loss is None else step.network_loss + added,

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -347,22 +348,24 @@ def test_frozen_gives_back_what_was_and_lets_the_gradient_through():
 # --- a step
 
 
-def run_steps(adversary, cuts, steps=3):
-    """Gradients, readings and states of a few steps whose 8 images come in micro-batches of the sizes `cuts`."""
+def run_steps(adversary, cuts, sides=(12, 12, 12)):
+    """Gradients, readings and states of a step for each of `sides`, to which its 8 images of 12 pixels a side are
+    scaled; they come in micro-batches of the numbers `cuts`.
+    """
     generator = make_generator()
     optimizer = torch.optim.SGD(adversary.discriminator.parameters(), lr=0.1)
     seen = []
-    for step in range(steps):
-        images = make_images(8, seed=step)
+    for step, side in enumerate(sides):
+        images, size = F.interpolate(make_images(8, seed=step), (side, side)), (side / 12) ** 2
         readings, total = adversary.begin_step(8 * step), {}
         for part in images.split(cuts):
             share = len(part) / len(images)
             reconstructions = generator(part).sample
             error = (reconstructions - part).square().flatten(1).sum(1)
             judged = adversary.generator_loss(reconstructions)
-            statistics = adversary.gradients(error, judged, generator.decoder.conv_out.weight)
+            statistics = adversary.gradients(error, judged, generator.decoder.conv_out.weight, size)
             loss, of_discriminator = adversary.discriminator_loss(part, reconstructions)
-            ((error + adversary.weight * judged).mean() * share).backward()
+            ((error + adversary.weight_for(size) * judged).mean() * share).backward()
             (loss.mean() * share).backward()
             for name, value in (statistics | of_discriminator).items():
                 total[name] = total.get(name, 0) + share * value
@@ -378,14 +381,48 @@ def run_steps(adversary, cuts, steps=3):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_is_the_same_however_its_batch_is_cut(kind):
     settings = {"loss": kind, "lecam_weight": 0.3, "r1_weight": 1.0, "warmup_images": 32}
-    whole, cut = (run_steps(make_adversary(**settings), cuts) for cuts in ([8], [3, 5]))
-    for one, other in zip(whole, cut, strict=True):
-        for expected, gradients in zip(one[:2], other[:2], strict=True):
-            for name in expected:
-                torch.testing.assert_close(gradients[name], expected[name], rtol=1e-4, atol=5e-6)
-        assert other[2] == pytest.approx(one[2], rel=1e-5)
-        assert other[3] == pytest.approx(one[3], rel=1e-5, abs=1e-6)
+    whole, *cuts = (run_steps(make_adversary(**settings), cuts, (12, 24, 16)) for cuts in ([8], [3, 5], [2, 3, 3]))
+    for cut in cuts:
+        for one, other in zip(whole, cut, strict=True):
+            for expected, gradients in zip(one[:2], other[:2], strict=True):
+                for name in expected:
+                    torch.testing.assert_close(gradients[name], expected[name], rtol=1e-4, atol=2e-5)
+            assert other[2] == pytest.approx(one[2], rel=1e-5)
+            assert other[3] == pytest.approx(one[3], rel=1e-5, abs=1e-6)
     assert len({one[2]["adversarial_weight"] for one in whole}) == 3
+
+
+@pytest.mark.slow
+def test_the_generators_gradient_keeps_its_part_where_the_size_changes_from_step_to_step():
+    """Half of the reconstruction's, within a factor of 3. With the factor of the step before it, it would be up to 16
+    times that.
+    """
+    adversary, generator, images = make_adversary(), make_generator(), make_images(side=48)
+    last_layer, found, before = generator.decoder.conv_out.weight, [], []
+    for step, side in enumerate((48, 12, 48, 24, 12, 36, 24)):
+        resized, size = F.interpolate(images, (side, side)), (side / 48) ** 2
+        reconstructions = generator(resized).sample
+        losses = (reconstructions - resized).square().sum() / 3, adversary.generator_loss(reconstructions).mean()
+        norms = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm().item() for loss in losses]
+        adversary.begin_step(step)
+        found.append(adversary.weight_for(size) * norms[1] / norms[0])
+        before.append(norms[0] / norms[1])
+        adversary.end_step(adversary.gradients(*losses, last_layer, size))
+    assert found[0] == 0 and all(0.5 / 3 < each < 0.5 * 3 for each in found[1:])
+    ratios = [after / now for after, now in pairwise(before)]
+    assert max(ratios) > 6 and min(ratios) < 1 / 6
+
+
+def test_the_factor_is_limited_at_the_size_of_the_images():
+    limited, free = make_adversary(max_factor=100.0), make_adversary()
+    statistics = {"reconstruction_gradient": torch.full((4,), 1e4), "generator_gradient": torch.full((4,), 10.0)}
+    for adversary in (limited, free):
+        adversary.begin_step(0)
+        adversary.end_step(statistics)
+    assert limited.begin_step(3) == {"adversarial_weight": 50}
+    assert free.begin_step(3)["adversarial_weight"] == pytest.approx(500, rel=1e-3)
+    assert limited.weight_for(0.5) == 50
+    assert limited.weight_for(0.01) == free.weight_for(0.01) == pytest.approx(5, rel=1e-3)
 
 
 def test_the_weight_makes_the_generators_gradient_as_large_as_that_of_the_step_before():
@@ -399,8 +436,8 @@ def test_the_weight_makes_the_generators_gradient_as_large_as_that_of_the_step_b
     assert adversary.begin_step(8) == {"adversarial_weight": 0.0} and adversary.active
     statistics = adversary.gradients(error, judged, last_layer)
     adversary.end_step(statistics)
-    assert adversary.begin_step(15) == {"adversarial_weight": adversary.weight}
-    (judged.mean() * adversary.weight).backward(retain_graph=True)
+    assert adversary.begin_step(15) == {"adversarial_weight": adversary.weight_for()}
+    (judged.mean() * adversary.weight_for()).backward(retain_graph=True)
     by_generator = last_layer.grad.norm().item()
     last_layer.grad = None
     error.backward()
@@ -475,6 +512,7 @@ def test_rises_from_the_start_over_the_warm_up():
         ({"layers": 0}, "adversarial.layers must be at least 1, got 0"),
         ({"width": 0}, "adversarial.width must be at least 1, got 0"),
         ({"loss": "wasserstein"}, "adversarial.loss must be hinge or non-saturating, got 'wasserstein'"),
+        ({"max_factor": 0.0}, "adversarial.max_factor must be positive and finite or null, got 0.0"),
         ({"norm": "group"}, "adversarial.norm must be spectral or batch, got 'group'"),
         ({"learning_rate": 0.0}, "adversarial.learning_rate must be positive and finite or null, got 0.0"),
         ({"betas": (0.5, 1.0)}, r"adversarial.betas must lie in \[0, 1\), got \(0.5, 1.0\)"),

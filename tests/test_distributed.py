@@ -39,12 +39,13 @@ from support.runs import (
     whole,
 )
 
+from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.data import DataConfig, epoch_batches, load_data
 from diffusers_vae.evaluation import EvaluationConfig, evaluate
 from diffusers_vae.latents import measure_latents
 from diffusers_vae.loop import FSDP2_TORCH, OptimizerConfig, run_task
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.objective import Gaussian, VAEObjective
+from diffusers_vae.objective import Gaussian, ObjectiveConfig, VAEObjective
 from diffusers_vae.processes import on_main, process_share
 from diffusers_vae.trainer import AutoencoderTask
 
@@ -152,6 +153,26 @@ class TestSameResult:
         run_forked(fit, config, log=tmp_path / "log", processes=processes)
         assert processes_of(tmp_path / "run") == processes
         assert_same_training(whole_alone, tmp_path / "run")
+
+    def test_processes_with_images_of_different_sizes_give_the_result_of_one(self, tmp_path):
+        """Each with a transformation of its own, and the last batch of an epoch with one for both."""
+        for processes, micro_steps in ((1, 2), (2, 1)):
+            config = tiny(
+                tmp_path / f"{processes}", TINY_VAE, batch_size=24, max_images=80, epochs=9, log_every=1,
+                checkpoint_every=24, keep_checkpoints=9, gradient_accumulation_steps=micro_steps,
+            )  # fmt: skip
+            config = dataclasses.replace(
+                config,
+                data=DataConfig(resolution=24, heldout_fraction=0.965),  # 63 images
+                objective=ObjectiveConfig(scale="optimal", target_rate=9.0, equivariance=0.5, transformations=2),
+                adversarial=AdversarialConfig(weight=0.1, width=8, layers=1),
+                optimizer=OptimizerConfig(max_grad_norm=None, warmup_images=1000),
+            )
+            run_forked(fit, config, log=tmp_path / f"log of {processes}", processes=processes)
+        assert_same_gradient(tmp_path / "1", tmp_path / "2", 24)
+        one, two = (records(tmp_path / name, "train") for name in "12")
+        for name in one[0].keys() - {"kind"}:
+            assert [record[name] for record in two] == pytest.approx([record[name] for record in one], rel=1e-4), name
 
     def test_run_sharded_by_fsdp2_and_continued_gives_the_same(self, alone, tmp_path):
         if not is_torch_version(">=", FSDP2_TORCH):

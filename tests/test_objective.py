@@ -622,7 +622,7 @@ def test_optimal_scale_is_that_of_the_images_before(likelihood):
     expected = (error.mean() if likelihood == "laplace" else (error**2).mean().sqrt()).item()
     objective.end_step(terms.statistics, 3)
     assert objective.begin_step(3, 9000)["scale"] == pytest.approx(expected)  # not drawn to where it began
-    objective.end_step({"deviation": torch.tensor(0.0)}, 10**6)
+    objective.end_step({"deviation": torch.tensor(0.0), "size": torch.tensor(1.0)}, 10**6)
     assert objective.begin_step(10**6, 10**7)["scale"] == pytest.approx(SMALLEST_SCALE)
 
     def mean_of(
@@ -631,11 +631,50 @@ def test_optimal_scale_is_that_of_the_images_before(likelihood):
         objective = TrainingObjective(ObjectiveConfig("laplace", scale="optimal"))
         for deviation in (0.4, 0.2):
             for images in batches:
-                objective.end_step({"deviation": torch.tensor(deviation)}, images)
+                objective.end_step({"deviation": torch.tensor(deviation), "size": torch.tensor(1.0)}, images)
         return objective.measured().likelihood.scale
 
     assert mean_of([1000]) == pytest.approx(0.4 / 3 + 0.2 * 2 / 3)
     assert mean_of([100] * 10) == pytest.approx(mean_of([1000]))  # counted in images
+
+
+def learned_from(settings, *parts):
+    """The state after one step cut into (images, seed, encoded_whole, size), and the controller's for those alone."""
+    objective, total, count = TrainingObjective(ObjectiveConfig(**settings)), {}, sum(part[0] for part in parts)
+    objective.begin_step(0, 1000)
+    for number, seed, encoded_whole, size in parts:
+        images, reconstructions = make_images(number, channels=3, seed=seed)
+        posterior = DiagonalGaussianDistribution(make_moments(number, seed=seed))
+        terms = objective(images, reconstructions, posterior, encoded_whole=encoded_whole, size=size)
+        for name, value in terms.statistics.items():
+            total[name] = total.get(name, 0) + number / count * value.double()
+    objective.end_step(total, count)
+    return objective.state()
+
+
+RATES = {"free_bits": 1.0, "target_rate": 30.0}
+
+
+def test_rates_are_learned_from_images_that_were_encoded_whole():
+    alone = learned_from(RATES, (6, 0, True, 1.0))
+    for cut in ([(2, 1, False, 0.25)], [(1, 1, False, 0.25), (1, 2, False, 0.5)]):
+        mixed = learned_from(RATES, *cut, (6, 0, True, 0.1))  # smaller after the encoder
+        assert mixed["channel_rates"] == pytest.approx(alone["channel_rates"], rel=1e-6)
+        assert mixed["rate_error"] == pytest.approx(alone["rate_error"], rel=1e-6)
+        assert mixed["rate_integral"] == pytest.approx(alone["rate_integral"], rel=1e-6)
+    assert learned_from(RATES, (8, 0, False, 0.25)) == TrainingObjective(ObjectiveConfig(**RATES)).state()
+
+
+def test_images_count_in_an_optimal_scale_by_their_number_of_values():
+    settings = {"scale": "optimal"}
+    whole, quarter = learned_from(settings, (10, 0, True, 1.0)), learned_from(settings, (10, 0, False, 0.25))
+    assert quarter["deviation_weight"] == pytest.approx(1 - 0.5 ** (2.5 / 1000))
+    mean = {name: state["deviation"] / state["deviation_weight"] for name, state in (("w", whole), ("q", quarter))}
+    assert mean["q"] == pytest.approx(mean["w"])
+    other = learned_from(settings, (10, 1, True, 1.0))
+    mixed = learned_from(settings, (10, 0, False, 0.25), (10, 1, True, 1.0))
+    expected = (0.25 * mean["w"] + other["deviation"] / other["deviation_weight"]) / 1.25
+    assert mixed["deviation"] / mixed["deviation_weight"] == pytest.approx(expected)
 
 
 def test_measured_objective_has_the_full_weight_and_the_present_scale():
@@ -769,6 +808,8 @@ def test_config_measures_a_scale_of_a_run_only_with_its_value():
         ({"perceptual": "vgg", "perceptual_weight": 0.0}, "objective.perceptual_weight must be positive and finite"),
         ({"perceptual_weight": 2.0}, "belongs to a perceptual term"),
         ({"equivariance": 1.5}, r"objective.equivariance must lie in \[0, 1\], got 1.5"),
+        ({"equivariance": 0.5, "transformations": 0}, r"objective.transformations must be at least 1, got 0"),
+        ({"transformations": 2}, r"objective.transformations are those of objective.equivariance, which is 0"),
         ({"kl_weight": 0.0, "free_bits": 1.0}, "kl_weight 0 .* objective.free_bits 1.0 does nothing"),
         ({"kl_weight": 0.0, "target_rate": 9.0}, "kl_weight 0 .* objective.target_rate 9.0 does nothing"),
         ({"kl_weight": 0.0, "kl_schedule": "cyclical"}, "kl_weight 0 .* objective.kl_schedule cyclical does nothing"),

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file
-from support.runs import TINY_MLP, TINY_VAE, fit, records, tiny, use_random_networks
+from support.runs import TINY_MLP, TINY_VAE, assert_same_gradient, fit, records, tiny, use_random_networks
 
 from diffusers_vae import VAE, cli, equivariance
 from diffusers_vae.adversarial import AdversarialConfig, PatchDiscriminator
@@ -207,6 +207,50 @@ class TestLoggedLoss:
         assert scale == 0.1 or report.scale not in (0.1, 1.0)
         assert terms.loss.item() == pytest.approx(report.loss, rel=1e-5)
         assert (terms.total_loss.item() == terms.loss.item()) == (not networks)
+
+
+class TestTransformations:
+    """Of the parts of a step."""
+
+    @staticmethod
+    def config(output_dir, micro_steps, **objective):
+        config = settings(
+            output_dir, {"equivariance": 0.5} | objective, AdversarialConfig(weight=0.1, width=8, layers=1),
+            batch_size=24, max_images=80, epochs=9, log_every=1, checkpoint_every=24, keep_checkpoints=9,
+            gradient_accumulation_steps=micro_steps, ema_decay=None,
+        )  # fmt: skip
+        data = dataclasses.replace(DATA, heldout_fraction=0.965)  # 63 images: the third step is of 15
+        optimizer = OptimizerConfig(max_grad_norm=None, warmup_images=1000)
+        return dataclasses.replace(config, data=data, optimizer=optimizer)
+
+    def test_each_part_has_its_own_and_the_first_that_of_the_whole_step(self):
+        one, four = (AutoencoderTask(self.config("unused", 4, transformations=parts)) for parts in (1, 4))
+        one, four = (task.draws(24, torch.Generator().manual_seed(1)) for task in (one, four))
+        assert torch.equal(one["noise"], four["noise"]) and len(one["chances"].unique(dim=0)) == 1
+        assert torch.equal(one["chances"][:6], four["chances"][:6])
+        parts = four["chances"].view(4, 6, -1)
+        assert (parts == parts[:, :1]).all() and len(four["chances"].unique(dim=0)) == 4
+
+    def test_a_smaller_batch_is_one_part(self):
+        task = AutoencoderTask(self.config("unused", 4, transformations=4))
+        chances = task.draws(15, torch.Generator().manual_seed(1))["chances"]
+        assert chances.shape == (15, 4) and len(chances.unique(dim=0)) == 1
+
+    @pytest.mark.slow
+    def test_training_does_not_depend_on_how_the_parts_are_cut(self, tmp_path):
+        objective = {"transformations": 2, "scale": "optimal", "free_bits": 1.0, "target_rate": 9.0, "kl_weight": 0.1}
+        for micro_steps in (2, 4):
+            fit(self.config(tmp_path / f"{micro_steps}", micro_steps, **objective))
+        assert_same_gradient(tmp_path / "2", tmp_path / "4", 24)
+        first, second = (records(tmp_path / name, "train") for name in ("2", "4"))
+        assert [record["images_seen"] for record in first] == [24, 48, 63, 87]
+        for name in first[0].keys() - {"kind"}:
+            assert [record[name] for record in second] == pytest.approx([record[name] for record in first], rel=1e-4)
+
+    @pytest.mark.parametrize("micro_steps", [1, 3])
+    def test_forwards_with_images_of_two_parts_are_refused(self, micro_steps, tmp_path):
+        with pytest.raises(ValueError, match=rf"multiple of objective\.transformations, 2, .* got 1 x {micro_steps}"):
+            fit(self.config(tmp_path / "run", micro_steps, transformations=2))
 
 
 RUN = {"max_images": 150, "batch_size": 30, "log_every": 30, "checkpoint_every": 30, "keep_checkpoints": 9}
