@@ -85,11 +85,19 @@ class TestRecipes:
         assert config.run.batch_size == images and config.optimizer.learning_rate == pytest.approx(4.5e-6 * images)
         assert config.adversarial.start_images == first_step * images and config.adversarial.weight == 0.5
         assert config.optimizer.betas == config.adversarial.betas == (0.5, 0.9)
+        assert config.adversarial.max_factor == 1e4
+        # one transformation per forward of the published launch
+        assert name == "kl-f8" or config.objective.transformations == images / images_per_gpu
 
     def test_kl_f8_is_stable_diffusions_autoencoder(self, pretrained):
         with torch.device("meta"):
             parameters = self.read("kl-f8", pretrained).model.build(3, (256, 256)).num_parameters()
         assert parameters == 83_653_863  # of CompVis/stable-diffusion-v1-4
+
+    @pytest.mark.parametrize("name", ["kl-f8", "eq-vae", "sd-ft-mse", "sdxl-decoder", "flux-16ch"])
+    def test_deviations_are_listed(self, name):
+        (preset,) = (preset for preset in PRESETS if preset.stem == name)
+        assert "# Differs:" in preset.read_text().split("\n\n")[0]
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ["sd-ft-mse", "sdxl-decoder", "flux-16ch"])
