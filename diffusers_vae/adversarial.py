@@ -83,6 +83,23 @@ class AdversarialConfig:
             return 0.0
         return min(1.0, (images_seen - self.start_images + 1) / max(1, self.warmup_images))
 
+    def unreached(self, total_images: int) -> list[str]:
+        """Sentences about what these settings never reach in a run of `total_images` images."""
+        if not self.weight or self.start_images + self.warmup_images <= total_images > self.start_images:
+            return []
+        if self.start_images >= total_images:
+            return [
+                f"adversarial.start_images must be less than the {total_images:,} images of the run, got "
+                f"{self.start_images:,}: the discriminator never trains, and adversarial.weight {self.weight:g} has no "
+                "effect. Start earlier, or train longer by run.epochs or run.max_images"
+            ]
+        return [
+            f"adversarial.start_images plus adversarial.warmup_images must not exceed the {total_images:,} images of "
+            f"the run, got {self.start_images:,} + {self.warmup_images:,}: the weight of the discriminator only rises "
+            f"to {self.weight * self.rise(total_images - 1):.2g}, not to adversarial.weight {self.weight:g}. Start "
+            "earlier, shorten the warm-up, or train longer by run.epochs or run.max_images"
+        ]
+
 
 class _Conv(nn.Conv2d):
     def forward(self, images: torch.Tensor) -> torch.Tensor:

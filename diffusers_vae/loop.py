@@ -98,6 +98,18 @@ class OptimizerConfig:
         progress = (images_seen - self.warmup_images) / max(1, total_images - self.warmup_images)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
+    def unreached(self, total_images: int) -> list[str]:
+        """Sentences about what these settings never reach in a run of `total_images` images."""
+        if self.warmup_images <= total_images:
+            return []
+        reached = self.learning_rate_at(total_images - 1, total_images)
+        return [
+            f"optimizer.warmup_images must not exceed the {total_images:,} images of the run, got "
+            f"{self.warmup_images:,}: the learning rate only rises to {reached:.2g}, not to optimizer.learning_rate "
+            f"{self.learning_rate:g}, and never falls. Shorten the warm-up, or train longer by run.epochs or "
+            "run.max_images"
+        ]
+
 
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -170,6 +182,10 @@ class RunConfig:
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"run.ema_decay must lie between 0 and 1 or be null, got {self.ema_decay}")
 
+    def total_images(self, train_images: int) -> int:
+        """Number of images that the run trains on, of a training set of `train_images` images."""
+        return min(self.epochs * train_images, self.max_images or sys.maxsize)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
@@ -238,6 +254,8 @@ class Task(Protocol):
     """After `load`."""
     images: int
     """After `load`: how many images there are to train on; of a dry run, too, whose set may have fewer."""
+    planned: RunConfig | None = None
+    """In a dry run, the settings of the run that it stands for."""
 
     def finished(self) -> RunResult:
         """Return the result of the finished run in output_dir; ValueError naming a file that is missing or damaged."""
@@ -305,6 +323,10 @@ class Task(Protocol):
 
     def summary(self, model: nn.Module) -> str:
         """One line on model and data, before the first step."""
+        ...
+
+    def unreached(self, total_images: int) -> list[str]:
+        """Sentences about settings that never take effect, or not in full, in a run of `total_images` images."""
         ...
 
     def evaluate(self, model: nn.Module, log: Log, progress: dict[str, int]) -> object:
@@ -421,7 +443,7 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool, p
         ema = EMAModel(
             parameters, decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=not accelerator.is_fsdp2
         )
-    total_images = min(run.epochs * len(train_set), run.max_images or sys.maxsize)
+    total_images = run.total_images(len(train_set))
     if accelerator.num_processes > 1:
         # DistributedDataParallel orders its buckets by its first backward. Without this one, which leaves no trace, the
         # first step of a resumed run would sum the gradients of three or more processes in another order.
@@ -447,6 +469,9 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool, p
     if accelerator.is_main_process:
         bad_images.add(task.image_errors(), warn=False)
         logger.info("%s; %s", task.summary(plain_model), _launch_summary(accelerator, run))
+        length = task.planned.total_images(task.images) if task.planned else total_images
+        for sentence in [] if checkpoint else task.unreached(length):
+            logger.warning("%s", sentence)
     next_log, next_evaluation, next_checkpoint = (
         (images_seen // every + 1) * every
         for every in (run.log_every, task.evaluate_every or sys.maxsize, run.checkpoint_every)
@@ -643,7 +668,9 @@ def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(on_main(lambda: scratch)) / "run"
         try:
-            result = run_task(task.few(folder))  # what two batches need is read on demand
+            trial = task.few(folder)
+            trial.planned = run
+            result = run_task(trial)  # what two batches need is read on demand
             newest = max((folder / "checkpoints").glob("images-*"))
             if result:
                 before = _tensors_in(newest)
@@ -657,7 +684,7 @@ def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:
             return None
         after = _tensors_in(newest)
         same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-        total = min(run.epochs * result.train_images, run.max_images or sys.maxsize)
+        total = run.total_images(result.train_images)
         return result, same, total / result.images_per_second if result.images_per_second else None
 
 

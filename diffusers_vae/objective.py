@@ -428,6 +428,18 @@ class ObjectiveConfig:
         progress = min(1.0, images_seen / self.kl_warmup_images)
         return self.kl_weight * (progress if self.kl_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2)
 
+    def unreached(self, total_images: int) -> list[str]:
+        """Sentences about what these settings never reach in a run of `total_images` images."""
+        if self.kl_warmup_images <= total_images:
+            return []
+        reached = self.kl_weight_at(total_images - 1, total_images)
+        return [
+            f"objective.kl_warmup_images must not exceed the {total_images:,} images of the run, got "
+            f"{self.kl_warmup_images:,}: the weight of the rate only rises to {reached:.2g}, not to "
+            f"objective.kl_weight {self.kl_weight:g}. Shorten the warm-up, or train longer by run.epochs or "
+            "run.max_images"
+        ]
+
     def kl_weight_per_value(self, values: int) -> float | None:
         """The weight w at which `MEAN_LOSSES` + w * rate has the minimum of this objective: the loss is a mean over the
         `values` = C * H * W of an image in [-1, 1], the rate a sum over its latents. None for a learned or optimal

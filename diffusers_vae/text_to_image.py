@@ -340,10 +340,7 @@ class TextToImageTask(Task):
     """Training of denoiser and text encoder on latents, for the loop."""
 
     terms = ("error",)
-    advice = (
-        "More stable are a lower optimizer.learning_rate, a longer optimizer.warmup_images or a lower "
-        "optimizer.max_grad_norm"
-    )
+    advice = "More stable are a lower optimizer.learning_rate or a longer optimizer.warmup_images"
     workers = 0
     builds_at_once = False
 
@@ -532,6 +529,9 @@ class TextToImageTask(Task):
             f"{'x'.join(map(str, latents.latent_shape))}; {len(latents):,} training images of {self.config.data.name}, "
             f"{len(self.captions.distinct):,} different captions, {len(self.tokenizer):,} tokens"
         )
+
+    def unreached(self, total_images: int) -> list[str]:
+        return self.config.optimizer.unreached(total_images)
 
     @torch.no_grad()
     def evaluate(self, model: TextToImage, log: Log, progress: dict[str, int]) -> dict[str, float]:

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -178,8 +177,7 @@ IMAGES_FOR_BFLOAT16 = 256
 """In a forward, from which a perceptron gains by autocast: on two cores 1.3 times the images/s, with 128 none."""
 
 STABLER = (
-    "More stable are a lower optimizer.learning_rate, a longer optimizer.warmup_images, a lower "
-    "optimizer.max_grad_norm or a larger objective.scale"
+    "More stable are a lower optimizer.learning_rate, a longer optimizer.warmup_images or a larger objective.scale"
 )
 
 
@@ -355,7 +353,7 @@ class AutoencoderTask(Task):
 
     def compiles(self) -> bool:
         run, device = self.config.run, self.accelerator.device
-        steps = min(run.epochs * self.images, run.max_images or sys.maxsize) / run.batch_size
+        steps = run.total_images(self.images) / run.batch_size
         pays = device.type == "cuda" or (device.type == "cpu" and self.config.model.architecture == "mlp")
         if not pays or steps < STEPS_TO_COMPILE or run.deterministic or self.config.changes_by_step:
             return False
@@ -575,6 +573,10 @@ class AutoencoderTask(Task):
             f"{len(self.heldout):,} held-out images of {data.name} at {'x'.join(map(str, data.size))}; kl_weight "
             f"{objective.kl_weight:g}{means}{when}{judged}"
         )
+
+    def unreached(self, total_images: int) -> list[str]:
+        sections = (self.config.optimizer, self.config.objective, self.config.adversarial)
+        return [sentence for section in sections for sentence in section.unreached(total_images)]
 
     def evaluate(
         self, model: nn.Module, log: Log, progress: dict[str, int]

@@ -1,6 +1,7 @@
 """From YAML and flags to settings, and the errors on the way."""
 
 import math
+import re
 import tarfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.config import TRAININGS, parse_settings, training_parser
 from diffusers_vae.data import DataConfig
 from diffusers_vae.loop import OptimizerConfig, RunConfig
@@ -48,9 +50,12 @@ def read_preset(preset, pretrained, *flags):
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 class TestPresets:
-    def test_parses_and_writes_to_its_own_folder(self, preset, pretrained):
+    def test_parses_writes_to_its_own_folder_and_reaches_all_that_it_sets(self, preset, pretrained):
         config, dry = read_preset(preset, pretrained)
         assert config.run.output_dir == f"runs/{preset.stem}" and not dry
+        images = {"digits": 1617, "folder": 20_000}.get(config.data.name, 60_000)
+        training = TEXT_TO_IMAGE if preset.stem.endswith("-t2i") else TRAIN
+        assert training.task(config).unreached(config.run.total_images(images)) == []
 
     def test_says_what_to_expect(self, preset):
         head = preset.read_text().split("\n\n")[0]
@@ -279,6 +284,53 @@ class TestLearningRate:
 
     def test_warm_up_longer_than_the_run(self):
         assert OptimizerConfig(learning_rate=1.0, warmup_images=100).learning_rate_at(9, 10) == pytest.approx(0.1)
+
+
+class TestUnreached:
+    """Of 1,000 images that a run sees."""
+
+    @pytest.mark.parametrize(
+        ("section", "what"),
+        [
+            (
+                OptimizerConfig(learning_rate=2e-3, warmup_images=4000),
+                r"optimizer\.warmup_images must not exceed the 1,000 images of the run, got 4,000.* rises to 0\.0005,",
+            ),
+            (
+                ObjectiveConfig(kl_weight=2.0, kl_schedule="linear", kl_warmup_images=4000),
+                r"objective\.kl_warmup_images must not exceed the 1,000 .*, got 4,000.* rises to 0\.5, not .* 2\.",
+            ),
+            (
+                ObjectiveConfig(kl_weight=2.0, kl_schedule="cosine", kl_warmup_images=4000),
+                r"objective\.kl_warmup_images .* rises to 0\.29, not",
+            ),
+            (
+                AdversarialConfig(weight=0.5, start_images=1000),
+                r"adversarial\.start_images must be less than the 1,000 .*, got 1,000: the discriminator never trains",
+            ),
+            (
+                AdversarialConfig(weight=0.5, start_images=800, warmup_images=400),
+                r"adversarial\.warmup_images must not exceed the 1,000 .*, got 800 \+ 400: .* to 0\.25, not .* 0\.5",
+            ),
+        ],
+    )
+    def test_states_rule_value_and_what_is_reached(self, section, what):
+        [sentence] = section.unreached(1000)
+        assert re.match(f".*{what}", sentence) and "run.epochs or run.max_images" in sentence
+
+    @pytest.mark.parametrize(
+        "section",
+        [
+            OptimizerConfig(warmup_images=1000),
+            ObjectiveConfig(kl_schedule="linear", kl_warmup_images=1000),
+            ObjectiveConfig(kl_schedule="cyclical"),
+            AdversarialConfig(weight=0.5, start_images=999),
+            AdversarialConfig(weight=0.5, start_images=400, warmup_images=600),
+            AdversarialConfig(start_images=4000, warmup_images=4000),
+        ],
+    )
+    def test_is_empty_when_all_is_reached_by_the_end(self, section):
+        assert section.unreached(1000) == []
 
 
 @pytest.mark.slow

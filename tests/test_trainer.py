@@ -42,6 +42,7 @@ from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import measure_latents
 from diffusers_vae.loop import OptimizerConfig, dry_run, run_task
 from diffusers_vae.run_folder import BadImages
+from diffusers_vae.text_to_image import TextToImageTask
 from diffusers_vae.trainer import AutoencoderTask, train
 
 FEW = DataConfig(resolution=8, heldout_fraction=0.9)
@@ -283,6 +284,11 @@ class TestExactness:
         whole, parts = (tensors(tmp_path / str(steps), 1617, "ema") for steps in (1, 5))
         for key in whole:
             torch.testing.assert_close(whole[key], parts[key], rtol=0, atol=2e-5)
+
+    @pytest.mark.parametrize("task", [AutoencoderTask, TextToImageTask])
+    def test_advice_for_stability_names_no_setting_without_effect(self, task):
+        """Adam divides by the size of the gradient, so that a lower limit of its norm changes nothing."""
+        assert "optimizer.learning_rate" in task.advice and "max_grad_norm" not in task.advice
 
     def test_average_is_that_of_the_warm_up(self, tmp_path):
         """diffusers' decay at its second step is 1 - 2^-0.75; at the first it is 0."""
@@ -619,6 +625,20 @@ class TestFaults:
         with pytest.raises(ValueError, match=r"run\.batch_size must be divisible by .* 4, got 30"):
             train(tiny(tmp_path / "run", gradient_accumulation_steps=4))
         assert not (tmp_path / "run").exists()
+
+    def test_settings_that_the_run_never_reaches_are_warned_of_before_its_first_step(self, tmp_path, caplog):
+        config = tiny(tmp_path / "run", max_images=60, checkpoint_every=30)
+        objective = dataclasses.replace(config.objective, kl_schedule="linear", kl_warmup_images=90)
+        optimizer = OptimizerConfig(warmup_images=90)
+        fit(dataclasses.replace(config, objective=objective, optimizer=optimizer))
+        warned = [record.getMessage() for record in caplog.records if "of the run, got" in record.getMessage()]
+        assert [text.split(" ", 1)[0] for text in warned] == ["optimizer.warmup_images", "objective.kl_warmup_images"]
+
+    def test_dry_run_judges_by_the_length_of_the_run(self, tmp_path, caplog):
+        config = tiny(tmp_path / "run", max_images=300)
+        dry_run(Unmeasured(dataclasses.replace(config, optimizer=OptimizerConfig(warmup_images=301))))
+        assert "optimizer.warmup_images must not exceed the 300 images of the run, got 301" in caplog.text
+        assert caplog.text.count("of the run, got") == 1
 
     def test_dry_run_notices_a_run_that_cannot_be_repeated(self, tmp_path):
         class Careless(Unmeasured):
