@@ -69,7 +69,7 @@ def bare(arguments: argparse.Namespace) -> None:
     pixels = load_data(config)[0].pixels.to(device)
     model = speed_up_norms(ModelConfig(architecture="vae", **MODEL).build(3, config.size)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.0, fused=True)
-    ema = EMAModel(model.parameters(), decay=0.99, use_ema_warmup=True, power=0.75, foreach=True)
+    ema = EMAModel(model.parameters(), decay=0.99, use_ema_warmup=True, inv_gamma=20, power=1, foreach=True)
     dtype, parameters = fast_dtype(device), list(model.parameters())
     with tqdm(total=arguments.images, unit="img") as bar:
         while bar.n < arguments.images:

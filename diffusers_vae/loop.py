@@ -73,7 +73,8 @@ class OptimizerConfig:
     warmup_images: int = 2000
     """Images over which the learning rate rises linearly from 0."""
     max_grad_norm: float | None = 1.0
-    """The gradient is scaled down to this norm; null: never."""
+    """Norm to which larger gradients are scaled down; null: never. Losses in nats have gradients of norms in the
+    hundreds and more, so this normalises every step, and its value hardly matters (docs/objective.md)."""
 
     def __post_init__(self):
         if self.schedule not in ("constant", "cosine"):
@@ -146,7 +147,8 @@ class RunConfig:
     target_rate, free_bits, equivariance, scale optimal. null: where it works, in runs of 10,000 steps or more, on a
     CUDA GPU, and of a perceptron on a CPU; not if deterministic. A run that is continued keeps its own."""
     ema_decay: float | None = 0.99
-    """Decay of the moving average of the weights, which is what is evaluated and saved; null: none."""
+    """Highest decay per step of the averaged weights, which are evaluated and saved; null: none. It is approached as
+    the run grows: the average never reaches back over more than about 5 % of the steps so far."""
     checkpoint_every: int = 10_000
     """Images between two checkpoints, from which the same command continues; there is one at the end, too."""
     keep_checkpoints: int = 2
@@ -439,9 +441,16 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool, p
     parameters = list(plain_model.parameters())  # asking for them takes as long as a small model's step
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     ema = None
-    if run.ema_decay:  # the decay rises as 1 - (1 + step)^-0.75, so that short runs do not keep their first weights
+    if run.ema_decay:
+        # The decay rises as step / (step + 20): the average reaches back over a twentieth of the steps so far, as with
+        # the power functions of Karras et al. 2024. A longer one holds weights from a phase of higher learning rates.
         ema = EMAModel(
-            parameters, decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=not accelerator.is_fsdp2
+            parameters,
+            decay=run.ema_decay,
+            use_ema_warmup=True,
+            inv_gamma=20,
+            power=1,
+            foreach=not accelerator.is_fsdp2,
         )
     total_images = run.total_images(len(train_set))
     if accelerator.num_processes > 1:

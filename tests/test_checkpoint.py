@@ -36,7 +36,7 @@ class State:
         self.accelerator = Accelerator(cpu=True)
         self.model = ModelConfig(architecture="mlp", hidden_dim=8, latent_dim=2).build(1, (8, 8))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-        self.ema = EMAModel(self.model.parameters(), use_ema_warmup=True, power=0.75)
+        self.ema = EMAModel(self.model.parameters(), use_ema_warmup=True, inv_gamma=20, power=1)
         critic = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(64, 1))
         self.discriminator = Discriminator(critic, torch.optim.AdamW(critic.parameters(), lr=1e-2))
         for _ in range(steps):

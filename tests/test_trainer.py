@@ -290,17 +290,18 @@ class TestExactness:
         """Adam divides by the size of the gradient, so that a lower limit of its norm changes nothing."""
         assert "optimizer.learning_rate" in task.advice and "max_grad_norm" not in task.advice
 
-    def test_average_is_that_of_the_warm_up(self, tmp_path):
-        """diffusers' decay at its second step is 1 - 2^-0.75; at the first it is 0."""
+    def test_average_reaches_back_over_a_twentieth_of_the_steps(self, tmp_path):
+        """The decay is step / (step + 20), with 0 at the first step, and at most run.ema_decay."""
         optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_images=0)
-        config = tiny(tmp_path / "run", ema_decay=0.999, max_images=60, checkpoint_every=30)
+        config = tiny(tmp_path / "run", ema_decay=0.1, max_images=150, checkpoint_every=30, keep_checkpoints=9)
         fit(dataclasses.replace(config, optimizer=optimizer))
-        w1, w2 = (tensors(tmp_path / "run", images_seen, "model") for images_seen in (30, 60))
-        average = tensors(tmp_path / "run", 60, "ema")
-        decay = 1 - 2**-0.75
-        for key in average:
-            torch.testing.assert_close(average[key], decay * w1[key] + (1 - decay) * w2[key], rtol=0, atol=1e-6)
-        assert (w1["mean.weight"] - w2["mean.weight"]).abs().max() > 1e-3
+        weights = [tensors(tmp_path / "run", images_seen, "model") for images_seen in (30, 60, 90, 120, 150)]
+        expected = weights[0]
+        for decay, new in zip((1 / 21, 2 / 22, 0.1, 0.1), weights[1:], strict=True):
+            expected = {key: decay * expected[key] + (1 - decay) * new[key] for key in new}
+        for key, average in tensors(tmp_path / "run", 150, "ema").items():
+            torch.testing.assert_close(average, expected[key], rtol=0, atol=1e-6)
+        assert (weights[-1]["mean.weight"] - expected["mean.weight"]).abs().max() > 1e-4
 
     @pytest.mark.slow
     def test_images_read_on_demand_train_the_same(self, tmp_path, cifar_folder):
