@@ -253,7 +253,7 @@ def run_compare(arguments: Sequence[str]) -> int:
     out = Path(parsed.out or Path("comparisons") / "--vs--".join(name.strip("./").replace("/", "--") for name in names))
     out.mkdir(parents=True, exist_ok=True)
     _check_images(models, names, images)
-    objective = _objective(parsed, parsed.first)
+    objective = _objective(parsed, parsed.first, parsed.second)
     reports = [
         evaluate(model, images, objective, parsed.evaluation, parsed.data, split, name, True)
         for model, name in zip(models, names, strict=True)
@@ -927,10 +927,22 @@ def _report_of_run(source: str) -> EvaluationReport | None:
     return read_report(path) if path and path.exists() else None
 
 
-def _objective(parsed: Namespace, source: str) -> VAEObjective:
-    """The objective to measure by: a learned or optimal scale has the value that the run of `source` ended with."""
-    report = _report_of_run(source) if isinstance(parsed.objective.scale, str) else None
-    return parsed.objective.build(report.scale if report else None)
+def _objective(parsed: Namespace, *sources: str) -> VAEObjective:
+    """The objective to measure by: a learned or optimal scale has the value that the run of a source ended with.
+
+    Raises:
+        ValueError: when it is that of no finished run, or two runs ended with different values.
+    """
+    if not isinstance(parsed.objective.scale, str):
+        return parsed.objective.build()
+    scales = {source: report.scale for source in sources if (report := _report_of_run(source))}
+    if len(set(scales.values())) > 1:
+        raise ValueError(
+            "two models are compared under one protocol: give --objective.scale VALUE, since "
+            f"objective.scale {parsed.objective.scale} is "
+            f"{' and '.join(f'{scale:g} for {source}' for source, scale in scales.items())}"
+        )
+    return parsed.objective.build(next(iter(scales.values()), None))
 
 
 def _name(source: str) -> str:

@@ -505,7 +505,8 @@ def _measure(
     for latents in draw(posterior, indices, config.seed, config.draws):
         if isinstance(objective.likelihood, Bernoulli):
             logits = decode_logits(model, latents)
-            decoded, terms = to_model_range(logits.sigmoid()), objective(images, logits, posterior, logits=logits)
+            decoded = to_model_range(logits.sigmoid())
+            terms = objective(images, decoded, posterior, logits=logits)
         else:
             decoded = decode(model, latents)
             terms = objective(images, decoded, posterior)

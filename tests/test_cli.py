@@ -684,6 +684,19 @@ class TestOthers:
         assert code == 1 and "name them with --data, since the run of" in error
 
     @pytest.mark.slow
+    def test_compare_refuses_runs_that_learned_different_scales(self, run, capsys, tmp_path, cifar_folder):
+        models = self.runs_on_folders(run, tmp_path, cifar_folder, crops=(None, None), scale=("learned", "learned"))
+        report = json.loads((run / "evaluation.json").read_text())
+        for model, scale in zip(models, (0.5, 0.25), strict=True):
+            write_report(model, {name: value for name, value in report.items() if name != "sha256"} | {"scale": scale})
+        code, _, error = call(capsys, "compare", *models, "--out", tmp_path / "out")
+        assert code == 1 and "give --objective.scale VALUE, since objective.scale learned is 0.5 for" in error
+        same = ["--evaluation.max_images", 2, "--out", tmp_path / "out"]
+        assert call(capsys, "compare", models[0], models[0], *same)[0] == 0
+        comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
+        assert comparison["first"]["scale"] == 0.5
+
+    @pytest.mark.slow
     def test_compare_takes_the_settings_of_the_only_run_wherever_it_stands(self, run, capsys, tmp_path):
         tiny_vae(sample_size=16).save_pretrained(tmp_path / "other")
         few = ["--evaluation.max_images", 3, "--out", tmp_path / "out"]
