@@ -38,8 +38,8 @@ class AdversarialConfig:
     adaptive: bool = True
     """Scale weight so that the gradient at the decoder's last layer is as large as that of the reconstruction terms."""
     max_factor: float | None = None
-    """Upper limit of the factor that adaptive scales weight by; null: none. latent-diffusion: 1e4, which its losses,
-    sums over the image as here, exceed."""
+    """Upper limit of the factor by which adaptive scales weight, without effect if adaptive is false; null: none.
+    latent-diffusion: 1e4, which its losses, sums over the image as here, exceed."""
     norm: Literal["spectral", "batch"] = "spectral"
     """Of the layers. batch: the result depends on how a batch is cut into micro-batches and over processes."""
     width: int = 64
@@ -96,8 +96,8 @@ class AdversarialConfig:
         return [
             f"adversarial.start_images plus adversarial.warmup_images must not exceed the {total_images:,} images of "
             f"the run, got {self.start_images:,} + {self.warmup_images:,}: the weight of the discriminator only rises "
-            f"to {self.weight * self.rise(total_images - 1):.2g}, not to adversarial.weight {self.weight:g}. Start "
-            "earlier, shorten the warm-up, or train longer by run.epochs or run.max_images"
+            f"to about {self.weight * self.rise(total_images - 1):.2g}, not to adversarial.weight {self.weight:g}. "
+            "Start earlier, shorten the warm-up, or train longer by run.epochs or run.max_images"
         ]
 
 

@@ -43,7 +43,7 @@ from .latent_cache import DTYPES, Kind, encode_images
 from .loop import RunResult, Task, dry_run, run_task
 from .messages import message, quoted, showable
 from .metrics import psnr
-from .models import MLPVAE, VAE, LatentScaling, encode, find_subfolder, load_autoencoder, weights_hash
+from .models import MLPVAE, VAE, LatentScaling, encode, find_subfolder, load_autoencoder, unmeasured, weights_hash
 from .objective import ObjectiveConfig, VAEObjective
 from .pictures import comparison_picture, contact_sheet, sample_picture
 from .precision import measure_precision
@@ -650,8 +650,8 @@ def run_info(arguments: Sequence[str]) -> int:
 
 def _scaled_latents(config: Mapping[str, Any]) -> str:
     """How latents become scaled latents, as a formula."""
-    if config.get("scaling_factor") is None:
-        return "unknown: config.json has no scaling_factor"
+    if unmeasured(config):
+        return f"unknown: scaling_factor {config.get('scaling_factor')} was not measured or published for this model"
     scaling = LatentScaling.from_config(config)
     if scaling.mean is None:
         return f"(latents {-scaling.shift:+.6g}) * {scaling.factor:.6g}"
@@ -771,7 +771,7 @@ def _parse_measuring(
     parsed = _parse(parser, [*ANY_DATA, *arguments])  # wrong ones are told before a model is loaded
     sources = [parsed[name] for name in models]
     loaded = [_load(parsed, source) for source in sources]
-    runs = {source: run for source in sources if (run := _settings_of_run(source))}
+    runs = {source: run for source in sources if (run := _settings_of_run(source, arguments))}
     known = {source: run | {"data": _data_of_run(run, runs, parsed.data, arguments)} for source, run in runs.items()}
     if not known:
         if not any(argument.startswith("--data.") for argument in arguments):
@@ -820,7 +820,7 @@ def _same_set(one: dict[str, Any], other: dict[str, Any]) -> bool:
 OF_MODEL = ("resolution", "channels", "value_range", "fit", "on_bad_image", "num_workers")
 """Settings of a run's data that it keeps for another set: what its model needs, and how files are read."""
 NO_MATTER = {
-    "data": {"name", "root", "num_workers", *OF_TRAINING},
+    "data": {"name", "root", "num_workers", "on_bad_image", *OF_TRAINING},
     "evaluation": {"every", "batch_size", "projection", "fp16"},
 }
 """Settings that change neither which images are compared, nor how; name and root are compared by `_same_set`."""
@@ -906,8 +906,10 @@ def _halves(argument: str) -> list[str]:
     return ["--data", argument.removeprefix("--data=")] if argument.startswith("--data=") else [argument]
 
 
-def _settings_of_run(source: str) -> dict[str, dict[str, Any]]:
-    """Data, objective and evaluation of the run that a folder, or its model/, is of; empty if there is none."""
+def _settings_of_run(source: str, flags: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Data, objective and evaluation of the run that a folder, or its model/, is of; empty if there is none. The weight
+    to which a target_rate has moved is read from its evaluation.json, unless `flags` state one.
+    """
     file = config_of_run(source)
     if file is None:
         return {}
@@ -915,7 +917,9 @@ def _settings_of_run(source: str) -> dict[str, dict[str, Any]]:
     check_type(settings, NEEDED, str(file))
     settings["evaluation"].pop("every", None)
     objective = {name: settings["objective"][name] for name in MEASURED}
-    if settings["objective"].get("target_rate") is not None and (report := _report_of_run(source)):
+    stated = any(flag.startswith("--objective.kl_weight") for flag in flags)
+    moved = settings["objective"].get("target_rate") is not None and not stated
+    if moved and (report := _report_of_run(source)):
         objective["kl_weight"] = report.kl_weight
     return {"data": settings["data"], "objective": objective, "evaluation": settings["evaluation"]}
 

@@ -86,8 +86,11 @@ def training_parser(training: Training) -> ArgumentParser:
 
 
 def _removed(training: Training) -> list[str]:
-    """Names of the removed settings in the sections of this training."""
-    return [name for name in REMOVED if name.partition(".")[0] in get_type_hints(training.settings)]
+    """Names of the removed settings in the sections of this training that are refused at another value than the old
+    default.
+    """
+    sections = get_type_hints(training.settings)
+    return [name for name, (_, advice) in REMOVED.items() if advice and name.partition(".")[0] in sections]
 
 
 def parse_settings(training: Training, arguments: Sequence[str]) -> tuple[Settings, bool]:

@@ -298,7 +298,8 @@ def read_report(path: Path) -> EvaluationReport:
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged or of another version: {error}. Delete it and run the training command again, which "
-            "measures the model again, or measure it with `diffusers-vae evaluate`"
+            "measures the model again, or measure it with `diffusers-vae evaluate`; a run with a learned or optimal "
+            "scale, or with a target_rate, then needs --objective.scale VALUE or --objective.kl_weight VALUE"
         ) from error
 
 
@@ -590,7 +591,7 @@ class Difference:
     mean: float
     """Over the images."""
     interval: list[float]
-    """95 % confidence interval of the mean of the differences, Student's t."""
+    """95 % confidence interval of the mean of the differences, Student's t; empty of one image."""
     second_is_better: float | None
     """Share of the images where it is; None for figures of which neither more nor less is better."""
 
@@ -635,7 +636,8 @@ def compare(first: EvaluationReport, second: EvaluationReport, show: int = 8) ->
         better = None
         if name in HIGHER_IS_BETTER:
             better = float(np.mean(values > 0 if HIGHER_IS_BETTER[name] else values < 0))
-        differences[name] = Difference(float(values.mean()), list(mean_interval(values)), better)
+        interval = list(mean_interval(values)) if len(values) > 1 else []
+        differences[name] = Difference(float(values.mean()), interval, better)
     psnr_difference = np.abs(second.per_image.figures["psnr"] - first.per_image.figures["psnr"])
     order = np.argsort(-psnr_difference, kind="stable")[:show]
     return Comparison(first, second, differences, order.tolist())

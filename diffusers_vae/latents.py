@@ -19,8 +19,8 @@ from .data import ImageSet, image_batches, kept_images
 from .metrics import psnr
 from .models import check_batch, decode, encode
 from .objective import rate_per_unit
-from .processes import gather_parts, process_share
-from .silence import report_progress
+from .processes import gather, gather_parts, process_share
+from .silence import alone, report_progress
 
 ACTIVE = 0.01
 """Variance of a unit's posterior mean over the data above which Burda et al. 2016, section 5.2, call it active."""
@@ -40,7 +40,7 @@ EXPLODED = 20.0
 SWAPPED = 64
 """Images at most by which `measure_swaps` judges."""
 FAINT_COLOUR = 4 / 255
-"""Root mean square of an image's colour, in model range, below which it counts as grey."""
+"""Root mean square of the images' colour, all together, in model range, below which they count as grey."""
 
 SLACK = 1e-3
 """By how much a value of an image may exceed [-1, 1], for rounding in whatever made it."""
@@ -116,9 +116,10 @@ class LatentStatistics:
         log_variance = square + variance - 1 - 2 * rate  # the mean of it, by the definition of the rate
         information = 0.5 * (2 * unit_std.log() - log_variance).clamp(min=0)
         per_channel = torch.where(unit_std > 0, information, 0.0).sum((1, 2)).tolist()
-        if swaps is None:
+        unused: list[int] = []
+        if swaps is None and self.images > 1:
             unused = [channel for channel, nats in enumerate(per_channel) if nats < UNUSED_INFORMATION]
-        else:
+        elif swaps is not None:
             unused = [channel for channel, cost in enumerate(swaps.channels) if cost < UNUSED]
         measured = {
             "units": mean.numel(),
@@ -163,7 +164,7 @@ class PosteriorHealth:
     """Share of the units with a rate below 0.01 nats: their posterior is the prior, whatever the image."""
     unused_channels: list[int]
     """Channels, from 0, that may come from another image for less than 0.05 dB; without `swaps`, those that hold less
-    than 0.1 nats of information."""
+    than 0.1 nats of information. Empty of one image."""
     rate_per_channel: list[float]
     """Nats per image, summed over the channel's positions; their sum is the rate."""
     information_per_channel: list[float]
@@ -194,7 +195,8 @@ def _verdict(measured: dict[str, Any], largest_std: float, images: int) -> tuple
         )
     information = sum(measured["information_per_channel"])
     lower = "lower objective.kl_weight or objective.scale"
-    if len(unused) == count and information < max(1.0, EMPTY * measured["units"]):
+    used = swaps is not None and swaps.all >= POOR
+    if len(unused) == count and information < max(1.0, EMPTY * measured["units"]) and not used:
         return "collapsed", (
             f"No {kind} tells images apart: to the decoder, all look the same. Train again and {lower}; a kl_weight "
             "that rises slowly helps, too."
@@ -210,6 +212,11 @@ def _verdict(measured: dict[str, Any], largest_std: float, images: int) -> tuple
             "Reconstructions hardly show the colours of their own image: with the latents of another one, the error of "
             f"the colours grows by {swaps.colour:.2f} dB only. Train longer or with a higher optimizer.learning_rate, "
             f"or {lower}."
+        )
+    if used and len(unused) == count:
+        return "partly collapsed", (
+            f"Each of the {count} {kind}s alone can come from another image for less than {UNUSED} dB, but all of them "
+            f"together cost {swaps.all:.2f} dB: they say the same. The model can do with fewer {kind}s."
         )
     if unused:
         which = f"{kind}s {', '.join(map(str, unused[:20]))}{' ...' * (len(unused) > 20)}"
@@ -240,22 +247,27 @@ def measure_swaps(
     """What reconstructions lose when latents are taken from another image, for `model` in eval mode; None if fewer than
     two images can be read.
 
-    Each of at most `SWAPPED` images, evenly spread over the first `max_images`, takes latents from the one that is half
-    as many further on. Under torch.distributed all processes must call it, with the same model; they share the work.
+    Each of at most `SWAPPED` images, evenly spread over the first `max_images`, takes latents from the image half the
+    list away: one encoding of each, two decodings, and one more for each channel. Under torch.distributed all processes
+    must call it, with the same model; they share the work.
     """
     count = len(image_set) if max_images is None else min(max_images, len(image_set))
     indices = np.unique(np.linspace(0, count - 1, min(count, SWAPPED)).astype(int)).tolist()
-    _, images = kept_images(image_set, indices, image_set.__getitems__(indices), model.device)
+    with alone("reading images"):
+        read = image_set.__getitems__(indices)
+    kept, images = kept_images(image_set, indices, read, torch.device("cpu"))  # of any size: moved batch by batch
+    on_all = set(indices).intersection(*gather(kept))  # one process may fail to read what another could
+    images = images[[place for place, index in enumerate(kept) if index in on_all]]
     if len(images) < 2:
         return None
-    modes = torch.cat([encode(model, part).mode() for part in images.split(batch_size)])
+    modes = torch.cat([encode(model, part.to(model.device)).mode() for part in images.split(batch_size)])
     others = modes.roll(len(modes) // 2, 0)
 
     def figures(latents: torch.Tensor) -> tuple[float, float]:
         """The mean PSNR, and the mean squared error of the colours, of reconstructions."""
         ratios, errors = [], 0.0
         for shown, part in zip(images.split(batch_size), latents.split(batch_size), strict=True):
-            reconstructions = decode(model, part).clamp(-1, 1)
+            shown, reconstructions = shown.to(model.device), decode(model, part).clamp(-1, 1)
             ratios += psnr(shown, reconstructions).tolist()
             errors += (_colour(shown) - _colour(reconstructions)).square().mean((1, 2, 3)).sum().item()
             report_progress()
@@ -268,7 +280,8 @@ def measure_swaps(
         mixed = modes.clone()
         mixed[:, channel] = others[:, channel]
         costs.append((channel, own - figures(mixed)[0]))
-    colourful = _colour(images).square().mean().sqrt() > FAINT_COLOUR
+    colour = sum(_colour(part).square().sum().item() for part in images.split(batch_size)) / images.numel()
+    colourful = colour**0.5 > FAINT_COLOUR
     return SwapCosts(
         images=len(images),
         all=own - other,
@@ -329,7 +342,7 @@ def measure_latents(
 
 @torch.no_grad()
 def _sums(vae: ModelMixin, batches: Iterable[torch.Tensor]) -> dict[int, LatentStatistics]:
-    """Of this process's batches, by its rank; nothing where there are none."""
+    """Return the statistics of this process's batches by its rank; an empty dict where it has none."""
     statistics, size = LatentStatistics(), None
     for images in batches:
         if not isinstance(images, torch.Tensor):
@@ -351,7 +364,7 @@ def _sums(vae: ModelMixin, batches: Iterable[torch.Tensor]) -> dict[int, LatentS
 
 
 def describe_latents(model: ModelMixin, statistics: LatentStatistics | None) -> None:
-    """Write into the model's config all that describes its latents, or, with None, that nothing is known of them.
+    """Write into the model's config all that describes its latents, or, with None, that they have not been measured.
 
     latents_mean and latents_std become None in any case: stock pipelines that find them apply them on top of
     scaling_factor.

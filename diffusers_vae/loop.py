@@ -106,9 +106,9 @@ class OptimizerConfig:
         reached = self.learning_rate_at(total_images - 1, total_images)
         return [
             f"optimizer.warmup_images must not exceed the {total_images:,} images of the run, got "
-            f"{self.warmup_images:,}: the learning rate only rises to {reached:.2g}, not to optimizer.learning_rate "
-            f"{self.learning_rate:g}, and never falls. Shorten the warm-up, or train longer by run.epochs or "
-            "run.max_images"
+            f"{self.warmup_images:,}: the learning rate only rises to about {reached:.2g}, not to "
+            f"optimizer.learning_rate {self.learning_rate:g}, and never falls. Shorten the warm-up, or train longer by "
+            "run.epochs or run.max_images"
         ]
 
 

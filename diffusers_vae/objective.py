@@ -208,6 +208,10 @@ class VAEObjective:
     scale_varies: bool = False
     """Whether training changes the likelihood's scale, so that its logarithm is part of the loss, once per value."""
 
+    def __post_init__(self):
+        if self.scale_varies and self.scale is None:
+            raise ValueError(f"scale_varies needs a likelihood with a scale, got {self.likelihood}")
+
     def left_out(self) -> float:
         """Return what the loss leaves out of the distortion: the part that training cannot change, nats per value."""
         constant = self.likelihood.constant()
@@ -435,7 +439,7 @@ class ObjectiveConfig:
         reached = self.kl_weight_at(total_images - 1, total_images)
         return [
             f"objective.kl_warmup_images must not exceed the {total_images:,} images of the run, got "
-            f"{self.kl_warmup_images:,}: the weight of the rate only rises to {reached:.2g}, not to "
+            f"{self.kl_warmup_images:,}: the weight of the rate only rises to about {reached:.2g}, not to "
             f"objective.kl_weight {self.kl_weight:g}. Shorten the warm-up, or train longer by run.epochs or "
             "run.max_images"
         ]

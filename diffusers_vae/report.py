@@ -197,11 +197,11 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
     first, second = comparison["first"], comparison["second"]
     rows = [("", "first", "second", "second - first", "95 % interval", "unit", "second is better")]
     for name, difference in comparison["differences"].items():
-        low, high = difference["interval"]
+        interval = f"[{', '.join(map(_number, difference['interval']))}]" if difference["interval"] else ""
         share = difference["second_is_better"]
         better = "" if share is None else f"in {100 * share:.0f} % of images"
         values = [_number(value) for value in (first[name], second[name], difference["mean"])]
-        rows.append((FIGURES[name].label, *values, f"[{_number(low)}, {_number(high)}]", FIGURES[name].unit, better))
+        rows.append((FIGURES[name].label, *values, interval, FIGURES[name].unit, better))
     if first["rfid"] is not None and second["rfid"] is not None:
         values = first["rfid"], second["rfid"], second["rfid"] - first["rfid"]
         rows.append((FIGURES["rfid"].label, *map(_number, values), "", "", ""))

@@ -686,7 +686,7 @@ class AutoencoderTask(Task):
                 f"the encoder must be that of {config.pretrained}, since it was not trained, and its weights are "
                 f"others: SHA-256 {hashes[1]}, and there {hashes[0]}"
             )
-        differences = compare(before, report).differences
+        differences = compare(before, report).differences if report.images > 1 else {}
         return FineTuning(
             source=config.pretrained,
             revision=config.revision,

@@ -41,12 +41,13 @@ from diffusers_vae.evaluation import (
     report_digest,
 )
 from diffusers_vae.images import to_model_range, to_uint8
-from diffusers_vae.latents import LatentStatistics, PosteriorHealth
+from diffusers_vae.latents import LatentStatistics, PosteriorHealth, SwapCosts, measure_swaps
 from diffusers_vae.metrics import mean_interval, psnr, ssim
 from diffusers_vae.models import weights_hash
 from diffusers_vae.objective import Bernoulli, Gaussian, Laplace
 from diffusers_vae.perceptual import FILES, LPIPS, InceptionFeatures
 from diffusers_vae.precision import PrecisionReport, measure_precision
+from diffusers_vae.report import comparison_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -738,6 +739,24 @@ class TestSwaps:
         health = evaluate(BlockVAE((0.9,)), images, VAEObjective(Gaussian(1.0)), EvaluationConfig()).posterior
         assert health.swaps.colour is None and health.verdict == "healthy"
 
+    def test_channels_that_say_the_same_are_not_called_useless(self):
+        """Each of many alone costs little, all together much."""
+        swaps = SwapCosts(images=64, all=10.0, colour=None, channels=[0.03] * 4)
+        mean = torch.randn(50, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+        statistics = LatentStatistics()
+        for logvar in (-2.0, -1e-4):  # much information, and next to none
+            statistics.update(DiagonalGaussianDistribution(torch.cat([mean, torch.full_like(mean, logvar)], 1)))
+            health = statistics.health(swaps)
+            assert health.verdict == "partly collapsed" and "all of them together cost 10.00 dB" in health.advice
+
+    def test_images_that_cannot_be_read_are_left_out(self, tmp_path):
+        for number in range(5):
+            Image.new("L", (16, 16), 50 * number).save(tmp_path / f"{number}.png")
+        data = DataConfig(name="folder", root=str(tmp_path), channels=1, resolution=16, on_bad_image="skip")
+        images, _ = load_data(data, memory_limit=0)
+        (tmp_path / images.name(1)).write_bytes(b"damaged")
+        assert measure_swaps(tiny_vae(), images, 2).images == len(images) - 1 == 3
+
     def test_images_are_spread_over_those_that_are_measured(self, digits):
         assert (
             evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), EvaluationConfig()).posterior.swaps.images == 64
@@ -762,6 +781,13 @@ class TestComparison:
         for difference in compare(report, report).differences.values():
             assert difference.mean == 0 and difference.interval == [0, 0]
             assert difference.second_is_better in (0, None)
+
+    def test_one_image_has_no_interval(self, digits):
+        config = EvaluationConfig(max_images=1)
+        report = evaluate(tiny_vae(), digits, VAEObjective(Gaussian(1.0)), config)
+        comparison = json.loads(compare(report, report).to_json())
+        assert comparison["differences"]["psnr"] == {"mean": 0.0, "interval": [], "second_is_better": 0.0}
+        assert "PSNR" in comparison_table(comparison)
 
     def test_differences_are_paired(self, digits):
         first, second = self.reports(digits)

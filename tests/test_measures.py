@@ -138,7 +138,7 @@ class TestPerceptualLoss:
         repeated = (images[:, [k] * 3] for k in (0, 1))
         torch.testing.assert_close(loss(images[:, :1], images[:, 1:2]), loss(*repeated))
 
-    def test_smallest_images(self):
+    def test_smallest_size(self):
         loss = PerceptualLoss("squeeze")
         loss.check((17, 99))
         assert loss(torch.zeros(1, 3, 17, 99), torch.ones(1, 3, 17, 99)).isfinite().all()

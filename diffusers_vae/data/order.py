@@ -24,9 +24,9 @@ class MicroBatch:
     share: float
     """What these images are of their optimiser step's batch. The shares of all processes and micro-steps sum to 1."""
     seed: int = 0
-    """Of the run, and"""
+    """Seed of the run."""
     epoch: int = 0
-    """from 0: for what is random in the reading of an image."""
+    """Epoch, from 0, which decides with the seed what is random in reading an image."""
 
 
 Batches = Iterator[np.ndarray]
