@@ -243,6 +243,8 @@ class EvaluationReport:
     """In loss; of a run that steers it to a target rate, the last."""
     scale: float | None
     """Of the likelihood, in model range; of a run that learns it, the last. None for one without, bernoulli."""
+    target_rate: float | None = None
+    """The rate that the run was asked for, nats per image; None in runs without a target and outside of runs."""
     fine_tuning: FineTuning | None = None
     """In a run that began with a trained autoencoder."""
     fp16: PrecisionReport | None = None
@@ -571,6 +573,26 @@ HIGHER_IS_BETTER = {
     "psnr": True, "ssim": True, "elbo": True, "importance_weighted_bound": True,
     "distortion": False, "lpips_alex": False, "lpips_vgg": False, "lpips_squeeze": False,
 }  # fmt: skip
+
+
+TARGET_TOLERANCE = 0.05
+"""Largest difference between a rate and its target, relative to the target, at which the target counts as reached."""
+
+
+def missed_target(report: Mapping[str, Any]) -> str:
+    """What to say of a `target_rate` that the rate in `report`, which is what evaluation.json holds, has missed, and
+    what to do; nothing if it was reached or there is none.
+    """
+    target, rate = report.get("target_rate"), report["rate"]
+    if target is None or abs(rate - target) <= TARGET_TOLERANCE * target:
+        return ""
+    what = f"target_rate {target:g} was not reached: the rate is {rate:.4g} nats ({100 * (rate / target - 1):+.0f} %)."
+    if rate > target:
+        return f"{what} Train on more images, or start with a larger objective.kl_weight or objective.scale."
+    return (
+        f"{what} Train on more images, or start with a smaller objective.kl_weight or objective.scale; if the rate "
+        "stays the same, the model cannot use more."
+    )
 
 
 def changed_figures(differences: Mapping[str, Sequence[float]]) -> list[tuple[Figure, str, str, str]]:

@@ -34,7 +34,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from .adversarial import AdversarialConfig
-from .evaluation import FIGURES, Figure, changed_figures, read_report, report_digest
+from .evaluation import FIGURES, Figure, changed_figures, missed_target, read_report, report_digest
 from .messages import changed_logs, hiding_passwords, quoted, showable, without_passwords
 from .models import ModelConfig, find_subfolder, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig
@@ -390,6 +390,7 @@ def _render(run: _Run, config: HubConfig) -> str:
                 base_model=base_model,
                 fine_tuning=_fine_tuning(run),
                 evaluation=evaluation,
+                missed_target=missed_target(evaluation),
                 protocol=protocol,
                 model=evaluation["model"],
                 scaled_std=_scaled_std(run.model, evaluation["latents"]["std"]),

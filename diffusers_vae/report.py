@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from PIL import Image
 
 from .data import ImageSet, Look
-from .evaluation import FIGURES, EvaluationConfig, EvaluationReport, Figure, changed_figures
+from .evaluation import FIGURES, EvaluationConfig, EvaluationReport, Figure, changed_figures, missed_target
 from .messages import showable
 from .pictures import CAPTIONS, draw_all
 from .precision import LARGEST
@@ -25,7 +25,7 @@ from .precision import LARGEST
 PNG_BYTES = 400_000  # above, a picture is a JPEG of quality 95 if that is smaller
 JPEG_QUALITIES = (95, 90, 80)  # the first that makes a picture no larger than the limit, or the last
 JPEG_BYTES = 700_000
-SETTINGS = ("kl_weight", "scale")  # numbers of the report that are no figures
+SETTINGS = ("kl_weight", "scale", "target_rate")  # numbers of the report that are no figures
 LISTED = 10  # names and kinds, in a table of a set
 POINTS = 5000  # images in the picture of the latents, at most
 
@@ -63,6 +63,7 @@ def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], 
         figures=list(_figures(report)),
         changes=_changes(report),
         channels=_channels(report),
+        missed_target=missed_target(report),
         pictures=shown,
     )
 
@@ -89,6 +90,8 @@ def report_table(report: Mapping[str, Any]) -> str:
     notes = [
         f"{report['images']:,} images; distortion, elbo and bits/dim are of the {report['density']}{_weight(report)}."
     ]
+    if missed := missed_target(report):
+        notes.append(missed)
     if posterior:
         notes.append(
             f"Latents: {posterior['verdict']}; {posterior['active_units']:,} of {posterior['units']:,} units active."

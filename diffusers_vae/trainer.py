@@ -22,7 +22,16 @@ from . import equivariance
 from .adversarial import AdversarialConfig, Adversary, PatchDiscriminator
 from .checkpoint import Discriminator
 from .data import DataConfig, ImageSet, ReadImages, StoredImages, TrainingSet, load_data
-from .evaluation import EvaluationConfig, EvaluationReport, FineTuning, compare, evaluate, load_judges, read_report
+from .evaluation import (
+    EvaluationConfig,
+    EvaluationReport,
+    FineTuning,
+    compare,
+    evaluate,
+    load_judges,
+    missed_target,
+    read_report,
+)
 from .hub import ADAPTER, HubConfig, check_value_range, write_card
 from .images import to_model_range
 from .latent_cache import LatentDataset, Verification, matching_latents
@@ -599,6 +608,7 @@ class AutoencoderTask(Task):
         config, settings = self.config, self.config.evaluation
         name, bar = Path(config.run.output_dir).resolve().name, self.accelerator.is_main_process
         report = evaluate(model, self.heldout, objective, settings, config.data, "held-out", name, bar)
+        report = replace(report, target_rate=config.objective.target_rate)
         numbers = {
             key: value for key, value in vars(report).items() if isinstance(value, float) and key not in SETTINGS
         }
@@ -656,6 +666,9 @@ class AutoencoderTask(Task):
             write_file(output_dir / "evaluation.json", evaluation)
 
         on_main(write)
+        missed = missed_target(vars(report))
+        if missed and self.accelerator.is_main_process:
+            logger.warning("%s", missed)
         return self._result(report, model)
 
     def _save_adapter(self, model: VAE) -> None:

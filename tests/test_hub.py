@@ -309,6 +309,12 @@ class TestCard:
         assert "Float16 is safe: say so. Tried on 1,234 images." in card
         assert "The loss has kl_weight 1e-06." in card and "0.125" not in card
 
+    def test_reports_a_target_rate_that_was_missed(self, run):
+        report = json.loads((run / "evaluation.json").read_text())
+        for target, missed in ((None, False), (report["rate"], False), (10 * report["rate"], True)):
+            (run / "evaluation.json").write_text(json.dumps(report | {"target_rate": target}))
+            assert ("was not reached: the rate is" in render_card(run)) == missed
+
     @pytest.mark.parametrize("hostile", ["<!--<script>", "a`b``c", "[x](y)|**z**_", "# \\ $x$ ~~", "\x1b\n\n# a\udcff"])
     def test_names_mean_nothing_in_markdown(self, run, hostile):
         """A parser of Markdown finds them as text, and the same blocks as with harmless ones."""

@@ -327,6 +327,27 @@ def test_settings_do_not_pass_for_figures():
     assert "has kl_weight" not in report_table(make_report(kl_weight=None))
 
 
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (None, ""),
+        (100.0, ""),
+        (
+            2.0,
+            "target_rate 2 was not reached: the rate is 104 nats (+5100 %). Train on more images, or start with a lar",
+        ),
+        (110.0, "(-5 %). Train on more images, or start with a smaller"),
+    ],
+)
+def test_target_rate_that_was_missed_by_more_than_5_percent_is_reported(target, words):
+    report = make_report(rate=104.0, target_rate=target)
+    page, table = Page(report_html(report, {}, "digits")), report_table(report)
+    for shown in ("".join(page.text), table):
+        shown = " ".join(shown.split())
+        assert words in shown and ("was not reached" in shown) == bool(words)
+    assert target not in page.numbers  # a setting, no figure
+
+
 def test_table_holds_every_figure_in_100_columns():
     report = make_report(density="a density " * 30)
     report["posterior"]["advice"] = "advice " * 60

@@ -37,7 +37,7 @@ from support.runs import (
 from diffusers_vae import MLPVAE, VAE, cli
 from diffusers_vae.checkpoint import find_checkpoint
 from diffusers_vae.data import ArrayImages, DataConfig, epoch_batches, load_data
-from diffusers_vae.evaluation import EvaluationConfig, evaluate
+from diffusers_vae.evaluation import EvaluationConfig, evaluate, read_report
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import measure_latents
 from diffusers_vae.loop import OptimizerConfig, dry_run, run_task
@@ -372,6 +372,17 @@ class TestFaults:
         run_task(NotANumber(at(config, config.run.output_dir, on_nonfinite="skip")))
         (epoch,) = records(tmp_path / "run", "epoch")
         assert epoch["skipped"] == 1 and epoch["images_seen"] == 180 and math.isfinite(epoch["loss"])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("target", [None, 1e6])
+    def test_target_rate_that_was_missed_is_reported_at_the_end(self, target, tmp_path, caplog):
+        config = tiny(tmp_path, max_images=30)
+        objective = dataclasses.replace(config.objective, target_rate=target)
+        config = dataclasses.replace(config, objective=objective)
+        report = train(config).report
+        assert report.target_rate == target == read_report(tmp_path / "evaluation.json").target_rate
+        for text in (caplog.text, (tmp_path / "report.html").read_text(), (tmp_path / "README.md").read_text()):
+            assert ("rate 1e+06 was not reached" in text.replace("\\", "")) == (target is not None)
 
     @pytest.mark.slow
     def test_skipped_steps_change_nothing_and_are_counted(self, tmp_path, caplog):
