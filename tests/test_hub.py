@@ -312,7 +312,7 @@ class TestCard:
     def test_reports_a_target_rate_that_was_missed(self, run):
         report = json.loads((run / "evaluation.json").read_text())
         for target, missed in ((None, False), (report["rate"], False), (10 * report["rate"], True)):
-            (run / "evaluation.json").write_text(json.dumps(report | {"target_rate": target}))
+            write_report(run, report | {"target_rate": target})
             assert ("was not reached: the rate is" in render_card(run)) == missed
 
     @pytest.mark.parametrize("hostile", ["<!--<script>", "a`b``c", "[x](y)|**z**_", "# \\ $x$ ~~", "\x1b\n\n# a\udcff"])

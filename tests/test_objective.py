@@ -760,7 +760,8 @@ def test_controller_of_a_resumed_run_is_bit_equal():
         values = []
         for step in steps:
             values.append(objective.begin_step(8 * step, 480)["kl_weight"])
-            objective.end_step({"rate": torch.tensor(20 + 30 * math.cos(step) / (step + 1))}, 8)
+            rate = torch.tensor(20 + 30 * math.cos(step) / (step + 1))
+            objective.end_step({"encoded_whole": torch.tensor(1.0), "rate": rate}, 8)
         return values
 
     through, before, after = (TrainingObjective(ObjectiveConfig(target_rate=20.0)) for _ in range(3))
