@@ -36,7 +36,7 @@ PACKAGES = (
     "diffusers-vae", "diffusers", "torch", "torchvision", "torchmetrics", "torch-fidelity", "numpy", "scipy", "pillow",
 )  # fmt: skip
 FORMAT = 2
-"""Of evaluation.json, which docs/evaluation.md describes. In 1, figures had other meanings: see CHANGELOG.md."""
+"""Version of evaluation.json, which docs/evaluation.md describes. In 1, figures had other meanings: CHANGELOG.md."""
 
 
 @dataclass(frozen=True)
@@ -216,10 +216,10 @@ class EvaluationReport:
     """log of the mean of p(image, latents) / q(latents | image) over the draws, nats per image: Burda et al. 2016,
     equation 8. Nearer to log p(image) than elbo; None of one draw."""
     bits_per_dim: float
-    """-elbo / (ln 2 * C * H * W), bits per value of an image. A density over [-1, 1] gets log2(255 / 2) more: it then
-    is one per level of an 8-bit value, as in the literature. With data.value_range nothing is added."""
+    """-elbo / (ln 2 * C * H * W), bits per value of an image. For a density over [-1, 1], log2(255 / 2) is added, so
+    that it is per 8-bit level, as in the literature; not with data.value_range."""
     density: str
-    """What distortion and bounds are the likelihood of, and the unit of the density in bits_per_dim."""
+    """Density that distortion and bounds refer to, and its unit in bits_per_dim."""
     psnr: float
     """Peak signal-to-noise ratio, dB."""
     ssim: float
@@ -233,8 +233,8 @@ class EvaluationReport:
     rfid: float | None
     """Frechet inception distance between images and reconstructions, of all together; None likewise."""
     intervals: dict[str, list[float]]
-    """95 % confidence intervals of the figures, Student's t over the images; not of the rFID, which is one figure of
-    all, and none of one image."""
+    """95 % confidence intervals of the figures, Student's t over the images; none for the rFID, which is one figure of
+    all images, and none at all for one image."""
     latents: LatentSummary
     posterior: PosteriorHealth
     model: ModelSummary
@@ -300,8 +300,8 @@ def read_report(path: Path) -> EvaluationReport:
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged or of another version: {error}. Delete it and run the training command again, which "
-            "measures the model again, or measure it with `diffusers-vae evaluate`; a run with a learned or optimal "
-            "scale, or with a target_rate, then needs --objective.scale VALUE or --objective.kl_weight VALUE"
+            "only measures the model again, or run `diffusers-vae evaluate`. For a run with a learned or optimal scale, or "
+            "with a target_rate, evaluate then needs --objective.scale VALUE or --objective.kl_weight VALUE"
         ) from error
 
 
@@ -486,7 +486,7 @@ def evaluate(
 
 
 def _unit(objective: VAEObjective, stated: ValueRange | None) -> tuple[float, str]:
-    """What the unit of the density adds to bits/dim, and that unit in words."""
+    """Bits that the unit of the density adds to each value in bits/dim, and that unit in words."""
     if isinstance(objective.likelihood, Bernoulli):  # a probability, in no unit
         return 0.0, ""
     if stated:

@@ -419,7 +419,7 @@ def _by_channel(config: Mapping[str, Any]) -> bool:
 
 
 def _scaled_std(config: Mapping[str, Any], stds: list[float]) -> list[float] | None:
-    """Per channel, from the stds of the latents; None where the autoencoder's config does not tell how to scale."""
+    """Std of the scaled latents per channel, given `stds` of the latents; None if the config has no scaling_factor."""
     if config.get("scaling_factor") is None:
         return None
     own = config["latents_std"] if _by_channel(config) else [1.0] * len(stds)

@@ -137,7 +137,7 @@ def encode_images(
     folder = Path(folder)
     refuse_odd_name(folder, "the folder of latents")
     if vae.config.get("scaling_factor") is not None and (reason := unmeasured(vae.config)):
-        logger.warning("the latents will be stored with the config of a model that is not measured: %s", reason)
+        logger.warning("the latents are stored with a scaling_factor that was not measured: %s", reason)
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind}")
     if dtype not in DTYPES.values():

@@ -25,25 +25,25 @@ from .silence import alone, report_progress
 ACTIVE = 0.01
 """Variance of a unit's posterior mean over the data above which Burda et al. 2016, section 5.2, call it active."""
 EMPTY = 0.01
-"""Rate in nats below which a unit's posterior is the prior."""
+"""Rate in nats below which a unit's posterior counts as equal to the prior."""
 UNUSED = 0.05
-"""dB: a channel is unused if taking it from another image lowers the PSNR by less."""
+"""A channel is unused if taking it from another image lowers the PSNR by less than this, in dB."""
 UNUSED_INFORMATION = 0.1
-"""Nats per image: a channel that holds less is unused, where no decoder was asked."""
+"""Where no decoder was run, a channel is unused if it holds less information than this, in nats per image."""
 POOR = 3.0
-"""dB: reconstructions are poor if taking all latents from another image lowers the PSNR by less."""
+"""Reconstructions are poor if taking all latents from another image lowers the PSNR by less than this, in dB."""
 POOR_COLOUR = 1.0
-"""dB, the same for the differences between the image channels alone."""
+"""The same for the error of the colours alone, in dB."""
 EXPLODED = 20.0
-"""Std of a channel's latents above which the prior has no hold on them. Published models: 0.65 (Stable Diffusion 3) to
-7.7 (Stable Diffusion XL)."""
+"""Std of a channel's latents above which the prior no longer constrains them. Published models: 0.65 (Stable Diffusion
+3) to 7.7 (Stable Diffusion XL)."""
 SWAPPED = 64
-"""Images at most by which `measure_swaps` judges."""
+"""Maximum number of images that `measure_swaps` reconstructs."""
 FAINT_COLOUR = 4 / 255
 """Root mean square of the images' colour, all together, in model range, below which they count as grey."""
 
 SLACK = 1e-3
-"""By how much a value of an image may exceed [-1, 1], for rounding in whatever made it."""
+"""Tolerance for rounding by which values of images may exceed [-1, 1]."""
 
 
 class LatentStatistics:
@@ -105,11 +105,11 @@ class LatentStatistics:
         return self._moments((1, 2))[1].tolist()
 
     def health(self, swaps: SwapCosts | None = None) -> PosteriorHealth:
-        """How the posterior uses the latents, and with `swaps` the decoder, too.
+        """Summarise how the posterior and, given `swaps`, the decoder use the latents.
 
-        A channel's information is an upper bound of what it tells images apart by: its rate beyond the KL divergence of
-        the average posterior from the prior, for which each unit counts as normal, 0.5 * (log variance over the images
-        - mean log variance of the posteriors). Like `swaps`, it does not depend on the scale of the latents.
+        A channel's information is its rate minus the KL divergence of the aggregate posterior from the prior, with each
+        unit taken as normal: 0.5 * (log variance over the images - mean log variance of the posteriors). It is an upper
+        bound of the information that distinguishes images. Like `swaps`, it is independent of the scale of the latents.
         """
         mean, square, variance, rate = self.sums / self.images
         unit_mean, unit_std = self._moments(())
@@ -138,18 +138,19 @@ class LatentStatistics:
 
 @dataclass(frozen=True)
 class SwapCosts:
-    """How much of the PSNR reconstructions lose, in dB, when latents are taken from another image: what the decoder
-    uses, free of the scale of the latents. Means over the images, of modes of the posterior.
+    """PSNR in dB that reconstructions lose when latents are taken from another image, as means over the images, with
+    the mode of the posterior as latents. It measures what the decoder uses, whatever the scale of the latents.
     """
 
     images: int
-    """How many were reconstructed: at most 64, spread evenly over those that were measured."""
+    """Number of images that were reconstructed: at most 64, spread evenly over those measured."""
     all: float
     """With all latents of another image."""
     colour: float | None
-    """The same for what differs between the channels of an image alone; None for images without colour."""
+    """Growth in dB of the error of the colours, each image channel minus the mean of the channels, with all latents of
+    another image; None for images without colour."""
     channels: list[float]
-    """With one latent channel of another image, each in turn."""
+    """With one latent channel of another image, for each channel."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ class PosteriorHealth:
     empty_share: float
     """Share of the units with a rate below 0.01 nats: their posterior is the prior, whatever the image."""
     unused_channels: list[int]
-    """Channels, from 0, that may come from another image for less than 0.05 dB; without `swaps`, those that hold less
-    than 0.1 nats of information. Empty of one image."""
+    """Channels, from 0, for which using those of another image costs less than 0.05 dB; without `swaps`, channels that
+    hold less than 0.1 nats of information. Empty for one image."""
     rate_per_channel: list[float]
     """Nats per image, summed over the channel's positions; their sum is the rate."""
     information_per_channel: list[float]
@@ -176,7 +177,7 @@ class PosteriorHealth:
     between normals of each unit's mean m and std s and N(0, 1), sqrt(m^2 + (s - 1)^2), as root mean square over the
     units; 0 is best. What units have in common does not show in it."""
     swaps: SwapCosts | None
-    """What the decoder loses without the latents; None where no decoder was asked."""
+    """PSNR lost with latents of another image; None where no decoder was run."""
     verdict: str
     """healthy, partly collapsed, collapsed, poor reconstruction or exploding; of one image, unknown."""
     advice: str
@@ -187,7 +188,7 @@ def _verdict(measured: dict[str, Any], largest_std: float, images: int) -> tuple
     count, unused, swaps = len(measured["rate_per_channel"]), measured["unused_channels"], measured["swaps"]
     kind = "unit" if measured["units"] == count else "channel"
     if images < 2:
-        return "unknown", "How the latents differ between images takes at least two images: measure more."
+        return "unknown", "A verdict needs at least two images: measure more."
     if not largest_std < EXPLODED:  # or not a number
         return "exploding", (
             f"The latents of a channel have std {largest_std:.3g}, where N(0, I) has 1: the rate hardly counts in the "
@@ -198,37 +199,33 @@ def _verdict(measured: dict[str, Any], largest_std: float, images: int) -> tuple
     used = swaps is not None and swaps.all >= POOR
     if len(unused) == count and information < max(1.0, EMPTY * measured["units"]) and not used:
         return "collapsed", (
-            f"No {kind} tells images apart: to the decoder, all look the same. Train again and {lower}; a kl_weight "
-            "that rises slowly helps, too."
+            f"No {kind} distinguishes images: to the decoder, they all look the same. Train again and {lower}; a "
+            "kl_weight that rises slowly (objective.kl_schedule) helps, too."
         )
     if swaps and swaps.all < POOR:
         return "poor reconstruction", (
-            "Reconstructions hardly show their own image: with the latents of another one, the PSNR falls by "
-            f"{swaps.all:.2f} dB only. The latents hold {information:.1f} nats that the decoder does not use yet: "
-            f"train longer or with a higher optimizer.learning_rate, or {lower}."
+            "Reconstructions hardly resemble their images: with the latents of another image, the PSNR falls by only "
+            f"{swaps.all:.2f} dB. The latents hold up to {information:.1f} nats, which the decoder hardly uses: train "
+            f"longer or with a higher optimizer.learning_rate, or {lower}."
         )
     if swaps and swaps.colour is not None and swaps.colour < POOR_COLOUR:
         return "poor reconstruction", (
-            "Reconstructions hardly show the colours of their own image: with the latents of another one, the error of "
-            f"the colours grows by {swaps.colour:.2f} dB only. Train longer or with a higher optimizer.learning_rate, "
+            "Reconstructions hardly show the colours of their images: with the latents of another image, the error of "
+            f"the colours grows by only {swaps.colour:.2f} dB. Train longer or with a higher optimizer.learning_rate, "
             f"or {lower}."
         )
     if used and len(unused) == count:
         return "partly collapsed", (
-            f"Each of the {count} {kind}s alone can come from another image for less than {UNUSED} dB, but all of them "
-            f"together cost {swaps.all:.2f} dB: they say the same. The model can do with fewer {kind}s."
+            f"Taking any one of the {count} {kind}s from another image costs less than {UNUSED} dB, but all of them "
+            f"together cost {swaps.all:.2f} dB: they hold the same information. A model with fewer {kind}s does as well."
         )
     if unused:
         which = f"{kind}s {', '.join(map(str, unused[:20]))}{' ...' * (len(unused) > 20)}"
-        cost = f"can come from another image for less than {UNUSED} dB" if swaps else "hold hardly any information"
-        normal = (
-            "This is normal for a network with more units than pay for their rate: it ignores the others. "
-            if kind == "unit"
-            else ""
-        )
+        why = f"using another image's costs less than {UNUSED} dB" if swaps else "they hold hardly any information"
+        normal = "This is normal in a network with more units than the images need. " if kind == "unit" else ""
         return "partly collapsed", (
-            f"{len(unused)} of {count} {kind}s are unused: they {cost} ({which}). {normal}To use them, {lower}; else "
-            "the model can do with fewer."
+            f"{len(unused)} of {count} {kind}s are unused ({which}): {why}. {normal}To use them, {lower}; otherwise, a "
+            "model with fewer does as well."
         )
     advice = f"Every {kind} carries information that the decoder uses; nothing to change."
     if measured["aggregate_distance"] > 0.5:
@@ -244,12 +241,12 @@ def _verdict(measured: dict[str, Any], largest_std: float, images: int) -> tuple
 def measure_swaps(
     model: ModelMixin, image_set: ImageSet, batch_size: int, max_images: int | None = None
 ) -> SwapCosts | None:
-    """What reconstructions lose when latents are taken from another image, for `model` in eval mode; None if fewer than
-    two images can be read.
+    """Measure what reconstructions of `model`, in eval mode, lose when latents are taken from another image; None if
+    fewer than two images can be read.
 
-    Each of at most `SWAPPED` images, evenly spread over the first `max_images`, takes latents from the image half the
-    list away: one encoding of each, two decodings, and one more for each channel. Under torch.distributed all processes
-    must call it, with the same model; they share the work.
+    At most `SWAPPED` images, spread evenly over the first `max_images`, are used; each takes latents from the one half
+    the list away. Each is encoded once, and decoded twice and once more for each channel. Under torch.distributed, all
+    processes must call it with the same model; they share the work.
     """
     count = len(image_set) if max_images is None else min(max_images, len(image_set))
     indices = np.unique(np.linspace(0, count - 1, min(count, SWAPPED)).astype(int)).tolist()
@@ -291,25 +288,25 @@ def measure_swaps(
 
 
 def _colour(images: torch.Tensor) -> torch.Tensor:
-    """What differs between the channels of an image: each (B, C, H, W) minus their mean."""
+    """The colours of images (B, C, H, W): each channel minus the mean of the channels."""
     return images - images.mean(1, keepdim=True)
 
 
 def measure_latents(
     vae: ModelMixin, images: torch.Tensor | Iterable[torch.Tensor] | ImageSet, batch_size: int = 64
 ) -> LatentStatistics:
-    """Measure the latents of `images` and write scaling_factor and shift_factor into the config of `vae`, as a run of
-    `diffusers-vae train` does at its end; save the model afterwards. latents_mean and latents_std become None.
+    """Measure the latents of `images` and write scaling_factor and shift_factor into the config of `vae`, as
+    `diffusers-vae train` does at the end of a run. latents_mean and latents_std become None. Save the model afterwards.
 
-    The model is measured in eval mode, without gradients, and left in the mode that it had. Under torch.distributed all
-    processes must call it, with the same model, each with its own part of the images or all with the same.
+    The model is measured in eval mode, without gradients, and then returned to its previous mode. Under
+    torch.distributed, all processes must call it with the same model, each with its own part of the images or all with
+    the same images.
 
     Args:
-        vae: a `VAE`, an `MLPVAE`, or a stock autoencoder whose config has a scaling_factor, on the device where it is
-            to run.
-        images: the training images: a float tensor (N, C, H, W) in [-1, 1]; batches of such, as a DataLoader yields
-            them; or an image set of this package.
-        batch_size: images per forward, unless `images` come in batches.
+        vae: a `VAE`, an `MLPVAE`, or a stock autoencoder whose config has a scaling_factor, on the device to use.
+        images: the training images: a float tensor (N, C, H, W) in [-1, 1], an iterable of such batches, as a
+            DataLoader, or an image set of this package.
+        batch_size: images per forward; ignored if `images` is an iterable of batches.
 
     Returns:
         Statistics of the latents: `mean`, `std` and `scaling_factor` over all of them, `latents_mean` and `latents_std`
@@ -317,13 +314,13 @@ def measure_latents(
 
     Raises:
         FloatingPointError: when mean or std of the latents is not finite, or std is 0. The config is left as it was.
-        TypeError: when `vae` is no autoencoder with a scaling_factor, or a batch no tensor.
-        ValueError: when there are no images, or some do not lie in [-1, 1], or have another shape or dtype.
+        TypeError: when `vae` is not an autoencoder with a scaling_factor, or a batch is not a tensor.
+        ValueError: when there are no images, or some are outside [-1, 1] or have a wrong shape or dtype.
     """
     if "scaling_factor" not in getattr(vae, "config", ()):
         raise TypeError(
             "measure_latents takes an autoencoder whose config has a scaling_factor, such as diffusers_vae.VAE or "
-            f"diffusers' AutoencoderKL, got {type(vae).__name__}; of a wrapped model, pass the model inside"
+            f"diffusers' AutoencoderKL, got {type(vae).__name__}; if it is wrapped, pass the model inside"
         )
     training = [module for module in vae.modules() if module.training]
     vae.eval()
@@ -347,8 +344,8 @@ def _sums(vae: ModelMixin, batches: Iterable[torch.Tensor]) -> dict[int, LatentS
     for images in batches:
         if not isinstance(images, torch.Tensor):
             raise TypeError(
-                f"batches of images must be tensors (B, C, H, W), got {type(images).__name__}; of a DataLoader that "
-                "yields labels too, pass (images for images, labels in loader)"
+                f"batches of images must be tensors (B, C, H, W), got {type(images).__name__}; if a DataLoader also "
+                "yields labels, pass (images for images, labels in loader)"
             )
         check_batch(images, vae.config.get("in_channels", images.shape[1:2].numel()), "images")
         if not len(images):
@@ -364,10 +361,9 @@ def _sums(vae: ModelMixin, batches: Iterable[torch.Tensor]) -> dict[int, LatentS
 
 
 def describe_latents(model: ModelMixin, statistics: LatentStatistics | None) -> None:
-    """Write into the model's config all that describes its latents, or, with None, that they have not been measured.
+    """Write the values that describe the latents into the model's config; with None, set all of them to None.
 
-    latents_mean and latents_std become None in any case: stock pipelines that find them apply them on top of
-    scaling_factor.
+    latents_mean and latents_std always become None, because stock pipelines apply them on top of scaling_factor.
 
     Raises:
         FloatingPointError: when mean or std is not finite, or std is 0.

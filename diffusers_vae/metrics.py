@@ -26,9 +26,9 @@ def ssim(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
     with their Gaussian window of 11 pixels and std 1.5, on pixels in [0, 1]: it compares means, which have no zero in
     model range. Reconstructions are clamped, not rounded.
 
-    As in torchmetrics, images are padded by 5 pixels of reflection, without repeating the edge, and the mean is over
-    the windows at all pixels and channels. Wang et al. and scikit-image leave out the windows that reach over the
-    border, which gives other values.
+    As in torchmetrics, images are padded by reflection, 5 pixels on each side, without repeating the edge, and the mean
+    is over windows at all pixels and channels. Wang et al. and scikit-image leave out windows that cross the border,
+    which gives other values.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure  # here, since it loads matplotlib
 
@@ -61,9 +61,9 @@ def frechet_distance(of_images: torch.Tensor, of_reconstructions: torch.Tensor) 
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % confidence interval of the mean of `values` (N,), N at least 2: Student's t interval, mean ± t s / √N with
-    the 0.975 quantile t of Student's t distribution with N - 1 degrees of freedom and the sample std s. It covers the
-    mean in 95 % of samples for normal values, whatever N.
+    """95 % confidence interval of the mean of `values` (N,), N at least 2: mean ± t s / √N, with the 0.975 quantile t
+    of Student's t distribution with N - 1 degrees of freedom and the sample std s. For normal values it covers the mean
+    in 95 % of samples, whatever N.
     """
     from scipy.special import stdtrit  # here, since latents can be encoded and read without it
 

@@ -63,8 +63,8 @@ CAPTIONS = {
     "latents": ("Latents", "Posterior means of images in a plane, coloured by label where there are labels."),
     "rates": (
         "Rates",
-        "The rate of each channel and of each position of the latents, in nats per image. Red channels are unused: "
-        "taking them from another image hardly changes the reconstruction.",
+        "Rate of each channel and each position of the latents, in nats per image. Red channels are unused: taking "
+        "them from another image hardly changes the reconstruction.",
     ),
     "loss": ("Training", "Loss, its two terms and the learning rate over the images seen."),
     "rate_distortion": (

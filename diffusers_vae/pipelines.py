@@ -67,7 +67,7 @@ def latent_scaling(
     Raises:
         TypeError: when `vae` is no `VAE` and no stock `AutoencoderKL`.
         ValueError: when it is not known how the pipeline scales latents, it cannot compute with this config, or
-            nobody has measured or published the scaling_factor.
+            the scaling_factor was neither measured nor published.
     """
     _check_class(vae)
     name, stock = _look_up(pipeline)

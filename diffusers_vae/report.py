@@ -184,8 +184,8 @@ def _compatibility(tuning: Mapping[str, Any]) -> tuple[str, str]:
     return (
         "Latents changed:",
         f"the encoder was trained, so diffusion models that were made for {tuning['source']}, and latents that it "
-        "encoded, no longer fit. scaling_factor and shift_factor were measured anew and stand alone: latents_mean and "
-        "latents_std are null.",
+        "encoded, no longer fit. scaling_factor and shift_factor were measured again; latents_mean and latents_std are "
+        "null.",
     )
 
 
@@ -221,7 +221,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
 
 
 def _protocol(protocol: Mapping[str, Any]) -> str:
-    """The images, and how they were reconstructed."""
+    """Sentences on the images and on how they were reconstructed."""
     rounding = "rounded to 8 bits" if protocol["round_to_8_bit"] else "not rounded to 8 bits"
     channels = f"{protocol['channels']} channel{'s' if protocol['channels'] > 1 else ''}"
     return (

@@ -154,7 +154,7 @@ class TestMeasured:
         "model", [torch.nn.Linear(1, 1), AutoencoderTiny().encoder, torch.nn.DataParallel(tiny_vae())]
     )
     def test_other_models_are_refused(self, model):
-        with pytest.raises(TypeError, match=f"config has a scaling_factor.*got {type(model).__name__}; of a wrapped"):
+        with pytest.raises(TypeError, match=f"config has a scaling_factor.*got {type(model).__name__}; if it is wrapped"):
             measure_latents(model, pictures())
 
 
@@ -311,5 +311,5 @@ class TestRuns:
             for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
                 assert config[name] == source[name] and f"`{name}`" in card.partition("so are ")[2]
         else:
-            assert "measured anew and stand alone: `latents_mean` and `latents_std` are null." in card
+            assert "measured again; `latents_mean` and `latents_std` are null." in card
             assert config["latents_mean"] is config["latents_std"] is None

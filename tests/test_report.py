@@ -165,10 +165,8 @@ def test_page_labels_each_scaling_factor_with_what_it_was_measured_on():
     report["latents"] |= {"scaling_factor": 1.0125, "shift_factor": 0.25}
     report["model"] |= {"scaling_factor": 1.5, "shift_factor": None}
     text = " ".join("".join(Page(report_html(report, {}, "digits")).text).split())
-    assert "Of the 1,234 images of this report: scaling_factor 1.0125, shift_factor 0.25." in text
-    assert (
-        "Pipelines use those in the model's config.json, which a training run measures on its training images" in text
-    )
+    assert "On the 1,234 images of this report: scaling_factor 1.0125, shift_factor 0.25." in text
+    assert "Pipelines use the values in the model's config.json, which a training run measures on its" in text
     assert ": scaling_factor 1.5, shift_factor none." in text
     assert "scaling factor in config.json 1.5" in " ".join(Page(report_html(report, {}, "digits")).text)
 

@@ -221,15 +221,15 @@ def decode(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
 
 
 def decode_logits(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """Logits in float32 of the probabilities that pixels are on, of latents of any floating dtype.
+    """Logits, float32, of the probabilities that pixels are on, for latents of any floating dtype.
 
     Raises:
-        ValueError: when the model gives none.
+        ValueError: when the model has no logits.
     """
     if not hasattr(model, "decode_logits"):
         raise ValueError(
-            "a Bernoulli likelihood needs a decoder that gives probabilities, which MLPVAE does and "
-            f"{type(model).__name__}, whose output is unbounded, does not; use gaussian or laplace"
+            "a Bernoulli likelihood needs a decoder that gives probabilities, such as that of MLPVAE; that of "
+            f"{type(model).__name__} is unbounded: use gaussian or laplace"
         )
     return model.decode_logits(latents.to(model.dtype)).float()
 

@@ -91,8 +91,8 @@ class MLPVAE(KeepsScaling, ModelMixin, ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def decode_logits(self, z: torch.Tensor) -> torch.Tensor:
-        """Logits (B, in_channels, height, width), float32 at least, of the probability that a pixel is on, of latents
-        (B, latent_dim, 1, 1).
+        """Logits (B, in_channels, height, width) of the probability that a pixel is on, for latents
+        (B, latent_dim, 1, 1); float32 at least.
 
         Raises:
             ValueError: for latents of another shape.
@@ -114,9 +114,9 @@ class MLPVAE(KeepsScaling, ModelMixin, ConfigMixin):
         noise: torch.Tensor | None = None,
         return_logits: bool = False,
     ) -> DecoderOutput | MLPVAEOutput | tuple[torch.Tensor, ...]:
-        """`sample`: reconstructions (B, in_channels, height, width) of the images `sample`. Arguments are those of
-        `VAE.forward`, and `return_logits`: return an `MLPVAEOutput` (or a tuple of three) with posterior and logits,
-        which a `Bernoulli` likelihood is computed from.
+        """Reconstructions (B, in_channels, height, width) of the images `sample`. Arguments are those of `VAE.forward`,
+        and `return_logits`: return an `MLPVAEOutput` (or a tuple of three) with the posterior and the logits, which a
+        `Bernoulli` likelihood needs.
         """
         posterior = self.encode(sample).latent_dist
         latents = take_latents(posterior, sample_posterior, generator, noise)

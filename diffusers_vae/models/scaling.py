@@ -12,18 +12,18 @@ import torch
 logger = logging.getLogger(__name__)
 
 DEFAULTS = (0.18215, 1.0)
-"""The scaling_factor of a `VAE` or stock `AutoencoderKL`, and of an `MLPVAE`, whose constructor was given none."""
+"""Default scaling_factor of a `VAE` or stock `AutoencoderKL`, and of an `MLPVAE`."""
 DEFAULTED = "_use_default_values"
-"""Key under which diffusers (seen in 0.36 and 0.42) keeps the names of the arguments that a constructor was not given.
-It is not saved, and `from_config` passes over the values of these names."""
+"""Key under which diffusers (checked with 0.36 and 0.42) keeps the names of arguments that were not passed to the
+constructor. It is not saved, and `from_config` ignores the values under these names."""
 
 
 def unmeasured(config: Mapping[str, Any]) -> str | None:
-    """Why the scaling_factor in an autoencoder's `config` does not describe its latents; None where it does.
+    """Return why the scaling_factor in an autoencoder's `config` does not describe its latents, or None if it does.
 
-    The default of a constructor was neither measured nor published for the model. In a config.json that lacks the key,
-    as those of the first Stable Diffusion repositories do, it was published: `from_pretrained` notes where it read, and
-    a stock `from_single_file` keeps the class name of the published config.
+    A constructor's default was neither measured nor published for the model. It does apply to a published config.json
+    that lacks the key, as in the first Stable Diffusion repositories: `from_pretrained` records its source, and a stock
+    `from_single_file` keeps the class name of the published config.
     """
     factor = config.get("scaling_factor")
     published = "_name_or_path" in config or config.get("_class_name") == "AutoencoderKL"
@@ -32,25 +32,25 @@ def unmeasured(config: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"scaling_factor must be 1 / std of the model's own latents, got {factor}"
-        f"{', the default of a new model, which nobody has measured' if default else ''}: "
-        "diffusers_vae.measure_latents(vae, images) measures it on your images and writes it into the model's config; "
-        "if it is known, vae.register_to_config(scaling_factor=..., shift_factor=...)"
+        f"{', the default of a new model' if default else ''}: call diffusers_vae.measure_latents(vae, images) to "
+        "measure it and write it into the model's config or, if you know it, "
+        "vae.register_to_config(scaling_factor=..., shift_factor=...)"
     )
 
 
 class KeepsScaling:
-    """What `VAE` and `MLPVAE` do about their scaling_factor beyond diffusers' `ModelMixin` and `ConfigMixin`."""
+    """Handling of scaling_factor that `VAE` and `MLPVAE` add to diffusers' `ModelMixin` and `ConfigMixin`."""
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Set values of the config, from now on as if they had been given to the constructor."""
+        """Set values of the config, as if they had been passed to the constructor."""
         defaulted = getattr(self, "config", {}).get(DEFAULTED, [])
         remaining = {DEFAULTED: [name for name in defaulted if name not in kwargs]} if defaulted else {}
         super().register_to_config(**(remaining | kwargs))
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers, with a warning where config.json will state a scaling_factor that nobody has measured."""
+        """Save as in diffusers, with a warning if the scaling_factor was not measured."""
         if self.config.get("scaling_factor") is not None and (reason := unmeasured(self.config)):
-            logger.warning("the saved config.json states it as if it had been measured: %s", reason)
+            logger.warning("config.json is saved with a scaling_factor that was not measured: %s", reason)
         super().save_pretrained(*args, **kwargs)
 
 
@@ -92,7 +92,7 @@ class LatentScaling:
             per_channel: whether latents_mean and latents_std count.
 
         Raises:
-            ValueError: when the scaling_factor is None, or a default that nobody has measured or published.
+            ValueError: when the scaling_factor is None, or a default that was neither measured nor published.
         """
         if reason := unmeasured(config):
             raise ValueError(reason)

@@ -74,7 +74,7 @@ def take_latents(
     generator: torch.Generator | None,
     noise: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Latents (B, C, h, w) as `VAE.forward` decodes them: from the given noise, a random sample, or the mode."""
+    """Latents (B, C, h, w) for `VAE.forward` to decode: from the given noise, a random sample, or the mode."""
     if noise is not None:
         return posterior.mean + posterior.std * noise
     return posterior.sample(generator=generator) if sample_posterior else posterior.mode()
@@ -100,8 +100,8 @@ class VAE(
         latent_channels: channels of the latents.
         norm_num_groups: groups of the group norms; must divide every width.
         sample_size: side in pixels that the model was trained on; the tile size when tiling is enabled.
-        scaling_factor: 1 / std of the latents over the training set. The default is Stable Diffusion's, as in stock;
-            `diffusers_vae.measure_latents` sets that of the model.
+        scaling_factor: 1 / std of the latents over the training set. The default is Stable Diffusion's, as in
+            `AutoencoderKL`; `diffusers_vae.measure_latents` sets the model's own.
         shift_factor: mean of the latents over the training set.
         latents_mean: per-channel mean, for pipelines that standardise by channel.
         latents_std: per-channel std, likewise.
@@ -288,8 +288,8 @@ class VAE(
         `diffusers_vae.pipelines.latent_scaling`.
 
         Raises:
-            ValueError: for latents of another shape or channel count, and while the scaling_factor is the constructor's
-                default, which nobody has measured: see `diffusers_vae.measure_latents`.
+            ValueError: for latents of another shape or channel count, and if the scaling_factor is None or still the
+                constructor's default, which was not measured: see `diffusers_vae.measure_latents`.
         """
         check_batch(latents, self.config.latent_channels, "latents")
         return LatentScaling.from_config(self.config).scale(latents)
@@ -327,8 +327,8 @@ class VAE(
 
 
 def _with_config_of(source: VAE | AutoencoderKL, kind: type) -> VAE | AutoencoderKL:
-    """A model of the class `kind` without weights, with all of the source's config, as it is now: `from_config` alone
-    resets what was registered after the constructor had used a default.
+    """A model of the class `kind` without weights, with the current config of the source. `from_config` alone resets
+    values that were registered in place of a default.
     """
     of_class = (DEFAULTED, "_class_name", "_diffusers_version")
     with torch.device("meta"):
