@@ -38,8 +38,8 @@ class AdversarialConfig:
     adaptive: bool = True
     """Scale weight so that the gradient at the decoder's last layer is as large as that of the reconstruction terms."""
     max_factor: float | None = None
-    """Upper limit of the factor by which adaptive scales weight, without effect if adaptive is false; null: none.
-    latent-diffusion: 1e4, which its losses, sums over the image as here, exceed."""
+    """Upper limit of the factor by which adaptive multiplies weight; null: no limit. latent-diffusion uses 1e4
+    (docs/objective.md). It has no effect if adaptive is false."""
     norm: Literal["spectral", "batch"] = "spectral"
     """Of the layers. batch: the result depends on how a batch is cut into micro-batches and over processes."""
     width: int = 64
@@ -84,20 +84,20 @@ class AdversarialConfig:
         return min(1.0, (images_seen - self.start_images + 1) / max(1, self.warmup_images))
 
     def unreached(self, total_images: int) -> list[str]:
-        """Sentences about what these settings never reach in a run of `total_images` images."""
+        """Return warnings, one sentence each, of what these settings do not reach in a run of `total_images` images."""
         if not self.weight or self.start_images + self.warmup_images <= total_images > self.start_images:
             return []
         if self.start_images >= total_images:
             return [
                 f"adversarial.start_images must be less than the {total_images:,} images of the run, got "
                 f"{self.start_images:,}: the discriminator never trains, and adversarial.weight {self.weight:g} has no "
-                "effect. Start earlier, or train longer by run.epochs or run.max_images"
+                "effect. Lower it, or train longer: raise run.epochs or run.max_images"
             ]
         return [
             f"adversarial.start_images plus adversarial.warmup_images must not exceed the {total_images:,} images of "
             f"the run, got {self.start_images:,} + {self.warmup_images:,}: the weight of the discriminator only rises "
             f"to about {self.weight * self.rise(total_images - 1):.2g}, not to adversarial.weight {self.weight:g}. "
-            "Start earlier, shorten the warm-up, or train longer by run.epochs or run.max_images"
+            "Lower one of the two, or train longer: raise run.epochs or run.max_images"
         ]
 
 
@@ -241,9 +241,9 @@ def lecam_penalty(
 
 def adaptive_weight(reconstruction_gradient: torch.Tensor, generator_gradient: torch.Tensor) -> torch.Tensor:
     """The factor, a scalar, that makes the generator's gradient at the last layer as large as that of the
-    reconstruction: Esser et al. 2021, equation 7, with the delta of their code. Its limit of 1e4 is
-    `AdversarialConfig.max_factor`: where the reconstruction loss is a sum over the values of the image, as in
-    latent-diffusion and here, the factor exceeds it.
+    reconstruction: Esser et al. 2021, equation 7, with the delta of their code. Their limit of 1e4 is
+    `AdversarialConfig.max_factor`; the factor can exceed it where the reconstruction loss is a sum over the values of
+    the image, as in latent-diffusion and here.
     """
     return reconstruction_gradient.norm() / (generator_gradient.norm() + 1e-4)
 
@@ -260,8 +260,8 @@ class Adversary:
     the LeCam penalty are 0.
 
     The reconstruction's loss is a sum over an image's values and the generator's a mean over its patches, so the factor
-    is proportional to the size of the images. What is remembered is the factor for images at full size; `size` is the
-    number of values of an image at hand, divided by that of an image at full size.
+    is proportional to the size of the images. The stored factor is that for images at full size; `size` is the number
+    of values of a current image, divided by that of an image at full size.
 
     Only `discriminator_loss` gives the discriminator's parameters gradients, local to the process.
     """
@@ -281,7 +281,7 @@ class Adversary:
         return self.rise > 0
 
     def weight_for(self, size: float = 1.0) -> float:
-        """What the generator's loss counts in this step, for images of this size."""
+        """Weight of the generator's loss in this step, for images of this size."""
         factor = 1.0
         if self.config.adaptive:
             limit = math.inf if self.config.max_factor is None else self.config.max_factor
@@ -309,9 +309,9 @@ class Adversary:
         last_layer: nn.Parameter,
         size: float = 1.0,
     ) -> dict[str, torch.Tensor]:
-        """Statistics: the gradients at the decoder's last layer of the two losses, which may be per image (B,) or
-        means, that of the reconstruction divided by `size`; empty when nothing adapts to them. The graphs stay for the
-        backward.
+        """Return as statistics the gradients at the decoder's last layer of the two losses, which may be per image (B,)
+        or means; that of the reconstruction is divided by `size`. Empty unless the weight is adaptive and the
+        discriminator is active. The graphs are kept for the backward.
         """
         if not (self.active and self.config.adaptive):
             return {}

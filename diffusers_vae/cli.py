@@ -95,7 +95,7 @@ def _drop_output() -> None:
 
 
 LESS_MEMORY = (
-    "use a smaller batch, smaller images or a smaller model; for training, a larger run.gradient_accumulation_steps"
+    "use a smaller batch, smaller images or a smaller model; in training, raise run.gradient_accumulation_steps"
 )
 
 

@@ -239,7 +239,7 @@ def run_compare(arguments: Sequence[str]) -> int:
         "FIRST SECOND [--data NAME|FOLDER] [--SECTION.KEY VALUE ...]",
         "Measure two autoencoders under one protocol, image by image: differences with intervals in the terminal, and "
         "comparison.json and comparison.png in a folder. Differences are SECOND minus FIRST. Settings that are not "
-        "given are those of the models' runs; one in which two runs differ must be given.",
+        "given are those of the models' runs; those in which two runs differ must be given.",
         "diffusers-vae compare stabilityai/sd-vae-ft-mse runs/mine --data photos/ --data.resolution 256",
     )
     parser.add_argument("first", help=MODEL)
@@ -764,8 +764,8 @@ def _add_images(parser: ArgumentParser) -> None:
 def _parse_measuring(
     parser: ArgumentParser, arguments: Sequence[str], models: list[str]
 ) -> tuple[Namespace, list[ModelMixin]]:
-    """The settings, of which those not given come from the models' runs, or from their configs if none has a run, and
-    the models. The order of the models does not matter.
+    """The settings and the models. Settings that are not given come from the models' runs or, if there are none, from
+    the models' configs. The order of the models does not matter.
     """
     arguments = _with_data(arguments)
     parsed = _parse(parser, [*ANY_DATA, *arguments])  # wrong ones are told before a model is loaded
@@ -801,8 +801,8 @@ def _parse_measuring(
 
 
 def _data_of_run(run: dict[str, Any], runs: dict[str, Any], asked: DataConfig, flags: Sequence[str]) -> dict[str, Any]:
-    """Settings of a run's data; where `flags` ask for another set, what its model needs of them, beside those of the
-    run whose own set it is, if there is one.
+    """Settings of a run's data. If `flags` ask for another set, only those that the run's model needs, and the rest
+    from the run that was trained on that set, if there is one.
     """
     if not _names_images(flags) or _same_set(run["data"], vars(asked)):
         return run["data"]
@@ -818,12 +818,12 @@ def _same_set(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 OF_MODEL = ("resolution", "channels", "value_range", "fit", "on_bad_image", "num_workers")
-"""Settings of a run's data that it keeps for another set: what its model needs, and how files are read."""
+"""Settings of a run's data that also apply to another set: what its model needs, and how files are read."""
 NO_MATTER = {
     "data": {"name", "root", "num_workers", "on_bad_image", *OF_TRAINING},
     "evaluation": {"every", "batch_size", "projection", "fp16"},
 }
-"""Settings that change neither which images are compared, nor how; name and root are compared by `_same_set`."""
+"""Settings that change neither which images are compared nor how; `_same_set` compares name and root."""
 
 
 def _refuse_differences(found: dict[str, Namespace]) -> None:
@@ -834,7 +834,7 @@ def _refuse_differences(found: dict[str, Namespace]) -> None:
     if not _same_set(vars(one.data), vars(other.data)):
         raise ValueError(
             "two models are compared on the same images: name them with --data, since the run of "
-            f"{first} has {one.data.name} in {one.data.root}, and that of {second} has {other.data.name} in "
+            f"{first} used {one.data.name} in {one.data.root}, and that of {second} used {other.data.name} in "
             f"{other.data.root}"
         )
     lines, flags = [], []
@@ -932,10 +932,10 @@ def _report_of_run(source: str) -> EvaluationReport | None:
 
 
 def _objective(parsed: Namespace, *sources: str) -> VAEObjective:
-    """The objective to measure by: a learned or optimal scale has the value that the run of a source ended with.
+    """The objective to measure with. A learned or optimal scale has the value with which a source's run ended.
 
     Raises:
-        ValueError: when it is that of no finished run, or two runs ended with different values.
+        ValueError: when no source has a finished run, or two runs ended with different values.
     """
     if not isinstance(parsed.objective.scale, str):
         return parsed.objective.build()

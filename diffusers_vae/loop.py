@@ -73,8 +73,8 @@ class OptimizerConfig:
     warmup_images: int = 2000
     """Images over which the learning rate rises linearly from 0."""
     max_grad_norm: float | None = 1.0
-    """Norm to which larger gradients are scaled down; null: never. Losses in nats have gradients of norms in the
-    hundreds and more, so this normalises every step, and its value hardly matters (docs/objective.md)."""
+    """Norm to which larger gradients are scaled down; null: never. An autoencoder's loss is a sum in nats, so nearly
+    every step is scaled, and the value hardly matters (docs/objective.md)."""
 
     def __post_init__(self):
         if self.schedule not in ("constant", "cosine"):
@@ -100,15 +100,15 @@ class OptimizerConfig:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def unreached(self, total_images: int) -> list[str]:
-        """Sentences about what these settings never reach in a run of `total_images` images."""
+        """Return warnings, one sentence each, of what these settings do not reach in a run of `total_images` images."""
         if self.warmup_images <= total_images:
             return []
         reached = self.learning_rate_at(total_images - 1, total_images)
         return [
             f"optimizer.warmup_images must not exceed the {total_images:,} images of the run, got "
             f"{self.warmup_images:,}: the learning rate only rises to about {reached:.2g}, not to "
-            f"optimizer.learning_rate {self.learning_rate:g}, and never falls. Shorten the warm-up, or train longer by "
-            "run.epochs or run.max_images"
+            f"optimizer.learning_rate {self.learning_rate:g}. Shorten the warm-up, or train longer: raise run.epochs or "
+            "run.max_images"
         ]
 
 
@@ -147,8 +147,8 @@ class RunConfig:
     target_rate, free_bits, equivariance, scale optimal. null: where it works, in runs of 10,000 steps or more, on a
     CUDA GPU, and of a perceptron on a CPU; not if deterministic. A run that is continued keeps its own."""
     ema_decay: float | None = 0.99
-    """Highest decay per step of the averaged weights, which are evaluated and saved; null: none. It is approached as
-    the run grows: the average never reaches back over more than about 5 % of the steps so far."""
+    """Highest decay per step of the averaged weights, which are evaluated and saved; null: no averaging. The decay
+    rises with the step, so that the mean age of the weights is at most about 5 % of the steps so far."""
     checkpoint_every: int = 10_000
     """Images between two checkpoints, from which the same command continues; there is one at the end, too."""
     keep_checkpoints: int = 2
@@ -185,7 +185,7 @@ class RunConfig:
             raise ValueError(f"run.ema_decay must lie between 0 and 1 or be null, got {self.ema_decay}")
 
     def total_images(self, train_images: int) -> int:
-        """Number of images that the run trains on, of a training set of `train_images` images."""
+        """Number of images that the run trains on, with repetition, given a training set of `train_images` images."""
         return min(self.epochs * train_images, self.max_images or sys.maxsize)
 
 
@@ -228,8 +228,8 @@ class StepTerms:
     discriminator_loss: torch.Tensor | None = None
     """Scalar likewise, of the discriminator."""
     network_loss: torch.Tensor | None = None
-    """Scalar: what terms that other networks judge add to what is differentiated, with their weights; the terms
-    themselves are logged by `per_image`."""
+    """Scalar: the weighted perceptual and adversarial terms, which are differentiated with `loss`; without their
+    weights, they are logged in `per_image`."""
 
     @property
     def total_loss(self) -> torch.Tensor:
@@ -257,7 +257,7 @@ class Task(Protocol):
     images: int
     """After `load`: how many images there are to train on; of a dry run, too, whose set may have fewer."""
     planned: RunConfig | None = None
-    """In a dry run, the settings of the run that it stands for."""
+    """In a dry run, the settings of the run that it tries out."""
 
     def finished(self) -> RunResult:
         """Return the result of the finished run in output_dir; ValueError naming a file that is missing or damaged."""
@@ -328,7 +328,9 @@ class Task(Protocol):
         ...
 
     def unreached(self, total_images: int) -> list[str]:
-        """Sentences about settings that never take effect, or not in full, in a run of `total_images` images."""
+        """Return warnings, one sentence each, of settings that take no or only partial effect in a run of
+        `total_images` images.
+        """
         ...
 
     def evaluate(self, model: nn.Module, log: Log, progress: dict[str, int]) -> object:

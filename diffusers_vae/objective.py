@@ -34,7 +34,7 @@ START_SCALE = 1.0
 SMALLEST_SCALE = 2 / 65535 / math.sqrt(12)
 """Of an optimal scale: the std of rounding to 16 bits. No file is more exact, and below it the loss has no bound."""
 MEAN_LOSSES = {"gaussian": "F.mse_loss", "laplace": "F.l1_loss", "bernoulli": "F.binary_cross_entropy"}
-"""The loss of torch.nn.functional that is the mean of each likelihood's error, but for a constant factor."""
+"""By likelihood, the torch.nn.functional loss that is the mean of its error, up to a constant factor."""
 DEVIATION_HALF_LIFE = 1_000
 """Images after which a step counts half in the mean that an optimal scale is computed from."""
 
@@ -156,10 +156,10 @@ class Laplace:
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Every value is 1 with the probability sigmoid(logit); grey values count as probabilities.
+    """Each value is 1 with probability sigmoid(logit); grey values count as probabilities.
 
-    Computed from the decoder's logits (B, C, H, W), not from reconstructions: in float32, a reconstruction rounds to -1
-    or 1 for logits beyond about 16, where the error would stop growing and its gradient would vanish.
+    Computed from the decoder's logits (B, C, H, W) instead of the reconstructions: in float32, reconstructions round to
+    -1 or 1 for logits beyond about ±16, where the error would stop growing and the gradient would vanish.
     """
 
     def error(self, images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -183,11 +183,11 @@ class ObjectiveTerms:
     rate: torch.Tensor
     """KL to the prior, (B,)."""
     loss: torch.Tensor
-    """What is differentiated, a scalar: mean of distortion, without its constant (`VAEObjective.left_out`), + kl_weight
-    * rate."""
+    """Scalar to differentiate: the mean of distortion, without its constant (`VAEObjective.left_out`), + kl_weight *
+    rate."""
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
-    """What the next step depends on, to be averaged over the step's images, without gradient: means over these images
-    with the weight that they count with. See `TrainingObjective.end_step`."""
+    """Weighted means over these images, without gradient, that `TrainingObjective.end_step` needs, averaged over the
+    images of the step."""
 
     @property
     def elbo(self) -> torch.Tensor:
@@ -206,14 +206,14 @@ class VAEObjective:
     free_bits: float = 0.0
     """Nats per latent channel, as a mean over the images, below which the loss does not press its rate."""
     scale_varies: bool = False
-    """Whether training changes the likelihood's scale, so that its logarithm is part of the loss, once per value."""
+    """Whether training changes the likelihood's scale; its logarithm is then part of the loss, once per value."""
 
     def __post_init__(self):
         if self.scale_varies and self.scale is None:
             raise ValueError(f"scale_varies needs a likelihood with a scale, got {self.likelihood}")
 
     def left_out(self) -> float:
-        """Return what the loss leaves out of the distortion: the part that training cannot change, nats per value."""
+        """Return the part of the distortion, in nats per value, that training cannot change and the loss leaves out."""
         constant = self.likelihood.constant()
         return constant - _log(self.scale) if self.scale_varies else constant
 
@@ -236,8 +236,8 @@ class VAEObjective:
         """The terms for images and reconstructions (B, C, H, W) in [-1, 1]; float32 at least.
 
         Args:
-            logits: (B, C, H, W), from which a `Bernoulli` likelihood is computed, as `MLPVAE` returns them with
-                `return_logits=True`: reconstructions are 2 * sigmoid(logits) - 1. Only for that likelihood.
+            logits: (B, C, H, W) of the reconstructions, which are 2 * sigmoid(logits) - 1, as `MLPVAE` returns them
+                with `return_logits=True`. Required for a `Bernoulli` likelihood, and only for that.
             kl_weight: replaces the objective's in the loss.
             scale: replaces the likelihood's, a positive number or scalar tensor. As it is no constant then, the loss
                 holds its logarithm once per value, and its gradient flows to a tensor that requires one.
@@ -260,9 +260,10 @@ class VAEObjective:
         decoded = reconstructions
         if isinstance(self.likelihood, Bernoulli) != (logits is not None):
             raise ValueError(
-                "logits are for a Bernoulli likelihood, which is computed from them: "
-                + ("leave them out" if logits is not None else "pass those that MLPVAE returns with return_logits=True")
-                + f", got the likelihood {self.likelihood}"
+                f"logits must be None for the likelihood {self.likelihood}, got a tensor"
+                if logits is not None
+                else "a Bernoulli likelihood needs logits, got None: pass those that MLPVAE returns with "
+                "return_logits=True"
             )
         if logits is not None:
             if logits.shape != images.shape:
@@ -338,15 +339,15 @@ class ObjectiveConfig:
     """Network of an LPIPS term in the loss (Zhang 2018); null: none. One channel is repeated to three; of other numbers
     than 1 and 3, each channel is judged by itself as grey."""
     perceptual_weight: float = 1.0
-    """Weight of the LPIPS, times the number of values of the image. At scale 1 it is that of latent-diffusion, which
-    divides its LPIPS by the scale, too: its weight w is w / scale here."""
+    """Weight of the LPIPS, which is multiplied by the number of values of the image. latent-diffusion's weight w is w /
+    scale here."""
     equivariance: float = 0.0
     """Share of the steps that decode scaled and turned latents, and compare with images scaled and turned likewise
     (EQ-VAE, Kouzelis 2025: 0.5): such latents are easier to diffuse. Of the other steps, a quarter sees its images
     scaled down. What such steps log is of the smaller images."""
     transformations: int = 1
-    """Number of equal parts that equivariance cuts a step's images into, each with a transformation of its own.
-    Processes times run.gradient_accumulation_steps must be a multiple of it."""
+    """Number of equal parts of a batch that equivariance transforms differently. It must divide the number of
+    processes times run.gradient_accumulation_steps."""
 
     def __post_init__(self):
         if self.likelihood not in ("gaussian", "laplace", "bernoulli"):
@@ -383,8 +384,8 @@ class ObjectiveConfig:
             raise ValueError(f"objective.transformations must be at least 1, got {self.transformations}")
         if self.transformations > 1 and not self.equivariance:
             raise ValueError(
-                "objective.transformations are those of objective.equivariance, which is 0: set it, or leave out "
-                f"objective.transformations {self.transformations}"
+                f"objective.transformations must be 1 when objective.equivariance is 0, got {self.transformations}: "
+                "set objective.equivariance, or leave out objective.transformations"
             )
 
     def _check_schedule(self) -> None:
@@ -433,21 +434,21 @@ class ObjectiveConfig:
         return self.kl_weight * (progress if self.kl_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2)
 
     def unreached(self, total_images: int) -> list[str]:
-        """Sentences about what these settings never reach in a run of `total_images` images."""
+        """Return warnings, one sentence each, of what these settings do not reach in a run of `total_images` images."""
         if self.kl_warmup_images <= total_images:
             return []
         reached = self.kl_weight_at(total_images - 1, total_images)
         return [
             f"objective.kl_warmup_images must not exceed the {total_images:,} images of the run, got "
             f"{self.kl_warmup_images:,}: the weight of the rate only rises to about {reached:.2g}, not to "
-            f"objective.kl_weight {self.kl_weight:g}. Shorten the warm-up, or train longer by run.epochs or "
+            f"objective.kl_weight {self.kl_weight:g}. Shorten the warm-up, or train longer: raise run.epochs or "
             "run.max_images"
         ]
 
     def kl_weight_per_value(self, values: int) -> float | None:
-        """The weight w at which `MEAN_LOSSES` + w * rate has the minimum of this objective: the loss is a mean over the
-        `values` = C * H * W of an image in [-1, 1], the rate a sum over its latents. None for a learned or optimal
-        scale, since w changes with it.
+        """The weight w for which the likelihood's loss in `MEAN_LOSSES` + w * rate has the same minimum as this
+        objective: the loss is a mean over the `values` = C * H * W of an image in [-1, 1], the rate a sum over its
+        latents. None for a learned or optimal scale, with which w changes.
         """
         if isinstance(self.scale, str):
             return None
@@ -540,8 +541,8 @@ class TrainingObjective:
       as at the optimum the loss has no gradient to it: Rybkin 2021, optimal sigma-VAE.
     - the controller of a target rate sees whole steps.
 
-    Equivariance makes some images smaller. Rates of such images are lower, so free bits and the controller learn from
-    images that were encoded at full size only; in an optimal scale, images count by their number of values.
+    Equivariance makes some images smaller. The rates of these are lower, so free bits and the controller use only
+    images that were encoded at full size; in an optimal scale, images count in proportion to their number of values.
     """
 
     def __init__(self, config: ObjectiveConfig):

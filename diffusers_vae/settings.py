@@ -35,9 +35,8 @@ REMOVED: dict[str, tuple[Any, str]] = {
         "peak memory of a step",
     ),
 }
-"""Settings that were removed, each with its old default and what to do instead. A config.yaml that sets one to its old
-default is read as if it did not. Any other value is an error, or ignored if the advice is empty: those settings change
-no result.
+"""Removed settings, each with its old default and what to do instead. In a config.yaml, the old default is ignored. Any
+other value is an error or, if the advice is empty because the setting changed no result, ignored too.
 """
 
 KEPT_SETTINGS = ("data.lanes", "run.compile", "run.mixed_precision")

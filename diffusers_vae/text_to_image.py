@@ -340,7 +340,7 @@ class TextToImageTask(Task):
     """Training of denoiser and text encoder on latents, for the loop."""
 
     terms = ("error",)
-    advice = "More stable are a lower optimizer.learning_rate or a longer optimizer.warmup_images"
+    advice = "To make training more stable, lower optimizer.learning_rate or raise optimizer.warmup_images"
     workers = 0
     builds_at_once = False
 

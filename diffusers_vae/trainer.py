@@ -186,7 +186,7 @@ IMAGES_FOR_BFLOAT16 = 256
 """In a forward, from which a perceptron gains by autocast: on two cores 1.3 times the images/s, with 128 none."""
 
 STABLER = (
-    "More stable are a lower optimizer.learning_rate, a longer optimizer.warmup_images or a larger objective.scale"
+    "To make training more stable, lower optimizer.learning_rate or raise optimizer.warmup_images or objective.scale"
 )
 
 
@@ -307,8 +307,8 @@ class AutoencoderTask(Task):
         if forwards % config.objective.transformations:
             raise ValueError(
                 "the number of processes times run.gradient_accumulation_steps must be a multiple of "
-                f"objective.transformations, {config.objective.transformations}, so that the images of a forward share "
-                f"one, got {accelerator.num_processes} x {config.run.gradient_accumulation_steps}"
+                f"objective.transformations, {config.objective.transformations}, since the images of a forward share a "
+                f"transformation, got {accelerator.num_processes} x {config.run.gradient_accumulation_steps}"
             )
         if config.data.streaming and config.data.lanes is None:
             begun = on_main(lambda: begun_with(config.run.output_dir, "data", "lanes"))
@@ -676,7 +676,7 @@ class AutoencoderTask(Task):
             model.save_lora_adapter(folder)
 
     def _measure_latents(self, model: VAE | MLPVAE) -> None:
-        """Put what describes the latents into the model's config."""
+        """Measure the latents of the training images and write what describes them into the model's config."""
         settings = self.config.evaluation
         bar = self.accelerator.is_main_process
         statistics = image_set_statistics(model, self.train_set, settings.batch_size, settings.max_images, bar)
