@@ -300,8 +300,8 @@ def read_report(path: Path) -> EvaluationReport:
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged or of another version: {error}. Delete it and run the training command again, which "
-            "only measures the model again, or run `diffusers-vae evaluate`. For a run with a learned or optimal scale, or "
-            "with a target_rate, evaluate then needs --objective.scale VALUE or --objective.kl_weight VALUE"
+            "only measures the model again, or run `diffusers-vae evaluate`. For a run with a learned or optimal "
+            "scale, or with a target_rate, evaluate then needs --objective.scale VALUE or --objective.kl_weight VALUE"
         ) from error
 
 

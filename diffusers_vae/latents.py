@@ -217,7 +217,7 @@ def _verdict(measured: dict[str, Any], largest_std: float, images: int) -> tuple
     if used and len(unused) == count:
         return "partly collapsed", (
             f"Taking any one of the {count} {kind}s from another image costs less than {UNUSED} dB, but all of them "
-            f"together cost {swaps.all:.2f} dB: they hold the same information. A model with fewer {kind}s does as well."
+            f"together cost {swaps.all:.2f} dB: they hold the same information. A model with fewer does as well."
         )
     if unused:
         which = f"{kind}s {', '.join(map(str, unused[:20]))}{' ...' * (len(unused) > 20)}"

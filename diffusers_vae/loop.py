@@ -107,8 +107,8 @@ class OptimizerConfig:
         return [
             f"optimizer.warmup_images must not exceed the {total_images:,} images of the run, got "
             f"{self.warmup_images:,}: the learning rate only rises to about {reached:.2g}, not to "
-            f"optimizer.learning_rate {self.learning_rate:g}. Shorten the warm-up, or train longer: raise run.epochs or "
-            "run.max_images"
+            f"optimizer.learning_rate {self.learning_rate:g}. Shorten the warm-up, or train longer: raise run.epochs "
+            "or run.max_images"
         ]
 
 

@@ -154,7 +154,7 @@ class TestMeasured:
         "model", [torch.nn.Linear(1, 1), AutoencoderTiny().encoder, torch.nn.DataParallel(tiny_vae())]
     )
     def test_other_models_are_refused(self, model):
-        with pytest.raises(TypeError, match=f"config has a scaling_factor.*got {type(model).__name__}; if it is wrapped"):
+        with pytest.raises(TypeError, match=f"has a scaling_factor.*got {type(model).__name__}; if it is wrapped"):
             measure_latents(model, pictures())
 
 
