@@ -51,7 +51,7 @@ class EvaluationConfig:
     batch_size: int = 64
     """Images per forward, of pictures too."""
     seed: int = 0
-    """Of the noise in the latents and of the samples from the prior."""
+    """Seed of the noise in the latents and of the samples from the prior."""
     reconstruction: Literal["mode", "sample"] = "mode"
     """What PSNR, SSIM, LPIPS and rFID are of: the decoded mode of the posterior, or one draw from it."""
     round_to_8_bit: bool = True
@@ -146,7 +146,7 @@ class Protocol:
     draws: int
     """From the posterior, per image, for distortion and bounds."""
     seed: int
-    """Of the draws."""
+    """Seed of the draws."""
     dtype: str
     """Of the model; objective and metrics are float32 at least."""
     device: str

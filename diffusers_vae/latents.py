@@ -43,7 +43,7 @@ FAINT_COLOUR = 4 / 255
 """Root mean square of the images' colour, all together, in model range, below which they count as grey."""
 
 SLACK = 1e-3
-"""Tolerance for rounding by which values of images may exceed [-1, 1]."""
+"""Tolerance for rounding: values of images may exceed [-1, 1] by this much."""
 
 
 class LatentStatistics:
@@ -145,12 +145,12 @@ class SwapCosts:
     images: int
     """Number of images that were reconstructed: at most 64, spread evenly over those measured."""
     all: float
-    """With all latents of another image."""
+    """PSNR lost, in dB, with all latents of another image."""
     colour: float | None
     """Growth in dB of the error of the colours, each image channel minus the mean of the channels, with all latents of
     another image; None for images without colour."""
     channels: list[float]
-    """With one latent channel of another image, for each channel."""
+    """PSNR lost, in dB, with one latent channel of another image, for each channel."""
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,7 @@ class Task(Protocol):
     images: int
     """After `load`: how many images there are to train on; of a dry run, too, whose set may have fewer."""
     planned: RunConfig | None = None
-    """In a dry run, the settings of the run that it tries out."""
+    """Settings of the run that a dry run tries out; None otherwise."""
 
     def finished(self) -> RunResult:
         """Return the result of the finished run in output_dir; ValueError naming a file that is missing or damaged."""

@@ -245,7 +245,7 @@ class DataConfig:
 
     @property
     def changes_images(self) -> str:
-        """The settings by which a training image is another in every epoch, or nothing."""
+        """Settings that change a training image from epoch to epoch, as text; empty if there are none."""
         unchanged = {"horizontal_flip": False, "vertical_flip": False, "color_jitter": None}
         changing = [name for name, value in unchanged.items() if getattr(self, name) != value]
         changing += ["crops"] * (self.crops == "random")
