@@ -27,6 +27,7 @@ from .data import (
     IMAGE_SUFFIXES,
     OF_ROWS,
     OF_TRAINING,
+    OWN_PICTURES,
     DataConfig,
     ImageSet,
     holds_arrays,
@@ -45,7 +46,7 @@ from .messages import message, quoted, showable
 from .metrics import psnr
 from .models import MLPVAE, VAE, LatentScaling, encode, find_subfolder, load_autoencoder, unmeasured, weights_hash
 from .objective import ObjectiveConfig, VAEObjective
-from .pictures import comparison_picture, contact_sheet, sample_picture
+from .pictures import comparison_picture, contact_sheet, sample_picture, save_signed
 from .precision import measure_precision
 from .processes import Interrupted, lossy_output, on_main, one_first, process_share
 from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
@@ -167,13 +168,14 @@ def run_data(arguments: Sequence[str]) -> int:
     parsed, _ = _parse_data(parser, arguments)
     path = _picture(parsed)
     root = Path(parsed.data.root).resolve()
-    if parsed.data.name in PLACED and path.resolve().is_relative_to(root):
+    known = path.name in OWN_PICTURES  # which are left out of a set
+    if parsed.data.name in PLACED and path.resolve().is_relative_to(root) and not known:
         raise ValueError(f"--out would be an image of the set; give it another place than {root}")
     path.parent.mkdir(parents=True, exist_ok=True)
     found = look(parsed.data, parsed.max_images, True)
     print(look_table(found))
     with whole_file(path) as partial:
-        contact_sheet(to_model_range(found.shown), parsed.data.described).save(partial, "PNG")
+        save_signed(contact_sheet(to_model_range(found.shown), parsed.data.described), partial)
     preset, settings = recommended(found, parsed.data)
     flags = [f"--{name} {shlex.quote(value)}" for name, value in settings.items()]
     print(showable(f"picture       {path}"))
@@ -390,7 +392,7 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
             if kind:
                 write_values(partial, values, kind)
             else:
-                to_pil(reconstruction, 1).convert("L" if channels == 1 else "RGB").save(partial, "PNG")
+                save_signed(to_pil(reconstruction, 1).convert("L" if channels == 1 else "RGB"), partial)
         over = f" over {stated}" if stated else ""
         tqdm.write(f"{showable(path)}  PSNR {psnr(images, reconstruction).item():.2f} dB{over}")
     if failed:
@@ -462,7 +464,7 @@ def run_sample(arguments: Sequence[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     model = _load(parsed, parsed.model)
     with whole_file(path) as partial:
-        sample_picture(model, _latent_shape(model), 16, parsed.seed, parsed.count).save(partial, "PNG")
+        save_signed(sample_picture(model, _latent_shape(model), 16, parsed.seed, parsed.count), partial)
     print(showable(f"picture     {path}"))
     return 0
 
@@ -509,7 +511,7 @@ def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
         "--captions",
         type=bool,
         default=True,
-        help="Those of a folder: `text` or `caption` in metadata.jsonl, or NAME.txt beside NAME.png, one a line.",
+        help="Read the captions of the images: metadata.jsonl, metadata.csv, NAME.txt, NAME.caption or NAME.json.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Of the draws of --kind sample.")
     parser.add_argument(
@@ -560,6 +562,8 @@ def _encode(parser: ArgumentParser, arguments: Sequence[str], state: PartialStat
         print(showable(f"images      {len(latents):,} of {data.described}, {split}"))
         if unreadable := unreadable + len(images) - len(latents):
             print(f"left out    {unreadable:,} that cannot be read")
+        if parsed.captions:
+            print(f"captions    {'none' if images.captions is None else f'{len(latents):,} images'}")
         print(f"latents     {'x'.join(map(str, latents.latent_shape))}, {parsed.kind}, {parsed.dtype}")
         print(f"computed    in {str(latents.compute_dtype).removeprefix('torch.')} on {vae.device.type}")
         print(f"size        {latents.bytes / 2**20:,.1f} MiB")

@@ -15,8 +15,9 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
-from .data import ImageSet, image_batches
+from .data import SIGNATURE, ImageSet, image_batches
 from .images import shown_channels, to_pil
 from .models import decode, encode
 from .objective import rate_per_unit
@@ -184,6 +185,13 @@ def reconstruction_picture(model: ModelMixin, images: torch.Tensor, batch_size: 
     labels = ["original", "reconstruction", f"difference x{AMPLIFICATION}"] * (len(images) // columns)
     title = f"Images, their reconstructions, and {AMPLIFICATION} times the difference: {DIFFERENCE}"
     return _page(torch.cat([torch.cat(triple) for triple in triples]), columns, title, labels)
+
+
+def save_signed(picture: Image.Image, path: Path) -> None:
+    """Save a picture as a PNG file that is not taken for an image of a set."""
+    signature = PngInfo()
+    signature.add_text("Software", SIGNATURE)
+    picture.save(path, "PNG", pnginfo=signature)
 
 
 def contact_sheet(images: torch.Tensor, name: str) -> Image.Image:

@@ -121,6 +121,7 @@ def look_table(found: Look) -> str:
 
     source = "the set's own parts" if found.split else "cut here"
     rows = [("images", ", ".join(f"{count:,} {part}" for part, count in found.parts.items()) + f" ({source})")]
+    rows += [("note", showable(note)) for note in found.notes]
     rows += [("classes", f"{len(found.classes)}: {listed(found.classes)}")] if found.classes else []
     rows += [("captions", showable(found.captions, lines=True))] if found.files else []
     if files := found.files:

@@ -1,6 +1,7 @@
 """Where images come from, and in which order."""
 
 from .arrays import ArrayStore, holds_arrays
+from .files import OWN_PICTURES, SIGNATURE
 from .look import Look, look, recommended
 from .order import MicroBatch, Read, TrainingSet, deal, epoch_batches, step_generator
 from .reading import image_batches, kept_images, read_ahead
@@ -24,6 +25,8 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "OF_ROWS",
     "OF_TRAINING",
+    "OWN_PICTURES",
+    "SIGNATURE",
     "ArrayImages",
     "ArrayStore",
     "DataConfig",

@@ -20,6 +20,7 @@ from ..images import Header
 from ..untrusted import Unreachable, open_regular
 from ..values import ValueRange, read_npy, read_npy_header
 from .files import zip_entries
+from .parts import HELDOUT, TRAINING, is_bare, is_plain, part_of, split_of
 
 if TYPE_CHECKING:
     from .sources import DataConfig
@@ -238,16 +239,16 @@ class ArrayStore:
             raise ValueError(f"cannot read {self.name(row)}: {error}") from error
 
 
-def array_files(root: Path, parts: Sequence[str]) -> tuple[dict[str, list[Path]], list[Path]]:
-    """The files of arrays in `root`, or that file itself: those that are named as one of the parts, by part, and the
-    others.
+def array_files(root: Path) -> tuple[list[list[Path]], tuple[str, ...]]:
+    """The files of arrays in `root`, or that file itself, and notes about them: those to train on and those held out,
+    by their names (`parts.split_of`), or all.
 
     Raises:
         FileNotFoundError: when there is none.
-        ValueError: for labels without images.
+        ValueError: for labels without images, and when it is not clear what to train on.
     """
     if root.is_file() and root.suffix.lower() in SUFFIXES:
-        return {}, [root]
+        return [[root]], ()
     if not root.is_dir():
         kind = "neither" if root.exists() else "not there"
         raise FileNotFoundError(
@@ -262,12 +263,22 @@ def array_files(root: Path, parts: Sequence[str]) -> tuple[dict[str, list[Path]]
     for path in labels:
         if path not in known:
             raise ValueError(f"{path} are labels of {path.name.removesuffix(LABELS)}.npy, which is not there")
-    named: dict[str, list[Path]] = {}
-    others = []
-    for path in images:
-        part = re.match("[a-z]*", path.name)[0]
-        (named.setdefault(part, []) if part in parts else others).append(path)
-    return named, others
+    named = {path.name: path for path in images}
+    parts = {name: part for name in named if (part := part_of(name, True))}
+    if split := split_of(named, lambda name: True, lambda: len(parts) == len(named)):
+        groups = [[named[name] for name in group] for group in (split.training, split.heldout)]
+        unused = sorted(named.keys() - {*split.training, *split.heldout})
+        return groups, (f"not used, since other parts are: {', '.join(unused)}",) if unused else ()
+    bare = {name for name in parts if is_bare(name, True) and (is_plain(name, True) or parts[name].word in HELDOUT)}
+    if bare and (bare < named.keys() or len({parts[name].word for name in bare}) > 1):
+        raise ValueError(
+            f"it is not clear what to train on in {root.resolve()}: its arrays are either in files named as a part to "
+            f"train on and as one that is held out, such as train.npy and test.npy, or none is named so, got "
+            f"{', '.join(sorted(named)[:10])}. Rename or move some"
+        )
+    doubtful = [] if bare else [*parts]
+    note = f"trained on, though named as a part, since no other part lies beside it: {', '.join(doubtful)}"
+    return [images], (note,) if doubtful else ()
 
 
 def array_classes(
@@ -304,7 +315,10 @@ def holds_arrays(path: Path) -> bool:
     """Whether it is a file of arrays, or a folder with one that is named as a part to train on: of others, files may
     hold an image each.
     """
-    return path.suffix.lower() in SUFFIXES or any(any(path.glob(f"train*{suffix}")) for suffix in SUFFIXES)
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    names = [file.name for file in path.iterdir() if file.suffix.lower() in SUFFIXES] if path.is_dir() else []
+    return any((part := part_of(name, True)) and part.word in TRAINING for name in names)
 
 
 def is_npz(path: Path) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +19,14 @@ from ..untrusted import MAX_TEXT, MAX_UNPACKED, Reader, Unreachable, open_regula
 
 ARCHIVES = (".tar", ".zip")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst")
+SECTIONS = {b"data", b"optimizer", b"run"}
+"""Of settings, which the config.yaml of a run has, and hardly one of another program."""
+OF_RUN = ("checkpoints", "lora", "model", "nonfinite", "pictures", "pipeline", "tensorboard")
+"""Folders of a run or an evaluation."""
+OWN_PICTURES, OWN_FOLDER = ("contact-sheet.png", "samples.png"), "reconstructions"
+"""Where commands write pictures unless they are given another place."""
+SIGNATURE = "diffusers_vae"
+"""What these pictures have in their first bytes."""
 LOCAL_HEADER = 30
 """Bytes of a zip archive before the name of a file (PKWARE, APPNOTE.TXT, 4.3.7)."""
 
@@ -94,8 +104,9 @@ class _Part(io.RawIOBase):
 class Files:
     """The files below `root`, a folder or an archive; those in an archive stand below it as below a folder.
 
-    Hidden files and folders are left out. Links are followed, but below one folder none is read twice. Archives are
-    listed when they are met, and not unpacked.
+    Hidden files and folders are left out, and so is what this package wrote: runs, evaluations, comparisons, caches of
+    latents and contact sheets, listed in `outputs`. Links are followed, but below one folder none is read twice.
+    Archives are listed when they are met, and not unpacked.
 
     Raises:
         FileNotFoundError: when `root` is neither a folder nor an archive.
@@ -105,6 +116,7 @@ class Files:
         self.root = root
         self.members: dict[str, Member] = {}
         self.archives: dict[str, list[str]] = {}
+        self.outputs: set[str] = set()
         if root.is_file() and root.suffix.lower() in ARCHIVES:
             self._list(str(root))
         elif not root.is_dir():
@@ -114,14 +126,19 @@ class Files:
                 f"{root.resolve()}, which is {'neither' if root.exists() else 'not there'}"
             )
 
-    def top(self) -> dict[Path, bool]:
-        """What lies in the root, and whether it is a folder there."""
-        if str(self.root) not in self.archives:
-            return {path: path.is_dir() for path in self.root.iterdir() if not path.name.startswith(".")}
+    def inside(self, folder: Path) -> dict[Path, bool]:
+        """What lies in a folder, of an archive too, or in an archive, and whether it is a folder there."""
+        if folder.is_dir():
+            folders, names = [], []
+            for path in folder.iterdir():
+                if not path.name.startswith("."):
+                    (folders if path.is_dir() else names).append(path.name)
+            self._leave_out_outputs(str(folder), folders, names)
+            return {folder / name: True for name in folders} | {folder / name: False for name in names}
         found: dict[Path, bool] = {}
-        for path in map(Path, self.archives[str(self.root)]):
-            first, *rest = path.relative_to(self.root).parts
-            found[self.root / first] = found.get(self.root / first, False) or bool(rest)
+        for path in self.below(folder):
+            first, *rest = path.relative_to(folder).parts
+            found[folder / first] = found.get(folder / first, False) or bool(rest)
         return found
 
     def below(self, folder: Path) -> list[Path]:
@@ -130,11 +147,11 @@ class Files:
         Raises:
             ValueError: naming an archive that cannot be read, or holds what also lies beside it.
         """
-        if str(self.root) in self.archives:
-            inside = "" if folder == self.root else f"{folder}{os.sep}"
-            return sorted(Path(path) for path in self.archives[str(self.root)] if path.startswith(inside))
         if folder.is_file():
             return sorted(map(Path, self._list(str(folder))))
+        if not folder.is_dir():  # in an archive
+            archive = next(str(above) for above in folder.parents if str(above) in self.archives)
+            return sorted(Path(path) for path in self.archives[archive] if path.startswith(f"{folder}{os.sep}"))
         paths, packed, read = [], [], set()
         for parent, folders, names in os.walk(folder, followlinks=True):
             if os.path.realpath(parent) in read:
@@ -142,6 +159,7 @@ class Files:
                 continue
             read.add(os.path.realpath(parent))
             folders[:] = sorted(name for name in folders if not name.startswith("."))
+            self._leave_out_outputs(parent, folders, names)
             for path in (os.path.join(parent, name) for name in names if not name.startswith(".")):
                 _refuse_compressed(path)
                 if path.lower().endswith(ARCHIVES) and os.path.exists(path):
@@ -188,6 +206,22 @@ class Files:
         folder = os.path.dirname(path)
         return self._names[folder] if path in self.members else set(os.listdir(folder or "."))
 
+    def names_in(self, folder: str) -> Collection[str]:
+        """The names of the files in a folder, of an archive too, and of the folders there that are no archive's."""
+        return os.listdir(folder or ".") if os.path.isdir(folder or ".") else self._names.get(folder, set())
+
+    @cached_property
+    def unpacked(self) -> dict[str, list[str]]:
+        """The files in archives that are listed, by where they would lie if these were unpacked beside the archive, or
+        into a folder of its name.
+        """
+        found: dict[str, list[str]] = {}
+        for path, member in self.members.items():
+            inside = os.path.relpath(path, member.archive)
+            for folder in (os.path.dirname(member.archive), os.path.splitext(member.archive)[0]):
+                found.setdefault(os.path.join(folder, inside), []).append(path)
+        return found
+
     @cached_property
     def _names(self) -> dict[str, set[str]]:
         """Of the files in archives, by folder."""
@@ -201,9 +235,56 @@ class Files:
         archive = str(Path(archive))  # as the paths below it will be
         if archive not in self.archives:
             found = _members(archive)
-            self.archives[archive] = list(found)
             self.members |= found
+            names: dict[str, list[str]] = {}
+            for path in found:
+                names.setdefault(os.path.dirname(path), []).append(os.path.basename(path))
+            outputs = {folder for folder, own in names.items() if is_output(folder, own, self.read)}
+            self.outputs |= outputs
+            inside = tuple(f"{folder}{os.sep}" for folder in outputs)
+            self.archives[archive] = [path for path in found if not path.startswith(inside)] if inside else list(found)
         return self.archives[archive]
+
+    def _leave_out_outputs(self, parent: str, folders: list[str], names: list[str]) -> None:
+        """Remove what this package wrote from the folders and names in a folder. `root` itself may be the folder of a
+        run and hold images too: of it, only the folders of a run are removed.
+        """
+        written = is_output(parent, names, self.read)
+        left_out = []
+        if written and parent == str(self.root):
+            left_out = [name for name in folders if name in OF_RUN]
+        elif written:
+            self.outputs.add(parent)
+            folders.clear()
+            names.clear()
+        pictures = names if os.path.basename(parent) == OWN_FOLDER else {*OWN_PICTURES}.intersection(names)
+        left_out += [name for name in pictures if is_own_picture(os.path.join(parent, name))]
+        self.outputs |= {os.path.join(parent, name) for name in left_out}
+        folders[:] = [name for name in folders if name not in left_out]
+        names[:] = [name for name in names if name not in left_out]
+
+
+def is_output(folder: str, names: Collection[str], read: Callable[[str], bytes] = read_bytes) -> bool:
+    """Whether this package wrote a folder, by the names of its files: a run, an evaluation, a comparison or a cache of
+    latents.
+    """
+    if "config.yaml" in names:
+        with suppress(OSError, ValueError):
+            if {*re.findall(rb"(?m)^(\w+):", read(os.path.join(folder, "config.yaml")))} >= SECTIONS:
+                return True
+    marks = ({"evaluation.json", "report.html"}, {"comparison.json", "comparison.png"})
+    if any(mark <= {*names} for mark in marks):
+        return True
+    return "index.json" in names and any(re.fullmatch(r"shard-\d{5}\.safetensors", name) for name in names)
+
+
+def is_own_picture(path: str) -> bool:
+    """Whether a command of this package wrote a picture."""
+    try:
+        with open_regular(path) as file:
+            return SIGNATURE.encode() in file.read(256)
+    except (OSError, ValueError):
+        return False
 
 
 def _refuse_compressed(path: str) -> None:

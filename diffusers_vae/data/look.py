@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..images import Header, to_uint8
 from ..values import EXACT, ValueRange
 from .reading import image_batches
-from .sources import OF_ROWS, DataConfig, ImageSet, StoredImages, has_parts, load_data
+from .sources import OF_ROWS, DataConfig, ImageSet, StoredImages, load_data, load_with_layout
 
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
 NEARLY_CONSTANT = 2 / 255
@@ -51,10 +51,12 @@ class Look:
     """Images in each, without those whose headers tell that they cannot be read."""
     split: bool
     """Whether these parts are the set's own."""
+    notes: tuple[str, ...]
+    """What is not used, and what is in spite of its name."""
     classes: dict[str, int]
     """Images of each class."""
     captions: str
-    """yes, none, or what is wrong with them."""
+    """How many images have any, none, or what is wrong with them."""
     unreadable: tuple[str, ...]
     """Why files cannot be read, with their names."""
     measured: int
@@ -84,13 +86,14 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
     """
     config = replace(config, on_bad_image="skip", crops=None)
     try:
-        train, heldout = load_data(config, memory_limit=0, captions=True)
-        captions = "none" if train.captions is None else "yes"
+        train, heldout, layout = load_with_layout(config, memory_limit=0, captions=True)
+        count = 0 if train.captions is None else len(train) + len(heldout)
+        captions = f"{count:,} images" if count else "none"
     except ValueError as error:
         unstated = config.name in ("folder", "array") and config.value_range is None
         if unstated and (advice := _range_to_state(config, max_images)):
             raise ValueError(advice) from error
-        train, heldout = load_data(config, memory_limit=0)  # and so it was about the captions
+        train, heldout, layout = load_with_layout(config, memory_limit=0)  # and so it was about the captions
         captions = str(error)
     count = min(max_images, len(train))
     sums, squares = torch.zeros(2, config.channels, dtype=torch.float64)
@@ -113,7 +116,8 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         files = _files({"training": train.first(count)} if config.streaming else parts, bad, progress)
     return Look(
         parts={name: len(part) for name, part in parts.items()},
-        split=has_parts(config),
+        split=layout.split,
+        notes=layout.notes,
         classes=_classes(parts.values()),
         captions=captions,
         unreadable=tuple(dict.fromkeys(bad)),

@@ -7,7 +7,7 @@ import io
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ import torch
 from ..messages import changed_logs, message, problem_list, without_passwords
 from ..untrusted import Reader, open_beside_others, refuse_irregular, unreadable
 from .captions import KEYS
+from .files import is_output
+from .parts import HELDOUT, TRAINING, VALIDATION, part_of, split_of
 from .store import EncodedStore
 
 if TYPE_CHECKING:
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 """What the name of a data set on the Hub looks like."""
 PARQUET = ".parquet"
-HELDOUT_SPLITS = ("validation", "valid", "val", "test", "heldout")
-"""Of several that are there, the first: a test part has no labels in some sets, and is not for choosing models."""
 ENDING = 32
 """Bytes of an image that tell it from another of its size: a PNG's checksums are among them."""
 
@@ -47,7 +47,7 @@ class Columns:
 
 def find_columns(features: Features, config: DataConfig, captions: bool) -> Columns:
     """The columns that `config` names, or else the only ones of type Image and of type ClassLabel, if there is one,
-    and, where `captions` are asked for, the one that is called text or caption.
+    and, where `captions` are asked for, the one that is called text, caption or, without these, prompt.
 
     Raises:
         ValueError: listing all columns with their types, when one is missing, of another type, or not clear.
@@ -55,6 +55,7 @@ def find_columns(features: Features, config: DataConfig, captions: bool) -> Colu
     images = [name for name, feature in features.items() if _type(feature) == "Image"]
     labels = [name for name, feature in features.items() if _type(feature) == "ClassLabel"]
     texts = [name for name in KEYS if name in features and _is_text(features[name])] if captions else []
+    texts = [name for name in texts if name != "prompt"] or texts  # which may stand beside a caption
 
     def find(setting: str, only: list[str], what: str, fits: Callable[[Any], bool]) -> str | None:
         named = getattr(config, setting)
@@ -124,22 +125,28 @@ def _is_text(feature: Any) -> bool:
 
 
 def find_parts(names: Sequence[str], root: str) -> tuple[str, ...]:
-    """Of the splits of a set, that to train on and, if there is one, the held-out one: train, and the first of
-    `HELDOUT_SPLITS`; or the only split, which is to be cut then.
+    """Of the splits of a set, that to train on and, if there is one, the held-out one, by their names
+    (`parts.split_of`); or the only split, which is to be cut then.
 
     Raises:
         ValueError: listing them, when it is not clear.
     """
-    heldout = [name for name in HELDOUT_SPLITS if name in names]
-    if "train" in names and heldout:
-        return "train", heldout[0]
     if len(names) == 1:
         return (names[0],)
+    split = split_of(names, alone=lambda: all(map(part_of, names)))
+    if split and len(split.training) == len(split.heldout) == 1:
+        return split.training[0], split.heldout[0]
     raise ValueError(
         f"it is not clear what to train on in {root}: it must have one split, or train and one of "
-        f"{', '.join(HELDOUT_SPLITS)}, got {', '.join(names)}. Put the files of the splits to use, named so, in a "
+        f"{', '.join(HELDOUT)}, got {', '.join(names)}. Put the files of the splits to use, named so, in a "
         "folder and point data.root there; `hf download NAME --repo-type dataset --local-dir FOLDER` fetches a set"
     )
+
+
+def unused_splits(names: Iterable[str], used: Iterable[str]) -> tuple[str, ...]:
+    """A note that lists the splits that are not used, if there are any."""
+    others = sorted({*map(str, names)} - {*used})
+    return (f"not used, since other parts are: {', '.join(others)}",) if others else ()
 
 
 def open_rows(config: DataConfig, progress: bool = False) -> dict[str, Dataset]:
@@ -198,7 +205,7 @@ def rows_builder(config: DataConfig) -> DatasetBuilder:
         _refuse(config, "revision")
         refuse_irregular(path)
         with _explained(config):
-            return datasets.load_dataset_builder(str(path.resolve()), config.subset)
+            return _folder_builder(path.resolve(), config.subset)
     if not path.is_file() or path.suffix.lower() != PARQUET:
         raise FileNotFoundError(
             f"data.root must be a data set on the Hub, NAMESPACE/NAME, a folder or a {PARQUET} file, got "
@@ -207,6 +214,43 @@ def rows_builder(config: DataConfig) -> DatasetBuilder:
     _refuse(config, "subset", "revision")
     with _explained(config):
         return datasets.load_dataset_builder("parquet", data_files={"train": [glob.escape(str(path.resolve()))]})
+
+
+def _folder_builder(root: Path, subset: str | None) -> DatasetBuilder:
+    """What reads the files in a folder, without what this package wrote there. Where `datasets` sees one split, names
+    of Parquet files and of their folders may still mean parts, `parts.split_of`.
+    """
+    import datasets
+
+    files, written = [], False
+    for parent, folders, names in os.walk(root):
+        if is_output(parent, names):
+            written = True
+            folders.clear()
+        else:
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            files += [os.path.join(parent, name) for name in sorted(names) if name.lower().endswith(PARQUET)]
+    whole = None if written and files else datasets.load_dataset_builder(str(root), subset)
+    if whole is not None:
+        found = whole.config.data_files or {}
+        if whole.name != "parquet" or len(found) != 1:
+            return whole
+        files = [str(file) for file in next(iter(found.values()))]
+    parts = [Path(file).relative_to(root).parts for file in files]
+    while len({own[0] for own in parts}) == 1 and all(own[1:] for own in parts):
+        parts = [own[1:] for own in parts]
+    is_file = {own[0]: len(own) == 1 for own in parts}
+    named = {name: part for name, inner in is_file.items() if (part := part_of(name, inner))}
+    split = split_of(is_file, is_file.__getitem__, lambda: len(named) == len(is_file))
+    if split is None and whole is not None:
+        return whole
+    chosen: dict[str, list[str]] = {}
+    for file, own in zip(files, parts, strict=True):
+        word = named[own[0]].word if split and own[0] in named else "train"
+        name = "train" if word in TRAINING else "validation" if word in VALIDATION else "test"
+        if split is None or own[0] in named:
+            chosen.setdefault(name, []).append(glob.escape(file))
+    return datasets.load_dataset_builder("parquet", data_files=chosen)
 
 
 def own_folders(root: str) -> tuple[str, ...]:

@@ -9,10 +9,9 @@ import logging
 import math
 import os
 import pickle
-import re
 import tarfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,13 +26,14 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from ..images import OVERSIZE, Header
-from ..messages import problem_list
+from ..messages import problem_list, showable
 from ..untrusted import MAX_UNPACKED, open_regular
 from ..values import ValueRange
 from .arrays import ArrayStore, ImageArray, array_classes, array_files
 from .augmentation import Augmentation
 from .captions import read_captions
-from .files import ARCHIVES, Files
+from .files import ARCHIVES, Files, is_output
+from .folders import Division, class_names, divide
 from .order import MicroBatch, TrainingSet
 from .rows import (
     PARQUET,
@@ -45,7 +45,7 @@ from .rows import (
     own_folders,
     read_labels,
     read_row_captions,
-    rows_builder,
+    unused_splits,
     was_saved,
 )
 from .store import FileStore, Store
@@ -53,7 +53,6 @@ from .store import FileStore, Store
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")
 OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column")
 """Settings of `DataConfig` that belong to one data set of rows."""
 OF_TRAINING = ("horizontal_flip", "vertical_flip", "color_jitter", "streaming", "shuffle_buffer", "lanes")
@@ -64,6 +63,7 @@ IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
 """Names of sets whose images are all of one size, and in memory."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 Captions = list[tuple[str, ...]]
+Loaded = tuple["ImageSet", "ImageSet", "Layout"]
 T = TypeVar("T")
 
 
@@ -122,9 +122,8 @@ class DataConfig:
     shows when all are read or, in a set too large for memory, in their headers. skip: left out, counted and listed in
     bad_images.txt."""
     heldout_fraction: float = 0.1
-    """Held out, at random but always the same, of sets without a test part. A folder has one when its images lie in
-    train/ and in one of test/, val/, valid/, validation/, heldout/, or in archives that are named so, with anything
-    but a letter after it: train-000.tar. Arrays have one in files of such names: train.npy, test.npy."""
+    """Share of the images held out, at random but always the same, of a set without a held-out part. Parts are folders,
+    archives, arrays or splits named train and validation, val, test or the like: docs/images.md."""
     streaming: bool = False
     """Read Parquet files, of data.name datasets, a row group at a time while training, here or from the Hub, instead of
     preparing all on the disk first. Each epoch has its own order, in which row groups come at random and their images
@@ -324,6 +323,16 @@ class ImageSet(TrainingSet, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the files of a set were read."""
+
+    split: bool
+    """Whether the set has a part to train on and one that is held out, and is not cut."""
+    notes: tuple[str, ...] = ()
+    """What is not used, and what is in spite of its name."""
+
+
 class _Images(TrainingSet):
     """What sets of images have in common but for the pixels: labels (N,) or None, the names of the labels' classes,
     captions, the rows of a store that they come from, if any, and, of crops, the number of each among its row's.
@@ -520,19 +529,30 @@ def load_data(
         OSError: saying what to do, when a data set on the Hub cannot be had.
         ValueError: for files that cannot be read, by name.
     """
+    train, heldout, _ = load_with_layout(config, progress, memory_limit, captions)
+    return train, heldout
+
+
+def load_with_layout(
+    config: DataConfig, progress: bool = False, memory_limit: int | None = None, captions: bool = False
+) -> Loaded:
+    """The images as `load_data` returns them, and how their files were read; with `progress`, its notes are logged."""
     stored = {"folder": _load_folder, "array": _load_arrays, "datasets": _load_rows}
     if config.streaming:
         from .stream import load_stream  # which needs this file
 
-        train, heldout = load_stream(config, progress)
+        train, heldout, layout = load_stream(config, progress)
     elif config.name in stored:
         limit = MEMORY_LIMIT if memory_limit is None else memory_limit
-        train, heldout = stored[config.name](config, progress, limit, captions)
+        train, heldout, layout = stored[config.name](config, progress, limit, captions)
     else:
         load = {"digits": _load_digits, "cifar10": _load_cifar10}.get(config.name, _load_mnist)
         train, heldout = (_in_memory(*part, config) for part in load(config))
+        layout = Layout(config.name != "digits")
+    for note in layout.notes if progress else ():
+        logger.warning("%s", showable(note))
     train.augmentation = Augmentation.of(config)
-    return train, heldout
+    return train, heldout, layout
 
 
 def load_split(
@@ -548,9 +568,9 @@ def load_split(
     """
     if split not in (None, "held-out", "training", "all"):
         raise ValueError(f"split must be held-out, training or all, got {split}")
+    train, heldout, layout = load_with_layout(config, progress, memory_limit, captions)
     if split is None:
-        split = "all" if config.name not in IN_MEMORY and not has_parts(config) else default
-    train, heldout = load_data(config, progress, memory_limit, captions)
+        split = default if layout.split or config.name in IN_MEMORY else "all"
     if split != "all":
         return (train if split == "training" else heldout), split
     one, two = train.about(), heldout.about()
@@ -738,34 +758,19 @@ def _download(download, folder: Path, files: list[str]) -> None:
         ) from error
 
 
-def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> tuple[ImageSet, ImageSet]:
-    files, named, others = _look_into(config)
-    for part, group in named.items():
-        if len({path.is_dir() for path in group}) > 1:
-            listed = ", ".join(path.name for path in group[:5])
-            raise ValueError(
-                f"{part} is there as a folder and as archives in {files.root.resolve()}: {listed}. Move one elsewhere"
-            )
-    if _is_split(named):
-        groups = [named.pop("train"), *named.values()]
-        below = [[(path, folder) for folder in group for path in files.below(folder)] for group in groups]
-        parts = [_images(group, found) for group, found in zip(groups, below, strict=True)]
-        labels, classes = _labelled(files, parts)
-    else:
-        if named and (others or len(named) > 1):
-            names = sorted(path.name for path in [*others, *(path for group in named.values() for path in group)])
-            raise ValueError(
-                f"it is not clear what to train on in {files.root.resolve()}: its images are either in train/ and one "
-                f"of {', '.join(name + '/' for name in HELDOUT_FOLDERS)}, or in none of these, got "
-                f"{', '.join(names[:10])}. Point data.root inside or rename folders"
-            )
-        group = next(iter(named.values()), [files.root])
-        found = _images(group, [(path, folder) for folder in group for path in files.below(folder)])
-        (of_all,), classes = _labelled(files, [found])
+def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> Loaded:
+    files = Files(Path(config.root))
+    division = divide(files, IMAGE_SUFFIXES)
+    for part in division.parts:
+        part[:] = [part[i] for i in np.random.default_rng(0).permutation(len(part))]
+    labels, classes = _labelled(files, division)
+    parts, split = division.parts, len(division.parts) == 2
+    if not split:
+        ((found,), (of_all,)) = parts, labels
         indices = _heldout_indices(len(found), config)
         parts = [[found[i] for i in part] for part in indices]
         labels = [None if of_all is None else of_all[torch.from_numpy(part)] for part in indices]
-    paths = [path for part in parts for path, _ in part]
+    paths = [path for part in parts for path in part]
     told = read_captions(files, paths) if captions else None
     store, count = FileStore(files.root, paths, files.members), len(parts[0])
     train, heldout = (
@@ -779,19 +784,12 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
         )
         for part, classed in zip((slice(count), slice(count, None)), labels, strict=True)
     )
-    return _in_size(train, heldout, progress, memory_limit)
+    layout = Layout(split, (*division.notes,))
+    return *_in_size(train, heldout, progress, memory_limit), layout
 
 
-def _load_arrays(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> tuple[ImageSet, ImageSet]:
-    root = Path(config.root)
-    named, others = array_files(root, ("train", *HELDOUT_FOLDERS))
-    if named and not _is_split(named) and (others or len(named) > 1):
-        names = sorted(path.name for path in [*others, *(path for group in named.values() for path in group)])
-        raise ValueError(
-            f"it is not clear what to train on in {root.resolve()}: its arrays are either in files named train and one "
-            f"of {', '.join(HELDOUT_FOLDERS)}, or none is named so, got {', '.join(names[:10])}. Rename or move some"
-        )
-    groups = [named.pop("train"), *named.values()] if _is_split(named) else [next(iter(named.values()), others)]
+def _load_arrays(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> Loaded:
+    groups, notes = array_files(Path(config.root))
     parts = [[ImageArray(path, config) for path in group] for group in groups]
     store = ArrayStore([array for arrays in parts for array in arrays])
     labels, classes = array_classes(parts, config.label_column)
@@ -799,10 +797,10 @@ def _load_arrays(config: DataConfig, progress: bool, memory_limit: int, captions
     loaded = _in_size(*_stored(config, store, counts, labels, classes, None), progress, memory_limit, headers=False)
     if isinstance(loaded[0], ArrayImages):
         store.forget()
-    return loaded
+    return *loaded, Layout(len(groups) == 2, notes)
 
 
-def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> tuple[ImageSet, ImageSet]:
+def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> Loaded:
     found, root = open_rows(config, progress), config.described
     parts = {name: found[name] for name in find_parts(list(found), root)}
     of_each = [find_columns(part.features, config, captions) for part in parts.values()]
@@ -813,7 +811,8 @@ def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: 
     labels, classes = read_labels(root, parts, columns.label) if columns.label else (None, None)
     told = read_row_captions(root, parts, columns.caption) if captions and columns.caption else None
     counts = [len(part) for part in parts.values()]
-    return _in_size(*_stored(config, store, counts, labels, classes, told), progress, memory_limit)
+    layout = Layout(len(parts) == 2, unused_splits(found, parts))
+    return *_in_size(*_stored(config, store, counts, labels, classes, told), progress, memory_limit), layout
 
 
 def _stored(
@@ -866,35 +865,6 @@ def _in_size(
     )
 
 
-def _look_into(config: DataConfig) -> tuple[Files, dict[str, list[Path]], list[Path]]:
-    """The files of a set, the folders and archives in its root that are named as a part, by part, and what else there
-    is with images.
-    """
-    files = Files(Path(config.root))
-    named: dict[str, list[Path]] = {}
-    others = []
-    for path, is_folder in sorted(files.top().items()):
-        packed = path.suffix.lower() in ARCHIVES and path.is_file()  # archives within archives are not read
-        part = re.match("[a-z]*", path.name)[0] if packed else path.name
-        if (is_folder or packed) and part in ("train", *HELDOUT_FOLDERS):
-            named.setdefault(part, []).append(path)
-        elif is_folder or packed or path.suffix.lower() in IMAGE_SUFFIXES:
-            others.append(path)
-    return files, named, others
-
-
-def has_parts(config: DataConfig) -> bool:
-    """Whether the set has a part to train on and one that is held out, and need not be cut."""
-    if config.name == "folder":
-        return _is_split(_look_into(config)[1])
-    if config.name == "array":
-        return _is_split(array_files(Path(config.root), ("train", *HELDOUT_FOLDERS))[0])
-    if config.name == "datasets":
-        found = rows_builder(config).config.data_files if config.streaming else open_rows(config)
-        return len(find_parts(list(map(str, found)), config.described)) == 2
-    return config.name != "digits"
-
-
 def holds_rows(place: str) -> bool:
     """Whether a place is one for data.name datasets: a set on the Hub, a Parquet file, what `save_to_disk` has written,
     or a folder with Parquet files and with neither images nor archives.
@@ -903,7 +873,10 @@ def holds_rows(place: str) -> bool:
     if not path.is_dir():
         return is_hub_id(place) or path.suffix.lower() == PARQUET
     found = was_saved(path)
-    for _, folders, names in os.walk(path):
+    for parent, folders, names in os.walk(path):
+        if is_output(parent, names):
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         suffixes = {Path(name).suffix.lower() for name in names}
         if suffixes & {*IMAGE_SUFFIXES, *ARCHIVES}:
@@ -912,47 +885,28 @@ def holds_rows(place: str) -> bool:
     return found
 
 
-def _is_split(named: Mapping[str, list[Path]]) -> bool:
-    return len(named) == 2 and "train" in named
-
-
-Found = list[tuple[Path, Path]]
-"""Files, each with the folder that it was looked for in."""
-
-
-def _images(folders: Sequence[Path], files: Found) -> Found:
-    """The image files among `files`, in a fixed random order."""
-    images = [(path, folder) for path, folder in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not images:
-        where = ", ".join(str(folder.resolve()) for folder in folders[:3])
-        raise FileNotFoundError(f"no image below {where}: none of {', '.join(IMAGE_SUFFIXES)}")
-    return [images[i] for i in np.random.default_rng(0).permutation(len(images))]
-
-
-def _labelled(files: Files, parts: list[Found]) -> tuple[list[torch.Tensor | None], tuple[str, ...] | None]:
-    """As labels the places of the subfolders in which all files of a part lie, or of what their `.cls` files say, and
-    the names of these when there are two or more, the same in all parts; else None.
+def _labelled(files: Files, division: Division) -> tuple[list[torch.Tensor | None], tuple[str, ...] | None]:
+    """As labels the places of the folders in which all files of a part lie, or of what their `.cls` files say, and the
+    names of these when there are two or more, the same in all parts; else None.
     """
-    names, in_folders = [], False
-    for part in parts:
-        places = [files.place(path, folder) for path, folder in part]
-        if all(len(place) > 1 for place in places):
-            names.append([place[0] for place in places])
-            in_folders = True
-        else:
-            names.append(_told_beside(files, part))
+    names = class_names(division)
+    in_folders = [None not in own for own in names]
+    names = [
+        own if inside else _told_beside(files, part)
+        for own, inside, part in zip(names, in_folders, division.parts, strict=True)
+    ]
     known = {name for own in names for name in own or ()}
     if len(known) < 2:
-        return [None] * len(parts), None
-    numbers = not in_folders and all(name.isdecimal() for name in known)
+        return [None] * len(names), None
+    numbers = not any(in_folders) and all(name.isdecimal() for name in known)
     classes = sorted(known, key=int if numbers else None)
     place_of = {name: place for place, name in enumerate(classes)}
     return [None if own is None else torch.tensor([place_of[name] for name in own]) for own in names], tuple(classes)
 
 
-def _told_beside(files: Files, part: Found) -> list[str] | None:
+def _told_beside(files: Files, part: Sequence[Path]) -> list[str] | None:
     """What a `NAME.cls` beside each `NAME.png` says, as WebDataset has it; None where some have none."""
-    beside = [str(path.with_suffix(".cls")) for path, _ in part]
+    beside = [str(path.with_suffix(".cls")) for path in part]
     if not all(map(files.exists, beside)):
         return None
     return [files.read(path).decode(errors="replace").strip() for path in beside]

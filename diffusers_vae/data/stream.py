@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from .order import Batches, streamed
-from .rows import find_columns, find_parts, rows_builder
-from .sources import DataConfig, StoredImages
+from .rows import find_columns, find_parts, rows_builder, unused_splits
+from .sources import DataConfig, Layout, StoredImages
 from .store import EncodedStore
 
 if TYPE_CHECKING:
@@ -159,9 +159,9 @@ class StreamedImages(StoredImages):
         return digest.hexdigest()
 
 
-def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, StreamedImages]:
-    """The training and the held-out images of a set of Parquet files, of which the footers alone are read now. Of a set
-    with one split, the held-out ones are those of row groups at random.
+def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, StreamedImages, Layout]:
+    """The training and the held-out images of a set of Parquet files, of which the footers alone are read now, and how
+    they were read. Of a set with one split, the held-out ones are those of row groups at random.
 
     Raises:
         OSError: when there is no such set, or none that may be read.
@@ -202,6 +202,7 @@ def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, Str
     return (
         StreamedImages(config, store, range(total - heldout)),
         StreamedImages(config, store, range(total - heldout, total)),
+        Layout(len(parts) == 2, unused_splits(found, parts)),
     )
 
 

@@ -1,0 +1,290 @@
+"""Which image files of a folder or an archive are trained on, and which are held out."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .files import ARCHIVES, COMPRESSED, Files
+from .parts import HELDOUT, TRAINING, is_bare, is_generic, is_plain, part_of, refuse_folds, split_of
+
+LISTED = 5
+"""Names in a note."""
+PACKED = "\0"
+"""What the name of an archive ends with among the names of folders."""
+Names = tuple[str, ...]
+"""Of folders and archives, from one that holds all of them down."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """Image files by part."""
+
+    parts: list[list[Path]]
+    """Those to train on and those held out, or all, of which some are to be held out; each list is sorted."""
+    folders: dict[str, Names]
+    """Names of the folders on the way from the set to each folder with images, without those of parts and archives."""
+    notes: list[str]
+    """What is not used, and what is in spite of its name."""
+
+
+@dataclass
+class _Roles:
+    """What the folders of a set are for, with their names as in `Division.folders`."""
+
+    training: dict[str, Names] = field(default_factory=dict)
+    heldout: dict[str, Names] = field(default_factory=dict)
+    undivided: dict[str, Names] = field(default_factory=dict)
+    splits: list[Names] = field(default_factory=list)
+    """Folders in which parts lie."""
+    unused: list[Names] = field(default_factory=list)
+    doubtful: list[Names] = field(default_factory=list)
+    """Folders that are named as a part, with no other part beside them."""
+
+
+def divide(files: Files, suffixes: Sequence[str]) -> Division:
+    """Find the image files of a set, those with one of the `suffixes`, and its parts.
+
+    Parts are folders or archives beside each other, by their names (`parts.split_of`). They are looked for in the root
+    and, if there are none, further down: where a folder lies alone, and in folders beside each other, each of which is
+    a set or a class with parts. What lies outside of these parts is trained on.
+
+    Raises:
+        FileNotFoundError: when there is no image.
+        ValueError: when it is not clear what to train on.
+    """
+    folder, entries, holders, images = _first_with_several(files, suffixes)
+
+    def holds_images(path: Path) -> bool:
+        return any(_is_image(found, suffixes) for found in files.below(path))
+
+    def alone() -> bool:
+        others = [path for path in holders if part_of(path.name, not entries[path]) is None]
+        return not images and not any(map(holds_images, others))
+
+    names = {path.name: path for path in holders}
+    split = split_of(names, lambda name: not entries[names[name]], alone)
+    _refuse_both_kinds(folder, {path: entries[path] for path in holders})
+    if split:
+        chosen = [names[name] for name in (*split.training, *split.heldout)]
+        others = [path for path in holders if path not in chosen]
+        unused = [
+            path
+            for path in others
+            if path.name in split.unused or not entries[path] or _shows_images(files, path, suffixes)
+        ]
+        roles = _Roles(unused=[(path.name,) for path in unused])
+        parts = []
+        for own, group in ((roles.training, split.training), (roles.heldout, split.heldout)):
+            found = []
+            for path in (names[name] for name in group):
+                inside = [image for image in files.below(path) if _is_image(image, suffixes)]
+                own |= {at: _bare(left) for at, left in _folders(files, inside, path).items()}
+                found += inside
+            parts.append(_checked(found, [names[name] for name in group], suffixes, files))
+    else:
+        inner = {path: entries[path] for path in holders}
+        _refuse_unclear(folder, folder == files.root, inner, images, holds_images)
+        found = [image for image in files.below(folder) if _is_image(image, suffixes)]
+        roles = _Roles()
+        _assign([(at, left, ()) for at, left in _folders(files, found, folder).items()], (), roles)
+        refuse_folds(["/".join(names) for names in roles.splits])
+        parts = [_checked(found, [folder], suffixes, files)]
+        if roles.heldout:
+            trained = roles.training | roles.undivided
+            parts = [[image for image in found if os.path.dirname(image) in own] for own in (trained, roles.heldout)]
+        else:
+            parts = _by_file_names(found) or parts
+    folders = roles.training | roles.heldout | roles.undivided
+    return Division(parts, folders, _notes(files, folder, roles))
+
+
+def class_names(division: Division) -> list[list[str | None]]:
+    """The class of each file of each part: the first folder on its way that is not the same for all and names no part;
+    None where there is none.
+    """
+    places = []
+    for part in division.parts:
+        own = {place: division.folders[place] for place in dict.fromkeys(os.path.dirname(path) for path in part)}
+        while (first := _common(own.values())) and (
+            is_bare(first) or is_generic(first) or (part_of(first) and all(names[1:] for names in own.values()))
+        ):
+            own = {place: names[1:] for place, names in own.items()}
+        places.append(own)
+    while _common(names for own in places if all(own.values()) for names in own.values()):
+        places = [{at: names[1:] for at, names in own.items()} if all(own.values()) else own for own in places]
+    return [
+        [next(iter(own[os.path.dirname(path)]), None) for path in part]
+        for own, part in zip(places, division.parts, strict=True)
+    ]
+
+
+def _common(folders: Iterable[Names]) -> str | None:
+    """The first name, if all have the same."""
+    firsts = {names[0] if names else None for names in folders}
+    return firsts.pop() if len(firsts) == 1 else None
+
+
+def _is_image(path: Path, suffixes: Sequence[str]) -> bool:
+    return path.suffix.lower() in suffixes
+
+
+def _first_with_several(files: Files, suffixes: Sequence[str]) -> tuple[Path, dict[Path, bool], list[Path], list[Path]]:
+    """The root or, as long as nothing but one folder or archive lies in it, that; what lies there, and whether it is a
+    folder; the folders and archives, and the images.
+    """
+    folder = files.root
+    while True:
+        entries = dict(sorted(files.inside(folder).items()))
+        holders = [path for path, inner in entries.items() if inner or _is_archive(path)]
+        images = [path for path, inner in entries.items() if not inner and _is_image(path, suffixes)]
+        packed = [path for path in entries if path.name.lower().endswith(COMPRESSED)]
+        if len(holders) != 1 or images or (packed and not is_bare(holders[0].name)):
+            return folder, entries, holders, images
+        folder = holders[0]
+
+
+def _is_archive(path: Path) -> bool:
+    return path.suffix.lower() in ARCHIVES and path.is_file()  # archives within archives are not read
+
+
+def _shows_images(files: Files, path: Path, suffixes: Sequence[str]) -> bool:
+    """Whether images lie in a folder, or in the first folder of it, and so on; it may be large."""
+    for _ in range(LISTED):
+        entries = sorted(files.inside(path).items())
+        if any(_is_image(found, suffixes) and not inner for found, inner in entries):
+            return True
+        path = next((found for found, inner in entries if inner), path)
+    return False
+
+
+def _folders(files: Files, images: Sequence[Path], base: Path) -> dict[str, Names]:
+    """The folders of the images, each with the names on the way from `base`."""
+    found: dict[str, Names] = {}
+    for at in dict.fromkeys(os.path.dirname(image) for image in images):
+        path, names = base, []
+        for name in Path(at).relative_to(base).parts:
+            path /= name
+            names.append(name + PACKED if str(path) in files.archives else name)
+        found[at] = tuple(names)
+    return found
+
+
+def _bare(names: Names) -> Names:
+    """The names without those of archives."""
+    return tuple(name for name in names if not name.endswith(PACKED))
+
+
+def _assign(folders: Sequence[tuple[str, Names, Names]], above: Names, roles: _Roles) -> None:
+    """Say what folders are for that lie below one, `above`: each with the names on the way that are left, and those so
+    far that count.
+    """
+    inside: dict[str, list[tuple[str, Names, Names]]] = defaultdict(list)
+    images = []
+    for at, left, so_far in folders:
+        if left:
+            inside[left[0]].append((at, left[1:], so_far))
+        else:
+            images.append((at, left, so_far))
+    names = {name.rstrip(PACKED): name for name in inside}
+    split = split_of(names, lambda name: names[name].endswith(PACKED), lambda: not images and all(map(part_of, names)))
+    if split:
+        roles.splits.append(above)
+        for own, group in ((roles.training, split.training), (roles.heldout, split.heldout)):
+            own |= {at: so_far + _bare(left) for name in group for at, left, so_far in inside[names[name]]}
+        others = names.keys() - {*split.training, *split.heldout}
+        roles.unused += [(*above, name) for name in sorted(others)] + ([above] if images else [])
+        return
+    if packed := [name for name in inside if name.endswith(PACKED)]:  # what is in them lies beside them
+        beside = [(at, (name, *left), rest) for name in inside for at, left, rest in inside[name] if name not in packed]
+        _assign([*images, *beside, *(entry for name in packed for entry in inside[name])], above, roles)
+        return
+    roles.undivided |= {at: so_far for at, _, so_far in images}
+    if len(inside) > 1 or images:
+        roles.doubtful += [(*above, name) for name in inside if part_of(name)]
+    for name, group in inside.items():
+        _assign([(at, left, (*so_far, name)) for at, left, so_far in group], (*above, name), roles)
+
+
+def _by_file_names(images: list[Path]) -> list[list[Path]] | None:
+    """The images to train on and those held out, if the names of all files mean a part: train_001.png, test_001.png."""
+    if not all(part_of(image.stem, True) for image in images[:LISTED]):
+        return None  # as nearly always
+    split = split_of({image.stem for image in images}, lambda name: True)
+    if split is None or not all(part_of(image.stem, True) for image in images):
+        return None
+    return [[image for image in images if image.stem in names] for names in ({*split.training}, {*split.heldout})]
+
+
+def _checked(found: list[Path], folders: Sequence[Path], suffixes: Sequence[str], files: Files) -> list[Path]:
+    if not found:
+        where = ", ".join(str(folder.resolve()) for folder in folders[:3])
+        written = f", without what diffusers_vae wrote: {_listed(files.outputs)}" if files.outputs else ""
+        raise FileNotFoundError(f"no image below {where}: none of {', '.join(suffixes)}{written}")
+    return found
+
+
+def _refuse_both_kinds(folder: Path, holders: Mapping[Path, bool]) -> None:
+    bare = [path for path, inner in holders.items() if is_bare(path.name, not inner)]
+    for word in (*TRAINING, *HELDOUT):
+        group = [path for path in bare if part_of(path.name, not holders[path]).word == word]
+        if len({holders[path] for path in group}) > 1:
+            raise ValueError(
+                f"{word} is there as a folder and as archives in {folder.resolve()}: "
+                f"{_listed(path.name for path in group)}. Move one elsewhere"
+            )
+
+
+def _refuse_unclear(
+    folder: Path,
+    is_root: bool,
+    holders: Mapping[Path, bool],
+    images: Sequence[Path],
+    holds_images: Callable[[Path], bool],
+) -> None:
+    """Raise ValueError when held-out parts lie beside other images than a part to train on, or, in the root, `train`
+    lies beside others than a held-out part.
+    """
+    found = {path: part_of(path.name, not inner) for path, inner in holders.items()}
+    parts = {path: part.word for path, part in found.items() if part and not part.rest}
+    for path, word in list(parts.items()):
+        if word in TRAINING and not (is_root and is_plain(path.name, not holders[path])):
+            del parts[path]
+    others = [path for path in holders if path not in parts] if parts else []
+    if images or len({*parts.values()}) > 1 or any(map(holds_images, others)):
+        parts = {path: word for path, word in parts.items() if holds_images(path)}
+    if parts and (images or len({*parts.values()}) > 1 or any(map(holds_images, others))):
+        names = sorted(path.name for path in (*images, *others, *parts))
+        raise ValueError(
+            f"it is not clear what to train on in {folder.resolve()}: its images must lie in a part to train on and "
+            f"one that is held out, such as train/ and test/, or in neither, got {', '.join(names[:10])}. Point "
+            "data.root inside, or rename or move folders"
+        )
+
+
+def _notes(files: Files, folder: Path, roles: _Roles) -> list[str]:
+    """What people should know before a training."""
+    notes = []
+
+    def named(found: Sequence[Names]) -> str:
+        return _listed(os.path.join(*names) + os.sep if names else "images beside parts" for names in found)
+
+    if roles.unused:
+        notes.append(f"not used, since other parts are: {named(roles.unused)} in {folder.resolve()}")
+    doubtful = [names for names in roles.doubtful if any(at[: len(names)] == names for at in roles.undivided.values())]
+    if doubtful:
+        notes.append(
+            f"trained on, though named as a part, since no other part lies beside it: {named(doubtful)} in "
+            f"{folder.resolve()}"
+        )
+    if files.outputs:
+        notes.append(f"left out, since diffusers_vae wrote it: {_listed(sorted(files.outputs))}")
+    return notes
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = [*names]
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
