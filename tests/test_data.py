@@ -725,7 +725,6 @@ class TestClassesAndCaptions:
             ('{"file_name": "test/dog/1.png", "text": " "}', "line 5: text of test/dog/1.png is empty"),
             ('{"file_name": "test/dog/1.png", "caption": []}', "line 5: caption of test/dog/1.png is empty"),
             ('{"file_name": "test/dog/1.png", "text": 3}', "must be a string or a list of strings, got 3"),
-            ('{"file_name": "test/dog/1.png", "text": "a", "caption": "b"}', "has both text and caption"),
             ('{"file_name": "train/cat/1.png", "text": "a"}', "has a line already, .*line 1; several captions go into"),
             ('{"file_name": "test/dog/1.png", "text": "\udcff"}', r"metadata\.jsonl, line 5 is not UTF-8"),
             ("", r"train/dog/1\.png has no caption, and others have one\n.*test/dog/1\.png has no caption"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,42 +17,74 @@ from typing import Any
 from ..messages import problem_list
 from ..untrusted import MAX_TEXT
 from .files import Files
+from .parts import words
 
-METADATA = "metadata.jsonl"
-KEYS = ("text", "caption")
+METADATA = ("metadata.jsonl", "metadata.csv")
+KEYS = ("text", "caption", "prompt")
+"""Where a caption stands in metadata and JSON; the first that is there counts."""
+SUFFIXES = (".txt", ".caption", ".json")
+"""Of files beside an image that are named like it; the first that has captions counts."""
+UNREAD = (".cap", ".md", ".prompt", ".tag", ".tags", ".text")
+"""Suffixes of files beside an image that may be captions and are not read."""
+TABLES = (".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt", ".xlsx", ".xml")
+TELLING = {"cap", "caption", "captions", "meta", "metadata", "prompt", "prompts"}
+"""Words in the names of files that may hold captions."""
+FOLDERS = TELLING | {"annotation", "annotations", "text", "texts"}
+"""Words in the names of folders that may do so."""
+BOX = re.compile(r"\s*\d+(\s+[-+]?\d[\d.eE+-]*){4,}\s*")
+"""A line of a text file with the class and the place of an object, as for YOLO."""
 MAX_METADATA = 2**28
 """Bytes of a metadata file, of over a million images; each folder may have its own."""
 
 
-def read_captions(below: Files, paths: Sequence[Path]) -> list[tuple[str, ...]] | None:
-    """One or more captions of each of the image files `paths`, or None if there are none at all.
+def read_captions(below: Files, paths: Sequence[Path]) -> tuple[list[tuple[str, ...]] | None, list[str]]:
+    """One or more captions of each of the image files `paths`, or None if there are none at all; and notes that name
+    files that look like captions and are not read.
 
-    They stand in a `metadata.jsonl`, as Hugging Face's imagefolder has it, in the folder of the image or one above it
-    up to the root: a line per image, with `file_name` relative to the file and `text` or `caption`, a string or
-    several. Or in a text file beside the image and named like it, a caption a line.
+    They stand in a `metadata.jsonl` or `metadata.csv`, as Hugging Face's imagefolder has it, in the folder of the image
+    or one above it up to the root, or beside the archive of the image: a row per image, with `file_name` relative to
+    the file and one of `KEYS`, a string or, in JSON, several. Or in a file beside the image and named like it: a text,
+    NAME.txt or NAME.caption, a caption a line, or NAME.json with one of `KEYS`.
 
     Raises:
         ValueError: naming what is not as it should be, an image without a caption among others that have one too.
     """
     files = [str(path) for path in paths]
-    problems: list[str] = []
     root = "" if str(below.root) == "." else str(below.root)  # as the files' names begin
-    found = _from_metadata(below, _folders(root, files), set(files), problems)
+    folders = _folders(root, files)
+    metadata = _Metadata(below, files)
+    for folder in folders:
+        metadata.read_folder(folder)
+    if root in below.archives:
+        folders.append(os.path.dirname(root))
+        metadata.read_folder(folders[-1], others=True)
     beside = _beside(below, files)
-    both = [file for file in files if file in found and file in beside]
-    problems += [f"{file} has captions in {beside[file]} and in a {METADATA}" for file in both]
     with ThreadPoolExecutor() as pool:
-        texts = dict(zip(beside, pool.map(partial(_from_text, below), beside.values()), strict=True))
-    problems += sorted({text for text in texts.values() if isinstance(text, str)})
-    found |= texts
+        texts = dict(zip(beside, pool.map(partial(_from_beside, below), beside.values()), strict=True))
+    boxes = [text.boxes for text in texts.values() if text.boxes]
+    problems = metadata.problems
+    for file, text in texts.items():
+        if text.captions and file in metadata.found:
+            problems.append(f"{file} has captions in {text.source} and in a {metadata.sources[file]}")
+    empty = [] if boxes else [f"{text.empty} holds no caption" for text in texts.values() if text.empty]
+    problems += sorted({text.problem for text in texts.values() if text.problem}.union(empty))
+    unread = [path for text in texts.values() for path in text.unread]
+    notes = metadata.notes
+    if boxes:
+        notes.append(f"hold numbers, as of objects' boxes, and are no captions: {_counted(boxes)}")
+    if unread := [*metadata.unread, *unread, *_others(below, folders, files)]:
+        notes.append(f"look like captions and are not read (docs/images.md): {_counted(unread)}")
+    found = metadata.found | {file: text.captions for file, text in texts.items() if text.captions}
     if not found and not problems:
-        return None
-    problems = problems or [f"{file} has no caption, and others have one" for file in files if file not in found]
+        return None, notes
+    if not problems and (missing := [file for file in files if file not in found]):
+        problems = [f"{len(found):,} of {len(files):,} images have a caption"]
+        problems += [f"{file} has no caption, and others have one" for file in missing]
     if problems:
         raise ValueError(
             f"the captions below {below.root.resolve()} are not as they should be:\n{problem_list(problems)}"
         )
-    return [found[file] for file in files]
+    return [found[file] for file in files], notes
 
 
 def _folders(root: str, files: Sequence[str]) -> list[str]:
@@ -61,25 +97,58 @@ def _folders(root: str, files: Sequence[str]) -> list[str]:
     return sorted(folders)
 
 
-def _beside(below: Files, files: Sequence[str]) -> dict[str, str]:
-    """The text file beside each image file that has one."""
+@dataclass(frozen=True)
+class _Beside:
+    """What the files beside an image hold."""
+
+    captions: tuple[str, ...] = ()
+    source: str = ""
+    """The file with the captions."""
+    problem: str = ""
+    empty: str = ""
+    """A file without text."""
+    boxes: str = ""
+    """A file with numbers."""
+    unread: tuple[str, ...] = ()
+    """Files that are no captions after all."""
+
+
+def _beside(below: Files, files: Sequence[str]) -> dict[str, list[str]]:
+    """The files beside each image file that may hold its captions, in the order of `SUFFIXES`."""
     one_of_each = {os.path.dirname(file): file for file in files}
-    texts = {folder: below.beside(file) for folder, file in one_of_each.items()}
+    names = {folder: below.beside(file) for folder, file in one_of_each.items()}
     beside = {}
     for file in files:
         folder, name = os.path.split(file)
-        text = os.path.splitext(name)[0] + ".txt"
-        if text in texts[folder]:
-            beside[file] = os.path.join(folder, text)
+        stem = os.path.splitext(name)[0]
+        if found := [os.path.join(folder, stem + suffix) for suffix in SUFFIXES if stem + suffix in names[folder]]:
+            beside[file] = found
     return beside
 
 
-def _from_text(below: Files, path: str) -> tuple[str, ...] | str:
-    """The captions in a text file, or what is wrong with it."""
-    text = _read(below, path, MAX_TEXT)
-    if isinstance(text, ValueError):
-        return str(text)
-    return tuple(line.strip() for line in text.split("\n") if line.strip()) or f"{path} holds no caption"
+def _from_beside(below: Files, paths: Sequence[str]) -> _Beside:
+    """The first captions in the files beside an image."""
+    boxes, empty, unread = "", "", []
+    for path in paths:
+        if path.endswith(".json"):
+            try:
+                captions = _captions(json.loads(below.read(path)))[1]
+            except (RecursionError, UnicodeDecodeError, ValueError):  # such files hold many other things
+                captions = ()
+            if not captions:
+                unread.append(path)
+        else:
+            text = _read(below, path, MAX_TEXT)
+            if isinstance(text, ValueError):
+                return _Beside(problem=str(text))
+            captions = tuple(line.strip() for line in text.split("\n") if line.strip())
+            if captions and all(map(BOX.fullmatch, captions)):
+                boxes, captions = path, ()
+            elif not captions:
+                empty = path
+        if captions:
+            return _Beside(captions, path, boxes=boxes, unread=(*unread,))
+    return _Beside(empty=empty, boxes=boxes, unread=(*unread,))
 
 
 def _read(below: Files, path: str, limit: int) -> str | ValueError:
@@ -94,59 +163,163 @@ def _read(below: Files, path: str, limit: int) -> str | ValueError:
         return ValueError(f"{path}, line {line} is not UTF-8")
 
 
-def _from_metadata(
-    below: Files, folders: Sequence[str], files: set[str], problems: list[str]
-) -> dict[str, tuple[str, ...]]:
-    """The captions in the metadata files of the folders, by image file; what is wrong with them joins `problems`."""
-    found: dict[str, tuple[str, ...]] = {}
-    places: dict[str, str] = {}
-    for metadata in (os.path.join(folder, METADATA) for folder in folders):
-        if not below.exists(metadata):
-            continue
-        text = _read(below, metadata, MAX_METADATA)
-        if isinstance(text, ValueError):
-            problems.append(str(text))
-            continue
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
+class _Metadata:
+    """The captions in metadata files."""
+
+    def __init__(self, below: Files, files: Sequence[str]):
+        self.below, self.files = below, {*files}
+        self.found: dict[str, tuple[str, ...]] = {}
+        self.sources: dict[str, str] = {}
+        """Name of the metadata file, of each image file with captions there."""
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.unread: list[str] = []
+        self.rows: dict[str, str] = {}
+        """Where the row of each file stands."""
+
+    def read_folder(self, folder: str, others: bool = False) -> None:
+        """Read the metadata files in a folder, which may describe `others` than the files of the set."""
+        for name in METADATA:
+            path = os.path.join(folder, name)
+            if not self.below.exists(path):
                 continue
-            place = f"{metadata}, line {number}"
+            text = _read(self.below, path, MAX_METADATA)
+            if isinstance(text, ValueError):
+                self.problems.append(str(text))
+            elif name.endswith(".csv"):
+                self._read_rows(path, _csv_rows(text), others)
+            else:
+                self._read_rows(path, _json_rows(text), others)
+
+    def _read_rows(self, path: str, rows: Iterator[tuple[int, dict[str, Any] | ValueError]], others: bool) -> None:
+        keys: set[str] = set()
+        described = 0
+        for number, row in rows:
+            place = f"{path}, line {number}"
             try:
-                name, captions = _row(line)
+                if isinstance(row, ValueError):
+                    raise row
+                if path.endswith(".csv") and "file_name" not in row:  # any table may be called so
+                    self.unread.append(path)
+                    return
+                name, captions = _row(row)
+                keys |= row.keys()
+                described += bool(captions)
                 name = os.path.normpath(name)
                 if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
-                    raise ValueError(f"{name} must lie in the folder of the {METADATA} or below it")
-                file = os.path.join(os.path.dirname(metadata), name)
-                if file in places:
-                    raise ValueError(f"{name} has a line already, {places[file]}; several captions go into a list")
-                if file not in files and not below.exists(file):  # files of other kinds may be described too
+                    raise ValueError(f"{name} must lie in the folder of the {os.path.basename(path)} or below it")
+                file = self._find(os.path.join(os.path.dirname(path), name), name)
+                if file in self.rows:
+                    raise ValueError(f"{name} has a line already, {self.rows[file]}; several captions go into a list")
+                if file is None and not others:
                     raise ValueError(f"there is no file {name}")
             except ValueError as error:
-                problems.append(f"{place}: {error}")
+                self.problems.append(f"{place}: {error}")
                 continue
-            places[file] = place
-            if captions and file in files:
-                found[file] = captions
+            if file is not None:
+                self.rows[file] = place
+            if captions and file in self.files:
+                self.found[file], self.sources[file] = captions, os.path.basename(path)
+        if keys and not described:
+            self.notes.append(
+                f"no captions in {path}, which has none of {', '.join(KEYS)}, but {', '.join(sorted(keys)[:10])}"
+            )
+
+    def _find(self, file: str, name: str) -> str | None:
+        """The file that a row names, if there is one; one in an archive may be named as if it was unpacked there."""
+        if file in self.files or self.below.exists(file):  # files of other kinds may be described too
+            return file
+        found = self.below.unpacked.get(file, ())
+        if len(found) > 1:
+            raise ValueError(f"{name} lies in several archives: {', '.join(found[:3])}")
+        return found[0] if found else None
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Number and object of each line that is not empty."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            yield number, ValueError(f"no JSON: {error.msg} at column {error.colno}")
+            continue
+        if isinstance(row, dict) and isinstance(row.get("file_name"), str) and row["file_name"]:
+            yield number, row
+        else:
+            yield number, ValueError(f"it must be an object with a file_name, got {line.strip()[:60]}")
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Number of the last line and fields of each row, without those that are empty but file_name."""
+    header = text.partition("\n")[0]
+    delimiter = next((mark for mark in ";\t" if mark in header and "," not in header), ",")
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        for row in rows:
+            names = {name: value for name, value in row.items() if name and (value or name == "file_name")}
+            if "file_name" in names and not names["file_name"]:
+                yield rows.line_num, ValueError("file_name is empty")
+            else:
+                yield rows.line_num, names
+    except csv.Error as error:
+        yield rows.line_num, ValueError(f"no CSV: {error}")
+
+
+def _row(row: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """File name and captions in a row; ValueError saying what is wrong with it."""
+    key, captions = _captions(row)
+    if key is not None and not captions:
+        value = row[key]
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{key} of {row['file_name']} must be a string or a list of strings, got {value}")
+        raise ValueError(f"{key} of {row['file_name']} is empty")
+    return row["file_name"], captions
+
+
+def _captions(row: Any) -> tuple[str | None, tuple[str, ...]]:
+    """The first of `KEYS` in an object, and the captions there, none if they are empty or no text."""
+    key = next((key for key in KEYS if isinstance(row, dict) and key in row), None)
+    value = None if key is None else row[key]
+    captions = [value] if isinstance(value, str) else value
+    if not isinstance(captions, list) or not all(isinstance(text, str) and text.strip() for text in captions):
+        return key, ()
+    return key, tuple(text.strip() for text in captions)
+
+
+def _others(below: Files, folders: Sequence[str], files: Sequence[str]) -> list[str]:
+    """Files that may hold captions by their names and are not read: beside the images, in the folders above, and in
+    folders there that are named so.
+    """
+    found = []
+    keys: dict[str, set[str]] = {}
+    for file in files:
+        folder, name = os.path.split(file)
+        keys.setdefault(folder, set()).add(name.partition(".")[0])
+    stems = {os.path.splitext(file)[0] for file in files}
+    for folder in folders:
+        for name in sorted(below.names_in(folder)):
+            path, (stem, suffix) = os.path.join(folder, name), os.path.splitext(name)
+            if not suffix and FOLDERS.intersection(words(name)) and os.path.isdir(path):
+                inside = sorted(os.listdir(path))
+                texts = [inner for inner in inside if inner.endswith(SUFFIXES[:2])]
+                found += [os.path.join(path, inner) for inner in ([*filter(_is_telling, inside)] or texts)]
+            elif name not in METADATA and not (suffix in SUFFIXES and os.path.join(folder, stem) in stems):
+                like_an_image = suffix in (*SUFFIXES, *UNREAD) and name.partition(".")[0] in keys.get(folder, ())
+                found += [path] * (like_an_image or _is_telling(name))
     return found
 
 
-def _row(line: str) -> tuple[str, tuple[str, ...]]:
-    """File name and captions in a line; ValueError saying what is wrong with it."""
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
-        raise ValueError(f"it must be an object with a file_name, got {line.strip()[:60]}")
-    keys = [key for key in KEYS if key in row]
-    if not keys:
-        return row["file_name"], ()
-    if len(keys) == 2:
-        raise ValueError(f"{row['file_name']} has both text and caption")
-    value = row[keys[0]]
-    captions = [value] if isinstance(value, str) else value
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{keys[0]} of {row['file_name']} must be a string or a list of strings, got {value}")
-    if not captions or not all(caption.strip() for caption in captions):
-        raise ValueError(f"{keys[0]} of {row['file_name']} is empty")
-    return row["file_name"], tuple(caption.strip() for caption in captions)
+def _is_telling(name: str) -> bool:
+    stem, suffix = os.path.splitext(name)
+    return suffix.lower() in TABLES and bool(TELLING.intersection(words(stem)))
+
+
+def _counted(paths: Sequence[str]) -> str:
+    """The number of files of each suffix, with one of them."""
+    kinds: dict[str, list[str]] = {}
+    for path in dict.fromkeys(paths):
+        kinds.setdefault(os.path.splitext(path)[1], []).append(path)
+    return "; ".join(own[0] if len(own) == 1 else f"{len(own):,} files such as {own[0]}" for own in kinds.values())

@@ -771,7 +771,7 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
         parts = [[found[i] for i in part] for part in indices]
         labels = [None if of_all is None else of_all[torch.from_numpy(part)] for part in indices]
     paths = [path for part in parts for path in part]
-    told = read_captions(files, paths) if captions else None
+    told, notes = read_captions(files, paths) if captions else (None, [])
     store, count = FileStore(files.root, paths, files.members), len(parts[0])
     train, heldout = (
         StoredImages(
@@ -784,7 +784,7 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
         )
         for part, classed in zip((slice(count), slice(count, None)), labels, strict=True)
     )
-    layout = Layout(split, (*division.notes,))
+    layout = Layout(split, (*division.notes, *notes))
     return *_in_size(train, heldout, progress, memory_limit), layout
 
 
