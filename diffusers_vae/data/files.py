@@ -254,12 +254,12 @@ class Files:
         if written and parent == str(self.root):
             left_out = [name for name in folders if name in OF_RUN]
         elif written:
-            self.outputs.add(parent)
+            self.outputs.add(os.path.normpath(parent))
             folders.clear()
             names.clear()
         pictures = names if os.path.basename(parent) == OWN_FOLDER else {*OWN_PICTURES}.intersection(names)
         left_out += [name for name in pictures if is_own_picture(os.path.join(parent, name))]
-        self.outputs |= {os.path.join(parent, name) for name in left_out}
+        self.outputs |= {os.path.normpath(os.path.join(parent, name)) for name in left_out}
         folders[:] = [name for name in folders if name not in left_out]
         names[:] = [name for name in names if name not in left_out]
 

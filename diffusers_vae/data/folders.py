@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .files import ARCHIVES, COMPRESSED, Files
-from .parts import HELDOUT, TRAINING, is_bare, is_generic, is_plain, part_of, refuse_folds, split_of
+from .parts import TRAINING, is_bare, is_generic, is_plain, part_of, refuse_folds, split_of
 
 LISTED = 5
 """Names in a note."""
@@ -67,9 +67,9 @@ def divide(files: Files, suffixes: Sequence[str]) -> Division:
 
     names = {path.name: path for path in holders}
     split = split_of(names, lambda name: not entries[names[name]], alone)
-    _refuse_both_kinds(folder, {path: entries[path] for path in holders})
+    chosen = [names[name] for name in (*split.training, *split.heldout)] if split else holders
+    _refuse_both_kinds(folder, {path: entries[path] for path in chosen})
     if split:
-        chosen = [names[name] for name in (*split.training, *split.heldout)]
         others = [path for path in holders if path not in chosen]
         unused = [
             path
@@ -78,11 +78,11 @@ def divide(files: Files, suffixes: Sequence[str]) -> Division:
         ]
         roles = _Roles(unused=[(path.name,) for path in unused])
         parts = []
-        for own, group in ((roles.training, split.training), (roles.heldout, split.heldout)):
+        for role, group in ((roles.training, split.training), (roles.heldout, split.heldout)):
             found = []
             for path in (names[name] for name in group):
                 inside = [image for image in files.below(path) if _is_image(image, suffixes)]
-                own |= {at: _bare(left) for at, left in _folders(files, inside, path).items()}
+                role |= {at: _bare(left) for at, left in _folders(files, inside, path).items()}
                 found += inside
             parts.append(_checked(found, [names[name] for name in group], suffixes, files))
     else:
@@ -95,7 +95,7 @@ def divide(files: Files, suffixes: Sequence[str]) -> Division:
         parts = [_checked(found, [folder], suffixes, files)]
         if roles.heldout:
             trained = roles.training | roles.undivided
-            parts = [[image for image in found if os.path.dirname(image) in own] for own in (trained, roles.heldout)]
+            parts = [[image for image in found if os.path.dirname(image) in role] for role in (trained, roles.heldout)]
         else:
             parts = _by_file_names(found) or parts
     folders = roles.training | roles.heldout | roles.undivided
@@ -106,19 +106,21 @@ def class_names(division: Division) -> list[list[str | None]]:
     """The class of each file of each part: the first folder on its way that is not the same for all and names no part;
     None where there is none.
     """
-    places = []
+    parts = []
     for part in division.parts:
-        own = {place: division.folders[place] for place in dict.fromkeys(os.path.dirname(path) for path in part)}
-        while (first := _common(own.values())) and (
-            is_bare(first) or is_generic(first) or (part_of(first) and all(names[1:] for names in own.values()))
+        folders = {at: division.folders[at] for at in dict.fromkeys(os.path.dirname(path) for path in part)}
+        while (first := _common(folders.values())) and (
+            is_bare(first) or is_generic(first) or (part_of(first) and all(names[1:] for names in folders.values()))
         ):
-            own = {place: names[1:] for place, names in own.items()}
-        places.append(own)
-    while _common(names for own in places if all(own.values()) for names in own.values()):
-        places = [{at: names[1:] for at, names in own.items()} if all(own.values()) else own for own in places]
+            folders = {at: names[1:] for at, names in folders.items()}
+        parts.append(folders)
+    while _common(names for folders in parts if all(folders.values()) for names in folders.values()):
+        parts = [
+            {at: names[1:] for at, names in folders.items()} if all(folders.values()) else folders for folders in parts
+        ]
     return [
-        [next(iter(own[os.path.dirname(path)]), None) for path in part]
-        for own, part in zip(places, division.parts, strict=True)
+        [next(iter(folders[os.path.dirname(path)]), None) for path in part]
+        for folders, part in zip(parts, division.parts, strict=True)
     ]
 
 
@@ -193,8 +195,8 @@ def _assign(folders: Sequence[tuple[str, Names, Names]], above: Names, roles: _R
     split = split_of(names, lambda name: names[name].endswith(PACKED), lambda: not images and all(map(part_of, names)))
     if split:
         roles.splits.append(above)
-        for own, group in ((roles.training, split.training), (roles.heldout, split.heldout)):
-            own |= {at: so_far + _bare(left) for name in group for at, left, so_far in inside[names[name]]}
+        for role, group in ((roles.training, split.training), (roles.heldout, split.heldout)):
+            role |= {at: so_far + _bare(left) for name in group for at, left, so_far in inside[names[name]]}
         others = names.keys() - {*split.training, *split.heldout}
         roles.unused += [(*above, name) for name in sorted(others)] + ([above] if images else [])
         return
@@ -228,9 +230,11 @@ def _checked(found: list[Path], folders: Sequence[Path], suffixes: Sequence[str]
 
 
 def _refuse_both_kinds(folder: Path, holders: Mapping[Path, bool]) -> None:
-    bare = [path for path, inner in holders.items() if is_bare(path.name, not inner)]
-    for word in (*TRAINING, *HELDOUT):
-        group = [path for path in bare if part_of(path.name, not holders[path]).word == word]
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for path, inner in holders.items():
+        if (part := part_of(path.name, not inner)) and not part.rest:
+            groups[part.word].append(path)
+    for word, group in groups.items():
         if len({holders[path] for path in group}) > 1:
             raise ValueError(
                 f"{word} is there as a folder and as archives in {folder.resolve()}: "

@@ -62,18 +62,18 @@ def part_of(name: str, is_file: bool = False) -> PartName | None:
     """
     for boundary in (CAMEL, CAPITALS):
         found = words(name, boundary)
-        known = [word for word in found if word in TRAINING or word in HELDOUT]
-        if not known:
+        matches = [word for word in found if word in TRAINING or word in HELDOUT]
+        if not matches:
             continue
-        word = known[0]
-        kinds = {"training" if word in TRAINING else "val" if word in VALIDATION else "test" for word in known}
+        word = matches[0]
+        kinds = {"training" if word in TRAINING else "val" if word in VALIDATION else "test" for word in matches}
         if kinds == {"training", "val"}:
             word = "trainval"
         elif len(kinds) > 1 and "training" in kinds:
             return None  # as in train_test_split
         if is_file:
-            found = found[: found.index(known[0])]
-        return PartName(word, frozenset(found) - {*known} - GENERIC)
+            found = found[: found.index(matches[0])]
+        return PartName(word, frozenset(found) - {*matches} - GENERIC)
     return None
 
 
@@ -106,10 +106,10 @@ def split_of(
         agreeing = agreeing if agreeing and alone() else []
     if not agreeing:
         return None
-    own, held = ({pair[side] for pair in agreeing} for side in (0, 1))
-    train = [name for name, part in parts.items() if part.word in TRAINING and part.rest in own]
+    training, heldout = ({pair[side] for pair in agreeing} for side in (0, 1))
+    train = [name for name, part in parts.items() if part.word in TRAINING and part.rest in training]
     train = [name for name in train if parts[name].word != "trainval"] or train
-    rest = [name for name, part in parts.items() if part.word not in TRAINING and part.rest in held]
+    rest = [name for name, part in parts.items() if part.word not in TRAINING and part.rest in heldout]
     if parts[train[0]].word == "trainval":  # which has the images of val, too
         rest = [name for name in rest if parts[name].word not in VALIDATION] or rest
     word = min((parts[name].word for name in rest), key=HELDOUT.index)

@@ -236,19 +236,19 @@ def _folder_builder(root: Path, subset: str | None) -> DatasetBuilder:
         if whole.name != "parquet" or len(found) != 1:
             return whole
         files = [str(file) for file in next(iter(found.values()))]
-    parts = [Path(file).relative_to(root).parts for file in files]
-    while len({own[0] for own in parts}) == 1 and all(own[1:] for own in parts):
-        parts = [own[1:] for own in parts]
-    is_file = {own[0]: len(own) == 1 for own in parts}
+    paths = [Path(file).relative_to(root).parts for file in files]
+    while len({path[0] for path in paths}) == 1 and all(path[1:] for path in paths):
+        paths = [path[1:] for path in paths]
+    is_file = {path[0]: len(path) == 1 for path in paths}
     named = {name: part for name, inner in is_file.items() if (part := part_of(name, inner))}
     split = split_of(is_file, is_file.__getitem__, lambda: len(named) == len(is_file))
     if split is None and whole is not None:
         return whole
     chosen: dict[str, list[str]] = {}
-    for file, own in zip(files, parts, strict=True):
-        word = named[own[0]].word if split and own[0] in named else "train"
+    for file, path in zip(files, paths, strict=True):
+        word = named[path[0]].word if split and path[0] in named else "train"
         name = "train" if word in TRAINING else "validation" if word in VALIDATION else "test"
-        if split is None or own[0] in named:
+        if split is None or path[0] in named:
             chosen.setdefault(name, []).append(glob.escape(file))
     return datasets.load_dataset_builder("parquet", data_files=chosen)
 
