@@ -80,7 +80,7 @@ def table(name: str, key: str, *others: str) -> Callable[[Path], None]:
 
 
 def packed(*archives: str) -> Callable[[Path], None]:
-    """Pack each folder NAME into NAME.tar or NAME.zip, as asked for."""
+    """Pack each folder into the archive of its name."""
 
     def write(root: Path) -> None:
         for archive in archives:
@@ -598,8 +598,16 @@ class TestOutputs:
     SET = "train/cat/{}.png 4 training cat\ntrain/dog/{}.png 4 training dog\nval/cat/{}.png 2 held-out cat"
     FLAT = "{}.png 6 cut -"
 
-    @pytest.mark.parametrize("files", [SET, FLAT, "train/{}.png 6 cut -", "a/b/{}.png 4 cut b\na/c/{}.png 4 cut c"])
-    @pytest.mark.parametrize("settings", [None, TextToImageConfig()], ids=["autoencoder", "text-to-image"])
+    @pytest.mark.parametrize(
+        ("files", "settings"),
+        [
+            (SET, None),
+            (FLAT, TextToImageConfig()),
+            ("train/{}.png 6 cut -", None),
+            ("a/b/{}.png 4 cut b\na/c/{}.png 4 cut c", None),
+        ],
+        ids=["parts", "flat", "train alone", "classes"],
+    )
     def test_runs(self, files, settings, images, tmp_path, caplog):
         root = tmp_path / "photos"
         known = build(Layout(files), root, images)
