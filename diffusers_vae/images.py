@@ -18,7 +18,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from torchvision.utils import make_grid
 
-from .untrusted import open_image, open_regular, unreadable
+from .untrusted import count_pages, open_image, open_regular, unreadable
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 TURNED = (5, 6, 7, 8)  # orientations by which height and width change places
@@ -71,6 +71,8 @@ class Header:
     height: int
     width: int
     """Both of the upright image."""
+    pages: int = 1
+    """Pages of a TIFF or frames of an animation, counted up to 100. Only the first is read."""
 
 
 def read_header(path: str | Path, content: Callable[[], BinaryIO] | None = None) -> Header:
@@ -84,7 +86,8 @@ def read_header(path: str | Path, content: Callable[[], BinaryIO] | None = None)
         known = image.format != "PNG" or "exif" in image.info  # to look for more, Pillow decodes a PNG
         turned = known and image.getexif().get(ExifTags.Base.Orientation) in TURNED
         width, height = image.size[::-1] if turned else image.size
-        return Header(image.format or "?", image.mode + _deeper(image), height, width)
+        mode = image.mode + _deeper(image)
+        return Header(image.format or "?", mode, height, width, count_pages(image))
 
 
 def _deeper(image: Image.Image) -> str:

@@ -136,6 +136,11 @@ def look_table(found: Look) -> str:
         if files.leaks:
             rows += [("", f"{files.leaks:,} held-out files are trained on, too: figures will be too good")]
     rows += [("unreadable", named(found.unreadable) if found.unreadable else "none")]
+    if found.left_out:
+        rows += [("left out", named(found.left_out))]
+    if found.files and found.files.paged:
+        count, *names = named(found.files.paged).split("\n")
+        rows += [("pages", "\n".join([f"{count} files hold several, of which only the first is read", *names]))]
     rows += [("decoded", f"{found.measured:,} of the training images")]
     rows += [(name, "  ".join(f"{value:.4f}" for value in getattr(found, name))) for name in ("mean", "std")]
     if stated := found.value_range:

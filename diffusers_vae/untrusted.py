@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import json
 import os
@@ -10,8 +11,8 @@ import re
 import stat
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type_hints
@@ -21,10 +22,26 @@ from PIL import Image
 
 MAX_TEXT = 2**24
 """Bytes of a text that is read at once: settings, an index, a report, a caption."""
-FORMATS = ("BMP", "GIF", "JPEG", "PPM", "PNG", "AVIF", "DIB", "ICO", "JPEG2000", "TGA", "TIFF", "WEBP")
-"""Pillow's names of the formats that are read, whatever a file's name says. Pillow reads more, some of them by starting
-other programs: Ghostscript runs what an EPS holds.
+for _plugin in ("Avif", "Bmp", "Gif", "Ico", "Jpeg", "Jpeg2K", "Mpo", "Png", "Ppm", "Tga", "Tiff", "WebP"):
+    importlib.import_module(f"PIL.{_plugin}ImagePlugin")  # `Image.init` would import all of Pillow's
+with suppress(ImportError):
+    importlib.import_module("pillow_heif").register_heif_opener()
+FORMATS = tuple(
+    name
+    for name in ("BMP", "GIF", "JPEG", "PPM", "PNG", "AVIF", "DIB", "HEIF", "ICO", "JPEG2000", "TGA", "TIFF", "WEBP")
+    if name in Image.OPEN
+)
+"""Pillow's names of the formats that are read, whatever a file's name says; HEIF if pillow-heif is installed. Pillow
+reads more, some of them by starting other programs: Ghostscript runs what an EPS holds.
 """
+SUFFIXES = tuple(
+    sorted(suffix for suffix, name in Image.EXTENSION.items() if name in (*FORMATS, "MPO") and suffix != ".pfm")
+)
+"""Lower-case suffixes of these formats. A PFM holds floats, whose range nothing states."""
+MAX_PAGES = 100
+"""Pages of a file up to which they are counted."""
+NEW_SUBFILE_TYPE = 254
+"""Tag of a TIFF page whose lowest bit marks a thumbnail of another page (TIFF 6.0, section 8)."""
 OF_ONE_FILE = (
     errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EOVERFLOW
 )  # fmt: skip
@@ -103,15 +120,23 @@ def _open_regular(path: str, flags: int) -> int:
     raise ValueError(f"{path} must be a regular file, got a pipe, socket or device")
 
 
-@cache
-def _known_formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)  # older versions of Pillow have no AVIF
-
-
 def open_image(file: BinaryIO) -> Image.Image:
     """The image in an open file of one of the `FORMATS`; an error of Pillow otherwise."""
-    return Image.open(file, formats=_known_formats())
+    return Image.open(file, formats=FORMATS)
+
+
+def count_pages(image: Image.Image) -> int:
+    """Number of pages of an open TIFF, thumbnails left out, or of frames of an animation, at most `MAX_PAGES`. Damage
+    behind the first is ignored, and the image may stand at another page afterwards.
+    """
+    count = 1
+    with suppress(Exception):  # on a damaged file Pillow's decoders raise nearly anything
+        if image.format in ("AVIF", "GIF", "HEIF", "PNG", "WEBP"):
+            return min(getattr(image, "n_frames", 1), MAX_PAGES)
+        for page in range(1, MAX_PAGES) if image.format == "TIFF" else ():
+            image.seek(page)
+            count += not image.tag_v2.get(NEW_SUBFILE_TYPE, 0) & 1
+    return count
 
 
 def refuse_irregular(folder: Path) -> None:

@@ -13,7 +13,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -23,7 +23,7 @@ import torch
 from PIL import ExifTags, Image
 
 from .storage import write_text
-from .untrusted import open_image, open_regular, read_json, unreadable
+from .untrusted import count_pages, open_image, open_regular, read_json, unreadable
 
 RANGE_FILE = "value_range.json"
 EXACT = 2**24
@@ -152,6 +152,8 @@ class FileKind:
     """Of a TIFF: what it says that its values stand for."""
     extrasamples: tuple[str, ...] = ()
     """Of a TIFF: what it says that channels beyond these are."""
+    pages: int = 1
+    """Frames of an animation, counted up to 100. Only the first is read."""
 
     @property
     def mode(self) -> str:
@@ -411,7 +413,7 @@ def _read_pillow(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray
         kind = FileKind(image.format, dtype.str, count, height, width, "HW" if count == 1 else "HWC")
         _check(kind, channels)
         if not whole:
-            return None, kind
+            return None, replace(kind, pages=count_pages(image))
         deep = dtype == np.uint16 and count > 1
         if deep:
             file.seek(0)

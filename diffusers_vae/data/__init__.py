@@ -1,12 +1,12 @@
 """Where images come from, and in which order."""
 
 from .arrays import ArrayStore, holds_arrays
+from .files import ARCHIVES, Files
 from .look import Look, look, recommended
 from .order import MicroBatch, Read, TrainingSet, deal, epoch_batches, step_generator
 from .reading import image_batches, kept_images, read_ahead
 from .rows import RowStore, is_hub_id
 from .sources import (
-    IMAGE_SUFFIXES,
     OF_ROWS,
     OF_TRAINING,
     ArrayImages,
@@ -17,10 +17,12 @@ from .sources import (
     holds_rows,
     load_data,
     load_split,
+    no_image,
 )
-from .store import FileStore, Store
+from .store import IMAGE_SUFFIXES, FileStore, Store, left_out
 
 __all__ = [
+    "ARCHIVES",
     "IMAGE_SUFFIXES",
     "OF_ROWS",
     "OF_TRAINING",
@@ -28,6 +30,7 @@ __all__ = [
     "ArrayStore",
     "DataConfig",
     "FileStore",
+    "Files",
     "ImageSet",
     "Look",
     "MicroBatch",
@@ -44,9 +47,11 @@ __all__ = [
     "image_batches",
     "is_hub_id",
     "kept_images",
+    "left_out",
     "load_data",
     "load_split",
     "look",
+    "no_image",
     "read_ahead",
     "recommended",
     "step_generator",

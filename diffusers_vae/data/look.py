@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ..images import Header, to_uint8
 from ..values import EXACT, ValueRange
 from .reading import image_batches
-from .sources import OF_ROWS, DataConfig, ImageSet, StoredImages, has_parts, load_data
+from .sources import OF_ROWS, DataConfig, ImageSet, StoredImages, has_parts, load_data, pages_of
+from .store import FileStore
 
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
 NEARLY_CONSTANT = 2 / 255
@@ -39,6 +40,8 @@ class FileFigures:
     """Least, median and largest of the shorter sides."""
     duplicates: tuple[tuple[str, ...], ...]
     """Groups of files with the same bytes."""
+    paged: tuple[str, ...]
+    """Files of several pages or frames, of which only the first is read, each with their number."""
     leaks: int
     """Held-out files that are to train on, too."""
 
@@ -57,6 +60,8 @@ class Look:
     """yes, none, or what is wrong with them."""
     unreadable: tuple[str, ...]
     """Why files cannot be read, with their names."""
+    left_out: tuple[str, ...]
+    """Files that look like images and are not read, each with what to do about it."""
     measured: int
     """Training images, brought to the resolution asked for, of which the rest is."""
     mean: tuple[float, ...]
@@ -117,6 +122,7 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         classes=_classes(parts.values()),
         captions=captions,
         unreadable=tuple(dict.fromkeys(bad)),
+        left_out=train.store.left_out if isinstance(train.store, FileStore) else (),
         measured=measured,
         mean=tuple(mean.tolist()),
         std=tuple((squares / measured - mean**2).clamp(min=0).sqrt().tolist()),
@@ -214,6 +220,13 @@ def _files(parts: Mapping[str, StoredImages], bad: list[str], progress: bool) ->
         sizes=counted([f"{header.height}x{header.width}" for header in headers]),
         sides=(sides[0], sides[len(sides) // 2], sides[-1]),
         duplicates=tuple(sorted(tuple(sorted(file for _, file in group)) for group in same)),
+        paged=tuple(
+            sorted(
+                pages_of(part.name(index), header)
+                for (_, part, index), header in zip(places, headers, strict=True)
+                if header.pages > 1
+            )
+        ),
         leaks=sum(len([name for name, _ in group if name == "held-out"]) for group in same if len({*dict(group)}) > 1),
     )
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ..images import OVERSIZE, Header
 from ..messages import problem_list
-from ..untrusted import MAX_UNPACKED, open_regular
+from ..untrusted import MAX_PAGES, MAX_UNPACKED, open_regular
 from ..values import ValueRange
 from .arrays import ArrayStore, ImageArray, array_classes, array_files
 from .augmentation import Augmentation
@@ -48,11 +48,12 @@ from .rows import (
     rows_builder,
     was_saved,
 )
-from .store import FileStore, Store
+from .store import IMAGE_SUFFIXES, FileStore, Store, left_out
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+PAGED = (".apng", ".avif", ".avifs", ".gif", ".heic", ".heics", ".heif", ".heifs", ".tif", ".tiff", ".webp")
+"""Suffixes of files that may hold several images."""
 HELDOUT_FOLDERS = ("test", "val", "valid", "validation", "heldout")
 OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column")
 """Settings of `DataConfig` that belong to one data set of rows."""
@@ -749,7 +750,7 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
     if _is_split(named):
         groups = [named.pop("train"), *named.values()]
         below = [[(path, folder) for folder in group for path in files.below(folder)] for group in groups]
-        parts = [_images(group, found) for group, found in zip(groups, below, strict=True)]
+        parts = [_images(files, group, found) for group, found in zip(groups, below, strict=True)]
         labels, classes = _labelled(files, parts)
     else:
         if named and (others or len(named) > 1):
@@ -760,14 +761,18 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
                 f"{', '.join(names[:10])}. Point data.root inside or rename folders"
             )
         group = next(iter(named.values()), [files.root])
-        found = _images(group, [(path, folder) for folder in group for path in files.below(folder)])
+        below = [[(path, folder) for folder in group for path in files.below(folder)]]
+        found = _images(files, group, below[0])
         (of_all,), classes = _labelled(files, [found])
         indices = _heldout_indices(len(found), config)
         parts = [[found[i] for i in part] for part in indices]
         labels = [None if of_all is None else of_all[torch.from_numpy(part)] for part in indices]
     paths = [path for part in parts for path, _ in part]
     told = read_captions(files, paths) if captions else None
-    store, count = FileStore(files.root, paths, files.members), len(parts[0])
+    ignored = left_out(files, [path for part in below for path, _ in part])
+    if ignored and progress:
+        logger.warning("%d files look like images and are left out:\n%s", len(ignored), problem_list(ignored))
+    store, count = FileStore(files.root, paths, files.members, ignored), len(parts[0])
     train, heldout = (
         StoredImages(
             config,
@@ -858,8 +863,12 @@ def _in_size(
         parts = [train, heldout]
         if headers:
             parts, _ = _scan(parts, StoredImages.header, "checking files", progress)
+        if headers and progress:
+            _warn_of_pages(parts)
         return parts[0].cropped(), parts[1].cropped()
     parts, read = _scan([train, heldout], StoredImages.read_all, "reading images", progress)
+    if headers and progress:
+        _warn_of_pages(parts)
     return tuple(
         ArrayImages(torch.stack(pixels, 1).flatten(0, 1), **part.cropped().about())  # the order of `cropped`
         for part, pixels in zip(parts, read, strict=True)
@@ -920,12 +929,11 @@ Found = list[tuple[Path, Path]]
 """Files, each with the folder that it was looked for in."""
 
 
-def _images(folders: Sequence[Path], files: Found) -> Found:
-    """The image files among `files`, in a fixed random order."""
-    images = [(path, folder) for path, folder in files if path.suffix.lower() in IMAGE_SUFFIXES]
+def _images(files: Files, folders: Sequence[Path], found: Found) -> Found:
+    """The image files among those found, in a fixed random order."""
+    images = [(path, folder) for path, folder in found if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
-        where = ", ".join(str(folder.resolve()) for folder in folders[:3])
-        raise FileNotFoundError(f"no image below {where}: none of {', '.join(IMAGE_SUFFIXES)}")
+        raise FileNotFoundError(no_image(files, folders, [path for path, _ in found]))
     return [images[i] for i in np.random.default_rng(0).permutation(len(images))]
 
 
@@ -956,6 +964,36 @@ def _told_beside(files: Files, part: Found) -> list[str] | None:
     if not all(map(files.exists, beside)):
         return None
     return [files.read(path).decode(errors="replace").strip() for path in beside]
+
+
+def no_image(files: Files, folders: Sequence[Path], found: Sequence[Path]) -> str:
+    """The error for folders without an image, with the files found there that look like some."""
+    where = ", ".join(str(folder.resolve()) for folder in folders[:3])
+    ignored = left_out(files, found)
+    more = f". {len(ignored)} files look like images:\n{problem_list(ignored)}" if ignored else ""
+    return f"no image below {where}: none of {', '.join(IMAGE_SUFFIXES)}{more}"
+
+
+def _warn_of_pages(parts: Sequence[StoredImages]) -> None:
+    """Log a warning that names the files of which the first page or frame alone is read."""
+    rows = sorted({int(row) for part in parts for row in part.rows})
+    store, config = parts[0].store, parts[0].config
+    # the name of a row of a table ends in that of its file, in parentheses
+    rows = [row for row in rows if store.name(row).lower().rstrip(")").endswith(PAGED)]
+    with ThreadPoolExecutor() as pool:
+        headers = list(pool.map(lambda row: store.header(row, config), rows))
+    several = [pages_of(store.name(row), header) for row, header in zip(rows, headers, strict=True) if header.pages > 1]
+    if several:
+        logger.warning(
+            "%d files hold several pages or frames, of which only the first is read:\n%s",
+            len(several),
+            problem_list(several),
+        )
+
+
+def pages_of(name: str, header: Header) -> str:
+    """A file and its number of pages, as text."""
+    return f"{name}: {header.pages}{' or more' * (header.pages == MAX_PAGES)}"
 
 
 def _scan(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
@@ -14,14 +15,63 @@ import numpy as np
 import torch
 
 from ..images import LARGE, Header, read_header, read_image
-from ..untrusted import open_beside_others
+from ..untrusted import SUFFIXES, open_beside_others
 from ..values import FileKind, ValueRange, read_kind, read_values
-from .files import Member
+from .files import Files, Member
 
 if TYPE_CHECKING:
     from .sources import DataConfig
 
+IMAGE_SUFFIXES = tuple(sorted((".npy", *SUFFIXES)))
+"""Lower-case suffixes of the files of a folder that are read as images."""
+HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif")
+UNREAD = (
+    *HEIF, ".arw", ".avif", ".bpg", ".cr2", ".cr3", ".cur", ".czi", ".dcm", ".dcx", ".dds", ".dicom", ".dng", ".emf",
+    ".eps",
+    ".exr", ".fit", ".fits", ".flif", ".fts", ".hdr", ".icns", ".jls", ".jxl", ".jxr", ".lsm", ".mha", ".mng", ".nd2",
+    ".nef", ".nii", ".nii.gz", ".nrrd", ".nrw", ".orf", ".pcd", ".pcx", ".pef", ".pfm", ".psb", ".psd", ".qoi", ".raf",
+    ".ras", ".rw2", ".sgi", ".sr2", ".srw", ".svg", ".svgz", ".svs", ".wmf", ".xbm", ".xcf", ".xpm",
+)  # fmt: skip
+"""Lower-case suffixes of other formats of images, HEIF among them unless pillow-heif is installed."""
+RENAMED = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})([^a-z.][^.]*|\.\d+)")
+"""The end of names such as photo.jpg.1 (wget), photo.jpg_large and photo.png?size=large."""
+CONTENT = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftyp(avi|hei|mif)|.{128}DICM", re.DOTALL
+)
+"""The beginnings of common image files."""
+MAX_SNIFFED = 1000
+"""Files without a suffix whose beginning is read, at most."""
 _ONE_LARGE = threading.Lock()
+
+
+def left_out(files: Files, paths: Sequence[Path]) -> tuple[str, ...]:
+    """Files among `paths` that look like images but are not read, by suffix, name or, without a suffix, content; each
+    with what to do about it.
+    """
+    found, sniffed = [], 0
+    for path in paths:
+        name, suffix = path.name.lower(), path.suffix.lower()
+        if suffix in IMAGE_SUFFIXES:
+            continue
+        if name.endswith(UNREAD):
+            advice = "pip install pillow-heif, which reads it" if suffix in HEIF else "convert it to PNG or TIFF"
+        elif match := RENAMED.search(name):
+            advice = f"rename it to end in {match[1]}" if match.end() == len(name) else ""
+        elif not suffix and sniffed < MAX_SNIFFED:
+            sniffed += 1
+            advice = "give it the suffix of its format" if CONTENT.match(_beginning(files, path)) else ""
+        else:
+            continue
+        found += [f"{path}: {advice}"] * bool(advice)
+    return tuple(found)
+
+
+def _beginning(files: Files, path: Path) -> bytes:
+    """The first bytes of a file, or none where it cannot be read."""
+    member = files.members.get(str(path))
+    with suppress(OSError, ValueError), member.open() if member else open_beside_others(path) as file:
+        return file.read(132)
+    return b""
 
 
 class Store(Protocol):
@@ -70,7 +120,7 @@ def raw_header(path: str | Path, config: DataConfig, content: Callable[[], Binar
     """
     kind = read_kind(path, config.channels, content)
     _check_depth(path, kind, config)
-    return Header(kind.format, kind.mode, kind.height, kind.width)
+    return Header(kind.format, kind.mode, kind.height, kind.width, kind.pages)
 
 
 def read_raw(
@@ -143,10 +193,14 @@ class EncodedStore:
 
 
 class FileStore(EncodedStore):
-    """Image files below `root`, those of `members` in archives."""
+    """Image files below `root`, those of `members` in archives. `left_out` lists the files there that look like images
+    and are not read.
+    """
 
-    def __init__(self, root: Path, paths: Sequence[Path], members: Mapping[str, Member]):
-        self.root, self.paths = root, paths
+    def __init__(
+        self, root: Path, paths: Sequence[Path], members: Mapping[str, Member], left_out: tuple[str, ...] = ()
+    ):
+        self.root, self.paths, self.left_out = root, paths, left_out
         self.members = {str(path): members[str(path)] for path in paths if str(path) in members}
         self.sizes = np.full(len(paths), -1)
 
