@@ -14,6 +14,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -23,7 +24,7 @@ import torch
 from PIL import ExifTags, Image
 
 from .storage import write_text
-from .untrusted import count_pages, open_image, open_regular, read_json, unreadable
+from .untrusted import check_pixels, count_pages, open_image, open_regular, read_json, read_without_text, unreadable
 
 RANGE_FILE = "value_range.json"
 EXACT = 2**24
@@ -187,8 +188,8 @@ def read_values(
 
     Raises:
         ImportError: when the package is missing that reads such files.
-        ValueError: naming the file, when it cannot be read so, is damaged, has other channels, or claims more pixels
-            than `PIL.Image.MAX_IMAGE_PIXELS`.
+        ValueError: naming the file, when it cannot be read so, is damaged, has other channels, or claims more than
+            500,000,000 pixels or, if it was changed, `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     return _read(path, channels, content, True)
 
@@ -272,8 +273,14 @@ def _read(
     """Values and kind of a file; whatever is wrong with it is a ValueError that names it, or an OSError when its
     storage fails.
     """
+    return read_without_text(partial(_read_once, path, channels, whole), content or partial(open_regular, path))
+
+
+def _read_once(
+    path: str | Path, channels: int, whole: bool, content: Callable[[], BinaryIO]
+) -> tuple[np.ndarray | None, FileKind]:
     try:
-        with content() if content else open_regular(path) as file:
+        with content() as file:
             start = file.read(4)
             file.seek(0)
             read = _READERS.get(start, _read_pillow)
@@ -287,9 +294,7 @@ def _read(
 
 def _check(kind: FileKind, channels: int) -> None:
     """Raise ValueError for a file that is not to be read, before it is."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and kind.height * kind.width > limit:
-        raise ValueError(f"{kind.width}x{kind.height} pixels are more than {limit:,}")
+    check_pixels(kind.width, kind.height)
     if not kind.height * kind.width:
         raise ValueError("it has no pixels")
     if kind.channels != channels:
