@@ -165,7 +165,7 @@ def _read_image(
 
 @contextmanager
 def _large() -> Iterator[None]:
-    """Decode one image at a time, of up to `MAX_PIXELS` where Pillow's own limit was not changed: `check_pixels` sees the
+    """Decode one image at a time, of up to `MAX_PIXELS` unless Pillow's own limit was changed: `check_pixels` sees the
     same limit from other threads.
     """
     with _ONE_LARGE:

@@ -125,6 +125,10 @@ def look_table(found: Look) -> str:
     rows += [("captions", showable(found.captions, lines=True))] if found.files else []
     if files := found.files:
         rows += [("formats", listed(files.formats)), ("modes", listed(files.modes))]
+        if found.proposed:
+            low, high = found.proposed
+            note = f"{found.value_range}, proposed since 16-bit files hold {low:,} to {high:,}: without"
+            rows += [("value range", note), ("", "data.value_range they are divided by 257, and nearly black")]
         if not found.value_range and any(";16" in mode for mode in files.modes):
             rows += [("", "16-bit values are scaled to 8 bits, unless data.value_range states what they mean")]
         rows += [("sizes", f"{listed(files.sizes)} (height x width)")]

@@ -59,6 +59,8 @@ OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column
 """Settings of `DataConfig` that belong to one data set of rows."""
 OF_TRAINING = ("horizontal_flip", "vertical_flip", "color_jitter", "streaming", "shuffle_buffer", "lanes")
 """Those that change how a set is trained on, and not what is measured or encoded of it."""
+LOOKED_AT = 32
+"""Training images by which it is judged whether images use their depth."""
 MEMORY_LIMIT = 2**31
 """Bytes of pixels up to which a set is read once and kept in memory."""
 IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
@@ -863,16 +865,18 @@ def _in_size(
         parts = [train, heldout]
         if headers:
             parts, _ = _scan(parts, StoredImages.header, "checking files", progress)
-        if headers and progress:
+        loaded = tuple(part.cropped() for part in parts)
+    else:
+        parts, read = _scan([train, heldout], StoredImages.read_all, "reading images", progress)
+        loaded = tuple(
+            ArrayImages(torch.stack(pixels, 1).flatten(0, 1), **part.cropped().about())  # the order of `cropped`
+            for part, pixels in zip(parts, read, strict=True)
+        )
+    if progress:
+        if headers:
             _warn_of_pages(parts)
-        return parts[0].cropped(), parts[1].cropped()
-    parts, read = _scan([train, heldout], StoredImages.read_all, "reading images", progress)
-    if headers and progress:
-        _warn_of_pages(parts)
-    return tuple(
-        ArrayImages(torch.stack(pixels, 1).flatten(0, 1), **part.cropped().about())  # the order of `cropped`
-        for part, pixels in zip(parts, read, strict=True)
-    )
+        _warn_of_depth(loaded[0], config)
+    return loaded
 
 
 def _look_into(config: DataConfig) -> tuple[Files, dict[str, list[Path]], list[Path]]:
@@ -989,6 +993,29 @@ def _warn_of_pages(parts: Sequence[StoredImages]) -> None:
             len(several),
             problem_list(several),
         )
+
+
+def _warn_of_depth(images: ImageSet, config: DataConfig) -> None:
+    """Log a warning when most images use only a small part of the values that they could have."""
+    pixels = images.__getitems__(range(min(LOOKED_AT, len(images)))).pixels.flatten(1)
+    values = pixels / 255 if pixels.dtype == torch.uint8 else pixels
+    lowest, highest = values.amin(1), values.amax(1)
+    if not len(values) or 2 * (highest - lowest < 1 / 4).sum() < len(values):
+        return
+    advice = (
+        "Files of 16 bits are divided by 257, although many hold fewer bits: if so, state data.value_range, which "
+        "`diffusers-vae data` proposes"
+        if config.value_range is None
+        else f"If data.value_range {ValueRange(*config.value_range)} is too wide, state a narrower one"
+    )
+    logger.warning(
+        "most of the first %d images use less than a quarter of the values from black (0) to white (1), and all lie "
+        "between %.3f and %.3f. %s",
+        len(values),
+        lowest.min(),
+        highest.max(),
+        advice,
+    )
 
 
 def pages_of(name: str, header: Header) -> str:
