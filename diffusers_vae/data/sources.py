@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ..images import OVERSIZE, Header
 from ..messages import problem_list
+from ..silence import report_progress
 from ..untrusted import MAX_PAGES, MAX_UNPACKED, open_regular
 from ..values import ValueRange
 from .arrays import ArrayStore, ImageArray, array_classes, array_files
@@ -323,7 +324,15 @@ class ImageSet(TrainingSet, Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """The same for the same images in the same order, and for others another."""
+        """The same for the same images in the same order, and for others another, as far as that can be told without
+        reading them.
+        """
+        ...
+
+    def contents(self) -> str | None:
+        """The same for the same images in the same order, and for others another, as far as that can be told by reading
+        their files, in whole or in part; None where the fingerprint is of all pixels.
+        """
         ...
 
 
@@ -409,6 +418,9 @@ class ArrayImages(_Images):
         """Of all pixels."""
         return hashlib.sha256(self.pixels.cpu().contiguous().numpy().data).hexdigest()
 
+    def contents(self) -> None:
+        """None: the fingerprint is of all pixels."""
+
 
 class StoredImages(_Images):
     """Images of a store, read on demand as `config` says, and what `_Images` has."""
@@ -485,6 +497,20 @@ class StoredImages(_Images):
                 known[row] = self.store.identity(row)
             digest.update(known[row])
             digest.update(b"" if self.crops is None else f"crop {self.crops[index]}\0".encode())
+        return digest.hexdigest()
+
+    def contents(self) -> str | None:
+        """SHA-256 of the fingerprint and the content of each image, or of samples of it in a set of more than
+        `store.WHOLE` bytes.
+        """
+        digest = hashlib.sha256(self.fingerprint().encode())
+        rows = list(dict.fromkeys(self.rows.tolist()))  # crops share a file
+        for row in rows[:1]:
+            self.store.digest(row)  # adds up the sizes of all, before several threads would
+        with ThreadPoolExecutor() as pool:
+            for found in pool.map(self.store.digest, rows):
+                digest.update(found)
+                report_progress()
         return digest.hexdigest()
 
     def without(self, bad: dict[int, str]) -> StoredImages:
