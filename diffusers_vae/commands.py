@@ -8,11 +8,11 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, BinaryIO, Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -24,17 +24,22 @@ from tqdm import tqdm
 
 from .config import TRAININGS, Training, new_parser, parse_settings, refuse_null
 from .data import (
+    ARCHIVES,
     IMAGE_SUFFIXES,
     OF_ROWS,
     OF_TRAINING,
     OWN_PICTURES,
     DataConfig,
+    Files,
+    FileStore,
     ImageSet,
     holds_arrays,
     holds_rows,
     is_hub_id,
+    left_out,
     load_split,
     look,
+    no_image,
     recommended,
 )
 from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, read_report, reconstruct
@@ -42,7 +47,7 @@ from .hub import HubConfig, check_can_push, find_value_range, push
 from .images import read_image, to_model_range, to_pil
 from .latent_cache import DTYPES, Kind, encode_images
 from .loop import RunResult, Task, dry_run, run_task
-from .messages import message, quoted, showable
+from .messages import message, problem_list, quoted, showable
 from .metrics import psnr
 from .models import MLPVAE, VAE, LatentScaling, encode, find_subfolder, load_autoencoder, unmeasured, weights_hash
 from .objective import ObjectiveConfig, VAEObjective
@@ -56,6 +61,8 @@ from .storage import whole_file, whole_files, write_file, write_text
 from .trainer import TrainResult
 from .untrusted import check_type, read_json
 from .values import WRITTEN, FileKind, ValueRange, read_values, write_values
+
+logger = logging.getLogger(__name__)
 
 RESUME_ME = 75  # EX_TEMPFAIL in sysexits.h: "the user is invited to try again later"
 
@@ -355,7 +362,7 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
         "diffusers-vae reconstruct runs/mine photo.jpg more-photos/ --out reconstructions",
     )
     parser.add_argument("model", help=MODEL)
-    parser.add_argument("images", nargs="+", help="Image files, or folders of them.")
+    parser.add_argument("images", nargs="+", help="Image files, or folders and archives of them.")
     _add_loading(parser)
     parser.add_argument("--out", type=str, default="reconstructions", help="Folder for the files.")
     parser.add_argument("--seed", type=int | None, default=None, help="Decode a draw of this seed, not the mode.")
@@ -363,20 +370,20 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
     model = _load(parsed, parsed.model)
     files, out, failed, written = _image_files(parsed.images), Path(parsed.out), [], set()
     out.mkdir(parents=True, exist_ok=True)
-    if out.resolve() in (file.resolve().parent for file in files):
+    if out.resolve() in (file.resolve().parent for file, _ in files):
         raise ValueError(f"--out must be another folder than that of the images, got {out.resolve()}")
     channels = model.config.in_channels
     stated = find_value_range(parsed.model, parsed.subfolder, parsed.revision)
     config = EvaluationConfig(
         reconstruction="mode" if parsed.seed is None else "sample", seed=parsed.seed or 0, round_to_8_bit=stated is None
     )
-    for index, file in enumerate(tqdm(files, unit="img", disable=len(files) == 1)):
+    for index, (file, content) in enumerate(tqdm(files, unit="img", disable=len(files) == 1)):
         try:
             kind = None
             if stated or channels not in (1, 3) or file.suffix.lower() == ".npy":
-                pixels, kind = _as_it_is(file, channels, stated)
+                pixels, kind = _as_it_is(file, channels, stated, content)
             else:
-                pixels = read_image(file, channels)
+                pixels = read_image(file, channels, content=content)
             images = to_model_range(pixels[None].to(model.device))
             with torch.no_grad():
                 reconstruction = _at_any_size(model, images, index, config)
@@ -404,9 +411,13 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
 EIGHT_BITS = ValueRange(0, 255)
 
 
-def _as_it_is(file: Path, channels: int, stated: ValueRange | None) -> tuple[torch.Tensor, FileKind]:
+Content = Callable[[], BinaryIO] | None
+"""Opens an image file in an archive."""
+
+
+def _as_it_is(file: Path, channels: int, stated: ValueRange | None, content: Content) -> tuple[torch.Tensor, FileKind]:
     """Pixels (C, H, W) in [0, 1] of a file, and its kind; ValueError naming it when its values are not in the range."""
-    values, kind = read_values(file, channels)
+    values, kind = read_values(file, channels, content)
     try:
         if not stated and values.dtype != np.uint8:
             raise ValueError(f"values must have 8 bits, as those that the model was trained on, got {values.dtype}")
@@ -415,20 +426,26 @@ def _as_it_is(file: Path, channels: int, stated: ValueRange | None) -> tuple[tor
         raise ValueError(f"cannot read the image {file}: {error}") from error
 
 
-def _image_files(names: Sequence[str]) -> list[Path]:
-    files: list[Path] = []
+def _image_files(names: Sequence[str]) -> list[tuple[Path, Content]]:
+    """The image files that are named, and those below the folders and in the archives that are, as sets list them."""
+    listed: list[tuple[Path, Content]] = []
     for name in names:
         path = Path(name)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
-            if not found:
-                raise FileNotFoundError(f"no image below {path.resolve()}: none of {', '.join(IMAGE_SUFFIXES)}")
-            files += found
+        if path.is_dir() or path.suffix.lower() in ARCHIVES:
+            files = Files(path)
+            below = files.below(path)
+            images = [file for file in below if file.suffix.lower() in IMAGE_SUFFIXES]
+            if not images:
+                raise FileNotFoundError(no_image(files, [path], below))
+            if ignored := left_out(files, below):
+                logger.warning("%d files look like images and are left out:\n%s", len(ignored), problem_list(ignored))
+            store = FileStore(path, images, files.members)
+            listed += [(file, store.opener(row, True)) for row, file in enumerate(images)]
         elif path.exists():
-            files.append(path)
+            listed.append((path, None))
         else:
             raise FileNotFoundError(f"there is no image {path.resolve()}")
-    return files
+    return listed
 
 
 def _at_any_size(model: ModelMixin, images: torch.Tensor, index: int, config: EvaluationConfig) -> torch.Tensor:

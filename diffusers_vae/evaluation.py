@@ -130,7 +130,8 @@ class Protocol:
     images: int
     """How many were measured."""
     fingerprint: str
-    """SHA-256 of the set's pixels; of sets too large for memory, of their files' names and sizes."""
+    """SHA-256 of the set's pixels; of sets too large for memory, of their files' names, sizes and contents: of the
+    whole contents up to 4 GiB, else of samples."""
     resolution: list[int]
     """Height and width of the images."""
     channels: int
@@ -465,7 +466,7 @@ def evaluate(
             data=None if data is None else data.described,
             split=split,
             images=len(indices),
-            fingerprint=image_set.fingerprint(),
+            fingerprint=image_set.contents() or image_set.fingerprint(),
             resolution=[height, width],
             channels=channels,
             resize=None if data is None else data.resize,

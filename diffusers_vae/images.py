@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +19,16 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from torchvision.utils import make_grid
 
-from .untrusted import open_image, open_regular, unreadable
+from .untrusted import (
+    MAX_PIXELS,
+    PILLOWS_LIMIT,
+    check_pixels,
+    count_pages,
+    open_image,
+    open_regular,
+    read_without_text,
+    unreadable,
+)
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 TURNED = (5, 6, 7, 8)  # orientations by which height and width change places
@@ -71,6 +81,8 @@ class Header:
     height: int
     width: int
     """Both of the upright image."""
+    pages: int = 1
+    """Pages of a TIFF or frames of an animation, counted up to 100. Only the first is read."""
 
 
 def read_header(path: str | Path, content: Callable[[], BinaryIO] | None = None) -> Header:
@@ -80,11 +92,16 @@ def read_header(path: str | Path, content: Callable[[], BinaryIO] | None = None)
         ValueError: what `read_image` would for a file whose header tells: one that is no image, too large, or of pixels
             without a stated range.
     """
+    return read_without_text(partial(_read_header, path), content or partial(open_regular, path))
+
+
+def _read_header(path: str | Path, content: Callable[[], BinaryIO]) -> Header:
     with _opened(path, content) as image:
         known = image.format != "PNG" or "exif" in image.info  # to look for more, Pillow decodes a PNG
         turned = known and image.getexif().get(ExifTags.Base.Orientation) in TURNED
         width, height = image.size[::-1] if turned else image.size
-        return Header(image.format or "?", image.mode + _deeper(image), height, width)
+        mode = image.mode + _deeper(image)
+        return Header(image.format or "?", mode, height, width, count_pages(image))
 
 
 def _deeper(image: Image.Image) -> str:
@@ -116,15 +133,27 @@ def read_image(
         content: opens a file that lies in an archive, `path` being its name then.
 
     Raises:
-        ValueError: naming the file, when it cannot be decoded, claims more than `PIL.Image.MAX_IMAGE_PIXELS` (None
-            for no limit), or has float or 32-bit integer pixels, whose range nothing states.
+        ValueError: naming the file, when it cannot be decoded, claims more than 500,000,000 pixels or, if it was
+            changed, `PIL.Image.MAX_IMAGE_PIXELS` (None for no limit), or has float or 32-bit integer pixels, whose
+            range nothing states.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
+    read = partial(_read_image, path, channels, transform, scaled)
+    return read_without_text(read, content or partial(open_regular, path))
+
+
+def _read_image(
+    path: str | Path,
+    channels: int,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None,
+    scaled: Callable[[int, int], tuple[int, int]] | None,
+    content: Callable[[], BinaryIO],
+) -> torch.Tensor:
     mode = "L" if channels == 1 else "RGB"
     with _opened(path, content) as image:
         reduced = None if scaled is None else _reduce(image, scaled)
-        with _ONE_LARGE if image.width * image.height > LARGE else nullcontext():
+        with _large() if image.width * image.height > LARGE else nullcontext():
             if reduced:
                 size, box = reduced
                 image = _to_mode(image, mode).resize(size, Image.Resampling.BICUBIC, box)
@@ -132,6 +161,20 @@ def read_image(
             values = np.array(_to_mode(image, mode))
             pixels = torch.from_numpy(values).view(*values.shape[:2], channels).permute(2, 0, 1)
             return pixels if transform is None else transform(pixels)
+
+
+@contextmanager
+def _large() -> Iterator[None]:
+    """Decode one image at a time, of up to `MAX_PIXELS` unless Pillow's own limit was changed: `check_pixels` sees the
+    same limit from other threads.
+    """
+    with _ONE_LARGE:
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS if before == PILLOWS_LIMIT else before
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def _reduce(
@@ -152,16 +195,14 @@ def _reduce(
 
 
 @contextmanager
-def _opened(path: str | Path, content: Callable[[], BinaryIO] | None) -> Iterator[Image.Image]:
+def _opened(path: str | Path, content: Callable[[], BinaryIO]) -> Iterator[Image.Image]:
     """The image in a file; whatever is wrong with it, within too, is a ValueError that names the file, or an OSError
     when its storage fails.
     """
-    limit = Image.MAX_IMAGE_PIXELS
     try:
         # by its path, Pillow would wait for a pipe, and map the file of some formats: if cut, that ends the process
-        with content() if content else open_regular(path) as file, open_image(file) as image:
-            if limit is not None and image.width * image.height > limit:
-                raise ValueError(f"{image.width}x{image.height} pixels are more than {limit:,}")
+        with content() as file, open_image(file) as image:
+            check_pixels(image.width, image.height)
             if image.mode in ("I", "F"):
                 kind = "32-bit integer" if image.mode == "I" else "float"
                 raise ValueError(

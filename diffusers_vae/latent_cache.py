@@ -151,7 +151,10 @@ def encode_images(
     if not len(image_set):
         raise ValueError("there must be at least one image to encode, got none")
     cache = on_main(
-        lambda: _identity(vae, image_set, kind, dtype, compute_dtype or _compute_dtype(vae, folder), seed, shard_images)
+        lambda: _as_begun(
+            folder,
+            _identity(vae, image_set, kind, dtype, compute_dtype or _compute_dtype(vae, folder), seed, shard_images),
+        )
     )
     if on_main(lambda: _is_complete(folder, cache)):
         return LatentDataset(folder)
@@ -217,8 +220,8 @@ def _identity(
 
 
 def _data_identity(image_set: ImageSet) -> dict[str, Any]:
-    labels = None if image_set.labels is None else image_set.labels.tolist()
-    return {
+    labels, contents = None if image_set.labels is None else image_set.labels.tolist(), image_set.contents()
+    return ({"contents": contents} if contents else {}) | {
         "fingerprint": image_set.fingerprint(),
         "images": len(image_set),
         "image_shape": list(image_set.__getitems__([0]).pixels.shape[1:]),
@@ -226,6 +229,22 @@ def _data_identity(image_set: ImageSet) -> dict[str, Any]:
         "labels": None if labels is None else digest_of([labels, image_set.classes]),
         "captions": None if image_set.captions is None else digest_of(image_set.captions),
     }
+
+
+def _as_begun(folder: Path, cache: dict[str, Any]) -> dict[str, Any]:
+    """All that decides what is in a cache; without the contents of the images if the folder holds latents of an earlier
+    version, which did not record them.
+    """
+    if (folder / INDEX).exists():
+        begun = _read_index(folder)["cache"]
+    else:
+        headers = map(_header, sorted(folder.glob("shard-*.safetensors")))
+        begun = next((header["cache"] for header in headers if header), cache)
+    return cache if "contents" in begun.get("data", {}) else cache | {"data": _without_contents(cache["data"])}
+
+
+def _without_contents(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name != "contents"}
 
 
 def _is_complete(folder: Path, cache: dict[str, Any]) -> bool:
@@ -513,9 +532,11 @@ def matching_latents(vae: ModelMixin, image_set: ImageSet, folder: str | Path, d
     """
     latents = LatentDataset(folder, weights_hash(vae))
     found, wanted = latents.cache["data"], json.loads(json.dumps(_data_identity(image_set)))
-    compared = ("fingerprint", "images", "image_shape", "resize")
-    if differing := [name for name in compared if found[name] != wanted[name]]:
-        what = ", ".join(f"{name} {found[name]} and not {wanted[name]}" for name in differing if name != "fingerprint")
+    compared = ["fingerprint", "images", "image_shape", "resize"]
+    compared += ["contents"] * ("contents" in found)  # which earlier versions did not record
+    if differing := [name for name in compared if found[name] != wanted.get(name)]:
+        digests = ("fingerprint", "contents")
+        what = ", ".join(f"{name} {found[name]} and not {wanted[name]}" for name in differing if name not in digests)
         raise ValueError(
             f"{Path(folder).resolve()} holds latents of other images: {found['images']:,}, "
             f"{latents.index['data']}, where {wanted['images']:,}, {data}, are wanted{f' ({what})' if what else ''}. "

@@ -268,7 +268,7 @@ class Task(Protocol):
         ...
 
     def data(self) -> dict[str, dict[str, Any]]:
-        """`images` and `fingerprint` of each part of it."""
+        """`images`, `fingerprint` and, if it is known, `contents` of each part of it."""
         ...
 
     def image_errors(self) -> Iterable[str]:

@@ -126,6 +126,10 @@ def look_table(found: Look) -> str:
     rows += [("captions", showable(found.captions, lines=True))] if found.files else []
     if files := found.files:
         rows += [("formats", listed(files.formats)), ("modes", listed(files.modes))]
+        if found.proposed:
+            low, high = found.proposed
+            note = f"{found.value_range}, proposed since 16-bit files hold {low:,} to {high:,}: without"
+            rows += [("value range", note), ("", "data.value_range they are divided by 257, and nearly black")]
         if not found.value_range and any(";16" in mode for mode in files.modes):
             rows += [("", "16-bit values are scaled to 8 bits, unless data.value_range states what they mean")]
         rows += [("sizes", f"{listed(files.sizes)} (height x width)")]
@@ -137,6 +141,11 @@ def look_table(found: Look) -> str:
         if files.leaks:
             rows += [("", f"{files.leaks:,} held-out files are trained on, too: figures will be too good")]
     rows += [("unreadable", named(found.unreadable) if found.unreadable else "none")]
+    if found.left_out:
+        rows += [("left out", named(found.left_out))]
+    if found.files and found.files.paged:
+        count, *names = named(found.files.paged).split("\n")
+        rows += [("pages", "\n".join([f"{count} files hold several, of which only the first is read", *names]))]
     rows += [("decoded", f"{found.measured:,} of the training images")]
     rows += [(name, "  ".join(f"{value:.4f}" for value in getattr(found, name))) for name in ("mean", "std")]
     if stated := found.value_range:

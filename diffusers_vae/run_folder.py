@@ -142,9 +142,9 @@ def _refuse_changes(config: Settings, what: str, differing: list[str]) -> None:
 def begin(
     config: Settings, checkpoint: Path | None, data: dict[str, dict[str, Any]], build: Callable[[], nn.Module]
 ) -> None:
-    """Bring the files in output_dir to where the run begins or goes on, with `data`: the number of `images` and the
-    `fingerprint` of each part of the data set, and the `fingerprint` of whatever else decides what is trained on.
-    `build` makes the model that is trained.
+    """Bring the files in output_dir to where the run begins or goes on, with `data`: the number of `images`, the
+    `fingerprint` and, if they are known, the `contents` of each part of the data set, and the `fingerprint` of whatever
+    else decides what is trained on. `build` makes the model that is trained.
 
     Raises:
         FileExistsError: when the data are not those that the run was begun with.
@@ -153,7 +153,7 @@ def begin(
     output_dir = Path(config.run.output_dir)
     if checkpoint:
         before = read_json(checkpoint / "data.json")
-        differing = [name for name in data if before.get(name) != data[name]]
+        differing = [name for name, now in data.items() if not _same(before.get(name), now)]
         images = [_changed(name, before[name], data[name]) for name in differing if "images" in data[name]]
         _refuse_changes(config, "images", images)
         _refuse_changes(config, "inputs", [f"another {name}" for name in differing if "images" not in data[name]])
@@ -170,6 +170,11 @@ def begin(
     write_file(
         output_dir / "metrics.jsonl", (checkpoint / "metrics.jsonl").read_text(encoding="utf-8") if checkpoint else ""
     )
+
+
+def _same(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
+    """Whether a part of the data is what it was. Earlier versions did not record `contents`."""
+    return before is not None and {name: now[name] for name in ("contents",) if name in now} | before == now
 
 
 def _changed(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -448,7 +448,8 @@ class TextToImageTask(Task):
 
     def data(self) -> dict[str, dict[str, Any]]:
         latents, captions = self.train_set.latents, self.captions
-        images = {name: latents.cache["data"][name] for name in ("fingerprint", "image_shape", "resize")}
+        known = latents.cache["data"]
+        images = {name: known[name] for name in ("fingerprint", "contents", "image_shape", "resize") if name in known}
         digest = sha256(json.dumps([images, captions.distinct]).encode())
         digest.update(captions.rows.numpy().tobytes() + captions.counts.numpy().tobytes())
         computed = [f"computed in {latents.compute_dtype}"] * (latents.compute_dtype != torch.float32)

@@ -243,6 +243,9 @@ class EncodedImages(TrainingSet):
     def fingerprint(self) -> str:
         return self.images.fingerprint()
 
+    def contents(self) -> str | None:
+        return self.images.contents()
+
     def __getitems__(self, indices: Sequence[int]) -> _Encoded:
         read = self.images.__getitems__(indices)
         found = [row for row, place in enumerate(read.kept) if indices[place] in self.rows]  # another read them once
@@ -393,6 +396,7 @@ class AutoencoderTask(Task):
     def data(self) -> dict[str, dict[str, Any]]:
         return {
             name: {"images": len(part), "fingerprint": part.fingerprint()}
+            | ({"contents": contents} if (contents := part.contents()) else {})
             for name, part in (("training", self.train_set), ("held-out", self.heldout))
         } | ({"pretrained autoencoder": {"fingerprint": self.pretrained_hash}} if self.config.model.pretrained else {})
 

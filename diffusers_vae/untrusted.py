@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import json
 import os
 import re
 import stat
+import struct
 import sys
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+T = TypeVar("T")
 
 MAX_TEXT = 2**24
 """Bytes of a text that is read at once: settings, an index, a report, a caption."""
-FORMATS = ("BMP", "GIF", "JPEG", "PPM", "PNG", "AVIF", "DIB", "ICO", "JPEG2000", "TGA", "TIFF", "WEBP")
-"""Pillow's names of the formats that are read, whatever a file's name says. Pillow reads more, some of them by starting
-other programs: Ghostscript runs what an EPS holds.
+for _plugin in ("Avif", "Bmp", "Gif", "Ico", "Jpeg", "Jpeg2K", "Mpo", "Png", "Ppm", "Tga", "Tiff", "WebP"):
+    importlib.import_module(f"PIL.{_plugin}ImagePlugin")  # `Image.init` would import all of Pillow's
+with suppress(ImportError):
+    importlib.import_module("pillow_heif").register_heif_opener()
+FORMATS = tuple(
+    name
+    for name in ("BMP", "GIF", "JPEG", "PPM", "PNG", "AVIF", "DIB", "HEIF", "ICO", "JPEG2000", "TGA", "TIFF", "WEBP")
+    if name in Image.OPEN
+)
+"""Pillow's names of the formats that are read, whatever a file's name says; HEIF if pillow-heif is installed. Pillow
+reads more, some of them by starting other programs: Ghostscript runs what an EPS holds.
 """
+SUFFIXES = tuple(
+    sorted(suffix for suffix, name in Image.EXTENSION.items() if name in (*FORMATS, "MPO") and suffix != ".pfm")
+)
+"""Lower-case suffixes of these formats. A PFM holds floats, whose range nothing states."""
+MAX_PIXELS = 500_000_000
+"""Pixels of an image, at most."""
+PILLOWS_LIMIT = 2**30 // 4 // 3
+"""What `PIL.Image.MAX_IMAGE_PIXELS` is, unless somebody has changed it."""
+MAX_PAGES = 100
+"""Pages of a file up to which they are counted."""
+NEW_SUBFILE_TYPE = 254
+"""Tag of a TIFF page whose lowest bit marks a thumbnail of another page (TIFF 6.0, section 8)."""
 OF_ONE_FILE = (
     errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EOVERFLOW
 )  # fmt: skip
@@ -46,7 +71,8 @@ def unreadable(path: str | Path, error: Exception) -> Unreachable | ValueError:
     number = error.errno if isinstance(error, OSError) else None  # that of a decoder has none
     if isinstance(error, Unreachable) or number not in (None, *OF_ONE_FILE):
         return Unreachable(f"cannot reach the image {path}: {reason}; see to its disk, connection or permissions")
-    return ValueError(f"cannot read the image {path}: {reason}")
+    kind = TooMuchText if "MAX_TEXT" in reason else ValueError  # the names of Pillow's limits, in its errors
+    return kind(f"cannot read the image {path}: {reason}")
 
 
 def open_beside_others(path: str | Path) -> BinaryIO:
@@ -103,15 +129,64 @@ def _open_regular(path: str, flags: int) -> int:
     raise ValueError(f"{path} must be a regular file, got a pipe, socket or device")
 
 
-@cache
-def _known_formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)  # older versions of Pillow have no AVIF
-
-
 def open_image(file: BinaryIO) -> Image.Image:
-    """The image in an open file of one of the `FORMATS`; an error of Pillow otherwise."""
-    return Image.open(file, formats=_known_formats())
+    """The image in an open file of one of the `FORMATS`, whatever its size; an error of Pillow otherwise."""
+    beginning = file.read(16)
+    for factory, accept in map(Image.OPEN.get, FORMATS):
+        # as `Image.open` does it, which also refuses what is larger than its own limit
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):
+            fits = accept is None or accept(beginning)
+            if fits and not isinstance(fits, str):  # text says what is missing to read it
+                file.seek(0)
+                return factory(file, "")
+    raise UnidentifiedImageError("cannot identify image file")
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raise ValueError for an image of more than `MAX_PIXELS` or, if it was changed, `PIL.Image.MAX_IMAGE_PIXELS`."""
+    limit = MAX_PIXELS if Image.MAX_IMAGE_PIXELS == PILLOWS_LIMIT else Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise ValueError(f"{width}x{height} pixels are more than {limit:,}")
+
+
+class TooMuchText(ValueError):
+    """An image that cannot be read for the text or the colour profile that it holds."""
+
+
+def read_without_text(read: Callable[[Callable[[], BinaryIO]], T], content: Callable[[], BinaryIO]) -> T:
+    """What `read` returns of a file that `content` opens. If it raises `TooMuchText`, it reads again, without the text
+    and the profile of the PNG: these are never unpacked, and the pixels do not depend on them.
+    """
+    try:
+        return read(content)
+    except TooMuchText:
+        return read(lambda: io.BytesIO(_without_text(content)))
+
+
+def _without_text(content: Callable[[], BinaryIO]) -> bytes:
+    with content() as file:
+        data = file.read()
+    kept, at = [data[:8]], 8
+    while at + 8 <= len(data):  # PNG, third edition, 5.3
+        length, name = struct.unpack_from(">I4s", data, at)
+        if name not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(data[at : at + 12 + length])
+        at += 12 + length
+    return b"".join(kept)
+
+
+def count_pages(image: Image.Image) -> int:
+    """Number of pages of an open TIFF, thumbnails left out, or of frames of an animation, at most `MAX_PAGES`. Damage
+    behind the first is ignored, and the image may stand at another page afterwards.
+    """
+    count = 1
+    with suppress(Exception):  # on a damaged file Pillow's decoders raise nearly anything
+        if image.format in ("AVIF", "GIF", "HEIF", "PNG", "WEBP"):
+            return min(getattr(image, "n_frames", 1), MAX_PAGES)
+        for page in range(1, MAX_PAGES) if image.format == "TIFF" else ():
+            image.seek(page)
+            count += not image.tag_v2.get(NEW_SUBFILE_TYPE, 0) & 1
+    return count
 
 
 def refuse_irregular(folder: Path) -> None:

@@ -13,7 +13,8 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -23,7 +24,7 @@ import torch
 from PIL import ExifTags, Image
 
 from .storage import write_text
-from .untrusted import open_image, open_regular, read_json, unreadable
+from .untrusted import check_pixels, count_pages, open_image, open_regular, read_json, read_without_text, unreadable
 
 RANGE_FILE = "value_range.json"
 EXACT = 2**24
@@ -152,6 +153,8 @@ class FileKind:
     """Of a TIFF: what it says that its values stand for."""
     extrasamples: tuple[str, ...] = ()
     """Of a TIFF: what it says that channels beyond these are."""
+    pages: int = 1
+    """Frames of an animation, counted up to 100. Only the first is read."""
 
     @property
     def mode(self) -> str:
@@ -185,8 +188,8 @@ def read_values(
 
     Raises:
         ImportError: when the package is missing that reads such files.
-        ValueError: naming the file, when it cannot be read so, is damaged, has other channels, or claims more pixels
-            than `PIL.Image.MAX_IMAGE_PIXELS`.
+        ValueError: naming the file, when it cannot be read so, is damaged, has other channels, or claims more than
+            500,000,000 pixels or, if it was changed, `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     return _read(path, channels, content, True)
 
@@ -270,8 +273,14 @@ def _read(
     """Values and kind of a file; whatever is wrong with it is a ValueError that names it, or an OSError when its
     storage fails.
     """
+    return read_without_text(partial(_read_once, path, channels, whole), content or partial(open_regular, path))
+
+
+def _read_once(
+    path: str | Path, channels: int, whole: bool, content: Callable[[], BinaryIO]
+) -> tuple[np.ndarray | None, FileKind]:
     try:
-        with content() if content else open_regular(path) as file:
+        with content() as file:
             start = file.read(4)
             file.seek(0)
             read = _READERS.get(start, _read_pillow)
@@ -285,9 +294,7 @@ def _read(
 
 def _check(kind: FileKind, channels: int) -> None:
     """Raise ValueError for a file that is not to be read, before it is."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and kind.height * kind.width > limit:
-        raise ValueError(f"{kind.width}x{kind.height} pixels are more than {limit:,}")
+    check_pixels(kind.width, kind.height)
     if not kind.height * kind.width:
         raise ValueError("it has no pixels")
     if kind.channels != channels:
@@ -411,7 +418,7 @@ def _read_pillow(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray
         kind = FileKind(image.format, dtype.str, count, height, width, "HW" if count == 1 else "HWC")
         _check(kind, channels)
         if not whole:
-            return None, kind
+            return None, replace(kind, pages=count_pages(image))
         deep = dtype == np.uint16 and count > 1
         if deep:
             file.seek(0)

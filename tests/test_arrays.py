@@ -225,7 +225,7 @@ class TestValues:
 
     def test_which_range_may_be_meant(self, tmp_path):
         np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 4000, (30, 9, 10), dtype=np.uint16))
-        with pytest.raises(ValueError, match=r"uint16 in 27 of 27 .*'\[0, 65535\]'.* or '\[0, 4095\]'"):
+        with pytest.raises(ValueError, match=r"uint16 in 27 of 27 .*'\[0, 4095\]'.* or '\[0, 65535\]'"):
             look(config(tmp_path / "a.npy", channels=1), 100)
 
 

@@ -2,11 +2,14 @@
 
 import dataclasses
 import io
+import logging
 import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
@@ -16,6 +19,7 @@ from diffusers_vae import cli
 from diffusers_vae.config import TRAININGS, parse_settings
 from diffusers_vae.data import DataConfig, load_data, look, recommended
 from diffusers_vae.report import look_table
+from diffusers_vae.values import ValueRange
 
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 
@@ -105,6 +109,83 @@ def test_values_that_are_cut_are_told(shared_data, tmp_path):
     found = look(config(tmp_path), 8)
     assert {name: found.files.modes[name] for name in ("RGB;16", "I;16", "RGB")} == {"RGB;16": 2, "I;16": 1, "RGB": 2}
     assert "16-bit values are scaled to 8 bits" in look_table(found)
+
+
+def x_rays(root, bits, suffix="png", shape=(40, 32)):
+    """Pictures of so many bits in files of 16, the brightest of which holds the largest value."""
+    root.mkdir()
+    for number in range(8):
+        values = np.random.default_rng(number).integers(0, 2 ** (bits - (number > 0)), shape).astype(np.uint16)
+        values.flat[0] = 2 ** (bits - (number > 0)) - 1
+        if suffix == "tif":
+            tifffile.imwrite(root / f"{number}.tif", values, photometric="rgb" if values.ndim == 3 else "minisblack")
+        else:
+            Image.fromarray(values).save(root / f"{number}.{suffix}")
+    return root
+
+
+class TestDepth:
+    """Of files of 16 bits that hold fewer."""
+
+    @pytest.mark.parametrize(("suffix", "bits", "high"), [("png", 12, 4095), ("tif", 10, 1023), ("png", 13, 16383)])
+    def test_a_range_is_proposed_and_everything_is_measured_in_it(self, suffix, bits, high, tmp_path):
+        found = look(config(x_rays(tmp_path / "set", bits, suffix), channels=1), 100)
+        assert found.value_range == ValueRange(0, high) and found.proposed == (0, 2**bits - 1) and not found.constant
+        assert f"[0, {high}], proposed since 16-bit files hold 0 to {2**bits - 1:,}" in look_table(found)
+        _, settings = recommended(found, config(tmp_path / "set", channels=3))
+        assert settings["data.value_range"] == f"[0, {high}]" and settings["data.channels"] == "1"
+        stated = config(tmp_path / "set", channels=1, value_range=(0, high))
+        assert found.mean == look(stated, 100).mean and look(stated, 100).proposed is None
+
+    def test_colours_are_proposed_as_three_channels(self, tmp_path):
+        found = look(config(x_rays(tmp_path / "set", 12, "tif", (20, 24, 3)), channels=1), 100)
+        assert found.value_range == ValueRange(0, 4095) and len(found.mean) == 3
+        assert recommended(found, config(tmp_path / "set"))[1]["data.channels"] == "3"
+
+    @pytest.mark.parametrize(("name", "high"), [("16bit.cropped.tif", 1023), ("i_trns.png", 255)])
+    def test_awkward_files(self, name, high, shared_data, tmp_path):
+        for number in range(2):
+            shutil.copyfile(shared_data / "awkward" / name, tmp_path / f"{number}-{name}")
+        assert look(config(tmp_path, channels=1, heldout_fraction=0.5), 8).value_range == ValueRange(0, high)
+
+    def test_nothing_is_proposed_for_whole_depth_or_beside_8_bits(self, tmp_path):
+        assert look(config(x_rays(tmp_path / "whole", 16), channels=1), 100).value_range is None
+        mixed = x_rays(tmp_path / "mixed", 12)
+        Image.effect_noise((32, 32), 90).save(mixed / "photo.png")
+        found = look(config(mixed, channels=1), 100)
+        assert found.value_range is None and "16-bit values are scaled to 8 bits" in look_table(found)
+
+    @pytest.mark.parametrize("kind", ["npy", "signed", "signed tif", "whole"])
+    def test_files_that_need_a_range_are_told_a_fitting_one(self, kind, tmp_path):
+        for number in range(4):
+            values = np.random.default_rng(number).integers(0, 4096, (16, 16))
+            values.flat[:2] = 0, 4095
+            if kind == "signed tif":
+                tifffile.imwrite(tmp_path / f"{number}.tif", (values - 1024).astype(np.int16))
+            else:
+                scaled = {"npy": values, "signed": values - 1024, "whole": values * 16 - 2**15}[kind]
+                np.save(tmp_path / f"{number}.npy", scaled.astype(np.uint16 if kind == "npy" else np.int16))
+        with pytest.raises(ValueError, match=r"data\.value_range must state") as caught:
+            look(config(tmp_path, channels=1), 100)
+        first = {"npy": "[0, 4095]", "whole": "[-32768, 32767]"}.get(kind, "[-1024, 3071]")
+        assert str(caught.value).partition("--data.value_range '")[2].startswith(first)
+
+    @pytest.mark.parametrize("limit", [None, 0], ids=["memory", "on demand"])
+    @pytest.mark.parametrize(
+        ("stated", "said"),
+        [
+            ({}, "state data.value_range, which `diffusers-vae data` proposes"),
+            ({"value_range": (0, 65535)}, "data.value_range [0, 65535] is too wide"),
+            ({"value_range": (0, 4095)}, None),
+        ],
+    )
+    def test_a_training_warns_of_images_that_use_little_of_their_depth(self, stated, said, limit, tmp_path, caplog):
+        root = x_rays(tmp_path / "set", 12)
+        with caplog.at_level(logging.WARNING):
+            load_data(config(root, channels=1, **stated), progress=True, memory_limit=limit)
+        assert (
+            (caplog.messages == []) if said is None else ("less than a quarter" in caplog.text and said in caplog.text)
+        )
 
 
 class TestRecommended:

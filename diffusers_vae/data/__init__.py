@@ -1,13 +1,13 @@
 """Where images come from, and in which order."""
 
 from .arrays import ArrayStore, holds_arrays
-from .files import OWN_PICTURES, SIGNATURE
+from .files import ARCHIVES, OWN_PICTURES, SIGNATURE, Files
+from .folders import no_image
 from .look import Look, look, recommended
 from .order import MicroBatch, Read, TrainingSet, deal, epoch_batches, step_generator
 from .reading import image_batches, kept_images, read_ahead
 from .rows import RowStore, is_hub_id
 from .sources import (
-    IMAGE_SUFFIXES,
     OF_ROWS,
     OF_TRAINING,
     ArrayImages,
@@ -19,9 +19,10 @@ from .sources import (
     load_data,
     load_split,
 )
-from .store import FileStore, Store
+from .store import IMAGE_SUFFIXES, FileStore, Store, left_out
 
 __all__ = [
+    "ARCHIVES",
     "IMAGE_SUFFIXES",
     "OF_ROWS",
     "OF_TRAINING",
@@ -31,6 +32,7 @@ __all__ = [
     "ArrayStore",
     "DataConfig",
     "FileStore",
+    "Files",
     "ImageSet",
     "Look",
     "MicroBatch",
@@ -47,9 +49,11 @@ __all__ = [
     "image_batches",
     "is_hub_id",
     "kept_images",
+    "left_out",
     "load_data",
     "load_split",
     "look",
+    "no_image",
     "read_ahead",
     "recommended",
     "step_generator",

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..messages import problem_list
 from .files import ARCHIVES, COMPRESSED, Files
 from .parts import TRAINING, is_bare, is_generic, is_plain, part_of, refuse_folds, split_of
+from .store import IMAGE_SUFFIXES, left_out
 
 LISTED = 5
 """Names in a note."""
@@ -27,6 +29,8 @@ class Division:
     """Those to train on and those held out, or all, of which some are to be held out; each list is sorted."""
     folders: dict[str, Names]
     """Names of the folders on the way from the set to each folder with images, without those of parts and archives."""
+    others: list[Path]
+    """Files beside them, in the same folders and below, that are no images by their suffix."""
     notes: list[str]
     """What is not used, and what is in spite of its name."""
 
@@ -77,29 +81,33 @@ def divide(files: Files, suffixes: Sequence[str]) -> Division:
             if path.name in split.unused or not entries[path] or _shows_images(files, path, suffixes)
         ]
         roles = _Roles(unused=[(path.name,) for path in unused])
-        parts = []
+        parts, beside = [], []
         for role, group in ((roles.training, split.training), (roles.heldout, split.heldout)):
             found = []
             for path in (names[name] for name in group):
-                inside = [image for image in files.below(path) if _is_image(image, suffixes)]
+                below = [*files.below(path)]
+                inside = [image for image in below if _is_image(image, suffixes)]
+                beside += [other for other in below if not _is_image(other, suffixes)]
                 role |= {at: _bare(left) for at, left in _folders(files, inside, path).items()}
                 found += inside
-            parts.append(_checked(found, [names[name] for name in group], suffixes, files))
+            parts.append(_checked(found, [names[name] for name in group], beside, files))
     else:
         inner = {path: entries[path] for path in holders}
         _refuse_unclear(folder, folder == files.root, inner, images, holds_images)
-        found = [image for image in files.below(folder) if _is_image(image, suffixes)]
+        below = [*files.below(folder)]
+        found = [image for image in below if _is_image(image, suffixes)]
+        beside = [other for other in below if not _is_image(other, suffixes)]
         roles = _Roles()
         _assign([(at, left, ()) for at, left in _folders(files, found, folder).items()], (), roles)
         refuse_folds(["/".join(names) for names in roles.splits])
-        parts = [_checked(found, [folder], suffixes, files)]
+        parts = [_checked(found, [folder], beside, files)]
         if roles.heldout:
             trained = roles.training | roles.undivided
             parts = [[image for image in found if os.path.dirname(image) in role] for role in (trained, roles.heldout)]
         else:
             parts = _by_file_names(found) or parts
     folders = roles.training | roles.heldout | roles.undivided
-    return Division(parts, folders, _notes(files, folder, roles))
+    return Division(parts, folders, beside, _notes(files, folder, roles))
 
 
 def class_names(division: Division) -> list[list[str | None]]:
@@ -221,12 +229,19 @@ def _by_file_names(images: list[Path]) -> list[list[Path]] | None:
     return [[image for image in images if image.stem in names] for names in ({*split.training}, {*split.heldout})]
 
 
-def _checked(found: list[Path], folders: Sequence[Path], suffixes: Sequence[str], files: Files) -> list[Path]:
+def _checked(found: list[Path], folders: Sequence[Path], beside: Sequence[Path], files: Files) -> list[Path]:
     if not found:
-        where = ", ".join(str(folder.resolve()) for folder in folders[:3])
-        written = f", without what diffusers_vae wrote: {_listed(files.outputs)}" if files.outputs else ""
-        raise FileNotFoundError(f"no image below {where}: none of {', '.join(suffixes)}{written}")
+        raise FileNotFoundError(no_image(files, folders, beside))
     return found
+
+
+def no_image(files: Files, folders: Sequence[Path], found: Sequence[Path]) -> str:
+    """The error for folders without an image, with the files found there that look like some."""
+    where = ", ".join(str(folder.resolve()) for folder in folders[:3])
+    ignored = left_out(files, found)
+    more = f". {len(ignored)} files look like images:\n{problem_list(ignored)}" if ignored else ""
+    written = f", without what diffusers_vae wrote: {_listed(files.outputs)}" if files.outputs else ""
+    return f"no image below {where}: none of {', '.join(IMAGE_SUFFIXES)}{written}{more}"
 
 
 def _refuse_both_kinds(folder: Path, holders: Mapping[Path, bool]) -> None:

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ..images import Header, to_uint8
 from ..values import EXACT, ValueRange
 from .reading import image_batches
-from .sources import OF_ROWS, DataConfig, ImageSet, StoredImages, load_data, load_with_layout
+from .sources import OF_ROWS, DataConfig, ImageSet, StoredImages, load_data, load_with_layout, pages_of
+from .store import FileStore
 
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
 NEARLY_CONSTANT = 2 / 255
@@ -39,6 +40,8 @@ class FileFigures:
     """Least, median and largest of the shorter sides."""
     duplicates: tuple[tuple[str, ...], ...]
     """Groups of files with the same bytes."""
+    paged: tuple[str, ...]
+    """Files of several pages or frames, of which only the first is read, each with their number."""
     leaks: int
     """Held-out files that are to train on, too."""
 
@@ -59,6 +62,8 @@ class Look:
     """How many images have any, none, or what is wrong with them."""
     unreadable: tuple[str, ...]
     """Why files cannot be read, with their names."""
+    left_out: tuple[str, ...]
+    """Files that look like images and are not read, each with what to do about it."""
     measured: int
     """Training images, brought to the resolution asked for, of which the rest is."""
     mean: tuple[float, ...]
@@ -71,7 +76,9 @@ class Look:
     files: FileFigures | None
     """None for sets that are no files of images."""
     value_range: ValueRange | None = None
-    """What the values in the files mean, where that is stated."""
+    """What the values in the files mean, where that is stated or proposed."""
+    proposed: tuple[int, int] | None = None
+    """Where the range is proposed, the least and the largest value in the files, all of 16 bits."""
 
 
 def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
@@ -96,6 +103,10 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         train, heldout, layout = load_with_layout(config, memory_limit=0)  # and so it was about the captions
         captions = str(error)
     count = min(max_images, len(train))
+    if not config.as_they_are and isinstance(train, StoredImages) and (depth := _depth(train.first(count))):
+        channels, lowest, highest, bits = depth
+        stated = replace(config, channels=channels, value_range=(0, 2**bits - 1))
+        return replace(look(stated, max_images, progress), proposed=(lowest, highest))
     sums, squares = torch.zeros(2, config.channels, dtype=torch.float64)
     shown, constant, measured = None, [], 0
     with tqdm(total=count, desc="reading images", unit="img", disable=not progress, leave=False) as bar:
@@ -121,6 +132,7 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         classes=_classes(parts.values()),
         captions=captions,
         unreadable=tuple(dict.fromkeys(bad)),
+        left_out=train.store.left_out if isinstance(train.store, FileStore) else (),
         measured=measured,
         mean=tuple(mean.tolist()),
         std=tuple((squares / measured - mean**2).clamp(min=0).sqrt().tolist()),
@@ -129,6 +141,37 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         files=files,
         value_range=None if config.value_range is None else ValueRange(*config.value_range),
     )
+
+
+DEPTHS = (8, 10, 12, 14)
+"""Bits of a value that are common in files of 16 bits."""
+
+
+def _bits(highest: int) -> int | None:
+    """The least of `DEPTHS` that holds a value; None where it needs more."""
+    return next((bits for bits in DEPTHS if highest < 2**bits), None)
+
+
+def _depth(images: StoredImages) -> tuple[int, int, int, int] | None:
+    """Channels, least and largest value, and bits that suffice for them, of images whose files all have 16 bits and the
+    same channels; None where some have not, or 14 bits do not suffice.
+    """
+    found = []
+    for index, row in enumerate(images.rows.tolist()):
+        try:
+            mode = images.header(index).mode
+            if ";16" not in mode:
+                return None
+            values = images.store.values(row, replace(images.config, channels=1 if mode in GREY else 3))
+        except (ImportError, ValueError):
+            continue
+        found.append((len(values), int(values.min()), int(values.max())))
+        if _bits(found[-1][2]) is None or found[-1][0] != found[0][0]:
+            return None
+    if not found:
+        return None
+    (channels, *_), lowest, highest = found[0], min(low for _, low, _ in found), max(high for *_, high in found)
+    return channels, lowest, highest, _bits(highest)
 
 
 def _range_to_state(config: DataConfig, max_images: int) -> str | None:
@@ -172,11 +215,16 @@ def _ranges(dtypes: set[np.dtype], lowest: float, highest: float) -> str:
         return (
             f"State the range of what was measured, at most {EXACT:,} wide: --data.value_range '[{lowest}, {highest}]'"
         )
-    bits = max(8, int(highest).bit_length())
-    if low == 0 and bits < int(high).bit_length():
+    bits = _bits(int(highest)) if lowest >= 0 else None
+    if high > 255 and bits:
         return (
-            f"State --data.value_range '[0, {high}]', all that such files can hold, or '[0, {2**bits - 1}]' if they "
-            f"are of {bits} bits, as those that are there could be"
+            f"State --data.value_range '[0, {2**bits - 1}]' if they are of {bits} bits, as those that are there could "
+            f"be, or '[{low}, {high}]', all that such files can hold"
+        )
+    if lowest < 0 and 2 * (highest - lowest) < high - low:
+        return (
+            f"State the range of what was measured, such as --data.value_range '[{int(lowest)}, {int(highest)}]', the "
+            f"values that are there, or '[{low}, {high}]', all that such files can hold"
         )
     return f"State --data.value_range '[{low}, {high}]', all that such files can hold"
 
@@ -218,6 +266,13 @@ def _files(parts: Mapping[str, StoredImages], bad: list[str], progress: bool) ->
         sizes=counted([f"{header.height}x{header.width}" for header in headers]),
         sides=(sides[0], sides[len(sides) // 2], sides[-1]),
         duplicates=tuple(sorted(tuple(sorted(file for _, file in group)) for group in same)),
+        paged=tuple(
+            sorted(
+                pages_of(part.name(index), header)
+                for (_, part, index), header in zip(places, headers, strict=True)
+                if header.pages > 1
+            )
+        ),
         leaks=sum(len([name for name, _ in group if name == "held-out"]) for group in same if len({*dict(group)}) > 1),
     )
 
@@ -241,9 +296,9 @@ def recommended(found: Look, config: DataConfig) -> tuple[str, dict[str, str]]:
         return ("digits", {}) if config.name == "digits" else ("mnist-vae", settings)
     side, grey = found.files.sides[1], set(found.files.modes) <= set(GREY)
     settings["data.channels"] = "1" if grey else "3"
-    if config.as_they_are:
-        settings["data.channels"] = str(config.channels)
-        grey = config.channels == 1
+    if config.as_they_are or found.proposed:
+        settings["data.channels"] = str(len(found.mean))
+        grey = len(found.mean) == 1
     if found.value_range:
         settings["data.value_range"] = str(found.value_range)
     if found.unreadable:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -21,7 +22,7 @@ from ..untrusted import Reader, open_beside_others, refuse_irregular, unreadable
 from .captions import KEYS
 from .files import is_output
 from .parts import HELDOUT, TRAINING, VALIDATION, part_of, split_of
-from .store import EncodedStore
+from .store import WHOLE, EncodedStore
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features
@@ -404,6 +405,14 @@ class RowStore(EncodedStore):
         content, path = self._value(row)
         ending = b"" if content is None else content[-ENDING:].to_pybytes()
         return f"{self.key(row)}\0{Path(path or '').name}\0{self.size(row)}\0".encode() + ending
+
+    @cached_property
+    def _total(self) -> int:
+        stored = sum(table.data.nbytes for table in self.tables)
+        return stored if stored > WHOLE else sum(map(self.size, range(len(self))))  # of the files that rows name, too
+
+    def total(self) -> int:
+        return self._total
 
     def size(self, row: int) -> int:
         content, path = self._value(row)

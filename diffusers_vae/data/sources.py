@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from ..images import OVERSIZE, Header
 from ..messages import problem_list, showable
-from ..untrusted import MAX_UNPACKED, open_regular
+from ..silence import report_progress
+from ..untrusted import MAX_PAGES, MAX_UNPACKED, open_regular
 from ..values import ValueRange
 from .arrays import ArrayStore, ImageArray, array_classes, array_files
 from .augmentation import Augmentation
@@ -48,15 +49,18 @@ from .rows import (
     unused_splits,
     was_saved,
 )
-from .store import FileStore, Store
+from .store import IMAGE_SUFFIXES, FileStore, Store, left_out
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".npy", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+PAGED = (".apng", ".avif", ".avifs", ".gif", ".heic", ".heics", ".heif", ".heifs", ".tif", ".tiff", ".webp")
+"""Suffixes of files that may hold several images."""
 OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column")
 """Settings of `DataConfig` that belong to one data set of rows."""
 OF_TRAINING = ("horizontal_flip", "vertical_flip", "color_jitter", "streaming", "shuffle_buffer", "lanes")
 """Those that change how a set is trained on, and not what is measured or encoded of it."""
+LOOKED_AT = 32
+"""Training images by which it is judged whether images use their depth."""
 MEMORY_LIMIT = 2**31
 """Bytes of pixels up to which a set is read once and kept in memory."""
 IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
@@ -319,7 +323,15 @@ class ImageSet(TrainingSet, Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """The same for the same images in the same order, and for others another."""
+        """The same for the same images in the same order, and for others another, as far as that can be told without
+        reading them.
+        """
+        ...
+
+    def contents(self) -> str | None:
+        """The same for the same images in the same order, and for others another, as far as that can be told by reading
+        their files, in whole or in part; None where the fingerprint is of all pixels.
+        """
         ...
 
 
@@ -415,6 +427,9 @@ class ArrayImages(_Images):
         """Of all pixels."""
         return hashlib.sha256(self.pixels.cpu().contiguous().numpy().data).hexdigest()
 
+    def contents(self) -> None:
+        """None: the fingerprint is of all pixels."""
+
 
 class StoredImages(_Images):
     """Images of a store, read on demand as `config` says, and what `_Images` has."""
@@ -491,6 +506,20 @@ class StoredImages(_Images):
                 known[row] = self.store.identity(row)
             digest.update(known[row])
             digest.update(b"" if self.crops is None else f"crop {self.crops[index]}\0".encode())
+        return digest.hexdigest()
+
+    def contents(self) -> str | None:
+        """SHA-256 of the fingerprint and the content of each image, or of samples of it in a set of more than
+        `store.WHOLE` bytes.
+        """
+        digest = hashlib.sha256(self.fingerprint().encode())
+        rows = list(dict.fromkeys(self.rows.tolist()))  # crops share a file
+        for row in rows[:1]:
+            self.store.digest(row)  # adds up the sizes of all, before several threads would
+        with ThreadPoolExecutor() as pool:
+            for found in pool.map(self.store.digest, rows):
+                digest.update(found)
+                report_progress()
         return digest.hexdigest()
 
     def without(self, bad: dict[int, str]) -> StoredImages:
@@ -772,7 +801,10 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
         labels = [None if of_all is None else of_all[torch.from_numpy(part)] for part in indices]
     paths = [path for part in parts for path in part]
     told, notes = read_captions(files, paths) if captions else (None, [])
-    store, count = FileStore(files.root, paths, files.members), len(parts[0])
+    ignored = left_out(files, division.others)
+    if ignored and progress:
+        logger.warning("%d files look like images and are left out:\n%s", len(ignored), problem_list(ignored))
+    store, count = FileStore(files.root, paths, files.members, ignored), len(parts[0])
     train, heldout = (
         StoredImages(
             config,
@@ -857,12 +889,18 @@ def _in_size(
         parts = [train, heldout]
         if headers:
             parts, _ = _scan(parts, StoredImages.header, "checking files", progress)
-        return parts[0].cropped(), parts[1].cropped()
-    parts, read = _scan([train, heldout], StoredImages.read_all, "reading images", progress)
-    return tuple(
-        ArrayImages(torch.stack(pixels, 1).flatten(0, 1), **part.cropped().about())  # the order of `cropped`
-        for part, pixels in zip(parts, read, strict=True)
-    )
+        loaded = tuple(part.cropped() for part in parts)
+    else:
+        parts, read = _scan([train, heldout], StoredImages.read_all, "reading images", progress)
+        loaded = tuple(
+            ArrayImages(torch.stack(pixels, 1).flatten(0, 1), **part.cropped().about())  # the order of `cropped`
+            for part, pixels in zip(parts, read, strict=True)
+        )
+    if progress:
+        if headers:
+            _warn_of_pages(parts)
+        _warn_of_depth(loaded[0], config)
+    return loaded
 
 
 def holds_rows(place: str) -> bool:
@@ -910,6 +948,51 @@ def _told_beside(files: Files, part: Sequence[Path]) -> list[str] | None:
     if not all(map(files.exists, beside)):
         return None
     return [files.read(path).decode(errors="replace").strip() for path in beside]
+
+
+def _warn_of_pages(parts: Sequence[StoredImages]) -> None:
+    """Log a warning that names the files of which the first page or frame alone is read."""
+    rows = sorted({int(row) for part in parts for row in part.rows})
+    store, config = parts[0].store, parts[0].config
+    # the name of a row of a table ends in that of its file, in parentheses
+    rows = [row for row in rows if store.name(row).lower().rstrip(")").endswith(PAGED)]
+    with ThreadPoolExecutor() as pool:
+        headers = list(pool.map(lambda row: store.header(row, config), rows))
+    several = [pages_of(store.name(row), header) for row, header in zip(rows, headers, strict=True) if header.pages > 1]
+    if several:
+        logger.warning(
+            "%d files hold several pages or frames, of which only the first is read:\n%s",
+            len(several),
+            problem_list(several),
+        )
+
+
+def _warn_of_depth(images: ImageSet, config: DataConfig) -> None:
+    """Log a warning when most images use only a small part of the values that they could have."""
+    pixels = images.__getitems__(range(min(LOOKED_AT, len(images)))).pixels.flatten(1)
+    values = pixels / 255 if pixels.dtype == torch.uint8 else pixels
+    lowest, highest = values.amin(1), values.amax(1)
+    if not len(values) or 2 * (highest - lowest < 1 / 4).sum() < len(values):
+        return
+    advice = (
+        "Files of 16 bits are divided by 257, although many hold fewer bits: if so, state data.value_range, which "
+        "`diffusers-vae data` proposes"
+        if config.value_range is None
+        else f"If data.value_range {ValueRange(*config.value_range)} is too wide, state a narrower one"
+    )
+    logger.warning(
+        "most of the first %d images use less than a quarter of the values from black (0) to white (1), and all lie "
+        "between %.3f and %.3f. %s",
+        len(values),
+        lowest.min(),
+        highest.max(),
+        advice,
+    )
+
+
+def pages_of(name: str, header: Header) -> str:
+    """A file and its number of pages, as text."""
+    return f"{name}: {header.pages}{' or more' * (header.pages == MAX_PAGES)}"
 
 
 def _scan(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
+from contextlib import nullcontext, suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -14,14 +16,88 @@ import numpy as np
 import torch
 
 from ..images import LARGE, Header, read_header, read_image
-from ..untrusted import open_beside_others
+from ..untrusted import SUFFIXES, open_beside_others
 from ..values import FileKind, ValueRange, read_kind, read_values
-from .files import Member
+from .files import Files, Member
 
 if TYPE_CHECKING:
     from .sources import DataConfig
 
+IMAGE_SUFFIXES = tuple(sorted((".npy", *SUFFIXES)))
+"""Lower-case suffixes of the files of a folder that are read as images."""
+HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif")
+UNREAD = (
+    *HEIF, ".arw", ".avif", ".bpg", ".cr2", ".cr3", ".cur", ".czi", ".dcm", ".dcx", ".dds", ".dicom", ".dng", ".emf",
+    ".eps",
+    ".exr", ".fit", ".fits", ".flif", ".fts", ".hdr", ".icns", ".jls", ".jxl", ".jxr", ".lsm", ".mha", ".mng", ".nd2",
+    ".nef", ".nii", ".nii.gz", ".nrrd", ".nrw", ".orf", ".pcd", ".pcx", ".pef", ".pfm", ".psb", ".psd", ".qoi", ".raf",
+    ".ras", ".rw2", ".sgi", ".sr2", ".srw", ".svg", ".svgz", ".svs", ".wmf", ".xbm", ".xcf", ".xpm",
+)  # fmt: skip
+"""Lower-case suffixes of other formats of images, HEIF among them unless pillow-heif is installed."""
+RENAMED = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})([^a-z.][^.]*|\.\d+)")
+"""The end of names such as photo.jpg.1 (wget), photo.jpg_large and photo.png?size=large."""
+CONTENT = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftyp(avi|hei|mif)|.{128}DICM", re.DOTALL
+)
+"""The beginnings of common image files."""
+MAX_SNIFFED = 1000
+"""Files without a suffix whose beginning is read, at most."""
 _ONE_LARGE = threading.Lock()
+
+
+def left_out(files: Files, paths: Sequence[Path]) -> tuple[str, ...]:
+    """Files among `paths` that look like images but are not read, by suffix, name or, without a suffix, content; each
+    with what to do about it.
+    """
+    found, sniffed = [], 0
+    for path in paths:
+        name, suffix = path.name.lower(), path.suffix.lower()
+        if suffix in IMAGE_SUFFIXES:
+            continue
+        if name.endswith(UNREAD):
+            advice = "pip install pillow-heif, which reads it" if suffix in HEIF else "convert it to PNG or TIFF"
+        elif match := RENAMED.search(name):
+            advice = f"rename it to end in {match[1]}" if match.end() == len(name) else ""
+        elif not suffix and sniffed < MAX_SNIFFED:
+            sniffed += 1
+            advice = "give it the suffix of its format" if CONTENT.match(_beginning(files, path)) else ""
+        else:
+            continue
+        found += [f"{path}: {advice}"] * bool(advice)
+    return tuple(found)
+
+
+def _beginning(files: Files, path: Path) -> bytes:
+    """The first bytes of a file, or none where it cannot be read."""
+    member = files.members.get(str(path))
+    with suppress(OSError, ValueError), member.open() if member else open_beside_others(path) as file:
+        return file.read(132)
+    return b""
+
+
+WHOLE = 2**32
+"""Bytes of a set up to which all of them are hashed to tell it from others. Of a larger set of files, `SAMPLED` bytes
+of each are, so that a start need not read what takes an epoch. A small change between the samples of an uncompressed
+file then goes unnoticed. Changed pixels of a PNG or JPEG change nearly all bytes behind them, and thus the last
+sample. Times do not count, since a copied or downloaded set has others.
+"""
+SAMPLED, SAMPLE = 2**14, 2**12
+"""Bytes of a file, and of each of the samples of it, which are spread evenly from its beginning to its end."""
+
+
+def content_digest(file: BinaryIO, size: int, limit: int, sample: int) -> bytes:
+    """128 bits of the SHA-256 of an open file of `size` bytes: of all of it or, if it is larger than `limit` bytes, of
+    that many in samples of `sample`. The same wherever the file lies, and whenever it was written.
+    """
+    digest = hashlib.sha256(f"{size}\0".encode())
+    if size <= limit:
+        while content := file.read(2**20):
+            digest.update(content)
+    else:
+        for start in np.linspace(0, size - sample, max(2, limit // sample)).astype(np.int64).tolist():
+            file.seek(start)
+            digest.update(file.read(sample))
+    return digest.digest()[:16]
 
 
 class Store(Protocol):
@@ -37,6 +113,10 @@ class Store(Protocol):
 
     def identity(self, row: int) -> bytes:
         """The same for the same image, as far as can be told without reading it."""
+        ...
+
+    def digest(self, row: int) -> bytes:
+        """16 bytes that depend on its content, by `content_digest`; the same wherever the set lies."""
         ...
 
     def size(self, row: int) -> int:
@@ -70,7 +150,7 @@ def raw_header(path: str | Path, config: DataConfig, content: Callable[[], Binar
     """
     kind = read_kind(path, config.channels, content)
     _check_depth(path, kind, config)
-    return Header(kind.format, kind.mode, kind.height, kind.width)
+    return Header(kind.format, kind.mode, kind.height, kind.width, kind.pages)
 
 
 def read_raw(
@@ -119,6 +199,21 @@ class EncodedStore:
         """Whether values are taken as they are."""
         return config.as_they_are
 
+    def total(self) -> int:
+        """Bytes of all images."""
+        raise NotImplementedError
+
+    def size(self, row: int) -> int:
+        raise NotImplementedError
+
+    def digest(self, row: int) -> bytes:
+        limit = WHOLE if self.total() <= WHOLE else SAMPLED
+        try:
+            with self.opener(row, False)() as file:
+                return content_digest(file, self.size(row), limit, SAMPLE)
+        except (FileNotFoundError, ValueError) as error:  # missing, or damaged in an archive
+            return hashlib.sha256(type(error).__name__.encode()).digest()[:16]
+
     def header(self, row: int, config: DataConfig) -> Header:
         opener = self.opener(row, False)
         if self.is_raw(row, config):
@@ -143,12 +238,17 @@ class EncodedStore:
 
 
 class FileStore(EncodedStore):
-    """Image files below `root`, those of `members` in archives."""
+    """Image files below `root`, those of `members` in archives. `left_out` lists the files there that look like images
+    and are not read.
+    """
 
-    def __init__(self, root: Path, paths: Sequence[Path], members: Mapping[str, Member]):
-        self.root, self.paths = root, paths
+    def __init__(
+        self, root: Path, paths: Sequence[Path], members: Mapping[str, Member], left_out: tuple[str, ...] = ()
+    ):
+        self.root, self.paths, self.left_out = root, paths, left_out
         self.members = {str(path): members[str(path)] for path in paths if str(path) in members}
         self.sizes = np.full(len(paths), -1)
+        self.digests, self.digested = np.zeros((len(paths), 16), np.uint8), np.zeros(len(paths), bool)
 
     def name(self, row: int) -> str:
         return str(self.paths[row])
@@ -172,6 +272,20 @@ class FileStore(EncodedStore):
             except FileNotFoundError:
                 self.sizes[row] = 0
         return int(self.sizes[row])
+
+    @cached_property
+    def _total(self) -> int:
+        return sum(map(self.size, range(len(self.paths))))
+
+    def total(self) -> int:
+        return self._total
+
+    def digest(self, row: int) -> bytes:
+        """As it was when it was first asked for, like the size."""
+        if not self.digested[row]:
+            self.digests[row] = np.frombuffer(super().digest(row), np.uint8)
+            self.digested[row] = True
+        return self.digests[row].tobytes()
 
     def content(self, row: int) -> bytes:
         member = self._member(row)

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from ..silence import report_progress
+from ..untrusted import open_regular
 from .order import Batches, streamed
 from .rows import find_columns, find_parts, rows_builder, unused_splits
 from .sources import DataConfig, Layout, StoredImages
-from .store import EncodedStore
+from .store import SAMPLE, SAMPLED, WHOLE, EncodedStore, content_digest
 
 if TYPE_CHECKING:
     from pyarrow import Array
@@ -156,6 +158,21 @@ class StreamedImages(StoredImages):
         digest = hashlib.sha256(f"{self.rows}\0".encode())
         for group in store.groups.tolist():
             digest.update(f"{store.names[group[0]]}\0{group[1:]}\0".encode())
+        return digest.hexdigest()
+
+    def contents(self) -> str | None:
+        """SHA-256 of the fingerprint and the bytes of the files, by `content_digest`; None if some are not on this
+        machine, where `data.revision` names a version.
+        """
+        files, digest = self.store.files, hashlib.sha256(self.fingerprint().encode())
+        if not all(map(os.path.isfile, files)):
+            return None
+        sizes = [os.path.getsize(file) for file in files]
+        limit = WHOLE if sum(sizes) <= WHOLE else max(SAMPLED, WHOLE // len(files))
+        for path, size in zip(files, sizes, strict=True):
+            with open_regular(path) as file:
+                digest.update(content_digest(file, size, limit, SAMPLE))
+            report_progress()
         return digest.hexdigest()
 
 
