@@ -8,7 +8,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import numpy as np
 import torch
 from accelerate import PartialState
+from diffusers import AutoencoderKLFlux2
 from diffusers.models.modeling_utils import ModelMixin
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
@@ -46,6 +47,7 @@ from .metrics import psnr
 from .models import MLPVAE, VAE, LatentScaling, encode, find_subfolder, load_autoencoder, unmeasured, weights_hash
 from .objective import ObjectiveConfig, VAEObjective
 from .pictures import comparison_picture, contact_sheet, sample_picture
+from .pipelines import latent_scaling
 from .precision import measure_precision
 from .processes import Interrupted, lossy_output, on_main, one_first, process_share
 from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
@@ -631,12 +633,14 @@ def run_info(arguments: Sequence[str]) -> int:
     inside = f", subfolder={quoted(parsed.subfolder)}" if parsed.subfolder else ""
     facts = {
         "class": name,
-        "load it": f"from {'diffusers_vae' if ours else 'diffusers'} import {name}; "
+        "load it": f"from diffusers_vae.models import load_autoencoder; vae = load_autoencoder({quoted(place)})"
+        if Path(place).is_file()
+        else f"from {'diffusers_vae' if ours else 'diffusers'} import {name}; "
         f"vae = {name}.from_pretrained({quoted(place)}{inside})",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "images": f"{config.in_channels}x{height}x{width}" + ("" if "image_size" in config else " or other sizes"),
         "latents": f"{'x'.join(map(str, shape))}, {height // shape[1]} times smaller a side",
-        "scaled latents": _scaled_latents(config),
+        **_scaled_latents(model),
         "weights": f"SHA-256 {weights_hash(model)}",
     }
     if stated := find_value_range(parsed.model, parsed.subfolder, parsed.revision):
@@ -648,13 +652,42 @@ def run_info(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _scaled_latents(config: Mapping[str, Any]) -> str:
-    """How latents become scaled latents, as a formula."""
+def _scaled_latents(model: ModelMixin) -> dict[str, str]:
+    """How latents become scaled latents, as a formula, and where stock pipelines differ, theirs."""
+    config = model.config
+    if isinstance(model, AutoencoderKLFlux2):
+        formula = f"(patches - vae.bn.running_mean) / sqrt(vae.bn.running_var + {config.batch_norm_eps:g})"
+        return {"scaled latents": f"{formula}, by channel of the patches: each 2x2 square of latents is one position"}
     if unmeasured(config):
-        return f"unknown: scaling_factor {config.get('scaling_factor')} was not measured or published for this model"
-    scaling = LatentScaling.from_config(config)
+        factor = config.get("scaling_factor")
+        return {"scaled latents": f"unknown: scaling_factor {factor} was not measured or published for this model"}
+    formula = _formula(LatentScaling.from_config(config))
+    others: dict[str, list[str]] = {}
+    for name, pipeline in PIPELINES.items():
+        try:
+            own = _formula(latent_scaling(pipeline, model))
+        except (TypeError, ValueError):  # it cannot compute with this config
+            continue
+        if own != formula:
+            others.setdefault(own, []).append(name)
+    listed = "; ".join(f"{', '.join(names)}: {own}" for own, names in others.items())
+    return {"scaled latents": formula} | ({"in pipelines of": listed} if listed else {})
+
+
+PIPELINES = {
+    "Stable Diffusion": "StableDiffusionPipeline",
+    "SDXL": "StableDiffusionXLPipeline",
+    "Stable Diffusion 3": "StableDiffusion3Pipeline",
+    "FLUX.1": "FluxPipeline",
+    "DiT": "DiTPipeline",
+}
+"""One of each family, which all scale latents in the same way."""
+
+
+def _formula(scaling: LatentScaling) -> str:
     if scaling.mean is None:
-        return f"(latents {-scaling.shift:+.6g}) * {scaling.factor:.6g}"
+        shifted = f"(latents {-scaling.shift:+.6g})" if scaling.shift else "latents"
+        return f"{shifted} * {scaling.factor:.6g}"
     mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (scaling.mean, scaling.std))
     return f"(latents - mean) * {scaling.factor:.6g} / std, by channel: mean {mean}; std {std}"
 
