@@ -44,7 +44,19 @@ from .latent_cache import DTYPES, Kind, encode_images
 from .loop import RunResult, Task, dry_run, run_task
 from .messages import message, quoted, showable
 from .metrics import psnr
-from .models import MLPVAE, VAE, LatentScaling, encode, find_subfolder, load_autoencoder, unmeasured, weights_hash
+from .models import (
+    MLPVAE,
+    VAE,
+    LatentScaling,
+    encode,
+    find_subfolder,
+    is_local,
+    load_autoencoder,
+    no_such_path,
+    read_config,
+    unmeasured,
+    weights_hash,
+)
 from .objective import ObjectiveConfig, VAEObjective
 from .pictures import comparison_picture, contact_sheet, sample_picture
 from .pipelines import latent_scaling
@@ -441,7 +453,8 @@ def _at_any_size(model: ModelMixin, images: torch.Tensor, index: int, config: Ev
 
 def _compression(model: ModelMixin) -> int:
     """By what the sides of images must be divisible."""
-    widths = model.config.get("block_out_channels") or model.config.get("down_block_out_channels") or (1,)
+    names = ("block_out_channels", "down_block_out_channels", "ch_mult")
+    widths = next((model.config[name] for name in names if name in model.config), (1,))
     return 2 ** (len(widths) - 1)
 
 
@@ -803,12 +816,17 @@ def _parse_measuring(
     arguments = _with_data(arguments)
     parsed = _parse(parser, [*ANY_DATA, *arguments])  # wrong ones are told before a model is loaded
     sources = [parsed[name] for name in models]
+    for source in sources:
+        if is_local(source):
+            read_config(source, parsed.subfolder, parsed.revision)
+    if not any(argument.startswith("--data.") for argument in arguments) and not any(map(config_of_run, sources)):
+        first = sources[0]
+        why = f"{first} belongs to no run that does" if is_local(first) else f"{no_such_path(first)} whose run does"
+        parser.exit(2, message(f"error: name the images with --data: {why}") + "\n")
     loaded = [_load(parsed, source) for source in sources]
     runs = {source: run for source in sources if (run := _settings_of_run(source, arguments))}
     known = {source: run | {"data": _data_of_run(run, runs, parsed.data, arguments)} for source, run in runs.items()}
     if not known:
-        if not any(argument.startswith("--data.") for argument in arguments):
-            parser.exit(2, f"error: name the images with --data: {showable(sources[0])} belongs to no run that does\n")
         known = {
             source: {"data": _data_for(model, parsed, source)} for source, model in zip(sources, loaded, strict=True)
         }

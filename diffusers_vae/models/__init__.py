@@ -1,7 +1,18 @@
 """The models. Each takes and gives images in [-1, 1] and has `encode`, `decode`, `forward` as `AutoencoderKL` has."""
 
 from .config import ModelConfig
-from .load import LATENT_PARTS, decode, decode_logits, encode, find_subfolder, load_autoencoder, weights_hash
+from .load import (
+    LATENT_PARTS,
+    decode,
+    decode_logits,
+    encode,
+    find_subfolder,
+    is_local,
+    load_autoencoder,
+    no_such_path,
+    read_config,
+    weights_hash,
+)
 from .lora import without_adapters
 from .mlp import MLPVAE
 from .scaling import LatentScaling, unmeasured
@@ -22,7 +33,10 @@ __all__ = [
     "fast_dtype",
     "find_subfolder",
     "for_inference",
+    "is_local",
     "load_autoencoder",
+    "no_such_path",
+    "read_config",
     "several_at_once",
     "speed_up_norms",
     "unmeasured",
