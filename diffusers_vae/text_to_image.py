@@ -35,7 +35,7 @@ from .images import to_model_range
 from .latent_cache import INDEX, LatentDataset, Verification, encode_images, matching_latents
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps
 from .messages import message, quoted
-from .models import VAE, encode, is_local, load_autoencoder, read_config, weights_hash
+from .models import VAE, encode, is_local, load_autoencoder, read_config, weights_hash, with_whole_tiles
 from .pictures import loss_picture, prompt_picture
 from .pipelines import latent_scaling
 from .processes import on_main, one_first
@@ -598,7 +598,7 @@ class TextToImageTask(Task):
         config = {**self.objective.scheduler.config, "skip_prk_steps": True, "set_alpha_to_one": False}
         scheduler = SCHEDULERS[self.config.sampling.scheduler].from_config(config)
         return StableDiffusionPipeline(
-            vae=self.vae.to_diffusers(),
+            vae=with_whole_tiles(self.vae.to_diffusers()),
             text_encoder=model.text_encoder,
             tokenizer=self.tokenizer,
             unet=model.unet,

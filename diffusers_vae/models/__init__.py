@@ -17,7 +17,7 @@ from .lora import without_adapters
 from .mlp import MLPVAE
 from .scaling import LatentScaling, unmeasured
 from .speed import fast_dtype, for_inference, several_at_once, speed_up_norms
-from .vae import VAE, VAEOutput, check_batch
+from .vae import VAE, VAEOutput, check_batch, with_whole_tiles
 
 __all__ = [
     "LATENT_PARTS",
@@ -41,5 +41,6 @@ __all__ = [
     "speed_up_norms",
     "unmeasured",
     "weights_hash",
+    "with_whole_tiles",
     "without_adapters",
 ]
