@@ -8,7 +8,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Literal, get_args, get_type_hints
 import numpy as np
 import torch
 from accelerate import PartialState
+from diffusers import AutoencoderKLFlux2
 from diffusers.models.modeling_utils import ModelMixin
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
@@ -49,9 +50,22 @@ from .latent_cache import DTYPES, Kind, encode_images
 from .loop import RunResult, Task, dry_run, run_task
 from .messages import message, problem_list, quoted, showable
 from .metrics import psnr
-from .models import MLPVAE, VAE, LatentScaling, encode, find_subfolder, load_autoencoder, unmeasured, weights_hash
+from .models import (
+    MLPVAE,
+    VAE,
+    LatentScaling,
+    encode,
+    find_subfolder,
+    is_local,
+    load_autoencoder,
+    no_such_path,
+    read_config,
+    unmeasured,
+    weights_hash,
+)
 from .objective import ObjectiveConfig, VAEObjective
 from .pictures import comparison_picture, contact_sheet, sample_picture, save_signed
+from .pipelines import latent_scaling
 from .precision import measure_precision
 from .processes import Interrupted, lossy_output, on_main, one_first, process_share
 from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
@@ -458,7 +472,8 @@ def _at_any_size(model: ModelMixin, images: torch.Tensor, index: int, config: Ev
 
 def _compression(model: ModelMixin) -> int:
     """By what the sides of images must be divisible."""
-    widths = model.config.get("block_out_channels") or model.config.get("down_block_out_channels") or (1,)
+    names = ("block_out_channels", "down_block_out_channels", "ch_mult")
+    widths = next((model.config[name] for name in names if name in model.config), (1,))
     return 2 ** (len(widths) - 1)
 
 
@@ -652,12 +667,14 @@ def run_info(arguments: Sequence[str]) -> int:
     inside = f", subfolder={quoted(parsed.subfolder)}" if parsed.subfolder else ""
     facts = {
         "class": name,
-        "load it": f"from {'diffusers_vae' if ours else 'diffusers'} import {name}; "
+        "load it": f"from diffusers_vae.models import load_autoencoder; vae = load_autoencoder({quoted(place)})"
+        if Path(place).is_file()
+        else f"from {'diffusers_vae' if ours else 'diffusers'} import {name}; "
         f"vae = {name}.from_pretrained({quoted(place)}{inside})",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "images": f"{config.in_channels}x{height}x{width}" + ("" if "image_size" in config else " or other sizes"),
         "latents": f"{'x'.join(map(str, shape))}, {height // shape[1]} times smaller a side",
-        "scaled latents": _scaled_latents(config),
+        **_scaled_latents(model),
         "weights": f"SHA-256 {weights_hash(model)}",
     }
     if stated := find_value_range(parsed.model, parsed.subfolder, parsed.revision):
@@ -669,13 +686,42 @@ def run_info(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _scaled_latents(config: Mapping[str, Any]) -> str:
-    """How latents become scaled latents, as a formula."""
+def _scaled_latents(model: ModelMixin) -> dict[str, str]:
+    """How latents become scaled latents, as a formula, and where stock pipelines differ, theirs."""
+    config = model.config
+    if isinstance(model, AutoencoderKLFlux2):
+        formula = f"(patches - vae.bn.running_mean) / sqrt(vae.bn.running_var + {config.batch_norm_eps:g})"
+        return {"scaled latents": f"{formula}, by channel of the patches: each 2x2 square of latents is one position"}
     if unmeasured(config):
-        return f"unknown: scaling_factor {config.get('scaling_factor')} was not measured or published for this model"
-    scaling = LatentScaling.from_config(config)
+        factor = config.get("scaling_factor")
+        return {"scaled latents": f"unknown: scaling_factor {factor} was not measured or published for this model"}
+    formula = _formula(LatentScaling.from_config(config))
+    others: dict[str, list[str]] = {}
+    for name, pipeline in PIPELINES.items():
+        try:
+            own = _formula(latent_scaling(pipeline, model))
+        except (TypeError, ValueError):  # it cannot compute with this config
+            continue
+        if own != formula:
+            others.setdefault(own, []).append(name)
+    listed = "; ".join(f"{', '.join(names)}: {own}" for own, names in others.items())
+    return {"scaled latents": formula} | ({"in pipelines of": listed} if listed else {})
+
+
+PIPELINES = {
+    "Stable Diffusion": "StableDiffusionPipeline",
+    "SDXL": "StableDiffusionXLPipeline",
+    "Stable Diffusion 3": "StableDiffusion3Pipeline",
+    "FLUX.1": "FluxPipeline",
+    "DiT": "DiTPipeline",
+}
+"""One of each family, which all scale latents in the same way."""
+
+
+def _formula(scaling: LatentScaling) -> str:
     if scaling.mean is None:
-        return f"(latents {-scaling.shift:+.6g}) * {scaling.factor:.6g}"
+        shifted = f"(latents {-scaling.shift:+.6g})" if scaling.shift else "latents"
+        return f"{shifted} * {scaling.factor:.6g}"
     mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (scaling.mean, scaling.std))
     return f"(latents - mean) * {scaling.factor:.6g} / std, by channel: mean {mean}; std {std}"
 
@@ -791,12 +837,17 @@ def _parse_measuring(
     arguments = _with_data(arguments)
     parsed = _parse(parser, [*ANY_DATA, *arguments])  # wrong ones are told before a model is loaded
     sources = [parsed[name] for name in models]
+    for source in sources:
+        if is_local(source):
+            read_config(source, parsed.subfolder, parsed.revision)
+    if not any(argument.startswith("--data.") for argument in arguments) and not any(map(config_of_run, sources)):
+        first = sources[0]
+        why = f"{first} belongs to no run that does" if is_local(first) else f"{no_such_path(first)} whose run does"
+        parser.exit(2, message(f"error: name the images with --data: {why}") + "\n")
     loaded = [_load(parsed, source) for source in sources]
     runs = {source: run for source in sources if (run := _settings_of_run(source, arguments))}
     known = {source: run | {"data": _data_of_run(run, runs, parsed.data, arguments)} for source, run in runs.items()}
     if not known:
-        if not any(argument.startswith("--data.") for argument in arguments):
-            parser.exit(2, f"error: name the images with --data: {showable(sources[0])} belongs to no run that does\n")
         known = {
             source: {"data": _data_for(model, parsed, source)} for source, model in zip(sources, loaded, strict=True)
         }

@@ -23,7 +23,7 @@ from .data import DataConfig, ImageSet, image_batches
 from .images import to_model_range, to_uint8
 from .latents import LatentStatistics, PosteriorHealth, SwapCosts, draw, measure_swaps, total
 from .metrics import frechet_distance, mean_interval, psnr, ssim
-from .models import decode, decode_logits, encode, weights_hash
+from .models import decode, decode_logits, encode, unmeasured, weights_hash
 from .objective import Bernoulli, VAEObjective
 from .perceptual import LPIPS, InceptionFeatures
 from .precision import PrecisionReport, measure_precision
@@ -112,7 +112,7 @@ class ModelSummary:
     latent_shape: list[int]
     """Channels, height and width of the latents of one image."""
     scaling_factor: float | None
-    """As its config states: in a run, measured on the training images."""
+    """As its config states: in a run, measured on the training images; None where it is unknown."""
     shift_factor: float | None
     """Likewise."""
     weights_sha256: str
@@ -458,8 +458,8 @@ def evaluate(
             class_name=type(model).__name__,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             latent_shape=list(statistics.sums.shape[1:]),
-            scaling_factor=described.get("scaling_factor"),
-            shift_factor=described.get("shift_factor"),
+            scaling_factor=None if unmeasured(described) else described["scaling_factor"],
+            shift_factor=None if unmeasured(described) else described.get("shift_factor"),
             weights_sha256=weights_hash(model),
         ),
         protocol=Protocol(

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
-from .models import MLPVAE, VAE, LatentScaling, unmeasured
+from .models import MLPVAE, VAE, LatentScaling, unmeasured, with_whole_tiles
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def swap_vae(pipeline: DiffusionPipeline, vae: VAE | AutoencoderKL) -> Diffusion
     old VAE, or with one that is no `AutoencoderKL`, only the denoiser's channels are checked.
 
     The copy takes the old VAE's device and dtype (without one, the denoiser's), eval mode, and slicing, tiling and
-    fused projections where they were on. Its config, with force_upcast, stays its own; `vae` itself is left as it is.
+    fused projections where they were on. Its config, with force_upcast, stays its own, but for a sample_size below 256,
+    which becomes 256: stock takes it for the side of tiles. `vae` itself is left as it is.
 
     Args:
         pipeline: Stable Diffusion, Stable Diffusion XL, Stable Diffusion 3 or FLUX, each for text, image to image or
@@ -111,7 +112,7 @@ def swap_vae(pipeline: DiffusionPipeline, vae: VAE | AutoencoderKL) -> Diffusion
     if problems:
         raise ValueError("\n- ".join([f"the VAE does not fit this {name}:", *problems]))
 
-    new = copy.deepcopy(vae.to_diffusers() if isinstance(vae, VAE) else vae).to(place.device).eval()
+    new = with_whole_tiles(copy.deepcopy(vae.to_diffusers() if isinstance(vae, VAE) else vae).to(place.device).eval())
     if new.dtype != place.dtype:  # diffusers warns of a cast even where there is none
         new.to(place.dtype)
     new.use_slicing |= getattr(old, "use_slicing", False)

@@ -104,7 +104,7 @@ def report_table(report: Mapping[str, Any]) -> str:
         changes = [(label, change, f"[{low}, {high}]", unit) for label, change, low, high, unit in _changes(report)]
         text += ["", *_wrapped(f"{_origin(tuning)} After minus before, in pairs:")]
         text += _aligned([("", "difference", "95 % interval", ""), *changes], "<><<")
-        text += ["", *_wrapped(" ".join(_compatibility(tuning)))]
+        text += ["", *_wrapped(" ".join(_compatibility(report)))]
     return "\n".join(text) + "\n"
 
 
@@ -183,13 +183,19 @@ def _origin(tuning: Mapping[str, Any]) -> str:
     return f"Fine-tuned from {tuning['source']}{', revision ' + tuning['revision'] if tuning['revision'] else ''}."
 
 
-def _compatibility(tuning: Mapping[str, Any]) -> tuple[str, str]:
+def _compatibility(report: Mapping[str, Any]) -> tuple[str, str]:
     """Whether what was made for the source of a fine-tuned model still fits, and why."""
+    tuning = report["fine_tuning"]
+    unknown = (report.get("model") or {}).get("scaling_factor", 1) is None
     if tuning["latents_unchanged"]:
         return (
             "Latents unchanged: existing diffusion models keep working.",
             f"The encoder's weights are bit for bit those of {tuning['source']} (SHA-256 {tuning['encoder_sha256']}); "
-            "so are scaling_factor, shift_factor, latents_mean and latents_std.",
+            + (
+                "its scaling_factor is unknown, and null in config.json."
+                if unknown
+                else "so are scaling_factor, shift_factor, latents_mean and latents_std."
+            ),
         )
     return (
         "Latents changed:",

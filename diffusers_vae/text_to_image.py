@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from .images import to_model_range
 from .latent_cache import INDEX, LatentDataset, Verification, encode_images, matching_latents
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps
 from .messages import message, quoted
-from .models import VAE, encode, load_autoencoder, weights_hash
+from .models import VAE, encode, is_local, load_autoencoder, read_config, weights_hash, with_whole_tiles
 from .pictures import loss_picture, prompt_picture
 from .pipelines import latent_scaling
 from .processes import on_main, one_first
@@ -46,6 +46,7 @@ from .tokenizer import caption_tokenizer
 from .untrusted import check_type, read_json
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 DIGIT_PHRASES = (
     "a handwritten {name}",
@@ -375,8 +376,10 @@ class TextToImageTask(Task):
         config, first = self.config, accelerator.is_local_main_process
         self.accelerator = accelerator
         with one_first(first, "reading the data set"):
-            self.vae = _load_vae(config)
+            if is_local(config.vae.source):  # what is missing is reported before the data are read
+                _read_vae(config, read_config)
             images, heldout = load_data(config.data, first, None if self.max_images is None else 0, captions=True)
+            self.vae = _load_vae(config)
         self.images = len(images)
         if first:
             _warn_of_another_fit(config)
@@ -596,7 +599,7 @@ class TextToImageTask(Task):
         config = {**self.objective.scheduler.config, "skip_prk_steps": True, "set_alpha_to_one": False}
         scheduler = SCHEDULERS[self.config.sampling.scheduler].from_config(config)
         return StableDiffusionPipeline(
-            vae=self.vae.to_diffusers(),
+            vae=with_whole_tiles(self.vae.to_diffusers()),
             text_encoder=model.text_encoder,
             tokenizer=self.tokenizer,
             unet=model.unet,
@@ -710,16 +713,20 @@ def for_transformers_4(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     save_file(named, folder / "text_encoder" / "model.safetensors", {"format": "pt"})
 
 
-def _load_vae(config: TextToImageConfig) -> VAE:
-    """The autoencoder; ValueError when it is none that the pipeline takes, or takes other images."""
-    source = config.vae.source
+def _read_vae(config: TextToImageConfig, read: Callable[[str, str | None, str | None], T]) -> T:
+    """What `read` (load_autoencoder or read_config) finds in vae.source."""
     try:
-        vae = load_autoencoder(source, config.vae.subfolder, config.vae.revision)
+        return read(config.vae.source, config.vae.subfolder, config.vae.revision)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"vae.source: {error}. Train an autoencoder first, `accelerate launch training/train_vae.py`, or say with "
             "--vae where one is"
         ) from error
+
+
+def _load_vae(config: TextToImageConfig) -> VAE:
+    """The autoencoder; ValueError when it is none that the pipeline takes, or takes other images."""
+    source, vae = config.vae.source, _read_vae(config, load_autoencoder)
     if not isinstance(vae, VAE):
         raise ValueError(f"StableDiffusionPipeline takes an AutoencoderKL, got {type(vae).__name__} in {source}")
     check_value_range(config.data.value_range, source, config.vae.subfolder, config.vae.revision)

@@ -7,11 +7,13 @@ import importlib
 import io
 import json
 import os
+import pickle
 import re
 import stat
 import struct
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -302,18 +304,23 @@ CODE = r"GLOBAL (\S+)|call reduce|Can only (?:create|build)"
 """What torch says of a pickle that does more than to put tensors together."""
 
 
-def load_pickle(path: Path, file: BinaryIO | None = None, mmap: bool = False) -> Any:
+def load_pickle(path: Path, file: BinaryIO | None = None, mmap: bool = False, foreign: bool = False) -> Any:
     """What torch saved at `path`, on the CPU: tensors in lists and dicts. `file` is the same, if it is open already;
-    with `mmap`, tensors are read from the disk when they are used. Nothing that the file names is called.
+    with `mmap`, tensors are read from the disk when they are used. With `foreign`, objects of other classes may lie
+    beside the tensors, as in the checkpoints of PyTorch Lightning: a placeholder is put in their place. Nothing that
+    the file names is imported or called.
 
     Raises:
         OSError: when it cannot be read.
         ValueError: naming the file, when it holds code, is damaged or is something else.
     """
+    source = path if file is None else file
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a newer protocol, which either is read or is refused
-            return torch.load(path if file is None else file, map_location="cpu", weights_only=True, mmap=mmap)
+            if foreign:
+                return _load_with_placeholders(source, mmap)
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
     except Exception as error:  # of any kind, for a file that is no pickle
@@ -328,3 +335,58 @@ def load_pickle(path: Path, file: BinaryIO | None = None, mmap: bool = False) ->
         raise ValueError(
             f"{path} is a pickle that {holds} and is refused. If you trust it, convert its state_dict to .safetensors"
         ) from error
+
+
+class _Placeholder:
+    """Stands for a class or function that a pickle names: may be called and set up, and does nothing."""
+
+    def __new__(cls, *args: Any, **settings: Any) -> Any:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **settings: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Mapping(_Placeholder):
+    """Stands for a class of which torch has to set items."""
+
+    def __new__(cls, *args: Any, **settings: Any) -> Any:
+        return OrderedDict()
+
+
+class _Sequence(_Placeholder):
+    """Stands for a class to which torch has to append items."""
+
+    def __new__(cls, *args: Any, **settings: Any) -> Any:
+        return []
+
+
+MOST_FOREIGN = 64
+"""Different classes and functions that a checkpoint may name beside those of tensors."""
+
+
+def _load_with_placeholders(source: Path | BinaryIO, mmap: bool) -> Any:
+    """What `torch.load(weights_only=True)` loads if each name that it does not allow stands for a placeholder. It says
+    one such name at a time, before it reads tensors; those of modules that it never allows (os, sys) stay an error.
+    """
+    kinds: dict[str, type[_Placeholder]] = {}
+    while True:
+        classes = {name: type(f"Placeholder{number}", (kinds[name],), {}) for number, name in enumerate(kinds)}
+        if not isinstance(source, Path):
+            source.seek(0)
+        try:
+            with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in classes.items()]):
+                return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            if named := re.search(r"Unsupported global: GLOBAL (.+?) was not an allowed global", str(error)):
+                name = named[1] if "." in named[1] else f"builtins.{named[1]}"  # which torch leaves out
+                if name in kinds or len(kinds) == MOST_FOREIGN:
+                    raise
+                kinds[name] = _Placeholder
+            elif wrong := re.search(r"Can only (append|SETITEM).*\.Placeholder(\d+)'", str(error)):
+                kinds[[*kinds][int(wrong[2])]] = _Sequence if wrong[1] == "append" else _Mapping
+            else:
+                raise

@@ -411,6 +411,12 @@ class TestSource:
         )
         assert not any(missing.values())
         assert evaluation(configs[2])["fine_tuning"]["source"] == str(tmp_path / "vae.ckpt")
+        # the file does not state a scaling factor, so that nothing does
+        assert json.loads((output(configs[2]) / "model" / "config.json").read_text())["scaling_factor"] is None
+        assert evaluation(configs[2])["model"]["scaling_factor"] is None
+        card, page = ((output(configs[2]) / name).read_text() for name in ("README.md", "report.html"))
+        assert "its `scaling_factor` is unknown, and null in `config.json`" in card and "0.18215" not in card
+        assert "its scaling_factor is unknown" in page and "states no scaling_factor for pipelines" in page
 
 
 class TestRefused:

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiTPipeline
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, DDIMScheduler, DiTPipeline, Flux2Pipeline
 from support.models import tiny_vae
 from support.runs import tiny
 
@@ -216,6 +216,38 @@ class TestUnmeasured:
         stock = AutoencoderKL.from_config(AutoencoderKL.load_config(tmp_path))  # as from_single_file does
         for model in (vae, copy.deepcopy(vae), stock, VAE.from_diffusers(stock)):
             assert latent_scaling("StableDiffusionPipeline", model) == LatentScaling(0.18215)
+
+    def test_info_states_the_formula_of_flux_2(self, tmp_path, capsys):
+        """A batch norm over squares of latents, and no factor."""
+        torch.manual_seed(0)
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+        vae = AutoencoderKLFlux2(**blocks, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=2)
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2)
+        vae.save_pretrained(tmp_path)
+        assert cli.main(["info", str(tmp_path)]) == 0
+        formula = re.search(r"^scaled latents +(.*), by channel of the patches", capsys.readouterr().out, re.M)[1]
+        patches = Flux2Pipeline._patchify_latents(torch.randn(2, 2, 4, 6))
+        names = {"vae": vae, "sqrt": torch.sqrt, "patches": patches.movedim(1, -1)}
+        torch.testing.assert_close(eval(formula, names).movedim(-1, 1), vae.bn.eval()(patches))
+
+    def test_info_states_what_each_pipeline_does(self, tmp_path, capsys):
+        vae = tiny_vae(scaling_factor=0.5, shift_factor=0.25, **CHANNELWISE)
+        vae.save_pretrained(tmp_path)
+        assert cli.main(["info", str(tmp_path)]) == 0
+        out = capsys.readouterr().out
+        latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        line = re.search(r"^in pipelines of +(.*)$", out, re.M)[1]
+        stated = {
+            name: formula
+            for names, formula in (part.split(": ") for part in line.split("; "))
+            for name in names.split(", ")
+        }
+        assert stated.keys() == {"Stable Diffusion", "DiT", "Stable Diffusion 3", "FLUX.1"}
+        for name, pipeline in {"Stable Diffusion": "StableDiffusion", "FLUX.1": "Flux", "DiT": "DiT"}.items():
+            expected = latent_scaling(f"{pipeline}Pipeline", vae).scale(latents)
+            torch.testing.assert_close(eval(stated[name], {"latents": latents}), expected)
+        assert re.search(r"^scaled latents +\(latents - mean\) \* 0.5 / std, by channel: mean 0.1, ", out, re.M)
 
     def test_saving_and_encoding_warn(self, tmp_path, caplog):
         images = ArrayImages(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))

@@ -35,7 +35,7 @@ ALLOWED_ONLY_IN = {
     "accelerate": {"trainer", "text_to_image", "loop", "run_folder", "checkpoint", "commands"},
     "filelock": {"storage", "processes"},
     "yaml": {"settings"},
-    "huggingface_hub": {"hub", "data"},
+    "huggingface_hub": {"hub", "data", "models"},
 }
 
 

@@ -329,6 +329,7 @@ for name, pictures in expected.items():
         assert all(torch.equal(before[key], weight) for key, weight in pipeline.vae.state_dict().items())
         vae.enable_tiling()
         assert swap_vae(pipeline, vae).vae.use_tiling
+        assert vae.config.sample_size < pipeline.vae.config.sample_size == pipeline.vae.tile_sample_min_size == 256
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", STOCK)
@@ -361,7 +362,7 @@ for name, pictures in expected.items():
             ("DiTPipeline", {"shift_factor": None, **CHANNELWISE}),
             ("StableDiffusionXLImg2ImgPipeline", {"shift_factor": 7.0, "latents_std": [7.0] * 4}),
             ("FluxInpaintPipeline", CHANNELWISE),
-            ("StableDiffusion3Pipeline", {"force_upcast": False, "sample_size": 64, **CHANNELWISE}),
+            ("StableDiffusion3Pipeline", {"force_upcast": False, "sample_size": 512, **CHANNELWISE}),
         ],
     )
     def test_what_a_pipeline_ignores_may_differ(self, name, config, vae, texts):

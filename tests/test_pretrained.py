@@ -5,12 +5,14 @@ import shutil
 import socket
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from safetensors.torch import save_file
 from support.hub import connect
+from support.hub_server import HubServer
 from support.models import same
 
 from diffusers_vae import MLPVAE, VAE
@@ -97,15 +99,27 @@ class TestSources:
         ("values", "message"),
         [
             ({"norm_num_groups": 0}, "ZeroDivisionError"),
-            ({"act_fn": []}, "no AutoencoderKL can be made: "),
+            ({"act_fn": []}, r"act_fn must be of the type string, got \[\]"),
+            ({"act_fn": "none"}, "no AutoencoderKL can be made: "),
             ({"down_block_types": ["Evil"] * 3}, "no AutoencoderKL can be made: ValueError: Evil does not exist"),
             ({"block_out_channels": [8]}, "no AutoencoderKL can be made: IndexError"),
             ({"block_out_channels": 8}, "block_out_channels must be of the type array, got 8"),
-            ({"sample_size": "large"}, "no AutoencoderKL can be made: "),
+            ({"sample_size": "large"}, "sample_size must be of the type integer, got 'large'"),
+            ({"sample_size": [8, "8"]}, r"sample_size\[1\] must be of the type integer, got '8'"),
+            ({"layers_per_block": "2"}, "layers_per_block must be of the type integer, got '2'"),
+            ({"norm_num_groups": 4.0}, "norm_num_groups must be of the type integer, got 4.0"),
+            ({"latent_channels": [6]}, r"latent_channels must be of the type integer, got \[6\]"),
+            ({"down_block_types": "DownEncoderBlock2D"}, "down_block_types must be of the type array"),
+            ({"use_quant_conv": "false"}, "use_quant_conv must be of the type boolean, got 'false'"),
+            ({"mid_block_add_attention": 2}, "mid_block_add_attention must be of the type boolean, got 2"),
+            ({"force_upcast": {}}, "force_upcast must be of the type boolean, got {}"),
             ({"scaling_factor": "1"}, "scaling_factor must be of the type number, got '1'"),
             ({"shift_factor": float("nan")}, "shift_factor must be a finite number, got nan"),
             ({"_class_name": ["AutoencoderKL"]}, "must hold an autoencoder"),
-            ({"_class_name": "Evil"}, "must hold an autoencoder of diffusers or of this package, got the class Evil"),
+            (
+                {"_class_name": "Evil"},
+                "must hold an autoencoder of images that .* got the class Evil: give",
+            ),
             ({"_class_name": "DiffusionPipeline"}, "must hold an autoencoder"),
             ({"_class_name": "pipelines"}, "must hold an autoencoder"),
             ({"_class_name": "ModelMixin"}, "must hold an autoencoder"),
@@ -129,15 +143,57 @@ class TestSources:
         with pytest.raises(ValueError, match=rf"^{tmp_path}.*config\.json "):
             load_autoencoder(str(tmp_path))
 
-    @pytest.mark.slow
-    def test_hub_that_cannot_be_reached_is_said(self, tmp_path, monkeypatch):
-        """Not that it has no such file."""
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between tries
+    @pytest.mark.parametrize("class_name", ["FlaxAutoencoderKL"])
+    def test_weights_of_the_class_for_flax(self, class_name, source, stock, tmp_path):
+        shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": class_name}))
+        assert_equal_to_stock(ModelConfig(pretrained=str(tmp_path)).build(3, SIZE), stock)
+        assert type(load_autoencoder(str(tmp_path))) is VAE
+
+    @pytest.fixture
+    def unreachable(self, tmp_path, monkeypatch):
+        """A Hub that does not answer, and no patience with it."""
+        monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waited for the Hub"))
         with socket.create_server(("127.0.0.1", 0)) as server:
             url = f"http://127.0.0.1:{server.getsockname()[1]}"
         connect(monkeypatch, url, tmp_path)  # where nobody listens any more
-        with pytest.raises(OSError, match=r"there is no .*, and the Hub could not be reached .* ann/vae"):
+
+    def test_hub_that_cannot_be_reached_is_said_at_once(self, unreachable):
+        """Not that it has no such file."""
+        for read in (
+            lambda: load_autoencoder("ann/vae"),
+            lambda: ModelConfig(pretrained="ann/vae").spatial_compression_ratio,
+        ):
+            with pytest.raises((OSError, ValueError), match=r"no .*, and the Hub could not be reached .* ann/vae"):
+                read()
+
+    def test_a_repository_in_the_cache_needs_no_hub(self, unreachable, source, stock, tmp_path):
+        snapshot = tmp_path / "hub" / "models--ann--vae" / "snapshots" / ("a" * 40)
+        shutil.copytree(source, snapshot)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+        assert_equal_to_stock(ModelConfig(pretrained="ann/vae").build(3, SIZE), stock)
+        (snapshot / "diffusion_pytorch_model.safetensors").unlink()
+        with pytest.raises(OSError, match=r"the Hub could not be reached .* that its cache on this machine lacks"):
             load_autoencoder("ann/vae")
+
+    @pytest.mark.parametrize("name", ["runs/tinyy", "rnus/tiny", "runs/Tiny", "./runs/tinny", "runs/tiny/modle", "run"])
+    def test_a_mistyped_path_is_answered_by_those_there_are(self, name, unreachable, source, tmp_path, monkeypatch):
+        shutil.copytree(source, tmp_path / "runs" / "tiny" / "model")
+        monkeypatch.chdir(tmp_path)
+        there = {"runs/tiny/modle": "runs/tiny/model", "run": "runs"}.get(name, "runs/tiny")
+        with pytest.raises(OSError, match=rf"^there is no file or folder .*{Path(name)} \(did you mean {there}\?\)"):
+            load_autoencoder(name)
+
+    def test_a_repository_that_is_not_there_is_said(self, tmp_path, monkeypatch):
+        with HubServer({}) as hub:
+            connect(monkeypatch, hub.url, tmp_path)
+            hub.put("ann/pipeline", {"vae/config.json": b"{}", "model_index.json": b"{}"})
+            with pytest.raises(OSError, match=r"^there is no .*, and ann/gone .* there is no such repository, or"):
+                load_autoencoder("ann/gone")
+            with pytest.raises(OSError, match=r"ann/pipeline cannot .*no config.json in it; .* in the subfolder vae$"):
+                load_autoencoder("ann/pipeline")
 
     def test_subfolder(self, source, stock, tmp_path):
         shutil.copytree(source, tmp_path / "ema")
@@ -312,7 +368,10 @@ class TestErrors:
         (tmp_path / "dc").mkdir()
         (tmp_path / "dc" / "config.json").write_text(json.dumps({"_class_name": AutoencoderDC.__name__}))
         for name, kind in (("mlp", "MLPVAE"), ("dc", "AutoencoderDC")):
-            with pytest.raises(ValueError, match=f"^model.pretrained must be an AutoencoderKL, got the {kind} in "):
+            message = (
+                f"^model.pretrained: .* must hold .* got the class {kind}: give a model of the class AutoencoderKL\\b"
+            )
+            with pytest.raises(ValueError, match=message):
                 _ = ModelConfig(pretrained=str(tmp_path / name)).spatial_compression_ratio
 
 

@@ -1,7 +1,13 @@
 """Autoencoders in one file under the names of latent-diffusion, held against the stock model that they were."""
 
+import json
+import pickle
 import re
+from argparse import Namespace
+from collections import OrderedDict, defaultdict, deque
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -9,8 +15,9 @@ from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 from safetensors.torch import save_file
 from support.models import original, same
 
-from diffusers_vae import VAE
-from diffusers_vae.models import ModelConfig, load_autoencoder
+from diffusers_vae import VAE, cli
+from diffusers_vae.models import LatentScaling, ModelConfig, load_autoencoder, unmeasured
+from diffusers_vae.pipelines import latent_scaling
 
 TINY = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -64,9 +71,8 @@ def test_equal_to_stock(config, suffix, tmp_path):
     file = tmp_path / f"vae{suffix}"
     path = write(file, original(stock) | extras)
     vae = load_autoencoder(path)
-    assert {name: each for name, each in vae.config.items() if name[0] != "_"} == {
-        name: each for name, each in stock.config.items() if name[0] != "_"
-    }
+    known = {name: each for name, each in stock.config.items() if name[0] != "_"} | {"scaling_factor": None}
+    assert {name: each for name, each in vae.config.items() if name[0] != "_"} == known
     file.write_bytes(bytes(file.stat().st_size))  # what was loaded is no map of the file
     assert_equal_to_stock(vae, stock)
     vae.save_pretrained(tmp_path / "saved")
@@ -91,6 +97,84 @@ def test_other_files(tmp_path):
     torch.save(original(stock), tmp_path / "vae.pt", _use_new_zipfile_serialization=False)
     assert_equal_to_stock(load_autoencoder(str(tmp_path / "vae.pt")), stock.float())
     assert load_autoencoder(str(tmp_path / "vae.pt"), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+class Callback:
+    """Something other than a tensor, as Lightning's checkpoints hold."""
+
+
+class Hyperparameters(dict):
+    """As Lightning's AttributeDict."""
+
+
+def lightning(state):
+    """A checkpoint of PyTorch Lightning, as CompVis and Runway published theirs."""
+    return {
+        "epoch": 3,
+        "pytorch-lightning_version": "1.7.7",
+        "state_dict": state,
+        "callbacks": {Callback: {"best_model_score": np.float64(0.5), "best_model_path": Path("a.ckpt")}},
+        "optimizer_states": [{"state": defaultdict(dict, {0: {"exp_avg": torch.zeros(2)}})}],
+        "hyper_parameters": Hyperparameters(lr=1e-4, args=Namespace(seed=deque([np.arange(3)], maxlen=2))),
+    }
+
+
+class TestContainers:
+    """Where people keep an autoencoder's weights in a file."""
+
+    @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+    def test_lightning(self, legacy, tmp_path, caplog):
+        stock = make(TINY)
+        content = lightning(whole(original(stock), **{V1: torch.zeros(2, 2)}))
+        torch.save(content, tmp_path / "sd-v1-4.ckpt", _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / "sd-v1-4.ckpt", weights_only=True)
+        vae = load_autoencoder(str(tmp_path / "sd-v1-4.ckpt"))
+        assert same(vae.state_dict(), stock.state_dict()) and vae.config.scaling_factor == 0.18215
+        assert not caplog.records
+
+    @pytest.mark.parametrize(
+        "nest",
+        [
+            lambda state: {"model": state},
+            lambda state: {"ema": state, "step": 3},
+            lambda state: {"model_ema": state},
+            lambda state: {"model": {"state_dict": state}, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}},
+            lambda state: {"state_dict": {"model": state}},
+            lambda state: {"module": OrderedDict(state)},
+            lambda state: {f"module._orig_mod.{name}": each for name, each in state.items()},
+            lambda state: {"trainer": {"vae": whole(state)}},
+            lambda state: {
+                part: {name.partition(".")[2]: each for name, each in state.items() if name.startswith(f"{part}.")}
+                for part in ("encoder", "decoder", "quant_conv", "post_quant_conv")
+            },
+        ],
+    )
+    def test_nested(self, nest, tmp_path):
+        stock = make(TINY)
+        torch.save(nest(original(stock)), tmp_path / "a.pth")
+        assert same(load_autoencoder(str(tmp_path / "a.pth")).state_dict(), stock.state_dict())
+
+    @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+    def test_averaged_weights_are_taken_and_said(self, suffix, tmp_path, caplog):
+        stock = make(TINY)
+        state = {
+            f"{start}{name}": each + change
+            for start, change in (("model.", 1), ("model_ema.", 0))
+            for name, each in original(stock).items()
+        }
+        vae = load_autoencoder(write(tmp_path / f"a{suffix}", state))
+        assert same(vae.state_dict(), stock.state_dict())
+        assert "several autoencoders: model_ema.encoder.* is taken, not model.encoder.*" in caplog.text
+
+    @pytest.mark.parametrize("suffix", [".sft", ".SAFETENSORS", ".Sft", ".CKPT", ".Pth", ".BIN"])
+    def test_suffixes(self, suffix, tmp_path):
+        stock = make(TINY)
+        if suffix.lower() in (".sft", ".safetensors"):
+            save_file(original(stock), tmp_path / f"a{suffix}")
+        else:
+            torch.save(original(stock), tmp_path / f"a{suffix}")
+        assert same(load_autoencoder(str(tmp_path / f"a{suffix}")).state_dict(), stock.state_dict())
 
 
 V1, V2, XL = (CHECKPOINT_KEY_NAMES[name] for name in ("v1", "v2", "xl_base"))
@@ -120,12 +204,106 @@ def test_scaling_factor_of_known_models(config, others, factor, shift, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "named"), [("sd", ["SDXL", "0.13025"]), ("16-channels", ["1.5305", "0.3611"])])
-def test_unknown_scaling_factor_is_said(config, named, tmp_path, caplog):
+def test_unknown_scaling_factor_is_null_and_said(config, named, tmp_path, caplog):
     for state in (original(make(CONFIGS[config])), whole(original(make(CONFIGS[config])))):
         caplog.clear()
         vae = load_autoencoder(write(tmp_path / "vae.safetensors", state))
-        assert vae.config.scaling_factor == 0.18215
-        assert all(word in caplog.text for word in ["does not tell its scaling_factor", *named])
+        assert vae.config.scaling_factor is vae.config.shift_factor is None
+        assert all(word in caplog.text for word in ["not state the scaling_factor", f"{tmp_path}/vae.json", *named])
+        with pytest.raises(ValueError, match=r"got None: call diffusers_vae\.measure_latents"):
+            latent_scaling("StableDiffusionPipeline", vae)
+    vae.save_pretrained(tmp_path / "saved")
+    assert unmeasured(load_autoencoder(str(tmp_path / "saved")).config)
+
+
+def scaling(path):
+    config = ModelConfig(pretrained=path, train="decoder")
+    with torch.device("meta"):  # as a run resolves it
+        vae = config.build(3, (16, 16))
+    return tuple(vae.config[name] for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"))
+
+
+class TestStatedScaling:
+    """What a file, or NAME.json beside it, says of latents is what the config says."""
+
+    @pytest.mark.parametrize(
+        ("config", "architecture", "expected"),
+        [
+            ("sd", "stable-diffusion-v1", (0.18215, None)),
+            ("sd", "stable-diffusion-v2-768-v/vae", (0.18215, None)),
+            ("sd", "stable-diffusion-xl-v1-base/vae", (0.13025, None)),
+            ("16-channels", "stable-diffusion-3.5-large", (1.5305, 0.0609)),
+            ("16-channels", "stable-diffusion-v3-medium", (1.5305, 0.0609)),
+            ("16-channels", "Flux.1-AE", (0.3611, 0.1159)),
+            ("16-channels", "flux-1-dev", (0.3611, 0.1159)),
+            ("16-channels", "Flux.2-AE", (None, None)),
+            ("sd", "Flux.1-AE", (None, None)),
+            ("16-channels", "stable-diffusion-xl-v1-base", (None, None)),
+            ("sd", "stable-diffusion-v10", (None, None)),
+            ("sd", "", (None, None)),
+        ],
+    )
+    def test_by_metadata(self, config, architecture, expected, tmp_path):
+        metadata = {"format": "pt", "modelspec.architecture": architecture}
+        save_file(original(make(CONFIGS[config])), tmp_path / "a.safetensors", metadata)
+        assert scaling(str(tmp_path / "a.safetensors")) == (*expected, None, None)
+
+    @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+    def test_by_the_buffer_of_latent_diffusion(self, suffix, tmp_path):
+        """`scale_by_std` of latent-diffusion measures it on the first batch."""
+        state = whole(original(make(TINY)), **{V1: torch.zeros(2, 2)})
+        path = write(tmp_path / f"a{suffix}", state | {"scale_factor": torch.tensor(0.625)})
+        assert scaling(path) == (0.625, None, None, None)
+
+    def test_beside_the_file(self, tmp_path):
+        metadata = {"modelspec.architecture": "stable-diffusion-v1"}
+        save_file(original(make(TINY)), tmp_path / "a.safetensors", metadata)
+        stated = {"scaling_factor": 0.13025, "latents_mean": [1.0, 2, 3, 4], "latents_std": [1, 1, 1, 2]}
+        (tmp_path / "a.json").write_text(json.dumps(stated | {"_class_name": "AutoencoderKL", "latent_channels": 4}))
+        assert scaling(str(tmp_path / "a.safetensors")) == (0.13025, None, [1.0, 2, 3, 4], [1, 1, 1, 2])
+        vae = load_autoencoder(str(tmp_path / "a.safetensors"))
+        assert LatentScaling.from_config(vae.config).factor == 0.13025
+        (tmp_path / "a.json").write_text(json.dumps({"description": "of the web UI", "sd version": "SD1"}))
+        assert scaling(str(tmp_path / "a.safetensors"))[0] == 0.18215
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ('{"scaling_factor": "0.13"}', "scaling_factor must be of the type number, got '0.13'"),
+            ('{"scaling_factor": 0}', "scaling_factor must be a number other than 0"),
+            ('{"latents_mean": 1}', "latents_mean must be of the type array, got 1"),
+            ("[0.13025]", "must be of the type object"),
+            ("{", "is damaged"),
+            (
+                '{"scaling_factor": 1, "latent_channels": 16}',
+                "of the model in a.ckpt, whose latent_channels is 4",
+            ),
+            (
+                '{"scaling_factor": 1, "block_out_channels": [128]}',
+                r"block_out_channels is \[32, 32, 64\], got",
+            ),
+        ],
+    )
+    def test_wrong_values_are_named(self, text, message, tmp_path):
+        path = write(tmp_path / "a.ckpt", original(make(TINY)))
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"{tmp_path / 'a.json'}\W.*{message}"):
+            load_autoencoder(path)
+
+    def test_info_says_what_is_not_known(self, tmp_path, capsys):
+        path = write(tmp_path / "a.ckpt", original(make(TINY)))
+        assert cli.main(["info", path]) == 0
+        out = capsys.readouterr().out
+        assert "scaled latents  unknown: scaling_factor None was not measured or published" in out
+        line = re.search(r"^load it  +(.*)$", out, re.M)[1]
+        names = {}
+        exec(line, names)
+        assert type(names["vae"]) is VAE
+        (tmp_path / "a.json").write_text('{"scaling_factor": 0.5, "shift_factor": 0.1}')
+        assert cli.main(["info", path]) == 0
+        out = capsys.readouterr().out
+        assert re.search(r"^scaled latents  \(latents -0.1\) \* 0.5$", out, re.M)
+        assert re.search(r"^in pipelines of +Stable Diffusion, SDXL, DiT: latents \* 0.5$", out, re.M)
 
 
 @pytest.mark.slow
@@ -142,10 +320,6 @@ def test_a_single_file_is_trained_on(suffix, tmp_path):
     assert_equal_to_stock(model.eval(), stock)
     with pytest.raises(ValueError, match="is a file, which has no subfolder or revision, got vae"):
         _ = ModelConfig(pretrained=config.pretrained, subfolder="vae").spatial_compression_ratio
-
-
-class Callback:
-    """Something other than a tensor, as Lightning's checkpoints hold."""
 
 
 def without(state, *beginnings):
@@ -175,6 +349,10 @@ NOT_A_VAE = {
     ),
     "diffusers": (lambda state: make(TINY).state_dict(), "names are those of diffusers.*config.json"),
     "nothing": (lambda state: {}, "holds no tensors"),
+    "flux-2": (
+        lambda state: state | {"bn.running_mean": torch.zeros(16)},
+        "it is that of FLUX.2, .*KLFlux2",
+    ),
     "other": (lambda state: {"layer.weight": torch.zeros(2)}, "lacks encoder.conv_in.weight.*begins with layer.weight"),
 }
 
@@ -203,11 +381,6 @@ class TestRefused:
         with pytest.raises(ValueError, match="divisible by 32, got 8"):
             load_autoencoder(path)
 
-    def test_pickles_of_more_than_tensors(self, tmp_path):
-        torch.save({"state_dict": original(make(TINY)), "callbacks": Callback()}, tmp_path / "x.ckpt")
-        with pytest.raises(ValueError, match=r"holds code, .*Callback, and is refused.*\.safetensors"):
-            load_autoencoder(str(tmp_path / "x.ckpt"))
-
     @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
     def test_unreadable(self, suffix, tmp_path):
         path = tmp_path / f"x{suffix}"
@@ -218,7 +391,12 @@ class TestRefused:
             with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} is no .* or was cut off"):
                 load_autoencoder(str(path))
 
+    def test_code_in_the_place_of_weights(self, tmp_path):
+        torch.save({"state_dict": original(make(TINY)) | {"encoder.conv_in.weight": print}}, tmp_path / "x.ckpt")
+        with pytest.raises(ValueError, match=r"x.ckpt holds no KL autoencoder .*it lacks encoder\.conv_in"):
+            load_autoencoder(str(tmp_path / "x.ckpt"))
+
     def test_other_suffix(self, tmp_path):
         (tmp_path / "a.txt").write_text("text")
-        with pytest.raises(ValueError, match=r"must be \.safetensors or \.ckpt.*a\.txt"):
+        with pytest.raises(ValueError, match=r"must be \.safetensors, \.sft, \.ckpt.*a\.txt"):
             load_autoencoder(str(tmp_path / "a.txt"))

@@ -1,7 +1,14 @@
 """Files of unknown origin are read within limits and run nothing; what they are instead is said."""
 
+import functools
+import io
 import os
+import pickle
+import re
 import socket
+import subprocess
+import sys
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,6 +28,22 @@ from diffusers_vae.untrusted import (
     read_json,
     read_text,
 )
+
+
+class Call:
+    """Is pickled as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def planted():
+    import planted_module
+
+    return planted_module
 
 
 @pytest.fixture
@@ -193,6 +216,64 @@ class TestPickle:
         with pytest.raises(ValueError, match=rf"^{path} is {said}") as error:
             load_pickle(path)
         assert "weights_only" not in str(error.value) and not (tmp_path / "harm").exists()
+
+    @pytest.mark.parametrize("container", ["zip", "legacy"])
+    @pytest.mark.parametrize(
+        ("harm", "taken"),
+        [
+            (lambda code: Call(eval, code), True),
+            (lambda code: Call(exec, code), True),
+            (lambda code: Call(torch.hub.load, code, "model"), True),
+            (lambda code: Call(subprocess.call, ["sh", "-c", code]), True),
+            (lambda code: object.__new__(subprocess.Popen), True),
+            (lambda code: {Call(eval, code): Call(functools.partial, eval)}, True),
+            (lambda code: planted().Evil(), True),
+            (lambda code: planted().touch, True),
+            (lambda code: Call(os.system, f"touch {code}"), False),
+            (lambda code: Call(Path.touch, Path(code)), False),  # getattr(Path, "touch"), and a call of what it gives
+        ],
+    )
+    def test_foreign_classes_beside_tensors_are_named_and_no_more(self, harm, taken, container, tmp_path, monkeypatch):
+        """Neither REDUCE, NEWOBJ nor BUILD of a pickle calls anything, and no module is imported."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        text = "import os\nopen('harm', 'w')\ndef touch(): pass\nclass Evil:\n"
+        text += "    def __init__(self): self.a = 1\n    def __setstate__(self, state): open('harm', 'w')\n"
+        (tmp_path / "planted_module.py").write_text(text)
+        content = {"a": torch.arange(3), "more": harm("open('harm', 'w')"), "b": {"c": torch.ones(2)}}
+        torch.save(content, "a.pt", _use_new_zipfile_serialization=container == "zip")
+        sys.modules.pop("planted_module", None)
+        Path("harm").unlink(missing_ok=True)
+        try:
+            found = load_pickle(Path("a.pt"), foreign=True)
+            assert taken and found["a"].tolist() == [0, 1, 2] and found["b"]["c"].tolist() == [1, 1]
+        except ValueError as error:
+            assert not taken and re.search("^a.pt is a pickle that holds code.* and is refused", str(error))
+        assert not Path("harm").exists() and "planted_module" not in sys.modules
+        with pytest.raises(ValueError, match="holds code"):
+            load_pickle(Path("a.pt"))
+
+    @pytest.mark.parametrize("id", ["'module', 'builtins.eval', 'a.py', 'x'", "'storage', 1, '0', 'cpu', 1", "1"])
+    def test_persistent_ids_of_anything_but_storages_are_refused(self, id, tmp_path):
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, value):
+                return eval(f"({id})") if value is Harm else None
+
+        stream = io.BytesIO()
+        Pickler(stream, 2).dump({"a": Harm})
+        with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+            for name, part in {"data.pkl": stream.getvalue(), "version": b"3\n", "byteorder": b"little"}.items():
+                archive.writestr(f"archive/{name}", part)
+        with pytest.raises(ValueError, match=r"a\.pt is no checkpoint of torch"):
+            load_pickle(tmp_path / "a.pt", foreign=True)
+
+    def test_endless_names_are_refused(self, tmp_path):
+        names = b"".join(b"c%s\nx\n" % f"module{number}".encode() for number in range(1000))
+        with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+            archive.writestr("archive/data.pkl", b"\x80\x02(" + names + b"t.")
+            archive.writestr("archive/version", b"3\n")
+        with pytest.raises(ValueError, match=r"holds code, module64\.x, and is refused"):
+            load_pickle(tmp_path / "a.pt", foreign=True)
 
     def test_what_was_cut_off_is_said_to_be(self, tmp_path):
         torch.save({"a": torch.arange(3)}, tmp_path / "whole.pt")

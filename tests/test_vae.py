@@ -457,6 +457,21 @@ class TestSharing:
 class TestMachinery:
     """What stock can do beside encoding and decoding."""
 
+    @torch.no_grad()
+    def test_tiles_are_not_those_of_a_small_training_size(self):
+        """Tiles of 32 pixels show in an image; up to 256 pixels, none are made."""
+        vae, stock = build({**TINY, "sample_size": 32}), stock_twin(build({**TINY, "sample_size": 32}))
+        images = random_images(vae, height=64, width=96)
+        whole = vae(images).sample
+        for model in (vae, stock, vae.to_diffusers()):
+            model.enable_tiling()
+        assert not torch.equal(stock(images).sample, whole)
+        assert torch.equal(vae(images).sample, whole) and torch.equal(vae.to_diffusers()(images).sample, whole)
+        assert vae.config.sample_size == 32
+        for size, tile in ((32, 256), (256, 256), (512, 512), (1024, 1024)):
+            vae = VAE(**{**TINY, "sample_size": size})
+            assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (tile, tile // vae.spatial_compression_ratio)
+
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:The tiled_encode implementation")
     @torch.no_grad()
@@ -467,6 +482,7 @@ class TestMachinery:
         for model in (vae, stock):
             model.enable_slicing()
             model.enable_tiling()
+            model.tile_sample_min_size, model.tile_latent_min_size = 32, 16
         assert torch.equal(vae.encode(images).latent_dist.mean, stock.encode(images).latent_dist.mean)
         assert torch.equal(vae.decode(latents).sample, stock.decode(latents).sample)
         assert torch.equal(vae.tiled_encode(images).latent_dist.mean, stock.tiled_encode(images).latent_dist.mean)

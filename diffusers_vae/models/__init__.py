@@ -1,12 +1,23 @@
 """The models. Each takes and gives images in [-1, 1] and has `encode`, `decode`, `forward` as `AutoencoderKL` has."""
 
 from .config import ModelConfig
-from .load import LATENT_PARTS, decode, decode_logits, encode, find_subfolder, load_autoencoder, weights_hash
+from .load import (
+    LATENT_PARTS,
+    decode,
+    decode_logits,
+    encode,
+    find_subfolder,
+    is_local,
+    load_autoencoder,
+    no_such_path,
+    read_config,
+    weights_hash,
+)
 from .lora import without_adapters
 from .mlp import MLPVAE
 from .scaling import LatentScaling, unmeasured
 from .speed import fast_dtype, for_inference, several_at_once, speed_up_norms
-from .vae import VAE, VAEOutput, check_batch
+from .vae import VAE, VAEOutput, check_batch, with_whole_tiles
 
 __all__ = [
     "LATENT_PARTS",
@@ -22,10 +33,14 @@ __all__ = [
     "fast_dtype",
     "find_subfolder",
     "for_inference",
+    "is_local",
     "load_autoencoder",
+    "no_such_path",
+    "read_config",
     "several_at_once",
     "speed_up_norms",
     "unmeasured",
     "weights_hash",
+    "with_whole_tiles",
     "without_adapters",
 ]

@@ -160,15 +160,10 @@ class ModelConfig:
     def _source(self) -> Mapping[str, Any]:
         """The whole config of `pretrained`, which is read once."""
         try:
-            config = read_config(self.pretrained, self.subfolder, self.revision)
-            if config["_class_name"] == "AutoencoderKL":
-                return filled_in(config, self.pretrained)
+            config = read_config(self.pretrained, self.subfolder, self.revision, ["AutoencoderKL"])
+            return filled_in(config, self.pretrained)
         except (OSError, ValueError) as error:
             raise ValueError(f"model.pretrained: {error}") from error
-        raise ValueError(
-            f"model.pretrained must be an AutoencoderKL, got the {config['_class_name']} in {self.pretrained}, which "
-            "cannot be trained on here"
-        )
 
     def made(self, folder: Path) -> None:
         """Where `pretrained` is gone, take its config from `folder`, which holds what was made of it."""

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import socket
 from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from diffusers.models import autoencoders
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from ..messages import hiding_passwords, showable
 from ..untrusted import check_type, read_json, refuse_irregular, refuse_odd_name
@@ -50,8 +57,9 @@ def load_autoencoder(
     config = read_config(source, subfolder, revision)
     name = config["_class_name"]
     kind = CLASSES[name]
-    arguments = {"revision": revision, "torch_dtype": dtype, "output_loading_info": True}
     place = find_subfolder(source, subfolder)
+    cached = not Path(source).exists() and not _hub_answers()
+    arguments = {"revision": revision, "torch_dtype": dtype, "output_loading_info": True, "local_files_only": cached}
     try:
         with hiding_passwords():
             try:
@@ -60,7 +68,7 @@ def load_autoencoder(
                 try:  # some repositories hold no other weights
                     model, report = kind.from_pretrained(source, subfolder=place, variant="fp16", **arguments)
                 except OSError:
-                    raise (_unreachable(error, source) or error) from None
+                    raise (_unreachable(error, source, cached) or error) from error
                 logger.warning("%s holds its weights in float16 only", showable(source))
     except (ImportError, MemoryError, OSError, torch.OutOfMemoryError):
         raise
@@ -73,39 +81,86 @@ def load_autoencoder(
     return model.eval().requires_grad_(False)
 
 
+OF_IMAGES = ("AsymmetricAutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE")
 CLASSES = {
-    name: kind
-    for name, kind in vars(autoencoders).items()
-    if isinstance(kind, type) and issubclass(kind, ModelMixin) and hasattr(kind, "encode")
-} | {"MLPVAE": MLPVAE, "AutoencoderKL": VAE}
-"""Classes that a config.json may name; no other is looked up."""
-CONFIG = {
-    "in_channels": int,
-    "out_channels": int,
-    "latent_channels": int,
-    "block_out_channels": list[int],
-    "scaling_factor": float | None,
-    "shift_factor": float | None,
-    "latents_mean": list[float] | None,
-    "latents_std": list[float] | None,
-    "force_upcast": bool | None,
+    "AutoencoderKL": VAE,
+    **{name: getattr(autoencoders, name) for name in OF_IMAGES if hasattr(autoencoders, name)},  # not in all versions
+    "MLPVAE": MLPVAE,
 }
-"""Values of a config.json that are read here, where it has them."""
+"""Classes that a config.json may name: those with a Gaussian posterior of images. No other is looked up."""
+OTHERS = tuple(
+    kind
+    for name, kind in vars(autoencoders).items()
+    if isinstance(kind, type) and issubclass(kind, ModelMixin) and name not in CLASSES
+)
+"""Autoencoders in diffusers of video, sound and proteins, and those without a posterior."""
+CONFIG = {
+    **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups"), int),
+    **dict.fromkeys(("block_out_channels", "down_block_out_channels", "up_block_out_channels"), list[int]),
+    **dict.fromkeys(("down_block_types", "up_block_types"), list[str]),
+    **dict.fromkeys(("scaling_factor", "shift_factor"), float | None),
+    **dict.fromkeys(("latents_mean", "latents_std"), list[float] | None),
+    **dict.fromkeys(("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"), bool | None),
+    "decoder_block_out_channels": list[int] | None,
+    "act_fn": str,
+}
+"""Types of values of a config.json, where it has them. sample_size and image_size are a side, or height and width."""
 
 
 def _in_a_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
-def _unreachable(error: BaseException, source: str) -> OSError | None:
-    """What to say where diffusers misses a file, or cannot load it, because the Hub did not answer."""
-    cause: BaseException | None = error
-    while cause and type(cause).__name__ != "LocalEntryNotFoundError":
-        cause = cause.__cause__ or cause.__context__
-    return cause and OSError(
-        f"there is no file or folder {Path(source).resolve()}, and the Hub could not be reached for the files of "
-        f"{source} that its cache on this machine lacks: check the connection, and HF_HUB_OFFLINE, and try again"
+def _hub_answers() -> bool:
+    """Whether the Hub accepts connections, within seconds: its client tries for half a minute. Behind a proxy, which
+    only the client knows how to use, it is taken to.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return False
+    address = urlsplit(constants.ENDPOINT)
+    if getproxies().keys() & {address.scheme, "all"}:
+        return True
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def _unreachable(error: BaseException, source: str, cached: bool) -> OSError | None:
+    """What to say where diffusers misses a file because the Hub did not answer; `cached` when it was not asked."""
+    if not cached and not _caused_by(error, LocalEntryNotFoundError):
+        return None
+    offline = " HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else " Check the connection"
+    return OSError(
+        f"{no_such_path(source)}, and the Hub could not be reached for the files of {source} that its cache on this "
+        f"machine lacks.{offline}"
     )
+
+
+def _caused_by(error: BaseException | None, kind: type[Exception]) -> bool:
+    """Whether `error`, or one that led to it, is of this class."""
+    return error is not None and (isinstance(error, kind) or _caused_by(error.__cause__ or error.__context__, kind))
+
+
+def is_local(source: str) -> bool:
+    """Whether `source` is a path on this machine, and no repository's NAMESPACE/NAME."""
+    return Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~"))
+
+
+def no_such_path(source: str) -> str:
+    """That there is no such path, with the paths there are whose names are close to it."""
+    path = gone = Path(source)
+    while not gone.parent.is_dir():
+        gone = gone.parent
+    try:
+        names = get_close_matches(gone.name, os.listdir(gone.parent))
+    except OSError:
+        names = []
+    similar = [gone.parent / name / path.relative_to(gone) for name in names]
+    listed = " or ".join(str(each) for each in similar if each.exists())
+    return f"there is no file or folder {path.resolve()}" + (f" (did you mean {listed}?)" if listed else "")
 
 
 def filled_in(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
@@ -121,20 +176,20 @@ def filled_in(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         ) from error
 
 
-def read_config(source: str, subfolder: str | None = None, revision: str | None = None) -> dict[str, Any]:
+def read_config(
+    source: str, subfolder: str | None = None, revision: str | None = None, classes: Collection[str] = tuple(CLASSES)
+) -> dict[str, Any]:
     """The config of the autoencoder that `load_autoencoder` finds, with its class as `_class_name`.
 
     Raises:
         OSError: when there is no model.
-        ValueError: when it is none of an autoencoder, or has wrong values.
+        ValueError: when it is of none of the `classes`, or has wrong values.
     """
     folder, place = Path(source), find_subfolder(source, subfolder)
     if _is_file(source, subfolder, revision):
         return read_single_file(folder)[0]
-    if not folder.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise FileNotFoundError(
-            f"there is no file or folder {folder.resolve()}, and {source} is no repository's NAMESPACE/NAME"
-        )
+    if not folder.exists() and is_local(source):
+        raise FileNotFoundError(f"{no_such_path(source)}, and {source} is no repository's NAMESPACE/NAME")
     if folder.is_dir() and not (folder / (place or "") / "config.json").exists():
         raise FileNotFoundError(
             f"{folder.resolve()} holds no model: neither config.json nor model/config.json (of a run) nor "
@@ -142,29 +197,42 @@ def read_config(source: str, subfolder: str | None = None, revision: str | None 
         )
     if folder.is_dir():
         refuse_irregular(folder / (place or ""))
-        return _checked(read_json(folder / (place or "") / "config.json"), source)
+        return _checked(read_json(folder / (place or "") / "config.json"), source, classes)
+    cached = not _hub_answers()
     try:
         with hiding_passwords():
-            config = MLPVAE.load_config(source, subfolder=place, revision=revision)
+            config = MLPVAE.load_config(source, subfolder=place, revision=revision, local_files_only=cached)
     except RecursionError:
         raise ValueError(f"{source}: config.json is damaged, it is nested too deeply") from None
     except OSError as error:
-        raise _unreachable(error, source) or OSError(
-            f"there is no file or folder {folder.resolve()}, and from the Hub {source} cannot be loaded (the "
-            f"autoencoder of a pipeline lies in its subfolder vae): {error}"
-        ) from error
-    return _checked(config, source)
+        if unreachable := _unreachable(error, source, cached):
+            raise unreachable from None
+        if _caused_by(error, RepositoryNotFoundError) and not _caused_by(error, GatedRepoError):
+            reason = "there is no such repository, or it is private and HF_TOKEN may not read it"
+        elif _caused_by(error, EntryNotFoundError):
+            inside = f"its subfolder {place}" if place else "it; that of a pipeline's VAE is in the subfolder vae"
+            reason = f"there is no config.json in {inside}"
+        else:
+            reason = str(error)
+        raise OSError(f"{no_such_path(source)}, and {source} cannot be loaded from the Hub: {reason}") from error
+    return _checked(config, source, classes)
 
 
-def _checked(config: Any, source: str) -> dict[str, Any]:
-    """The config of the autoencoder in `source`; ValueError naming the class that is none, or the key whose value no
-    model has, and which might fill any memory.
+def _checked(config: Any, source: str, classes: Collection[str]) -> dict[str, Any]:
+    """The config of the autoencoder in `source`; ValueError naming a class other than `classes`, or the key whose value
+    no model has, and which might fill any memory.
     """
     where = f"{source}: config.json"
     check_type(config, dict, where)
-    if not isinstance(name := config.get("_class_name"), str) or name not in CLASSES:
-        raise ValueError(f"{source} must hold an autoencoder of diffusers or of this package, got the class {name}")
-    check_type(config, {key: kind for key, kind in CONFIG.items() if key in config}, where)
+    if config.get("_class_name") == "FlaxAutoencoderKL":  # the same weights, and removed from diffusers
+        config = config | {"_class_name": "AutoencoderKL"}
+    if not isinstance(name := config.get("_class_name"), str) or name not in classes:
+        raise ValueError(f"{source} must hold {_supported(name, classes)}")
+    kinds = {key: kind for key, kind in CONFIG.items() if key in config}
+    for key in ("sample_size", "image_size"):
+        if key in config:
+            kinds[key] = list[int] if isinstance(config[key], (list, tuple)) else int
+    check_type(config, kinds, where)
     for key, value in config.items():
         several = value if isinstance(value, (list, tuple)) else [value]
         if len(several) > (most := MOST_BLOCKS if "block" in key else MOST["channels"]):
@@ -174,6 +242,15 @@ def _checked(config: Any, source: str) -> dict[str, Any]:
             if isinstance(number, (int, float)) and abs(number) > most:
                 raise ValueError(f"{where}: {key} must be at most {most:,}, got {number:,}")
     return config
+
+
+def _supported(name: str | None, classes: Collection[str]) -> str:
+    """Why an autoencoder of the class `name` is refused, and what to do."""
+    return (
+        f"an autoencoder of images that this package supports, got the class {name}: give a model of the "
+        f"class {' or '.join([', '.join([*classes][:-1])] * (len(classes) > 1) + [[*classes][-1]])}"
+        + (f", and use {name} in diffusers" if any(name == kind.__name__ for kind in OTHERS) else "")
+    )
 
 
 def _is_file(source: str, subfolder: str | None, revision: str | None) -> bool:
@@ -203,6 +280,8 @@ def encode(model: ModelMixin, images: torch.Tensor) -> DiagonalGaussianDistribut
     Raises:
         ValueError: when the model has none, or takes images of other channels.
     """
+    if isinstance(model, OTHERS):
+        raise ValueError(f"the model must be {_supported(type(model).__name__, CLASSES)}")
     channels = getattr(model.config, "in_channels", images.shape[1])
     if channels != images.shape[1]:
         raise ValueError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,26 @@ from diffusers.loaders.single_file_utils import (
 from safetensors import SafetensorError, safe_open
 
 from ..messages import showable
-from ..untrusted import load_pickle
+from ..untrusted import check_type, load_pickle, read_json
 from .vae import VAE
 
 logger = logging.getLogger(__name__)
 
+SAFE = (".safetensors", ".sft")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-PREFIXES = ("first_stage_model.", "vae.", "")  # whole checkpoints, those of ComfyUI, autoencoders alone
+WHOLE = ("first_stage_model.", "vae.")
+"""Prefixes of the autoencoder's weights in whole checkpoints, of the original repositories and of ComfyUI."""
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+FIRST = "encoder.conv_in.weight"
+STATED = {
+    "scaling_factor": float | None,
+    "shift_factor": float | None,
+    "latents_mean": list[float] | None,
+    "latents_std": list[float] | None,
+}
+"""Keys that are read from NAME.json beside NAME.safetensors: no file of weights has a place for all of them."""
 
-# From the config.json of the VAE of each model on the Hub, as diffusers names the models. A file holds none of this.
+# From the config.json of the VAE of each model on the Hub, as diffusers names the models.
 _SD = {"scaling_factor": 0.18215, "sample_size": 512}
 _SDXL = {"scaling_factor": 0.13025, "sample_size": 1024}
 _SD3 = {"scaling_factor": 1.5305, "shift_factor": 0.0609, "sample_size": 1024}
@@ -37,12 +49,20 @@ _PUBLISHED = {
     **dict.fromkeys(("sd3", "sd35_medium", "sd35_large"), _SD3),
     **dict.fromkeys(("flux-dev", "flux-schnell", "flux-fill", "flux-depth", "chroma"), _FLUX),
 }
+_ARCHITECTURES = (
+    (r"stable-diffusion-v[12]\b", 4, _SD),
+    (r"stable-diffusion-xl\b", 4, _SDXL),
+    (r"stable-diffusion-v?3\b", 16, _SD3),
+    (r"flux[.-]1\b", 16, _FLUX),
+)
+"""What `modelspec.architecture` in the metadata of a .safetensors begins with (github.com/Stability-AI/ModelSpec), the
+channels of the latents, and the values."""
 
 
 def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> VAE:
     """The VAE in an original checkpoint, with weights of `dtype`, in eval mode.
 
-    Logs a warning when the file does not tell which model it is of, and so not its scaling factor.
+    Its scaling_factor is None, with a warning, where neither the file nor NAME.json beside it states one.
 
     Raises:
         ValueError: when the file cannot be read, or holds no KL autoencoder of images.
@@ -55,28 +75,32 @@ def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> VAE:
         vae.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{path} holds no KL autoencoder that diffusers' AutoencoderKL could be: {error}") from error
-    if "scaling_factor" not in config:
+    if config["scaling_factor"] is None:
+        channels = config["latent_channels"]
+        examples = {
+            4: '{"scaling_factor": 0.18215} for Stable Diffusion 1 and 2, {"scaling_factor": 0.13025} for SDXL',
+            16: '{"scaling_factor": 1.5305, "shift_factor": 0.0609} for Stable Diffusion 3, {"scaling_factor": 0.3611, '
+            '"shift_factor": 0.1159} for FLUX.1',
+        }
         logger.warning(
-            "%s does not tell its scaling_factor: its config keeps %s, that of Stable Diffusion 1 and 2 (%s). Encoding "
-            "and decoding do not use it, pipelines do: set the right one with "
-            "vae.register_to_config(scaling_factor=..., shift_factor=...)",
+            "%s does not state the scaling_factor of its model, which is null from here on. Encoding and decoding do "
+            "not need it, but diffusion pipelines do. If you know it, write it to %s%s",
             showable(path),
-            vae.config.scaling_factor,
-            "with 16 channels, Stable Diffusion 3 has 1.5305 and the shift 0.0609, Flux 0.3611 and 0.1159"
-            if vae.config.latent_channels == 16
-            else "SDXL has 0.13025",
+            showable(path.with_suffix(".json")),
+            f": {examples[channels]}" if channels in examples else "",
         )
     return vae.eval()
 
 
 def read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Config, without the keys that the file does not tell, and weights, in diffusers' names, of the VAE in `path`.
+    """Config and weights, in diffusers' names, of the VAE in `path`. The config's scaling_factor is None where nothing
+    states it.
 
     Raises:
         ValueError: when the file cannot be read, or holds no KL autoencoder of images.
     """
-    tensors = _read(path)
-    prefix = next(prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in tensors) or not prefix)
+    tensors, metadata = _read(path)
+    prefix = _prefix(path, tensors)
     weights = {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
@@ -96,45 +120,125 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
     config = {
         **blocks,
         "_class_name": "AutoencoderKL",
-        "in_channels": weights["encoder.conv_in.weight"].shape[1],
+        "in_channels": weights[FIRST].shape[1],
         "out_channels": weights["decoder.conv_out.weight"].shape[0],
         "latent_channels": weights["decoder.conv_in.weight"].shape[1],
         "block_out_channels": tuple(weights[first.format(level)].shape[0] for level in range(levels)),
         "layers_per_block": len(layers),
         "norm_num_groups": 32,  # in the code of latent-diffusion, whatever the widths
         "sample_size": 512,  # the tile size, where no model is known
+        "scaling_factor": None,
         "use_quant_conv": "quant_conv.weight" in weights,
         "use_post_quant_conv": "post_quant_conv.weight" in weights,
         "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in weights,
     }
     if odd := [width for width in config["block_out_channels"] if width % 32]:
         raise ValueError(f"{path}: the widths of latent-diffusion's autoencoders are divisible by 32, got {odd[0]}")
+    config |= _of_its_model(tensors, prefix, metadata, config["latent_channels"])
+    return config | _stated(path, config), weights
+
+
+def _of_its_model(
+    tensors: dict[str, torch.Tensor], prefix: str, metadata: dict[str, str], channels: int
+) -> dict[str, Any]:
+    """Values of the config that the other tensors or the metadata of a file tell; empty where they tell none."""
+    root = prefix
+    for part in WHOLE:
+        root = root.removesuffix(part)
+    tensors = {name.removeprefix(root): tensor for name, tensor in tensors.items() if name.startswith(root)}
     model = infer_diffusers_model_type(tensors)
     if model == "v1" and CHECKPOINT_KEY_NAMES["v1"] not in tensors:  # diffusers' answer to whatever it does not know
-        return config, weights
-    return config | _PUBLISHED.get(model, {}), weights
+        model = None
+    architecture = metadata.get("modelspec.architecture", "").lower()
+    named = (of for start, of_latents, of in _ARCHITECTURES if of_latents == channels and re.match(start, architecture))
+    found = _PUBLISHED.get(model) or next(named, {})
+    factor = tensors.get("scale_factor")  # what latent-diffusion measures with scale_by_std
+    if factor is not None and factor.numel() == 1 and 0 < factor.item() < math.inf:
+        found = found | {"scaling_factor": factor.item()}
+    return found
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the file; of .safetensors, without their content where they are not of an autoencoder."""
-    if path.suffix == ".safetensors":
-        wanted = tuple(prefix + part for prefix in PREFIXES for part in PARTS)
+def _stated(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What NAME.json beside NAME.safetensors states of the scaling.
+
+    Raises:
+        ValueError: when it has a wrong type, or is of a model of another shape.
+    """
+    file = path.with_suffix(".json")
+    if not file.is_file():
+        return {}
+    stated = read_json(file)
+    check_type(stated, dict, str(file))
+    scaling = {name: value for name, value in stated.items() if name in STATED}
+    check_type(scaling, {name: STATED[name] for name in scaling}, str(file))
+    if scaling.get("scaling_factor", 1) == 0:
+        raise ValueError(f"{file}: scaling_factor must be a number other than 0, got 0")
+    for name in ("latent_channels", "block_out_channels", "in_channels") if scaling else ():
+        expected = list(config[name]) if name == "block_out_channels" else config[name]
+        if stated.get(name, expected) != expected:
+            raise ValueError(
+                f"{file} must be of the model in {path.name}, whose {name} is {expected}, got {stated[name]!r:.60}"
+            )
+    return scaling
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of the file by their names, those in nested dicts by names joined with dots, and its metadata; of
+    .safetensors, tensors without their content where they are not of an autoencoder.
+    """
+    if path.suffix.lower() in SAFE:
         try:
             with safe_open(path, "pt", device="cpu") as file:
-                return {
+                names = list(file.keys())
+                wanted = tuple(start + part for start in _starts(names) for part in PARTS)
+                tensors = {
                     name: file.get_tensor(name)
-                    if name.startswith(wanted)
+                    if name.startswith(wanted) or name.rpartition(".")[2] == "scale_factor"
                     else torch.empty(file.get_slice(name).get_shape(), device="meta")
-                    for name in file.keys()  # noqa: SIM118 it is no mapping
+                    for name in names
                 }
+                return tensors, file.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file, or was cut off: {error}") from error
-    if path.suffix not in PICKLES:
-        raise ValueError(f"an autoencoder in one file must be .safetensors or {', '.join(PICKLES)}, got {path}")
+    if path.suffix.lower() not in PICKLES:
+        raise ValueError(f"an autoencoder in one file must be {', '.join((*SAFE, *PICKLES))}, got {path}")
     # mapped, so that of a whole checkpoint only the autoencoder is read
-    content = load_pickle(path, mmap=zipfile.is_zipfile(path))
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    content = load_pickle(path, mmap=zipfile.is_zipfile(path), foreign=True)
+    return _flat(content), {}
+
+
+def _flat(content: Any, start: str = "", depth: int = 5) -> dict[str, torch.Tensor]:
+    """The tensors in `content`, which torch has loaded, and in dicts within it, by their names joined with dots."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in content.items() if isinstance(content, dict) and depth else ():
+        if isinstance(value, torch.Tensor) and isinstance(name, str):
+            found[start + name] = value
+        elif isinstance(value, dict):
+            found |= _flat(value, start if name == "state_dict" else f"{start}{name}.", depth - 1)
+    return found
+
+
+def _starts(names: Iterable[str]) -> list[str]:
+    """What stands before the names of each autoencoder among `names`, the one to be taken first."""
+
+    def rank(start: str) -> tuple[bool, bool, int, str]:
+        return (not re.search(r"(^|[._])ema[._]", start), not start.endswith(WHOLE), len(start), start)
+
+    return sorted((name.removesuffix(FIRST) for name in names if f".{name}".endswith(f".{FIRST}")), key=rank)
+
+
+def _prefix(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """What stands before the names of the autoencoder in a file."""
+    starts = _starts(tensors)
+    if len(starts) > 1:
+        logger.warning(
+            "%s holds several autoencoders: %s is taken, not %s",
+            showable(path),
+            *(showable(", ".join(f"{start}{PARTS[0]}*" for start in some)) for some in (starts[:1], starts[1:])),
+        )
+    if starts:
+        return starts[0]
+    return next((start for start in WHOLE if any(name.startswith(start) for name in tensors)), "")
 
 
 def _complaint(tensors: dict[str, torch.Tensor], prefix: str, weights: dict[str, torch.Tensor]) -> str | None:
@@ -143,13 +247,18 @@ def _complaint(tensors: dict[str, torch.Tensor], prefix: str, weights: dict[str,
         return "it holds no tensors by name"
     if any(name.startswith(f"{prefix}quantize.") for name in tensors):
         return "it is a VQ-VAE, whose latents are the entries of a codebook"
+    if f"{prefix}bn.running_mean" in tensors:
+        return (
+            "it is that of FLUX.2, with a batch norm of the latents, for which diffusers has AutoencoderKLFlux2; give "
+            "the folder vae of its pipeline"
+        )
     if any(".down_blocks." in name or ".up_blocks." in name for name in weights):
         return (
             "its names are those of diffusers, which need the config.json beside them (group norms cannot be told from "
             "the weights); give the folder that holds both"
         )
     needed = [
-        "encoder.conv_in.weight",
+        FIRST,
         "encoder.down.0.block.0.conv1.weight",
         "encoder.conv_out.weight",
         "decoder.conv_in.weight",
@@ -162,7 +271,7 @@ def _complaint(tensors: dict[str, torch.Tensor], prefix: str, weights: dict[str,
         return f"it is a denoiser (U-Net or transformer) without one, and lacks {missing[0]}"
     if missing:
         return f"it lacks {', '.join(missing)}, and begins with {', '.join(list(tensors)[:3])}"
-    if weights["encoder.conv_in.weight"].ndim != 4:
+    if weights[FIRST].ndim != 4:
         return "it is an autoencoder of video, with convolutions over time"
     if attention := next((name for name in weights if re.match(r"encoder\.down\.\d+\.attn\.", name)), None):
         return (

@@ -26,6 +26,9 @@ from torch import nn
 
 from .scaling import DEFAULTED, KeepsScaling, LatentScaling, unmeasured
 
+LEAST_TILE = 256
+"""Side in pixels below which no tiles are made unless asked for: borders and group norms of smaller ones show."""
+
 
 @dataclass
 class VAEOutput(BaseOutput):
@@ -99,7 +102,8 @@ class VAE(
         act_fn: activation function.
         latent_channels: channels of the latents.
         norm_num_groups: groups of the group norms; must divide every width.
-        sample_size: side in pixels that the model was trained on; the tile size when tiling is enabled.
+        sample_size: side in pixels that the model was trained on. When tiling is enabled, tiles have this side, or 256
+            pixels where it is smaller; stock `AutoencoderKL` always takes sample_size.
         scaling_factor: 1 / std of the latents over the training set. The default is Stable Diffusion's, as in
             `AutoencoderKL`; `diffusers_vae.measure_latents` sets the model's own.
         shift_factor: mean of the latents over the training set.
@@ -157,9 +161,9 @@ class VAE(
         # the names that stock's tiling and slicing read
         self.use_slicing = False
         self.use_tiling = False
-        self.tile_sample_min_size = sample_size
         side = sample_size[0] if isinstance(sample_size, (list, tuple)) else sample_size
-        self.tile_latent_min_size = int(side / self.spatial_compression_ratio)
+        self.tile_sample_min_size = max(side, LEAST_TILE)
+        self.tile_latent_min_size = int(self.tile_sample_min_size / self.spatial_compression_ratio)
         self.tile_overlap_factor = 0.25
 
     # Finished in stock, and the same here.
@@ -324,6 +328,17 @@ class VAE(
         config = json.loads(super().to_json_string())
         config["_class_name"] = "AutoencoderKL"
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def with_whole_tiles(stock: AutoencoderKL) -> AutoencoderKL:
+    """The same `stock`, to be saved in a pipeline, where sample_size is nothing but the side of tiles: at least 256."""
+    size = stock.config.sample_size
+    if isinstance(size, int) and size < LEAST_TILE:
+        if stock.tile_sample_min_size == size:  # and was not set by hand
+            stock.tile_sample_min_size = LEAST_TILE
+            stock.tile_latent_min_size = LEAST_TILE // 2 ** (len(stock.config.block_out_channels) - 1)
+        stock.register_to_config(sample_size=LEAST_TILE)
+    return stock
 
 
 def _with_config_of(source: VAE | AutoencoderKL, kind: type) -> VAE | AutoencoderKL:
