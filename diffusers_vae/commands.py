@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,13 +25,14 @@ from tqdm import tqdm
 from .config import TRAININGS, Training, new_parser, parse_settings, refuse_null
 from .data import (
     IMAGE_SUFFIXES,
+    IN_MEMORY,
     OF_ROWS,
     OF_TRAINING,
+    PLACED,
     DataConfig,
     ImageSet,
-    holds_arrays,
-    holds_rows,
     is_hub_id,
+    kind_at,
     load_split,
     look,
     recommended,
@@ -49,7 +50,7 @@ from .pictures import comparison_picture, contact_sheet, sample_picture
 from .precision import measure_precision
 from .processes import Interrupted, lossy_output, on_main, one_first, process_share
 from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
-from .settings import config_of_run, read_settings
+from .settings import config_of_run, read_settings, unread
 from .silence import GROUP_TIMEOUT, PATIENCE, Patience, report_progress, watched
 from .storage import whole_file, whole_files, write_file, write_text
 from .trainer import TrainResult
@@ -529,14 +530,14 @@ def _encode(parser: ArgumentParser, arguments: Sequence[str], state: PartialStat
     parsed, place = _parse_data(parser, arguments)  # wrong ones are told before a model is loaded
     if "--data.root" in place and "datasets" not in place and not Path(parsed.images).exists():
         raise FileNotFoundError(
-            f"DATA must be {', '.join(SETS)}, a folder or archive of images, an array of them, Parquet, or "
+            f"DATA must be {', '.join(IN_MEMORY)}, a folder or archive of images, an array of them, Parquet, or "
             f"NAMESPACE/NAME on the Hub, got {parsed.images}"
         )
     vae = load_autoencoder(parsed.vae, parsed.subfolder, parsed.revision).to(_device(parsed))
     known = _settings_of_run(parsed.vae).get("data") or _data_for(vae, parsed, parsed.vae)
     known = _of_another_set(known, parsed.data, place)
     if known.get("name") in PLACED:  # whose root is no place for other sets
-        del known["root"]
+        known.pop("root", None)
     parsed = _parse(parser, [f"--data={json.dumps(known)}", *arguments, *place], config_of_run(parsed.vae))
     with one_first(state.is_local_main_process, "reading the data set"):
         images, split = load_split(
@@ -807,14 +808,23 @@ def _data_of_run(run: dict[str, Any], runs: dict[str, Any], asked: DataConfig, f
     if not _names_images(flags) or _same_set(run["data"], vars(asked)):
         return run["data"]
     owner = next((other["data"] for other in runs.values() if _same_set(other["data"], vars(asked))), {})
-    if run["data"]["name"] in SETS and asked.name in SETS:  # which lie beside each other
+    if run["data"]["name"] in IN_MEMORY and asked.name in IN_MEMORY:  # which lie beside each other
         owner = {"root": run["data"]["root"]} | owner
-    return owner | {name: value for name, value in run["data"].items() if name in OF_MODEL}
+    return _read_of(asked, owner | {name: value for name, value in run["data"].items() if name in OF_MODEL})
+
+
+def _read_of(asked: DataConfig, known: dict[str, Any]) -> dict[str, Any]:
+    """The settings in `known` that the set `asked` for reads, and value_range, without which the model would get other
+    values than it was trained on.
+    """
+    ignored = unread(DataConfig, vars(asked) | known | {"name": asked.name}).keys() - {"value_range"}
+    ignored |= {"root"} if asked.name == "digits" else set()
+    return {name: value for name, value in known.items() if name not in ignored}
 
 
 def _same_set(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two settings of data mean the same images, wherever those of a named set lie."""
-    return one["name"] == other["name"] and (one["name"] in SETS or _place(one) == _place(other))
+    return one["name"] == other["name"] and (one["name"] in IN_MEMORY or _place(one) == _place(other))
 
 
 OF_MODEL = ("resolution", "channels", "value_range", "fit", "on_bad_image", "num_workers")
@@ -871,8 +881,7 @@ def _of_another_set(known: dict[str, Any], asked: DataConfig, flags: Sequence[st
     """Settings of a run's data, without what is of its own set alone where `flags` ask for another."""
     if not _names_images(flags) or "name" not in known or _place(known) == _place(vars(asked)):
         return known
-    left_out = (*OF_ROWS, *OF_TRAINING, *(["crops"] if asked.name in SETS else []))
-    return {name: value for name, value in known.items() if name not in left_out}
+    return _read_of(asked, {name: value for name, value in known.items() if name not in (*OF_ROWS, *OF_TRAINING)})
 
 
 def _names_images(flags: Sequence[str]) -> bool:
@@ -889,17 +898,13 @@ def _with_data(arguments: Sequence[str]) -> list[str]:
 
 ANY_DATA = ["--data.name", "folder"]
 """Before a first look at the arguments: of a folder, anything may be asked for."""
-PLACED = ("folder", "array", "datasets")
-"""Names of sets that `data.root` says."""
-SETS = [name for name in get_args(get_type_hints(DataConfig)["name"]) if name not in PLACED]
 
 
 def _data_flags(value: str) -> list[str]:
     """What the name of a set, a place on this machine or one on the Hub stands for."""
-    if value in SETS:
+    if value in IN_MEMORY:
         return ["--data.name", value]
-    name = "datasets" if holds_rows(value) else "array" if holds_arrays(Path(value)) else "folder"
-    return ["--data.name", name, "--data.root", value]
+    return ["--data.name", kind_at(value), "--data.root", value]
 
 
 def _halves(argument: str) -> list[str]:

@@ -208,7 +208,7 @@ class SamplingConfig:
 class TextToImageConfig(Settings):
     """All settings of a run."""
 
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig
     vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     captions: CaptionConfig = field(default_factory=CaptionConfig)

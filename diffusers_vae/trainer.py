@@ -62,11 +62,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    """All settings of a run. Model and objective have no default here, since filled-in settings of one architecture or
-    likelihood do not fit another.
+    """All settings of a run. Data, model and objective have no default here, since filled-in settings of one set,
+    architecture or likelihood do not fit another.
     """
 
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig
     model: ModelConfig
     objective: ObjectiveConfig
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
@@ -120,6 +120,16 @@ class TrainConfig(Settings):
                 f"run.compile needs steps that are all the same program, got {self.changes_by_step}: leave "
                 "run.compile out"
             )
+        if self.data.caption_column is not None:
+            raise ValueError(
+                f"data.caption_column {self.data.caption_column} would be ignored, since an autoencoder is trained "
+                "without captions: leave it out"
+            )
+        if self.evaluation.projection != "pca" and self.model.latent_dim is not None and self.model.latent_dim <= 2:
+            raise ValueError(
+                f"evaluation.projection {self.evaluation.projection} would be ignored with model.latent_dim "
+                f"{self.model.latent_dim}, which needs none: leave it out"
+            )
         if self.model.latents and (self.data.changes_images or self.data.streaming):
             raise ValueError(
                 "model.latents are of a set of images as they are, and training would show others: leave out "
@@ -132,6 +142,12 @@ class TrainConfig(Settings):
 
     def _check_pretrained(self) -> None:
         """Refuse what does not fit the source, before a run begins."""
+        if self.data.name == "digits" and self.data.channels not in self.model.image_channels:
+            raise ValueError(
+                f"model.pretrained {self.model.pretrained} takes images of "
+                f"{' and '.join(map(str, self.model.image_channels))} channels, and the images are scikit-learn's "
+                "digits, which are grey: name those to train on, with --data.root FOLDER for example"
+            )
         with torch.device("meta"):
             vae = self.model.build(self.data.channels, self.data.size)
         adaptive = self.adversarial.weight and self.adversarial.adaptive

@@ -1,15 +1,20 @@
 """From YAML and flags to settings, and the errors on the way."""
 
+import json
 import math
 import re
 import tarfile
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import get_type_hints
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 
 from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.config import TRAININGS, parse_settings, training_parser
@@ -165,9 +170,12 @@ def test_exponents_are_numbers(tmp_path):
         ("data: {resolution: 30}", ["data.resolution", "divisible by 4", "30x30"]),
         ("run: {batch_size: 0}", ["run.batch_size", "at least 1", "0"]),
         ("objective: {likelihood: bernoulli}", ["bernoulli", "mlp", "unbounded"]),
-        ("objective: {likelihood: bernoulli, scale: 1.0}", ["bernoulli", "no scale", "1.0"]),
+        ("objective: {likelihood: bernoulli, scale: 1.0}", ["objective.scale 1.0", "objective.likelihood bernoulli"]),
         ("run: 3", ["run"]),
-        ("model: {architecture: mlp, layers_per_block: 2}", ["model.layers_per_block", "mlp", "hidden_dim"]),
+        (
+            "model: {architecture: mlp, layers_per_block: 2}",
+            ["model.layers_per_block 2", "mlp", "model.architecture to vae"],
+        ),
         ("model: {block_out_channels: [30, 60]}", ["model.block_out_channels", "divisible", "30"]),
         ("model: {latent_channels: 0}", ["model.latent_channels", "at least 1"]),
         ("run: [1, 2", ["a.yaml"]),
@@ -208,6 +216,105 @@ class TestRemovedSettings:
 
     def test_help_does_not_list_it(self, training, section, name, value, advice):
         assert f"{section}.{name}" not in training_parser(training).format_help()
+
+
+class TestImages:
+    """Which images a run is on."""
+
+    @pytest.mark.parametrize("training", [TRAIN, TEXT_TO_IMAGE], ids=lambda training: training.command)
+    def test_root_alone_is_what_lies_there(self, training, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "photos").mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a.png")
+        np.save(tmp_path / "scans.npy", np.zeros((4, 8, 8), np.uint8))
+        for root, name in (
+            ("photos", "folder"), ("scans.npy", "array"), ("rows.parquet", "datasets"), ("ann/set", "datasets"),
+        ):  # fmt: skip
+            config, _ = parse_settings(training, ["--data.root", root])
+            assert config.plain()["data"]["name"] == name and config.data.root == root
+
+    def test_without_root_they_are_digits_and_torchvisions_lie_in_data(self, tmp_path):
+        for arguments, name in (([], "digits"), (["--data.name", "mnist"], "mnist")):
+            data = parse_settings(TRAIN, arguments)[0].plain()["data"]
+            assert (data["name"], data["root"]) == (name, "data")
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            ({"name": "digits", "root": "photos"}, "data.root photos would be ignored with data.name digits"),
+            ({"channels": 3}, "data.channels 3 needs images that are named: give data.root"),
+        ],
+    )
+    def test_root_of_a_set_that_has_none_and_colours_without_a_set_are_refused(self, settings, words):
+        with pytest.raises(ValueError, match=words):
+            DataConfig(**settings)
+
+    def test_pretrained_for_photographs_is_not_trained_on_digits(self, pretrained, capsys):
+        with pytest.raises(SystemExit):
+            parse_settings(TRAIN, ["--model.pretrained", pretrained])
+        told = capsys.readouterr().err
+        assert "takes images of 3 channels" in told and "--data.root FOLDER" in told
+
+
+class TestIgnored:
+    """Settings that others switch off."""
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (
+                "--data.root scans --data.shuffle_buffer 9",
+                "data.shuffle_buffer 9 .* data.streaming false: set data.str",
+            ),
+            (
+                "--data.on_bad_image skip",
+                "data.on_bad_image skip .* data.name digits: set data.name to folder or array",
+            ),
+            ("--data.name mnist --data.heldout_fraction 0.2", "data.heldout_fraction 0.2 .* data.name mnist"),
+            ("--data.root scans --data.crops 2 --data.fit pad", "data.fit pad .* data.crops 2: leave out data.crops"),
+            (
+                "--adversarial.width 8 --adversarial.start_images 5",
+                "adversarial.start_images 5, adversarial.width 8 .* adversarial.weight 0.0: set adversarial.weight, or "
+                "keep the defaults, --adversarial.start_images 0 --adversarial.width 64",
+            ),
+            (
+                "--adversarial.weight 1 --adversarial.adaptive false --adversarial.max_factor 2",
+                "adversarial.max_factor 2.0 .* adversarial.adaptive false",
+            ),
+            ("--model.architecture mlp --model.latent_channels 4", "model.latent_channels 4 .* model.architecture mlp"),
+            ("--model.hidden_dim 9", "model.hidden_dim 9 .* model.architecture vae: set model.architecture to mlp"),
+            ("--model.train decoder", "model.train decoder .* model.pretrained null"),
+            ("--objective.kl_cycles 2", "objective.kl_cycles 2 .* objective.kl_schedule constant: set .* to cyclical"),
+            ("--data.root a/b --data.caption_column text", "data.caption_column text would be ignored"),
+            (
+                "--model.architecture mlp --model.latent_dim 2 --evaluation.projection tsne",
+                "evaluation.projection tsne would be ignored with model.latent_dim 2",
+            ),
+        ],
+    )
+    def test_is_an_error_that_names_both(self, flags, words, capsys):
+        with pytest.raises(SystemExit):
+            parse_settings(TRAIN, flags.split())
+        assert re.search(words, capsys.readouterr().err)
+
+    @pytest.mark.parametrize("training", [TRAIN, TEXT_TO_IMAGE], ids=lambda training: training.command)
+    def test_of_text_to_image_too(self, training, capsys):
+        with pytest.raises(SystemExit):
+            parse_settings(training, ["--data.streaming", "true"])
+        assert "data.streaming true would be ignored with data.name digits" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("training", [TRAIN, TEXT_TO_IMAGE], ids=lambda training: training.command)
+    def test_defaults_that_a_config_of_an_older_version_states_are_none(self, training, tmp_path):
+        config, _ = parse_settings(training, [])
+        stated = {
+            section: {option.name: None if option.default is MISSING else option.default for option in fields(kind)}
+            for section, kind in get_type_hints(training.settings).items()
+        }
+        stated["data"] |= {"name": "digits", "root": "data", "channels": 1}
+        for section in ("run", "optimizer"):  # whose defaults are not those of the section everywhere
+            stated[section] = config.plain()[section]
+        write(tmp_path / "config.yaml", yaml.safe_dump(json.loads(json.dumps(stated))))
+        assert parse_settings(training, ["--config", str(tmp_path / "config.yaml")])[0] == config
 
 
 @pytest.mark.slow
@@ -326,7 +433,7 @@ class TestUnreached:
             ObjectiveConfig(kl_schedule="cyclical"),
             AdversarialConfig(weight=0.5, start_images=999),
             AdversarialConfig(weight=0.5, start_images=400, warmup_images=600),
-            AdversarialConfig(start_images=4000, warmup_images=4000),
+            AdversarialConfig(),
         ],
     )
     def test_is_empty_when_all_is_reached_by_the_end(self, section):
@@ -346,6 +453,6 @@ def test_mlp_with_bernoulli_needs_nothing_else():
     assert (config.model.latent_dim, config.objective.scale) == (20, None)
 
 
-def test_model_and_objective_are_required():
-    with pytest.raises(TypeError, match="model"):
+def test_data_model_and_objective_are_required():
+    with pytest.raises(TypeError, match="'data', 'model', and 'objective'"):
         TrainConfig()

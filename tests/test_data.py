@@ -106,7 +106,7 @@ class TestDigits:
         assert set(load_data(DataConfig(resolution=8))[1].labels.tolist()) == set(range(10))
 
     def test_three_channels_repeat_the_grey_one(self):
-        grey, rgb = (load_data(DataConfig(resolution=8, channels=c))[0].pixels for c in (1, 3))
+        grey, rgb = (load_data(DataConfig("digits", resolution=8, channels=c))[0].pixels for c in (1, 3))
         assert torch.equal(rgb, grey.expand(-1, 3, -1, -1))
 
 
@@ -639,8 +639,8 @@ class TestCrops:
         ("settings", "message"),
         [
             ({"crops": 0}, r"data\.crops must be at least 1, or random, got 0"),
-            ({"crops": 2, "name": "mnist"}, r"data\.crops are of folder, array and datasets, got"),
-            ({"crops": 2, "fit": "pad"}, r"data\.fit must be crop, got pad"),
+            ({"crops": 2, "name": "mnist"}, r"data\.crops 2 would be ignored with data\.name mnist"),
+            ({"crops": 2, "fit": "pad"}, r"data\.fit pad would be ignored with data\.crops 2"),
         ],
     )
     def test_wrong_settings_are_refused(self, settings, message):
@@ -833,8 +833,8 @@ class TestSize:
             ({"resolution": 4}, "at least 8"),
             ({"name": "imagenet"}, r"data\.name must be one of digits, .*, got imagenet"),
             ({"channels": 0}, r"data\.channels must be at least 1, got 0"),
-            ({"channels": 4}, r"data\.channels 4 is for files, and the images of digits have 8 bits and 1 or 3"),
-            ({"value_range": (0, 16)}, r"data\.value_range is for files, and the images of digits"),
+            ({"channels": 4}, r"data\.channels 4 is for files, and the images of digits have 1 or 3"),
+            ({"value_range": (0, 16)}, r"data\.value_range \[0, 16\] would be ignored with data\.name digits"),
             (
                 {"name": "folder", "value_range": (1, 1)},
                 r"data\.value_range must be .* two finite increasing .*\[1, 1\]",

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..images import Header, to_uint8
 from ..values import EXACT, ValueRange
 from .reading import image_batches
-from .sources import OF_ROWS, DataConfig, ImageSet, StoredImages, has_parts, load_data
+from .sources import OF_ROWS, PLACED, DataConfig, ImageSet, StoredImages, has_parts, load_data
 
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
 NEARLY_CONSTANT = 2 / 255
@@ -82,7 +82,7 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         FileNotFoundError: when there is no such set.
         ValueError: when nothing in it can be read, and when data.value_range must be stated, with the values found.
     """
-    config = replace(config, on_bad_image="skip", crops=None)
+    config = replace(config, on_bad_image="skip" if config.name in PLACED else "stop", crops=None)
     try:
         train, heldout = load_data(config, memory_limit=0, captions=True)
         captions = "none" if train.captions is None else "yes"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from ..images import OVERSIZE, Header
 from ..messages import problem_list
+from ..settings import only_with, refuse_unread
 from ..untrusted import MAX_UNPACKED, open_regular
 from ..values import ValueRange
-from .arrays import ArrayStore, ImageArray, array_classes, array_files
+from .arrays import ArrayStore, ImageArray, array_classes, array_files, holds_arrays
 from .augmentation import Augmentation
 from .captions import read_captions
 from .files import ARCHIVES, Files
@@ -62,6 +63,8 @@ MEMORY_LIMIT = 2**31
 """Bytes of pixels up to which a set is read once and kept in memory."""
 IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
 """Names of sets whose images are all of one size, and in memory."""
+PLACED = ("folder", "array", "datasets")
+"""Names of sets that `data.root` says."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 Captions = list[tuple[str, ...]]
 T = TypeVar("T")
@@ -71,42 +74,42 @@ T = TypeVar("T")
 class DataConfig:
     """Which images, and how they are brought to one size."""
 
-    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder", "array", "datasets"] = "digits"
+    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder", "array", "datasets"] | None = None
     """digits: scikit-learn's 1,797 embedded 8x8 digits, with a margin of one pixel. folder: image files below `root`.
     array: NumPy arrays of many images. datasets: what Hugging Face's `datasets` opens, on the Hub or here: Parquet,
-    Arrow, WebDataset. The others: torchvision's."""
-    root: str = "data"
-    """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing. Of a
-    folder, one with image files, zip archives and tars (WebDataset's shards) below it, or such an archive itself:
+    Arrow, WebDataset. The others: torchvision's. null: what lies at `root`; without it, digits."""
+    root: str | None = None
+    """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing (data).
+    Of a folder, one with image files, zip archives and tars (WebDataset's shards) below it, or such an archive itself:
     archives are read where they are, without unpacking. Of arrays, an .npy or .npz, or a folder with such files, of
     (N, height, width), (N, channels, height, width) or (N, height, width, channels). Of datasets, NAMESPACE/NAME on the
     Hub, a folder or a .parquet file; it is prepared once in the cache of `datasets`, which takes as much room as the
     set."""
-    subset: str | None = None
+    subset: str | None = only_with(None, name=("datasets",))
     """Of datasets, which configuration of the set, where it has several."""
-    revision: str | None = None
+    revision: str | None = only_with(None, name=("datasets",))
     """Of datasets on the Hub, a branch, a tag or a commit; by default what is newest."""
-    image_column: str | None = None
+    image_column: str | None = only_with(None, name=("datasets", "array"))
     """Of datasets, where the images are; by default the only column of type Image. One with the bytes of image files,
     alone or as `bytes` beside their `path`, must be named. Of an .npz, the key of its images; by default the only array
     with three or four axes."""
-    label_column: str | None = None
+    label_column: str | None = only_with(None, name=("datasets", "array"), streaming=False)
     """Of datasets, where the classes are, whole numbers or words; by default the only column of type ClassLabel.
     Of an .npz, the key of the labels; by default there are none. An .npy has them in NAME.labels.npy beside it."""
-    caption_column: str | None = None
+    caption_column: str | None = only_with(None, name=("datasets",), streaming=False)
     """Of datasets, where the captions are, a string or a list of strings each, for what needs any; by default a column
     named text or caption."""
     resolution: int | tuple[int, int] = 32
     """Side of the images in pixels, or [height, width]."""
     channels: int = 1
     """1: grey, 3: RGB, 4: RGBA as it is; any other number: files with so many channels, taken as they are."""
-    value_range: tuple[float, float] | None = None
+    value_range: tuple[float, float] | None = only_with(None, name=PLACED)
     """Of files: what their values mean, [low, high]. They are taken as they are, of whatever depth; low
     is -1 and high is 1 in model range, and a value outside is an error. It is saved beside the model, and undone where
     `diffusers-vae reconstruct` writes files. null: 8 bits a value; what has more, or other colours, is converted."""
-    fit: Literal["crop", "pad"] = "crop"
+    fit: Literal["crop", "pad"] = only_with("crop", crops=False)
     """crop: scale the image to cover the resolution, cut the centre. pad: black borders, scaled only if too large."""
-    crops: int | Literal["random"] | None = None
+    crops: int | Literal["random"] | None = only_with(None, name=PLACED)
     """So many crops of each image of a folder at its own resolution, at places drawn once, instead of the whole image
     brought to size; images smaller than the resolution are scaled up to cover it. Of the held-out images too. random:
     one of each image, at another place in every epoch; of the held-out images always at the same."""
@@ -117,21 +120,21 @@ class DataConfig:
     color_jitter: tuple[float, float, float, float] | None = None
     """[brightness, contrast, saturation, hue]: how far these of training images are changed at random at most, as in
     torchvision's ColorJitter; the model learns the colours that it is shown."""
-    on_bad_image: Literal["stop", "skip"] = "stop"
+    on_bad_image: Literal["stop", "skip"] = only_with("stop", name=PLACED)
     """What a file of a folder that cannot be read does. stop: an error that names it, before training starts if it
     shows when all are read or, in a set too large for memory, in their headers. skip: left out, counted and listed in
     bad_images.txt."""
-    heldout_fraction: float = 0.1
+    heldout_fraction: float = only_with(0.1, name=("digits", *PLACED))
     """Held out, at random but always the same, of sets without a test part. A folder has one when its images lie in
     train/ and in one of test/, val/, valid/, validation/, heldout/, or in archives that are named so, with anything
     but a letter after it: train-000.tar. Arrays have one in files of such names: train.npy, test.npy."""
-    streaming: bool = False
+    streaming: bool = only_with(False, name=("datasets",))
     """Read Parquet files, of data.name datasets, a row group at a time while training, here or from the Hub, instead of
     preparing all on the disk first. Each epoch has its own order, in which row groups come at random and their images
     are shuffled among `shuffle_buffer`. Without labels and captions; files are not checked before."""
-    shuffle_buffer: int = 4096
+    shuffle_buffer: int = only_with(4096, streaming=True)
     """Images of a stream, over all processes, among which the next ones are drawn; their files are kept in memory."""
-    lanes: tuple[int, int] | None = None
+    lanes: tuple[int, int] | None = only_with(None, streaming=True)
     """Pieces of a stream that are read side by side: so many parts of a batch times so many batches in a row. null:
     as many as forwards of a step, over all processes, and workers, so that each row group is read once; a run that is
     continued keeps its own, and with them its order, whatever the number of processes."""
@@ -139,12 +142,28 @@ class DataConfig:
     """Processes that read images, for sets that are too large to be kept in memory."""
 
     def __post_init__(self):
-        for name in ("name", "fit", "on_bad_image"):
-            choices = get_args(get_type_hints(DataConfig)[name])
+        if self.name is None and self.root is None and self.channels != 1:
+            raise ValueError(
+                f"data.channels {self.channels} needs images that are named: give data.root, a folder for example, or "
+                "data.name; without both, they are scikit-learn's digits, which are grey"
+            )
+        if self.name is None:
+            object.__setattr__(self, "name", "digits" if self.root is None else kind_at(self.root))
+        if self.root is None:
+            object.__setattr__(self, "root", "data")
+        for name, choices in (
+            ("name", (*IN_MEMORY, *PLACED)),
+            ("fit", ("crop", "pad")),
+            ("on_bad_image", ("stop", "skip")),
+        ):
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"data.{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)}"
-                )
+                raise ValueError(f"data.{name} must be one of {', '.join(choices)}, got {getattr(self, name)}")
+        if self.name == "digits" and self.root != "data":  # which is what an older config.yaml states
+            raise ValueError(
+                f"data.root {self.root} would be ignored with data.name digits: leave out data.name, or set it to what "
+                f"lies there, one of {', '.join(PLACED)}; or leave out data.root"
+            )
+        refuse_unread("data", self)
         if self.channels < 1:
             raise ValueError(f"data.channels must be at least 1, got {self.channels}")
         if self.value_range is not None:
@@ -155,17 +174,13 @@ class DataConfig:
                     f"data.value_range must be [low, high], two finite increasing numbers, got {list(self.value_range)}"
                 ) from error
         if self.as_they_are and self.name in IN_MEMORY:
-            given = f"data.channels {self.channels}" if self.value_range is None else "data.value_range"
-            raise ValueError(f"{given} is for files, and the images of {self.name} have 8 bits and 1 or 3 channels")
+            raise ValueError(
+                f"data.channels {self.channels} is for files, and the images of {self.name} have 1 or 3 channels"
+            )
         if min(self.size) < 8:
             raise ValueError(f"data.resolution must be at least 8 pixels a side, got {self.resolution}")
-        if self.crops is not None:
-            if self.crops != "random" and not (isinstance(self.crops, int) and self.crops >= 1):
-                raise ValueError(f"data.crops must be at least 1, or random, got {self.crops}")
-            if self.name in IN_MEMORY:
-                raise ValueError(f"data.crops are of folder, array and datasets, got data.name {self.name}")
-            if self.fit != "crop":
-                raise ValueError(f"data.crops leave nothing to pad: data.fit must be crop, got {self.fit}")
+        if self.crops not in (None, "random") and not (isinstance(self.crops, int) and self.crops >= 1):
+            raise ValueError(f"data.crops must be at least 1, or random, got {self.crops}")
         for name in ("horizontal_flip", "vertical_flip"):
             if getattr(self, name) and self.name in ("digits", "mnist", "qmnist"):
                 raise ValueError(f"data.{name} makes another sign of a digit: leave it out with data.name {self.name}")
@@ -179,29 +194,12 @@ class DataConfig:
                     "data.color_jitter must be [brightness, contrast, saturation, hue], each at least 0 and hue at "
                     f"most 0.5, got {list(self.color_jitter)}"
                 ) from error
-        for name in OF_ROWS:
-            of_array = self.name == "array" and name in ("image_column", "label_column")
-            if getattr(self, name) is not None and self.name != "datasets" and not of_array:
-                raise ValueError(
-                    f"data.{name} is of data.name datasets, got {getattr(self, name)} with data.name {self.name}"
-                )
-        if self.streaming:
-            if self.name != "datasets":
-                raise ValueError(
-                    f"data.streaming is of data.name datasets, got {self.name}: leave it out, others are read in place"
-                )
-            if isinstance(self.crops, int):
-                raise ValueError(f"of a stream, data.crops must be random or null, got {self.crops}")
-            for name in ("label_column", "caption_column"):
-                if (value := getattr(self, name)) is not None:
-                    raise ValueError(f"a stream has no data.{name}, got {value}: leave it or data.streaming out")
+        if self.streaming and isinstance(self.crops, int):
+            raise ValueError(f"of a stream, data.crops must be random or null, got {self.crops}")
         if self.shuffle_buffer < 1:
             raise ValueError(f"data.shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
-        if self.lanes is not None and (min(self.lanes) < 1 or not self.streaming):
-            raise ValueError(
-                f"data.lanes must be at least 1 each and are of data.streaming, got {list(self.lanes)} and "
-                f"data.streaming {str(self.streaming).lower()}"
-            )
+        if self.lanes is not None and min(self.lanes) < 1:
+            raise ValueError(f"data.lanes must be at least 1 each, got {list(self.lanes)}")
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"data.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
         if self.num_workers < 0:
@@ -893,6 +891,11 @@ def has_parts(config: DataConfig) -> bool:
         found = rows_builder(config).config.data_files if config.streaming else open_rows(config)
         return len(find_parts(list(map(str, found)), config.described)) == 2
     return config.name != "digits"
+
+
+def kind_at(root: str) -> Literal["folder", "array", "datasets"]:
+    """Return the data.name of what lies at `root`: image files, arrays, or rows, here or on the Hub."""
+    return "datasets" if holds_rows(root) else "array" if holds_arrays(Path(root)) else "folder"
 
 
 def holds_rows(place: str) -> bool:
