@@ -36,6 +36,7 @@ from .data import (
     load_split,
     look,
     recommended,
+    refuse_colours,
 )
 from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, read_report, reconstruct
 from .hub import HubConfig, check_can_push, find_value_range, push
@@ -175,7 +176,7 @@ def run_data(arguments: Sequence[str]) -> int:
     print(look_table(found))
     with whole_file(path) as partial:
         contact_sheet(to_model_range(found.shown), parsed.data.described).save(partial, "PNG")
-    preset, settings = recommended(found, parsed.data)
+    preset, settings = recommended(found, replace(parsed.data, channels=len(found.mean)))
     flags = [f"--{name} {shlex.quote(value)}" for name, value in settings.items()]
     print(showable(f"picture       {path}"))
     print(f"begin with    training/configs/{preset}.yaml:\n")
@@ -205,7 +206,9 @@ def run_evaluate(arguments: Sequence[str], patience: Patience = PATIENCE) -> int
 def _evaluate(parser: ArgumentParser, arguments: Sequence[str], state: PartialState) -> None:
     parsed, (model,) = _parse_measuring(parser, arguments, ["model"])
     with one_first(state.is_local_main_process, "reading the data set"):
-        images, split = load_split(parsed.data, parsed.split, state.is_local_main_process)
+        images, split = _load_images(parsed, [parsed.model], state.is_local_main_process)
+    if state.is_main_process:
+        print(showable(f"data        {images.files}"), flush=True)
     name = _name(parsed.model)
     out = Path(parsed.out or Path("evaluations") / name.replace("/", "--"))
     # what cannot be written must not cost the measuring
@@ -247,7 +250,8 @@ def run_compare(arguments: Sequence[str]) -> int:
     parser.add_argument("second", help=MODEL)
     _add_measuring(parser)
     parsed, models = _parse_measuring(parser, arguments, ["first", "second"])
-    images, split = load_split(parsed.data, parsed.split, True)
+    images, split = _load_images(parsed, [parsed.first, parsed.second], True)
+    print(showable(f"data        {images.files}"), flush=True)
     names = [_name(parsed.first), _name(parsed.second)]
     if names[0] == names[1]:  # two folders of one name
         names = [parsed.first, parsed.second]
@@ -320,7 +324,7 @@ def run_fp16(arguments: Sequence[str]) -> int:
     if parsed.write and file is None:
         kind = "a single file, without one" if Path(parsed.model).is_file() else "a repository"
         raise ValueError(f"--write changes a config.json on this machine, and {parsed.model} is {kind}")
-    images, _ = load_split(parsed.data, parsed.split, True)
+    images, _ = _load_images(parsed, [parsed.model], True)
     report = measure_precision(model, images, parsed.batch_size, parsed.max_images, True)
     print(precision_table(asdict(report)))
     if not parsed.write:
@@ -540,9 +544,11 @@ def _encode(parser: ArgumentParser, arguments: Sequence[str], state: PartialStat
         known.pop("root", None)
     parsed = _parse(parser, [f"--data={json.dumps(known)}", *arguments, *place], config_of_run(parsed.vae))
     with one_first(state.is_local_main_process, "reading the data set"):
-        images, split = load_split(
-            parsed.data, parsed.split, state.is_local_main_process, parsed.captions, default="training"
+        images, split = _load_images(
+            parsed, [parsed.vae], state.is_local_main_process, parsed.captions, default="training"
         )
+    if state.is_main_process:
+        print(showable(f"data        {images.files}"), flush=True)
     data, unreadable = parsed.data, len(images.errors)  # found so far; those of a set read on demand are rows less
     latents = encode_images(
         vae,
@@ -558,7 +564,12 @@ def _encode(parser: ArgumentParser, arguments: Sequence[str], state: PartialStat
         progress=True,
     )
     if state.is_main_process:
-        print(showable(f"images      {len(latents):,} of {data.described}, {split}"))
+        count, crops = len(latents), data.crops if isinstance(data.crops, int) else 1
+        if crops > 1 and not count % crops:
+            encoded = f"{crops:,} crops of each of {count // crops:,} images"
+        else:
+            encoded = f"{count:,}"
+        print(showable(f"images      {encoded} of {data.described}, {split}"))
         if unreadable := unreadable + len(images) - len(latents):
             print(f"left out    {unreadable:,} that cannot be read")
         print(f"latents     {'x'.join(map(str, latents.latent_shape))}, {parsed.kind}, {parsed.dtype}")
@@ -801,6 +812,17 @@ def _parse_measuring(
     return parsed, loaded
 
 
+def _load_images(parsed: Namespace, sources: Sequence[str], *arguments: Any, **options: Any) -> tuple[ImageSet, str]:
+    """The images for the models of `sources`, and which part they are, as `load_split` gives them, with further
+    arguments of that; `parsed.data` then states their channels.
+    """
+    images, split = load_split(parsed.data, parsed.split, *arguments, **options)
+    for source in sources:
+        refuse_colours(images, parsed.data, 1, source)
+    parsed.data = replace(parsed.data, channels=images.channels)
+    return images, split
+
+
 def _data_of_run(run: dict[str, Any], runs: dict[str, Any], asked: DataConfig, flags: Sequence[str]) -> dict[str, Any]:
     """Settings of a run's data. If `flags` ask for another set, only those that the run's model needs, and the rest
     from the run that was trained on that set, if there is one.
@@ -819,6 +841,7 @@ def _read_of(asked: DataConfig, known: dict[str, Any]) -> dict[str, Any]:
     """
     ignored = unread(DataConfig, vars(asked) | known | {"name": asked.name}).keys() - {"value_range"}
     ignored |= {"root"} if asked.name == "digits" else set()
+    ignored |= {"channels"} if known.get("channels") == 1 else set()  # images in colour are not made grey unasked
     return {name: value for name, value in known.items() if name not in ignored}
 
 
@@ -866,7 +889,9 @@ def _refuse_differences(found: dict[str, Namespace]) -> None:
 
 def _data_for(model: ModelMixin, parsed: Namespace, source: str) -> dict[str, Any]:
     """How images are read for a model of no run."""
-    known = {"resolution": list(_size(model)), "channels": model.config.get("in_channels", 3)}
+    known = {"resolution": list(_size(model))}
+    if (channels := model.config.get("in_channels", 3)) != 1:  # images in colour are not made grey unasked
+        known["channels"] = channels
     stated = find_value_range(source, parsed.subfolder, parsed.revision)
     return known | ({"value_range": [stated.low, stated.high]} if stated else {})
 

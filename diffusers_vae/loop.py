@@ -662,6 +662,13 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool, p
     )
 
 
+def kept_channels(config: Settings) -> Settings:
+    """The settings with the data.channels that the run in output_dir was begun with, where they leave that open."""
+    if config.data.channels is not None or (begun := begun_with(config.run.output_dir, "data", "channels")) is None:
+        return config
+    return replace(config, data=replace(config.data, channels=begun))
+
+
 def _find(task: Task) -> tuple[Path | None, RunResult | None]:
     return find_run(task.config, task.finished, task.build if task.builds_at_once else None)
 

@@ -40,7 +40,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
 other value is an error or, if the advice is empty because the setting changed no result, ignored too.
 """
 
-KEPT_SETTINGS = ("data.lanes", "run.compile", "run.mixed_precision")
+KEPT_SETTINGS = ("data.channels", "data.lanes", "run.compile", "run.mixed_precision")
 """Where these are left open, a run that is continued keeps the values that it was begun with."""
 
 

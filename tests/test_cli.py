@@ -353,6 +353,20 @@ class TestEvaluate:
         code, _, error = call(capsys, "compare", tmp_path / "other", tmp_path / "run", *arguments)
         assert code == 1 and "data.heldout_fraction must be that of the training" in error
 
+    def test_images_in_colour_are_not_made_grey_unasked(self, run, capsys, tmp_path):
+        (tmp_path / "photos").mkdir()
+        for index in range(3):
+            Image.effect_noise((12, 9), 50 + index).convert("RGB").save(tmp_path / "photos" / f"{index}.png")
+        for words in (["evaluate", run, "--data"], ["fp16", run, "--data"], ["encode", "--vae", run]):
+            code, _, error = call(
+                capsys, *words, tmp_path / "photos", *["--out", tmp_path / "out"] * (words[0] != "fp16")
+            )
+            assert code == 1 and "takes grey images, and photos has some in colour: --data.channels 1" in error
+        arguments = [tmp_path / "photos", "--data.channels", 1, "--out", tmp_path / "out"]
+        code, out, _ = call(capsys, "encode", *arguments, "--vae", run, "--data.crops", 2)
+        assert code == 0 and "3 images of photos, RGB, 9x12; read as 8x8 grey, 2 crops of each" in out
+        assert "images      2 crops of each of 3 images of photos, all" in out
+
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -19,6 +19,7 @@ from .sources import (
     kind_at,
     load_data,
     load_split,
+    refuse_colours,
 )
 from .store import FileStore, Store
 
@@ -52,5 +53,6 @@ __all__ = [
     "look",
     "read_ahead",
     "recommended",
+    "refuse_colours",
     "step_generator",
 ]

@@ -16,9 +16,8 @@ from tqdm import tqdm
 from ..images import Header, to_uint8
 from ..values import EXACT, ValueRange
 from .reading import image_batches
-from .sources import OF_ROWS, PLACED, DataConfig, ImageSet, StoredImages, has_parts, load_data
+from .sources import GREY, OF_ROWS, PLACED, DataConfig, ImageSet, StoredImages, has_parts, load_data
 
-GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
 NEARLY_CONSTANT = 2 / 255
 """Std of the values of an image in [0, 1] up to which there is hardly anything to see in it."""
 SHOWN = 64
@@ -92,6 +91,7 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
             raise ValueError(advice) from error
         train, heldout = load_data(config, memory_limit=0)  # and so it was about the captions
         captions = str(error)
+    config = replace(config, channels=train.channels)
     count = min(max_images, len(train))
     sums, squares = torch.zeros(2, config.channels, dtype=torch.float64)
     shown, constant, measured = None, [], 0
@@ -138,7 +138,7 @@ def _range_to_state(config: DataConfig, max_images: int) -> str | None:
     dtypes, lowest, highest, count = Counter(), math.inf, -math.inf, 0
     for row in train.rows[:max_images].tolist():
         try:
-            values = train.store.values(row, config)
+            values = train.store.values(row, train.config)
         except ValueError:
             continue
         dtypes[values.dtype] += 1

@@ -12,9 +12,12 @@ import pickle
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -101,8 +104,9 @@ class DataConfig:
     named text or caption."""
     resolution: int | tuple[int, int] = 32
     """Side of the images in pixels, or [height, width]."""
-    channels: int = 1
-    """1: grey, 3: RGB, 4: RGBA as it is; any other number: files with so many channels, taken as they are."""
+    channels: int | None = None
+    """1: grey, 3: RGB, 4: RGBA as it is; any other number: files with so many channels, taken as they are. null: 1 if
+    all images are grey, else 3, by the headers of some; config.yaml states which."""
     value_range: tuple[float, float] | None = only_with(None, name=PLACED)
     """Of files: what their values mean, [low, high]. They are taken as they are, of whatever depth; low
     is -1 and high is 1 in model range, and a value outside is an error. It is saved beside the model, and undone where
@@ -142,7 +146,7 @@ class DataConfig:
     """Processes that read images, for sets that are too large to be kept in memory."""
 
     def __post_init__(self):
-        if self.name is None and self.root is None and self.channels != 1:
+        if self.name is None and self.root is None and self.channels not in (None, 1):
             raise ValueError(
                 f"data.channels {self.channels} needs images that are named: give data.root, a folder for example, or "
                 "data.name; without both, they are scikit-learn's digits, which are grey"
@@ -151,6 +155,8 @@ class DataConfig:
             object.__setattr__(self, "name", "digits" if self.root is None else kind_at(self.root))
         if self.root is None:
             object.__setattr__(self, "root", "data")
+        if self.channels is None and self.name in IN_MEMORY:
+            object.__setattr__(self, "channels", 3 if self.name == "cifar10" else 1)
         for name, choices in (
             ("name", (*IN_MEMORY, *PLACED)),
             ("fit", ("crop", "pad")),
@@ -164,7 +170,7 @@ class DataConfig:
                 f"lies there, one of {', '.join(PLACED)}; or leave out data.root"
             )
         refuse_unread("data", self)
-        if self.channels < 1:
+        if self.channels is not None and self.channels < 1:
             raise ValueError(f"data.channels must be at least 1, got {self.channels}")
         if self.value_range is not None:
             try:
@@ -185,7 +191,7 @@ class DataConfig:
             if getattr(self, name) and self.name in ("digits", "mnist", "qmnist"):
                 raise ValueError(f"data.{name} makes another sign of a digit: leave it out with data.name {self.name}")
         if self.color_jitter is not None:
-            if self.channels not in (1, 3):
+            if self.channels not in (None, 1, 3):
                 raise ValueError(f"data.color_jitter is for grey or RGB images, got data.channels {self.channels}")
             try:
                 v2.ColorJitter(*self.color_jitter)
@@ -215,7 +221,7 @@ class DataConfig:
     @property
     def as_they_are(self) -> bool:
         """Whether the values in files are not converted to grey or RGB of 8 bits."""
-        return self.value_range is not None or self.channels not in (1, 3)
+        return self.value_range is not None or self.channels not in (None, 1, 3)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -304,6 +310,13 @@ class ImageSet(TrainingSet, Protocol):
     """One or more of each image."""
     errors: tuple[str, ...]
     """Why files were left out so far, with their names."""
+    files: str
+    """What the images are and what is made of them, in a line for people."""
+
+    @property
+    def channels(self) -> int:
+        """Of the images as they are read."""
+        ...
 
     def __getitems__(self, indices: Sequence[int]) -> ReadImages:
         """The images at `indices`."""
@@ -339,9 +352,10 @@ class _Images(TrainingSet):
         rows: np.ndarray | None = None,
         crops: np.ndarray | None = None,
         errors: tuple[str, ...] = (),
+        files: str = "",
     ):
         self.labels, self.classes, self.captions = labels, classes, captions
-        self.store, self.rows, self.crops, self.errors = store, rows, crops, errors
+        self.store, self.rows, self.crops, self.errors, self.files = store, rows, crops, errors, files
 
     def about(self, indices: slice | np.ndarray | None = None) -> dict[str, Any]:
         """All of this by keyword, of the images at `indices`."""
@@ -356,6 +370,7 @@ class _Images(TrainingSet):
             "rows": None if self.rows is None else self.rows[indices],
             "crops": None if self.crops is None else self.crops[indices],
             "errors": self.errors,
+            "files": self.files,
         }
 
     def name(self, index: int) -> str:
@@ -384,6 +399,10 @@ class ArrayImages(_Images):
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    @property
+    def channels(self) -> int:
+        return self.pixels.shape[1]
 
     def __getitems__(self, indices: Sequence[int]) -> ReadImages:
         # several times faster on a CPU than to index with a list
@@ -414,6 +433,10 @@ class StoredImages(_Images):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def channels(self) -> int:
+        return self.config.channels
 
     def __getitems__(self, indices: Sequence[int]) -> ReadImages:
         return self._read_at(indices, (0,))
@@ -488,6 +511,10 @@ class StoredImages(_Images):
         errors = (*self.errors, *(bad[index] for index in sorted(bad)))
         return StoredImages(self.config, **self.about(good) | {"errors": errors})
 
+    def seen_as(self, config: DataConfig, files: str) -> StoredImages:
+        """The set as `config` says, with what its files are in words."""
+        return StoredImages(config, **self.about() | {"files": files})
+
     def cropped(self) -> StoredImages:
         """Of a set of whole images, the set of their crops: the first of each, then the second of each, and so on, so
         that a first part is a fair sample and neighbours are of different images. Without so many `config.crops`
@@ -528,9 +555,23 @@ def load_data(
         train, heldout = stored[config.name](config, progress, limit, captions)
     else:
         load = {"digits": _load_digits, "cifar10": _load_cifar10}.get(config.name, _load_mnist)
-        train, heldout = (_in_memory(*part, config) for part in load(config))
+        parts = load(config)
+        sizes = [tuple(part[0].shape[2:]) for part in parts for _ in part[0]]
+        files = _in_words(config, len(sizes), {"RGB" if parts[0][0].shape[1] == 3 else "grey": len(sizes)}, sizes)
+        train, heldout = (_in_memory(*part, config, files) for part in parts)
     train.augmentation = Augmentation.of(config)
     return train, heldout
+
+
+def refuse_colours(images: ImageSet, config: DataConfig, channels: int, source: str) -> None:
+    """Raise ValueError where `config` leaves data.channels to the images, and they have others than the model `source`
+    takes: it would see photographs in grey.
+    """
+    if config.channels is None and images.channels != channels:
+        raise ValueError(
+            f"{source} takes grey images, and {config.described} has some in colour: --data.channels 1 reads them as "
+            "grey"
+        )
 
 
 def load_split(
@@ -552,14 +593,14 @@ def load_split(
     if split != "all":
         return (train if split == "training" else heldout), split
     one, two = train.about(), heldout.about()
-    both: dict[str, Any] = {"errors": train.errors + heldout.errors, "store": train.store}
+    both: dict[str, Any] = {"errors": train.errors + heldout.errors, "store": train.store, "files": train.files}
     if train.labels is not None and heldout.labels is not None:
         both |= {"labels": torch.cat([train.labels, heldout.labels]), "classes": train.classes}
     if train.captions is not None:
         both["captions"] = train.captions + heldout.captions
     both |= {name: np.concatenate([one[name], two[name]]) for name in ("rows", "crops") if one[name] is not None}
     if isinstance(train, StoredImages):
-        return StoredImages(config, **both), split
+        return StoredImages(train.config, **both), split
     return ArrayImages(torch.cat([train.pixels, heldout.pixels]), **both), split
 
 
@@ -603,13 +644,15 @@ def _bring_to_size(pixels: torch.Tensor, config: DataConfig) -> torch.Tensor:
     return transforms.center_crop(pixels, list(config.size))  # pads with 0 where the image is smaller
 
 
-def _in_memory(pixels: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...], config: DataConfig) -> ArrayImages:
+def _in_memory(
+    pixels: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...], config: DataConfig, files: str
+) -> ArrayImages:
     if pixels.shape[1] == 1 and config.channels == 3:
         pixels = pixels.expand(-1, 3, -1, -1)
     elif pixels.shape[1] == 3 and config.channels == 1:
         pixels = transforms.rgb_to_grayscale(pixels)
     fitted = [_bring_to_size(chunk, config) for chunk in pixels.split(4096)]
-    return ArrayImages(torch.cat(fitted), labels, classes=classes)
+    return ArrayImages(torch.cat(fitted), labels, classes=classes, files=files)
 
 
 def _heldout_indices(length: int, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -850,6 +893,7 @@ def _in_size(
     """The sets in memory, if their pixels fit, else to be read on demand; without the images that cannot be read, of a
     set to be read on demand as far as `headers` tell, where each has its own.
     """
+    train, heldout = looked_at(train, heldout)
     config = train.config
     count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels * config.dtype.itemsize
     if count == "random" or (len(train) + len(heldout)) * count * size > memory_limit:
@@ -862,6 +906,63 @@ def _in_size(
         ArrayImages(torch.stack(pixels, 1).flatten(0, 1), **part.cropped().about())  # the order of `cropped`
         for part, pixels in zip(parts, read, strict=True)
     )
+
+
+GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
+"""Modes of Pillow's without colours."""
+SAMPLE = 256
+"""Images whose headers say whether a set is in colour."""
+
+
+def looked_at(train: StoredImages, heldout: StoredImages, count: int = SAMPLE) -> tuple[StoredImages, StoredImages]:
+    """The parts with `data.channels`, where that is null, by the headers of the first `count` images of each, and with
+    what these say in words.
+    """
+    with ThreadPoolExecutor() as pool:
+        found = [pool.map(partial(_header_of_any, part), range(min(count, len(part)))) for part in (train, heldout)]
+    headers = [header for part in found for header in part if header]
+    colours = Counter(_colours(header.mode) for header in headers)
+    config = train.config
+    if config.channels is None:
+        config = replace(config, channels=3 if set(colours) - {"grey"} else 1)
+    sizes = [(header.height, header.width) for header in headers]
+    words = _in_words(config, len(train) + len(heldout), colours, sizes)
+    return train.seen_as(config, words), heldout.seen_as(config, words)
+
+
+def _header_of_any(images: StoredImages, index: int) -> Header | None:
+    """The header of an image of 1 or of 3 channels, if none are asked for; None where it cannot be read."""
+    for channels in (1, 3) if images.config.channels is None else (images.config.channels,):
+        with suppress(ValueError):
+            return images.store.header(int(images.rows[index]), replace(images.config, channels=channels))
+    return None
+
+
+def _colours(mode: str) -> str:
+    """Of a header's mode, for people: grey, RGB, RGBA, 5 channels."""
+    count, _, dtype = mode.partition("x ")
+    if dtype:
+        return {"1": "grey", "3": "RGB"}.get(count, f"{count} channels")
+    mode = mode.removesuffix(";16") if mode != "I;16" else mode
+    return "grey" if mode in GREY else {"P": "with a palette"}.get(mode, mode)
+
+
+def _in_words(config: DataConfig, count: int, colours: Mapping[str, int], sizes: Sequence[tuple[int, int]]) -> str:
+    """What `count` images are, of which these are the colours and the (height, width) of some, and what becomes of
+    them.
+    """
+    of, read_as = f"{count:,} images of {config.described}", {1: "grey", 3: "RGB"}
+    wanted = f"{'x'.join(map(str, config.size))} {read_as.get(config.channels, f'with {config.channels} channels')}"
+    if not sizes:
+        return f"{of}, read as {wanted}"
+    ends = [min(sizes, key=math.prod), max(sizes, key=math.prod)]
+    span = " to ".join("x".join(map(str, size)) for size in dict.fromkeys(ends))
+    if config.crops is not None:
+        how = ", one random crop of each" if config.crops == "random" else f", {config.crops:,} crops of each"
+    else:
+        how = "" if set(sizes) == {config.size} else ", padded" if config.fit == "pad" else ", resized"
+    looked = f" in {len(sizes):,} of them" if len(sizes) < count else ""
+    return f"{of}, {' and '.join(sorted(colours))}, {span}{looked}; read as {wanted}{how}"
 
 
 def _look_into(config: DataConfig) -> tuple[Files, dict[str, list[Path]], list[Path]]:

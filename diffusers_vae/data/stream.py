@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .order import Batches, streamed
 from .rows import find_columns, find_parts, rows_builder
-from .sources import DataConfig, StoredImages
+from .sources import DataConfig, StoredImages, looked_at
 from .store import EncodedStore
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ GROUP = np.dtype(
     [("file", np.int64), ("number", np.int64), ("first", np.int64), ("rows", np.int64), ("bytes", np.int64)]
 )
 """A row group: the place of its file in a list, its own in the file, and of its first row there."""
+LOOKED_AT = 16
+"""Images of a stream whose headers say whether it is in colour."""
 
 
 @dataclass
@@ -70,6 +72,10 @@ class ParquetStore(EncodedStore):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None}
+
+    def let_go(self) -> None:
+        """Keep no row group in memory."""
+        self._kept = None
 
     def name(self, row: int) -> str:
         return f"{self.root}, {self.key(row)}"
@@ -150,6 +156,9 @@ class StreamedImages(StoredImages):
     def first(self, count: int) -> StreamedImages:
         return StreamedImages(self.config, **self.about(slice(count)))
 
+    def seen_as(self, config: DataConfig, files: str) -> StreamedImages:
+        return StreamedImages(config, **self.about() | {"files": files})
+
     def fingerprint(self) -> str:
         """Of what the files' footers tell of the row groups."""
         store = self.store
@@ -199,10 +208,14 @@ def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, Str
             f"{root} must have images to train on and others to hold out, got {total - heldout} and {heldout}"
         )
     store = ParquetStore(root, files, np.concatenate(halves), column, 2 * config.shuffle_buffer)
-    return (
+    parts = (
         StreamedImages(config, store, range(total - heldout)),
         StreamedImages(config, store, range(total - heldout, total)),
     )
+    # headers cost a row group, which is not kept: training reads it when its turn comes
+    parts = looked_at(*parts, LOOKED_AT if config.channels is None else 0)
+    store.let_go()
+    return parts
 
 
 @contextmanager
