@@ -22,7 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from .config import TRAININGS, Training, new_parser, parse_settings, refuse_null
+from .config import TRAININGS, Training, data_flags, new_parser, parse_settings, refuse_null, with_data
 from .data import (
     IMAGE_SUFFIXES,
     IN_MEMORY,
@@ -32,7 +32,6 @@ from .data import (
     DataConfig,
     ImageSet,
     is_hub_id,
-    kind_at,
     load_split,
     look,
     recommended,
@@ -699,7 +698,7 @@ def _parse_data(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Names
     except (ArgumentError, ValueError) as error:
         parser.exit(2, message(f"error: {error}") + "\n")
     named = any(argument.partition("=")[0] == "--data.name" for argument in arguments)
-    place = ["--data.root", images] if named else _data_flags(images)
+    place = ["--data.root", images] if named else data_flags(images)
     return _parse(parser, [*arguments, *place]), place
 
 
@@ -779,7 +778,7 @@ def _parse_measuring(
     """The settings and the models. Settings that are not given come from the models' runs or, if there are none, from
     the models' configs. The order of the models does not matter.
     """
-    arguments = _with_data(arguments)
+    arguments = with_data(arguments)
     parsed = _parse(parser, [*ANY_DATA, *arguments])  # wrong ones are told before a model is loaded
     sources = [parsed[name] for name in models]
     loaded = [_load(parsed, source) for source in sources]
@@ -913,27 +912,8 @@ def _names_images(flags: Sequence[str]) -> bool:
     return any(flag.startswith(("--data.name", "--data.root")) for flag in flags)
 
 
-def _with_data(arguments: Sequence[str]) -> list[str]:
-    """`--data NAME` and `--data FOLDER` written out."""
-    words = [part for argument in arguments for part in _halves(argument)]
-    for place in [place for place, word in enumerate(words[:-1]) if word == "--data"][::-1]:
-        words[place : place + 2] = _data_flags(words[place + 1])
-    return words
-
-
 ANY_DATA = ["--data.name", "folder"]
 """Before a first look at the arguments: of a folder, anything may be asked for."""
-
-
-def _data_flags(value: str) -> list[str]:
-    """What the name of a set, a place on this machine or one on the Hub stands for."""
-    if value in IN_MEMORY:
-        return ["--data.name", value]
-    return ["--data.name", kind_at(value), "--data.root", value]
-
-
-def _halves(argument: str) -> list[str]:
-    return ["--data", argument.removeprefix("--data=")] if argument.startswith("--data=") else [argument]
 
 
 def _settings_of_run(source: str, flags: Sequence[str] = ()) -> dict[str, dict[str, Any]]:

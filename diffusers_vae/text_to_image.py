@@ -40,7 +40,7 @@ from .pictures import loss_picture, prompt_picture
 from .pipelines import latent_scaling
 from .processes import on_main, one_first
 from .run_folder import Log, check_whole
-from .settings import Settings, config_of_run, read_settings
+from .settings import Settings, at_home, config_of_run, read_settings
 from .storage import described, whole_folder, write_file
 from .tokenizer import caption_tokenizer
 from .untrusted import check_type, read_json
@@ -78,6 +78,9 @@ class AutoencoderConfig:
     revision: str | None = None
     """Of the repository."""
 
+    def __post_init__(self):
+        at_home(self, "source")
+
 
 @dataclass(frozen=True)
 class LatentsConfig:
@@ -98,6 +101,7 @@ class LatentsConfig:
     """Images that are encoded together."""
 
     def __post_init__(self):
+        at_home(self, "folder")
         if self.batch_size < 1:
             raise ValueError(f"latents.batch_size must be at least 1, got {self.batch_size}")
 

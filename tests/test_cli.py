@@ -353,6 +353,18 @@ class TestEvaluate:
         code, _, error = call(capsys, "compare", tmp_path / "other", tmp_path / "run", *arguments)
         assert code == 1 and "data.heldout_fraction must be that of the training" in error
 
+    def test_homes_and_counts_as_people_write_them(self, run, capsys, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(run, tmp_path / "run")
+        code, out, _ = call(capsys, "sample", "~/run", "--out=~/samples.png", "--count", "4e0")
+        assert code == 0 and f"{tmp_path}/samples.png" in out and not (tmp_path / "~").exists()
+        code, _, error = call(capsys, "sample", "~/run", "--count", "many")
+        assert (
+            code == 2
+            and error == "error: --count must be a whole number of at least 1, got many: for example, --count 64\n"
+        )
+
     def test_images_in_colour_are_not_made_grey_unasked(self, run, capsys, tmp_path):
         (tmp_path / "photos").mkdir()
         for index in range(3):

@@ -19,9 +19,11 @@ from PIL import Image
 from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.config import TRAININGS, parse_settings, training_parser
 from diffusers_vae.data import DataConfig
+from diffusers_vae.latent_cache import LatentDataset
 from diffusers_vae.loop import OptimizerConfig, RunConfig
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.objective import ObjectiveConfig
+from diffusers_vae.text_to_image import AutoencoderConfig, LatentsConfig
 from diffusers_vae.trainer import TrainConfig, train
 
 PRESETS = sorted((Path(__file__).parents[1] / "training" / "configs").glob("*.yaml"))
@@ -315,6 +317,99 @@ class TestIgnored:
             stated[section] = config.plain()[section]
         write(tmp_path / "config.yaml", yaml.safe_dump(json.loads(json.dumps(stated))))
         assert parse_settings(training, ["--config", str(tmp_path / "config.yaml")])[0] == config
+
+
+class TestHome:
+    """A ~ that no shell has replaced."""
+
+    @pytest.fixture(autouse=True)
+    def home(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("kind", "names"),
+        [
+            (DataConfig, ["root"]), (RunConfig, ["output_dir"]), (ModelConfig, ["pretrained"]),
+            (AutoencoderConfig, ["source"]), (LatentsConfig, ["folder"]),
+        ],
+    )  # fmt: skip
+    def test_is_the_home_directory_in_settings(self, kind, names, home):
+        config = kind(**dict.fromkeys(names, "~/here"))
+        assert [getattr(config, name) for name in names] == [str(home / "here")] * len(names)
+
+    def test_is_the_home_directory_in_files_and_flags(self, home):
+        (home / "photos").mkdir()
+        file = write(home / "a.yaml", "run: {output_dir: ~/runs/mine}\ndata: {root: ~/photos}\n")
+        for arguments in (["--config", file], ["--run.output_dir=~/runs/mine", "--data", "~/photos"]):
+            config, _ = parse_settings(TRAIN, arguments)
+            assert config.run.output_dir == str(home / "runs/mine")
+            assert (config.data.name, config.data.root) == ("folder", str(home / "photos"))
+
+    def test_is_the_home_directory_in_python(self, home):
+        with pytest.raises((OSError, ValueError), match=str(home / "latents")):
+            LatentDataset("~/latents")
+
+
+class TestForms:
+    """Values as people write them."""
+
+    @pytest.mark.parametrize(
+        ("name", "text", "value"),
+        [
+            ("run.max_images", "1e4", 10_000), ("run.max_images", "2.5e3", 2500), ("run.epochs", "2.0", 2),
+            ("run.checkpoint_every", "1E5", 100_000), ("data.resolution", "64x64", (64, 64)),
+            ("data.resolution", "32,64", (32, 64)), ("data.resolution", "32 64", (32, 64)),
+            ("data.resolution", "(32, 64)", (32, 64)), ("data.resolution", "[32, 64]", (32, 64)),
+            ("data.resolution", "64", 64), ("model.block_out_channels", "8,16", (8, 16)),
+            ("model.block_out_channels", "16", (16,)), ("optimizer.betas", "0.5,0.9", (0.5, 0.9)),
+            ("evaluation.lpips", "alex,vgg", ("alex", "vgg")), ("optimizer.learning_rate", "1e-3", 1e-3),
+        ],
+    )  # fmt: skip
+    def test_are_what_is_meant(self, name, text, value, tmp_path):
+        section, _, key = name.partition(".")
+        file = write(tmp_path / "a.yaml", f"{section}: {{{key}: '{text}'}}\n")
+        for arguments in ([f"--{name}", text], [f"--{name}={text}"], ["--config", file]):
+            config, _ = parse_settings(TRAIN, arguments)
+            assert getattr(getattr(config, section), key) == value
+
+    def test_range_of_values(self, tmp_path):
+        config, _ = parse_settings(TRAIN, ["--data.root", str(tmp_path), "--data.value_range", "0,4095"])
+        assert config.data.value_range == (0, 4095)
+
+    @pytest.mark.parametrize("training", [TRAIN, TEXT_TO_IMAGE], ids=lambda training: training.command)
+    @pytest.mark.parametrize("equals", [True, False])
+    def test_data_names_the_images_for_training_too(self, training, equals, tmp_path):
+        preset = write(tmp_path / "a.yaml", "data: {name: digits, resolution: 64}\n")
+        data = [f"--data={tmp_path}"] if equals else ["--data", str(tmp_path)]
+        config, _ = parse_settings(training, ["--config", preset, *data])
+        assert (config.data.name, config.data.root, config.data.resolution) == ("folder", str(tmp_path), 64)
+        assert parse_settings(training, ["--data", '{"resolution": 64}'])[0].data.resolution == 64
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (
+                "--data.resolution big",
+                "data.resolution must be a whole number or a list such as '[32, 64]', got big: for ",
+            ),
+            ("--data.resolution 64x64x64", "got [64, 64, 64]: for example, --data.resolution 32"),
+            ("--run.epochs 1.5", "run.epochs must be a whole number, got 1.5: for example, --run.epochs 15"),
+            ("--run.compile maybe", "run.compile must be true or false or null, got maybe"),
+            ("--objective.scale big", "objective.scale must be a number, learned, optimal or null, got big"),
+            ("--evaluation.lpips alec", "evaluation.lpips must be a list such as '[alex]', got alec"),
+            ("--data.name imagenet", "data.name must be digits, mnist, "),
+        ],
+    )
+    def test_others_are_refused_without_types_of_python(self, flags, words, tmp_path, capsys):
+        name, value = flags.split()
+        section, key = name.removeprefix("--").split(".")
+        file = write(tmp_path / "a.yaml", f"{section}: {{{key}: {value}}}\n")
+        for arguments in ([name, value], ["--config", file]):
+            with pytest.raises(SystemExit):
+                parse_settings(TRAIN, arguments)
+            told = capsys.readouterr().err
+            assert words in told and not re.search("class|Union|Literal|typing|Parser key", told)
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from ..images import OVERSIZE, Header
 from ..messages import problem_list
-from ..settings import only_with, refuse_unread
+from ..settings import at_home, only_with, refuse_unread
 from ..untrusted import MAX_UNPACKED, open_regular
 from ..values import ValueRange
 from .arrays import ArrayStore, ImageArray, array_classes, array_files, holds_arrays
@@ -146,6 +146,7 @@ class DataConfig:
     """Processes that read images, for sets that are too large to be kept in memory."""
 
     def __post_init__(self):
+        at_home(self, "root")
         if self.name is None and self.root is None and self.channels not in (None, 1):
             raise ValueError(
                 f"data.channels {self.channels} needs images that are named: give data.root, a folder for example, or "

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..settings import only_with, refuse_unread
+from ..settings import at_home, only_with, refuse_unread
 from .load import LATENT_PARTS, filled_in, load_autoencoder, read_config
 from .lora import add_lora
 from .mlp import MLPVAE
@@ -75,6 +75,7 @@ class ModelConfig:
     as `diffusers-vae encode DATA --split training` writes them; then the encoder does not run."""
 
     def __post_init__(self):
+        at_home(self, "pretrained", "latents")
         if self.architecture not in _DEFAULTS:
             raise ValueError(f"model.architecture must be one of {', '.join(_DEFAULTS)}, got {self.architecture}")
         if self.pretrained == "":
