@@ -163,8 +163,7 @@ def run_data(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--max_images", type=PositiveInt, default=2000, help="So many training images, at most, are decoded."
     )
-    skipped = {"crops", "on_bad_image", "num_workers", *OF_TRAINING} - {"streaming"}
-    parser.add_class_arguments(DataConfig, "data", skip=skipped)
+    parser.add_class_arguments(DataConfig, "data", skip={"crops", "on_bad_image", "num_workers", *NOT_MEASURED})
     parsed, _ = _parse_data(parser, arguments)
     path = _picture(parsed)
     root = Path(parsed.data.root).resolve()
@@ -523,7 +522,7 @@ def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
         help="Images per forward on one process; by default as many as keep a CPU's caches or a GPU busy.",
     )
     parser.add_argument("--shard_images", type=PositiveInt, default=4096, help="Images per file.")
-    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(DataConfig, "data", skip=NOT_MEASURED)
     with _launched("encoding", patience, "The same command continues after the last whole shards") as state:
         _encode(parser, arguments, state)
     return 0
@@ -743,6 +742,8 @@ def _load(parsed: Namespace, source: str) -> ModelMixin:
     return load_autoencoder(source, parsed.subfolder, parsed.revision, dtype).to(device)
 
 
+NOT_MEASURED = set(OF_TRAINING) - {"streaming"}
+"""Settings of the data that only a training reads."""
 MEASURED = {"likelihood", "scale", "kl_weight"}
 """What an objective is measured with; the rest of it is for training."""
 NEEDED = {
@@ -769,7 +770,7 @@ def _add_images(parser: ArgumentParser) -> None:
         help="Which images; by default the held-out ones, but all of a folder that has no part for them and that the "
         "model was not trained on.",
     )
-    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(DataConfig, "data", skip=NOT_MEASURED)
 
 
 def _parse_measuring(
@@ -905,7 +906,7 @@ def _of_another_set(known: dict[str, Any], asked: DataConfig, flags: Sequence[st
     """Settings of a run's data, without what is of its own set alone where `flags` ask for another."""
     if not _names_images(flags) or "name" not in known or _place(known) == _place(vars(asked)):
         return known
-    return _read_of(asked, {name: value for name, value in known.items() if name not in (*OF_ROWS, *OF_TRAINING)})
+    return _read_of(asked, {name: value for name, value in known.items() if name not in (*OF_ROWS, "streaming")})
 
 
 def _names_images(flags: Sequence[str]) -> bool:
@@ -926,12 +927,13 @@ def _settings_of_run(source: str, flags: Sequence[str] = ()) -> dict[str, dict[s
     settings = read_settings(file, "data", "objective", "evaluation")
     check_type(settings, NEEDED, str(file))
     settings["evaluation"].pop("every", None)
+    data = {name: value for name, value in settings["data"].items() if name not in NOT_MEASURED}
     objective = {name: settings["objective"][name] for name in MEASURED}
     stated = any(flag.startswith("--objective.kl_weight") for flag in flags)
     moved = settings["objective"].get("target_rate") is not None and not stated
     if moved and (report := _report_of_run(source)):
         objective["kl_weight"] = report.kl_weight
-    return {"data": settings["data"], "objective": objective, "evaluation": settings["evaluation"]}
+    return {"data": data, "objective": objective, "evaluation": settings["evaluation"]}
 
 
 def _report_of_run(source: str) -> EvaluationReport | None:

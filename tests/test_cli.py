@@ -365,6 +365,11 @@ class TestEvaluate:
             and error == "error: --count must be a whole number of at least 1, got many: for example, --count 64\n"
         )
 
+    @pytest.mark.parametrize("command", ["evaluate", "compare", "fp16", "encode"])
+    def test_settings_that_only_a_training_reads_are_refused(self, command, capsys):
+        code, _, error = call(capsys, command, "a", *["b"] * (command == "compare"), "--data.horizontal_flip", "true")
+        assert code == 2 and "--data.horizontal_flip" in error
+
     def test_images_in_colour_are_not_made_grey_unasked(self, run, capsys, tmp_path):
         (tmp_path / "photos").mkdir()
         for index in range(3):
