@@ -53,15 +53,16 @@ class Parser(ArgumentParser):
     def _in_words(self, error: ArgumentError) -> Exception:
         """The error without types of Python, where it is about a value."""
         text = str(error)
-        key = re.search(r'Parser key "(.*?)"', text)
+        keys = re.findall(r'Parser key "(.*?)"', text)
         given = re.findall(r"(?:Given|Got) value: (.*)", text) or re.findall(r"Not of type .*: .*?(-?\d+|'.*')", text)
-        if not (key and given):
+        if not (keys and given):
             return error
-        kind, default = self.kind(key[1]), self.get_defaults().get(key[1])
-        name = key[1] if "." in key[1] else f"--{key[1]}"
+        key = keys[-1]  # the innermost, of a section in JSON
+        kind, default = self.kind(key), self.get_defaults().get(key)
+        name = key if "." in key else f"--{key}"
         example = example_of(kind) if default is None or isinstance(default, (list, tuple)) else shown(default)
         value = "null" if given[-1] == "None" else given[-1].strip("'")
-        return ValueError(f"{name} must be {in_words(kind)}, got {value}: for example, --{key[1]} {example}")
+        return ValueError(f"{name} must be {in_words(kind)}, got {value}: for example, --{key} {example}")
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:

@@ -333,12 +333,12 @@ class TestEvaluate:
         folders = [tmp_path / name for name in ("ships", "frogs")]
         for folder, count in zip(folders, (30, 20), strict=True):
             copy_images(cifar_folder / "test" / folder.name[:-1], folder, count)
-        data = DataConfig(name="folder", root=str(folders[0]), resolution=8)
+        data = DataConfig(name="folder", root=str(folders[0]), resolution=8, channels=1)
         shutil.copytree(run / "model", tmp_path / "run" / "model")
         config = dataclasses.replace(tiny(tmp_path / "run", TINY_VAE), data=data)
         config.save(tmp_path / "run" / "config.yaml")
         for folder, split, count in ((folders[0], "held-out", 3), (folders[1], "all", 20)):
-            arguments = ["--data", folder, "--out", tmp_path / "out"]
+            arguments = ["--data", folder, "--data.channels", 1, "--out", tmp_path / "out"]
             assert call(capsys, "compare", tmp_path / "run", tmp_path / "run", *arguments)[0] == 0
             comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
             protocol = comparison["first"]["protocol"]
@@ -677,7 +677,8 @@ class TestOthers:
             vae.save_pretrained(folder / name / "model")
             config = tiny(folder / name, TINY_VAE)
             chosen = {setting: values[place] for setting, values in settings.items()}
-            data = {"name": "folder", "root": str(folder / "ship"), "resolution": 8, "crops": chosen.get("crops")}
+            data = {"name": "folder", "root": str(folder / "ship"), "resolution": 8, "channels": 1}
+            data["crops"] = chosen.get("crops")
             objective = ObjectiveConfig(scale=chosen.get("scale", 0.5))
             dataclasses.replace(config, data=DataConfig(**data), objective=objective).save(
                 folder / name / "config.yaml"
@@ -690,7 +691,8 @@ class TestOthers:
         models = self.runs_on_folders(run, tmp_path, cifar_folder, crops=(4, None))
         found = []
         for pair in (models, models[::-1]):
-            code, out, _ = call(capsys, "compare", *pair, "--data", tmp_path / "frog", "--out", tmp_path / "out")
+            frogs = ["--data", tmp_path / "frog", "--data.channels", 1, "--out", tmp_path / "out"]
+            code, out, _ = call(capsys, "compare", *pair, *frogs)
             assert code == 0 and f"first: {pair[0].name}\nsecond: {pair[1].name}" in out
             found.append(json.loads((tmp_path / "out" / "comparison.json").read_text()))
         one, other = found
