@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
+from .settings import only_with, refuse_unread
+
 LECAM_DECAY = 0.99  # as in the code of Tseng et al. 2021
 
 
@@ -27,32 +29,31 @@ class AdversarialConfig:
     """A discriminator that judges reconstructions by patches: Isola et al. 2017, Esser et al. 2021."""
 
     weight: float = 0.0
-    """Of the generator's loss, a mean over patches; 0: no discriminator, whatever the other settings say.
-    latent-diffusion: 0.5."""
-    loss: Literal["hinge", "non-saturating"] = "hinge"
+    """Of the generator's loss, a mean over patches; 0: no discriminator. latent-diffusion: 0.5."""
+    loss: Literal["hinge", "non-saturating"] = only_with("hinge", weight=True)
     """hinge: Lim & Ye 2017; non-saturating: Goodfellow 2014."""
-    start_images: int = 0
+    start_images: int = only_with(0, weight=True)
     """Images seen before which reconstructions are not judged and the discriminator does not train."""
-    warmup_images: int = 0
+    warmup_images: int = only_with(0, weight=True)
     """Images after start_images over which weight and the discriminator's learning rate rise linearly from 0."""
-    adaptive: bool = True
+    adaptive: bool = only_with(True, weight=True)
     """Scale weight so that the gradient at the decoder's last layer is as large as that of the reconstruction terms."""
-    max_factor: float | None = None
+    max_factor: float | None = only_with(None, weight=True, adaptive=True)
     """Upper limit of the factor by which adaptive multiplies weight; null: no limit. latent-diffusion uses 1e4
-    (docs/objective.md). It has no effect if adaptive is false."""
-    norm: Literal["spectral", "batch"] = "spectral"
+    (docs/objective.md)."""
+    norm: Literal["spectral", "batch"] = only_with("spectral", weight=True)
     """Of the layers. batch: the result depends on how a batch is cut into micro-batches and over processes."""
-    width: int = 64
+    width: int = only_with(64, weight=True)
     """Channels of the first layer; they double from layer to layer, up to 8 times as many."""
-    layers: int = 3
+    layers: int = only_with(3, weight=True)
     """Layers of stride 2, n_layers of pix2pix; with 3, a patch is 70x70 pixels."""
-    learning_rate: float | None = None
+    learning_rate: float | None = only_with(None, weight=True)
     """The discriminator's; null: optimizer.learning_rate. It follows the same schedule."""
-    betas: tuple[float, float] = (0.5, 0.9)
+    betas: tuple[float, float] = only_with((0.5, 0.9), weight=True)
     """Decay of the averages of the discriminator's gradient and squared gradient."""
-    lecam_weight: float = 0.0
+    lecam_weight: float = only_with(0.0, weight=True)
     """Of the LeCam penalty, for few images: Tseng et al. 2021."""
-    r1_weight: float = 0.0
+    r1_weight: float = only_with(0.0, weight=True)
     """Gamma of the penalty 0.5 * gamma * |gradient at the image|^2: Mescheder et al. 2018."""
 
     def __post_init__(self):
@@ -76,6 +77,7 @@ class AdversarialConfig:
             raise ValueError(f"adversarial.learning_rate must be positive and finite or null, got {self.learning_rate}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"adversarial.betas must lie in [0, 1), got {self.betas}")
+        refuse_unread("adversarial", self)
 
     def rise(self, images_seen: int) -> float:
         """The factor in [0, 1] on weight and learning rate in the step that begins after `images_seen` images."""

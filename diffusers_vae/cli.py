@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug, training = "--debug" in arguments, any(argument.startswith("train") for argument in arguments[:1])
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments = [_at_home(argument) for argument in arguments if argument != "--debug"]
     try:
         try:
             code = _run(arguments, debug)
@@ -83,6 +83,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = str(error) if expected else " ".join(str(error).split())
         print(message(f"error: {kind}{text}{'' if expected else ' (--debug shows where)'}"), file=sys.stderr)
         return 1
+
+
+def _at_home(argument: str) -> str:
+    """The argument with the home directory in the place of a leading ~ that no shell has replaced: bash leaves that of
+    --out=~/x as it is.
+    """
+    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return flag + equals + os.path.expanduser(value)
 
 
 def _drop_output() -> None:

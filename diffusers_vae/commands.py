@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args, get_type_hints
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -23,25 +23,26 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from .config import TRAININGS, Training, new_parser, parse_settings, refuse_null
+from .config import TRAININGS, Training, data_flags, new_parser, parse_settings, refuse_null, with_data
 from .data import (
     ARCHIVES,
     IMAGE_SUFFIXES,
+    IN_MEMORY,
     OF_ROWS,
     OF_TRAINING,
     OWN_PICTURES,
+    PLACED,
     DataConfig,
     Files,
     FileStore,
     ImageSet,
-    holds_arrays,
-    holds_rows,
     is_hub_id,
     left_out,
     load_split,
     look,
     no_image,
     recommended,
+    refuse_colours,
 )
 from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, read_report, reconstruct
 from .hub import HubConfig, check_can_push, find_value_range, push
@@ -69,7 +70,7 @@ from .pipelines import latent_scaling
 from .precision import measure_precision
 from .processes import Interrupted, lossy_output, on_main, one_first, process_share
 from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
-from .settings import config_of_run, read_settings
+from .settings import config_of_run, read_settings, unread
 from .silence import GROUP_TIMEOUT, PATIENCE, Patience, report_progress, watched
 from .storage import whole_file, whole_files, write_file, write_text
 from .trainer import TrainResult
@@ -184,8 +185,7 @@ def run_data(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--max_images", type=PositiveInt, default=2000, help="So many training images, at most, are decoded."
     )
-    skipped = {"crops", "on_bad_image", "num_workers", *OF_TRAINING} - {"streaming"}
-    parser.add_class_arguments(DataConfig, "data", skip=skipped)
+    parser.add_class_arguments(DataConfig, "data", skip={"crops", "on_bad_image", "num_workers", *NOT_MEASURED})
     parsed, _ = _parse_data(parser, arguments)
     path = _picture(parsed)
     root = Path(parsed.data.root).resolve()
@@ -197,7 +197,7 @@ def run_data(arguments: Sequence[str]) -> int:
     print(look_table(found))
     with whole_file(path) as partial:
         save_signed(contact_sheet(to_model_range(found.shown), parsed.data.described), partial)
-    preset, settings = recommended(found, parsed.data)
+    preset, settings = recommended(found, replace(parsed.data, channels=len(found.mean)))
     flags = [f"--{name} {shlex.quote(value)}" for name, value in settings.items()]
     print(showable(f"picture       {path}"))
     print(f"begin with    training/configs/{preset}.yaml:\n")
@@ -227,7 +227,9 @@ def run_evaluate(arguments: Sequence[str], patience: Patience = PATIENCE) -> int
 def _evaluate(parser: ArgumentParser, arguments: Sequence[str], state: PartialState) -> None:
     parsed, (model,) = _parse_measuring(parser, arguments, ["model"])
     with one_first(state.is_local_main_process, "reading the data set"):
-        images, split = load_split(parsed.data, parsed.split, state.is_local_main_process)
+        images, split = _load_images(parsed, [parsed.model], state.is_local_main_process)
+    if state.is_main_process:
+        print(showable(f"data        {images.files}"), flush=True)
     name = _name(parsed.model)
     out = Path(parsed.out or Path("evaluations") / name.replace("/", "--"))
     # what cannot be written must not cost the measuring
@@ -269,7 +271,8 @@ def run_compare(arguments: Sequence[str]) -> int:
     parser.add_argument("second", help=MODEL)
     _add_measuring(parser)
     parsed, models = _parse_measuring(parser, arguments, ["first", "second"])
-    images, split = load_split(parsed.data, parsed.split, True)
+    images, split = _load_images(parsed, [parsed.first, parsed.second], True)
+    print(showable(f"data        {images.files}"), flush=True)
     names = [_name(parsed.first), _name(parsed.second)]
     if names[0] == names[1]:  # two folders of one name
         names = [parsed.first, parsed.second]
@@ -342,7 +345,7 @@ def run_fp16(arguments: Sequence[str]) -> int:
     if parsed.write and file is None:
         kind = "a single file, without one" if Path(parsed.model).is_file() else "a repository"
         raise ValueError(f"--write changes a config.json on this machine, and {parsed.model} is {kind}")
-    images, _ = load_split(parsed.data, parsed.split, True)
+    images, _ = _load_images(parsed, [parsed.model], True)
     report = measure_precision(model, images, parsed.batch_size, parsed.max_images, True)
     print(precision_table(asdict(report)))
     if not parsed.write:
@@ -553,7 +556,7 @@ def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
         help="Images per forward on one process; by default as many as keep a CPU's caches or a GPU busy.",
     )
     parser.add_argument("--shard_images", type=PositiveInt, default=4096, help="Images per file.")
-    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(DataConfig, "data", skip=NOT_MEASURED)
     with _launched("encoding", patience, "The same command continues after the last whole shards") as state:
         _encode(parser, arguments, state)
     return 0
@@ -563,19 +566,21 @@ def _encode(parser: ArgumentParser, arguments: Sequence[str], state: PartialStat
     parsed, place = _parse_data(parser, arguments)  # wrong ones are told before a model is loaded
     if "--data.root" in place and "datasets" not in place and not Path(parsed.images).exists():
         raise FileNotFoundError(
-            f"DATA must be {', '.join(SETS)}, a folder or archive of images, an array of them, Parquet, or "
+            f"DATA must be {', '.join(IN_MEMORY)}, a folder or archive of images, an array of them, Parquet, or "
             f"NAMESPACE/NAME on the Hub, got {parsed.images}"
         )
     vae = load_autoencoder(parsed.vae, parsed.subfolder, parsed.revision).to(_device(parsed))
     known = _settings_of_run(parsed.vae).get("data") or _data_for(vae, parsed, parsed.vae)
     known = _of_another_set(known, parsed.data, place)
     if known.get("name") in PLACED:  # whose root is no place for other sets
-        del known["root"]
+        known.pop("root", None)
     parsed = _parse(parser, [f"--data={json.dumps(known)}", *arguments, *place], config_of_run(parsed.vae))
     with one_first(state.is_local_main_process, "reading the data set"):
-        images, split = load_split(
-            parsed.data, parsed.split, state.is_local_main_process, parsed.captions, default="training"
+        images, split = _load_images(
+            parsed, [parsed.vae], state.is_local_main_process, parsed.captions, default="training"
         )
+    if state.is_main_process:
+        print(showable(f"data        {images.files}"), flush=True)
     data, unreadable = parsed.data, len(images.errors)  # found so far; those of a set read on demand are rows less
     latents = encode_images(
         vae,
@@ -591,7 +596,12 @@ def _encode(parser: ArgumentParser, arguments: Sequence[str], state: PartialStat
         progress=True,
     )
     if state.is_main_process:
-        print(showable(f"images      {len(latents):,} of {data.described}, {split}"))
+        count, crops = len(latents), data.crops if isinstance(data.crops, int) else 1
+        if crops > 1 and not count % crops:
+            encoded = f"{crops:,} crops of each of {count // crops:,} images"
+        else:
+            encoded = f"{count:,}"
+        print(showable(f"images      {encoded} of {data.described}, {split}"))
         if unreadable := unreadable + len(images) - len(latents):
             print(f"left out    {unreadable:,} that cannot be read")
         if parsed.captions:
@@ -754,7 +764,7 @@ def _parse_data(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Names
     except (ArgumentError, ValueError) as error:
         parser.exit(2, message(f"error: {error}") + "\n")
     named = any(argument.partition("=")[0] == "--data.name" for argument in arguments)
-    place = ["--data.root", images] if named else _data_flags(images)
+    place = ["--data.root", images] if named else data_flags(images)
     return _parse(parser, [*arguments, *place]), place
 
 
@@ -799,6 +809,8 @@ def _load(parsed: Namespace, source: str) -> ModelMixin:
     return load_autoencoder(source, parsed.subfolder, parsed.revision, dtype).to(device)
 
 
+NOT_MEASURED = set(OF_TRAINING) - {"streaming"}
+"""Settings of the data that only a training reads."""
 MEASURED = {"likelihood", "scale", "kl_weight"}
 """What an objective is measured with; the rest of it is for training."""
 NEEDED = {
@@ -825,7 +837,7 @@ def _add_images(parser: ArgumentParser) -> None:
         help="Which images; by default the held-out ones, but all of a folder that has no part for them and that the "
         "model was not trained on.",
     )
-    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(DataConfig, "data", skip=NOT_MEASURED)
 
 
 def _parse_measuring(
@@ -834,7 +846,7 @@ def _parse_measuring(
     """The settings and the models. Settings that are not given come from the models' runs or, if there are none, from
     the models' configs. The order of the models does not matter.
     """
-    arguments = _with_data(arguments)
+    arguments = with_data(arguments)
     parsed = _parse(parser, [*ANY_DATA, *arguments])  # wrong ones are told before a model is loaded
     sources = [parsed[name] for name in models]
     for source in sources:
@@ -872,6 +884,17 @@ def _parse_measuring(
     return parsed, loaded
 
 
+def _load_images(parsed: Namespace, sources: Sequence[str], *arguments: Any, **options: Any) -> tuple[ImageSet, str]:
+    """The images for the models of `sources`, and which part they are, as `load_split` gives them, with further
+    arguments of that; `parsed.data` then states their channels.
+    """
+    images, split = load_split(parsed.data, parsed.split, *arguments, **options)
+    for source in sources:
+        refuse_colours(images, parsed.data, 1, source)
+    parsed.data = replace(parsed.data, channels=images.channels)
+    return images, split
+
+
 def _data_of_run(run: dict[str, Any], runs: dict[str, Any], asked: DataConfig, flags: Sequence[str]) -> dict[str, Any]:
     """Settings of a run's data. If `flags` ask for another set, only those that the run's model needs, and the rest
     from the run that was trained on that set, if there is one.
@@ -879,14 +902,24 @@ def _data_of_run(run: dict[str, Any], runs: dict[str, Any], asked: DataConfig, f
     if not _names_images(flags) or _same_set(run["data"], vars(asked)):
         return run["data"]
     owner = next((other["data"] for other in runs.values() if _same_set(other["data"], vars(asked))), {})
-    if run["data"]["name"] in SETS and asked.name in SETS:  # which lie beside each other
+    if run["data"]["name"] in IN_MEMORY and asked.name in IN_MEMORY:  # which lie beside each other
         owner = {"root": run["data"]["root"]} | owner
-    return owner | {name: value for name, value in run["data"].items() if name in OF_MODEL}
+    return _read_of(asked, owner | {name: value for name, value in run["data"].items() if name in OF_MODEL})
+
+
+def _read_of(asked: DataConfig, known: dict[str, Any]) -> dict[str, Any]:
+    """The settings in `known` that the set `asked` for reads, and value_range, without which the model would get other
+    values than it was trained on.
+    """
+    ignored = unread(DataConfig, vars(asked) | known | {"name": asked.name}).keys() - {"value_range"}
+    ignored |= {"root"} if asked.name == "digits" else set()
+    ignored |= {"channels"} if known.get("channels") == 1 else set()  # images in colour are not made grey unasked
+    return {name: value for name, value in known.items() if name not in ignored}
 
 
 def _same_set(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two settings of data mean the same images, wherever those of a named set lie."""
-    return one["name"] == other["name"] and (one["name"] in SETS or _place(one) == _place(other))
+    return one["name"] == other["name"] and (one["name"] in IN_MEMORY or _place(one) == _place(other))
 
 
 OF_MODEL = ("resolution", "channels", "value_range", "fit", "on_bad_image", "num_workers")
@@ -928,7 +961,9 @@ def _refuse_differences(found: dict[str, Namespace]) -> None:
 
 def _data_for(model: ModelMixin, parsed: Namespace, source: str) -> dict[str, Any]:
     """How images are read for a model of no run."""
-    known = {"resolution": list(_size(model)), "channels": model.config.get("in_channels", 3)}
+    known = {"resolution": list(_size(model))}
+    if (channels := model.config.get("in_channels", 3)) != 1:  # images in colour are not made grey unasked
+        known["channels"] = channels
     stated = find_value_range(source, parsed.subfolder, parsed.revision)
     return known | ({"value_range": [stated.low, stated.high]} if stated else {})
 
@@ -943,39 +978,15 @@ def _of_another_set(known: dict[str, Any], asked: DataConfig, flags: Sequence[st
     """Settings of a run's data, without what is of its own set alone where `flags` ask for another."""
     if not _names_images(flags) or "name" not in known or _place(known) == _place(vars(asked)):
         return known
-    left_out = (*OF_ROWS, *OF_TRAINING, *(["crops"] if asked.name in SETS else []))
-    return {name: value for name, value in known.items() if name not in left_out}
+    return _read_of(asked, {name: value for name, value in known.items() if name not in (*OF_ROWS, "streaming")})
 
 
 def _names_images(flags: Sequence[str]) -> bool:
     return any(flag.startswith(("--data.name", "--data.root")) for flag in flags)
 
 
-def _with_data(arguments: Sequence[str]) -> list[str]:
-    """`--data NAME` and `--data FOLDER` written out."""
-    words = [part for argument in arguments for part in _halves(argument)]
-    for place in [place for place, word in enumerate(words[:-1]) if word == "--data"][::-1]:
-        words[place : place + 2] = _data_flags(words[place + 1])
-    return words
-
-
 ANY_DATA = ["--data.name", "folder"]
 """Before a first look at the arguments: of a folder, anything may be asked for."""
-PLACED = ("folder", "array", "datasets")
-"""Names of sets that `data.root` says."""
-SETS = [name for name in get_args(get_type_hints(DataConfig)["name"]) if name not in PLACED]
-
-
-def _data_flags(value: str) -> list[str]:
-    """What the name of a set, a place on this machine or one on the Hub stands for."""
-    if value in SETS:
-        return ["--data.name", value]
-    name = "datasets" if holds_rows(value) else "array" if holds_arrays(Path(value)) else "folder"
-    return ["--data.name", name, "--data.root", value]
-
-
-def _halves(argument: str) -> list[str]:
-    return ["--data", argument.removeprefix("--data=")] if argument.startswith("--data=") else [argument]
 
 
 def _settings_of_run(source: str, flags: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
@@ -988,12 +999,13 @@ def _settings_of_run(source: str, flags: Sequence[str] = ()) -> dict[str, dict[s
     settings = read_settings(file, "data", "objective", "evaluation")
     check_type(settings, NEEDED, str(file))
     settings["evaluation"].pop("every", None)
+    data = {name: value for name, value in settings["data"].items() if name not in NOT_MEASURED}
     objective = {name: settings["objective"][name] for name in MEASURED}
     stated = any(flag.startswith("--objective.kl_weight") for flag in flags)
     moved = settings["objective"].get("target_rate") is not None and not stated
     if moved and (report := _report_of_run(source)):
         objective["kl_weight"] = report.kl_weight
-    return {"data": settings["data"], "objective": objective, "evaluation": settings["evaluation"]}
+    return {"data": data, "objective": objective, "evaluation": settings["evaluation"]}
 
 
 def _report_of_run(source: str) -> EvaluationReport | None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -134,7 +135,7 @@ def encode_images(
             writes to the folder.
         ValueError: when the folder holds latents of something else, with the differences; when an image cannot be read.
     """
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     refuse_odd_name(folder, "the folder of latents")
     if vae.config.get("scaling_factor") is not None and (reason := unmeasured(vae.config)):
         logger.warning("the latents are stored with a scaling_factor that was not measured: %s", reason)
@@ -563,7 +564,7 @@ class LatentDataset(Dataset):
     """
 
     def __init__(self, folder: str | Path, weights_hash: str | None = None):
-        self.folder = Path(folder)
+        self.folder = Path(os.path.expanduser(folder))
         refuse_odd_name(folder, "the folder of latents")
         self.index = _read_index(self.folder)
         self.cache: dict[str, Any] = self.index["cache"]

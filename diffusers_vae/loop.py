@@ -50,7 +50,7 @@ from .messages import showable
 from .models import fast_dtype
 from .processes import Interrupted, Signals, gather, ignore_signals, lossy_output, on_main, only_user_of
 from .run_folder import BadImages, Log, begin, find_run, leaving_out_the_tracker
-from .settings import Settings, begun_with
+from .settings import Settings, at_home, begun_with
 from .silence import GROUP_TIMEOUT, PATIENCE, Patience, WorkerWatch, alone, report_progress, watched
 from .storage import make_folder, naming, save_tensors, sync
 from .untrusted import refuse_odd_name
@@ -167,6 +167,7 @@ class RunConfig:
     """Where metrics and pictures are logged besides the files in output_dir; null: nowhere."""
 
     def __post_init__(self):
+        at_home(self, "output_dir")
         if not self.output_dir:
             raise ValueError("run.output_dir must name a folder, got an empty text")
         refuse_odd_name(self.output_dir, "run.output_dir")
@@ -660,6 +661,13 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool, p
         train_images=task.images,
         images_per_second=timed_images / timed_seconds if timed_images else None,
     )
+
+
+def kept_channels(config: Settings) -> Settings:
+    """The settings with the data.channels that the run in output_dir was begun with, where they leave that open."""
+    if config.data.channels is not None or (begun := begun_with(config.run.output_dir, "data", "channels")) is None:
+        return config
+    return replace(config, data=replace(config.data, channels=begun))
 
 
 def _find(task: Task) -> tuple[Path | None, RunResult | None]:

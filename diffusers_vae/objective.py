@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from .images import to_unit_range
+from .settings import only_with, refuse_unread
 
 START_SCALE = 1.0
 """Of a learned or optimal scale, where nothing is known of the errors yet: about that of a grey picture in [-1, 1]."""
@@ -316,47 +317,50 @@ class ObjectiveConfig:
 
     likelihood: Literal["gaussian", "laplace", "bernoulli"] = "gaussian"
     """Density of an image given its reconstruction. bernoulli needs the mlp architecture."""
-    scale: float | Literal["learned", "optimal"] | None = None
+    scale: float | Literal["learned", "optimal"] | None = only_with(None, likelihood=("gaussian", "laplace"))
     """Std of the gaussian or scale of the laplace, in model range [-1, 1] (0.05); bernoulli has none. learned: a
     parameter that is trained with the others. optimal: the root mean squared error of the images before, for laplace
     their mean absolute error (Rybkin 2021). Both begin at 1."""
     kl_weight: float = 1.0
     """Beta on the rate; 1.0 is the true ELBO."""
-    kl_schedule: Literal["constant", "linear", "cosine", "cyclical"] = "constant"
+    kl_schedule: Literal["constant", "linear", "cosine", "cyclical"] = only_with("constant", kl_weight=True)
     """How kl_weight is reached. linear and cosine rise from 0 over kl_warmup_images. cyclical: each of kl_cycles equal
     parts of the run rises linearly from 0 over its first half and stays over its second (Fu 2019, figure 2)."""
-    kl_warmup_images: int = 0
+    kl_warmup_images: int = only_with(0, kl_schedule=("linear", "cosine"))
     """Images over which a linear or cosine schedule rises to kl_weight."""
-    kl_cycles: int = 4
+    kl_cycles: int = only_with(4, kl_schedule=("cyclical",))
     """Parts of a cyclical schedule."""
-    free_bits: float = 0.0
+    free_bits: float = only_with(0.0, kl_weight=True)
     """Nats per latent channel, summed over its positions, that cost nothing: a channel whose mean rate over the step
     before is not above is left out of the loss, so that it does not collapse (Kingma 2016, equation 15)."""
-    target_rate: float | None = None
+    target_rate: float | None = only_with(None, kl_weight=True)
     """Rate in nats per image that a controller reaches by moving the weight of the rate, which starts at kl_weight
     (as ControlVAE, Shao 2020)."""
     perceptual: Literal["alex", "vgg", "squeeze"] | None = None
     """Network of an LPIPS term in the loss (Zhang 2018); null: none. One channel is repeated to three; of other numbers
     than 1 and 3, each channel is judged by itself as grey."""
-    perceptual_weight: float = 1.0
+    perceptual_weight: float = only_with(1.0, perceptual=True)
     """Weight of the LPIPS, which is multiplied by the number of values of the image. latent-diffusion's weight w is w /
     scale here."""
     equivariance: float = 0.0
     """Share of the steps that decode scaled and turned latents, and compare with images scaled and turned likewise
     (EQ-VAE, Kouzelis 2025: 0.5): such latents are easier to diffuse. Of the other steps, a quarter sees its images
     scaled down. What such steps log is of the smaller images."""
-    transformations: int = 1
+    transformations: int = only_with(1, equivariance=True)
     """Number of equal parts of a batch that equivariance transforms differently. It must divide the number of
     processes times run.gradient_accumulation_steps."""
 
     def __post_init__(self):
         if self.likelihood not in ("gaussian", "laplace", "bernoulli"):
             raise ValueError(f"objective.likelihood must be gaussian, laplace or bernoulli, got {self.likelihood!r}")
-        if self.likelihood == "bernoulli":
-            if self.scale is not None:
-                raise ValueError(f"a bernoulli likelihood has no scale: leave out objective.scale, got {self.scale}")
-        elif self.scale is None:
-            object.__setattr__(self, "scale", 0.05)
+        if self.kl_schedule not in ("constant", "linear", "cosine", "cyclical"):
+            raise ValueError(
+                f"objective.kl_schedule must be constant, linear, cosine or cyclical, got {self.kl_schedule!r}"
+            )
+        refuse_unread("objective", self)
+        if self.scale is None:
+            if self.likelihood != "bernoulli":
+                object.__setattr__(self, "scale", 0.05)
         elif isinstance(self.scale, str):
             if self.scale not in ("learned", "optimal"):
                 raise ValueError(f"objective.scale must be a number, learned or optimal, got {self.scale!r}")
@@ -373,40 +377,17 @@ class ObjectiveConfig:
             raise ValueError(f"objective.perceptual must be alex, vgg, squeeze or null, got {self.perceptual!r}")
         if not (self.perceptual_weight > 0 and math.isfinite(self.perceptual_weight)):
             raise ValueError(f"objective.perceptual_weight must be positive and finite, got {self.perceptual_weight}")
-        if self.perceptual is None and self.perceptual_weight != 1:
-            raise ValueError(
-                "objective.perceptual_weight belongs to a perceptual term: choose its network by objective.perceptual "
-                f"alex, vgg or squeeze, or leave it out, got {self.perceptual_weight}"
-            )
         if not 0 <= self.equivariance <= 1:
             raise ValueError(f"objective.equivariance must lie in [0, 1], got {self.equivariance}")
         if self.transformations < 1:
             raise ValueError(f"objective.transformations must be at least 1, got {self.transformations}")
-        if self.transformations > 1 and not self.equivariance:
-            raise ValueError(
-                f"objective.transformations must be 1 when objective.equivariance is 0, got {self.transformations}: "
-                "set objective.equivariance, or leave out objective.transformations"
-            )
 
     def _check_schedule(self) -> None:
         schedule = self.kl_schedule
-        if schedule not in ("constant", "linear", "cosine", "cyclical"):
-            raise ValueError(f"objective.kl_schedule must be constant, linear, cosine or cyclical, got {schedule!r}")
-        if schedule in ("linear", "cosine"):
-            if self.kl_warmup_images < 1:
-                raise ValueError(
-                    f"a {schedule} objective.kl_schedule rises over objective.kl_warmup_images, which must be at least "
-                    f"1, got {self.kl_warmup_images}"
-                )
-        elif self.kl_warmup_images != 0:
+        if schedule in ("linear", "cosine") and self.kl_warmup_images < 1:
             raise ValueError(
-                f"a {schedule} objective.kl_schedule has no warm-up: leave out objective.kl_warmup_images, got "
-                f"{self.kl_warmup_images}, or choose linear or cosine"
-            )
-        if schedule != "cyclical" and self.kl_cycles != 4:
-            raise ValueError(
-                f"a {schedule} objective.kl_schedule has no cycles: leave out objective.kl_cycles, got "
-                f"{self.kl_cycles}, or choose cyclical"
+                f"a {schedule} objective.kl_schedule rises over objective.kl_warmup_images, which must be at least 1, "
+                f"got {self.kl_warmup_images}"
             )
         if self.kl_cycles < 1:
             raise ValueError(f"objective.kl_cycles must be at least 1, got {self.kl_cycles}")
@@ -415,13 +396,6 @@ class ObjectiveConfig:
                 f"objective.target_rate moves the weight of the rate, and so does a {schedule} objective.kl_schedule: "
                 "leave one out"
             )
-        if self.kl_weight == 0:
-            for name, default in (("kl_schedule", "constant"), ("free_bits", 0), ("target_rate", None)):
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"objective.kl_weight 0 leaves the rate out of the loss, so objective.{name} "
-                        f"{getattr(self, name)} does nothing: raise the one or leave out the other"
-                    )
 
     def kl_weight_at(self, images_seen: int, total_images: int) -> float:
         """The schedule's weight of the rate in the step that begins after `images_seen` of `total_images` images."""

@@ -28,19 +28,19 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .data import DataConfig, ImageSet, TrainingSet, image_batches, load_data
+from .data import DataConfig, ImageSet, TrainingSet, image_batches, load_data, refuse_colours
 from .diffusion import DiffusionConfig
 from .hub import check_value_range
 from .images import to_model_range
 from .latent_cache import INDEX, LatentDataset, Verification, encode_images, matching_latents
-from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps
-from .messages import message, quoted
+from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, kept_channels
+from .messages import message, quoted, showable
 from .models import VAE, encode, is_local, load_autoencoder, read_config, weights_hash, with_whole_tiles
 from .pictures import loss_picture, prompt_picture
 from .pipelines import latent_scaling
 from .processes import on_main, one_first
 from .run_folder import Log, check_whole
-from .settings import Settings, config_of_run, read_settings
+from .settings import Settings, at_home, config_of_run, read_settings
 from .storage import described, whole_folder, write_file
 from .tokenizer import caption_tokenizer
 from .untrusted import check_type, read_json
@@ -79,6 +79,9 @@ class AutoencoderConfig:
     revision: str | None = None
     """Of the repository."""
 
+    def __post_init__(self):
+        at_home(self, "source")
+
 
 @dataclass(frozen=True)
 class LatentsConfig:
@@ -99,6 +102,7 @@ class LatentsConfig:
     """Images that are encoded together."""
 
     def __post_init__(self):
+        at_home(self, "folder")
         if self.batch_size < 1:
             raise ValueError(f"latents.batch_size must be at least 1, got {self.batch_size}")
 
@@ -209,7 +213,7 @@ class SamplingConfig:
 class TextToImageConfig(Settings):
     """All settings of a run."""
 
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig
     vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     captions: CaptionConfig = field(default_factory=CaptionConfig)
@@ -346,7 +350,7 @@ class TextToImageTask(Task):
     builds_at_once = False
 
     def __init__(self, config: TextToImageConfig, max_images: int | None = None):
-        self.config, self.max_images = config, max_images
+        self.config, self.max_images = kept_channels(config), max_images
         self.objective = config.diffusion.build()
         self.evaluate_every = config.sampling.every
 
@@ -376,11 +380,18 @@ class TextToImageTask(Task):
         config, first = self.config, accelerator.is_local_main_process
         self.accelerator = accelerator
         with one_first(first, "reading the data set"):
-            if is_local(config.vae.source):  # what is missing is reported before the data are read
-                _read_vae(config, read_config)
+            if is_local(config.vae.source) or config.data.channels is None:
+                # what is missing is reported before the data are read
+                channels = _read_vae(config, read_config).get("in_channels")
+                if config.data.channels is None and channels != 1:  # a grey one must not hide colours
+                    config = replace(config, data=replace(config.data, channels=channels))
             images, heldout = load_data(config.data, first, None if self.max_images is None else 0, captions=True)
             self.vae = _load_vae(config)
+        refuse_colours(images, config.data, 1, config.vae.source)
+        config = self.config = replace(config, data=replace(config.data, channels=images.channels))
         self.images = len(images)
+        if accelerator.is_main_process:
+            logger.info("%s", showable(images.files))
         if first:
             _warn_of_another_fit(config)
         heldout = heldout.first(config.sampling.heldout_images)
@@ -410,6 +421,13 @@ class TextToImageTask(Task):
         data = f"training images of {self.config.data.described}"
         if config.folder and (Path(config.folder) / INDEX).exists():
             latents = matching_latents(self.vae, images, config.folder, data)
+            kept = {"dtype": latents.cache["dtype"], "compute_dtype": str(latents.compute_dtype).removeprefix("torch.")}
+            for name, value in kept.items():
+                if getattr(config, name) not in (None, getattr(LatentsConfig(), name), value):
+                    raise ValueError(
+                        f"latents.{name} {getattr(config, name)} would be ignored, since {config.folder} holds latents "
+                        f"in {value}: leave it out, or choose another latents.folder"
+                    )
             if config.sample_posterior and latents.kind != "posterior":
                 raise ValueError(
                     f"latents.sample_posterior needs mean and logvar, and {config.folder} holds latents of kind "
@@ -730,7 +748,7 @@ def _load_vae(config: TextToImageConfig) -> VAE:
     if not isinstance(vae, VAE):
         raise ValueError(f"StableDiffusionPipeline takes an AutoencoderKL, got {type(vae).__name__} in {source}")
     check_value_range(config.data.value_range, source, config.vae.subfolder, config.vae.revision)
-    if vae.config.in_channels != config.data.channels:
+    if config.data.channels not in (None, vae.config.in_channels):
         raise ValueError(
             f"data.channels must be that of the autoencoder, got {config.data.channels}, and {source} takes "
             f"{vae.config.in_channels}"

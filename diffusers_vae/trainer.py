@@ -21,7 +21,7 @@ from torch import nn
 from . import equivariance
 from .adversarial import AdversarialConfig, Adversary, PatchDiscriminator
 from .checkpoint import Discriminator
-from .data import DataConfig, ImageSet, ReadImages, StoredImages, TrainingSet, load_data
+from .data import DataConfig, ImageSet, ReadImages, StoredImages, TrainingSet, load_data, refuse_colours
 from .evaluation import (
     EvaluationConfig,
     EvaluationReport,
@@ -36,8 +36,8 @@ from .hub import ADAPTER, HubConfig, check_value_range, write_card
 from .images import to_model_range
 from .latent_cache import LatentDataset, Verification, matching_latents
 from .latents import describe_latents, image_set_statistics
-from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, run_task
-from .messages import quoted
+from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, kept_channels, run_task
+from .messages import quoted, showable
 from .models import (
     LATENT_PARTS,
     MLPVAE,
@@ -62,11 +62,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    """All settings of a run. Model and objective have no default here, since filled-in settings of one architecture or
-    likelihood do not fit another.
+    """All settings of a run. Data, model and objective have no default here, since filled-in settings of one set,
+    architecture or likelihood do not fit another.
     """
 
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig
     model: ModelConfig
     objective: ObjectiveConfig
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
@@ -120,6 +120,16 @@ class TrainConfig(Settings):
                 f"run.compile needs steps that are all the same program, got {self.changes_by_step}: leave "
                 "run.compile out"
             )
+        if self.data.caption_column is not None:
+            raise ValueError(
+                f"data.caption_column {self.data.caption_column} would be ignored, since an autoencoder is trained "
+                "without captions: leave it out"
+            )
+        if self.evaluation.projection != "pca" and self.model.latent_dim is not None and self.model.latent_dim <= 2:
+            raise ValueError(
+                f"evaluation.projection {self.evaluation.projection} would be ignored with model.latent_dim "
+                f"{self.model.latent_dim}, which needs none: leave it out"
+            )
         if self.model.latents and (self.data.changes_images or self.data.streaming):
             raise ValueError(
                 "model.latents are of a set of images as they are, and training would show others: leave out "
@@ -132,8 +142,16 @@ class TrainConfig(Settings):
 
     def _check_pretrained(self) -> None:
         """Refuse what does not fit the source, before a run begins."""
+        if self.data.channels is None and self.model.image_channels != {1}:  # a grey model must not hide colours
+            object.__setattr__(self, "data", replace(self.data, channels=max(self.model.image_channels)))
+        if self.data.name == "digits" and self.data.channels not in self.model.image_channels:
+            raise ValueError(
+                f"model.pretrained {self.model.pretrained} takes images of "
+                f"{' and '.join(map(str, self.model.image_channels))} channels, and the images are scikit-learn's "
+                "digits, which are grey: name those to train on, with --data.root FOLDER for example"
+            )
         with torch.device("meta"):
-            vae = self.model.build(self.data.channels, self.data.size)
+            vae = self.model.build(self.data.channels or 1, self.data.size)
         adaptive = self.adversarial.weight and self.adversarial.adaptive
         if adaptive and not vae.decoder.conv_out.weight.requires_grad:
             left = f"lora_rank {self.model.lora_rank}" if self.model.lora_rank else f"train {self.model.train}"
@@ -274,7 +292,7 @@ class AutoencoderTask(Task):
     builds_at_once = True
 
     def __init__(self, config: TrainConfig, memory_limit: int | None = None):
-        self.config, self.memory_limit = config, memory_limit
+        self.config, self.memory_limit = kept_channels(config), memory_limit
         self.objective = TrainingObjective(config.objective)
         self.evaluate_every = config.evaluation.every
         self.perceptual: PerceptualLoss | None = None
@@ -321,6 +339,11 @@ class AutoencoderTask(Task):
             self._warn_of_another_order()
         with one_first(accelerator.is_local_main_process, "reading the data set"):
             self.train_set, self.heldout = load_data(config.data, accelerator.is_local_main_process, self.memory_limit)
+        if accelerator.is_main_process:
+            logger.info("%s", showable(self.train_set.files))
+        if config.data.channels is None and config.model.pretrained:
+            refuse_colours(self.train_set, config.data, 1, config.model.pretrained)
+        config = self.config = replace(config, data=replace(config.data, channels=self.train_set.channels))
         load_judges(config.evaluation, config.data.channels, config.data.size)  # are missed now, not after days
         on_demand = isinstance(self.train_set, StoredImages) or self.train_set.augmentation
         self.workers = config.data.num_workers if on_demand else 0

@@ -495,10 +495,10 @@ def test_goes_on_bit_by_bit_from_a_state_that_was_written_as_json():
 
 
 def test_rises_from_the_start_over_the_warm_up():
-    config = AdversarialConfig(start_images=100, warmup_images=50)
+    config = AdversarialConfig(weight=0.5, start_images=100, warmup_images=50)
     rises = [config.rise(images_seen) for images_seen in (0, 99, 100, 124, 149, 150, 10_000)]
     assert rises == [0, 0, 0.02, 0.5, 1, 1, 1]
-    assert [AdversarialConfig(start_images=100).rise(images_seen) for images_seen in (99, 100)] == [0, 1]
+    assert [AdversarialConfig(weight=0.5, start_images=100).rise(images_seen) for images_seen in (99, 100)] == [0, 1]
 
 
 @pytest.mark.parametrize(

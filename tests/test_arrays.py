@@ -329,7 +329,9 @@ class TestErrors:
     def test_places(self, tmp_path):
         self.refused("which is not there", tmp_path / "a.npy")
         self.refused(r"no array in .*none of \.npy, \.npz", tmp_path)
-        with pytest.raises(ValueError, match=r"folder, array and datasets, got .* mnist"):
+        with pytest.raises(
+            ValueError, match=r"crops 2 would be ignored with data\.name mnist: set data\.name to folder or array"
+        ):
             DataConfig(name="mnist", crops=2)
 
 

@@ -355,12 +355,12 @@ class TestEvaluate:
         folders = [tmp_path / name for name in ("ships", "frogs")]
         for folder, count in zip(folders, (30, 20), strict=True):
             copy_images(cifar_folder / "test" / folder.name[:-1], folder, count)
-        data = DataConfig(name="folder", root=str(folders[0]), resolution=8)
+        data = DataConfig(name="folder", root=str(folders[0]), resolution=8, channels=1)
         shutil.copytree(run / "model", tmp_path / "run" / "model")
         config = dataclasses.replace(tiny(tmp_path / "run", TINY_VAE), data=data)
         config.save(tmp_path / "run" / "config.yaml")
         for folder, split, count in ((folders[0], "held-out", 3), (folders[1], "all", 20)):
-            arguments = ["--data", folder, "--out", tmp_path / "out"]
+            arguments = ["--data", folder, "--data.channels", 1, "--out", tmp_path / "out"]
             assert call(capsys, "compare", tmp_path / "run", tmp_path / "run", *arguments)[0] == 0
             comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
             protocol = comparison["first"]["protocol"]
@@ -374,6 +374,37 @@ class TestEvaluate:
         arguments += ["--data.heldout_fraction", 0.3]
         code, _, error = call(capsys, "compare", tmp_path / "other", tmp_path / "run", *arguments)
         assert code == 1 and "data.heldout_fraction must be that of the training" in error
+
+    def test_homes_and_counts_as_people_write_them(self, run, capsys, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(run, tmp_path / "run")
+        code, out, _ = call(capsys, "sample", "~/run", "--out=~/samples.png", "--count", "4e0")
+        assert code == 0 and f"{tmp_path}/samples.png" in out and not (tmp_path / "~").exists()
+        code, _, error = call(capsys, "sample", "~/run", "--count", "many")
+        assert (
+            code == 2
+            and error == "error: --count must be a whole number of at least 1, got many: for example, --count 64\n"
+        )
+
+    @pytest.mark.parametrize("command", ["evaluate", "compare", "fp16", "encode"])
+    def test_settings_that_only_a_training_reads_are_refused(self, command, capsys):
+        code, _, error = call(capsys, command, "a", *["b"] * (command == "compare"), "--data.horizontal_flip", "true")
+        assert code == 2 and "--data.horizontal_flip" in error
+
+    def test_images_in_colour_are_not_made_grey_unasked(self, run, capsys, tmp_path):
+        (tmp_path / "photos").mkdir()
+        for index in range(3):
+            Image.effect_noise((12, 9), 50 + index).convert("RGB").save(tmp_path / "photos" / f"{index}.png")
+        for words in (["evaluate", run, "--data"], ["fp16", run, "--data"], ["encode", "--vae", run]):
+            code, _, error = call(
+                capsys, *words, tmp_path / "photos", *["--out", tmp_path / "out"] * (words[0] != "fp16")
+            )
+            assert code == 1 and "takes grey images, and photos has some in colour: --data.channels 1" in error
+        arguments = [tmp_path / "photos", "--data.channels", 1, "--out", tmp_path / "out"]
+        code, out, _ = call(capsys, "encode", *arguments, "--vae", run, "--data.crops", 2)
+        assert code == 0 and "3 images of photos, RGB, 9x12; read as 8x8 grey, 2 crops of each" in out
+        assert "images      2 crops of each of 3 images of photos, all" in out
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
@@ -668,7 +699,8 @@ class TestOthers:
             vae.save_pretrained(folder / name / "model")
             config = tiny(folder / name, TINY_VAE)
             chosen = {setting: values[place] for setting, values in settings.items()}
-            data = {"name": "folder", "root": str(folder / "ship"), "resolution": 8, "crops": chosen.get("crops")}
+            data = {"name": "folder", "root": str(folder / "ship"), "resolution": 8, "channels": 1}
+            data["crops"] = chosen.get("crops")
             objective = ObjectiveConfig(scale=chosen.get("scale", 0.5))
             dataclasses.replace(config, data=DataConfig(**data), objective=objective).save(
                 folder / name / "config.yaml"
@@ -681,7 +713,8 @@ class TestOthers:
         models = self.runs_on_folders(run, tmp_path, cifar_folder, crops=(4, None))
         found = []
         for pair in (models, models[::-1]):
-            code, out, _ = call(capsys, "compare", *pair, "--data", tmp_path / "frog", "--out", tmp_path / "out")
+            frogs = ["--data", tmp_path / "frog", "--data.channels", 1, "--out", tmp_path / "out"]
+            code, out, _ = call(capsys, "compare", *pair, *frogs)
             assert code == 0 and f"first: {pair[0].name}\nsecond: {pair[1].name}" in out
             found.append(json.loads((tmp_path / "out" / "comparison.json").read_text()))
         one, other = found

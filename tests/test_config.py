@@ -1,22 +1,29 @@
 """From YAML and flags to settings, and the errors on the way."""
 
+import json
 import math
 import re
 import tarfile
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import get_type_hints
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 
 from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.config import TRAININGS, parse_settings, training_parser
 from diffusers_vae.data import DataConfig
+from diffusers_vae.latent_cache import LatentDataset
 from diffusers_vae.loop import OptimizerConfig, RunConfig
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.objective import ObjectiveConfig
+from diffusers_vae.text_to_image import AutoencoderConfig, LatentsConfig
 from diffusers_vae.trainer import TrainConfig, train
 
 PRESETS = sorted((Path(__file__).parents[1] / "training" / "configs").glob("*.yaml"))
@@ -165,9 +172,12 @@ def test_exponents_are_numbers(tmp_path):
         ("data: {resolution: 30}", ["data.resolution", "divisible by 4", "30x30"]),
         ("run: {batch_size: 0}", ["run.batch_size", "at least 1", "0"]),
         ("objective: {likelihood: bernoulli}", ["bernoulli", "mlp", "unbounded"]),
-        ("objective: {likelihood: bernoulli, scale: 1.0}", ["bernoulli", "no scale", "1.0"]),
+        ("objective: {likelihood: bernoulli, scale: 1.0}", ["objective.scale 1.0", "objective.likelihood bernoulli"]),
         ("run: 3", ["run"]),
-        ("model: {architecture: mlp, layers_per_block: 2}", ["model.layers_per_block", "mlp", "hidden_dim"]),
+        (
+            "model: {architecture: mlp, layers_per_block: 2}",
+            ["model.layers_per_block 2", "mlp", "model.architecture to vae"],
+        ),
         ("model: {block_out_channels: [30, 60]}", ["model.block_out_channels", "divisible", "30"]),
         ("model: {latent_channels: 0}", ["model.latent_channels", "at least 1"]),
         ("run: [1, 2", ["a.yaml"]),
@@ -208,6 +218,198 @@ class TestRemovedSettings:
 
     def test_help_does_not_list_it(self, training, section, name, value, advice):
         assert f"{section}.{name}" not in training_parser(training).format_help()
+
+
+class TestImages:
+    """Which images a run is on."""
+
+    @pytest.mark.parametrize("training", [TRAIN, TEXT_TO_IMAGE], ids=lambda training: training.command)
+    def test_root_alone_is_what_lies_there(self, training, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "photos").mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a.png")
+        np.save(tmp_path / "scans.npy", np.zeros((4, 8, 8), np.uint8))
+        for root, name in (
+            ("photos", "folder"), ("scans.npy", "array"), ("rows.parquet", "datasets"), ("ann/set", "datasets"),
+        ):  # fmt: skip
+            config, _ = parse_settings(training, ["--data.root", root])
+            assert config.plain()["data"]["name"] == name and config.data.root == root
+
+    def test_without_root_they_are_digits_and_torchvisions_lie_in_data(self, tmp_path):
+        for arguments, name in (([], "digits"), (["--data.name", "mnist"], "mnist")):
+            data = parse_settings(TRAIN, arguments)[0].plain()["data"]
+            assert (data["name"], data["root"]) == (name, "data")
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            ({"name": "digits", "root": "photos"}, "data.root photos would be ignored with data.name digits"),
+            ({"channels": 3}, "data.channels 3 needs images that are named: give data.root"),
+        ],
+    )
+    def test_root_of_a_set_that_has_none_and_colours_without_a_set_are_refused(self, settings, words):
+        with pytest.raises(ValueError, match=words):
+            DataConfig(**settings)
+
+    def test_pretrained_for_photographs_is_not_trained_on_digits(self, pretrained, capsys):
+        with pytest.raises(SystemExit):
+            parse_settings(TRAIN, ["--model.pretrained", pretrained])
+        told = capsys.readouterr().err
+        assert "takes images of 3 channels" in told and "--data.root FOLDER" in told
+
+
+class TestIgnored:
+    """Settings that others switch off."""
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (
+                "--data.root scans --data.shuffle_buffer 9",
+                "data.shuffle_buffer 9 .* data.streaming false: set data.str",
+            ),
+            (
+                "--data.on_bad_image skip",
+                "data.on_bad_image skip .* data.name digits: set data.name to folder or array",
+            ),
+            ("--data.name mnist --data.heldout_fraction 0.2", "data.heldout_fraction 0.2 .* data.name mnist"),
+            ("--data.root scans --data.crops 2 --data.fit pad", "data.fit pad .* data.crops 2: leave out data.crops"),
+            (
+                "--adversarial.width 8 --adversarial.start_images 5",
+                "adversarial.start_images 5, adversarial.width 8 .* adversarial.weight 0.0: set adversarial.weight, or "
+                "keep the defaults, --adversarial.start_images 0 --adversarial.width 64",
+            ),
+            (
+                "--adversarial.weight 1 --adversarial.adaptive false --adversarial.max_factor 2",
+                "adversarial.max_factor 2.0 .* adversarial.adaptive false",
+            ),
+            ("--model.architecture mlp --model.latent_channels 4", "model.latent_channels 4 .* model.architecture mlp"),
+            ("--model.hidden_dim 9", "model.hidden_dim 9 .* model.architecture vae: set model.architecture to mlp"),
+            ("--model.train decoder", "model.train decoder .* model.pretrained null"),
+            ("--objective.kl_cycles 2", "objective.kl_cycles 2 .* objective.kl_schedule constant: set .* to cyclical"),
+            ("--data.root a/b --data.caption_column text", "data.caption_column text would be ignored"),
+            (
+                "--model.architecture mlp --model.latent_dim 2 --evaluation.projection tsne",
+                "evaluation.projection tsne would be ignored with model.latent_dim 2",
+            ),
+        ],
+    )
+    def test_is_an_error_that_names_both(self, flags, words, capsys):
+        with pytest.raises(SystemExit):
+            parse_settings(TRAIN, flags.split())
+        assert re.search(words, capsys.readouterr().err)
+
+    @pytest.mark.parametrize("training", [TRAIN, TEXT_TO_IMAGE], ids=lambda training: training.command)
+    def test_of_text_to_image_too(self, training, capsys):
+        with pytest.raises(SystemExit):
+            parse_settings(training, ["--data.streaming", "true"])
+        assert "data.streaming true would be ignored with data.name digits" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("training", [TRAIN, TEXT_TO_IMAGE], ids=lambda training: training.command)
+    def test_defaults_that_a_config_of_an_older_version_states_are_none(self, training, tmp_path):
+        config, _ = parse_settings(training, [])
+        stated = {
+            section: {option.name: None if option.default is MISSING else option.default for option in fields(kind)}
+            for section, kind in get_type_hints(training.settings).items()
+        }
+        stated["data"] |= {"name": "digits", "root": "data", "channels": 1}
+        for section in ("run", "optimizer"):  # whose defaults are not those of the section everywhere
+            stated[section] = config.plain()[section]
+        write(tmp_path / "config.yaml", yaml.safe_dump(json.loads(json.dumps(stated))))
+        assert parse_settings(training, ["--config", str(tmp_path / "config.yaml")])[0] == config
+
+
+class TestHome:
+    """A ~ that no shell has replaced."""
+
+    @pytest.fixture(autouse=True)
+    def home(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("kind", "names"),
+        [
+            (DataConfig, ["root"]), (RunConfig, ["output_dir"]), (ModelConfig, ["pretrained"]),
+            (AutoencoderConfig, ["source"]), (LatentsConfig, ["folder"]),
+        ],
+    )  # fmt: skip
+    def test_is_the_home_directory_in_settings(self, kind, names, home):
+        config = kind(**dict.fromkeys(names, "~/here"))
+        assert [getattr(config, name) for name in names] == [str(home / "here")] * len(names)
+
+    def test_is_the_home_directory_in_files_and_flags(self, home):
+        (home / "photos").mkdir()
+        file = write(home / "a.yaml", "run: {output_dir: ~/runs/mine}\ndata: {root: ~/photos}\n")
+        for arguments in (["--config", file], ["--run.output_dir=~/runs/mine", "--data", "~/photos"]):
+            config, _ = parse_settings(TRAIN, arguments)
+            assert config.run.output_dir == str(home / "runs/mine")
+            assert (config.data.name, config.data.root) == ("folder", str(home / "photos"))
+
+    def test_is_the_home_directory_in_python(self, home):
+        with pytest.raises((OSError, ValueError), match=str(home / "latents")):
+            LatentDataset("~/latents")
+
+
+class TestForms:
+    """Values as people write them."""
+
+    @pytest.mark.parametrize(
+        ("name", "text", "value"),
+        [
+            ("run.max_images", "1e4", 10_000), ("run.max_images", "2.5e3", 2500), ("run.epochs", "2.0", 2),
+            ("run.checkpoint_every", "1E5", 100_000), ("data.resolution", "64x64", (64, 64)),
+            ("data.resolution", "32,64", (32, 64)), ("data.resolution", "32 64", (32, 64)),
+            ("data.resolution", "(32, 64)", (32, 64)), ("data.resolution", "[32, 64]", (32, 64)),
+            ("data.resolution", "64", 64), ("model.block_out_channels", "8,16", (8, 16)),
+            ("model.block_out_channels", "16", (16,)), ("optimizer.betas", "0.5,0.9", (0.5, 0.9)),
+            ("evaluation.lpips", "alex,vgg", ("alex", "vgg")), ("optimizer.learning_rate", "1e-3", 1e-3),
+        ],
+    )  # fmt: skip
+    def test_are_what_is_meant(self, name, text, value, tmp_path):
+        section, _, key = name.partition(".")
+        file = write(tmp_path / "a.yaml", f"{section}: {{{key}: '{text}'}}\n")
+        for arguments in ([f"--{name}", text], [f"--{name}={text}"], ["--config", file]):
+            config, _ = parse_settings(TRAIN, arguments)
+            assert getattr(getattr(config, section), key) == value
+
+    def test_range_of_values(self, tmp_path):
+        config, _ = parse_settings(TRAIN, ["--data.root", str(tmp_path), "--data.value_range", "0,4095"])
+        assert config.data.value_range == (0, 4095)
+
+    @pytest.mark.parametrize("training", [TRAIN, TEXT_TO_IMAGE], ids=lambda training: training.command)
+    @pytest.mark.parametrize("equals", [True, False])
+    def test_data_names_the_images_for_training_too(self, training, equals, tmp_path):
+        preset = write(tmp_path / "a.yaml", "data: {name: digits, resolution: 64}\n")
+        data = [f"--data={tmp_path}"] if equals else ["--data", str(tmp_path)]
+        config, _ = parse_settings(training, ["--config", preset, *data])
+        assert (config.data.name, config.data.root, config.data.resolution) == ("folder", str(tmp_path), 64)
+        assert parse_settings(training, ["--data", '{"resolution": 64}'])[0].data.resolution == 64
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (
+                "--data.resolution big",
+                "data.resolution must be a whole number or a list such as '[32, 64]', got big: for ",
+            ),
+            ("--data.resolution 64x64x64", "got [64, 64, 64]: for example, --data.resolution 32"),
+            ("--run.epochs 1.5", "run.epochs must be a whole number, got 1.5: for example, --run.epochs 15"),
+            ("--run.compile maybe", "run.compile must be true or false or null, got maybe"),
+            ("--objective.scale big", "objective.scale must be a number, learned, optimal or null, got big"),
+            ("--evaluation.lpips alec", "evaluation.lpips must be a list such as '[alex]', got alec"),
+            ("--data.name imagenet", "data.name must be digits, mnist, "),
+        ],
+    )
+    def test_others_are_refused_without_types_of_python(self, flags, words, tmp_path, capsys):
+        name, value = flags.split()
+        section, key = name.removeprefix("--").split(".")
+        file = write(tmp_path / "a.yaml", f"{section}: {{{key}: {value}}}\n")
+        for arguments in ([name, value], ["--config", file]):
+            with pytest.raises(SystemExit):
+                parse_settings(TRAIN, arguments)
+            told = capsys.readouterr().err
+            assert words in told and not re.search("class|Union|Literal|typing|Parser key", told)
 
 
 @pytest.mark.slow
@@ -326,7 +528,7 @@ class TestUnreached:
             ObjectiveConfig(kl_schedule="cyclical"),
             AdversarialConfig(weight=0.5, start_images=999),
             AdversarialConfig(weight=0.5, start_images=400, warmup_images=600),
-            AdversarialConfig(start_images=4000, warmup_images=4000),
+            AdversarialConfig(),
         ],
     )
     def test_is_empty_when_all_is_reached_by_the_end(self, section):
@@ -346,6 +548,6 @@ def test_mlp_with_bernoulli_needs_nothing_else():
     assert (config.model.latent_dim, config.objective.scale) == (20, None)
 
 
-def test_model_and_objective_are_required():
-    with pytest.raises(TypeError, match="model"):
+def test_data_model_and_objective_are_required():
+    with pytest.raises(TypeError, match="'data', 'model', and 'objective'"):
         TrainConfig()

@@ -106,7 +106,7 @@ class TestDigits:
         assert set(load_data(DataConfig(resolution=8))[1].labels.tolist()) == set(range(10))
 
     def test_three_channels_repeat_the_grey_one(self):
-        grey, rgb = (load_data(DataConfig(resolution=8, channels=c))[0].pixels for c in (1, 3))
+        grey, rgb = (load_data(DataConfig("digits", resolution=8, channels=c))[0].pixels for c in (1, 3))
         assert torch.equal(rgb, grey.expand(-1, 3, -1, -1))
 
 
@@ -639,8 +639,8 @@ class TestCrops:
         ("settings", "message"),
         [
             ({"crops": 0}, r"data\.crops must be at least 1, or random, got 0"),
-            ({"crops": 2, "name": "mnist"}, r"data\.crops are of folder, array and datasets, got"),
-            ({"crops": 2, "fit": "pad"}, r"data\.fit must be crop, got pad"),
+            ({"crops": 2, "name": "mnist"}, r"data\.crops 2 would be ignored with data\.name mnist"),
+            ({"crops": 2, "fit": "pad"}, r"data\.fit pad would be ignored with data\.crops 2"),
         ],
     )
     def test_wrong_settings_are_refused(self, settings, message):
@@ -831,9 +831,9 @@ class TestSize:
         [
             ({"resolution": 4}, "at least 8"),
             ({"name": "imagenet"}, r"data\.name must be one of digits, .*, got imagenet"),
-            ({"channels": 0}, r"data\.channels must be at least 1, got 0"),
-            ({"channels": 4}, r"data\.channels 4 is for files, and the images of digits have 8 bits and 1 or 3"),
-            ({"value_range": (0, 16)}, r"data\.value_range is for files, and the images of digits"),
+            ({"name": "digits", "channels": 0}, r"data\.channels must be at least 1, got 0"),
+            ({"name": "digits", "channels": 4}, r"data\.channels 4 is for files, and the images of digits have 1 or 3"),
+            ({"value_range": (0, 16)}, r"data\.value_range \[0, 16\] would be ignored with data\.name digits"),
             (
                 {"name": "folder", "value_range": (1, 1)},
                 r"data\.value_range must be .* two finite increasing .*\[1, 1\]",
@@ -959,3 +959,57 @@ class TestOrder:
         in_order = [index for place in sorted(seen) for index in seen[place]]
         assert in_order == list(range(901))
         assert {len(indices) for indices in seen.values()} <= {10, 15, 11, 6}
+
+
+class TestChannels:
+    """Of sets that leave them open."""
+
+    @pytest.mark.parametrize(
+        ("modes", "channels"),
+        [
+            (("L", "L"), 1), (("1", "LA"), 1), (("I;16", "L"), 1), (("L", "L", "RGB"), 3), (("RGBA", "L"), 3),
+            (("P", "L"), 3), (("CMYK", "L"), 3),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("memory_limit", [0, None])
+    def test_are_those_of_the_files(self, modes, channels, memory_limit, tmp_path):
+        for place, mode in enumerate((*modes, modes[0])):
+            image = Image.fromarray(np.zeros((9, 12), np.uint16)) if mode == "I;16" else Image.new(mode, (12, 9))
+            image.save(tmp_path / f"{place}.{'tif' if mode in ('CMYK', 'LA') else 'png'}")
+        parts = load_data(DataConfig(root=str(tmp_path), resolution=8), memory_limit=memory_limit)
+        assert [part.channels for part in parts] == [channels, channels]
+        assert all_pixels(parts[0]).shape[1] == channels
+
+    @pytest.mark.parametrize(("shape", "channels"), [((9, 8, 8), 1), ((9, 8, 8, 3), 3), ((9, 3, 8, 8), 3)])
+    @pytest.mark.parametrize("settings", [{}, {"value_range": (0, 255)}])
+    def test_are_those_of_arrays(self, shape, channels, settings, tmp_path):
+        np.save(tmp_path / "images.npy", np.zeros(shape, np.uint8))
+        train, _ = load_data(DataConfig(root=str(tmp_path / "images.npy"), resolution=8, **settings))
+        assert train.channels == channels and all_pixels(train).shape[1] == channels
+
+    def test_are_those_of_files_whose_values_are_taken_as_they_are(self, tmp_path):
+        for place in range(3):
+            Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(tmp_path / f"{place}.png")
+        train, _ = load_data(DataConfig(root=str(tmp_path), resolution=8, value_range=(0, 4095)))
+        assert train.channels == 1 and all_pixels(train).min() == 1
+
+    def test_are_known_of_named_sets(self):
+        assert [DataConfig(name).channels for name in ("digits", "mnist", "cifar10")] == [1, 1, 3]
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            ({}, "RGB and grey, 8x8 to 30x40; read as 8x8 RGB, resized"),
+            ({"channels": 1, "fit": "pad"}, "RGB and grey, 8x8 to 30x40; read as 8x8 grey, padded"),
+            ({"crops": 5, "channels": 3}, "RGB and grey, 8x8 to 30x40; read as 8x8 RGB, 5 crops of each"),
+            ({"crops": "random", "channels": 3}, "8x8 to 30x40; read as 8x8 RGB, one random crop of each"),
+        ],
+    )
+    def test_what_the_files_are_and_what_is_made_of_them_is_said(self, settings, words, tmp_path):
+        Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+        for name in "bcd":
+            Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
+        config = DataConfig(root=str(tmp_path), resolution=8, heldout_fraction=0.25, **settings)
+        train, heldout = load_data(config)
+        assert train.files == heldout.files and train.files.startswith(f"4 images of {tmp_path.name}, ")
+        assert words in train.files

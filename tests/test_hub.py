@@ -223,7 +223,7 @@ class TestCard:
         assert "no perceptual" not in render_card(run) and "fine texture may be invented" in render_card(run)
 
     def test_recipe_tells_of_options_only_where_they_are_used(self, run):
-        plain = TrainConfig(model=ModelConfig(), objective=ObjectiveConfig())
+        plain = TrainConfig(data=DataConfig(), model=ModelConfig(), objective=ObjectiveConfig())
         plain.save(run / "config.yaml")
         (recipe,) = re.findall(r"## Training\n(.*?)\n\n\[config", render_card(run), re.S)
         for option in (

@@ -93,7 +93,7 @@ def in_files(images, folder):
     paths = [folder / f"{index}.png" for index in range(len(images))]
     for path, pixels in zip(paths, images.pixels, strict=True):
         Image.fromarray(pixels[0].numpy()).save(path)
-    config = DataConfig(name="folder", root=str(folder), resolution=8, on_bad_image="skip")
+    config = DataConfig(name="folder", root=str(folder), resolution=8, channels=1, on_bad_image="skip")
     about = {"labels": images.labels, "classes": images.classes, "captions": images.captions}
     return StoredImages(config, FileStore(folder, paths, {}), np.arange(len(paths)), **about)
 

@@ -329,7 +329,9 @@ class TestColumns:
 
     @pytest.mark.parametrize("name", ["subset", "revision", "image_column", "label_column", "caption_column"])
     def test_settings_of_other_sets(self, name):
-        with pytest.raises(ValueError, match=rf"data\.{name} is of data\.name datasets, got x with data\.name folder"):
+        with pytest.raises(
+            ValueError, match=rf"data\.{name} x would be ignored with data\.name folder: .* to datasets"
+        ):
             DataConfig(name="folder", **{name: "x"})
 
 

@@ -310,12 +310,21 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"name": "folder"}, r"data\.streaming is of data\.name datasets, got folder: leave it out"),
+            (
+                {"name": "folder"},
+                r"data\.streaming true would be ignored with data\.name folder: set data\.name to datasets",
+            ),
             ({"crops": 3}, r"of a stream, data\.crops must be random or null, got 3"),
-            ({"label_column": "a"}, r"a stream has no data\.label_column, got a: leave it or data\.streaming out"),
+            (
+                {"label_column": "a"},
+                r"label_column a would be ignored with data\.streaming true: leave out data\.streaming",
+            ),
             ({"shuffle_buffer": 0}, r"data\.shuffle_buffer must be at least 1, got 0"),
-            ({"lanes": (0, 1)}, r"data\.lanes must be at least 1 each .* got \[0, 1\]"),
-            ({"lanes": (1, 1), "streaming": False}, r"are of data\.streaming, got \[1, 1\] and data\.streaming false"),
+            ({"lanes": (0, 1)}, r"data\.lanes must be at least 1 each, got \[0, 1\]"),
+            (
+                {"lanes": (1, 1), "streaming": False},
+                r"lanes \[1, 1\] would be ignored with data\.streaming false: set data\.streaming",
+            ),
         ],
     )
     def test_wrong_settings_are_refused(self, settings, message):

@@ -612,7 +612,10 @@ class TestRefused:
             (lambda: SamplingConfig(prompts=()), "sampling.prompts must hold one prompt"),
             (lambda: SamplingConfig(steps=0), "sampling.steps must be at least 1"),
             (lambda: SamplingConfig(steps=1001), "sampling.steps must be at most 1000"),
-            (lambda: TextToImageConfig(run=RunConfig(compile=True)), "run.compile is for the training of autoencoders"),
+            (
+                lambda: TextToImageConfig(data=DATA, run=RunConfig(compile=True)),
+                "run.compile is for the training of autoencoders",
+            ),
             (lambda: LatentsConfig(batch_size=0), "latents.batch_size must be at least 1"),
         ],
     )

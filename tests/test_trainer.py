@@ -744,3 +744,19 @@ class TestScript:
         one, two = (records(tmp_path / str(processes), "epoch")[0] for processes in (1, 2))
         assert one["images_seen"] == two["images_seen"] == 180
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_states_the_channels_of_its_images_and_goes_on_with_them(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(12):
+        Image.effect_noise((8, 8), 50 + index).convert("RGB").save(photos / f"{index}.png")
+    config = dataclasses.replace(
+        tiny(tmp_path / "run", max_images=30, batch_size=10), data=DataConfig(root=str(photos), resolution=8)
+    )
+    fit(config)
+    stated = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
+    assert (stated["name"], stated["channels"]) == ("folder", 3)
+    fit(config)
+    assert dry_run(AutoencoderTask(config))[1]  # which goes on from its own checkpoint

@@ -343,7 +343,7 @@ def is_npz(path: Path) -> bool:
 
 
 def _layout(name: str, shape: tuple[int, ...], config: DataConfig) -> str:
-    wanted = {config.channels} if config.as_they_are else {1, 3}
+    wanted = {config.channels} if config.as_they_are and config.channels else {1, 3}
     fitting = []
     if len(shape) == 3 and 1 in wanted and shape[2] > 4:  # else it is one image in colour
         fitting = ["NHW"]
@@ -358,7 +358,9 @@ def _layout(name: str, shape: tuple[int, ...], config: DataConfig) -> str:
             f"it is not clear where the channels of {name} lie: {rule}, and both the second and the last axis of "
             f"{shape} may be {counts} channels. Of one channel, take the axis away; else enlarge the images"
         )
-    raise ValueError(f"{rule}, with {counts} channels for data.channels {config.channels}, got {shape} in {name}")
+    raise ValueError(
+        f"{rule}, with {counts} channels for data.channels {config.channels or 'null'}, got {shape} in {name}"
+    )
 
 
 def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], bool, np.dtype]]:

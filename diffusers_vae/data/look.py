@@ -16,10 +16,9 @@ from tqdm import tqdm
 from ..images import Header, to_uint8
 from ..values import EXACT, ValueRange
 from .reading import image_batches
-from .sources import OF_ROWS, DataConfig, ImageSet, StoredImages, load_data, load_with_layout, pages_of
+from .sources import GREY, OF_ROWS, PLACED, DataConfig, ImageSet, StoredImages, load_data, load_with_layout, pages_of
 from .store import FileStore
 
-GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
 NEARLY_CONSTANT = 2 / 255
 """Std of the values of an image in [0, 1] up to which there is hardly anything to see in it."""
 SHOWN = 64
@@ -91,7 +90,7 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         FileNotFoundError: when there is no such set.
         ValueError: when nothing in it can be read, and when data.value_range must be stated, with the values found.
     """
-    config = replace(config, on_bad_image="skip", crops=None)
+    config = replace(config, on_bad_image="skip" if config.name in PLACED else "stop", crops=None)
     try:
         train, heldout, layout = load_with_layout(config, memory_limit=0, captions=True)
         count = 0 if train.captions is None else len(train) + len(heldout)
@@ -102,6 +101,7 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
             raise ValueError(advice) from error
         train, heldout, layout = load_with_layout(config, memory_limit=0)  # and so it was about the captions
         captions = str(error)
+    config = replace(config, channels=train.channels)
     count = min(max_images, len(train))
     if not config.as_they_are and isinstance(train, StoredImages) and (depth := _depth(train.first(count))):
         channels, lowest, highest, bits = depth
@@ -185,7 +185,7 @@ def _range_to_state(config: DataConfig, max_images: int) -> str | None:
     dtypes, lowest, highest, count = Counter(), math.inf, -math.inf, 0
     for row in train.rows[:max_images].tolist():
         try:
-            values = train.store.values(row, config)
+            values = train.store.values(row, train.config)
         except ValueError:
             continue
         dtypes[values.dtype] += 1

@@ -11,11 +11,14 @@ import os
 import pickle
 import tarfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,10 +30,11 @@ from tqdm import tqdm
 
 from ..images import OVERSIZE, Header
 from ..messages import problem_list, showable
+from ..settings import at_home, only_with, refuse_unread
 from ..silence import report_progress
 from ..untrusted import MAX_PAGES, MAX_UNPACKED, open_regular
 from ..values import ValueRange
-from .arrays import ArrayStore, ImageArray, array_classes, array_files
+from .arrays import ArrayStore, ImageArray, array_classes, array_files, holds_arrays
 from .augmentation import Augmentation
 from .captions import read_captions
 from .files import ARCHIVES, Files, is_output
@@ -65,6 +69,8 @@ MEMORY_LIMIT = 2**31
 """Bytes of pixels up to which a set is read once and kept in memory."""
 IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
 """Names of sets whose images are all of one size, and in memory."""
+PLACED = ("folder", "array", "datasets")
+"""Names of sets that `data.root` says."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 Captions = list[tuple[str, ...]]
 Loaded = tuple["ImageSet", "ImageSet", "Layout"]
@@ -75,42 +81,43 @@ T = TypeVar("T")
 class DataConfig:
     """Which images, and how they are brought to one size."""
 
-    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder", "array", "datasets"] = "digits"
+    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder", "array", "datasets"] | None = None
     """digits: scikit-learn's 1,797 embedded 8x8 digits, with a margin of one pixel. folder: image files below `root`.
     array: NumPy arrays of many images. datasets: what Hugging Face's `datasets` opens, on the Hub or here: Parquet,
-    Arrow, WebDataset. The others: torchvision's."""
-    root: str = "data"
-    """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing. Of a
-    folder, one with image files, zip archives and tars (WebDataset's shards) below it, or such an archive itself:
+    Arrow, WebDataset. The others: torchvision's. null: what lies at `root`; without it, digits."""
+    root: str | None = None
+    """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing (data).
+    Of a folder, one with image files, zip archives and tars (WebDataset's shards) below it, or such an archive itself:
     archives are read where they are, without unpacking. Of arrays, an .npy or .npz, or a folder with such files, of
     (N, height, width), (N, channels, height, width) or (N, height, width, channels). Of datasets, NAMESPACE/NAME on the
     Hub, a folder or a .parquet file; it is prepared once in the cache of `datasets`, which takes as much room as the
     set."""
-    subset: str | None = None
+    subset: str | None = only_with(None, name=("datasets",))
     """Of datasets, which configuration of the set, where it has several."""
-    revision: str | None = None
+    revision: str | None = only_with(None, name=("datasets",))
     """Of datasets on the Hub, a branch, a tag or a commit; by default what is newest."""
-    image_column: str | None = None
+    image_column: str | None = only_with(None, name=("datasets", "array"))
     """Of datasets, where the images are; by default the only column of type Image. One with the bytes of image files,
     alone or as `bytes` beside their `path`, must be named. Of an .npz, the key of its images; by default the only array
     with three or four axes."""
-    label_column: str | None = None
+    label_column: str | None = only_with(None, name=("datasets", "array"), streaming=False)
     """Of datasets, where the classes are, whole numbers or words; by default the only column of type ClassLabel.
     Of an .npz, the key of the labels; by default there are none. An .npy has them in NAME.labels.npy beside it."""
-    caption_column: str | None = None
+    caption_column: str | None = only_with(None, name=("datasets",), streaming=False)
     """Of datasets, where the captions are, a string or a list of strings each, for what needs any; by default a column
     named text or caption."""
     resolution: int | tuple[int, int] = 32
     """Side of the images in pixels, or [height, width]."""
-    channels: int = 1
-    """1: grey, 3: RGB, 4: RGBA as it is; any other number: files with so many channels, taken as they are."""
-    value_range: tuple[float, float] | None = None
+    channels: int | None = None
+    """1: grey, 3: RGB, 4: RGBA as it is; any other number: files with so many channels, taken as they are. null: 1 if
+    all images are grey, else 3, by the headers of some; config.yaml states which."""
+    value_range: tuple[float, float] | None = only_with(None, name=PLACED)
     """Of files: what their values mean, [low, high]. They are taken as they are, of whatever depth; low
     is -1 and high is 1 in model range, and a value outside is an error. It is saved beside the model, and undone where
     `diffusers-vae reconstruct` writes files. null: 8 bits a value; what has more, or other colours, is converted."""
-    fit: Literal["crop", "pad"] = "crop"
+    fit: Literal["crop", "pad"] = only_with("crop", crops=False)
     """crop: scale the image to cover the resolution, cut the centre. pad: black borders, scaled only if too large."""
-    crops: int | Literal["random"] | None = None
+    crops: int | Literal["random"] | None = only_with(None, name=PLACED)
     """So many crops of each image of a folder at its own resolution, at places drawn once, instead of the whole image
     brought to size; images smaller than the resolution are scaled up to cover it. Of the held-out images too. random:
     one of each image, at another place in every epoch; of the held-out images always at the same."""
@@ -121,20 +128,20 @@ class DataConfig:
     color_jitter: tuple[float, float, float, float] | None = None
     """[brightness, contrast, saturation, hue]: how far these of training images are changed at random at most, as in
     torchvision's ColorJitter; the model learns the colours that it is shown."""
-    on_bad_image: Literal["stop", "skip"] = "stop"
+    on_bad_image: Literal["stop", "skip"] = only_with("stop", name=PLACED)
     """What a file of a folder that cannot be read does. stop: an error that names it, before training starts if it
     shows when all are read or, in a set too large for memory, in their headers. skip: left out, counted and listed in
     bad_images.txt."""
-    heldout_fraction: float = 0.1
+    heldout_fraction: float = only_with(0.1, name=("digits", *PLACED))
     """Share of the images held out, at random but always the same, of a set without a held-out part. Parts are folders,
     archives, arrays or splits named train and validation, val, test or the like: docs/images.md."""
-    streaming: bool = False
+    streaming: bool = only_with(False, name=("datasets",))
     """Read Parquet files, of data.name datasets, a row group at a time while training, here or from the Hub, instead of
     preparing all on the disk first. Each epoch has its own order, in which row groups come at random and their images
     are shuffled among `shuffle_buffer`. Without labels and captions; files are not checked before."""
-    shuffle_buffer: int = 4096
+    shuffle_buffer: int = only_with(4096, streaming=True)
     """Images of a stream, over all processes, among which the next ones are drawn; their files are kept in memory."""
-    lanes: tuple[int, int] | None = None
+    lanes: tuple[int, int] | None = only_with(None, streaming=True)
     """Pieces of a stream that are read side by side: so many parts of a batch times so many batches in a row. null:
     as many as forwards of a step, over all processes, and workers, so that each row group is read once; a run that is
     continued keeps its own, and with them its order, whatever the number of processes."""
@@ -142,13 +149,32 @@ class DataConfig:
     """Processes that read images, for sets that are too large to be kept in memory."""
 
     def __post_init__(self):
-        for name in ("name", "fit", "on_bad_image"):
-            choices = get_args(get_type_hints(DataConfig)[name])
+        at_home(self, "root")
+        if self.name is None and self.root is None and self.channels not in (None, 1):
+            raise ValueError(
+                f"data.channels {self.channels} needs images that are named: give data.root, a folder for example, or "
+                "data.name; without both, they are scikit-learn's digits, which are grey"
+            )
+        if self.name is None:
+            object.__setattr__(self, "name", "digits" if self.root is None else kind_at(self.root))
+        if self.root is None:
+            object.__setattr__(self, "root", "data")
+        if self.channels is None and self.name in IN_MEMORY:
+            object.__setattr__(self, "channels", 3 if self.name == "cifar10" else 1)
+        for name, choices in (
+            ("name", (*IN_MEMORY, *PLACED)),
+            ("fit", ("crop", "pad")),
+            ("on_bad_image", ("stop", "skip")),
+        ):
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"data.{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)}"
-                )
-        if self.channels < 1:
+                raise ValueError(f"data.{name} must be one of {', '.join(choices)}, got {getattr(self, name)}")
+        if self.name == "digits" and self.root != "data":  # which is what an older config.yaml states
+            raise ValueError(
+                f"data.root {self.root} would be ignored with data.name digits: leave out data.name, or set it to what "
+                f"lies there, one of {', '.join(PLACED)}; or leave out data.root"
+            )
+        refuse_unread("data", self)
+        if self.channels is not None and self.channels < 1:
             raise ValueError(f"data.channels must be at least 1, got {self.channels}")
         if self.value_range is not None:
             try:
@@ -158,22 +184,18 @@ class DataConfig:
                     f"data.value_range must be [low, high], two finite increasing numbers, got {list(self.value_range)}"
                 ) from error
         if self.as_they_are and self.name in IN_MEMORY:
-            given = f"data.channels {self.channels}" if self.value_range is None else "data.value_range"
-            raise ValueError(f"{given} is for files, and the images of {self.name} have 8 bits and 1 or 3 channels")
+            raise ValueError(
+                f"data.channels {self.channels} is for files, and the images of {self.name} have 1 or 3 channels"
+            )
         if min(self.size) < 8:
             raise ValueError(f"data.resolution must be at least 8 pixels a side, got {self.resolution}")
-        if self.crops is not None:
-            if self.crops != "random" and not (isinstance(self.crops, int) and self.crops >= 1):
-                raise ValueError(f"data.crops must be at least 1, or random, got {self.crops}")
-            if self.name in IN_MEMORY:
-                raise ValueError(f"data.crops are of folder, array and datasets, got data.name {self.name}")
-            if self.fit != "crop":
-                raise ValueError(f"data.crops leave nothing to pad: data.fit must be crop, got {self.fit}")
+        if self.crops not in (None, "random") and not (isinstance(self.crops, int) and self.crops >= 1):
+            raise ValueError(f"data.crops must be at least 1, or random, got {self.crops}")
         for name in ("horizontal_flip", "vertical_flip"):
             if getattr(self, name) and self.name in ("digits", "mnist", "qmnist"):
                 raise ValueError(f"data.{name} makes another sign of a digit: leave it out with data.name {self.name}")
         if self.color_jitter is not None:
-            if self.channels not in (1, 3):
+            if self.channels not in (None, 1, 3):
                 raise ValueError(f"data.color_jitter is for grey or RGB images, got data.channels {self.channels}")
             try:
                 v2.ColorJitter(*self.color_jitter)
@@ -182,29 +204,12 @@ class DataConfig:
                     "data.color_jitter must be [brightness, contrast, saturation, hue], each at least 0 and hue at "
                     f"most 0.5, got {list(self.color_jitter)}"
                 ) from error
-        for name in OF_ROWS:
-            of_array = self.name == "array" and name in ("image_column", "label_column")
-            if getattr(self, name) is not None and self.name != "datasets" and not of_array:
-                raise ValueError(
-                    f"data.{name} is of data.name datasets, got {getattr(self, name)} with data.name {self.name}"
-                )
-        if self.streaming:
-            if self.name != "datasets":
-                raise ValueError(
-                    f"data.streaming is of data.name datasets, got {self.name}: leave it out, others are read in place"
-                )
-            if isinstance(self.crops, int):
-                raise ValueError(f"of a stream, data.crops must be random or null, got {self.crops}")
-            for name in ("label_column", "caption_column"):
-                if (value := getattr(self, name)) is not None:
-                    raise ValueError(f"a stream has no data.{name}, got {value}: leave it or data.streaming out")
+        if self.streaming and isinstance(self.crops, int):
+            raise ValueError(f"of a stream, data.crops must be random or null, got {self.crops}")
         if self.shuffle_buffer < 1:
             raise ValueError(f"data.shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
-        if self.lanes is not None and (min(self.lanes) < 1 or not self.streaming):
-            raise ValueError(
-                f"data.lanes must be at least 1 each and are of data.streaming, got {list(self.lanes)} and "
-                f"data.streaming {str(self.streaming).lower()}"
-            )
+        if self.lanes is not None and min(self.lanes) < 1:
+            raise ValueError(f"data.lanes must be at least 1 each, got {list(self.lanes)}")
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"data.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
         if self.num_workers < 0:
@@ -220,7 +225,7 @@ class DataConfig:
     @property
     def as_they_are(self) -> bool:
         """Whether the values in files are not converted to grey or RGB of 8 bits."""
-        return self.value_range is not None or self.channels not in (1, 3)
+        return self.value_range is not None or self.channels not in (None, 1, 3)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -309,6 +314,13 @@ class ImageSet(TrainingSet, Protocol):
     """One or more of each image."""
     errors: tuple[str, ...]
     """Why files were left out so far, with their names."""
+    files: str
+    """What the images are and what is made of them, in a line for people."""
+
+    @property
+    def channels(self) -> int:
+        """Of the images as they are read."""
+        ...
 
     def __getitems__(self, indices: Sequence[int]) -> ReadImages:
         """The images at `indices`."""
@@ -362,9 +374,10 @@ class _Images(TrainingSet):
         rows: np.ndarray | None = None,
         crops: np.ndarray | None = None,
         errors: tuple[str, ...] = (),
+        files: str = "",
     ):
         self.labels, self.classes, self.captions = labels, classes, captions
-        self.store, self.rows, self.crops, self.errors = store, rows, crops, errors
+        self.store, self.rows, self.crops, self.errors, self.files = store, rows, crops, errors, files
 
     def about(self, indices: slice | np.ndarray | None = None) -> dict[str, Any]:
         """All of this by keyword, of the images at `indices`."""
@@ -379,6 +392,7 @@ class _Images(TrainingSet):
             "rows": None if self.rows is None else self.rows[indices],
             "crops": None if self.crops is None else self.crops[indices],
             "errors": self.errors,
+            "files": self.files,
         }
 
     def name(self, index: int) -> str:
@@ -407,6 +421,10 @@ class ArrayImages(_Images):
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    @property
+    def channels(self) -> int:
+        return self.pixels.shape[1]
 
     def __getitems__(self, indices: Sequence[int]) -> ReadImages:
         # several times faster on a CPU than to index with a list
@@ -440,6 +458,10 @@ class StoredImages(_Images):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def channels(self) -> int:
+        return self.config.channels
 
     def __getitems__(self, indices: Sequence[int]) -> ReadImages:
         return self._read_at(indices, (0,))
@@ -528,6 +550,10 @@ class StoredImages(_Images):
         errors = (*self.errors, *(bad[index] for index in sorted(bad)))
         return StoredImages(self.config, **self.about(good) | {"errors": errors})
 
+    def seen_as(self, config: DataConfig, files: str) -> StoredImages:
+        """The set as `config` says, with what its files are in words."""
+        return StoredImages(config, **self.about() | {"files": files})
+
     def cropped(self) -> StoredImages:
         """Of a set of whole images, the set of their crops: the first of each, then the second of each, and so on, so
         that a first part is a fair sample and neighbours are of different images. Without so many `config.crops`
@@ -576,12 +602,26 @@ def load_with_layout(
         train, heldout, layout = stored[config.name](config, progress, limit, captions)
     else:
         load = {"digits": _load_digits, "cifar10": _load_cifar10}.get(config.name, _load_mnist)
-        train, heldout = (_in_memory(*part, config) for part in load(config))
+        parts = load(config)
+        sizes = [tuple(part[0].shape[2:]) for part in parts for _ in part[0]]
+        files = _in_words(config, len(sizes), {"RGB" if parts[0][0].shape[1] == 3 else "grey": len(sizes)}, sizes)
+        train, heldout = (_in_memory(*part, config, files) for part in parts)
         layout = Layout(config.name != "digits")
     for note in layout.notes if progress else ():
         logger.warning("%s", showable(note))
     train.augmentation = Augmentation.of(config)
     return train, heldout, layout
+
+
+def refuse_colours(images: ImageSet, config: DataConfig, channels: int, source: str) -> None:
+    """Raise ValueError where `config` leaves data.channels to the images, and they have others than the model `source`
+    takes: it would see photographs in grey.
+    """
+    if config.channels is None and images.channels != channels:
+        raise ValueError(
+            f"{source} takes grey images, and {config.described} has some in colour: --data.channels 1 reads them as "
+            "grey"
+        )
 
 
 def load_split(
@@ -603,14 +643,14 @@ def load_split(
     if split != "all":
         return (train if split == "training" else heldout), split
     one, two = train.about(), heldout.about()
-    both: dict[str, Any] = {"errors": train.errors + heldout.errors, "store": train.store}
+    both: dict[str, Any] = {"errors": train.errors + heldout.errors, "store": train.store, "files": train.files}
     if train.labels is not None and heldout.labels is not None:
         both |= {"labels": torch.cat([train.labels, heldout.labels]), "classes": train.classes}
     if train.captions is not None:
         both["captions"] = train.captions + heldout.captions
     both |= {name: np.concatenate([one[name], two[name]]) for name in ("rows", "crops") if one[name] is not None}
     if isinstance(train, StoredImages):
-        return StoredImages(config, **both), split
+        return StoredImages(train.config, **both), split
     return ArrayImages(torch.cat([train.pixels, heldout.pixels]), **both), split
 
 
@@ -654,13 +694,15 @@ def _bring_to_size(pixels: torch.Tensor, config: DataConfig) -> torch.Tensor:
     return transforms.center_crop(pixels, list(config.size))  # pads with 0 where the image is smaller
 
 
-def _in_memory(pixels: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...], config: DataConfig) -> ArrayImages:
+def _in_memory(
+    pixels: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...], config: DataConfig, files: str
+) -> ArrayImages:
     if pixels.shape[1] == 1 and config.channels == 3:
         pixels = pixels.expand(-1, 3, -1, -1)
     elif pixels.shape[1] == 3 and config.channels == 1:
         pixels = transforms.rgb_to_grayscale(pixels)
     fitted = [_bring_to_size(chunk, config) for chunk in pixels.split(4096)]
-    return ArrayImages(torch.cat(fitted), labels, classes=classes)
+    return ArrayImages(torch.cat(fitted), labels, classes=classes, files=files)
 
 
 def _heldout_indices(length: int, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -883,6 +925,7 @@ def _in_size(
     """The sets in memory, if their pixels fit, else to be read on demand; without the images that cannot be read, of a
     set to be read on demand as far as `headers` tell, where each has its own.
     """
+    train, heldout = looked_at(train, heldout)
     config = train.config
     count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels * config.dtype.itemsize
     if count == "random" or (len(train) + len(heldout)) * count * size > memory_limit:
@@ -899,8 +942,70 @@ def _in_size(
     if progress:
         if headers:
             _warn_of_pages(parts)
-        _warn_of_depth(loaded[0], config)
+        _warn_of_depth(loaded[0], parts[0].config)
     return loaded
+
+
+GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
+"""Modes of Pillow's without colours."""
+SAMPLE = 256
+"""Images whose headers say whether a set is in colour."""
+
+
+def looked_at(train: StoredImages, heldout: StoredImages, count: int = SAMPLE) -> tuple[StoredImages, StoredImages]:
+    """The parts with `data.channels`, where that is null, by the headers of the first `count` images of each, and with
+    what these say in words.
+    """
+    with ThreadPoolExecutor() as pool:
+        found = [pool.map(partial(_header_of_any, part), range(min(count, len(part)))) for part in (train, heldout)]
+    headers = [header for part in found for header in part if header]
+    colours = Counter(_colours(header.mode) for header in headers)
+    config = train.config
+    if config.channels is None:
+        config = replace(config, channels=3 if set(colours) - {"grey"} else 1)
+    sizes = [(header.height, header.width) for header in headers]
+    words = _in_words(config, len(train) + len(heldout), colours, sizes)
+    return train.seen_as(config, words), heldout.seen_as(config, words)
+
+
+def _header_of_any(images: StoredImages, index: int) -> Header | None:
+    """The header of an image of 1 or of 3 channels, if none are asked for; None where it cannot be read."""
+    for channels in (1, 3) if images.config.channels is None else (images.config.channels,):
+        with suppress(ValueError):
+            return images.store.header(int(images.rows[index]), replace(images.config, channels=channels))
+    return None
+
+
+def _colours(mode: str) -> str:
+    """Of a header's mode, for people: grey, RGB, RGBA, 5 channels."""
+    count, _, dtype = mode.partition("x ")
+    if dtype:
+        return {"1": "grey", "3": "RGB"}.get(count, f"{count} channels")
+    mode = mode.removesuffix(";16") if mode != "I;16" else mode
+    return "grey" if mode in GREY else {"P": "with a palette"}.get(mode, mode)
+
+
+def _in_words(config: DataConfig, count: int, colours: Mapping[str, int], sizes: Sequence[tuple[int, int]]) -> str:
+    """What `count` images are, of which these are the colours and the (height, width) of some, and what becomes of
+    them.
+    """
+    of, read_as = f"{count:,} images of {config.described}", {1: "grey", 3: "RGB"}
+    wanted = f"{'x'.join(map(str, config.size))} {read_as.get(config.channels, f'with {config.channels} channels')}"
+    if not sizes:
+        return f"{of}, read as {wanted}"
+    ends = [min(sizes, key=math.prod), max(sizes, key=math.prod)]
+    span = " to ".join("x".join(map(str, size)) for size in dict.fromkeys(ends))
+    if config.crops is not None:
+        how = ", one random crop of each" if config.crops == "random" else f", {config.crops:,} crops of each"
+    else:
+        how = "" if set(sizes) == {config.size} else ", padded" if config.fit == "pad" else ", resized"
+    looked = f" in {len(sizes):,} of them" if len(sizes) < count else ""
+    return f"{of}, {' and '.join(sorted(colours))}, {span}{looked}; read as {wanted}{how}"
+
+
+def kind_at(root: str) -> Literal["folder", "array", "datasets"]:
+    """Return the data.name of what lies at `root`: image files, arrays, or rows, here or on the Hub."""
+    return "datasets" if holds_rows(root) else "array" if holds_arrays(Path(root)) else "folder"
 
 
 def holds_rows(place: str) -> bool:

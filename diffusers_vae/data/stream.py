@@ -21,7 +21,7 @@ from ..silence import report_progress
 from ..untrusted import open_regular
 from .order import Batches, streamed
 from .rows import find_columns, find_parts, rows_builder, unused_splits
-from .sources import DataConfig, Layout, StoredImages
+from .sources import DataConfig, Layout, StoredImages, looked_at
 from .store import SAMPLE, SAMPLED, WHOLE, EncodedStore, content_digest
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ GROUP = np.dtype(
     [("file", np.int64), ("number", np.int64), ("first", np.int64), ("rows", np.int64), ("bytes", np.int64)]
 )
 """A row group: the place of its file in a list, its own in the file, and of its first row there."""
+LOOKED_AT = 16
+"""Images of a stream whose headers say whether it is in colour."""
 
 
 @dataclass
@@ -72,6 +74,10 @@ class ParquetStore(EncodedStore):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None}
+
+    def let_go(self) -> None:
+        """Keep no row group in memory."""
+        self._kept = None
 
     def name(self, row: int) -> str:
         return f"{self.root}, {self.key(row)}"
@@ -152,6 +158,9 @@ class StreamedImages(StoredImages):
     def first(self, count: int) -> StreamedImages:
         return StreamedImages(self.config, **self.about(slice(count)))
 
+    def seen_as(self, config: DataConfig, files: str) -> StreamedImages:
+        return StreamedImages(config, **self.about() | {"files": files})
+
     def fingerprint(self) -> str:
         """Of what the files' footers tell of the row groups."""
         store = self.store
@@ -216,11 +225,13 @@ def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, Str
             f"{root} must have images to train on and others to hold out, got {total - heldout} and {heldout}"
         )
     store = ParquetStore(root, files, np.concatenate(halves), column, 2 * config.shuffle_buffer)
-    return (
-        StreamedImages(config, store, range(total - heldout)),
-        StreamedImages(config, store, range(total - heldout, total)),
-        Layout(len(parts) == 2, unused_splits(found, parts)),
-    )
+    layout = Layout(len(parts) == 2, unused_splits(found, parts))
+    train = StreamedImages(config, store, range(total - heldout))
+    held_out = StreamedImages(config, store, range(total - heldout, total))
+    # headers cost a row group, which is not kept: training reads it when its turn comes
+    train, held_out = looked_at(train, held_out, LOOKED_AT if config.channels is None else 0)
+    store.let_go()
+    return train, held_out, layout
 
 
 @contextmanager

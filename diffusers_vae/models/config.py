@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..settings import at_home, only_with, refuse_unread
 from .load import LATENT_PARTS, filled_in, load_autoencoder, read_config
 from .lora import add_lora
 from .mlp import MLPVAE
@@ -27,7 +28,6 @@ _DEFAULTS = {
     },
     "mlp": {"hidden_dim": 400, "latent_dim": 20},
 }
-_PRETRAINED_DEFAULTS = {"subfolder": None, "revision": None, "train": "all", "lora_rank": None, "latents": None}
 
 
 @dataclass(frozen=True)
@@ -41,66 +41,58 @@ class ModelConfig:
 
     architecture: Literal["vae", "mlp"] = "vae"
     """vae: convolutional, loads in stock diffusers. mlp: the perceptron, loads with this package only."""
-    latent_channels: int | None = None
+    latent_channels: int | None = only_with(None, architecture=("vae",), pretrained=False)
     """vae: channels of the latents (4)."""
-    block_out_channels: tuple[int, ...] | None = None
+    block_out_channels: tuple[int, ...] | None = only_with(None, architecture=("vae",), pretrained=False)
     """vae: width per resolution; n entries make latents 2^(n-1) times smaller per side ([16, 32, 64])."""
-    layers_per_block: int | None = None
+    layers_per_block: int | None = only_with(None, architecture=("vae",), pretrained=False)
     """vae: residual layers per resolution; the decoder has one more (1)."""
-    norm_num_groups: int | None = None
+    norm_num_groups: int | None = only_with(None, architecture=("vae",), pretrained=False)
     """vae: groups of the group norms, must divide every width (8)."""
-    mid_block_add_attention: bool | None = None
+    mid_block_add_attention: bool | None = only_with(None, architecture=("vae",), pretrained=False)
     """vae: self-attention at the lowest resolution (true)."""
-    use_quant_conv: bool | None = None
+    use_quant_conv: bool | None = only_with(None, architecture=("vae",), pretrained=False)
     """vae: 1x1 convolutions around the latents, as in Stable Diffusion 1 to XL (false)."""
-    hidden_dim: int | None = None
+    hidden_dim: int | None = only_with(None, architecture=("mlp",))
     """mlp: width of the hidden layers (400)."""
-    latent_dim: int | None = None
+    latent_dim: int | None = only_with(None, architecture=("mlp",))
     """mlp: number of latent units (20)."""
-    pretrained: str | None = None
+    pretrained: str | None = only_with(None, architecture=("vae",))
     """Train on from this AutoencoderKL: folder of a model, a run or a pipeline, repository on the Hub, or file of an
     original checkpoint (.ckpt, .safetensors)."""
-    subfolder: str | None = None
+    subfolder: str | None = only_with(None, pretrained=True)
     """pretrained: where in it the model lies; vae for the repository of a pipeline."""
-    revision: str | None = None
+    revision: str | None = only_with(None, pretrained=True)
     """pretrained: branch, tag or commit of the repository."""
-    train: Literal["decoder", "all"] | tuple[str, ...] = "all"
+    train: Literal["decoder", "all"] | tuple[str, ...] = only_with("all", pretrained=True)
     """pretrained: what is trained. decoder: it and post_quant_conv, so that latents stay as they are and diffusion
     models of them keep working. Or patterns of parameter names: [decoder.up_blocks.3.*, decoder.conv_out.*]."""
-    lora_rank: int | None = None
+    lora_rank: int | None = only_with(None, pretrained=True, train=("decoder",))
     """pretrained, with train decoder: train low-rank adapters (LoRA) on the decoder's convolutions and attention
     instead of its weights, and merge them into these at the end. Needs peft."""
-    latents: str | None = None
+    latents: str | None = only_with(None, pretrained=True)
     """pretrained, where the encoder is not trained: folder with the latents of the training images, of kind posterior,
     as `diffusers-vae encode DATA --split training` writes them; then the encoder does not run."""
 
     def __post_init__(self):
+        at_home(self, "pretrained", "latents")
         if self.architecture not in _DEFAULTS:
             raise ValueError(f"model.architecture must be one of {', '.join(_DEFAULTS)}, got {self.architecture}")
+        if self.pretrained == "":
+            raise ValueError("model.pretrained must name a folder, a repository or a file, got an empty name")
+        refuse_unread("model", self)
         if self.pretrained is not None:
             self._check_pretrained()
             return
-        for name, default in _PRETRAINED_DEFAULTS.items():
-            if (value := getattr(self, name)) != default:
-                raise ValueError(f"model.{name} belongs to model.pretrained, which is not given, got {value}")
-        own = _DEFAULTS[self.architecture]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("architecture", "pretrained", *_PRETRAINED_DEFAULTS):
-                continue
-            if field.name not in own:
-                if value is not None:
-                    raise ValueError(
-                        f"model.{field.name} does not belong to the architecture {self.architecture}, got {value}; "
-                        f"leave it out. Fields of {self.architecture}: {', '.join(own)}"
-                    )
-            elif value is None:
-                object.__setattr__(self, field.name, own[field.name])
+        for name, default in _DEFAULTS[self.architecture].items():
+            value = getattr(self, name)
+            if value is None:
+                object.__setattr__(self, name, default)
             elif (
                 not isinstance(value, bool)
                 and min(value if isinstance(value, (tuple, list)) else [value], default=0) < 1
             ):
-                raise ValueError(f"model.{field.name} must be at least 1, got {value}")
+                raise ValueError(f"model.{name} must be at least 1, got {value}")
         for width in self.block_out_channels or ():
             if width % self.norm_num_groups:
                 raise ValueError(
@@ -109,26 +101,12 @@ class ModelConfig:
                 )
 
     def _check_pretrained(self) -> None:
-        if not self.pretrained:
-            raise ValueError("model.pretrained must name a folder, a repository or a file, got an empty name")
-        if self.architecture != "vae":
-            raise ValueError(
-                f"model.pretrained goes with the architecture vae only, got {self.architecture} and {self.pretrained}"
-            )
-        given = [name for own in _DEFAULTS.values() for name in own if getattr(self, name) is not None]
-        if given:
-            raise ValueError(
-                f"{', '.join(f'model.{name}' for name in given)} must be left out with model.pretrained, whose "
-                f"architecture is that of {self.pretrained}"
-            )
         if isinstance(self.train, str) and self.train not in ("decoder", "all"):
             raise ValueError(f"model.train must be decoder, all or a list of patterns, got {self.train}")
         if not self.train:
             raise ValueError("model.train must hold at least one pattern, got an empty list")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"model.lora_rank must be at least 1, got {self.lora_rank}")
-        if self.lora_rank is not None and self.train != "decoder":
-            raise ValueError(f"model.lora_rank adapts the decoder: set model.train to decoder, got {self.train}")
         if self.latents is not None and self.trains_encoder:
             raise ValueError(
                 "model.latents are those of an encoder that is not trained: set model.train to decoder, got "
@@ -173,6 +151,11 @@ class ModelConfig:
             if not (folder / "config.json").exists():
                 raise
             self.__dict__["_source"] = filled_in(read_config(str(folder)), str(folder))
+
+    @property
+    def image_channels(self) -> set[int]:
+        """Channels of the images that `pretrained` takes and gives."""
+        return {self._source["in_channels"], self._source["out_channels"]}
 
     @property
     def spatial_compression_ratio(self) -> int:
@@ -227,12 +210,9 @@ class ModelConfig:
         )
 
     def _build_pretrained(self, channels: int) -> VAE:
-        of_source = {self._source["in_channels"], self._source["out_channels"]}
-        if of_source != {channels}:
-            raise ValueError(
-                f"data.channels must be {' and '.join(map(str, of_source))}, as the images of {self.pretrained} have, "
-                f"got {channels}"
-            )
+        if self.image_channels != {channels}:
+            wanted = " and ".join(map(str, self.image_channels))
+            raise ValueError(f"data.channels must be {wanted}, as the images of {self.pretrained} have, got {channels}")
         if torch.empty(0).device.type == "meta":  # get_default_device of torch 2.7 does not see `with torch.device`
             vae = VAE.from_config(self._source)
         else:
