@@ -454,7 +454,7 @@ def evaluate(
         posterior=statistics.health(swaps),
         model=ModelSummary(
             name=name,
-            class_name=type(model).__name__,
+            class_name=type(model).__qualname__,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             latent_shape=list(statistics.sums.shape[1:]),
             scaling_factor=described.get("scaling_factor"),

@@ -577,7 +577,7 @@ class AutoencoderTask(Task):
         means = "" if per_value is None else f" (w = {per_value:.3g} in {MEAN_LOSSES[objective.likelihood]} + w * KL)"
         of = "" if trained == all_of_them else f" ({trained:,} are trained)"
         return (
-            f"{type(autoencoder).__name__} with {all_of_them:,} parameters{of}{compiled}, latents "
+            f"{type(autoencoder).__qualname__} with {all_of_them:,} parameters{of}{compiled}, latents "
             f"{'x'.join(map(str, self.config.model.latent_shape(data.size)))}; {len(self.train_set):,} training and "
             f"{len(self.heldout):,} held-out images of {data.name} at {'x'.join(map(str, data.size))}; kl_weight "
             f"{objective.kl_weight:g}{means}{when}{judged}"

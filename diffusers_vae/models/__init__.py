@@ -2,11 +2,10 @@
 
 from .config import ModelConfig
 from .load import LATENT_PARTS, decode, decode_logits, encode, find_subfolder, load_autoencoder, weights_hash
-from .lora import without_adapters
 from .mlp import MLPVAE
 from .scaling import LatentScaling, unmeasured
 from .speed import fast_dtype, for_inference, several_at_once, speed_up_norms
-from .vae import VAE, VAEOutput, check_batch
+from .vae import VAE, VAEOutput, check_batch, without_adapters
 
 __all__ = [
     "LATENT_PARTS",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class KeepsScaling:
         remaining = {DEFAULTED: [name for name in defaulted if name not in kwargs]} if defaulted else {}
         super().register_to_config(**(remaining | kwargs))
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at the signature
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save as in diffusers, with a warning if the scaling_factor was not measured."""
         if self.config.get("scaling_factor") is not None and (reason := unmeasured(self.config)):
