@@ -10,7 +10,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 import numpy as np
@@ -177,6 +177,9 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class PerImage:
+    repository: str | None = None
+    """Repository on the Hub that the autoencoder was loaded from or, for a folder of the Hub's cache, downloaded from;
+    None for another folder or file, and for a run of a version that did not record it."""
     """The figures of each image."""
 
     indices: list[int]
@@ -604,6 +607,15 @@ def changed_figures(differences: Mapping[str, Sequence[float]]) -> list[tuple[Fi
         for name, figure in FIGURES.items()
         if any(differences.get(name, ()))
     ]
+
+def source_name(fine_tuning: Mapping[str, Any]) -> str:
+    """The repository that a run was fine-tuned from, or the name of the folder or file without its path."""
+    if repository := fine_tuning.get("repository"):
+        return repository
+    given = fine_tuning["source"]
+    source = PureWindowsPath(given) if PureWindowsPath(given).drive else PurePosixPath(given)  # of another machine
+    return (source.parent if source.name in ("model", "vae") else source).name
+
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from .models import (
     MLPVAE,
     VAE,
     ModelConfig,
+    find_repository,
     load_autoencoder,
     speed_up_norms,
     weights_hash,
@@ -379,6 +380,7 @@ class AutoencoderTask(Task):
         pretrained = load_autoencoder(model.pretrained, model.subfolder, model.revision)
         check_value_range(self.config.data.value_range, model.pretrained, model.subfolder, model.revision)
         self.pretrained, self.pretrained_hash = pretrained, weights_hash(pretrained)
+        self.repository, self.revision = find_repository(model.pretrained, model.revision)
         if model.latents:
             described = f"training images of {self.config.data.described}"
             latents = matching_latents(pretrained, self.train_set, model.latents, described)
@@ -702,11 +704,12 @@ class AutoencoderTask(Task):
         differences = compare(before, report).differences if report.images > 1 else {}
         return FineTuning(
             source=config.pretrained,
-            revision=config.revision,
+            revision=self.revision,
             weights_sha256=self.pretrained_hash,
             encoder_sha256=hashes[1],
             latents_unchanged=hashes[0] == hashes[1],
             differences={name: [value.mean, *value.interval] for name, value in differences.items()},
+            repository=self.repository,
         )
 
     def few(self, folder: Path) -> AutoencoderTask:

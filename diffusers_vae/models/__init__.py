@@ -1,7 +1,17 @@
 """The models. Each takes and gives images in [-1, 1] and has `encode`, `decode`, `forward` as `AutoencoderKL` has."""
 
 from .config import ModelConfig
-from .load import LATENT_PARTS, decode, decode_logits, encode, find_subfolder, load_autoencoder, weights_hash
+from .load import (
+    LATENT_PARTS,
+    cached_repository,
+    decode,
+    decode_logits,
+    encode,
+    find_repository,
+    find_subfolder,
+    load_autoencoder,
+    weights_hash,
+)
 from .mlp import MLPVAE
 from .scaling import LatentScaling, unmeasured
 from .speed import fast_dtype, for_inference, several_at_once, speed_up_norms
@@ -14,11 +24,13 @@ __all__ = [
     "LatentScaling",
     "ModelConfig",
     "VAEOutput",
+    "cached_repository",
     "check_batch",
     "decode",
     "decode_logits",
     "encode",
     "fast_dtype",
+    "find_repository",
     "find_subfolder",
     "for_inference",
     "load_autoencoder",

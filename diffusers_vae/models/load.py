@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,26 @@ def _is_file(source: str, subfolder: str | None, revision: str | None) -> bool:
 
 
 def find_subfolder(source: str, subfolder: str | None) -> str | None:
+SNAPSHOT = re.compile(r"(.*[/\\])?models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})([/\\].*)?")
+"""Path in the Hub's cache."""
+
+
+def cached_repository(path: str) -> tuple[str, str] | None:
+    """Repository and commit of a folder or file in the Hub's cache, by its path; None for any other path."""
+    found = SNAPSHOT.fullmatch(path)
+    return found and (found["id"].replace("--", "/"), found["revision"])
+
+
+def find_repository(source: str, revision: str | None) -> tuple[str | None, str | None]:
+    """Repository on the Hub and revision that `load_autoencoder` takes `source` from: as given or, where `source` is a
+    folder or file of the Hub's cache, as its path states; (None, None) for any other folder or file.
+    """
+    path = Path(source)
+    if not path.exists():
+        return source, revision
+    return cached_repository(str(path.absolute())) or cached_repository(str(path.resolve())) or (None, None)
+
+
     """`subfolder`, or where the model lies in the folder of a run or a pipeline."""
     folder = Path(source)
     if subfolder is not None or (folder / "config.json").exists():

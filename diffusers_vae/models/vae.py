@@ -27,7 +27,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .scaling import DEFAULTED, KeepsScaling, LatentScaling, unmeasured
+from .scaling import DEFAULTED, KeepsScaling, LatentScaling, is_local, unmeasured
 
 
 @dataclass
@@ -358,7 +358,9 @@ def _with_config_of(source: VAE | AutoencoderKL, kind: type) -> VAE | Autoencode
     """A model of the class `kind` without weights, with the current config of the source. `from_config` alone resets
     values that were registered in place of a default.
     """
-    of_class = (DEFAULTED, "_class_name", "_diffusers_version")
+    of_class = [DEFAULTED, "_class_name", "_diffusers_version"]
+    if is_local(source.config.get("_name_or_path", "")):  # a stock class would save the path
+        of_class.append("_name_or_path")
     with torch.device("meta"):
         target = kind.from_config({name: value for name, value in source.config.items() if name not in of_class})
     if unmeasured(source.config):
