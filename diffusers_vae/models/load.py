@@ -15,6 +15,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..messages import hiding_passwords, showable
+from ..processes import in_parts
 from ..untrusted import check_type, read_json, refuse_irregular, refuse_odd_name
 from .mlp import MLPVAE
 from .single_file import load_single_file, read_single_file
@@ -190,7 +191,6 @@ def _is_file(source: str, subfolder: str | None, revision: str | None) -> bool:
     return True
 
 
-def find_subfolder(source: str, subfolder: str | None) -> str | None:
 SNAPSHOT = re.compile(r"(.*[/\\])?models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})([/\\].*)?")
 """Path in the Hub's cache."""
 
@@ -211,6 +211,7 @@ def find_repository(source: str, revision: str | None) -> tuple[str | None, str 
     return cached_repository(str(path.absolute())) or cached_repository(str(path.resolve())) or (None, None)
 
 
+def find_subfolder(source: str, subfolder: str | None) -> str | None:
     """`subfolder`, or where the model lies in the folder of a run or a pipeline."""
     folder = Path(source)
     if subfolder is not None or (folder / "config.json").exists():
@@ -219,7 +220,8 @@ def find_repository(source: str, revision: str | None) -> tuple[str | None, str 
 
 
 def encode(model: ModelMixin, images: torch.Tensor) -> DiagonalGaussianDistribution:
-    """The posterior, in float32, of images (B, C, H, W) in [-1, 1] under any autoencoder of diffusers.
+    """The posterior, in float32, of images (B, C, H, W) in [-1, 1] under any autoencoder of diffusers. This function,
+    `decode` and `decode_logits` run parts of the batch where memory does not suffice for all of it.
 
     Raises:
         ValueError: when the model has none, or takes images of other channels.
@@ -230,15 +232,19 @@ def encode(model: ModelMixin, images: torch.Tensor) -> DiagonalGaussianDistribut
             f"the model takes images of {channels} channels, got {images.shape[1]}; data.channels says how images are "
             "read"
         )
-    encoded = model.encode(images.to(model.dtype))
-    if not hasattr(encoded, "latent_dist"):
-        raise ValueError(f"a KL autoencoder has encode(...).latent_dist, which {type(model).__name__} has not")
-    return posterior_from_moments(encoded.latent_dist.parameters)
+
+    def moments(part: torch.Tensor) -> torch.Tensor:
+        encoded = model.encode(part.to(model.dtype))
+        if not hasattr(encoded, "latent_dist"):
+            raise ValueError(f"a KL autoencoder has encode(...).latent_dist, which {type(model).__qualname__} has not")
+        return encoded.latent_dist.parameters
+
+    return posterior_from_moments(_joined(in_parts(model, moments, images)))
 
 
 def decode(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     """Reconstructions in float32 of latents of any floating dtype."""
-    return model.decode(latents.to(model.dtype)).sample.float()
+    return _joined(in_parts(model, lambda part: model.decode(part.to(model.dtype)).sample.float(), latents))
 
 
 def decode_logits(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
@@ -250,9 +256,13 @@ def decode_logits(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     if not hasattr(model, "decode_logits"):
         raise ValueError(
             "a Bernoulli likelihood needs a decoder that gives probabilities, such as that of MLPVAE; that of "
-            f"{type(model).__name__} is unbounded: use gaussian or laplace"
+            f"{type(model).__qualname__} is unbounded: use gaussian or laplace"
         )
-    return model.decode_logits(latents.to(model.dtype)).float()
+    return _joined(in_parts(model, lambda part: model.decode_logits(part.to(model.dtype)).float(), latents))
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 LATENT_PARTS = ("encoder", "quant_conv")
