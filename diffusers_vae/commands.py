@@ -145,15 +145,15 @@ def _describe_dry_run(task: Task) -> None:
     if outcome is None:
         return
     result, same, seconds = outcome
-    _describe_size(result)
+    _describe_size(result, ", evaluation included")
     print(f"resumed from a checkpoint: {'bit-identical' if same else 'NOT bit-identical, see run.deterministic'}")
     if seconds is not None:
         print(f"the training steps would take about {seconds / 60:,.1f} min ({result.images_per_second:,.0f} images/s)")
     print("dry run: every phase ran, nothing was kept")
 
 
-def _describe_size(result: RunResult) -> None:
-    memory = "" if result.memory is None else f", at most {result.memory / 2**20:,.0f} MiB of memory"
+def _describe_size(result: RunResult, phases: str = "") -> None:
+    memory = "" if result.memory is None else f", at most {result.memory / 2**20:,.0f} MiB of memory{phases}"
     print(f"\n{result.parameters:,} parameters, latents {'x'.join(map(str, result.latent_shape))}{memory}")
 
 

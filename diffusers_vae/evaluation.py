@@ -9,8 +9,9 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ from .models import decode, decode_logits, encode, unmeasured, weights_hash
 from .objective import Bernoulli, VAEObjective
 from .perceptual import LPIPS, InceptionFeatures
 from .precision import PrecisionReport, measure_precision
-from .processes import gather_parts, process_share
+from .processes import gather_parts, in_parts, largest_part, process_share
 from .storage import digest_of
 from .untrusted import check_type, read_text
 from .values import ValueRange
@@ -49,7 +50,7 @@ class EvaluationConfig:
     """At most this many held-out images are measured, and as many training images for the statistics of the latents,
     always the same; by default all."""
     batch_size: int = 64
-    """Images per forward, of pictures too."""
+    """Maximum number of images per forward, also for pictures; halved as often as memory requires."""
     seed: int = 0
     """Seed of the noise in the latents and of the samples from the prior."""
     reconstruction: Literal["mode", "sample"] = "mode"
@@ -156,6 +157,9 @@ class Protocol:
     """SHA-256 of the weights by which LPIPS and rFID judge, by name of the network."""
     versions: dict[str, str]
     """Of the libraries that take part."""
+    batch_size: int | None = None
+    """Images per forward: fewer than evaluation.batch_size if memory did not suffice. It changes figures by rounding at
+    most; None in reports of before."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ class FineTuning:
     """What a run has made of the autoencoder that it began with, measured on the same images by the same protocol."""
 
     source: str
-    """Repository, folder or file of that autoencoder."""
+    """Repository, folder or file of that autoencoder, as given."""
     revision: str | None
     """Of the repository."""
     weights_sha256: str
@@ -174,6 +178,9 @@ class FineTuning:
     """Whether they are those from before it, so that diffusion models and stored latents still fit."""
     differences: dict[str, list[float]]
     """Of each figure: mean over the images of after minus before, and its 95 % confidence interval, in pairs."""
+    repository: str | None = None
+    """Repository on the Hub that the autoencoder was loaded from or, for a folder of the Hub's cache, downloaded from;
+    None for another folder or file, and for a run of a version that did not record it."""
 
 
 @dataclass(frozen=True)
@@ -409,9 +416,11 @@ def evaluate(
                 judges = load_judges(config, images.shape[1], tuple(images.shape[2:]))
                 named = judges[0] | ({"inception": judges[1]} if judges[1] else {})
                 networks = {name: weights_hash(network.to(model.device)) for name, network in named.items()}
-            posterior = encode(model, images)
-            figures, features = _measure(model, images, posterior, indices, objective, config, judges)
-            statistics.setdefault(part, LatentStatistics()).update(posterior)
+            measured = in_parts(model, partial(_measure, model, objective, config, judges), images, indices)
+            for counted, *_ in measured:
+                statistics.setdefault(part, LatentStatistics()).add(counted)
+            figures = {name: torch.cat([each[1][name] for each in measured]) for name in measured[0][1]}
+            features = judges[1] and tuple(torch.cat([each[2][which] for each in measured]) for which in (0, 1))
             table = torch.stack([values.cpu().double() for values in figures.values()]).T.numpy()
             parts.append((indices[0], indices, list(figures), table, features, tuple(images.shape[1:])))
             bar.set_postfix({term: f"{figures[term].mean():.4g}" for term in ("distortion", "rate")}, refresh=False)
@@ -455,7 +464,7 @@ def evaluate(
         posterior=statistics.health(swaps),
         model=ModelSummary(
             name=name,
-            class_name=type(model).__name__,
+            class_name=type(model).__qualname__,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             latent_shape=list(statistics.sums.shape[1:]),
             scaling_factor=None if unmeasured(described) else described["scaling_factor"],
@@ -479,6 +488,7 @@ def evaluate(
             device=model.device.type,
             networks=networks,
             versions={"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+            batch_size=largest_part(model, config.batch_size),
         ),
         fp16=precision,
         per_image=PerImage(indices, [image_set.name(index) for index in indices], figures),
@@ -497,14 +507,17 @@ def _unit(objective: VAEObjective, stated: ValueRange | None) -> tuple[float, st
 
 def _measure(
     model: ModelMixin,
-    images: torch.Tensor,
-    posterior: DiagonalGaussianDistribution,
-    indices: list[int],
     objective: VAEObjective,
     config: EvaluationConfig,
     judges: Judges,
-) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
-    """The figures of each image, (B,) by name, and the features of images and reconstructions if asked for."""
+    images: torch.Tensor,
+    indices: list[int],
+) -> tuple[LatentStatistics, dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
+    """Statistics of the latents, the figures of each image, (B,) by name, and the features of images and
+    reconstructions if asked for.
+    """
+    posterior, statistics = encode(model, images), LatentStatistics()
+    statistics.update(posterior)
     distortions, log_weights, reconstructions = [], [], None
     for latents in draw(posterior, indices, config.seed, config.draws):
         if isinstance(objective.likelihood, Bernoulli):
@@ -537,7 +550,7 @@ def _measure(
     for name, network in judges[0].items():
         figures[f"lpips_{name}"] = network(images, reconstructions)
     inception = judges[1]
-    return figures, inception and (inception(images).cpu(), inception(reconstructions).cpu())
+    return statistics, figures, inception and (inception(images).cpu(), inception(reconstructions).cpu())
 
 
 @dataclass(frozen=True)
@@ -596,6 +609,15 @@ def missed_target(report: Mapping[str, Any]) -> str:
     )
 
 
+def source_name(fine_tuning: Mapping[str, Any]) -> str:
+    """The repository that a run was fine-tuned from, or the name of the folder or file without its path."""
+    if repository := fine_tuning.get("repository"):
+        return repository
+    given = fine_tuning["source"]
+    source = PureWindowsPath(given) if PureWindowsPath(given).drive else PurePosixPath(given)  # of another machine
+    return (source.parent if source.name in ("model", "vae") else source).name
+
+
 def changed_figures(differences: Mapping[str, Sequence[float]]) -> list[tuple[Figure, str, str, str]]:
     """Of `FineTuning.differences`, each figure with mean and ends of the interval, with their signs, as people read
     them; without those that are 0: a rate that no weight has changed is no news.
@@ -648,7 +670,9 @@ def compare(first: EvaluationReport, second: EvaluationReport, show: int = 8) ->
     Raises:
         ValueError: when they are not of the same images under the same protocol.
     """
-    protocols = [asdict(report.protocol) | {"density": report.density} for report in (first, second)]
+    protocols = [
+        asdict(replace(report.protocol, batch_size=None)) | {"density": report.density} for report in (first, second)
+    ]
     differing = [name for name in protocols[0] if protocols[0][name] != protocols[1][name]]
     if differing:
         listed = ", ".join(f"{name}: {protocols[0][name]} and {protocols[1][name]}" for name in differing)

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -34,9 +34,9 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from .adversarial import AdversarialConfig
-from .evaluation import FIGURES, Figure, changed_figures, missed_target, read_report, report_digest
+from .evaluation import FIGURES, Figure, changed_figures, missed_target, read_report, report_digest, source_name
 from .messages import changed_logs, hiding_passwords, quoted, showable, without_passwords
-from .models import ModelConfig, find_subfolder, load_autoencoder, weights_hash
+from .models import ModelConfig, cached_repository, find_subfolder, load_autoencoder, weights_hash
 from .objective import ObjectiveConfig
 from .pictures import CAPTIONS
 from .settings import read_settings, to_yaml
@@ -68,8 +68,8 @@ class HubConfig:
     """Of the weights, as the Hub abbreviates it: apache-2.0, mit, cc-by-nc-4.0, ... By default the card names none,
     and nobody else may use them."""
     base_model: str | None = None
-    """NAMESPACE/NAME of the model that this one was made from, for the card; by default model.pretrained, when that is
-    a repository."""
+    """NAMESPACE/NAME of the model that this one was made from, for the card; by default the repository on the Hub that
+    the run loaded model.pretrained from, if any."""
 
     def __post_init__(self):
         if self.push and self.repo_id is None:
@@ -165,13 +165,22 @@ class _Run:
             ValueError: naming a file that is not what it should be.
         """
         report = read_json(self._own("evaluation.json"))
+        config = read_json(self._own("model/config.json"))
+        config.pop("_name_or_path", None)
+        settings = read_settings(self._own("config.yaml"))
+        tuning = report.get("fine_tuning") or {}
+        if "repository" in tuning:  # or it is not known what the source was
+            settings["model"]["pretrained"] = tuning["source"] = source_name(tuning)
+            settings["model"]["revision"] = tuning["revision"]
+        if settings["data"]["name"] == "datasets":  # a relative path would pass for a repository
+            settings["data"]["root"] = self.trained_on or PurePath(settings["data"]["root"]).name
         shown = _without_places(report)
         shown["sha256"] = report_digest(shown)
-        model = json.dumps(_without_places(read_json(self._own("model/config.json"))), indent=2, sort_keys=True)
+        model = json.dumps(_without_places(config), indent=2, sort_keys=True)
         texts = {
             "config.json": model + "\n",
             "evaluation.json": json.dumps(shown, indent=2) + "\n",
-            "config.yaml": to_yaml(_without_places(read_settings(self._own("config.yaml")))),
+            "config.yaml": to_yaml(_without_places(settings)),
         }
         others = [name for name in (*self.weights, RANGE_FILE) if name.endswith(".json")]
         texts |= {
@@ -205,23 +214,20 @@ class _Run:
 
     @property
     def base_model(self) -> str | None:
-        """The repository on the Hub that the run began with."""
-        source = self.config["model"].get("pretrained")
-        return None if source is None or Path(source).suffix in CHECKPOINTS else self._on_hub(source)
+        """The repository on the Hub that the run began with, if the run recorded that, or began in the Hub's cache."""
+        tuning = self.evaluation.get("fine_tuning")
+        if not tuning:
+            return None
+        return tuning.get("repository") or (cached_repository(tuning["source"]) or [None])[0]
 
     @property
     def trained_on(self) -> str | None:
         """The data set on the Hub that the run was trained on."""
-        data = self.config["data"]
-        return self._on_hub(data["root"]) if data["name"] == "datasets" else HUB_DATA.get(data["name"])
-
-    def _on_hub(self, source: str) -> str | None:
-        """`source`, if that is a repository on the Hub."""
-        if not REPOSITORY.fullmatch(source):
-            return None
-        # the run may be published from another folder than that from which it was started
-        local = any((folder / source).exists() for folder in (Path(), *self.path.resolve().parents))
-        return None if local else source
+        name = self.config["data"]["name"]
+        if name != "datasets":
+            return HUB_DATA.get(name)
+        measured = self.evaluation["protocol"]["data"]  # which names a folder or file without a path
+        return measured if REPOSITORY.fullmatch(measured or "") else None
 
 
 def _weights(folder: Path) -> list[str]:
@@ -276,15 +282,17 @@ def _without_places(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     path = PureWindowsPath(re.sub("^file:(//)?", "", value))  # which knows slashes of both kinds
-    outside = path.root or ".." in path.parts or value.startswith("~")
-    return path.name if outside else value
+    if path.root or ".." in path.parts or value.startswith("~"):
+        return path.name
+    return PLACE.sub(lambda found: PureWindowsPath(found[0]).name, value)
 
 
+PLACE = re.compile(r"(?<![\w.:/\\~])(file:(//)?)?(~?/|[A-Za-z]:[/\\]|~?\\\\)\w[^\s'\"<>|]*")
+"""A path in a text that leads out of the repository: absolute, or in a home directory."""
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 ADAPTER = "pytorch_lora_weights.safetensors"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-CHECKPOINTS = {".ckpt", ".safetensors"}
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
@@ -464,8 +472,6 @@ def _fine_tuning(run: _Run) -> dict[str, Any] | None:
     found, settings = run.evaluation.get("fine_tuning"), run.config["model"]
     if found is None:
         return None
-    source = Path(found["source"])  # of a local one no more than its name, as a path says where somebody keeps it
-    name = run.base_model or (source.parent if source.name in ("model", "vae") else source).name
     train = settings["train"]
     trained = {"decoder": "its decoder was trained", "all": "all of it was trained"}.get(str(train))
     if run.lora_rank:
@@ -477,7 +483,7 @@ def _fine_tuning(run: _Run) -> dict[str, Any] | None:
         for figure, mean, low, high in changed_figures(found["differences"])
     ]
     return found | {
-        "name": name,
+        "name": run.base_model or source_name(found),
         "link": run.base_model,
         "subfolder": settings.get("subfolder"),
         "trained": trained,

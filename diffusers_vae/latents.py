@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from .data import ImageSet, image_batches, kept_images
 from .metrics import psnr
 from .models import check_batch, decode, encode
 from .objective import rate_per_unit
-from .processes import gather, gather_parts, process_share
+from .processes import gather, gather_parts, in_parts, process_share
 from .silence import alone, report_progress
 
 ACTIVE = 0.01
@@ -391,9 +392,16 @@ def image_set_statistics(
     parts: dict[int, LatentStatistics] = {}
     with tqdm(total=count, desc="latents", unit="img", disable=not progress, leave=False) as bar:
         for part, indices, images in image_batches(image_set, batch_size, max_images, model.device, *process_share()):
-            parts.setdefault(part, LatentStatistics()).update(encode(model, images))
+            for counted in in_parts(model, partial(_counted, model), images):
+                parts.setdefault(part, LatentStatistics()).add(counted)
             bar.update(len(indices) * process_share()[1])
     return total(parts)
+
+
+def _counted(model: ModelMixin, images: torch.Tensor) -> LatentStatistics:
+    statistics = LatentStatistics()
+    statistics.update(encode(model, images))
+    return statistics
 
 
 def total(parts: dict[int, LatentStatistics]) -> LatentStatistics:

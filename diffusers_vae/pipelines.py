@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
-from .models import MLPVAE, VAE, LatentScaling, unmeasured, with_whole_tiles
+from .models import MLPVAE, VAE, LatentScaling, unmeasured, with_whole_tiles, without_adapters
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def swap_vae(pipeline: DiffusionPipeline, vae: VAE | AutoencoderKL) -> Diffusion
     if problems:
         raise ValueError("\n- ".join([f"the VAE does not fit this {name}:", *problems]))
 
-    new = with_whole_tiles(copy.deepcopy(vae.to_diffusers() if isinstance(vae, VAE) else vae).to(place.device).eval())
+    new = without_adapters(vae) if getattr(vae, "peft_config", None) else copy.deepcopy(vae)
+    new = with_whole_tiles(new.to_diffusers() if isinstance(new, VAE) else new).to(place.device).eval()
     if new.dtype != place.dtype:  # diffusers warns of a cast even where there is none
         new.to(place.dtype)
     new.use_slicing |= getattr(old, "use_slicing", False)
@@ -137,6 +138,8 @@ def _check_class(vae: VAE | AutoencoderKL) -> None:
     if isinstance(vae, VAE) or type(vae) is AutoencoderKL:
         return
     reason = "what these pipelines read of the config, and what loads again without other code, is of those two"
+    if isinstance(vae, nn.Module) and any(isinstance(each, (VAE, AutoencoderKL)) for each in vae.modules()):
+        reason = "pass the model inside (compile it afterwards; of a PeftModel, pass merge_and_unload())"
     if isinstance(vae, MLPVAE):
         reason = "its latents are not spatial, and diffusers has no such class, so no stock pipeline can use or load it"
     raise TypeError(

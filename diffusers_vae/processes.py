@@ -5,6 +5,7 @@ All of it works without torch.distributed too, as one process.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -14,8 +15,10 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
+from weakref import WeakKeyDictionary
 
 import psutil
+import torch
 import torch.distributed as dist
 from filelock import FileLock
 
@@ -23,6 +26,7 @@ from .silence import alone
 from .storage import acquire
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 def process_share() -> tuple[int, int]:
@@ -81,7 +85,13 @@ def sendable(error: Exception) -> Exception:
     return RuntimeError(f"process {process_share()[0]}: {type(error).__name__}: {error}")
 
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "could not create a primitive", "CUDNN_STATUS_NOT_SUPPORTED")
+NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "could not create a primitive",
+    "CUDNN_STATUS_NOT_SUPPORTED",
+    "bad_alloc",
+)
 """How torch, oneDNN and cuDNN say that there is no memory left."""
 
 
@@ -89,6 +99,38 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error is that there is no memory left, on the CPU or another device."""
     said = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
     return said or isinstance(error, MemoryError)
+
+
+_FITTING: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+"""Largest number of images for which there was enough memory, by model, where there was not enough for more."""
+
+
+def in_parts(model: torch.nn.Module, function: Callable[..., T], *batches: Any) -> list[T]:
+    """Results of `function`, which runs `model`, for consecutive parts of equally long `batches`: one part or, where
+    memory runs out, parts half as large, down to one image. Later calls for the same model start with that size.
+    """
+    results: list[T] = []
+    count, start = len(batches[0]), 0
+    while start < count:
+        size = min(_FITTING.get(model, count), count - start)
+        try:
+            results.append(function(*(batch[start : start + size] for batch in batches)))
+            start += size
+            continue
+        except (MemoryError, RuntimeError) as error:
+            if size < 2 or not out_of_memory(error):
+                raise
+        # here, where the traceback no longer holds tensors
+        smaller = _FITTING[model] = min(size // 2, _FITTING.get(model, size))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning("not enough memory for a forward of %d images: continuing with %d", size, smaller)
+    return results
+
+
+def largest_part(model: torch.nn.Module, batch_size: int) -> int:
+    """Images per forward of `model` for batches of `batch_size`, after what `in_parts` has found on any process."""
+    return min(gather(min(_FITTING.get(model, batch_size), batch_size)))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from PIL import Image
 
 from .data import ImageSet, Look
-from .evaluation import FIGURES, EvaluationConfig, EvaluationReport, Figure, changed_figures, missed_target
+from .evaluation import FIGURES, EvaluationConfig, EvaluationReport, Figure, changed_figures, missed_target, source_name
 from .messages import showable
 from .pictures import CAPTIONS, draw_all
 from .precision import LARGEST
@@ -180,7 +180,7 @@ def _weight(report: Mapping[str, Any]) -> str:
 
 def _origin(tuning: Mapping[str, Any]) -> str:
     """What a fine-tuned model was made from."""
-    return f"Fine-tuned from {tuning['source']}{', revision ' + tuning['revision'] if tuning['revision'] else ''}."
+    return f"Fine-tuned from {source_name(tuning)}{', revision ' + tuning['revision'] if tuning['revision'] else ''}."
 
 
 def _compatibility(report: Mapping[str, Any]) -> tuple[str, str]:
@@ -190,7 +190,8 @@ def _compatibility(report: Mapping[str, Any]) -> tuple[str, str]:
     if tuning["latents_unchanged"]:
         return (
             "Latents unchanged: existing diffusion models keep working.",
-            f"The encoder's weights are bit for bit those of {tuning['source']} (SHA-256 {tuning['encoder_sha256']}); "
+            f"The encoder's weights are bit for bit those of {source_name(tuning)} (SHA-256 "
+            f"{tuning['encoder_sha256']}); "
             + (
                 "its scaling_factor is unknown, and null in config.json."
                 if unknown
@@ -199,7 +200,7 @@ def _compatibility(report: Mapping[str, Any]) -> tuple[str, str]:
         )
     return (
         "Latents changed:",
-        f"the encoder was trained, so diffusion models that were made for {tuning['source']}, and latents that it "
+        f"the encoder was trained, so diffusion models that were made for {source_name(tuning)}, and latents that it "
         "encoded, no longer fit. scaling_factor and shift_factor were measured again; latents_mean and latents_std are "
         "null.",
     )

@@ -20,12 +20,12 @@ from .untrusted import read_text
 FREE_SETTINGS = {
     "data.root", "data.num_workers", "data.on_bad_image", "run.output_dir", "run.checkpoint_every",
     "run.keep_checkpoints", "run.allow_config_change", "run.on_nonfinite", "run.tracker",
-    "run.gradient_accumulation_steps", "run.gradient_checkpointing",
+    "run.gradient_accumulation_steps", "run.gradient_checkpointing", "evaluation.batch_size",
     "vae.source", "vae.subfolder", "vae.revision", "latents.folder",
     "model.pretrained", "model.subfolder", "model.revision",
 }  # fmt: skip
 """A run may be continued with other values of these: they change no result (of an autoencoder the weights count, not
-where they lie) or, like the number of processes, only the order in which it is summed."""
+where they lie) or, like the number of processes, only how it is rounded."""
 
 REMOVED: dict[str, tuple[Any, str]] = {
     "data.buckets": (None, "train on data.crops, or on whole images at one data.resolution"),

@@ -43,6 +43,7 @@ from .models import (
     MLPVAE,
     VAE,
     ModelConfig,
+    find_repository,
     load_autoencoder,
     speed_up_norms,
     weights_hash,
@@ -405,6 +406,7 @@ class AutoencoderTask(Task):
         pretrained = load_autoencoder(model.pretrained, model.subfolder, model.revision)
         check_value_range(self.config.data.value_range, model.pretrained, model.subfolder, model.revision)
         self.pretrained, self.pretrained_hash = pretrained, weights_hash(pretrained)
+        self.repository, self.revision = find_repository(model.pretrained, model.revision)
         if model.latents:
             described = f"training images of {self.config.data.described}"
             latents = matching_latents(pretrained, self.train_set, model.latents, described)
@@ -604,7 +606,7 @@ class AutoencoderTask(Task):
         means = "" if per_value is None else f" (w = {per_value:.3g} in {MEAN_LOSSES[objective.likelihood]} + w * KL)"
         of = "" if trained == all_of_them else f" ({trained:,} are trained)"
         return (
-            f"{type(autoencoder).__name__} with {all_of_them:,} parameters{of}{compiled}, latents "
+            f"{type(autoencoder).__qualname__} with {all_of_them:,} parameters{of}{compiled}, latents "
             f"{'x'.join(map(str, self.config.model.latent_shape(data.size)))}; {len(self.train_set):,} training and "
             f"{len(self.heldout):,} held-out images of {data.name} at {'x'.join(map(str, data.size))}; kl_weight "
             f"{objective.kl_weight:g}{means}{when}{judged}"
@@ -729,11 +731,12 @@ class AutoencoderTask(Task):
         differences = compare(before, report).differences if report.images > 1 else {}
         return FineTuning(
             source=config.pretrained,
-            revision=config.revision,
+            revision=self.revision,
             weights_sha256=self.pretrained_hash,
             encoder_sha256=hashes[1],
             latents_unchanged=hashes[0] == hashes[1],
             differences={name: [value.mean, *value.interval] for name, value in differences.items()},
+            repository=self.repository,
         )
 
     def few(self, folder: Path) -> AutoencoderTask:

@@ -1,5 +1,6 @@
 """The report's figures against torchmetrics, torch.distributions and cases where the truth is known."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -26,7 +27,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-from diffusers_vae import MLPVAE, VAEObjective
+from diffusers_vae import MLPVAE, VAE, VAEObjective
 from diffusers_vae.data import ArrayImages, DataConfig, load_data, load_split
 from diffusers_vae.evaluation import (
     EvaluationConfig,
@@ -41,12 +42,13 @@ from diffusers_vae.evaluation import (
     report_digest,
 )
 from diffusers_vae.images import to_model_range, to_uint8
-from diffusers_vae.latents import LatentStatistics, PosteriorHealth, SwapCosts, measure_swaps
+from diffusers_vae.latents import LatentStatistics, PosteriorHealth, SwapCosts, measure_latents, measure_swaps
 from diffusers_vae.metrics import mean_interval, psnr, ssim
 from diffusers_vae.models import weights_hash
 from diffusers_vae.objective import Bernoulli, Gaussian, Laplace
 from diffusers_vae.perceptual import FILES, LPIPS, InceptionFeatures
 from diffusers_vae.precision import PrecisionReport, measure_precision
+from diffusers_vae.processes import in_parts, largest_part
 from diffusers_vae.report import comparison_table
 
 ROOT = Path(__file__).parents[1]
@@ -809,3 +811,83 @@ class TestComparison:
         other = self.reports(digits, seed=1)[1]
         with pytest.raises(ValueError, match="under one protocol, got two: seed: 0 and 1"):
             compare(first, other)
+
+
+class TestMemory:
+    """Where it does not suffice for a batch, parts of it are measured."""
+
+    @pytest.fixture
+    def large(self):
+        """A model, and images of which 64 at once need some hundred MiB."""
+        torch.manual_seed(0)
+        vae = VAE(
+            in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4, mid_block_add_attention=False
+        )
+        return vae.eval(), ArrayImages(torch.randint(0, 256, (64, 1, 88, 88), dtype=torch.uint8))
+
+    @pytest.fixture
+    def limited(self):
+        """Function that limits the address space to 80 MiB more than now."""
+        resource, statm = pytest.importorskip("resource"), Path("/proc/self/statm")
+        if not statm.exists():
+            pytest.skip("needs /proc")
+        before = resource.getrlimit(resource.RLIMIT_AS)
+
+        def limit():
+            used = int(statm.read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 80 * 2**20, before[1]))
+
+        yield limit
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+    @pytest.mark.slow
+    def test_evaluation_that_does_not_fit_is_of_smaller_batches(self, large, limited):
+        model, images = large
+        objective = VAEObjective(Gaussian(0.5))
+        whole = evaluate(model, images, objective, EvaluationConfig())
+        model = copy.deepcopy(model)  # for which it is not known yet what fits
+        limited()
+        halved = evaluate(model, images, objective, EvaluationConfig())
+        used = halved.protocol.batch_size
+        assert whole.protocol.batch_size == 64 and used in (32, 16, 8, 4, 2, 1)
+        assert halved.per_image.indices == whole.per_image.indices
+        for name, values in whole.per_image.figures.items():
+            np.testing.assert_allclose(halved.per_image.figures[name], values, rtol=1e-5)
+        assert halved.latents.scaling_factor == pytest.approx(whole.latents.scaling_factor, rel=1e-6)
+        latents = measure_latents(copy.deepcopy(model), images)
+        assert latents.scaling_factor == pytest.approx(whole.latents.scaling_factor, rel=1e-6)
+        compare(whole, halved)  # not another protocol
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("batch_size", [1, 7])
+    def test_figures_are_the_same_up_to_rounding_whatever_the_batch_size(self, batch_size, digits):
+        torch.manual_seed(0)
+        model, objective = tiny_vae().eval(), VAEObjective(Gaussian(0.5))
+        reports = [evaluate(model, digits, objective, EvaluationConfig(20, 20, size)) for size in (64, batch_size)]
+        assert reports[1].protocol.batch_size == batch_size
+        for name, values in reports[0].per_image.figures.items():
+            np.testing.assert_allclose(reports[1].per_image.figures[name], values, rtol=1e-4)
+
+    def test_part_is_halved_until_it_fits_and_kept_at_that(self):
+        model, sizes = torch.nn.Identity(), []
+
+        def double(part, names):
+            sizes.append(len(part))
+            torch.empty(2**45 if len(part) > 3 else 1, dtype=torch.uint8)  # 32 TiB
+            return 2 * part, names
+
+        for expected in ([10, 5, 2, 2, 2, 2, 2], [2, 2, 2, 2, 2]):
+            parts = in_parts(model, double, torch.arange(10), [*"abcdefghij"])
+            assert torch.cat([part for part, _ in parts]).equal(2 * torch.arange(10))
+            assert [name for _, names in parts for name in names] == [*"abcdefghij"] and sizes == expected
+            sizes.clear()
+        assert [largest_part(each, 64) for each in (model, torch.nn.Identity())] == [2, 64]
+
+    def test_one_image_too_large_and_other_errors_are_raised(self):
+        def fail(part):
+            torch.empty(2**45, dtype=torch.uint8)
+
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            in_parts(torch.nn.Identity(), fail, torch.arange(4))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            in_parts(torch.nn.Identity(), lambda part: torch.ones(1, 2) @ torch.ones(1, 2), torch.arange(4))

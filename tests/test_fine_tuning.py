@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
+from support.hub import TOKEN, connect, uploaded
 from support.launches import run_forked
 from support.models import original
 from support.runs import assert_same_gradient, at, fit, interrupted_at, left_behind, tensors, tiny
@@ -18,10 +21,11 @@ from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.config import TRAININGS, parse_settings
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.evaluation import EvaluationConfig, compare, evaluate
+from diffusers_vae.hub import HubConfig, push
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import measure_latents
 from diffusers_vae.loop import OptimizerConfig, run_task
-from diffusers_vae.models import LATENT_PARTS, ModelConfig, load_autoencoder, weights_hash
+from diffusers_vae.models import LATENT_PARTS, ModelConfig, load_autoencoder, unmeasured, weights_hash
 from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.trainer import AutoencoderTask, train
 
@@ -504,3 +508,56 @@ def test_two_processes_have_the_gradient_of_one(model, base, cache, tmp_path):
     before, after = saved(base), trained(configs[1], 60)
     still = [name for name in before if name.startswith(("encoder", "quant_conv"))]
     assert still and all(torch.equal(before[name], after[name]) for name in still)
+
+
+@pytest.fixture
+def at_home(monkeypatch, tmp_path) -> Path:
+    """The working directory, in the home of a user whose name is in nothing else."""
+    home = tmp_path / "zebedee"
+    (home / "work").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home / "work")
+    return home / "work"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["of a run", "cache", "hub"])
+def test_published_from_another_place_it_names_its_source_and_no_path(place, at_home, base, hub, monkeypatch, tmp_path):
+    """A local folder that is named like a repository is none; a repository, or its copy in the Hub's cache, is one."""
+    repo, commit = "lab/base", "0123456789abcdef" * 2 + "01234567"
+    connect(monkeypatch, hub.url, at_home.parent / "cache")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    source = at_home / f"hub/models--lab--base/snapshots/{commit}" if place == "cache" else Path(repo)
+    if place == "hub":
+        HfApi().create_repo(repo)
+        HfApi().upload_folder(repo_id=repo, folder_path=base)
+    else:
+        shutil.copytree(base, source / "model" if place == "of a run" else source)
+    config = tuning(Path("runs/tuned"), source, max_images=30)
+    train(dataclasses.replace(config, data=dataclasses.replace(DATA, root=str(at_home / "data"))))
+    report = Path("runs/tuned/report.html").read_text()
+    shutil.rmtree(at_home / "lab", ignore_errors=True)
+    monkeypatch.chdir(tmp_path)
+    push(at_home / "runs" / "tuned", HubConfig(repo_id="ann/tuned"))
+    pushed = uploaded(hub, "ann/tuned")
+    assert [name for name, content in pushed.items() if b"zebedee" in content or b"/work" in content] == []
+    assert "zebedee" not in report
+    card, settings = ModelCard(pushed["README.md"].decode()), yaml.safe_load(pushed["config.yaml"])
+    known = place in ("cache", "hub")
+    assert card.data.base_model == (repo if known else None)
+    assert f"from {'[' * known}{repo if known else 'base'}" in card.text
+    assert settings["model"]["pretrained"] == (repo if known else "base")
+    assert settings["model"]["revision"] == (commit if place == "cache" else None)
+    assert "_name_or_path" not in json.loads(pushed["config.json"])
+    assert json.loads(pushed["evaluation.json"])["fine_tuning"]["repository"] == (repo if known else None)
+
+
+def test_what_is_saved_names_no_folder_that_it_was_loaded_from(base, monkeypatch):
+    monkeypatch.chdir(base.parents[1])
+    for source in (base, Path("..", base.parents[1].name, base.parent.name, base.name), Path(base.parent.name, "vae")):
+        vae = VAE.from_pretrained(source)
+        for model in (vae, vae.to_diffusers(), VAE.from_diffusers(AutoencoderKL.from_pretrained(source))):
+            assert "_name_or_path" not in json.loads(model.to_json_string())
+        assert unmeasured(vae.config) == unmeasured(vae.to_diffusers().config) is None
+    vae.register_to_config(_name_or_path="lab/base")
+    assert json.loads(vae.to_json_string())["_name_or_path"] == vae.to_diffusers().config["_name_or_path"] == "lab/base"

@@ -49,6 +49,7 @@ TUNED = {
     "source": "stabilityai/sd-vae-ft-mse", "revision": "v1", "weights_sha256": "ab" * 32, "encoder_sha256": "cd" * 32,
     "latents_unchanged": True,
     "differences": {"psnr": [0.5234, 0.49, 0.5512], "rate": [0.0, 0.0, 0.0], "ssim": [-0.001, -0.002, 0.0]},
+    "repository": "stabilityai/sd-vae-ft-mse",
 }  # fmt: skip
 ADAPTER = "lora/pytorch_lora_weights.safetensors"
 
@@ -264,18 +265,32 @@ class TestCard:
         assert "mean 0 and std 1" in card and "unchanged" not in card and "keep working" not in card
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("place", ["absolute", "relative", "elsewhere", "file"])
+    @pytest.mark.parametrize("place", ["absolute", "relative", "elsewhere", "file", "windows"])
     def test_source_on_this_machine_is_named_without_its_path(self, run, place, monkeypatch, tmp_path):
         folder = tmp_path / "runs" / "secret-vae" / "model"
         folder.mkdir(parents=True)
         monkeypatch.chdir(tmp_path if place == "relative" else "/")
-        sources = {"absolute": str(folder), "file": "checkpoints/vae.ckpt"}
-        run = tune(run, {"source": sources.get(place, "runs/secret-vae")})
+        windows = "C:\\Users\\ann\\secret-vae"
+        sources = {"absolute": str(folder), "file": "checkpoints/vae.ckpt", "windows": windows}
+        run = tune(run, {"source": sources.get(place, "runs/secret-vae"), "repository": None})
         card = render_card(run, HubConfig(repo_id=REPO))
         name = "vae.ckpt" if place == "file" else "secret-vae"
         assert f"Made from {name}, revision" in card and f"from {name}." in card
         assert str(tmp_path) not in card and "runs/secret" not in card and "huggingface.co/" not in card
-        assert ModelCard(card).data.base_model is None
+        assert ModelCard(card).data.base_model is None and "Users" not in card
+
+    def test_run_that_did_not_record_its_source_claims_none(self, run):
+        """Unless it was a folder of the Hub's cache, whose path names the repository."""
+        commit = "0123456789abcdef" * 2 + "01234567"
+        cached = f"/home/ann/.cache/huggingface/hub/models--stabilityai--sd-vae-ft-mse/snapshots/{commit}"
+        for source, expected in (("stabilityai/sd-vae-ft-mse", None), (cached, "stabilityai/sd-vae-ft-mse")):
+            tune(run, {"source": source})
+            report = json.loads((run / "evaluation.json").read_text())
+            del report["fine_tuning"]["repository"]
+            write_report(run, report)
+            card = render_card(run)
+            assert ModelCard(card).data.base_model == expected and ("from sd-vae-ft-mse." in card) == (not expected)
+            assert ("huggingface.co/stabilityai" in card) == (expected is not None) and "/home/ann" not in card
 
     @pytest.mark.slow
     def test_adapters_load_as_the_card_says(self, run):
@@ -331,6 +346,7 @@ class TestCard:
             report["fp16"]["advice"] = name
             write_report(run, report)
             changes = {"revision": name, "weights_sha256": name, "encoder_sha256": name, "source": f"/x/{name}"}
+            changes["repository"] = None
             tune(run, changes, subfolder=name, train=[name])
             settings = yaml.safe_load((run / "config.yaml").read_text())
             settings["data"]["fit"] = name
@@ -605,15 +621,17 @@ class TestPush:
     @pytest.mark.slow
     def test_paths_on_this_machine_stay_here(self, hub, run):
         places = {
+            "inside": "pipe:cat /home/ann/x.tar 'C:\\Users\\ann\\y' 2/255 ~/z",
             "root": "/home/ann/my photos", "a": "C:\\Users\\ann\\x.png", "b": "~/data/y", "c": "../../ann/z",
             "d": ["/srv/ann"], "e": "file:///home/ann/f", "kept": "runs/ann", "rule": "nats/image", "url": "https://hub.lan/ann",
         }  # fmt: skip
         shown = {
+            "inside": "pipe:cat x.tar 'y' 2/255 z",
             "root": "my photos", "a": "x.png", "b": "y", "c": "z", "d": ["ann"], "e": "f", "kept": "runs/ann",
             "rule": "nats/image", "url": "https://hub.lan/ann",
         }  # fmt: skip
         settings = CONFIG | {"data": CONFIG["data"] | places, "run": CONFIG["run"] | {"output_dir": str(run)}}
-        tune(run, {"source": "/home/ann/models/base"}, note="/home/ann/note")
+        tune(run, {"source": "/home/ann/models/base", "repository": None}, note="/home/ann/note")
         model = yaml.safe_load((run / "config.yaml").read_text())["model"]
         (run / "config.yaml").write_text(yaml.safe_dump(settings | {"model": model}) + "# by /home/ann/train.py\n")
         config = json.loads((run / "model" / "config.json").read_text())
@@ -624,7 +642,7 @@ class TestPush:
         found = yaml.safe_load(pushed["config.yaml"])
         assert {name: found["data"][name] for name in shown} == shown and found["run"]["output_dir"] == "tiny"
         assert json.loads(pushed["evaluation.json"])["fine_tuning"]["source"] == "base"
-        assert json.loads(pushed["config.json"])["_name_or_path"] == "base"
+        assert found["model"]["pretrained"] == "base" and "_name_or_path" not in json.loads(pushed["config.json"])
         for name in ("config.yaml", "evaluation.json", "config.json", "README.md"):
             assert b"/home/ann" not in pushed[name] and b"Users" not in pushed[name], name
         assert contents(run) == before
@@ -637,7 +655,7 @@ class TestPush:
         with pytest.raises(ValueError, match=r"evaluation.json .* were changed .*measures the model again"):
             push(run, HubConfig(repo_id=REPO))
         assert hub.requests == []
-        tuned = FineTuning(**TUNED | {"source": "/home/ann/base"})
+        tuned = FineTuning(**TUNED | {"source": "/home/ann/base", "repository": None})
         (run / "evaluation.json").write_text(dataclasses.replace(report, fine_tuning=tuned).to_json())
         tune_settings = CONFIG["model"] | {"pretrained": "/home/ann/base", "train": "decoder"}
         (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": tune_settings}))

@@ -151,7 +151,7 @@ def test_package_init_holds_only_public_names():
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert others == {ast.FunctionDef} and functions == {"__getattr__", "__dir__"}
     assert set(diffusers_vae.__all__) == imported and imported <= set(dir(diffusers_vae))
-    assert all(getattr(diffusers_vae, name).__name__ == name for name in imported)
+    assert all(getattr(diffusers_vae, name).__qualname__ == name for name in imported)
     with pytest.raises(AttributeError, match="has no attribute 'VAEE'"):
         _ = diffusers_vae.VAEE
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import pickle
 import re
 
 import diffusers
@@ -21,6 +22,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from support.stock import run_without_package
 from tokenizers import Tokenizer, models
@@ -374,6 +376,107 @@ for name, pictures in expected.items():
     def test_inpainting_denoisers_of_both_kinds(self, vae, texts):
         for in_channels in (4, 9):
             swap_vae(make("StableDiffusionXLInpaintPipeline", untrained(vae), texts, in_channels), vae)
+
+
+def assign(pipeline, vae, folder):
+    pipeline.vae = vae
+    return pipeline
+
+
+def register(pipeline, vae, folder):
+    pipeline.register_modules(vae=vae)
+    return pipeline
+
+
+def construct(pipeline, vae, folder):
+    return type(pipeline)(**pipeline.components | {"vae": vae})
+
+
+def load(pipeline, vae, folder):
+    pipeline.save_pretrained(folder / "old")
+    return type(pipeline).from_pretrained(folder / "old", vae=vae)
+
+
+def swap(pipeline, vae, folder):
+    return swap_vae(pipeline, vae)
+
+
+WAYS = [assign, register, construct, load, swap]
+
+
+def with_adapters(vae):
+    adapted = copy.deepcopy(vae)
+    adapted.add_adapter(LoraConfig(target_modules=["conv_out"], init_lora_weights=False))
+    return adapted
+
+
+class TestSaving:
+    """A pipeline with a `VAE` in it, put there in any way, names stock classes only."""
+
+    @pytest.mark.slow
+    def test_loads_without_the_package(self, vae, texts, tmp_path):
+        """And draws the same, with the weights of the adapters and of the module inside a compiled one too."""
+        put = {way.__name__: (way, vae) for way in WAYS}
+        put |= {"adapters": (assign, with_adapters(vae)), "compiled": (assign, torch.compile(vae, backend="eager"))}
+        put["swapped-adapters"] = swap, put["adapters"][1]
+        expected = {}
+        for name, (way, put_in) in put.items():
+            pipeline = way(make("DiTPipeline", untrained(vae), texts), put_in, tmp_path)
+            expected[name] = draw(pipeline)
+            pipeline.save_pretrained(tmp_path / name, variant="fp16")
+            assert json.loads((tmp_path / name / "model_index.json").read_text())["vae"] == [
+                "diffusers",
+                "AutoencoderKL",
+            ]
+            assert (tmp_path / name / "vae" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+        assert all(torch.equal(expected["assign"], expected[name]) for name in [each.__name__ for each in WAYS])
+        assert not torch.allclose(expected["assign"], expected["adapters"], atol=0.01)
+        for wrapped in (
+            put["compiled"][1],
+            get_peft_model(copy.deepcopy(vae), LoraConfig(target_modules=["conv_out"])),
+        ):
+            with pytest.raises(TypeError, match="pass the model inside"):
+                swap_vae(pipeline, wrapped)
+        torch.save(expected, tmp_path / "expected.pt")
+        run_without_package(
+            f"import torch\n\n{inspect.getsource(draw)}"
+            """
+from diffusers import AutoencoderKL, DiffusionPipeline
+for name, pictures in torch.load("expected.pt").items():
+    pipeline = DiffusionPipeline.from_pretrained(name, variant="fp16")
+    assert type(pipeline.vae) is AutoencoderKL
+    found = draw(pipeline)
+    if "adapters" in name:  # merged: rounded otherwise
+        torch.testing.assert_close(found, pictures, rtol=0, atol=1e-5, msg=lambda text: name + text)
+    else:
+        assert torch.equal(found, pictures), name
+""",
+            tmp_path,
+        )
+
+    def test_class_is_found_under_its_own_name(self, vae):
+        for again in (pickle.loads(pickle.dumps(vae)), copy.deepcopy(vae), VAE.from_diffusers(vae.to_diffusers())):
+            assert type(again) is VAE and not isinstance(again, AutoencoderKL)
+            pipeline = DiTPipeline(transformer=None, vae=again, scheduler=None)
+            assert pipeline.config["vae"] == ("diffusers", "AutoencoderKL")
+        assert f"{VAE.__module__}.{VAE.__qualname__}" == "diffusers_vae.models.vae.VAE"
+
+        class Other(VAE):
+            """Of other code, under whose name it is saved."""
+
+        pipeline = DiTPipeline(transformer=None, vae=Other.from_config(vae.config), scheduler=None)
+        assert pipeline.config["vae"] == (Other.__module__, "Other")
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_mlp_is_refused(self, way, vae, texts, tmp_path):
+        mlp = copy.deepcopy(MLPVAE(image_size=(16, 16), in_channels=1))
+        pipeline = make("DiTPipeline", untrained(vae), texts)
+        with pytest.raises(
+            TypeError, match=r"got (an )?MLPVAE: its latents are not spatial, and diffusers has no such class"
+        ):
+            way(pipeline, mlp, tmp_path)
+        assert type(pipeline.vae) is AutoencoderKL and pipeline.config["vae"] == ("diffusers", "AutoencoderKL")
+        assert pickle.loads(pickle.dumps(mlp)).config == mlp.config
 
 
 def state(pipeline):

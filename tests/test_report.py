@@ -125,7 +125,7 @@ SHOWN = r"\x1b[2J\rx\u202ey\nerror: z\udcff"
 
 
 def test_tables_escape_names_that_could_command_a_terminal():
-    report = make_report(density=HOSTILE, fine_tuning=TUNED | {"source": HOSTILE, "revision": HOSTILE})
+    report = make_report(density=HOSTILE, fine_tuning=TUNED | {"repository": HOSTILE, "revision": HOSTILE})
     report["posterior"]["advice"] = report["model"]["name"] = HOSTILE
     precision = {"images": 1, "blocks": {HOSTILE: 1.0}, "overflow": None, "fp16_psnr": None, "verdict": "safe"}
     differences = {"psnr": {"mean": 1.0, "interval": [0.5, 1.5], "second_is_better": 1.0}}
@@ -282,6 +282,7 @@ TUNED = {
     "encoder_sha256": "cd" * 32,
     "latents_unchanged": True,
     "differences": {"psnr": [0.5234, 0.49, 0.5512], "ssim": [-0.00123, -0.002, 0.0], "rate": [0.0, 0.0, 0.0]},
+    "repository": "someone/an-<b>autoencoder</b>",
 }
 
 
@@ -300,6 +301,13 @@ def test_fine_tuning_is_shown_with_what_it_changed():
         assert f"Fine-tuned from {TUNED['source']}, revision v1.2." in shown
         assert "Latents unchanged: existing diffusion models keep working." in shown
         assert f"bit for bit those of {TUNED['source']} (SHA-256 {TUNED['encoder_sha256']})" in shown
+
+
+@pytest.mark.parametrize("source", ["/home/ann/models/base", "models/base/model", "C:\\Users\\ann\\base"])
+def test_local_source_is_shown_without_its_path(source):
+    report = make_report(fine_tuning=TUNED | {"source": source, "repository": None, "revision": None})
+    for shown in ("".join(Page(report_html(report, {}, "digits")).text), report_table(report)):
+        assert "Fine-tuned from base." in shown and "ann" not in shown.replace("channel", "")
 
 
 def test_trained_encoder_is_no_longer_that_of_its_source():

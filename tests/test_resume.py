@@ -38,9 +38,10 @@ from support.runs import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from diffusers_vae import cli
 from diffusers_vae.checkpoint import find_checkpoint
 from diffusers_vae.data import DataConfig
-from diffusers_vae.evaluation import EvaluationConfig
+from diffusers_vae.evaluation import EvaluationConfig, read_report
 from diffusers_vae.loop import Interrupted, run_task
 from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.trainer import AutoencoderTask, train
@@ -633,3 +634,17 @@ def test_run_killed_at_random_moments_ends_bit_identical(name, processes, kind, 
 def test_run_killed_at_random_moments_by_the_dozen_ends_bit_identical(name, processes, kind, tmp_path, capsys):
     arguments = ["--signal", name, "--processes", str(processes), "--kind", kind, "--trials", "20", "--finish"]
     assert crash.main([str(tmp_path), *arguments]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_evaluation_may_be_repeated_with_another_batch_size(finished_mlp_run, tmp_path):
+    """As after one for which the memory did not suffice."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_mlp_run, run)
+    (run / "evaluation.json").unlink()
+    settings = ["--config", str(run / "config.yaml"), "--run.output_dir", str(run)]
+    assert cli.main(["train", *settings, "--evaluation.batch_size", "50"]) == 0
+    again, before = (read_report(folder / "evaluation.json") for folder in (run, finished_mlp_run))
+    assert (again.protocol.batch_size, before.protocol.batch_size) == (50, 64)
+    assert again.model.weights_sha256 == before.model.weights_sha256
+    assert again.psnr == pytest.approx(before.psnr, rel=1e-6)

@@ -3,9 +3,11 @@
 from .config import ModelConfig
 from .load import (
     LATENT_PARTS,
+    cached_repository,
     decode,
     decode_logits,
     encode,
+    find_repository,
     find_subfolder,
     is_local,
     load_autoencoder,
@@ -13,11 +15,10 @@ from .load import (
     read_config,
     weights_hash,
 )
-from .lora import without_adapters
 from .mlp import MLPVAE
 from .scaling import LatentScaling, unmeasured
 from .speed import fast_dtype, for_inference, several_at_once, speed_up_norms
-from .vae import VAE, VAEOutput, check_batch, with_whole_tiles
+from .vae import VAE, VAEOutput, check_batch, with_whole_tiles, without_adapters
 
 __all__ = [
     "LATENT_PARTS",
@@ -26,11 +27,13 @@ __all__ = [
     "LatentScaling",
     "ModelConfig",
     "VAEOutput",
+    "cached_repository",
     "check_batch",
     "decode",
     "decode_logits",
     "encode",
     "fast_dtype",
+    "find_repository",
     "find_subfolder",
     "for_inference",
     "is_local",

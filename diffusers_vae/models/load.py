@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import socket
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
@@ -21,8 +22,10 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from ..messages import hiding_passwords, showable
+from ..processes import in_parts
 from ..untrusted import check_type, read_json, refuse_irregular, refuse_odd_name
 from .mlp import MLPVAE
+from .scaling import is_local
 from .single_file import load_single_file, read_single_file
 from .vae import VAE, posterior_from_moments
 
@@ -144,11 +147,6 @@ def _caused_by(error: BaseException | None, kind: type[Exception]) -> bool:
     return error is not None and (isinstance(error, kind) or _caused_by(error.__cause__ or error.__context__, kind))
 
 
-def is_local(source: str) -> bool:
-    """Whether `source` is a path on this machine, and no repository's NAMESPACE/NAME."""
-    return Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~"))
-
-
 def no_such_path(source: str) -> str:
     """That there is no such path, with the paths there are whose names are close to it."""
     path = gone = Path(source)
@@ -266,6 +264,26 @@ def _is_file(source: str, subfolder: str | None, revision: str | None) -> bool:
     return True
 
 
+SNAPSHOT = re.compile(r"(.*[/\\])?models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})([/\\].*)?")
+"""Path in the Hub's cache."""
+
+
+def cached_repository(path: str) -> tuple[str, str] | None:
+    """Repository and commit of a folder or file in the Hub's cache, by its path; None for any other path."""
+    found = SNAPSHOT.fullmatch(path)
+    return found and (found["id"].replace("--", "/"), found["revision"])
+
+
+def find_repository(source: str, revision: str | None) -> tuple[str | None, str | None]:
+    """Repository on the Hub and revision that `load_autoencoder` takes `source` from: as given or, where `source` is a
+    folder or file of the Hub's cache, as its path states; (None, None) for any other folder or file.
+    """
+    path = Path(source)
+    if not path.exists():
+        return source, revision
+    return cached_repository(str(path.absolute())) or cached_repository(str(path.resolve())) or (None, None)
+
+
 def find_subfolder(source: str, subfolder: str | None) -> str | None:
     """`subfolder`, or where the model lies in the folder of a run or a pipeline."""
     folder = Path(source)
@@ -275,7 +293,8 @@ def find_subfolder(source: str, subfolder: str | None) -> str | None:
 
 
 def encode(model: ModelMixin, images: torch.Tensor) -> DiagonalGaussianDistribution:
-    """The posterior, in float32, of images (B, C, H, W) in [-1, 1] under any autoencoder of diffusers.
+    """The posterior, in float32, of images (B, C, H, W) in [-1, 1] under any autoencoder of diffusers. This function,
+    `decode` and `decode_logits` run parts of the batch where memory does not suffice for all of it.
 
     Raises:
         ValueError: when the model has none, or takes images of other channels.
@@ -288,15 +307,19 @@ def encode(model: ModelMixin, images: torch.Tensor) -> DiagonalGaussianDistribut
             f"the model takes images of {channels} channels, got {images.shape[1]}; data.channels says how images are "
             "read"
         )
-    encoded = model.encode(images.to(model.dtype))
-    if not hasattr(encoded, "latent_dist"):
-        raise ValueError(f"a KL autoencoder has encode(...).latent_dist, which {type(model).__name__} has not")
-    return posterior_from_moments(encoded.latent_dist.parameters)
+
+    def moments(part: torch.Tensor) -> torch.Tensor:
+        encoded = model.encode(part.to(model.dtype))
+        if not hasattr(encoded, "latent_dist"):
+            raise ValueError(f"a KL autoencoder has encode(...).latent_dist, which {type(model).__qualname__} has not")
+        return encoded.latent_dist.parameters
+
+    return posterior_from_moments(_joined(in_parts(model, moments, images)))
 
 
 def decode(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     """Reconstructions in float32 of latents of any floating dtype."""
-    return model.decode(latents.to(model.dtype)).sample.float()
+    return _joined(in_parts(model, lambda part: model.decode(part.to(model.dtype)).sample.float(), latents))
 
 
 def decode_logits(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
@@ -308,9 +331,13 @@ def decode_logits(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     if not hasattr(model, "decode_logits"):
         raise ValueError(
             "a Bernoulli likelihood needs a decoder that gives probabilities, such as that of MLPVAE; that of "
-            f"{type(model).__name__} is unbounded: use gaussian or laplace"
+            f"{type(model).__qualname__} is unbounded: use gaussian or laplace"
         )
-    return model.decode_logits(latents.to(model.dtype)).float()
+    return _joined(in_parts(model, lambda part: model.decode_logits(part.to(model.dtype)).float(), latents))
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 LATENT_PARTS = ("encoder", "quant_conv")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
 from .vae import VAE
@@ -26,13 +24,3 @@ def add_lora(vae: VAE, rank: int) -> None:
     layers = vae.decoder.named_modules(prefix="decoder")
     adapted = [name for name, layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear))]
     vae.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=adapted))  # which freezes all else
-
-
-def without_adapters(vae: VAE) -> VAE:
-    """A copy with the adapters merged into the weights, so that it saves as stock; `vae` itself where it has none."""
-    if not getattr(vae, "peft_config", None):
-        return vae
-    merged = copy.deepcopy(vae)
-    merged.fuse_lora()
-    merged.unload_lora()
-    return merged

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import wraps
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +43,15 @@ def unmeasured(config: Mapping[str, Any]) -> str | None:
     )
 
 
+def is_local(source: str | PathLike[str]) -> bool:
+    """Whether a model's `_name_or_path` is a folder or file rather than a repository on the Hub."""
+    source = str(source)
+    return source.count("/") != 1 or source.startswith((".", "/", "~")) or Path(source).exists()
+
+
 class KeepsScaling:
-    """Handling of scaling_factor that `VAE` and `MLPVAE` add to diffusers' `ModelMixin` and `ConfigMixin`."""
+    """Handling of scaling_factor and of the source's path that `VAE` and `MLPVAE` add to diffusers' `ModelMixin` and
+    `ConfigMixin`."""
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Set values of the config, as if they had been passed to the constructor."""
@@ -47,11 +59,19 @@ class KeepsScaling:
         remaining = {DEFAULTED: [name for name in defaulted if name not in kwargs]} if defaulted else {}
         super().register_to_config(**(remaining | kwargs))
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at the signature
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save as in diffusers, with a warning if the scaling_factor was not measured."""
         if self.config.get("scaling_factor") is not None and (reason := unmeasured(self.config)):
             logger.warning("config.json is saved with a scaling_factor that was not measured: %s", reason)
         super().save_pretrained(*args, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The config as JSON, without the path of a folder or file that the model was loaded from."""
+        config = json.loads(super().to_json_string())
+        if is_local(config.get("_name_or_path", "")):
+            config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -24,7 +27,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .scaling import DEFAULTED, KeepsScaling, LatentScaling, unmeasured
+from .scaling import DEFAULTED, KeepsScaling, LatentScaling, is_local, unmeasured
 
 LEAST_TILE = 256
 """Side in pixels below which no tiles are made unless asked for: borders and group norms of smaller ones show."""
@@ -88,7 +91,8 @@ class VAE(
 ):
     """A KL autoencoder with the constructor, config keys and weights of diffusers' `AutoencoderKL`.
 
-    It saves itself under that name, so a saved `VAE` loads in stock diffusers and a stock `AutoencoderKL` loads here.
+    It saves itself under that name, alone and in a pipeline, so a saved `VAE` loads in stock diffusers and a stock
+    `AutoencoderKL` loads here.
     What differs: moments become float32 before the posterior is built, wrong input is refused with a `ValueError`,
     and `forward` can return the posterior, so that training is one call of the (wrapped) module.
 
@@ -142,6 +146,8 @@ class VAE(
         mid_block_add_attention: bool = True,
     ):
         super().__init__()
+        if type(self) is VAE:
+            self.__module__ = "diffusers"  # of the object alone: see VAE.__name__ below
         blocks = dict(
             block_out_channels=block_out_channels,
             layers_per_block=layers_per_block,
@@ -323,9 +329,16 @@ class VAE(
         """As `AutoencoderKL.from_single_file`, which knows the original checkpoints by the stock class's name."""
         return cls.from_diffusers(AutoencoderKL.from_single_file(*args, **kwargs))
 
+    @wraps(ModelMixin.save_pretrained, assigned=())
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save as in diffusers, with the adapters that are loaded merged into the weights."""
+        super(VAE, without_adapters(self)).save_pretrained(*args, **kwargs)
+
     def to_json_string(self) -> str:
         """The config as JSON under the stock name: `AutoModel` and `model_index.json` look it up inside diffusers."""
+        kept = self.config.get("_class_name", VAE.__qualname__)
         config = json.loads(super().to_json_string())
+        self.config["_class_name"] = kept  # diffusers changes it; AutoencoderKL would mean published, for `unmeasured`
         config["_class_name"] = "AutoencoderKL"
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
@@ -341,11 +354,28 @@ def with_whole_tiles(stock: AutoencoderKL) -> AutoencoderKL:
     return stock
 
 
+def without_adapters(vae: VAE | AutoencoderKL) -> VAE | AutoencoderKL:
+    """A copy with the adapters merged into the weights, so that it saves as stock; `vae` itself where it has none."""
+    if not getattr(vae, "peft_config", None):
+        return vae
+    merged = copy.deepcopy(vae)
+    merged.fuse_lora()
+    merged.unload_lora()
+    return merged
+
+
+# A pipeline's model_index.json names a component by the `__module__` of the object and the `__name__` of its class
+# (diffusers 0.36 to 0.42). Everything else, pickle too, finds this class by its own `__module__` and `__qualname__`.
+VAE.__name__ = AutoencoderKL.__name__
+
+
 def _with_config_of(source: VAE | AutoencoderKL, kind: type) -> VAE | AutoencoderKL:
     """A model of the class `kind` without weights, with the current config of the source. `from_config` alone resets
     values that were registered in place of a default.
     """
-    of_class = (DEFAULTED, "_class_name", "_diffusers_version")
+    of_class = [DEFAULTED, "_class_name", "_diffusers_version"]
+    if is_local(source.config.get("_name_or_path", "")):  # a stock class would save the path
+        of_class.append("_name_or_path")
     with torch.device("meta"):
         target = kind.from_config({name: value for name, value in source.config.items() if name not in of_class})
     if unmeasured(source.config):
