@@ -52,7 +52,6 @@ from .loop import RunResult, Task, dry_run, run_task
 from .messages import message, problem_list, quoted, showable
 from .metrics import psnr
 from .models import (
-    MLPVAE,
     VAE,
     LatentScaling,
     encode,
@@ -610,7 +609,8 @@ def _encode(parser: ArgumentParser, arguments: Sequence[str], state: PartialStat
         print(f"computed    in {str(latents.compute_dtype).removeprefix('torch.')} on {vae.device.type}")
         print(f"size        {latents.bytes / 2**20:,.1f} MiB")
         print(showable(f"folder      {parsed.out}"))
-        print(f"open it     from diffusers_vae import LatentDataset; latents = LatentDataset({quoted(parsed.out)})")
+        place = quoted(Path(parsed.out).absolute())
+        print(f"open it     from diffusers_vae import LatentDataset; latents = LatentDataset({place})")
 
 
 def _size(model: ModelMixin) -> tuple[int, int]:
@@ -671,16 +671,10 @@ def run_info(arguments: Sequence[str]) -> int:
     model = load_autoencoder(parsed.model, parsed.subfolder, parsed.revision)
     config, shape = model.config, _latent_shape(model)
     height, width = _size(model)
-    ours = isinstance(model, MLPVAE)
     name = "AutoencoderKL" if isinstance(model, VAE) else type(model).__name__
-    place = next((p for sub in ("model", "vae") if (p := Path(parsed.model) / sub).is_dir()), parsed.model)
-    inside = f", subfolder={quoted(parsed.subfolder)}" if parsed.subfolder else ""
     facts = {
         "class": name,
-        "load it": f"from diffusers_vae.models import load_autoencoder; vae = load_autoencoder({quoted(place)})"
-        if Path(place).is_file()
-        else f"from {'diffusers_vae' if ours else 'diffusers'} import {name}; "
-        f"vae = {name}.from_pretrained({quoted(place)}{inside})",
+        "load it": _load_line(name, parsed.model, parsed.subfolder, parsed.revision),
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "images": f"{config.in_channels}x{height}x{width}" + ("" if "image_size" in config else " or other sizes"),
         "latents": f"{'x'.join(map(str, shape))}, {height // shape[1]} times smaller a side",
@@ -694,6 +688,22 @@ def run_info(arguments: Sequence[str]) -> int:
     if evaluation.exists():
         print(report_table(json.loads(read_report(evaluation).to_json())))
     return 0
+
+
+def _load_line(name: str, source: str, subfolder: str | None, revision: str | None) -> str:
+    """Code that loads the model of the class `name`, whatever the working directory."""
+    path = Path(source)
+    if path.is_file():
+        return (
+            f"from diffusers_vae.models import load_autoencoder; vae = load_autoencoder({quoted(str(path.absolute()))})"
+        )
+    inside = find_subfolder(source, subfolder)
+    place, further = source, {"subfolder": inside, "revision": revision}
+    if path.exists():
+        place, further = str(path.absolute() / (inside or "")), {}
+    options = "".join(f", {key}={quoted(value)}" for key, value in further.items() if value)
+    package = "diffusers_vae" if name == "MLPVAE" else "diffusers"
+    return f"from {package} import {name}; vae = {name}.from_pretrained({quoted(place)}{options})"
 
 
 def _scaled_latents(model: ModelMixin) -> dict[str, str]:

@@ -178,7 +178,7 @@ TRAININGS = {
         Training(
             "train",
             "Train a KL autoencoder.",
-            "accelerate launch training/train_vae.py --config training/configs/mnist-vae.yaml",
+            "accelerate launch -m diffusers_vae.cli train --run.output_dir runs/digits",
             TrainConfig,
             AutoencoderTask,
         ),
@@ -186,7 +186,7 @@ TRAININGS = {
             "train-text-to-image",
             "Train a text-to-image model on the latents of a trained autoencoder (--vae MODEL), and save it as a stock "
             "StableDiffusionPipeline.",
-            "accelerate launch training/train_text_to_image.py --config training/configs/mnist-t2i.yaml",
+            "accelerate launch -m diffusers_vae.cli train-text-to-image --vae runs/digits",
             TextToImageConfig,
             TextToImageTask,
         ),

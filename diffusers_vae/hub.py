@@ -96,7 +96,7 @@ class HubConfig:
 
     def command(self, run: Path) -> str:
         """The command that uploads `run` with these settings."""
-        words = ["diffusers-vae", "push", str(run), self.repo_id or "NAMESPACE/NAME"]
+        words = ["diffusers-vae", "push", str(run.absolute()), self.repo_id or "NAMESPACE/NAME"]
         for name in ("private", "revision", "commit_message", "create_pr", "license", "base_model"):
             value = getattr(self, name)
             if value not in (None, False):
@@ -125,7 +125,7 @@ class _Run:
         if (path / "pipeline" / "model_index.json").is_file():
             raise ValueError(
                 f"{path} is the run of a text-to-image model, and this is for autoencoders; publish its pipeline by "
-                f"`hf upload ME/NAME {path.as_posix()}/pipeline`"
+                f"`hf upload ME/NAME {shlex.quote(path.absolute().as_posix())}/pipeline`"
             )
         for name in ("config.yaml", "model/config.json", "evaluation.json"):
             if not (path / name).is_file() and (name != "evaluation.json" or evaluation is None):

@@ -662,7 +662,7 @@ class TextToImageTask(Task):
             latent_shape=tuple(evaluation["latent_shape"]),
             heldout_error=evaluation["heldout"]["error"],
             load_line="from diffusers import DiffusionPipeline; "
-            f"pipeline = DiffusionPipeline.from_pretrained({quoted(folder.as_posix())})",
+            f"pipeline = DiffusionPipeline.from_pretrained({quoted(folder.absolute().as_posix())})",
         )
 
     def few(self, folder: Path) -> TextToImageTask:
@@ -737,8 +737,7 @@ def _read_vae(config: TextToImageConfig, read: Callable[[str, str | None, str | 
         return read(config.vae.source, config.vae.subfolder, config.vae.revision)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"vae.source: {error}. Train an autoencoder first, `accelerate launch training/train_vae.py`, or say with "
-            "--vae where one is"
+            f"vae.source: {error}. Train an autoencoder first, `diffusers-vae train`, or say with --vae where one is"
         ) from error
 
 

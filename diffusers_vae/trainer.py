@@ -747,6 +747,7 @@ class AutoencoderTask(Task):
     def _result(self, report: EvaluationReport, model: nn.Module) -> TrainResult:
         folder = Path(self.config.run.output_dir) / "model"
         autoencoder = _autoencoder(model)
+        place = quoted(folder.absolute().as_posix())
         package, name = ("diffusers", "AutoencoderKL") if isinstance(autoencoder, VAE) else ("diffusers_vae", "MLPVAE")
         return TrainResult(
             output_dir=folder.parent,
@@ -754,5 +755,5 @@ class AutoencoderTask(Task):
             report=report,
             parameters=autoencoder.num_parameters(),
             latent_shape=self.config.model.latent_shape(self.config.data.size),
-            load_line=f"from {package} import {name}; vae = {name}.from_pretrained({quoted(folder.as_posix())})",
+            load_line=f"from {package} import {name}; vae = {name}.from_pretrained({place})",
         )

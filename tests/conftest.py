@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -150,6 +151,21 @@ def finished_vae_run(tmp_path_factory) -> Path:
 
     with drawn_figures():
         return finished_run(tmp_path_factory, "small-vae", TINY_VAE, tracker="tensorboard")
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Path:
+    """A folder, to be put on the module path, with what a wheel of this checkout installs."""
+    pytest.importorskip("setuptools", minversion="77")
+    folder = tmp_path_factory.mktemp("wheel")
+    ignored = (".git", "__pycache__", "*.egg-info", "build", "dist", "runs", "data.tar", "tests")
+    shutil.copytree(Path(__file__).parents[1], folder / "source", ignore=shutil.ignore_patterns(*ignored))
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=folder / "source", check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "installed")
+    return folder / "installed"
 
 
 @pytest.fixture(scope="session")
