@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from diffusers_vae.data import DataConfig, ReadImages, holds_arrays, holds_rows, load_data, load_split
+from diffusers_vae.data import DataConfig, ReadImages, kind_at, load_data, load_split
 from diffusers_vae.images import to_model_range
 
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     sets, streams = {}, {}
     for root in (settings.folder, *settings.packed):
-        name = "datasets" if holds_rows(str(root)) else "array" if holds_arrays(root) else "folder"
+        name = kind_at(str(root))
         config = DataConfig(name=name, root=str(root), resolution=settings.resolution, channels=3)
         images, _ = load_split(config, "all", memory_limit=0)  # so that they are read on demand
         sets["diffusers_vae" if root == settings.folder else root.name] = images

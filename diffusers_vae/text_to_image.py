@@ -380,14 +380,16 @@ class TextToImageTask(Task):
         config, first = self.config, accelerator.is_local_main_process
         self.accelerator = accelerator
         with one_first(first, "reading the data set"):
-            if is_local(config.vae.source) or config.data.channels is None:
-                # what is missing is reported before the data are read
-                channels = _read_vae(config, read_config).get("in_channels")
-                if config.data.channels is None and channels != 1:  # a grey one must not hide colours
-                    config = replace(config, data=replace(config.data, channels=channels))
-            images, heldout = load_data(config.data, first, None if self.max_images is None else 0, captions=True)
+            if is_local(config.vae.source):  # what is missing is reported before the data are read
+                _read_vae(config, read_config)
+            limit = None if self.max_images is None else 0
+            images, heldout = load_data(config.data, first, limit, captions=True)
             self.vae = _load_vae(config)
-        refuse_colours(images, config.data, 1, config.vae.source)
+            if (channels := self.vae.config.in_channels) != images.channels:
+                if channels == 1:
+                    refuse_colours(images, config.data, channels, config.vae.source)
+                config = replace(config, data=replace(config.data, channels=channels))
+                images, heldout = load_data(config.data, first, limit, captions=True)
         config = self.config = replace(config, data=replace(config.data, channels=images.channels))
         self.images = len(images)
         if accelerator.is_main_process:

@@ -602,7 +602,7 @@ class TestOutputs:
         ("files", "settings"),
         [
             (SET, None),
-            (FLAT, TextToImageConfig()),
+            (FLAT, TextToImageConfig(data=DataConfig())),
             ("train/{}.png 6 cut -", None),
             ("a/b/{}.png 4 cut b\na/c/{}.png 4 cut c", None),
         ],

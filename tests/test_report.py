@@ -130,11 +130,18 @@ def test_tables_escape_names_that_could_command_a_terminal():
     precision = {"images": 1, "blocks": {HOSTILE: 1.0}, "overflow": None, "fp16_psnr": None, "verdict": "safe"}
     differences = {"psnr": {"mean": 1.0, "interval": [0.5, 1.5], "second_is_better": 1.0}}
     figures = FileFigures(
-        formats={HOSTILE: 1}, modes={"L": 1}, sizes={"8x8": 1}, sides=(8, 8, 8), duplicates=((HOSTILE, "b"),), leaks=0
+        formats={HOSTILE: 1},
+        modes={"L": 1},
+        sizes={"8x8": 1},
+        sides=(8, 8, 8),
+        duplicates=((HOSTILE, "b"),),
+        paged=(HOSTILE,),
+        leaks=0,
     )
     look = Look(
         parts={"training": 1}, split=False, classes={HOSTILE: 1}, captions=f"bad:\n{HOSTILE}", unreadable=(HOSTILE,),
-        measured=1, mean=(0.5,), std=(0.5,), constant=(HOSTILE,), shown=torch.zeros(1, 1, 8, 8), files=figures,
+        left_out=(HOSTILE,), notes=(HOSTILE,), measured=1, mean=(0.5,), std=(0.5,), constant=(HOSTILE,),
+        shown=torch.zeros(1, 1, 8, 8), files=figures,
     )  # fmt: skip
     tables = [
         report_table(report | {HOSTILE: 1.5}),
