@@ -467,17 +467,6 @@ for name, pictures in torch.load("expected.pt").items():
         pipeline = DiTPipeline(transformer=None, vae=Other.from_config(vae.config), scheduler=None)
         assert pipeline.config["vae"] == (Other.__module__, "Other")
 
-    @pytest.mark.parametrize("way", WAYS)
-    def test_mlp_is_refused(self, way, vae, texts, tmp_path):
-        mlp = copy.deepcopy(MLPVAE(image_size=(16, 16), in_channels=1))
-        pipeline = make("DiTPipeline", untrained(vae), texts)
-        with pytest.raises(
-            TypeError, match=r"got (an )?MLPVAE: its latents are not spatial, and diffusers has no such class"
-        ):
-            way(pipeline, mlp, tmp_path)
-        assert type(pipeline.vae) is AutoencoderKL and pipeline.config["vae"] == ("diffusers", "AutoencoderKL")
-        assert pickle.loads(pickle.dumps(mlp)).config == mlp.config
-
 
 def state(pipeline):
     """All that swap_vae could change."""

@@ -11,7 +11,7 @@ import time
 from functools import cache, partial
 from pathlib import Path
 
-import PIL.Image
+import PIL.ImageFile
 import psutil
 import pytest
 import torch
@@ -559,15 +559,15 @@ class TestSignals:
             on_bad_image=on_bad_image,
         )  # fmt: skip
         config = dataclasses.replace(tiny(tmp_path / "run", TINY_VAE, max_images=30), data=data)
-        opened, sent = PIL.Image.open, threading.Event()
+        load, sent = PIL.ImageFile.ImageFile.load, threading.Event()
 
-        def open_and_signal(*arguments, **settings):
+        def load_and_signal(image):
             if (tmp_path / "run" / "model").exists() and not sent.is_set():
                 sent.set()
                 os.kill(os.getpid(), signal.SIGTERM)
-            return opened(*arguments, **settings)
+            return load(image)
 
-        monkeypatch.setattr(PIL.Image, "open", open_and_signal)
+        monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", load_and_signal)
         with pytest.raises(Interrupted, match=r"asked to stop \(SIGTERM\)"):
             train(config, memory_limit=0)
         assert sent.is_set() and not (tmp_path / "run" / "evaluation.json").exists()

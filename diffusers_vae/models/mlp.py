@@ -24,18 +24,6 @@ class MLPVAEOutput(VAEOutput):
     logits: torch.Tensor
 
 
-class _InNoPipeline(str):
-    """Name of the module of an object that no pipeline takes: a pipeline splits it to register the object, for its
-    model_index.json (diffusers 0.36 to 0.42)."""
-
-    def split(self, *args, **kwargs):
-        raise TypeError(
-            "a pipeline must have an AutoencoderKL or another autoencoder of diffusers, got an MLPVAE: its latents are "
-            "not spatial, and diffusers has no such class, so the saved pipeline could not be loaded; train a model "
-            "with model.architecture vae"
-        )
-
-
 class MLPVAE(KeepsScaling, ModelMixin, ConfigMixin):
     """Encoder and decoder with one hidden layer each, after Kingma & Welling 2014 (Auto-Encoding Variational Bayes).
 
@@ -63,7 +51,6 @@ class MLPVAE(KeepsScaling, ModelMixin, ConfigMixin):
         shift_factor: float | None = None,
     ):
         super().__init__()
-        self.__module__ = _InNoPipeline(self.__module__)  # of the object alone
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_shape = (in_channels, height, width)
         pixels = in_channels * height * width
