@@ -662,7 +662,8 @@ def draw_all(
         pictures["interpolations"] = interpolation_picture(model, pairs[0::2], pairs[1::2], batch_size)
     if latent_shape == (2, 1, 1):
         pictures["manifold"] = manifold_picture(model, batch_size)
-    if min(len(image_set), max_images or len(image_set)) > 2 and math.prod(latent_shape) > 1:
+    # some of a set that is read on demand may be unreadable
+    if min(len(images), len(image_set), max_images or len(image_set)) > 2 and math.prod(latent_shape) > 1:
         pictures["latents"] = latent_picture(model, image_set, batch_size, max_images, projection)
     if rate_per_channel is not None and rate_per_position is not None:
         pictures["rates"] = rate_picture(rate_per_channel, rate_per_position, unused)

@@ -5,11 +5,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
 from huggingface_hub import HfApi, ModelCard
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.hub import TOKEN, connect, uploaded
 from support.launches import run_forked
@@ -533,8 +535,12 @@ def test_published_from_another_place_it_names_its_source_and_no_path(place, at_
         HfApi().upload_folder(repo_id=repo, folder_path=base)
     else:
         shutil.copytree(base, source / "model" if place == "of a run" else source)
+    (at_home / "data").mkdir()
+    for name in range(12):
+        pixels = np.random.default_rng(name).integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(at_home / "data" / f"{name}.png")
     config = tuning(Path("runs/tuned"), source, max_images=30)
-    train(dataclasses.replace(config, data=dataclasses.replace(DATA, root=str(at_home / "data"))))
+    train(dataclasses.replace(config, data=DataConfig(root=str(at_home / "data"), resolution=8)))
     report = Path("runs/tuned/report.html").read_text()
     shutil.rmtree(at_home / "lab", ignore_errors=True)
     monkeypatch.chdir(tmp_path)
