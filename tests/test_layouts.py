@@ -284,6 +284,19 @@ LAYOUTS = {
         own/{}.png 3 training own"""
     ),
     "parts by file names": Layout("train_{}.png 6 training -\ntest_{}.png 3 held-out -"),
+    "three parts by file names": Layout(
+        "train_{}.png 6 training -\nval_{}.png 3 held-out -\ntest_{}.png 2 unused -", notes=("not used, .*: test_0, ",)
+    ),
+    "images beside parts": Layout(
+        "train/{}.png 6 training -\ntest/{}.png 3 held-out -\n{}.png 2 unused -", notes=("not used, .* images in .*s$",)
+    ),
+    "images beside parts of one of two sets": Layout(
+        """cifar/train/{}.png 3 training cifar
+        cifar/test/{}.png 2 held-out cifar
+        cifar/{}.png 2 unused -
+        own/{}.png 3 training own""",
+        notes=("not used, .* images in .*cifar$",),
+    ),
     "classes named like parts": Layout(
         """test_tube/{}.png 4 cut test_tube
         training_shoes/{}.png 4 cut training_shoes

@@ -45,6 +45,8 @@ class _Roles:
     splits: list[Names] = field(default_factory=list)
     """Folders in which parts lie."""
     unused: list[Names] = field(default_factory=list)
+    beside: list[Names] = field(default_factory=list)
+    """Folders in which images lie beside parts."""
     doubtful: list[Names] = field(default_factory=list)
     """Folders that are named as a part, with no other part beside them."""
 
@@ -61,6 +63,7 @@ def divide(files: Files, suffixes: Sequence[str]) -> Division:
         ValueError: when it is not clear what to train on.
     """
     folder, entries, holders, images = _first_with_several(files, suffixes)
+    unused_files: list[str] = []
 
     def holds_images(path: Path) -> bool:
         return any(_is_image(found, suffixes) for found in files.below(path))
@@ -80,7 +83,7 @@ def divide(files: Files, suffixes: Sequence[str]) -> Division:
             for path in others
             if path.name in split.unused or not entries[path] or _shows_images(files, path, suffixes)
         ]
-        roles = _Roles(unused=[(path.name,) for path in unused])
+        roles = _Roles(unused=[(path.name,) for path in unused], beside=[()] if images else [])
         parts, beside = [], []
         for role, group in ((roles.training, split.training), (roles.heldout, split.heldout)):
             found = []
@@ -105,9 +108,9 @@ def divide(files: Files, suffixes: Sequence[str]) -> Division:
             trained = roles.training | roles.undivided
             parts = [[image for image in found if os.path.dirname(image) in role] for role in (trained, roles.heldout)]
         else:
-            parts = _by_file_names(found) or parts
+            parts, unused_files = _by_file_names(found) or (parts, [])
     folders = roles.training | roles.heldout | roles.undivided
-    return Division(parts, folders, beside, _notes(files, folder, roles))
+    return Division(parts, folders, beside, _notes(files, folder, roles, unused_files))
 
 
 def class_names(division: Division) -> list[list[str | None]]:
@@ -206,7 +209,8 @@ def _assign(folders: Sequence[tuple[str, Names, Names]], above: Names, roles: _R
         for role, group in ((roles.training, split.training), (roles.heldout, split.heldout)):
             role |= {at: so_far + _bare(left) for name in group for at, left, so_far in inside[names[name]]}
         others = names.keys() - {*split.training, *split.heldout}
-        roles.unused += [(*above, name) for name in sorted(others)] + ([above] if images else [])
+        roles.unused += [(*above, name) for name in sorted(others)]
+        roles.beside += [above] if images else []
         return
     if packed := [name for name in inside if name.endswith(PACKED)]:  # what is in them lies beside them
         beside = [(at, (name, *left), rest) for name in inside for at, left, rest in inside[name] if name not in packed]
@@ -219,14 +223,17 @@ def _assign(folders: Sequence[tuple[str, Names, Names]], above: Names, roles: _R
         _assign([(at, left, (*so_far, name)) for at, left, so_far in group], (*above, name), roles)
 
 
-def _by_file_names(images: list[Path]) -> list[list[Path]] | None:
-    """The images to train on and those held out, if the names of all files mean a part: train_001.png, test_001.png."""
+def _by_file_names(images: list[Path]) -> tuple[list[list[Path]], list[str]] | None:
+    """The images to train on and those held out, if the names of all files mean a part: train_001.png, test_001.png;
+    and the names of the others, without suffix.
+    """
     if not all(part_of(image.stem, True) for image in images[:LISTED]):
         return None  # as nearly always
     split = split_of({image.stem for image in images}, lambda name: True)
     if split is None or not all(part_of(image.stem, True) for image in images):
         return None
-    return [[image for image in images if image.stem in names] for names in ({*split.training}, {*split.heldout})]
+    parts = ({*split.training}, {*split.heldout})
+    return [[image for image in images if image.stem in names] for names in parts], split.unused
 
 
 def _checked(found: list[Path], folders: Sequence[Path], beside: Sequence[Path], files: Files) -> list[Path]:
@@ -284,15 +291,20 @@ def _refuse_unclear(
         )
 
 
-def _notes(files: Files, folder: Path, roles: _Roles) -> list[str]:
+def _notes(files: Files, folder: Path, roles: _Roles, unused_files: Sequence[str]) -> list[str]:
     """What people should know before a training."""
     notes = []
 
     def named(found: Sequence[Names]) -> str:
-        return _listed(os.path.join(*names) + os.sep if names else "images beside parts" for names in found)
+        return _listed(os.path.join(*names) + os.sep for names in found)
 
     if roles.unused:
         notes.append(f"not used, since other parts are: {named(roles.unused)} in {folder.resolve()}")
+    if unused_files:
+        notes.append(f"not used, since other parts are: {_listed(unused_files)} in {folder.resolve()}")
+    if roles.beside:
+        found = _listed(str(folder.joinpath(*names).resolve()) for names in roles.beside)
+        notes.append(f"not used, since parts lie beside them: the images in {found}")
     doubtful = [names for names in roles.doubtful if any(at[: len(names)] == names for at in roles.undivided.values())]
     if doubtful:
         notes.append(
