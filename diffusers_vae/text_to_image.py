@@ -550,8 +550,9 @@ class TextToImageTask(Task):
         parts = [sum(p.numel() for p in part.parameters()) for part in (model.unet, model.text_encoder)]
         return (
             f"U-Net with {parts[0]:,} parameters and text encoder with {parts[1]:,}, latents "
-            f"{'x'.join(map(str, latents.latent_shape))}; {len(latents):,} training images of {self.config.data.name}, "
-            f"{len(self.captions.distinct):,} different captions, {len(self.tokenizer):,} tokens"
+            f"{'x'.join(map(str, latents.latent_shape))}; {len(latents):,} training images of "
+            f"{showable(self.config.data.described)}, {len(self.captions.distinct):,} different captions, "
+            f"{len(self.tokenizer):,} tokens"
         )
 
     def unreached(self, total_images: int) -> list[str]:

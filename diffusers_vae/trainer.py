@@ -608,8 +608,8 @@ class AutoencoderTask(Task):
         return (
             f"{type(autoencoder).__qualname__} with {all_of_them:,} parameters{of}{compiled}, latents "
             f"{'x'.join(map(str, self.config.model.latent_shape(data.size)))}; {len(self.train_set):,} training and "
-            f"{len(self.heldout):,} held-out images of {data.name} at {'x'.join(map(str, data.size))}; kl_weight "
-            f"{objective.kl_weight:g}{means}{when}{judged}"
+            f"{len(self.heldout):,} held-out images of {showable(data.described)} at "
+            f"{'x'.join(map(str, data.size))}; kl_weight {objective.kl_weight:g}{means}{when}{judged}"
         )
 
     def unreached(self, total_images: int) -> list[str]:
