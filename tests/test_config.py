@@ -245,11 +245,16 @@ class TestImages:
         [
             ({"name": "digits", "root": "photos"}, "data.root photos would be ignored with data.name digits"),
             ({"channels": 3}, "data.channels 3 needs images that are named: give data.root"),
+            ({"root": ""}, "data.root must name a folder, a file or a data set on the Hub, got an empty text"),
         ],
     )
     def test_root_of_a_set_that_has_none_and_colours_without_a_set_are_refused(self, settings, words):
         with pytest.raises(ValueError, match=words):
             DataConfig(**settings)
+
+    @pytest.mark.parametrize(("suffix", "name"), [(".zip", "folder"), (".TAR", "folder"), (".npz", "array")])
+    def test_missing_archives_and_arrays_are_no_sets_on_the_hub(self, suffix, name):
+        assert DataConfig(root=f"photos/images{suffix}").name == name
 
     def test_pretrained_for_photographs_is_not_trained_on_digits(self, pretrained, capsys):
         with pytest.raises(SystemExit):

@@ -980,6 +980,17 @@ class TestChannels:
         assert [part.channels for part in parts] == [channels, channels]
         assert all_pixels(parts[0]).shape[1] == channels
 
+    @pytest.mark.parametrize("memory_limit", [0, 20_000, None])
+    def test_are_those_of_the_few_in_colour_among_many_in_grey(self, memory_limit, tmp_path):
+        for place in range(320):
+            Image.new("L", (8, 8)).save(tmp_path / f"{place}.bmp")
+        train, _ = load_data(DataConfig(root=str(tmp_path), resolution=8, channels=1), memory_limit=0)
+        last = train.name(len(train) - 1)
+        Image.new("RGB", (8, 8), (9, 8, 7)).save(last)
+        train, heldout = load_data(DataConfig(root=str(tmp_path), resolution=8), memory_limit=memory_limit)
+        assert train.channels == heldout.channels == 3 and all_pixels(train)[-1, :, 0, 0].tolist() == [9, 8, 7]
+        assert train.files == f"320 images of {tmp_path.name}, RGB and grey, 8x8; read as 8x8 RGB"
+
     @pytest.mark.parametrize(("shape", "channels"), [((9, 8, 8), 1), ((9, 8, 8, 3), 3), ((9, 3, 8, 8), 3)])
     @pytest.mark.parametrize("settings", [{}, {"value_range": (0, 255)}])
     def test_are_those_of_arrays(self, shape, channels, settings, tmp_path):

@@ -480,6 +480,13 @@ def test_folders_and_archives(name, images, tmp_path, caplog):
     assert len(logged) == len(layout.notes) and all(map(re.search, layout.notes, logged)), logged
 
 
+def test_share_to_hold_out_of_a_set_with_parts_is_not_ignored_silently(images, tmp_path, caplog):
+    build(Layout("train/{}.png 6 training -\ntest/{}.png 3 held-out -"), tmp_path / "photos", images)
+    load_data(dataclasses.replace(config(tmp_path / "photos"), heldout_fraction=0.25), progress=True)
+    (logged,) = [record.getMessage() for record in caplog.records if record.name.startswith("diffusers_vae")]
+    assert logged == "data.heldout_fraction 0.25 is not used, since the set has a held-out part"
+
+
 def config(root: Path, name: str = "folder") -> DataConfig:
     return DataConfig(name=name, root=str(root), channels=3, resolution=SIDE, num_workers=0)
 

@@ -403,7 +403,9 @@ class TestRefused:
             OSError, match=f"cannot tell without .* whether data.revision v1 of {root} is .* {commit}; if"
         ):
             load_data(config(root, revision="v1"))
-        with pytest.raises(OSError, match=r"the connection to http.* must hold, or the set be in the cache"):
+        with pytest.raises(
+            OSError, match=r"there is no .*/ann/other, .* connection to http.* must hold, or .* in the cache"
+        ):
             load_data(config("ann/other"))
 
     def test_wrong_folders_and_files_are_named(self, folder, tmp_path):

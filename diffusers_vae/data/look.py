@@ -19,6 +19,8 @@ from .reading import image_batches
 from .sources import GREY, OF_ROWS, PLACED, DataConfig, ImageSet, StoredImages, load_data, load_with_layout, pages_of
 from .store import FileStore
 
+DEPTHS = (8, 10, 12, 14)
+"""Bits of a value that are common in files of 16 bits."""
 NEARLY_CONSTANT = 2 / 255
 """Std of the values of an image in [0, 1] up to which there is hardly anything to see in it."""
 SHOWN = 64
@@ -141,10 +143,6 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         files=files,
         value_range=None if config.value_range is None else ValueRange(*config.value_range),
     )
-
-
-DEPTHS = (8, 10, 12, 14)
-"""Bits of a value that are common in files of 16 bits."""
 
 
 def _bits(highest: int) -> int | None:

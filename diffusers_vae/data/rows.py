@@ -316,7 +316,10 @@ def _explained(config: DataConfig) -> Iterator[None]:
         elif any(isinstance(found, pickle.UnpicklingError) for found in (error, error.__cause__)):
             kind, reason = ValueError, "a .pth file in it is refused, since it is damaged or a pickle that holds code"
         elif isinstance(error, ConnectionError):
-            reason = f"the connection to {settings.HF_ENDPOINT} must hold, or the set be in the cache already ({said})"
+            reason = (
+                f"there is no file or folder {Path(config.root).resolve()}, and for a set on the Hub, the connection "
+                f"to {settings.HF_ENDPOINT} must hold, or the set be in the cache already ({said})"
+            )
         else:
             reason = f"{type(error).__name__}: {said}"
     raise kind(without_passwords(f"cannot load the data set {config.root}: {reason}"))

@@ -34,6 +34,7 @@ from ..settings import at_home, only_with, refuse_unread
 from ..silence import report_progress
 from ..untrusted import MAX_PAGES, MAX_UNPACKED, open_regular
 from ..values import ValueRange
+from .arrays import SUFFIXES as ARRAYS
 from .arrays import ArrayStore, ImageArray, array_classes, array_files, holds_arrays
 from .augmentation import Augmentation
 from .captions import read_captions
@@ -63,7 +64,11 @@ OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column
 """Settings of `DataConfig` that belong to one data set of rows."""
 OF_TRAINING = ("horizontal_flip", "vertical_flip", "color_jitter", "streaming", "shuffle_buffer", "lanes")
 """Those that change how a set is trained on, and not what is measured or encoded of it."""
-LOOKED_AT = 32
+GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
+"""Modes of Pillow's without colours."""
+LOOKED_AT = 256
+"""Images of each part whose headers are read first: they say whether a set is in colour, unless all are grey."""
+MEASURED = 32
 """Training images by which it is judged whether images use their depth."""
 MEMORY_LIMIT = 2**31
 """Bytes of pixels up to which a set is read once and kept in memory."""
@@ -110,7 +115,7 @@ class DataConfig:
     """Side of the images in pixels, or [height, width]."""
     channels: int | None = None
     """1: grey, 3: RGB, 4: RGBA as it is; any other number: files with so many channels, taken as they are. null: 1 if
-    all images are grey, else 3, by the headers of some; config.yaml states which."""
+    all images are grey, else 3, by their headers, of a stream those of some; config.yaml states which."""
     value_range: tuple[float, float] | None = only_with(None, name=PLACED)
     """Of files: what their values mean, [low, high]. They are taken as they are, of whatever depth; low
     is -1 and high is 1 in model range, and a value outside is an error. It is saved beside the model, and undone where
@@ -150,6 +155,8 @@ class DataConfig:
 
     def __post_init__(self):
         at_home(self, "root")
+        if self.root == "":
+            raise ValueError("data.root must name a folder, a file or a data set on the Hub, got an empty text")
         if self.name is None and self.root is None and self.channels not in (None, 1):
             raise ValueError(
                 f"data.channels {self.channels} needs images that are named: give data.root, a folder for example, or "
@@ -607,6 +614,9 @@ def load_with_layout(
         files = _in_words(config, len(sizes), {"RGB" if parts[0][0].shape[1] == 3 else "grey": len(sizes)}, sizes)
         train, heldout = (_in_memory(*part, config, files) for part in parts)
         layout = Layout(config.name != "digits")
+    if layout.split and config.heldout_fraction != DataConfig.heldout_fraction:
+        unused = f"data.heldout_fraction {config.heldout_fraction} is not used, since the set has a held-out part"
+        layout = replace(layout, notes=(*layout.notes, unused))
     for note in layout.notes if progress else ():
         logger.warning("%s", showable(note))
     train.augmentation = Augmentation.of(config)
@@ -925,13 +935,24 @@ def _in_size(
     """The sets in memory, if their pixels fit, else to be read on demand; without the images that cannot be read, of a
     set to be read on demand as far as `headers` tell, where each has its own.
     """
+    asked = train.config
     train, heldout = looked_at(train, heldout)
-    config = train.config
-    count, size = config.crops or 1, config.size[0] * config.size[1] * config.channels * config.dtype.itemsize
-    if count == "random" or (len(train) + len(heldout)) * count * size > memory_limit:
+    unsure = headers and asked.channels is None and train.channels == 1 and max(len(train), len(heldout)) > LOOKED_AT
+
+    def too_large() -> bool:
+        count, size = asked.crops or 1, asked.size[0] * asked.size[1] * train.channels * asked.dtype.itemsize
+        return count == "random" or (len(train) + len(heldout)) * count * size > memory_limit
+
+    if unsure and not too_large():  # a few of the others may have colours
+        train, heldout = looked_at(train.seen_as(asked, ""), heldout.seen_as(asked, ""), max(len(train), len(heldout)))
+        unsure = False
+    if too_large():
         parts = [train, heldout]
         if headers:
-            parts, _ = _scan(parts, StoredImages.header, "checking files", progress)
+            parts, found = _scan(parts, StoredImages.header, "checking files", progress)
+        if unsure:
+            train, heldout = (part.seen_as(asked, "") for part in parts)
+            parts = _described(train, heldout, [header for part in found for header in part])
         loaded = tuple(part.cropped() for part in parts)
     else:
         parts, read = _scan([train, heldout], StoredImages.read_all, "reading images", progress)
@@ -946,19 +967,19 @@ def _in_size(
     return loaded
 
 
-GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
-"""Modes of Pillow's without colours."""
-SAMPLE = 256
-"""Images whose headers say whether a set is in colour."""
-
-
-def looked_at(train: StoredImages, heldout: StoredImages, count: int = SAMPLE) -> tuple[StoredImages, StoredImages]:
+def looked_at(train: StoredImages, heldout: StoredImages, count: int = LOOKED_AT) -> tuple[StoredImages, StoredImages]:
     """The parts with `data.channels`, where that is null, by the headers of the first `count` images of each, and with
     what these say in words.
     """
     with ThreadPoolExecutor() as pool:
         found = [pool.map(partial(_header_of_any, part), range(min(count, len(part)))) for part in (train, heldout)]
-    headers = [header for part in found for header in part if header]
+    return _described(train, heldout, [header for part in found for header in part if header])
+
+
+def _described(
+    train: StoredImages, heldout: StoredImages, headers: Sequence[Header]
+) -> tuple[StoredImages, StoredImages]:
+    """The parts as `looked_at` returns them, by these headers."""
     colours = Counter(_colours(header.mode) for header in headers)
     config = train.config
     if config.channels is None:
@@ -1014,7 +1035,7 @@ def holds_rows(place: str) -> bool:
     """
     path = Path(place)
     if not path.is_dir():
-        return is_hub_id(place) or path.suffix.lower() == PARQUET
+        return path.suffix.lower() == PARQUET or (is_hub_id(place) and path.suffix.lower() not in (*ARCHIVES, *ARRAYS))
     found = was_saved(path)
     for parent, folders, names in os.walk(path):
         if is_output(parent, names):
@@ -1074,7 +1095,7 @@ def _warn_of_pages(parts: Sequence[StoredImages]) -> None:
 
 def _warn_of_depth(images: ImageSet, config: DataConfig) -> None:
     """Log a warning when most images use only a small part of the values that they could have."""
-    pixels = images.__getitems__(range(min(LOOKED_AT, len(images)))).pixels.flatten(1)
+    pixels = images.__getitems__(range(min(MEASURED, len(images)))).pixels.flatten(1)
     values = pixels / 255 if pixels.dtype == torch.uint8 else pixels
     lowest, highest = values.amin(1), values.amax(1)
     if not len(values) or 2 * (highest - lowest < 1 / 4).sum() < len(values):
