@@ -55,7 +55,7 @@ def beside(suffix: str, text: Callable[[str], str] = str) -> Callable[[Path], No
     """Write a file with the caption beside each image: `captions` of the images are `text` of their numbers."""
 
     def write(root: Path) -> None:
-        for path in [path for path in root.rglob("*") if path.suffix in (".png", ".jpg", ".webp")]:
+        for path in [path for path in root.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".webp")]:
             path.with_suffix(suffix).write_text(text(path.stem), encoding="utf-8")
 
     return write
@@ -355,6 +355,7 @@ LAYOUTS = {
         then=beside(".caption", "photo of {}".format),
     ),
     "kohya, tags": Layout("40_dog/{}.png 8 cut - 1dog, solo, {}", then=beside(".txt", "1dog, solo, {}".format)),
+    "texts of Windows": Layout("{}.JPG 8 cut - a dog, {}", then=beside(".TXT", "a dog, {}".format)),
     "kohya, JSON of all": Layout(
         "{}.png 8 cut -", {"meta_cap.json": '{"0": {"caption": "a"}}'}, notes=("look like captions .*meta_cap.json$",)
     ),

@@ -23,7 +23,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 KEYS = ("text", "caption", "prompt")
 """Where a caption stands in metadata and JSON; the first that is there counts."""
 SUFFIXES = (".txt", ".caption", ".json")
-"""Of files beside an image that are named like it; the first that has captions counts."""
+"""Of files beside an image that are named like it, in any case; the first that has captions counts."""
 UNREAD = (".cap", ".md", ".prompt", ".tag", ".tags", ".text")
 """Suffixes of files beside an image that may be captions and are not read."""
 TABLES = (".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt", ".xlsx", ".xml")
@@ -116,12 +116,16 @@ class _Beside:
 def _beside(below: Files, files: Sequence[str]) -> dict[str, list[str]]:
     """The files beside each image file that may hold its captions, in the order of `SUFFIXES`."""
     one_of_each = {os.path.dirname(file): file for file in files}
-    names = {folder: below.beside(file) for folder, file in one_of_each.items()}
+    names: dict[tuple[str, str], dict[str, str]] = {}
+    for folder, file in one_of_each.items():
+        for name in sorted(below.beside(file)):
+            stem, suffix = os.path.splitext(name)
+            names.setdefault((folder, stem), {})[suffix.lower()] = name  # of .TXT and .txt, the latter
     beside = {}
     for file in files:
         folder, name = os.path.split(file)
-        stem = os.path.splitext(name)[0]
-        if found := [os.path.join(folder, stem + suffix) for suffix in SUFFIXES if stem + suffix in names[folder]]:
+        own = names.get((folder, os.path.splitext(name)[0]), {})
+        if found := [os.path.join(folder, own[suffix]) for suffix in SUFFIXES if suffix in own]:
             beside[file] = found
     return beside
 
@@ -130,7 +134,7 @@ def _from_beside(below: Files, paths: Sequence[str]) -> _Beside:
     """The first captions in the files beside an image."""
     boxes, empty, unread = "", "", []
     for path in paths:
-        if path.endswith(".json"):
+        if path.lower().endswith(".json"):
             try:
                 captions = _captions(json.loads(below.read(path)))[1]
             except (RecursionError, UnicodeDecodeError, ValueError):  # such files hold many other things
@@ -302,9 +306,10 @@ def _others(below: Files, folders: Sequence[str], files: Sequence[str]) -> list[
     for folder in folders:
         for name in sorted(below.names_in(folder)):
             path, (stem, suffix) = os.path.join(folder, name), os.path.splitext(name)
+            suffix = suffix.lower()
             if not suffix and FOLDERS.intersection(words(name)) and os.path.isdir(path):
                 inside = sorted(os.listdir(path))
-                texts = [inner for inner in inside if inner.endswith(SUFFIXES[:2])]
+                texts = [inner for inner in inside if inner.lower().endswith(SUFFIXES[:2])]
                 found += [os.path.join(path, inner) for inner in ([*filter(_is_telling, inside)] or texts)]
             elif name not in METADATA and not (suffix in SUFFIXES and os.path.join(folder, stem) in stems):
                 like_an_image = suffix in (*SUFFIXES, *UNREAD) and name.partition(".")[0] in keys.get(folder, ())
