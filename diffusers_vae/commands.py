@@ -45,6 +45,7 @@ from .data import (
     refuse_colours,
 )
 from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, read_report, reconstruct
+from .fields import unread
 from .hub import HubConfig, check_can_push, find_value_range, push
 from .images import read_image, to_model_range, to_pil
 from .latent_cache import DTYPES, Kind, encode_images
@@ -69,7 +70,7 @@ from .pipelines import latent_scaling
 from .precision import measure_precision
 from .processes import Interrupted, lossy_output, on_main, one_first, process_share
 from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
-from .settings import config_of_run, read_settings, unread
+from .settings import config_of_run, read_settings
 from .silence import GROUP_TIMEOUT, PATIENCE, Patience, report_progress, watched
 from .storage import whole_file, whole_files, write_file, write_text
 from .trainer import TrainResult

@@ -162,13 +162,13 @@ def encode_images(
     with only_user_of(folder, "writing latents to", "folder for the latents"):
         if on_main(lambda: _is_complete(folder, cache)):  # by whom it was in use
             return LatentDataset(folder)
-        on_main(lambda: _clear(folder, cache))
+        on_main(lambda: _clear(folder, _of_shards(cache)))
         fast = for_inference(vae, getattr(torch, cache.get(*COMPUTED)))
         values = math.prod(cache["data"]["image_shape"][1:]) * vae.config.get("block_out_channels", [1])[0]
         if batch_size is None:
             batch_size = max(1, (CPU_VALUES if vae.device.type == "cpu" else DEVICE_VALUES) // values)
         at_once = max(1, AT_ONCE // (batch_size * values))
-        shards = _encode_shards(fast, image_set, folder, cache, batch_size, at_once, progress)
+        shards = _encode_shards(fast, image_set, folder, _of_shards(cache), batch_size, at_once, progress)
 
         def finish() -> None:
             if not any(shard["rows"] for shard in shards):
@@ -233,15 +233,19 @@ def _data_identity(image_set: ImageSet) -> dict[str, Any]:
 
 
 def _as_begun(folder: Path, cache: dict[str, Any]) -> dict[str, Any]:
-    """All that decides what is in a cache; without the contents of the images if the folder holds latents of an earlier
-    version, which did not record them.
+    """All that decides what is in a cache; without the contents of the images if the folder holds all latents of an
+    earlier version, which did not record them.
     """
-    if (folder / INDEX).exists():
-        begun = _read_index(folder)["cache"]
-    else:
-        headers = map(_header, sorted(folder.glob("shard-*.safetensors")))
-        begun = next((header["cache"] for header in headers if header), cache)
-    return cache if "contents" in begun.get("data", {}) else cache | {"data": _without_contents(cache["data"])}
+    if not (folder / INDEX).exists() or "contents" in _read_index(folder)["cache"].get("data", {}):
+        return cache
+    return _of_shards(cache)
+
+
+def _of_shards(cache: dict[str, Any]) -> dict[str, Any]:
+    """What each shard says of the cache: all but the contents of the images, so that a mended file does not cost the
+    shards of others.
+    """
+    return cache | {"data": _without_contents(cache["data"])}
 
 
 def _without_contents(data: dict[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,59 +40,6 @@ other value is an error or, if the advice is empty because the setting changed n
 
 KEPT_SETTINGS = ("data.channels", "data.lanes", "run.compile", "run.mixed_precision")
 """Where these are left open, a run that is continued keeps the values that it was begun with."""
-
-
-def at_home(config: Any, *names: str) -> None:
-    """Replace a leading ~ of the paths in these fields of a section by the user's home directory."""
-    for name in names:
-        if isinstance(path := getattr(config, name), str):
-            object.__setattr__(config, name, os.path.expanduser(path))
-
-
-def only_with(default: Any, **others: bool | tuple[Any, ...]) -> Any:
-    """Return a dataclass field that is read only where `others`, settings of the same section, have certain values: one
-    of a tuple, or, for True, any that switches something on (not None, 0 or false), and for False none that does.
-    """
-    return field(default=default, metadata={"only_with": others})
-
-
-def unread(kind: type, values: Mapping[str, Any]) -> dict[str, tuple[str, bool | tuple[Any, ...]]]:
-    """Return the settings in `values`, of the section `kind`, that differ from their defaults and are not read: for
-    each, the setting that switches it off, and the values of that one with which it is read.
-    """
-    found = {}
-    for option in fields(kind):
-        value = values[option.name]
-        if value == option.default or shown(value) == shown(option.default):  # a list for a tuple
-            continue
-        for other, wanted in option.metadata.get("only_with", {}).items():
-            value = values[other]
-            if bool(value) != wanted if isinstance(wanted, bool) else value not in wanted:
-                found.setdefault(option.name, (other, wanted))
-    return found
-
-
-def refuse_unread(section: str, config: Any) -> None:
-    """Raise ValueError naming the settings of a section that are not read, and what switches them off."""
-    found = unread(type(config), vars(config))
-    for other, wanted in dict.fromkeys(found.values()):
-        names = [name for name, reason in found.items() if reason == (other, wanted)]
-        defaults = {option.name: option.default for option in fields(config)}
-        given = ", ".join(f"{section}.{name} {shown(getattr(config, name))}" for name in names)
-        reset = " ".join(f"--{section}.{name} {shown(defaults[name])}" for name in names)
-        if isinstance(wanted, bool):
-            instead = f"{'set' if wanted else 'leave out'} {section}.{other}"
-        else:
-            instead = f"set {section}.{other} to {' or '.join(map(shown, wanted))}"
-        raise ValueError(
-            f"{given} would be ignored with {section}.{other} {shown(getattr(config, other))}: {instead}, or keep the "
-            f"default{'s' if names[1:] else ''}, {reset}"
-        )
-
-
-def shown(value: Any) -> str:
-    """A value as it is written in YAML and flags."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 @dataclass(frozen=True, kw_only=True)

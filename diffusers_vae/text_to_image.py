@@ -30,6 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from .data import DataConfig, ImageSet, TrainingSet, image_batches, load_data, refuse_colours
 from .diffusion import DiffusionConfig
+from .fields import at_home
 from .hub import check_value_range
 from .images import to_model_range
 from .latent_cache import INDEX, LatentDataset, Verification, encode_images, matching_latents
@@ -40,7 +41,7 @@ from .pictures import loss_picture, prompt_picture
 from .pipelines import latent_scaling
 from .processes import on_main, one_first
 from .run_folder import Log, check_whole
-from .settings import Settings, at_home, config_of_run, read_settings
+from .settings import Settings, config_of_run, read_settings
 from .storage import described, whole_folder, write_file
 from .tokenizer import caption_tokenizer
 from .untrusted import check_type, read_json

@@ -817,7 +817,9 @@ class TestPasswords:
         assert REPO in str(error.value)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("words", [["info", REPO], ["push", "RUN", REPO], ["data", REPO], ["evaluate", REPO]])
+    @pytest.mark.parametrize(
+        "words", [["info", REPO], ["push", "RUN", REPO], ["data", REPO], ["evaluate", REPO, "--data", "digits"]]
+    )
     def test_show_nowhere_in_the_terminal(self, run, words, capfd):
         assert cli.main([str(run) if word == "RUN" else word for word in words]) == 1
         out, error = capfd.readouterr()

@@ -155,7 +155,7 @@ def _depth(images: StoredImages) -> tuple[int, int, int, int] | None:
     same channels; None where some have not, or 14 bits do not suffice.
     """
     found = []
-    for index, row in enumerate(images.rows.tolist()):
+    for index, row in enumerate(map(int, images.rows)):
         try:
             mode = images.header(index).mode
             if ";16" not in mode:

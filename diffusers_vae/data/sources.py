@@ -28,9 +28,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
+from ..fields import at_home, only_with, refuse_unread
 from ..images import OVERSIZE, Header
 from ..messages import problem_list, showable
-from ..settings import at_home, only_with, refuse_unread
 from ..silence import report_progress
 from ..untrusted import MAX_PAGES, MAX_UNPACKED, open_regular
 from ..values import ValueRange

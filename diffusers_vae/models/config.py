@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..settings import at_home, only_with, refuse_unread
+from ..fields import at_home, only_with, refuse_unread
 from .load import LATENT_PARTS, filled_in, load_autoencoder, read_config
 from .lora import add_lora
 from .mlp import MLPVAE
