@@ -255,6 +255,19 @@ class TestStatedScaling:
         path = write(tmp_path / f"a{suffix}", state | {"scale_factor": torch.tensor(0.625)})
         assert scaling(path) == (0.625, None, None, None)
 
+    @pytest.mark.parametrize(
+        "tensors",
+        [
+            {"scale_factor": torch.tensor(1j)},
+            {"scale_factor": torch.tensor(True)},
+            {"scale_factor": torch.empty((), device="meta")},
+            {V1: torch.tensor(1.0), "joint_blocks.0.context_block.adaLN_modulation.1.bias": torch.tensor(1.0)},
+            {"decoder.stages.1.op_list.0.main.conv.conv.bias": torch.zeros(2)},
+        ],
+    )
+    def test_tensors_under_names_of_others_state_nothing(self, tensors, tmp_path):
+        assert scaling(write(tmp_path / "a.ckpt", original(make(TINY)) | tensors)) == (None,) * 4
+
     def test_beside_the_file(self, tmp_path):
         metadata = {"modelspec.architecture": "stable-diffusion-v1"}
         save_file(original(make(TINY)), tmp_path / "a.safetensors", metadata)
@@ -395,6 +408,22 @@ class TestRefused:
         torch.save({"state_dict": original(make(TINY)) | {"encoder.conv_in.weight": print}}, tmp_path / "x.ckpt")
         with pytest.raises(ValueError, match=r"x.ckpt holds no KL autoencoder .*it lacks encoder\.conv_in"):
             load_autoencoder(str(tmp_path / "x.ckpt"))
+
+    @pytest.mark.parametrize(
+        ("name", "tensor", "message"),
+        [
+            ("encoder.conv_in.weight", torch.zeros(3), r"conv_in.weight must have 4 dimensions, got the shape \(3,\)"),
+            ("decoder.conv_in.weight", torch.zeros(()), r"conv_in.weight must have 4 dimensions, got the shape \(\)"),
+            ("encoder.conv_out.weight", torch.zeros(()), "must have 4 dimensions"),
+            ("quant_conv.weight", torch.zeros(8, 8, 1, 1, dtype=torch.int8), "got values of the type torch.int8"),
+            ("quant_conv.weight", torch.zeros(8, 8, 1, 1, dtype=torch.complex64), "of the type torch.complex64"),
+            ("quant_conv.weight", torch.empty(8, 8, 1, 1, device="meta"), "must hold floating-point values, got no"),
+        ],
+    )
+    def test_weights_that_no_layer_has(self, name, tensor, message, tmp_path):
+        path = write(tmp_path / "x.ckpt", original(make(TINY)) | {name: tensor})
+        with pytest.raises(ValueError, match=rf"^{re.escape(path)} holds no KL autoencoder .*: .*{message}"):
+            load_autoencoder(path)
 
     def test_other_suffix(self, tmp_path):
         (tmp_path / "a.txt").write_text("text")

@@ -7,6 +7,7 @@ import math
 import re
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +147,17 @@ def _of_its_model(
     for part in WHOLE:
         root = root.removesuffix(part)
     tensors = {name.removeprefix(root): tensor for name, tensor in tensors.items() if name.startswith(root)}
-    model = infer_diffusers_model_type(tensors)
+    model = None
+    with suppress(IndexError, KeyError):  # of tensors with the name of one of a known model, and another shape
+        model = infer_diffusers_model_type(tensors)
     if model == "v1" and CHECKPOINT_KEY_NAMES["v1"] not in tensors:  # diffusers' answer to whatever it does not know
         model = None
     architecture = metadata.get("modelspec.architecture", "").lower()
     named = (of for start, of_latents, of in _ARCHITECTURES if of_latents == channels and re.match(start, architecture))
     found = _PUBLISHED.get(model) or next(named, {})
     factor = tensors.get("scale_factor")  # what latent-diffusion measures with scale_by_std
-    if factor is not None and factor.numel() == 1 and 0 < factor.item() < math.inf:
+    measured = factor is not None and factor.numel() == 1 and factor.is_floating_point() and not factor.is_meta
+    if measured and 0 < factor.item() < math.inf:
         found = found | {"scaling_factor": factor.item()}
     return found
 
@@ -271,8 +275,13 @@ def _complaint(tensors: dict[str, torch.Tensor], prefix: str, weights: dict[str,
         return f"it is a denoiser (U-Net or transformer) without one, and lacks {missing[0]}"
     if missing:
         return f"it lacks {', '.join(missing)}, and begins with {', '.join(list(tensors)[:3])}"
-    if weights[FIRST].ndim != 4:
+    if weights[FIRST].ndim == 5:
         return "it is an autoencoder of video, with convolutions over time"
+    if odd := next((name for name in needed if weights[name].ndim != 4), None):
+        return f"{odd} must have 4 dimensions, got the shape {tuple(weights[odd].shape)}"
+    if odd := next((name for name, each in weights.items() if not each.is_floating_point() or each.is_meta), None):
+        kind = "no values" if weights[odd].is_meta else f"values of the type {weights[odd].dtype}"
+        return f"{odd} must hold floating-point values, got {kind}"
     if attention := next((name for name in weights if re.match(r"encoder\.down\.\d+\.attn\.", name)), None):
         return (
             "it has attention at other resolutions than the lowest, as f16 and f32 of latent-diffusion have, "
