@@ -615,7 +615,7 @@ def source_name(fine_tuning: Mapping[str, Any]) -> str:
         return repository
     given = fine_tuning["source"]
     source = PureWindowsPath(given) if PureWindowsPath(given).drive else PurePosixPath(given)  # of another machine
-    return (source.parent if source.name in ("model", "vae") else source).name
+    return (source.parent if source.name in ("model", "vae") else source).name or source.name or given
 
 
 def changed_figures(differences: Mapping[str, Sequence[float]]) -> list[tuple[Figure, str, str, str]]:

@@ -290,6 +290,11 @@ class TestCard:
             assert ModelCard(card).data.base_model == expected and ("from sd-vae-ft-mse." in card) == (not expected)
             assert ("huggingface.co/stabilityai" in card) == (expected is not None) and "/home/ann" not in card
 
+    @pytest.mark.parametrize("source", ["model", "vae", ".", ".."])
+    def test_source_without_a_folder_in_its_path_has_a_name_too(self, run, source):
+        tune(run, {"source": source, "repository": None})
+        assert f"Made from {source}, revision" in render_card(run)
+
     @pytest.mark.slow
     def test_adapters_load_as_the_card_says(self, run):
         base, tuned = make_vae(1).eval(), make_vae(1)
