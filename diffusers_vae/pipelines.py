@@ -138,7 +138,9 @@ def _check_class(vae: VAE | AutoencoderKL) -> None:
     if isinstance(vae, VAE) or type(vae) is AutoencoderKL:
         return
     reason = "what these pipelines read of the config, and what loads again without other code, is of those two"
-    if isinstance(vae, nn.Module) and any(isinstance(each, (VAE, AutoencoderKL)) for each in vae.modules()):
+    if isinstance(vae, nn.Module) and any(
+        isinstance(each, (VAE, AutoencoderKL)) and each is not vae for each in vae.modules()
+    ):
         reason = "pass the model inside (compile it afterwards; of a PeftModel, pass merge_and_unload())"
     if isinstance(vae, MLPVAE):
         reason = "its latents are not spatial, and diffusers has no such class, so no stock pipeline can use or load it"

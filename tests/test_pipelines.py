@@ -569,7 +569,7 @@ class TestRefusals:
         for wrong, reason in [
             (MLPVAE(image_size=(16, 16), in_channels=1), "got MLPVAE: its latents are not spatial"),
             (AutoencoderTiny(), "got AutoencoderTiny: what these pipelines read"),
-            (Other.from_config(vae.config), "got Other: "),
+            (Other.from_config(vae.config), "got Other: what these pipelines read"),
             (vae.decoder, "got Decoder: "),
         ]:
             with pytest.raises(TypeError, match=reason):

@@ -450,6 +450,8 @@ class TestSharing:
         assert_same_model(VAE.from_pretrained(tmp_path).to_diffusers(), vae)
 
     def test_wrong_class(self):
+        with pytest.raises(TypeError, match=r"takes a diffusers AutoencoderKL, got VAE$"):
+            VAE.from_diffusers(VAE(**TINY))
         with pytest.raises(TypeError, match="takes a diffusers AutoencoderKL, got Linear"):
             VAE.from_diffusers(torch.nn.Linear(1, 1))
 

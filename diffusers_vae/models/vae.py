@@ -321,7 +321,7 @@ class VAE(
     def from_diffusers(cls, stock: AutoencoderKL) -> VAE:
         """This class around the modules of a stock `AutoencoderKL`: parameters are shared, not copied."""
         if not isinstance(stock, AutoencoderKL):
-            raise TypeError(f"from_diffusers takes a diffusers AutoencoderKL, got {type(stock).__name__}")
+            raise TypeError(f"from_diffusers takes a diffusers AutoencoderKL, got {type(stock).__qualname__}")
         return _move_parts(stock, _with_config_of(stock, cls))
 
     @classmethod
