@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
-from pathlib import Path, PurePath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -172,8 +172,11 @@ class _Run:
         if "repository" in tuning:  # or it is not known what the source was
             settings["model"]["pretrained"] = tuning["source"] = source_name(tuning)
             settings["model"]["revision"] = tuning["revision"]
-        if settings["data"]["name"] == "datasets":  # a relative path would pass for a repository
-            settings["data"]["root"] = self.trained_on or PurePath(settings["data"]["root"]).name
+        for section, name in (("data", "root"), ("model", "latents")):
+            if place := settings[section].get(name):  # a relative path would pass for a repository, too
+                settings[section][name] = PureWindowsPath(str(place)).name or place
+        if settings["data"]["name"] == "datasets" and self.trained_on:
+            settings["data"]["root"] = self.trained_on
         shown = _without_places(report)
         shown["sha256"] = report_digest(shown)
         model = json.dumps(_without_places(config), indent=2, sort_keys=True)

@@ -622,6 +622,16 @@ class TestPush:
         assert secret not in str(error.value) and hub.requests == []
 
     @pytest.mark.slow
+    def test_relative_paths_on_this_machine_stay_here(self, hub, run):
+        places = {"data": "home/ann/photos", "model": "home/ann/latents"}
+        names = {"data": "root", "model": "latents"}
+        settings = CONFIG | {section: CONFIG[section] | {names[section]: place} for section, place in places.items()}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+        push(run, HubConfig(repo_id=REPO))
+        found = yaml.safe_load(uploaded(hub)["config.yaml"])
+        assert [found[section][name] for section, name in names.items()] == ["photos", "latents"]
+
+    @pytest.mark.slow
     def test_paths_on_this_machine_stay_here(self, hub, run):
         places = {
             "inside": "pipe:cat /home/ann/x.tar 'C:\\Users\\ann\\y' 2/255 ~/z",
