@@ -10,8 +10,6 @@ import pytest
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from support.files import pack
 from support.models import TINY
 from support.runs import TINY_VAE, fit, tiny
@@ -181,16 +179,8 @@ class TestLatents:
         """Which recorded no contents."""
         root, folder = pictures(tmp_path / "set"), tmp_path / "latents"
         self.encode(vae, root, folder)
-        for path in folder.glob("shard-*"):
-            with safe_open(path, "pt") as file:
-                tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-            values = json.loads(header["latent_cache"])
-            del values["cache"]["data"]["contents"]
-            save_file(tensors, path, header | {"latent_cache": json.dumps(values)})
         index = json.loads((folder / "index.json").read_text())
         del index["cache"]["data"]["contents"]
-        for number, shard in enumerate(index["shards"]):
-            shard["bytes"] = (folder / f"shard-{number:05}.safetensors").stat().st_size
         (folder / "index.json").write_text(json.dumps(index))
         if not complete:
             (folder / "index.json").unlink()
@@ -198,7 +188,7 @@ class TestLatents:
         kept = (folder / "shard-00000.safetensors").stat().st_mtime_ns
         assert len(self.encode(vae, root, folder)) == 22
         assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == kept
-        assert "contents" not in LatentDataset(folder).cache["data"]
+        assert ("contents" in LatentDataset(folder).cache["data"]) != complete
         assert len(matching_latents(vae, loaded("folder", root)[0], folder, "images")) == 22
 
 
