@@ -175,7 +175,7 @@ class _Run:
         for section, name in (("data", "root"), ("model", "latents")):
             if place := settings[section].get(name):  # a relative path would pass for a repository, too
                 settings[section][name] = PureWindowsPath(str(place)).name or place
-        if settings["data"]["name"] == "datasets" and self.trained_on:
+        if settings["data"].get("name") == "datasets" and self.trained_on:
             settings["data"]["root"] = self.trained_on
         shown = _without_places(report)
         shown["sha256"] = report_digest(shown)
@@ -576,6 +576,7 @@ def push(run: Path, config: HubConfig) -> str:
     repo_id, revision = _repo_id(config), config.revision or "main"
     refuse_odd_name(run, "a run that is published")
     found = _Run.read(run)
+    contents = found.contents()
     if weights_hash(load_autoencoder(str(run / "model"))) != found.evaluation["model"]["weights_sha256"]:
         raise ValueError(
             f"{run / 'evaluation.json'} must be of the weights in {run / 'model'}, got one of others; delete it and "
@@ -586,7 +587,6 @@ def push(run: Path, config: HubConfig) -> str:
     except (KeyError, TypeError) as error:  # evaluation.json and config.json were checked
         said = f"{type(error).__name__}: {error}"
         raise ValueError(f"{run / 'config.yaml'} is damaged: no model card can be made of it ({said})") from error
-    contents = found.contents()
     psnr, name = found.evaluation["psnr"], showable(found.name)
     message = config.commit_message or f"Upload {name}: PSNR {psnr:.2f} dB on {found.evaluation['images']} images"
     _refuse_secrets("the model card", card)
