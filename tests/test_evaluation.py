@@ -829,7 +829,7 @@ class TestMemory:
         assert whole.protocol.batch_size == 64 and halved.protocol.batch_size == 16
         assert halved.per_image.indices == whole.per_image.indices
         for name, values in whole.per_image.figures.items():
-            np.testing.assert_allclose(halved.per_image.figures[name], values, rtol=1e-4, atol=1e-4)  # SSIM is near 0
+            np.testing.assert_allclose(halved.per_image.figures[name], values, rtol=1e-4, atol=2e-5)  # SSIM is near 0
         latents = measure_latents(model, digits)
         for factor in (halved.latents.scaling_factor, latents.scaling_factor):
             assert factor == pytest.approx(whole.latents.scaling_factor, rel=1e-6)
