@@ -29,7 +29,7 @@ class AdversarialConfig:
     """A discriminator that judges reconstructions by patches: Isola et al. 2017, Esser et al. 2021."""
 
     weight: float = 0.0
-    """Of the generator's loss, a mean over patches; 0: no discriminator. latent-diffusion: 0.5."""
+    """Weight of the generator's loss, a mean over patches; 0: no discriminator. latent-diffusion uses 0.5."""
     loss: Literal["hinge", "non-saturating"] = only_with("hinge", weight=True)
     """hinge: Lim & Ye 2017; non-saturating: Goodfellow 2014."""
     start_images: int = only_with(0, weight=True)
@@ -42,7 +42,8 @@ class AdversarialConfig:
     """Upper limit of the factor by which adaptive multiplies weight; null: no limit. latent-diffusion uses 1e4
     (docs/objective.md)."""
     norm: Literal["spectral", "batch"] = only_with("spectral", weight=True)
-    """Of the layers. batch: the result depends on how a batch is cut into micro-batches and over processes."""
+    """Normalization of the layers. With batch, the result depends on how a batch is split into micro-batches and over
+    processes."""
     width: int = only_with(64, weight=True)
     """Channels of the first layer; they double from layer to layer, up to 8 times as many."""
     layers: int = only_with(3, weight=True)
@@ -52,7 +53,7 @@ class AdversarialConfig:
     betas: tuple[float, float] = only_with((0.5, 0.9), weight=True)
     """Decay of the averages of the discriminator's gradient and squared gradient."""
     lecam_weight: float = only_with(0.0, weight=True)
-    """Of the LeCam penalty, for few images: Tseng et al. 2021."""
+    """Weight of the LeCam penalty, for small data sets: Tseng et al. 2021."""
     r1_weight: float = only_with(0.0, weight=True)
     """Gamma of the penalty 0.5 * gamma * |gradient at the image|^2: Mescheder et al. 2018."""
 

@@ -901,7 +901,7 @@ def _load_images(parsed: Namespace, sources: Sequence[str], *arguments: Any, **o
     """
     images, split = load_split(parsed.data, parsed.split, *arguments, **options)
     for source in sources:
-        refuse_colours(images, parsed.data, 1, source)
+        refuse_colours(images, parsed.data, source)
     parsed.data = replace(parsed.data, channels=images.channels)
     return images, split
 

@@ -245,11 +245,7 @@ def _of_shards(cache: dict[str, Any]) -> dict[str, Any]:
     """What each shard says of the cache: all but the contents of the images, so that a mended file does not cost the
     shards of others.
     """
-    return cache | {"data": _without_contents(cache["data"])}
-
-
-def _without_contents(data: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in data.items() if name != "contents"}
+    return cache | {"data": {name: value for name, value in cache["data"].items() if name != "contents"}}
 
 
 def _is_complete(folder: Path, cache: dict[str, Any]) -> bool:

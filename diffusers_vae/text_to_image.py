@@ -388,7 +388,7 @@ class TextToImageTask(Task):
             self.vae = _load_vae(config)
             if (channels := self.vae.config.in_channels) != images.channels:
                 if channels == 1:
-                    refuse_colours(images, config.data, channels, config.vae.source)
+                    refuse_colours(images, config.data, config.vae.source)
                 config = replace(config, data=replace(config.data, channels=channels))
                 images, heldout = load_data(config.data, first, limit, captions=True)
         config = self.config = replace(config, data=replace(config.data, channels=images.channels))

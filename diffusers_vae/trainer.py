@@ -343,7 +343,7 @@ class AutoencoderTask(Task):
         if accelerator.is_main_process:
             logger.info("%s", showable(self.train_set.files))
         if config.data.channels is None and config.model.pretrained:
-            refuse_colours(self.train_set, config.data, 1, config.model.pretrained)
+            refuse_colours(self.train_set, config.data, config.model.pretrained)
         config = self.config = replace(config, data=replace(config.data, channels=self.train_set.channels))
         load_judges(config.evaluation, config.data.channels, config.data.size)  # are missed now, not after days
         on_demand = isinstance(self.train_set, StoredImages) or self.train_set.augmentation

@@ -22,7 +22,7 @@ from ..untrusted import Unreachable, open_regular
 from ..values import ValueRange, read_npy, read_npy_header
 from .files import zip_entries
 from .parts import HELDOUT, TRAINING, is_bare, is_plain, part_of, split_of
-from .store import WHOLE, content_digest
+from .store import file_digests
 
 if TYPE_CHECKING:
     from .sources import DataConfig
@@ -190,13 +190,9 @@ class ArrayStore:
 
     @cached_property
     def _digests(self) -> dict[Path, bytes]:
-        """Of the files, of all their bytes up to `WHOLE`, and of larger ones of as many in samples."""
-        sizes = {array.path: array.path.stat().st_size for array in self.arrays}
-        limit, found = WHOLE if sum(sizes.values()) <= WHOLE else WHOLE // len(sizes), {}
-        for path, size in sizes.items():
-            with open_regular(path) as file:
-                found[path] = content_digest(file, size, limit, 2**16)
-        return found
+        """Digest of the bytes of each file, by `file_digests`."""
+        paths = list(dict.fromkeys(array.path for array in self.arrays))
+        return dict(zip(paths, file_digests(paths, 2**16), strict=True))
 
     def size(self, row: int) -> int:
         return self._find(row)[0].image_bytes

@@ -21,9 +21,9 @@ from .parts import words
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 KEYS = ("text", "caption", "prompt")
-"""Where a caption stands in metadata and JSON; the first that is there counts."""
+"""Keys of captions in metadata and JSON; the first one present is used."""
 SUFFIXES = (".txt", ".caption", ".json")
-"""Of files beside an image that are named like it, in any case; the first that has captions counts."""
+"""Suffixes, in any case, of caption files with the name of an image; the first file with captions is used."""
 UNREAD = (".cap", ".md", ".prompt", ".tag", ".tags", ".text")
 """Suffixes of files beside an image that may be captions and are not read."""
 TABLES = (".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt", ".xlsx", ".xml")

@@ -20,7 +20,7 @@ from ..untrusted import MAX_TEXT, MAX_UNPACKED, Reader, Unreachable, open_regula
 ARCHIVES = (".tar", ".zip")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst")
 SECTIONS = {b"data", b"optimizer", b"run"}
-"""Of settings, which the config.yaml of a run has, and hardly one of another program."""
+"""Sections that the config.yaml of a run has, and hardly that of another program."""
 OF_RUN = ("checkpoints", "lora", "model", "nonfinite", "pictures", "pipeline", "tensorboard")
 """Folders of a run or an evaluation."""
 OWN_PICTURES, OWN_FOLDER = ("contact-sheet.png", "samples.png"), "reconstructions"

@@ -18,7 +18,7 @@ LISTED = 5
 PACKED = "\0"
 """What the name of an archive ends with among the names of folders."""
 Names = tuple[str, ...]
-"""Of folders and archives, from one that holds all of them down."""
+"""Names of nested folders and archives, outermost first."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Division:
     """Image files by part."""
 
     parts: list[list[Path]]
-    """Those to train on and those held out, or all, of which some are to be held out; each list is sorted."""
+    """Training and held-out files or, without parts, one list of all files, to be split later; each list is sorted."""
     folders: dict[str, Names]
     """Names of the folders on the way from the set to each folder with images, without those of parts and archives."""
     others: list[Path]
@@ -51,22 +51,22 @@ class _Roles:
     """Folders that are named as a part, with no other part beside them."""
 
 
-def divide(files: Files, suffixes: Sequence[str]) -> Division:
-    """Find the image files of a set, those with one of the `suffixes`, and its parts.
+def divide(files: Files) -> Division:
+    """Find the image files of a set, those with one of `IMAGE_SUFFIXES`, and its parts.
 
-    Parts are folders or archives beside each other, by their names (`parts.split_of`). They are looked for in the root
-    and, if there are none, further down: where a folder lies alone, and in folders beside each other, each of which is
-    a set or a class with parts. What lies outside of these parts is trained on.
+    Parts are sibling folders or archives, recognized by their names (`parts.split_of`). If the root has none, they are
+    searched further down: in a folder that has no siblings, and in sibling folders that are sets or classes with parts
+    of their own. Files outside of these parts are trained on.
 
     Raises:
         FileNotFoundError: when there is no image.
         ValueError: when it is not clear what to train on.
     """
-    folder, entries, holders, images = _first_with_several(files, suffixes)
+    folder, entries, holders, images = _first_with_several(files)
     unused_files: list[str] = []
 
     def holds_images(path: Path) -> bool:
-        return any(_is_image(found, suffixes) for found in files.below(path))
+        return any(_is_image(found) for found in files.below(path))
 
     def alone() -> bool:
         others = [path for path in holders if part_of(path.name, not entries[path]) is None]
@@ -79,9 +79,7 @@ def divide(files: Files, suffixes: Sequence[str]) -> Division:
     if split:
         others = [path for path in holders if path not in chosen]
         unused = [
-            path
-            for path in others
-            if path.name in split.unused or not entries[path] or _shows_images(files, path, suffixes)
+            path for path in others if path.name in split.unused or not entries[path] or _shows_images(files, path)
         ]
         roles = _Roles(unused=[(path.name,) for path in unused], beside=[()] if images else [])
         parts, beside = [], []
@@ -89,8 +87,8 @@ def divide(files: Files, suffixes: Sequence[str]) -> Division:
             found = []
             for path in (names[name] for name in group):
                 below = [*files.below(path)]
-                inside = [image for image in below if _is_image(image, suffixes)]
-                beside += [other for other in below if not _is_image(other, suffixes)]
+                inside = [image for image in below if _is_image(image)]
+                beside += [other for other in below if not _is_image(other)]
                 role |= {at: _bare(left) for at, left in _folders(files, inside, path).items()}
                 found += inside
             parts.append(_checked(found, [names[name] for name in group], beside, files))
@@ -98,8 +96,8 @@ def divide(files: Files, suffixes: Sequence[str]) -> Division:
         inner = {path: entries[path] for path in holders}
         _refuse_unclear(folder, folder == files.root, inner, images, holds_images)
         below = [*files.below(folder)]
-        found = [image for image in below if _is_image(image, suffixes)]
-        beside = [other for other in below if not _is_image(other, suffixes)]
+        found = [image for image in below if _is_image(image)]
+        beside = [other for other in below if not _is_image(other)]
         roles = _Roles()
         _assign([(at, left, ()) for at, left in _folders(files, found, folder).items()], (), roles)
         refuse_folds(["/".join(names) for names in roles.splits])
@@ -141,11 +139,11 @@ def _common(folders: Iterable[Names]) -> str | None:
     return firsts.pop() if len(firsts) == 1 else None
 
 
-def _is_image(path: Path, suffixes: Sequence[str]) -> bool:
-    return path.suffix.lower() in suffixes
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def _first_with_several(files: Files, suffixes: Sequence[str]) -> tuple[Path, dict[Path, bool], list[Path], list[Path]]:
+def _first_with_several(files: Files) -> tuple[Path, dict[Path, bool], list[Path], list[Path]]:
     """The root or, as long as nothing but one folder or archive lies in it, that; what lies there, and whether it is a
     folder; the folders and archives, and the images.
     """
@@ -153,7 +151,7 @@ def _first_with_several(files: Files, suffixes: Sequence[str]) -> tuple[Path, di
     while True:
         entries = dict(sorted(files.inside(folder).items()))
         holders = [path for path, inner in entries.items() if inner or _is_archive(path)]
-        images = [path for path, inner in entries.items() if not inner and _is_image(path, suffixes)]
+        images = [path for path, inner in entries.items() if not inner and _is_image(path)]
         packed = [path for path in entries if path.name.lower().endswith(COMPRESSED)]
         if len(holders) != 1 or images or (packed and not is_bare(holders[0].name)):
             return folder, entries, holders, images
@@ -164,11 +162,11 @@ def _is_archive(path: Path) -> bool:
     return path.suffix.lower() in ARCHIVES and path.is_file()  # archives within archives are not read
 
 
-def _shows_images(files: Files, path: Path, suffixes: Sequence[str]) -> bool:
+def _shows_images(files: Files, path: Path) -> bool:
     """Whether images lie in a folder, or in the first folder of it, and so on; it may be large."""
     for _ in range(LISTED):
         entries = sorted(files.inside(path).items())
-        if any(_is_image(found, suffixes) and not inner for found, inner in entries):
+        if any(_is_image(found) and not inner for found, inner in entries):
             return True
         path = next((found for found, inner in entries if inner), path)
     return False

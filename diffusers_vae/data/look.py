@@ -42,7 +42,7 @@ class FileFigures:
     duplicates: tuple[tuple[str, ...], ...]
     """Groups of files with the same bytes."""
     paged: tuple[str, ...]
-    """Files of several pages or frames, of which only the first is read, each with their number."""
+    """Files with several pages or frames, with their number; only the first page is read."""
     leaks: int
     """Held-out files that are to train on, too."""
 

@@ -126,8 +126,8 @@ def _is_text(feature: Any) -> bool:
 
 
 def find_parts(names: Sequence[str], root: str) -> tuple[str, ...]:
-    """Of the splits of a set, that to train on and, if there is one, the held-out one, by their names
-    (`parts.split_of`); or the only split, which is to be cut then.
+    """Names of the training split and the held-out split (`parts.split_of`), or of the only split, which is then
+    divided.
 
     Raises:
         ValueError: listing them, when it is not clear.

@@ -69,7 +69,7 @@ GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
 LOOKED_AT = 256
 """Images of each part whose headers are read first: they say whether a set is in colour, unless all are grey."""
 MEASURED = 32
-"""Training images by which it is judged whether images use their depth."""
+"""Number of training images that are checked for unused depth."""
 MEMORY_LIMIT = 2**31
 """Bytes of pixels up to which a set is read once and kept in memory."""
 IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
@@ -114,8 +114,8 @@ class DataConfig:
     resolution: int | tuple[int, int] = 32
     """Side of the images in pixels, or [height, width]."""
     channels: int | None = None
-    """1: grey, 3: RGB, 4: RGBA as it is; any other number: files with so many channels, taken as they are. null: 1 if
-    all images are grey, else 3, by their headers, of a stream those of some; config.yaml states which."""
+    """1: grey, 3: RGB, 4: RGBA without conversion; other numbers: files with that many channels, without conversion.
+    null: 1 if the headers of all images say grey, else 3 (of a stream, some headers); config.yaml has the value."""
     value_range: tuple[float, float] | None = only_with(None, name=PLACED)
     """Of files: what their values mean, [low, high]. They are taken as they are, of whatever depth; low
     is -1 and high is 1 in model range, and a value outside is an error. It is saved beside the model, and undone where
@@ -326,7 +326,7 @@ class ImageSet(TrainingSet, Protocol):
 
     @property
     def channels(self) -> int:
-        """Of the images as they are read."""
+        """Number of channels of the images as they are read."""
         ...
 
     def __getitems__(self, indices: Sequence[int]) -> ReadImages:
@@ -523,7 +523,7 @@ class StoredImages(_Images):
 
     def first(self, count: int) -> StoredImages:
         """The first `count` images, which are a fair sample."""
-        return StoredImages(self.config, **self.about(slice(count)))
+        return type(self)(self.config, **self.about(slice(count)))
 
     def fingerprint(self) -> str:
         """Of what the store tells without reading, which would take as long as an epoch, and of the crops."""
@@ -559,7 +559,7 @@ class StoredImages(_Images):
 
     def seen_as(self, config: DataConfig, files: str) -> StoredImages:
         """The set as `config` says, with what its files are in words."""
-        return StoredImages(config, **self.about() | {"files": files})
+        return type(self)(config, **self.about() | {"files": files})
 
     def cropped(self) -> StoredImages:
         """Of a set of whole images, the set of their crops: the first of each, then the second of each, and so on, so
@@ -623,11 +623,11 @@ def load_with_layout(
     return train, heldout, layout
 
 
-def refuse_colours(images: ImageSet, config: DataConfig, channels: int, source: str) -> None:
-    """Raise ValueError where `config` leaves data.channels to the images, and they have others than the model `source`
-    takes: it would see photographs in grey.
+def refuse_colours(images: ImageSet, config: DataConfig, source: str) -> None:
+    """Raise ValueError where `config` leaves data.channels to the images, and they are in colour, for a model `source`
+    of grey images: it would see photographs in grey.
     """
-    if config.channels is None and images.channels != channels:
+    if config.channels is None and images.channels != 1:
         raise ValueError(
             f"{source} takes grey images, and {config.described} has some in colour: --data.channels 1 reads them as "
             "grey"
@@ -841,7 +841,7 @@ def _download(download, folder: Path, files: list[str]) -> None:
 
 def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> Loaded:
     files = Files(Path(config.root))
-    division = divide(files, IMAGE_SUFFIXES)
+    division = divide(files)
     for part in division.parts:
         part[:] = [part[i] for i in np.random.default_rng(0).permutation(len(part))]
     labels, classes = _labelled(files, division)
@@ -998,7 +998,7 @@ def _header_of_any(images: StoredImages, index: int) -> Header | None:
 
 
 def _colours(mode: str) -> str:
-    """Of a header's mode, for people: grey, RGB, RGBA, 5 channels."""
+    """Description of a header's mode: grey, RGB, RGBA, 5 channels."""
     count, _, dtype = mode.partition("x ")
     if dtype:
         return {"1": "grey", "3": "RGB"}.get(count, f"{count} channels")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 
 from ..images import LARGE, Header, read_header, read_image
-from ..untrusted import SUFFIXES, open_beside_others
+from ..silence import report_progress
+from ..untrusted import SUFFIXES, open_beside_others, open_regular
 from ..values import FileKind, ValueRange, read_kind, read_values
 from .files import Files, Member
 
@@ -98,6 +100,18 @@ def content_digest(file: BinaryIO, size: int, limit: int, sample: int) -> bytes:
             file.seek(start)
             digest.update(file.read(sample))
     return digest.digest()[:16]
+
+
+def file_digests(paths: Sequence[str | Path], sample: int) -> Iterator[bytes]:
+    """Yield the `content_digest` of each file: of all its bytes or, if the files have more than `WHOLE` together, of
+    an equal part of that for each file, in samples of `sample` bytes.
+    """
+    sizes = [os.path.getsize(path) for path in paths]
+    limit = WHOLE if sum(sizes) <= WHOLE else max(SAMPLED, WHOLE // len(sizes))
+    for path, size in zip(paths, sizes, strict=True):
+        with open_regular(path) as file:
+            yield content_digest(file, size, limit, sample)
+        report_progress()
 
 
 class Store(Protocol):

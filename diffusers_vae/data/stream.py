@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from ..silence import report_progress
-from ..untrusted import open_regular
 from .order import Batches, streamed
 from .rows import find_columns, find_parts, rows_builder, unused_splits
 from .sources import DataConfig, Layout, StoredImages, looked_at
-from .store import SAMPLE, SAMPLED, WHOLE, EncodedStore, content_digest
+from .store import SAMPLE, EncodedStore, file_digests
 
 if TYPE_CHECKING:
     from pyarrow import Array
@@ -155,12 +153,6 @@ class StreamedImages(StoredImages):
             counts[counts > 0], self.config.lanes or (1, 1), self.config.shuffle_buffer, batch_size, seed, epoch, start
         )
 
-    def first(self, count: int) -> StreamedImages:
-        return StreamedImages(self.config, **self.about(slice(count)))
-
-    def seen_as(self, config: DataConfig, files: str) -> StreamedImages:
-        return StreamedImages(config, **self.about() | {"files": files})
-
     def fingerprint(self) -> str:
         """Of what the files' footers tell of the row groups."""
         store = self.store
@@ -170,18 +162,14 @@ class StreamedImages(StoredImages):
         return digest.hexdigest()
 
     def contents(self) -> str | None:
-        """SHA-256 of the fingerprint and the bytes of the files, by `content_digest`; None if some are not on this
+        """SHA-256 of the fingerprint and the bytes of the files, by `file_digests`; None if some are not on this
         machine, where `data.revision` names a version.
         """
         files, digest = self.store.files, hashlib.sha256(self.fingerprint().encode())
         if not all(map(os.path.isfile, files)):
             return None
-        sizes = [os.path.getsize(file) for file in files]
-        limit = WHOLE if sum(sizes) <= WHOLE else max(SAMPLED, WHOLE // len(files))
-        for path, size in zip(files, sizes, strict=True):
-            with open_regular(path) as file:
-                digest.update(content_digest(file, size, limit, SAMPLE))
-            report_progress()
+        for found in file_digests(files, SAMPLE):
+            digest.update(found)
         return digest.hexdigest()
 
 
