@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.images import to_model_range
-from diffusers_vae.perceptual import LPIPS
+from diffusers_vae.losses.perceptual import LPIPS
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .latent_cache import LatentDataset, encode_images
     from .latents import measure_latents
+    from .losses.objective import Bernoulli, Gaussian, Laplace, VAEObjective, kl_to_standard_normal
     from .models import MLPVAE, VAE
-    from .objective import Bernoulli, Gaussian, Laplace, VAEObjective, kl_to_standard_normal
     from .pipelines import swap_vae
 
 __version__ = "0.1.0"
@@ -26,15 +26,15 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Bernoulli": "objective",
-    "Gaussian": "objective",
-    "Laplace": "objective",
+    "Bernoulli": "losses.objective",
+    "Gaussian": "losses.objective",
+    "Laplace": "losses.objective",
     "LatentDataset": "latent_cache",
     "MLPVAE": "models",
     "VAE": "models",
-    "VAEObjective": "objective",
+    "VAEObjective": "losses.objective",
     "encode_images": "latent_cache",
-    "kl_to_standard_normal": "objective",
+    "kl_to_standard_normal": "losses.objective",
     "measure_latents": "latents",
     "swap_vae": "pipelines",
 }

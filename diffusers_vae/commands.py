@@ -50,6 +50,7 @@ from .hub import HubConfig, check_can_push, find_value_range, push
 from .images import read_image, to_model_range, to_pil
 from .latent_cache import DTYPES, Kind, encode_images
 from .loop import RunResult, Task, dry_run, run_task
+from .losses.objective import ObjectiveConfig, VAEObjective
 from .messages import message, problem_list, quoted, showable
 from .metrics import psnr
 from .models import (
@@ -64,7 +65,6 @@ from .models import (
     unmeasured,
     weights_hash,
 )
-from .objective import ObjectiveConfig, VAEObjective
 from .pictures import comparison_picture, contact_sheet, sample_picture, save_signed
 from .pipelines import latent_scaling
 from .precision import measure_precision

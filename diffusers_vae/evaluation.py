@@ -23,10 +23,10 @@ from tqdm import tqdm
 from .data import DataConfig, ImageSet, image_batches
 from .images import to_model_range, to_uint8
 from .latents import LatentStatistics, PosteriorHealth, SwapCosts, draw, measure_swaps, total
+from .losses.objective import Bernoulli, VAEObjective
+from .losses.perceptual import LPIPS, InceptionFeatures
 from .metrics import frechet_distance, mean_interval, psnr, ssim
 from .models import decode, decode_logits, encode, unmeasured, weights_hash
-from .objective import Bernoulli, VAEObjective
-from .perceptual import LPIPS, InceptionFeatures
 from .precision import PrecisionReport, measure_precision
 from .processes import gather_parts, in_parts, largest_part, process_share
 from .storage import digest_of

@@ -33,11 +33,11 @@ from markupsafe import Markup
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from .adversarial import AdversarialConfig
 from .evaluation import FIGURES, Figure, changed_figures, missed_target, read_report, report_digest, source_name
+from .losses.adversarial import AdversarialConfig
+from .losses.objective import ObjectiveConfig
 from .messages import changed_logs, hiding_passwords, quoted, showable, without_passwords
 from .models import ModelConfig, cached_repository, find_subfolder, load_autoencoder, weights_hash
-from .objective import ObjectiveConfig
 from .pictures import CAPTIONS
 from .settings import read_settings, to_yaml
 from .storage import write_file

@@ -17,9 +17,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from tqdm import tqdm
 
 from .data import ImageSet, image_batches, kept_images
+from .losses.objective import rate_per_unit
 from .metrics import psnr
 from .models import check_batch, decode, encode
-from .objective import rate_per_unit
 from .processes import gather, gather_parts, in_parts, process_share
 from .silence import alone, report_progress
 

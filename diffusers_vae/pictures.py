@@ -19,8 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from .data import SIGNATURE, ImageSet, image_batches
 from .images import shown_channels, to_pil
+from .losses.objective import rate_per_unit
 from .models import decode, encode
-from .objective import rate_per_unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

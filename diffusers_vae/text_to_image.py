@@ -29,12 +29,12 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from .data import DataConfig, ImageSet, TrainingSet, image_batches, load_data, refuse_colours
-from .diffusion import DiffusionConfig
 from .fields import at_home
 from .hub import check_value_range
 from .images import to_model_range
 from .latent_cache import INDEX, LatentDataset, Verification, encode_images, matching_latents
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, kept_channels
+from .losses.diffusion import DiffusionConfig
 from .messages import message, quoted, showable
 from .models import VAE, encode, is_local, load_autoencoder, read_config, weights_hash, with_whole_tiles
 from .pictures import loss_picture, prompt_picture

@@ -18,8 +18,6 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from . import equivariance
-from .adversarial import AdversarialConfig, Adversary, PatchDiscriminator
 from .checkpoint import Discriminator
 from .data import DataConfig, ImageSet, ReadImages, StoredImages, TrainingSet, load_data, refuse_colours
 from .evaluation import (
@@ -37,6 +35,10 @@ from .images import to_model_range
 from .latent_cache import LatentDataset, Verification, matching_latents
 from .latents import describe_latents, image_set_statistics
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, kept_channels, run_task
+from .losses import equivariance
+from .losses.adversarial import AdversarialConfig, Adversary, PatchDiscriminator
+from .losses.objective import MEAN_LOSSES, START_SCALE, ObjectiveConfig, TrainingObjective, VAEObjective
+from .losses.perceptual import PerceptualLoss
 from .messages import quoted, showable
 from .models import (
     LATENT_PARTS,
@@ -49,8 +51,6 @@ from .models import (
     weights_hash,
     without_adapters,
 )
-from .objective import MEAN_LOSSES, START_SCALE, ObjectiveConfig, TrainingObjective, VAEObjective
-from .perceptual import PerceptualLoss
 from .processes import on_main, one_first
 from .report import SETTINGS, draw_report, report_html
 from .run_folder import Log, check_whole

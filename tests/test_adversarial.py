@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusers_vae.adversarial import (
+from diffusers_vae.losses.adversarial import (
     AdversarialConfig,
     Adversary,
     PatchDiscriminator,

@@ -16,13 +16,13 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
-from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.config import TRAININGS, parse_settings, training_parser
 from diffusers_vae.data import DataConfig
 from diffusers_vae.latent_cache import LatentDataset
 from diffusers_vae.loop import OptimizerConfig, RunConfig
+from diffusers_vae.losses.adversarial import AdversarialConfig
+from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.text_to_image import AutoencoderConfig, LatentsConfig
 from diffusers_vae.trainer import TrainConfig, train
 

@@ -19,7 +19,7 @@ from diffusers_vae.checkpoint import MANIFEST
 from diffusers_vae.data import DataConfig, StoredImages, load_data, store
 from diffusers_vae.evaluation import EvaluationConfig, evaluate
 from diffusers_vae.latent_cache import LatentDataset, matching_latents
-from diffusers_vae.objective import Gaussian, VAEObjective
+from diffusers_vae.losses.objective import Gaussian, VAEObjective
 from diffusers_vae.storage import described, digest_of
 
 COUNT, SIDE = 24, 40

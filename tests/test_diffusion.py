@@ -11,7 +11,7 @@ import torch
 from diffusers.training_utils import compute_snr
 from transformers import CLIPTokenizer
 
-from diffusers_vae.diffusion import DiffusionConfig, DiffusionObjective
+from diffusers_vae.losses.diffusion import DiffusionConfig, DiffusionObjective
 from diffusers_vae.tokenizer import END, START, caption_tokenizer
 
 CAPTIONS = ["a handwritten seven", "the digit 7", "a handwritten eight", "the digit 8", "café, naïve!"]

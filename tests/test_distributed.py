@@ -39,13 +39,13 @@ from support.runs import (
     whole,
 )
 
-from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.data import DataConfig, epoch_batches, load_data
 from diffusers_vae.evaluation import EvaluationConfig, evaluate
 from diffusers_vae.latents import measure_latents
 from diffusers_vae.loop import FSDP2_TORCH, OptimizerConfig, run_task
+from diffusers_vae.losses.adversarial import AdversarialConfig
+from diffusers_vae.losses.objective import Gaussian, ObjectiveConfig, VAEObjective
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.objective import Gaussian, ObjectiveConfig, VAEObjective
 from diffusers_vae.processes import on_main, process_share
 from diffusers_vae.trainer import AutoencoderTask
 

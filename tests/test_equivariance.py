@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from diffusers_vae.equivariance import DRAWS, Transformation, draw, smallest
+from diffusers_vae.losses.equivariance import DRAWS, Transformation, draw, smallest
 
 
 def drawn(count, probability=0.5, size=(8, 8)):

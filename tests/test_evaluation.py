@@ -43,10 +43,10 @@ from diffusers_vae.evaluation import (
 )
 from diffusers_vae.images import to_model_range, to_uint8
 from diffusers_vae.latents import LatentStatistics, PosteriorHealth, SwapCosts, measure_latents, measure_swaps
+from diffusers_vae.losses.objective import Bernoulli, Gaussian, Laplace
+from diffusers_vae.losses.perceptual import FILES, LPIPS, InceptionFeatures
 from diffusers_vae.metrics import mean_interval, psnr, ssim
 from diffusers_vae.models import weights_hash
-from diffusers_vae.objective import Bernoulli, Gaussian, Laplace
-from diffusers_vae.perceptual import FILES, LPIPS, InceptionFeatures
 from diffusers_vae.precision import PrecisionReport, measure_precision
 from diffusers_vae.processes import in_parts, largest_part
 from diffusers_vae.report import comparison_table

@@ -18,8 +18,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_vae import VAE
+from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig, fast_dtype, speed_up_norms
-from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.trainer import AutoencoderTask
 
 SMALLEST_VAE = ModelConfig(

@@ -19,7 +19,6 @@ from support.models import original
 from support.runs import assert_same_gradient, at, fit, interrupted_at, left_behind, tensors, tiny
 
 from diffusers_vae import VAE, encode_images, latent_cache
-from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.config import TRAININGS, parse_settings
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.evaluation import EvaluationConfig, compare, evaluate
@@ -27,8 +26,9 @@ from diffusers_vae.hub import HubConfig, push
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import measure_latents
 from diffusers_vae.loop import OptimizerConfig, run_task
+from diffusers_vae.losses.adversarial import AdversarialConfig
+from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import LATENT_PARTS, ModelConfig, load_autoencoder, unmeasured, weights_hash
-from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.trainer import AutoencoderTask, train
 
 DATA = DataConfig(resolution=8)

@@ -30,13 +30,13 @@ from support.models import make_vae
 from support.stock import run_without_package
 
 from diffusers_vae import MLPVAE, VAE, cli
-from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.data import DataConfig, load_split
 from diffusers_vae.evaluation import FIGURES, FineTuning, read_report
 from diffusers_vae.hub import HubConfig, check_can_push, push, render_card, write_card
+from diffusers_vae.losses.adversarial import AdversarialConfig
+from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig, load_autoencoder
 from diffusers_vae.models.lora import add_lora
-from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.trainer import TrainConfig
 
 ROOT = Path(__file__).parents[1]

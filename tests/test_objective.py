@@ -13,8 +13,7 @@ from torch import distributions
 
 from diffusers_vae.config import TRAININGS, parse_settings
 from diffusers_vae.images import to_unit_range
-from diffusers_vae.models import MLPVAE, VAE
-from diffusers_vae.objective import (
+from diffusers_vae.losses.objective import (
     SMALLEST_SCALE,
     Bernoulli,
     Gaussian,
@@ -26,6 +25,7 @@ from diffusers_vae.objective import (
     kl_to_standard_normal,
     rate_per_channel,
 )
+from diffusers_vae.models import MLPVAE, VAE
 
 # each likelihood, and the distribution of an image given its reconstruction that it stands for
 REFERENCES = [

@@ -17,7 +17,7 @@ from support.models import make_pipeline
 
 from diffusers_vae import VAE
 from diffusers_vae.evaluation import FIGURES, EvaluationReport
-from diffusers_vae.objective import ObjectiveConfig
+from diffusers_vae.losses.objective import ObjectiveConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -43,7 +43,7 @@ from diffusers_vae.checkpoint import find_checkpoint
 from diffusers_vae.data import DataConfig
 from diffusers_vae.evaluation import EvaluationConfig, read_report
 from diffusers_vae.loop import Interrupted, run_task
-from diffusers_vae.objective import ObjectiveConfig
+from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.trainer import AutoencoderTask, train
 
 FEW = DataConfig(resolution=8, heldout_fraction=0.9)

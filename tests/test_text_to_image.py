@@ -24,10 +24,10 @@ from transformers import CLIPTextModel
 
 from diffusers_vae import MLPVAE, VAE, cli, latent_cache
 from diffusers_vae.data import ArrayImages, DataConfig, load_data
-from diffusers_vae.diffusion import DiffusionConfig
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latent_cache import encode_images
 from diffusers_vae.loop import OptimizerConfig, RunConfig, dry_run, run_task
+from diffusers_vae.losses.diffusion import DiffusionConfig
 from diffusers_vae.text_to_image import (
     DIGIT_PHRASES,
     SCHEDULERS,

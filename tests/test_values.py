@@ -30,8 +30,8 @@ from diffusers_vae.data import ArrayImages, DataConfig, StoredImages, load_data,
 from diffusers_vae.evaluation import EvaluationConfig, evaluate
 from diffusers_vae.hub import HubConfig, find_value_range, push, render_card
 from diffusers_vae.images import to_model_range
+from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.trainer import AutoencoderTask
 from diffusers_vae.values import EXACT, FileKind, ValueRange, read_kind, read_values, write_values
 

@@ -13,17 +13,18 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file
 from support.runs import TINY_MLP, TINY_VAE, assert_same_gradient, fit, records, tiny, use_random_networks
 
-from diffusers_vae import VAE, cli, equivariance
-from diffusers_vae.adversarial import AdversarialConfig, PatchDiscriminator
+from diffusers_vae import VAE, cli
 from diffusers_vae.data import DataConfig, epoch_batches, load_data, step_generator
 from diffusers_vae.data.sources import ReadImages
 from diffusers_vae.evaluation import EvaluationConfig, evaluate
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import draw
 from diffusers_vae.loop import OptimizerConfig
+from diffusers_vae.losses import equivariance
+from diffusers_vae.losses.adversarial import AdversarialConfig, PatchDiscriminator
+from diffusers_vae.losses.objective import Gaussian, ObjectiveConfig, VAEObjective, kl_to_standard_normal
+from diffusers_vae.losses.perceptual import LPIPS
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.objective import Gaussian, ObjectiveConfig, VAEObjective, kl_to_standard_normal
-from diffusers_vae.perceptual import LPIPS
 from diffusers_vae.trainer import AutoencoderTask, TrainConfig, train
 
 DATA = DataConfig(resolution=24)

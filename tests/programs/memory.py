@@ -13,8 +13,8 @@ import psutil
 
 from diffusers_vae.data import DataConfig
 from diffusers_vae.loop import RunConfig, run_task
+from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.objective import ObjectiveConfig
 from diffusers_vae.trainer import AutoencoderTask, TrainConfig
 
 BATCH = 50

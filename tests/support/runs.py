@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 from torchvision.models import squeezenet1_1
 
-from diffusers_vae.adversarial import AdversarialConfig
 from diffusers_vae.data import ArrayImages, DataConfig
 from diffusers_vae.loop import RunConfig, RunResult, run_task
+from diffusers_vae.losses.adversarial import AdversarialConfig
+from diffusers_vae.losses.objective import ObjectiveConfig
+from diffusers_vae.losses.perceptual import FILES
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.objective import ObjectiveConfig
-from diffusers_vae.perceptual import FILES
 from diffusers_vae.trainer import AutoencoderTask, TrainConfig
 
 ROOT = Path(__file__).parents[2]

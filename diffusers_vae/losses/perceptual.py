@@ -12,10 +12,10 @@ import torch
 import torchvision
 from torch import nn
 
-from .images import to_uint8
-from .messages import showable
-from .storage import digest_of_file
-from .untrusted import load_pickle, open_regular
+from ..images import to_uint8
+from ..messages import showable
+from ..storage import digest_of_file
+from ..untrusted import load_pickle, open_regular
 
 FILES = {
     "alex": "alexnet-owt-7be5be79.pth",

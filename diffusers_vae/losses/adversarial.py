@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .fields import only_with, refuse_unread
+from ..fields import only_with, refuse_unread
 
 LECAM_DECAY = 0.99  # as in the code of Tseng et al. 2021
 
