@@ -4,8 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .latent_cache import LatentDataset, encode_images
-    from .latents import measure_latents
+    from .latents.dataset import LatentDataset
+    from .latents.encode import encode_images
+    from .latents.statistics import measure_latents
     from .losses.objective import Bernoulli, Gaussian, Laplace, VAEObjective, kl_to_standard_normal
     from .models import MLPVAE, VAE
     from .pipelines import swap_vae
@@ -29,13 +30,13 @@ _MODULES = {
     "Bernoulli": "losses.objective",
     "Gaussian": "losses.objective",
     "Laplace": "losses.objective",
-    "LatentDataset": "latent_cache",
+    "LatentDataset": "latents.dataset",
     "MLPVAE": "models",
     "VAE": "models",
     "VAEObjective": "losses.objective",
-    "encode_images": "latent_cache",
+    "encode_images": "latents.encode",
     "kl_to_standard_normal": "losses.objective",
-    "measure_latents": "latents",
+    "measure_latents": "latents.statistics",
     "swap_vae": "pipelines",
 }
 

@@ -44,15 +44,19 @@ from .data import (
     recommended,
     refuse_colours,
 )
-from .evaluation import EvaluationConfig, EvaluationReport, compare, evaluate, read_report, reconstruct
+from .evaluation.compare import compare
+from .evaluation.evaluate import EvaluationConfig, evaluate, reconstruct
+from .evaluation.float16 import measure_precision
+from .evaluation.metrics import psnr
+from .evaluation.report import EvaluationReport, read_report
 from .fields import unread
 from .hub import HubConfig, check_can_push, find_value_range, push
 from .images import read_image, to_model_range, to_pil
-from .latent_cache import DTYPES, Kind, encode_images
+from .latents.encode import encode_images
+from .latents.shards import DTYPES, Kind
 from .loop import RunResult, Task, dry_run, run_task
 from .losses.objective import ObjectiveConfig, VAEObjective
 from .messages import message, problem_list, quoted, showable
-from .metrics import psnr
 from .models import (
     VAE,
     LatentScaling,
@@ -67,7 +71,6 @@ from .models import (
 )
 from .pictures import comparison_picture, contact_sheet, sample_picture, save_signed
 from .pipelines import latent_scaling
-from .precision import measure_precision
 from .processes import Interrupted, lossy_output, on_main, one_first, process_share
 from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
 from .settings import config_of_run, read_settings

@@ -33,7 +33,8 @@ from markupsafe import Markup
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from .evaluation import FIGURES, Figure, changed_figures, missed_target, read_report, report_digest, source_name
+from .evaluation.figures import FIGURES, Figure, changed_figures, missed_target, source_name
+from .evaluation.report import read_report, report_digest
 from .losses.adversarial import AdversarialConfig
 from .losses.objective import ObjectiveConfig
 from .messages import changed_logs, hiding_passwords, quoted, showable, without_passwords

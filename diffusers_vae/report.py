@@ -17,10 +17,12 @@ from jinja2 import Environment, StrictUndefined, Template
 from PIL import Image
 
 from .data import ImageSet, Look
-from .evaluation import FIGURES, EvaluationConfig, EvaluationReport, Figure, changed_figures, missed_target, source_name
+from .evaluation.evaluate import EvaluationConfig
+from .evaluation.figures import FIGURES, Figure, changed_figures, missed_target, source_name
+from .evaluation.float16 import LARGEST
+from .evaluation.report import EvaluationReport
 from .messages import showable
 from .pictures import CAPTIONS, draw_all
-from .precision import LARGEST
 
 PNG_BYTES = 400_000  # above, a picture is a JPEG of quality 95 if that is smaller
 JPEG_QUALITIES = (95, 90, 80)  # the first that makes a picture no larger than the limit, or the last

@@ -32,7 +32,9 @@ from .data import DataConfig, ImageSet, TrainingSet, image_batches, load_data, r
 from .fields import at_home
 from .hub import check_value_range
 from .images import to_model_range
-from .latent_cache import INDEX, LatentDataset, Verification, encode_images, matching_latents
+from .latents.dataset import LatentDataset, Verification, matching_latents
+from .latents.encode import encode_images
+from .latents.shards import INDEX
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, kept_channels
 from .losses.diffusion import DiffusionConfig
 from .messages import message, quoted, showable

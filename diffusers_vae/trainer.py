@@ -20,20 +20,14 @@ from torch import nn
 
 from .checkpoint import Discriminator
 from .data import DataConfig, ImageSet, ReadImages, StoredImages, TrainingSet, load_data, refuse_colours
-from .evaluation import (
-    EvaluationConfig,
-    EvaluationReport,
-    FineTuning,
-    compare,
-    evaluate,
-    load_judges,
-    missed_target,
-    read_report,
-)
+from .evaluation.compare import compare
+from .evaluation.evaluate import EvaluationConfig, evaluate, load_judges
+from .evaluation.figures import missed_target
+from .evaluation.report import EvaluationReport, FineTuning, read_report
 from .hub import ADAPTER, HubConfig, check_value_range, write_card
 from .images import to_model_range
-from .latent_cache import LatentDataset, Verification, matching_latents
-from .latents import describe_latents, image_set_statistics
+from .latents.dataset import LatentDataset, Verification, matching_latents
+from .latents.statistics import describe_latents, image_set_statistics
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, kept_channels, run_task
 from .losses import equivariance
 from .losses.adversarial import AdversarialConfig, Adversary, PatchDiscriminator

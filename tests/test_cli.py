@@ -24,7 +24,7 @@ from support.runs import TINY_VAE, tiny
 
 from diffusers_vae import MLPVAE, VAE, LatentDataset, cli
 from diffusers_vae.data import DataConfig, load_data, load_split
-from diffusers_vae.evaluation import EvaluationReport
+from diffusers_vae.evaluation.report import EvaluationReport
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import fast_dtype, weights_hash
 from diffusers_vae.processes import out_of_memory

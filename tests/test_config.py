@@ -18,7 +18,7 @@ from PIL import Image
 
 from diffusers_vae.config import TRAININGS, parse_settings, training_parser
 from diffusers_vae.data import DataConfig
-from diffusers_vae.latent_cache import LatentDataset
+from diffusers_vae.latents.dataset import LatentDataset
 from diffusers_vae.loop import OptimizerConfig, RunConfig
 from diffusers_vae.losses.adversarial import AdversarialConfig
 from diffusers_vae.losses.objective import ObjectiveConfig

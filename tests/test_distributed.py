@@ -40,8 +40,8 @@ from support.runs import (
 )
 
 from diffusers_vae.data import DataConfig, epoch_batches, load_data
-from diffusers_vae.evaluation import EvaluationConfig, evaluate
-from diffusers_vae.latents import measure_latents
+from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
+from diffusers_vae.latents.statistics import measure_latents
 from diffusers_vae.loop import FSDP2_TORCH, OptimizerConfig, run_task
 from diffusers_vae.losses.adversarial import AdversarialConfig
 from diffusers_vae.losses.objective import Gaussian, ObjectiveConfig, VAEObjective

@@ -29,25 +29,24 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from diffusers_vae import MLPVAE, VAEObjective
 from diffusers_vae.data import ArrayImages, DataConfig, load_data, load_split
-from diffusers_vae.evaluation import (
-    EvaluationConfig,
+from diffusers_vae.evaluation.compare import compare
+from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate, reconstruct
+from diffusers_vae.evaluation.float16 import PrecisionReport, measure_precision
+from diffusers_vae.evaluation.metrics import mean_interval, psnr, ssim
+from diffusers_vae.evaluation.report import (
     EvaluationReport,
     LatentSummary,
     ModelSummary,
     Protocol,
-    compare,
-    evaluate,
     read_report,
-    reconstruct,
     report_digest,
 )
+from diffusers_vae.evaluation.swaps import measure_swaps
 from diffusers_vae.images import to_model_range, to_uint8
-from diffusers_vae.latents import LatentStatistics, PosteriorHealth, SwapCosts, measure_latents, measure_swaps
+from diffusers_vae.latents.statistics import LatentStatistics, PosteriorHealth, SwapCosts, measure_latents
 from diffusers_vae.losses.objective import Bernoulli, Gaussian, Laplace
 from diffusers_vae.losses.perceptual import FILES, LPIPS, InceptionFeatures
-from diffusers_vae.metrics import mean_interval, psnr, ssim
 from diffusers_vae.models import weights_hash
-from diffusers_vae.precision import PrecisionReport, measure_precision
 from diffusers_vae.processes import in_parts, largest_part
 from diffusers_vae.report import comparison_table
 

@@ -18,13 +18,15 @@ from support.launches import run_forked
 from support.models import original
 from support.runs import assert_same_gradient, at, fit, interrupted_at, left_behind, tensors, tiny
 
-from diffusers_vae import VAE, encode_images, latent_cache
+from diffusers_vae import VAE, encode_images
 from diffusers_vae.config import TRAININGS, parse_settings
 from diffusers_vae.data import DataConfig, load_data
-from diffusers_vae.evaluation import EvaluationConfig, compare, evaluate
+from diffusers_vae.evaluation.compare import compare
+from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.hub import HubConfig, push
 from diffusers_vae.images import to_model_range
-from diffusers_vae.latents import measure_latents
+from diffusers_vae.latents import dataset
+from diffusers_vae.latents.statistics import measure_latents
 from diffusers_vae.loop import OptimizerConfig, run_task
 from diffusers_vae.losses.adversarial import AdversarialConfig
 from diffusers_vae.losses.objective import ObjectiveConfig
@@ -275,7 +277,7 @@ class TestLatentCache:
         path = folder / "shard-00000.safetensors"
         content = path.read_bytes()
         path.write_bytes(content[:-999] + bytes([content[-999] ^ 4]) + content[-998:])
-        monkeypatch.setattr(latent_cache, "VERIFIED_AT_ONCE", 2**30 * at_once)
+        monkeypatch.setattr(dataset, "VERIFIED_AT_ONCE", 2**30 * at_once)
         message = f"shard-00000.safetensors in {folder} missing or not as written"
         if at_once:
             self.assert_refused(tmp_path, base, folder, message)

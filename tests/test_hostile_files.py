@@ -22,7 +22,8 @@ from diffusers_vae import cli
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.data.files import Files
 from diffusers_vae.images import read_header, read_image
-from diffusers_vae.latent_cache import LatentDataset, encode_images
+from diffusers_vae.latents.dataset import LatentDataset
+from diffusers_vae.latents.encode import encode_images
 from diffusers_vae.models import load_autoencoder
 from diffusers_vae.untrusted import MAX_TEXT, MAX_UNPACKED
 from diffusers_vae.values import read_kind, read_values

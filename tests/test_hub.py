@@ -31,7 +31,8 @@ from support.stock import run_without_package
 
 from diffusers_vae import MLPVAE, VAE, cli
 from diffusers_vae.data import DataConfig, load_split
-from diffusers_vae.evaluation import FIGURES, FineTuning, read_report
+from diffusers_vae.evaluation.figures import FIGURES
+from diffusers_vae.evaluation.report import FineTuning, read_report
 from diffusers_vae.hub import HubConfig, check_can_push, push, render_card, write_card
 from diffusers_vae.losses.adversarial import AdversarialConfig
 from diffusers_vae.losses.objective import ObjectiveConfig

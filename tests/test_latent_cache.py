@@ -24,11 +24,12 @@ from support.launches import fork_server, run_forked
 from support.models import tiny_vae
 from torch.utils.data import DataLoader
 
-from diffusers_vae import VAE, LatentDataset, encode_images, latent_cache
+from diffusers_vae import VAE, LatentDataset, encode_images
 from diffusers_vae.data import ArrayImages, DataConfig, FileStore, StoredImages, load_data
-from diffusers_vae.evaluation import draw
+from diffusers_vae.evaluation.evaluate import draw
 from diffusers_vae.images import to_model_range
-from diffusers_vae.latent_cache import Verification
+from diffusers_vae.latents import dataset
+from diffusers_vae.latents.dataset import Verification
 from diffusers_vae.models import fast_dtype, weights_hash
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -647,7 +648,7 @@ class TestVerification:
             with pytest.raises(ValueError, match=message):
                 Verification(latents)
             return
-        monkeypatch.setattr(latent_cache, "VERIFIED_AT_ONCE", latents.bytes - 1)
+        monkeypatch.setattr(dataset, "VERIFIED_AT_ONCE", latents.bytes - 1)
         verification = Verification(latents)
         for raises in (verification.finish, verification.check):
             with pytest.raises(ValueError, match=message):
@@ -655,7 +656,7 @@ class TestVerification:
 
     @pytest.mark.parametrize("at_once", [True, False])
     def test_whole_latents_are_let_through(self, at_once, whole, monkeypatch):
-        monkeypatch.setattr(latent_cache, "VERIFIED_AT_ONCE", 2**30 * at_once)
+        monkeypatch.setattr(dataset, "VERIFIED_AT_ONCE", 2**30 * at_once)
         verification = Verification(LatentDataset(whole))
         verification.check()
         verification.finish()

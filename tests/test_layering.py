@@ -19,10 +19,11 @@ ROWS = [
     {"messages", "fields"},
     {"storage", "untrusted", "silence"},
     {"processes", "settings", "images", "values"},
-    {"models", "losses", "tokenizer", "metrics", "data"},
-    {"latents", "precision"},
-    {"evaluation", "pictures", "checkpoint"},
-    {"hub", "report", "pipelines", "latent_cache"},
+    {"models", "losses", "tokenizer", "data"},
+    {"latents", "pipelines"},
+    {"evaluation", "checkpoint"},
+    {"pictures"},
+    {"hub", "report"},
     {"run_folder"},
     {"loop"},
     {"trainer", "text_to_image"},
@@ -101,7 +102,7 @@ def test_imports_only_from_rows_above(file):
         ("diffusers_vae/losses/objective.py", "from diffusers_vae import __version__", False),
         ("diffusers_vae/images.py", "from .data.sources import Digits", False),
         ("diffusers_vae/trainer.py", "from accelerate import Accelerator\nfrom .evaluation import evaluate", True),
-        ("diffusers_vae/evaluation.py", "import accelerate.utils", False),
+        ("diffusers_vae/evaluation/evaluate.py", "import accelerate.utils", False),
         ("diffusers_vae/trainer.py", "from huggingface_hub import upload_folder", False),
         ("diffusers_vae/hub.py", "from .trainer import TrainConfig", False),
         ("diffusers_vae/trainer.py", "import training.train_vae", False),
@@ -173,7 +174,7 @@ def test_libraries_that_only_some_uses_need_are_not_loaded_before(tmp_path):
     """Besides those that stock diffusers loads: accelerate, peft, scipy, torchvision and transformers."""
     uses = [
         ("from diffusers_vae import VAE", "models.vae", {"accelerate", "jsonargparse", *ROWS_BELOW_MODELS}),
-        ("from diffusers_vae import *", "latent_cache", {"jsonargparse", f"{PACKAGE}.trainer"}),
+        ("from diffusers_vae import *", "latents.encode", {"jsonargparse", f"{PACKAGE}.trainer"}),
         ("from diffusers_vae import commands", "trainer", set()),  # for which each `--help` waits
     ]
     program = "import json, sys\ndel sys.modules['diffusers_vae']\nbefore, found = set(sys.modules), []\n"

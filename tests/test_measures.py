@@ -10,11 +10,11 @@ from torchmetrics.functional.image import learned_perceptual_image_patch_similar
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from diffusers_vae.data import DataConfig, load_data
+from diffusers_vae.evaluation.float16 import measure_precision
+from diffusers_vae.evaluation.metrics import frechet_distance, psnr, ssim
 from diffusers_vae.images import to_model_range
-from diffusers_vae.latents import LatentStatistics, measure_latents
+from diffusers_vae.latents.statistics import LatentStatistics, measure_latents
 from diffusers_vae.losses.perceptual import LPIPS, InceptionFeatures, PerceptualLoss
-from diffusers_vae.metrics import frechet_distance, psnr, ssim
-from diffusers_vae.precision import measure_precision
 
 
 @pytest.fixture(scope="module")

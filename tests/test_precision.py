@@ -9,9 +9,9 @@ from support.models import hooks_of, tiny_vae
 
 from diffusers_vae import MLPVAE
 from diffusers_vae.data import ArrayImages, DataConfig, load_data
+from diffusers_vae.evaluation.float16 import EXACT, LARGEST, measure_precision
+from diffusers_vae.evaluation.metrics import psnr
 from diffusers_vae.images import to_model_range
-from diffusers_vae.metrics import psnr
-from diffusers_vae.precision import EXACT, LARGEST, measure_precision
 
 IMAGES = 6
 

@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from support.models import make_pipeline
 
 from diffusers_vae import VAE
-from diffusers_vae.evaluation import FIGURES, EvaluationReport
+from diffusers_vae.evaluation.figures import FIGURES
+from diffusers_vae.evaluation.report import EvaluationReport
 from diffusers_vae.losses.objective import ObjectiveConfig
 
 ROOT = Path(__file__).parents[1]

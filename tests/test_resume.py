@@ -41,7 +41,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from diffusers_vae import cli
 from diffusers_vae.checkpoint import find_checkpoint
 from diffusers_vae.data import DataConfig
-from diffusers_vae.evaluation import EvaluationConfig, read_report
+from diffusers_vae.evaluation.evaluate import EvaluationConfig
+from diffusers_vae.evaluation.report import read_report
 from diffusers_vae.loop import Interrupted, run_task
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.trainer import AutoencoderTask, train

@@ -22,10 +22,11 @@ from support.runs import DETERMINISTIC, at, left_behind, records, tensors
 from support.stock import run_without_package
 from transformers import CLIPTextModel
 
-from diffusers_vae import MLPVAE, VAE, cli, latent_cache
+from diffusers_vae import MLPVAE, VAE, cli
 from diffusers_vae.data import ArrayImages, DataConfig, load_data
 from diffusers_vae.images import to_model_range
-from diffusers_vae.latent_cache import encode_images
+from diffusers_vae.latents import dataset
+from diffusers_vae.latents.encode import encode_images
 from diffusers_vae.loop import OptimizerConfig, RunConfig, dry_run, run_task
 from diffusers_vae.losses.diffusion import DiffusionConfig
 from diffusers_vae.text_to_image import (
@@ -452,7 +453,7 @@ class TestLatents:
         path = tmp_path / "run" / "latents" / "shard-00000.safetensors"
         content = path.read_bytes()
         path.write_bytes(content[:-4000] + bytes([content[-4000] ^ 4]) + content[-3999:])
-        monkeypatch.setattr(latent_cache, "VERIFIED_AT_ONCE", 2**30 * at_once)
+        monkeypatch.setattr(dataset, "VERIFIED_AT_ONCE", 2**30 * at_once)
         with pytest.raises(ValueError, match=r"shard-00000\.safetensors in .*/run/latents missing or not as written"):
             run_task(TextToImageTask(config))
         assert not (tmp_path / "run" / "pipeline").exists()

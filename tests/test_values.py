@@ -27,7 +27,7 @@ from support.stock import run_without_package
 
 from diffusers_vae import VAE, cli
 from diffusers_vae.data import ArrayImages, DataConfig, StoredImages, load_data, look, recommended
-from diffusers_vae.evaluation import EvaluationConfig, evaluate
+from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.hub import HubConfig, find_value_range, push, render_card
 from diffusers_vae.images import to_model_range
 from diffusers_vae.losses.objective import ObjectiveConfig

@@ -22,7 +22,7 @@ from support.launches import INTERRUPTED, Launch
 from support.runs import DETERMINISTIC, left_behind, use_random_networks, whole
 
 from diffusers_vae.data import DataConfig
-from diffusers_vae.evaluation import EvaluationConfig
+from diffusers_vae.evaluation.evaluate import EvaluationConfig
 from diffusers_vae.loop import RunConfig, run_task
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig

@@ -10,7 +10,7 @@ from PIL import Image
 from support.hub_server import HubServer
 
 from diffusers_vae import MLPVAE, VAE
-from diffusers_vae.evaluation import report_digest
+from diffusers_vae.evaluation.report import report_digest
 from diffusers_vae.models import weights_hash
 
 TOKEN = "hf_ThisTokenMustNeverShow"

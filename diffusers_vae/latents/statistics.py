@@ -1,6 +1,4 @@
-"""Statistics of the latents over a data set: what makes them unit-scale for a diffusion model, and how the posterior
-uses them.
-"""
+"""Statistics of the latents over a data set, and the posterior's health."""
 
 from __future__ import annotations
 
@@ -16,32 +14,39 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 from tqdm import tqdm
 
-from .data import ImageSet, image_batches, kept_images
-from .losses.objective import rate_per_unit
-from .metrics import psnr
-from .models import check_batch, decode, encode
-from .processes import gather, gather_parts, in_parts, process_share
-from .silence import alone, report_progress
+from ..data import ImageSet, image_batches
+from ..losses.objective import rate_per_unit
+from ..models import check_batch, encode
+from ..processes import gather_parts, in_parts, process_share
 
 ACTIVE = 0.01
 """Variance of a unit's posterior mean over the data above which Burda et al. 2016, section 5.2, call it active."""
+
+
 EMPTY = 0.01
 """Rate in nats below which a unit's posterior counts as equal to the prior."""
+
+
 UNUSED = 0.05
 """A channel is unused if taking it from another image lowers the PSNR by less than this, in dB."""
+
+
 UNUSED_INFORMATION = 0.1
 """Where no decoder was run, a channel is unused if it holds less information than this, in nats per image."""
+
+
 POOR = 3.0
 """Reconstructions are poor if taking all latents from another image lowers the PSNR by less than this, in dB."""
+
+
 POOR_COLOUR = 1.0
 """The same for the error of the colours alone, in dB."""
+
+
 EXPLODED = 20.0
 """Std of a channel's latents above which the prior no longer constrains them. Published models: 0.65 (Stable Diffusion
 3) to 7.7 (Stable Diffusion XL)."""
-SWAPPED = 64
-"""Maximum number of images that `measure_swaps` reconstructs."""
-FAINT_COLOUR = 4 / 255
-"""Root mean square of the images' colour, all together, in model range, below which they count as grey."""
+
 
 SLACK = 1e-3
 """Tolerance for rounding: values of images may exceed [-1, 1] by this much."""
@@ -236,61 +241,6 @@ def _verdict(measured: dict[str, Any], largest_std: float, images: int) -> tuple
             "train a diffusion model on the scaled latents or, to sample from the prior, raise objective.kl_weight."
         )
     return "healthy", advice
-
-
-@torch.no_grad()
-def measure_swaps(
-    model: ModelMixin, image_set: ImageSet, batch_size: int, max_images: int | None = None
-) -> SwapCosts | None:
-    """Measure what reconstructions of `model`, in eval mode, lose when latents are taken from another image; None if
-    fewer than two images can be read.
-
-    At most `SWAPPED` images, spread evenly over the first `max_images`, are used; each takes latents from the one half
-    the list away. Each is encoded once, and decoded twice and once more for each channel. Under torch.distributed, all
-    processes must call it with the same model; they share the work.
-    """
-    count = len(image_set) if max_images is None else min(max_images, len(image_set))
-    indices = np.unique(np.linspace(0, count - 1, min(count, SWAPPED)).astype(int)).tolist()
-    with alone("reading images"):
-        read = image_set.__getitems__(indices)
-    kept, images = kept_images(image_set, indices, read, torch.device("cpu"))  # of any size: moved batch by batch
-    on_all = set(indices).intersection(*gather(kept))  # one process may fail to read what another could
-    images = images[[place for place, index in enumerate(kept) if index in on_all]]
-    if len(images) < 2:
-        return None
-    modes = torch.cat([encode(model, part.to(model.device)).mode() for part in images.split(batch_size)])
-    others = modes.roll(len(modes) // 2, 0)
-
-    def figures(latents: torch.Tensor) -> tuple[float, float]:
-        """The mean PSNR, and the mean squared error of the colours, of reconstructions."""
-        ratios, errors = [], 0.0
-        for shown, part in zip(images.split(batch_size), latents.split(batch_size), strict=True):
-            shown, reconstructions = shown.to(model.device), decode(model, part).clamp(-1, 1)
-            ratios += psnr(shown, reconstructions).tolist()
-            errors += (_colour(shown) - _colour(reconstructions)).square().mean((1, 2, 3)).sum().item()
-            report_progress()
-        return sum(ratios) / len(ratios), errors / len(images)
-
-    (own, own_colour), (other, other_colour) = figures(modes), figures(others)
-    rank, processes = process_share()
-    costs = []
-    for channel in range(rank, modes.shape[1], processes):
-        mixed = modes.clone()
-        mixed[:, channel] = others[:, channel]
-        costs.append((channel, own - figures(mixed)[0]))
-    colour = sum(_colour(part).square().sum().item() for part in images.split(batch_size)) / images.numel()
-    colourful = colour**0.5 > FAINT_COLOUR
-    return SwapCosts(
-        images=len(images),
-        all=own - other,
-        colour=10 * math.log10(max(other_colour, 1e-12) / own_colour) if colourful and own_colour else None,
-        channels=[cost for _, cost in gather_parts(costs)],
-    )
-
-
-def _colour(images: torch.Tensor) -> torch.Tensor:
-    """The colours of images (B, C, H, W): each channel minus the mean of the channels."""
-    return images - images.mean(1, keepdim=True)
 
 
 def measure_latents(

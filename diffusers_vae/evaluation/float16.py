@@ -11,10 +11,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from tqdm import tqdm
 
-from .data import ImageSet, image_batches
+from ..data import ImageSet, image_batches
+from ..models import decode, encode
+from ..processes import gather_parts, process_share
 from .metrics import psnr
-from .models import decode, encode
-from .processes import gather_parts, process_share
 
 LARGEST = torch.finfo(torch.float16).max
 """65,504: what is 65,520 or more becomes infinite in float16."""

@@ -1,0 +1,1 @@
+"""Model and images to numbers, and two models compared."""

@@ -1,0 +1,309 @@
+"""Model and held-out images to numbers, with all that is needed to get the same numbers again."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from typing import Literal
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_utils import ModelMixin
+from tqdm import tqdm
+
+from ..data import DataConfig, ImageSet, image_batches
+from ..images import to_model_range, to_uint8
+from ..latents.statistics import LatentStatistics, draw, total
+from ..losses.objective import Bernoulli, VAEObjective
+from ..losses.perceptual import LPIPS, InceptionFeatures
+from ..models import decode, decode_logits, encode, unmeasured, weights_hash
+from ..processes import gather_parts, in_parts, largest_part, process_share
+from ..values import ValueRange
+from .float16 import measure_precision
+from .metrics import frechet_distance, mean_interval, psnr, ssim
+from .report import EvaluationReport, LatentSummary, ModelSummary, PerImage, Protocol
+from .swaps import measure_swaps
+
+PACKAGES = (
+    "diffusers-vae", "diffusers", "torch", "torchvision", "torchmetrics", "torch-fidelity", "numpy", "scipy", "pillow",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Measuring and picturing, in a run always with the EMA weights when there are any."""
+
+    every: int | None = None
+    """Images between two evaluations in a run; by default there is one, at the end."""
+    max_images: int | None = None
+    """At most this many held-out images are measured, and as many training images for the statistics of the latents,
+    always the same; by default all."""
+    batch_size: int = 64
+    """Maximum number of images per forward, also for pictures; halved as often as memory requires."""
+    seed: int = 0
+    """Seed of the noise in the latents and of the samples from the prior."""
+    reconstruction: Literal["mode", "sample"] = "mode"
+    """What PSNR, SSIM, LPIPS and rFID are of: the decoded mode of the posterior, or one draw from it."""
+    round_to_8_bit: bool = True
+    """Whether PSNR, SSIM and LPIPS are of reconstructions as 8-bit files would hold them; with data.value_range they
+    never are, and the PSNR is over that range. The rFID always is of 8-bit values."""
+    draws: int = 1
+    """Draws from the posterior per image. Distortion is their mean; of two or more there is the importance-weighted
+    bound too."""
+    lpips: tuple[Literal["alex", "vgg", "squeeze"], ...] = ()
+    """Networks whose features LPIPS compares; their published weights are downloaded to
+    `$TORCH_HOME/hub/checkpoints` if they are not there."""
+    rfid: bool = False
+    """Frechet inception distance between the images and their reconstructions; its weights are found as those of
+    `lpips`."""
+    projection: Literal["pca", "tsne"] = "pca"
+    """Of latents of more than two dimensions, to picture them."""
+    fp16: bool = False
+    """Whether float16 is tried too: the largest activations of each block, and whether force_upcast can be false."""
+
+    def __post_init__(self):
+        for name in ("every", "max_images", "batch_size", "draws"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"evaluation.{name} must be at least 1, got {value}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"evaluation.seed must lie in [0, 2^31), got {self.seed}")
+        for name, choices in (("reconstruction", ("mode", "sample")), ("projection", ("pca", "tsne"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"evaluation.{name} must be {' or '.join(choices)}, got {getattr(self, name)}")
+        if wrong := [name for name in self.lpips if name not in ("alex", "vgg", "squeeze")]:
+            raise ValueError(f"evaluation.lpips must name alex, vgg or squeeze, or several, got {wrong[0]}")
+
+
+Judges = tuple[dict[str, LPIPS], InceptionFeatures | None]
+
+
+def load_judges(config: EvaluationConfig, channels: int, size: tuple[int, int]) -> Judges:
+    """The networks that `config` asks for.
+
+    Raises:
+        FileNotFoundError: when weights are not there and cannot be downloaded.
+        ValueError: when they cannot see images of `channels` and `size`.
+    """
+    lpips = {name: LPIPS(name) for name in config.lpips}
+    inception = InceptionFeatures() if config.rfid else None
+    for network in (*lpips.values(), *([inception] if inception else [])):
+        network.check(channels, size)
+    return lpips, inception
+
+
+def log_prior_ratio(posterior: DiagonalGaussianDistribution, latents: torch.Tensor) -> torch.Tensor:
+    """log p(latents) - log q(latents | image) per image (B,), nats; minus its mean over draws is the rate."""
+    ratio = 0.5 * (((latents - posterior.mean) / posterior.std) ** 2 + posterior.logvar - latents**2)
+    return ratio.flatten(1).sum(1)
+
+
+def reconstruct(
+    model: ModelMixin, images: torch.Tensor, indices: Sequence[int], config: EvaluationConfig
+) -> torch.Tensor:
+    """Reconstructions (B, C, H, W), in [-1, 1], of the images `indices`, as `config` says."""
+    posterior = encode(model, images)
+    latents = posterior.mode()
+    if config.reconstruction == "sample":
+        latents = next(draw(posterior, indices, config.seed, 1))
+    return _as_compared(decode(model, latents), config)
+
+
+def _as_compared(reconstructions: torch.Tensor, config: EvaluationConfig) -> torch.Tensor:
+    clamped = reconstructions.clamp(-1, 1)
+    if not config.round_to_8_bit:
+        return clamped
+    return to_model_range(to_uint8(clamped)).where(clamped.isfinite(), clamped)  # not a number must not pass for black
+
+
+@torch.no_grad()
+def evaluate(
+    model: ModelMixin,
+    image_set: ImageSet,
+    objective: VAEObjective,
+    config: EvaluationConfig,
+    data: DataConfig | None = None,
+    split: str | None = None,
+    name: str = "",
+    progress: bool = False,
+) -> EvaluationReport:
+    """The report of `model`, in eval mode, over the images: any autoencoder of diffusers with `encode(...).latent_dist`
+    and `decode(...).sample`. The draws for an image depend on the seed and its index.
+
+    Under torch.distributed all processes must call it, with the same model; they share the work, and the report is
+    that of one process, bit by bit.
+
+    Args:
+        model: on the device where it is to run, in the dtype in which it is to be measured.
+        image_set: the images.
+        objective: whose terms are measured.
+        config: what is measured, and how.
+        data: where the images came from, and
+        split: which part of it they are, for the protocol.
+        name: of the model, for the report.
+        progress: show a bar.
+
+    Raises:
+        FileNotFoundError: when weights for LPIPS or rFID are not there.
+        ValueError: when there is no image that can be read, the model does not take such images, or float16 is to be
+            tried and not even float32 gives finite activations.
+    """
+    if not len(image_set):
+        raise ValueError("there must be at least one image to evaluate, got none")
+    if config.rfid and min(len(image_set), config.max_images or 2) < 2:
+        raise ValueError("the FID compares spreads: it needs at least two images, got one")
+    stated = None if data is None or data.value_range is None else ValueRange(*data.value_range)
+    if stated:
+        config = replace(config, round_to_8_bit=False)
+    rank, processes = process_share()
+    parts, statistics, networks = [], {}, {}
+    judges: Judges | None = None
+    count = min(len(image_set), config.max_images or len(image_set))
+    with tqdm(total=count, desc="evaluation", unit="img", disable=not progress or rank > 0, leave=False) as bar:
+        for part, indices, images in image_batches(
+            image_set, config.batch_size, config.max_images, model.device, rank, processes
+        ):
+            if judges is None:
+                judges = load_judges(config, images.shape[1], tuple(images.shape[2:]))
+                named = judges[0] | ({"inception": judges[1]} if judges[1] else {})
+                networks = {name: weights_hash(network.to(model.device)) for name, network in named.items()}
+            measured = in_parts(model, partial(_measure, model, objective, config, judges), images, indices)
+            for counted, *_ in measured:
+                statistics.setdefault(part, LatentStatistics()).add(counted)
+            figures = {name: torch.cat([each[1][name] for each in measured]) for name in measured[0][1]}
+            features = judges[1] and tuple(torch.cat([each[2][which] for each in measured]) for which in (0, 1))
+            table = torch.stack([values.cpu().double() for values in figures.values()]).T.numpy()
+            parts.append((indices[0], indices, list(figures), table, features, tuple(images.shape[1:])))
+            bar.set_postfix({term: f"{figures[term].mean():.4g}" for term in ("distortion", "rate")}, refresh=False)
+            bar.update(min(len(indices) * processes, count - bar.n))
+    parts = gather_parts(parts)
+    if not parts:
+        raise ValueError("no image to evaluate can be read")
+    statistics = total(statistics)
+    indices = [index for part in parts for index in part[1]]
+    table = np.concatenate([part[3] for part in parts])
+    figures = {name: np.ascontiguousarray(table[:, column]) for column, name in enumerate(parts[0][2])}
+    means = {name: float(values.sum() / len(values)) for name, values in figures.items()}
+    channels, height, width = parts[0][5]
+    per_dim, (per_unit, unit) = -1 / (math.log(2) * channels * height * width), _unit(objective, stated)
+    intervals = {}
+    if len(indices) > 1:
+        intervals = {name: list(mean_interval(values)) for name, values in figures.items()}
+        intervals["bits_per_dim"] = [bound * per_dim + per_unit for bound in intervals["elbo"][::-1]]
+    rfid = None
+    if config.rfid:
+        rfid = frechet_distance(*(torch.cat([part[4][which] for part in parts]) for which in (0, 1)))
+    precision = None
+    if config.fp16:
+        precision = measure_precision(model, image_set, config.batch_size, config.max_images, progress)
+    swaps = measure_swaps(model, image_set, config.batch_size, config.max_images)
+    described = getattr(model, "config", {})
+    return EvaluationReport(
+        images=len(indices),
+        bits_per_dim=means["elbo"] * per_dim + per_unit,
+        density=objective.likelihood.density + unit,
+        kl_weight=objective.kl_weight,
+        scale=objective.scale,
+        rfid=rfid,
+        intervals=intervals,
+        latents=LatentSummary(
+            mean=statistics.latents_mean,
+            std=statistics.latents_std,
+            shift_factor=statistics.mean,
+            scaling_factor=statistics.scaling_factor,
+        ),
+        posterior=statistics.health(swaps),
+        model=ModelSummary(
+            name=name,
+            class_name=type(model).__qualname__,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            latent_shape=list(statistics.sums.shape[1:]),
+            scaling_factor=None if unmeasured(described) else described["scaling_factor"],
+            shift_factor=None if unmeasured(described) else described.get("shift_factor"),
+            weights_sha256=weights_hash(model),
+        ),
+        protocol=Protocol(
+            data=None if data is None else data.described,
+            split=split,
+            images=len(indices),
+            fingerprint=image_set.contents() or image_set.fingerprint(),
+            resolution=[height, width],
+            channels=channels,
+            resize=None if data is None else data.resize,
+            value_range=f"[-1, 1], which stands for {stated} in the files" if stated else "[-1, 1]",
+            round_to_8_bit=config.round_to_8_bit,
+            reconstruction=config.reconstruction,
+            draws=config.draws,
+            seed=config.seed,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=model.device.type,
+            networks=networks,
+            versions={"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+            batch_size=largest_part(model, config.batch_size),
+        ),
+        fp16=precision,
+        per_image=PerImage(indices, [image_set.name(index) for index in indices], figures),
+        **dict.fromkeys(("importance_weighted_bound", "lpips_alex", "lpips_vgg", "lpips_squeeze")) | means,
+    )
+
+
+def _unit(objective: VAEObjective, stated: ValueRange | None) -> tuple[float, str]:
+    """Bits that the unit of the density adds to each value in bits/dim, and that unit in words."""
+    if isinstance(objective.likelihood, Bernoulli):  # a probability, in no unit
+        return 0.0, ""
+    if stated:
+        return 0.0, "; bits/dim per unit of [-1, 1]"
+    return math.log2(255 / 2), "; bits/dim per 8-bit level (2/255)"
+
+
+def _measure(
+    model: ModelMixin,
+    objective: VAEObjective,
+    config: EvaluationConfig,
+    judges: Judges,
+    images: torch.Tensor,
+    indices: list[int],
+) -> tuple[LatentStatistics, dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
+    """Statistics of the latents, the figures of each image, (B,) by name, and the features of images and
+    reconstructions if asked for.
+    """
+    posterior, statistics = encode(model, images), LatentStatistics()
+    statistics.update(posterior)
+    distortions, log_weights, reconstructions = [], [], None
+    for latents in draw(posterior, indices, config.seed, config.draws):
+        if isinstance(objective.likelihood, Bernoulli):
+            logits = decode_logits(model, latents)
+            decoded = to_model_range(logits.sigmoid())
+            terms = objective(images, decoded, posterior, logits=logits)
+        else:
+            decoded = decode(model, latents)
+            terms = objective(images, decoded, posterior)
+        distortions.append(terms.distortion)
+        log_weights.append(log_prior_ratio(posterior, latents).cpu().double() - terms.distortion.cpu().double())
+        if reconstructions is None and config.reconstruction == "sample":
+            reconstructions = decoded
+    if reconstructions is None:
+        reconstructions = decode(model, posterior.mode())
+    reconstructions = _as_compared(reconstructions, config)
+    distortion, rate = torch.stack(distortions).mean(0), terms.rate
+    left_out = objective.left_out() * images[0].numel()
+    figures = {
+        "loss": distortion - left_out + objective.kl_weight * rate,
+        "distortion": distortion,
+        "rate": rate,
+        "elbo": -(distortion + rate),
+        "psnr": psnr(images, reconstructions),
+        "ssim": ssim(images, reconstructions),
+    }
+    if config.draws > 1:
+        bound = torch.stack(log_weights).logsumexp(0) - math.log(config.draws)
+        figures["importance_weighted_bound"] = bound
+    for name, network in judges[0].items():
+        figures[f"lpips_{name}"] = network(images, reconstructions)
+    inception = judges[1]
+    return statistics, figures, inception and (inception(images).cpu(), inception(reconstructions).cpu())

@@ -1,0 +1,1 @@
+"""The latents of a model: described, written to disk, read."""

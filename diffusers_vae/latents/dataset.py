@@ -1,0 +1,385 @@
+"""Latents of a data set on disk, read by the row without loading them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError, safe_open
+from torch.utils.data import Dataset
+
+from ..data import ImageSet
+from ..models import weights_hash
+from ..processes import on_main, process_share
+from ..storage import described, digest_of
+from ..untrusted import check_type, refuse_odd_name
+
+if TYPE_CHECKING:
+    import datasets
+from .shards import COMPUTED, DTYPES, STORED, Kind, changed_shards, data_identity, read_index, read_tensors, shard_path
+
+logger = logging.getLogger(__name__)
+
+
+VERIFIED_AT_ONCE = 2**30
+"""Bytes of a cache that is verified before it is trained on; a larger one is while it is."""
+
+
+LISTED = 20
+
+
+CHECKED = 256
+"""Rows that are looked at together, for values that are not finite."""
+
+
+def matching_latents(vae: ModelMixin, image_set: ImageSet, folder: str | Path, data: str) -> LatentDataset:
+    """The latents in `folder`, of whatever kind and dtype, if they are those of these images under this VAE.
+
+    Args:
+        vae: whose weights count.
+        image_set: whose images count, and not their labels and captions.
+        folder: that `encode_images` wrote.
+        data: which images these are, in words.
+
+    Raises:
+        FileNotFoundError: when there is no cache that is complete.
+        ValueError: when the latents are of other images or of another VAE.
+    """
+    latents = LatentDataset(folder, weights_hash(vae))
+    found, wanted = latents.cache["data"], json.loads(json.dumps(data_identity(image_set)))
+    compared = ["fingerprint", "images", "image_shape", "resize"]
+    compared += ["contents"] * ("contents" in found)  # which earlier versions did not record
+    if differing := [name for name in compared if found[name] != wanted.get(name)]:
+        digests = ("fingerprint", "contents")
+        what = ", ".join(f"{name} {found[name]} and not {wanted[name]}" for name in differing if name not in digests)
+        raise ValueError(
+            f"{Path(folder).resolve()} holds latents of other images: {found['images']:,}, "
+            f"{latents.index['data']}, where {wanted['images']:,}, {data}, are wanted{f' ({what})' if what else ''}. "
+            "`diffusers-vae encode DATA "
+            "--split training`, with the same settings of the data, encodes those that are trained on"
+        )
+    return latents
+
+
+class LatentDataset(Dataset):
+    """The latents that `encode_images` wrote to `folder`, in float32, with labels and captions if the images had them.
+
+    A row is a dict of `mean` and `logvar`, or of `latents`, each (C, h, w), and of `label`, int64, and `captions`, a
+    list of one or more, so that batches need a `collate_fn` where their numbers differ. Files are mapped into memory,
+    not loaded: the system can drop what was read at any time.
+
+    Args:
+        folder: of the cache.
+        weights_hash: of the VAE that the latents must be of.
+
+    Raises:
+        FileNotFoundError: when there is no cache that is complete.
+        ValueError: when a shard is missing or changed, or the latents are of another VAE.
+    """
+
+    def __init__(self, folder: str | Path, weights_hash: str | None = None):
+        self.folder = Path(os.path.expanduser(folder))
+        refuse_odd_name(folder, "the folder of latents")
+        self.index = read_index(self.folder)
+        self.cache: dict[str, Any] = self.index["cache"]
+        """What the latents were computed from."""
+        if weights_hash is not None and weights_hash != self.weights_hash:
+            raise ValueError(
+                f"{self.folder.resolve()} holds latents of another VAE, whose weights_hash is {self.weights_hash}, and "
+                f"not {weights_hash}: encode the images with this VAE into another folder"
+            )
+        self._refuse(changed_shards(self.folder, self.index))
+        self._refuse(self._other_shapes(range(len(self.index["shards"]))))
+        self._starts = np.cumsum([0] + [shard["rows"] for shard in self.index["shards"]])
+        self._open: dict[int, dict[str, torch.Tensor]] = {}
+
+    def _other_shapes(self, numbers: Iterable[int]) -> list[str]:
+        """Names of those shards that lack a tensor, or have one of another shape or dtype than the index says, by their
+        headers.
+        """
+        columns = ["indices"] + ["labels"] * (self.cache["data"]["labels"] is not None)
+        texts = ["captions"] * (self.cache["data"]["captions"] is not None)
+        columns += ["caption_ends"] * len(texts)
+        other = []
+        for number in numbers:
+            path, rows = shard_path(self.folder, number), self.index["shards"][number]["rows"]
+            wanted = dict.fromkeys(self._names, (STORED[self.cache["dtype"]], [rows, *self.latent_shape]))
+            wanted |= dict.fromkeys(columns, ("I64", [rows]))
+            with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+                found = {name: file.get_slice(name) for name in [*wanted, *texts]}
+                if all((found[name].get_dtype(), found[name].get_shape()) == wanted[name] for name in wanted):
+                    continue
+            other.append(path.name)
+        return other
+
+    def _refuse(self, changed: list[str]) -> None:
+        if changed:
+            more = f" and {len(changed) - LISTED} more" if len(changed) > LISTED else ""
+            raise ValueError(
+                f"{', '.join(changed[:LISTED])}{more} in {self.folder.resolve()} missing or not as written: delete "
+                "what is there of these, and the same encode command writes them again"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was read, so that workers map the files themselves."""
+        return {name: value for name, value in vars(self).items() if name not in ("labels", "captions", "indices")} | {
+            "_open": {}
+        }
+
+    @property
+    def kind(self) -> Kind:
+        """posterior, sample or mode."""
+        return self.cache["kind"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored values."""
+        return DTYPES[self.cache["dtype"]]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """In which the encoder ran."""
+        return getattr(torch, self.cache.get(*COMPUTED))
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, h, w)."""
+        return tuple(self.index["latent_shape"])
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Name of each class."""
+        return None if self.index["classes"] is None else tuple(self.index["classes"])
+
+    @property
+    def weights_hash(self) -> str:
+        """Of the VAE, as `models.weights_hash` has it."""
+        return self.cache["vae"]["weights_hash"]
+
+    @property
+    def vae_config(self) -> dict[str, Any]:
+        """Of the VAE: scaling_factor, shift_factor and the rest; the latents are not scaled."""
+        return self.cache["vae"]["config"]
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same latents, labels and captions in the same order, and for others another."""
+        return digest_of([self.cache, self.index["shards"]])
+
+    @property
+    def bytes(self) -> int:
+        """Of all shards."""
+        return sum(shard["bytes"] for shard in self.index["shards"])
+
+    @cached_property
+    def labels(self) -> torch.Tensor | None:
+        """(N,) int64 classes."""
+        return None if self.cache["data"]["labels"] is None else self._column("labels")
+
+    @cached_property
+    def indices(self) -> torch.Tensor:
+        """(N,) places in the image set; images that could not be read are missing."""
+        return self._column("indices")
+
+    @cached_property
+    def captions(self) -> list[tuple[str, ...]] | None:
+        """One or more of each image."""
+        if self.cache["data"]["captions"] is None:
+            return None
+        return [tuple(self._captions(*self._place(row))) for row in range(len(self))]
+
+    def _column(self, name: str) -> torch.Tensor:
+        return torch.cat([self._shard(number)[name] for number in range(len(self.index["shards"]))])
+
+    def _shard(self, number: int) -> dict[str, torch.Tensor]:
+        """The tensors of a shard, mapped; ValueError when the file was cut short, since reading what is no longer there
+        would end the process.
+        """
+        path, shard = shard_path(self.folder, number), self.index["shards"][number]
+        try:
+            if path.stat().st_size != shard["bytes"]:
+                self._refuse([path.name])
+            if number not in self._open:
+                self._refuse(self._other_shapes([number]))
+                self._open[number] = read_tensors(path)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"cannot read {path.resolve()}: {error}") from error
+        return self._open[number]
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """Names of the tensors of latents in a shard."""
+        return ("mean", "logvar") if self.kind == "posterior" else ("latents",)
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """Shard of a row, and its place there."""
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"there are {len(self)} images, got index {row}")
+        row %= len(self)
+        number = int(np.searchsorted(self._starts, row, "right")) - 1
+        return number, row - int(self._starts[number])
+
+    def _captions(self, number: int, place: int) -> list[str]:
+        shard = self._shard(number)
+        ends = shard["caption_ends"]
+        start = int(ends[place - 1]) if place else 0
+        try:
+            captions = json.loads(shard["captions"][start : int(ends[place])].numpy().tobytes())
+            check_type(captions, list[str], "captions")
+        except (KeyError, ValueError):
+            self._refuse([shard_path(self.folder, number).name])
+        return captions
+
+    def __len__(self) -> int:
+        return self.index["images"]
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        number, place = self._place(int(row))
+        shard = self._shard(number)
+        item: dict[str, Any] = {name: shard[name][place].to(torch.float32, copy=True) for name in self._names}
+        if "labels" in shard:
+            item["label"] = shard["labels"][place].clone()
+        if "captions" in shard:
+            item["captions"] = self._captions(number, place)
+        return item
+
+    def latents(self, indices: Sequence[int] | torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Latents (B, C, h, w) of the rows `indices`, unscaled, float32, on the device of `noise`.
+
+        Args:
+            indices: of rows, any number of times.
+            noise: standard normal (B, C, h, w), for mean + std * noise; without it, the mean or what is stored.
+
+        Raises:
+            ValueError: when there is noise and the cache holds no posterior, or it is of another shape.
+        """
+        rows = [int(row) for row in indices]
+        if noise is None:
+            return self._rows("mean" if self.kind == "posterior" else "latents", rows)
+        if self.kind != "posterior":
+            raise ValueError(f"noise needs a cache of kind posterior, and {self.folder} is of kind {self.kind}")
+        if tuple(noise.shape) != (len(rows), *self.latent_shape):
+            raise ValueError(f"noise must have the shape {(len(rows), *self.latent_shape)}, got {tuple(noise.shape)}")
+        mean, logvar = (self._rows(name, rows).to(noise.device) for name in ("mean", "logvar"))
+        return mean + torch.exp(0.5 * logvar) * noise.float()
+
+    def moments(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Mean and logvar stacked, (B, 2 C, h, w) in float32, of the rows `indices`; of a cache of kind posterior."""
+        rows = [int(row) for row in indices]
+        return torch.cat([self._rows(name, rows) for name in ("mean", "logvar")], 1)
+
+    def _rows(self, name: str, rows: list[int]) -> torch.Tensor:
+        found = torch.empty(len(rows), *self.latent_shape)
+        places = np.array([self._place(row) for row in rows]).reshape(-1, 2)
+        for number in np.unique(places[:, 0]).tolist():
+            here = torch.from_numpy(places[:, 0] == number)
+            found[here] = self._shard(number)[name][torch.from_numpy(places[:, 1])[here]].float()
+        return found
+
+    def verify(self, shards: Iterable[int] | None = None) -> None:
+        """Read these shards again, by default all.
+
+        Raises:
+            OSError: when one cannot be read.
+            ValueError: naming those that are missing or whose SHA-256 is not that of the index, or the first with a
+                value that is not finite.
+        """
+        numbers = range(len(self.index["shards"])) if shards is None else list(shards)
+        changed = []
+        for number in numbers:
+            path, shard = shard_path(self.folder, number), self.index["shards"][number]
+            if not path.is_file() or described(path) != {name: shard[name] for name in ("bytes", "sha256")}:
+                changed.append(path.name)
+        self._refuse(changed)
+        for number in numbers:
+            for name in self._names:
+                if not all(part.isfinite().all() for part in self._shard(number)[name].split(CHECKED)):
+                    raise ValueError(
+                        f"{shard_path(self.folder, number).resolve()} holds a {name} that is not finite: delete the "
+                        "file, and the same encode command writes it again"
+                    )
+
+    def to_datasets(self) -> datasets.Dataset:
+        """The same rows as a Hugging Face `datasets.Dataset`: `mean` and `logvar`, or `latents`, as Array3D of float32,
+        `label` as ClassLabel, `captions`. It is written to the cache of `datasets` row by row, never whole in memory.
+
+        Raises:
+            ImportError: when `datasets` is not installed.
+        """
+        try:
+            import datasets
+        except ImportError as error:
+            raise ImportError("this needs Hugging Face datasets: pip install datasets") from error
+        features: dict[str, Any] = {name: datasets.Array3D(self.latent_shape, "float32") for name in self._names}
+        if self.cache["data"]["labels"] is not None:
+            known = self.classes
+            features["label"] = datasets.ClassLabel(names=list(known)) if known else datasets.Value("int64")
+        if self.cache["data"]["captions"] is not None:
+            features["captions"] = [datasets.Value("string")]
+        return datasets.Dataset.from_generator(
+            _generate,
+            features=datasets.Features(features),
+            gen_kwargs={"folder": str(self.folder.resolve()), "fingerprint": self.fingerprint},
+        )
+
+
+class Verification:
+    """The verification of latents that are trained on, by the main process: of up to `VERIFIED_AT_ONCE` bytes before
+    the first step, of more while training goes on. All processes must make one together.
+
+    Raises:
+        OSError, ValueError: on all processes, what `LatentDataset.verify` raises.
+    """
+
+    def __init__(self, latents: LatentDataset):
+        self._error: Exception | None = None
+        self._thread: Thread | None = None
+        if latents.bytes <= VERIFIED_AT_ONCE:
+            on_main(latents.verify)
+        elif process_share()[0] == 0:
+            # a process that is interrupted does not wait for it
+            self._thread = Thread(target=self._run, args=[latents], name="verify latents", daemon=True)
+            self._thread.start()
+
+    def _run(self, latents: LatentDataset) -> None:
+        try:
+            for number in range(len(latents.index["shards"])):
+                latents.verify([number])
+        except Exception as error:  # of any kind: it is raised where the latents are used
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what was found so far, on the main process."""
+        if self._error:
+            raise self._error
+
+    def finish(self) -> None:
+        """Wait for the end, and raise what was found on all processes."""
+
+        def wait() -> None:
+            if self._thread and self._thread.is_alive():
+                logger.info("waiting until all latents are verified")
+                self._thread.join()
+            self.check()
+
+        on_main(wait)
+
+
+def _generate(folder: str, fingerprint: str) -> Iterator[dict[str, Any]]:
+    """The rows for `datasets`, which keeps what it has written under the name of these arguments."""
+    latents = LatentDataset(folder)
+    if latents.fingerprint != fingerprint:
+        raise ValueError(f"the latents in {folder} were changed while they were read")
+    for row in range(len(latents)):
+        item = latents[row]
+        yield {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in item.items()}

@@ -1,0 +1,394 @@
+"""Latents of a data set on disk, computed once: written shard by shard, continued after any interruption."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from tqdm import tqdm
+
+from ..data import ImageSet, kept_images, read_ahead
+from ..messages import showable
+from ..models import VAE, encode, fast_dtype, for_inference, several_at_once, unmeasured, weights_hash
+from ..processes import gather_parts, on_main, only_user_of, process_share, sendable
+from ..silence import alone
+from ..storage import delete_file, naming, save_tensors, whole_file, write_file
+from ..untrusted import refuse_odd_name
+from .statistics import draw
+
+if TYPE_CHECKING:
+    pass
+from .dataset import LatentDataset
+from .shards import (
+    COMPUTED,
+    DTYPES,
+    FORMAT,
+    HEADER,
+    INDEX,
+    Kind,
+    changed_shards,
+    checksum,
+    data_identity,
+    read_header,
+    read_index,
+    shard_path,
+    whole_shard,
+)
+
+logger = logging.getLogger(__name__)
+
+
+CPU_VALUES, DEVICE_VALUES = 2**21, 2**29
+"""Of the first feature map of a forward: such as stay in a CPU's caches, and such as fill a GPU within its memory."""
+
+
+AT_ONCE = 8 * CPU_VALUES
+"""Of those of all forwards that a CPU does at a time."""
+
+
+GATHERED = 16
+"""Batches after which latents leave the device, and after which processes hear of each other: both make it wait."""
+
+
+@torch.no_grad()
+def encode_images(
+    vae: ModelMixin,
+    image_set: ImageSet,
+    folder: str | Path,
+    *,
+    kind: Kind = "posterior",
+    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    shard_images: int = 4096,
+    data: str = "",
+    progress: bool = False,
+) -> LatentDataset:
+    """The latents of all images under `vae`, in eval mode, written to `folder`.
+
+    The same call continues one that was interrupted, and returns at once when all is there. Under torch.distributed
+    all processes must call it, with the same model; they share the shards, and the files are those of one process, byte
+    by byte on one kind of device.
+
+    Args:
+        vae: on the device where it is to run.
+        image_set: the images; those that cannot be read are left out if the set says so.
+        folder: to write to, on storage that every process sees.
+        kind: posterior: mean and logvar. sample: one draw per image, which depends on seed and index alone. mode: the
+            posterior's.
+        dtype: of the stored values: torch.float32, bfloat16 or float16.
+        compute_dtype: in which the encoder runs: torch.float32, bfloat16 or float16. By default that in which the
+            folder was begun, if it was; else for a float32 `vae` bfloat16 on devices that multiply it in hardware
+            (`models.fast_dtype`), for others their own. How far bfloat16 is from float32: docs/pipeline.md.
+        batch_size: images per forward, of which a CPU does several at a time where they are small; by default as many
+            as have 2^21 values in the first feature map on a CPU (128 of 32x32 with 16 channels), 2^29 on another
+            device (64 of 256x256 with 128).
+        seed: of the draws.
+        shard_images: images per file.
+        data: which images these are, in words, for the index.
+        progress: show a bar.
+
+    Raises:
+        ArithmeticError: naming the image, when its latents are not finite or too large for `dtype`.
+        OSError: naming the file, when it cannot be written; the shards before it are kept. And when another process
+            writes to the folder.
+        ValueError: when the folder holds latents of something else, with the differences; when an image cannot be read.
+    """
+    folder = Path(os.path.expanduser(folder))
+    refuse_odd_name(folder, "the folder of latents")
+    if vae.config.get("scaling_factor") is not None and (reason := unmeasured(vae.config)):
+        logger.warning("the latents are stored with a scaling_factor that was not measured: %s", reason)
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind}")
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
+    if compute_dtype not in (None, *DTYPES.values()):
+        raise ValueError(
+            f"compute_dtype must be one of {', '.join(map(str, DTYPES.values()))} or None, got {compute_dtype}"
+        )
+    if shard_images < 1 or (batch_size is not None and batch_size < 1):
+        raise ValueError(f"batch_size and shard_images must be at least 1, got {batch_size} and {shard_images}")
+    if not len(image_set):
+        raise ValueError("there must be at least one image to encode, got none")
+    cache = on_main(
+        lambda: _as_begun(
+            folder,
+            _identity(vae, image_set, kind, dtype, compute_dtype or _compute_dtype(vae, folder), seed, shard_images),
+        )
+    )
+    if on_main(lambda: _is_complete(folder, cache)):
+        return LatentDataset(folder)
+    with only_user_of(folder, "writing latents to", "folder for the latents"):
+        if on_main(lambda: _is_complete(folder, cache)):  # by whom it was in use
+            return LatentDataset(folder)
+        on_main(lambda: _clear(folder, _of_shards(cache)))
+        fast = for_inference(vae, getattr(torch, cache.get(*COMPUTED)))
+        values = math.prod(cache["data"]["image_shape"][1:]) * vae.config.get("block_out_channels", [1])[0]
+        if batch_size is None:
+            batch_size = max(1, (CPU_VALUES if vae.device.type == "cpu" else DEVICE_VALUES) // values)
+        at_once = max(1, AT_ONCE // (batch_size * values))
+        shards = _encode_shards(fast, image_set, folder, _of_shards(cache), batch_size, at_once, progress)
+
+        def finish() -> None:
+            if not any(shard["rows"] for shard in shards):
+                raise ValueError("no image to encode can be read")
+            index = {"cache": cache, "data": data, "images": sum(shard["rows"] for shard in shards)}
+            index |= {"latent_shape": shards[0].pop("latent_shape")}
+            for shard in shards[1:]:
+                del shard["latent_shape"]
+            index |= {"classes": None if image_set.classes is None else list(image_set.classes), "shards": shards}
+            write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+        on_main(finish)
+    return LatentDataset(folder)
+
+
+def _compute_dtype(vae: ModelMixin, folder: Path) -> torch.dtype:
+    """In which the latents in `folder` were begun, or, if none were, in which they are to be computed by default."""
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        if (header := read_header(path)) and (dtype := DTYPES.get(str(header["cache"].get(*COMPUTED)))):
+            return dtype
+    return fast_dtype(vae.device) if vae.dtype == torch.float32 else vae.dtype
+
+
+def _identity(
+    vae: ModelMixin,
+    image_set: ImageSet,
+    kind: Kind,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    seed: int,
+    shard_images: int,
+) -> dict[str, Any]:
+    """All that decides what is in a cache."""
+    identity = {
+        "format": FORMAT,
+        "kind": kind,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": seed if kind == "sample" else None,
+        "shard_images": shard_images,
+        "vae": {
+            "class": "AutoencoderKL" if isinstance(vae, VAE) else type(vae).__name__,
+            "weights_hash": weights_hash(vae),
+            "config": {name: value for name, value in vae.config.items() if not name.startswith("_")},
+        },
+        "data": data_identity(image_set),
+    }
+    if compute_dtype != torch.float32:
+        identity["compute_dtype"] = str(compute_dtype).removeprefix("torch.")
+    return json.loads(json.dumps(identity))  # as it is read again, without tuples
+
+
+def _as_begun(folder: Path, cache: dict[str, Any]) -> dict[str, Any]:
+    """All that decides what is in a cache; without the contents of the images if the folder holds all latents of an
+    earlier version, which did not record them.
+    """
+    if not (folder / INDEX).exists() or "contents" in read_index(folder)["cache"].get("data", {}):
+        return cache
+    return _of_shards(cache)
+
+
+def _of_shards(cache: dict[str, Any]) -> dict[str, Any]:
+    """What each shard says of the cache: all but the contents of the images, so that a mended file does not cost the
+    shards of others.
+    """
+    return cache | {"data": {name: value for name, value in cache["data"].items() if name != "contents"}}
+
+
+def _is_complete(folder: Path, cache: dict[str, Any]) -> bool:
+    """Whether all that `cache` says is there; ValueError when the folder holds something else."""
+    if not (folder / INDEX).exists():
+        return False
+    index = read_index(folder)
+    _check_same(folder, index["cache"], cache)
+    return not changed_shards(folder, index)
+
+
+def _clear(folder: Path, cache: dict[str, Any]) -> None:
+    """Leaves nothing that is half-written or would pass for complete; ValueError when shards are of something else."""
+    for path in sorted(folder.glob("shard-*.safetensors")):
+        header = read_header(path)
+        if header is not None:
+            _check_same(folder, header["cache"], cache)
+    with naming(folder / INDEX):
+        delete_file(folder / INDEX)
+    for partial in (*folder.glob(".shard-*.partial"), *folder.glob(f".{INDEX}.partial")):
+        delete_file(partial)
+    own = ("shard-", ".lock", ".tmp")
+    if all(path.name.startswith(own) for path in folder.iterdir()):
+        for partial in folder.glob(".tmp??????"):  # of safetensors itself
+            delete_file(partial)
+
+
+def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    old, new = (_flat(dict([COMPUTED]) | cache) for cache in (found, wanted))
+    different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if different:
+        listed = "\n".join(showable(f"{name}: {old.get(name)} there, {new.get(name)} here") for name in different)
+        raise ValueError(
+            f"{folder.resolve()} holds latents of something else; choose another folder, or delete this one to encode "
+            f"again:\n{listed}"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested dicts by dotted name."""
+    flat = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _encode_shards(
+    vae: ModelMixin,
+    image_set: ImageSet,
+    folder: Path,
+    cache: dict[str, Any],
+    batch_size: int,
+    at_once: int,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """What each shard holds, after those that were not whole are written, on a CPU by `at_once` forwards at a time."""
+    rank, processes = process_share()
+    length = cache["shard_images"]
+    count = math.ceil(len(image_set) / length)
+    found: dict[int, dict[str, Any]] = {}
+
+    def check() -> Iterator[int]:
+        for number in range(rank, count, processes):
+            if description := whole_shard(shard_path(folder, number), cache):
+                found[number] = description
+            yield 0
+
+    for _ in _together(check(), math.ceil(count / processes)):
+        pass
+    kept = dict(gather_parts(list(found.items())))
+    missing = [number for number in range(count) if number not in kept]
+    own = missing[rank::processes]
+    images = {number: range(number * length, min((number + 1) * length, len(image_set))) for number in missing}
+    batches = {number: math.ceil(len(images[number]) / batch_size) for number in missing}
+
+    def work() -> Iterator[int]:
+        for number in own:
+            path = shard_path(folder, number)
+            yield from _encode_shard(vae, image_set, images[number], path, cache, batch_size, at_once)
+            found[number] = whole_shard(path, cache)
+            assert found[number] is not None
+
+    steps = max((sum(batches[number] for number in missing[k::processes]) for k in range(processes)), default=0)
+    with tqdm(
+        total=len(image_set),
+        initial=len(image_set) - sum(map(len, images.values())),
+        desc="encode",
+        unit="img",
+        disable=not progress or rank > 0,
+    ) as bar:
+        for done in _together(work(), steps):
+            bar.update(done)
+    return [shard for _, shard in gather_parts(list(found.items()))]
+
+
+def _together(work: Iterator[int], steps: int) -> Iterator[int]:
+    """What `work` yields, step by step, of several processes summed over all and some steps; an error in one is raised
+    on all after these, so that none waits for another for longer. After `steps`, all have come to their end.
+    """
+    each = 1 if process_share()[1] == 1 else GATHERED
+    for _ in range(0, steps + 1, each):
+        error, done = None, 0
+        try:
+            done = sum(islice(work, each))
+        except Exception as raised:
+            error = raised
+        if process_share()[1] > 1:
+            outcomes = gather_parts([(process_share()[0], done, None if error is None else sendable(error))])
+            done = sum(outcome[1] for outcome in outcomes)
+            error = error or next((outcome[2] for outcome in outcomes if outcome[2]), None)
+        if error is not None:
+            raise error
+        yield done
+
+
+def _encode_shard(
+    vae: ModelMixin,
+    image_set: ImageSet,
+    images: range,
+    path: Path,
+    cache: dict[str, Any],
+    batch_size: int,
+    at_once: int,
+) -> Iterator[int]:
+    """Writes the shard of `images` after its last batch, and yields after each batch how many were done."""
+    kept: list[int] = []
+    names = ("mean", "logvar") if cache["kind"] == "posterior" else ("latents",)
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    waiting: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    checked = 0
+    batches = [range(start, min(start + batch_size, images.stop)) for start in images[::batch_size]]
+
+    def read() -> Iterator[tuple[range, list[int], torch.Tensor]]:
+        for indices, pixels in read_ahead(image_set, batches):
+            own, batch = kept_images(image_set, indices, pixels, vae.device)
+            if not own:  # the shape of the latents all the same
+                batch = torch.zeros(1, *cache["data"]["image_shape"], device=vae.device)
+            yield indices, own, batch
+
+    at_once = min(at_once, len(batches))
+    for (indices, own, _), posterior in several_at_once(lambda part: encode(vae, part[2]), read(), vae.device, at_once):
+        if cache["kind"] == "posterior":
+            values = (posterior.mean, posterior.logvar)
+        elif own and cache["kind"] == "sample":
+            values = (next(draw(posterior, own, cache["seed"], 1)),)
+        else:
+            values = (posterior.mode(),)
+        for name, value in zip(names, values, strict=True):
+            waiting[name].append(value[: len(own)])
+        kept += own
+        last = indices.stop == images.stop
+        if last or len(waiting[names[0]]) == GATHERED:
+            for name in names:
+                values = torch.cat(waiting[name])
+                parts[name].append(_stored(values, DTYPES[cache["dtype"]], name, kept[checked:], image_set))
+                waiting[name].clear()
+            checked = len(kept)
+        if not last:
+            yield len(indices)
+    tensors = {name: torch.cat(values) for name, values in parts.items()}
+    tensors["indices"] = torch.tensor(kept, dtype=torch.long)
+    if image_set.labels is not None:
+        tensors["labels"] = image_set.labels[tensors["indices"]].long()
+    if image_set.captions is not None:
+        encoded = [json.dumps(image_set.captions[index]).encode() for index in kept]
+        tensors["captions"] = torch.from_numpy(np.array(bytearray(b"".join(encoded)), np.uint8))
+        tensors["caption_ends"] = torch.tensor(np.cumsum([len(text) for text in encoded]), dtype=torch.long)
+    header = {HEADER: json.dumps({"cache": cache, "sha256": checksum(tensors)})}
+    with alone(f"writing {path.name}"), whole_file(path) as partial:
+        save_tensors(partial, {name: tensor.contiguous() for name, tensor in tensors.items()}, header)
+    yield len(indices)
+
+
+def _stored(
+    values: torch.Tensor, dtype: torch.dtype, name: str, indices: list[int], image_set: ImageSet
+) -> torch.Tensor:
+    """The values as they are kept; ArithmeticError naming the first image whose values cannot be."""
+    stored = values.to(dtype).cpu()
+    bad = ~stored.flatten(1).isfinite().all(1)
+    if bad.any():
+        place = int(bad.nonzero()[0])
+        image = image_set.name(indices[place])
+        if not values[place].isfinite().all():
+            raise FloatingPointError(f"{name} of the latents of {image} is not finite")
+        raise OverflowError(
+            f"{name} of the latents of {image} does not fit into {str(dtype).removeprefix('torch.')}, which ends at "
+            f"{torch.finfo(dtype).max:,.0f}: it goes to {values[place].abs().max():,.0f}. Take bfloat16 or float32"
+        )
+    return stored

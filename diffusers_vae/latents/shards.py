@@ -1,0 +1,168 @@
+"""The files of a latent cache.
+
+A cache is a folder of `shard-NNNNN.safetensors`, each with the latents, labels and captions of a fixed range of images,
+and what they were computed from in its header; and index.json, which is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..data import ImageSet, StoredImages
+from ..storage import described, digest_of
+from ..untrusted import check_type, read_json
+
+if TYPE_CHECKING:
+    pass
+
+
+FORMAT = 1
+
+
+COMPUTED = ("compute_dtype", "float32")
+"""Key in what a cache was computed from, and what one without it was computed in, as older ones are."""
+
+
+INDEX = "index.json"
+
+
+HEADER = "latent_cache"
+"""Key in a shard's header; one alone, since safetensors writes several in a random order."""
+
+
+Kind = Literal["posterior", "sample", "mode"]
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""What safetensors calls them."""
+
+
+IDENTITY = {
+    "format": int,
+    "kind": Kind,
+    "dtype": Literal[tuple(DTYPES)],
+    "shard_images": int,
+    "vae": {"weights_hash": str, "config": dict},
+    "data": {
+        "fingerprint": str,
+        "images": int,
+        "image_shape": list[int],
+        "resize": str | None,
+        "labels": str | None,
+        "captions": str | None,
+    },
+}
+"""Types of the description of what a cache was computed from."""
+
+
+CONTENT = {
+    "cache": IDENTITY,
+    "data": str,
+    "images": int,
+    "latent_shape": list[int],
+    "classes": list[str] | None,
+    "shards": [{"rows": int, "bytes": int, "sha256": str}],
+}
+"""Types of what index.json holds."""
+
+
+def data_identity(image_set: ImageSet) -> dict[str, Any]:
+    labels, contents = None if image_set.labels is None else image_set.labels.tolist(), image_set.contents()
+    return ({"contents": contents} if contents else {}) | {
+        "fingerprint": image_set.fingerprint(),
+        "images": len(image_set),
+        "image_shape": list(image_set.__getitems__([0]).pixels.shape[1:]),
+        "resize": image_set.config.resize if isinstance(image_set, StoredImages) else None,
+        "labels": None if labels is None else digest_of([labels, image_set.classes]),
+        "captions": None if image_set.captions is None else digest_of(image_set.captions),
+    }
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of all tensors with their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if tensor.numel():
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """What a shard says of itself; None if it is torn or no shard."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})[HEADER])
+            return header if isinstance(header["cache"], dict) else None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def whole_shard(path: Path, cache: dict[str, Any]) -> dict[str, Any] | None:
+    """What the index says of a shard of `cache`; None if it is not there or not whole."""
+    header = read_header(path)
+    if header is None or header["cache"] != cache:
+        return None
+    tensors = read_tensors(path)
+    if checksum(tensors) != header.get("sha256"):
+        return None
+    latents = tensors["mean" if cache["kind"] == "posterior" else "latents"]
+    return {"rows": len(latents), "latent_shape": list(latents.shape[1:])} | described(path)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Of a shard, mapped: what is not used is not read."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index = read_json(path)
+        check_type(index, {"cache": {"format": int}}, "index")
+        if index["cache"]["format"] <= FORMAT:
+            check_type(index, CONTENT, "index")
+            check_type(index["cache"].get(*COMPUTED), IDENTITY["dtype"], f"index.cache.{COMPUTED[0]}")
+            if len(index["latent_shape"]) != 3 or index["images"] != sum(shard["rows"] for shard in index["shards"]):
+                raise ValueError("latent_shape must have 3 entries, and images be the sum of all rows")
+    except FileNotFoundError as error:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder.resolve()}") from error
+        shards = len(list(folder.glob("shard-*.safetensors")))
+        raise FileNotFoundError(
+            f"{folder.resolve()} holds no latents that are complete: there is no {INDEX}, and {shards} shards. The "
+            "same encode command goes on where it was interrupted"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or no index of latents ({error}); delete it and encode again") from error
+    if (version := index["cache"]["format"]) > FORMAT:
+        raise ValueError(
+            f"{path} is of format {version}, this version of diffusers_vae reads up to {FORMAT}; install a newer one"
+        )
+    return index
+
+
+def changed_shards(folder: Path, index: dict[str, Any]) -> list[str]:
+    """Names of the shards that are missing or of another size than they were written with."""
+    changed = []
+    for number, shard in enumerate(index["shards"]):
+        path = shard_path(folder, number)
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            changed.append(path.name)
+    return changed
