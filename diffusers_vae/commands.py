@@ -69,10 +69,12 @@ from .models import (
     unmeasured,
     weights_hash,
 )
-from .pictures import comparison_picture, contact_sheet, sample_picture, save_signed
 from .pipelines import latent_scaling
 from .processes import Interrupted, lossy_output, on_main, one_first, process_share
-from .report import comparison_table, draw_report, look_table, precision_table, report_html, report_table
+from .reports.html import draw_report, report_html
+from .reports.pages import contact_sheet, save_signed
+from .reports.pictures import comparison_picture, sample_picture
+from .reports.tables import comparison_table, look_table, precision_table, report_table
 from .settings import config_of_run, read_settings
 from .silence import GROUP_TIMEOUT, PATIENCE, Patience, report_progress, watched
 from .storage import whole_file, whole_files, write_file, write_text

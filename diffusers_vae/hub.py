@@ -39,7 +39,7 @@ from .losses.adversarial import AdversarialConfig
 from .losses.objective import ObjectiveConfig
 from .messages import changed_logs, hiding_passwords, quoted, showable, without_passwords
 from .models import ModelConfig, cached_repository, find_subfolder, load_autoencoder, weights_hash
-from .pictures import CAPTIONS
+from .reports.pictures import CAPTIONS
 from .settings import read_settings, to_yaml
 from .storage import write_file
 from .untrusted import open_regular, read_json, read_text, refuse_odd_name

@@ -39,9 +39,10 @@ from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_st
 from .losses.diffusion import DiffusionConfig
 from .messages import message, quoted, showable
 from .models import VAE, encode, is_local, load_autoencoder, read_config, weights_hash, with_whole_tiles
-from .pictures import loss_picture, prompt_picture
 from .pipelines import latent_scaling
 from .processes import on_main, one_first
+from .reports.charts import loss_picture
+from .reports.pictures import prompt_picture
 from .run_folder import Log, check_whole
 from .settings import Settings, config_of_run, read_settings
 from .storage import described, whole_folder, write_file

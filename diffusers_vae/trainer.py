@@ -46,7 +46,8 @@ from .models import (
     without_adapters,
 )
 from .processes import on_main, one_first
-from .report import SETTINGS, draw_report, report_html
+from .reports.html import draw_report, report_html
+from .reports.wording import SETTINGS
 from .run_folder import Log, check_whole
 from .settings import Settings, begun_with
 from .storage import whole_folder, write_file

@@ -48,7 +48,7 @@ from diffusers_vae.losses.objective import Bernoulli, Gaussian, Laplace
 from diffusers_vae.losses.perceptual import FILES, LPIPS, InceptionFeatures
 from diffusers_vae.models import weights_hash
 from diffusers_vae.processes import in_parts, largest_part
-from diffusers_vae.report import comparison_table
+from diffusers_vae.reports.tables import comparison_table
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,18 +14,20 @@ from support.models import tiny_vae
 from diffusers_vae import MLPVAE
 from diffusers_vae.data import ArrayImages, DataConfig, load_data
 from diffusers_vae.images import to_model_range, to_uint8
-from diffusers_vae.pictures import (
+from diffusers_vae.reports.charts import (
+    loss_picture,
+    rate_distortion_curve,
+    rate_distortion_picture,
+    rate_picture,
+    runs_picture,
+)
+from diffusers_vae.reports.pictures import (
     comparison_picture,
     draw_all,
     interpolation_picture,
     latent_picture,
-    loss_picture,
     manifold_picture,
-    rate_distortion_curve,
-    rate_distortion_picture,
-    rate_picture,
     reconstruction_picture,
-    runs_picture,
     sample_picture,
     slerp,
     traversal_picture,

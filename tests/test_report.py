@@ -16,7 +16,8 @@ from PIL import Image
 
 from diffusers_vae.data import Look
 from diffusers_vae.data.look import FileFigures
-from diffusers_vae.report import comparison_table, look_table, precision_table, report_html, report_table
+from diffusers_vae.reports.html import report_html
+from diffusers_vae.reports.tables import comparison_table, look_table, precision_table, report_table
 
 
 def make_report(**changes):
