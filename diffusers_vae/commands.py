@@ -50,7 +50,8 @@ from .evaluation.float16 import measure_precision
 from .evaluation.metrics import psnr
 from .evaluation.report import EvaluationReport, read_report
 from .fields import unread
-from .hub import HubConfig, check_can_push, find_value_range, push
+from .hub.config import HubConfig
+from .hub.push import check_can_push, push
 from .images import read_image, to_model_range, to_pil
 from .latents.encode import encode_images
 from .latents.shards import DTYPES, Kind
@@ -69,6 +70,7 @@ from .models import (
     unmeasured,
     weights_hash,
 )
+from .models.value_range import find_value_range
 from .pipelines import latent_scaling
 from .processes import Interrupted, lossy_output, on_main, one_first, process_share
 from .reports.html import draw_report, report_html

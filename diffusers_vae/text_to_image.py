@@ -30,7 +30,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from .data import DataConfig, ImageSet, TrainingSet, image_batches, load_data, refuse_colours
 from .fields import at_home
-from .hub import check_value_range
 from .images import to_model_range
 from .latents.dataset import LatentDataset, Verification, matching_latents
 from .latents.encode import encode_images
@@ -39,6 +38,7 @@ from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_st
 from .losses.diffusion import DiffusionConfig
 from .messages import message, quoted, showable
 from .models import VAE, encode, is_local, load_autoencoder, read_config, weights_hash, with_whole_tiles
+from .models.value_range import check_value_range
 from .pipelines import latent_scaling
 from .processes import on_main, one_first
 from .reports.charts import loss_picture

@@ -24,7 +24,9 @@ from .evaluation.compare import compare
 from .evaluation.evaluate import EvaluationConfig, evaluate, load_judges
 from .evaluation.figures import missed_target
 from .evaluation.report import EvaluationReport, FineTuning, read_report
-from .hub import ADAPTER, HubConfig, check_value_range, write_card
+from .hub.card import write_card
+from .hub.config import HubConfig
+from .hub.run import ADAPTER
 from .images import to_model_range
 from .latents.dataset import LatentDataset, Verification, matching_latents
 from .latents.statistics import describe_latents, image_set_statistics
@@ -45,6 +47,7 @@ from .models import (
     weights_hash,
     without_adapters,
 )
+from .models.value_range import check_value_range
 from .processes import on_main, one_first
 from .reports.html import draw_report, report_html
 from .reports.wording import SETTINGS

@@ -23,7 +23,8 @@ from diffusers_vae.config import TRAININGS, parse_settings
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.evaluation.compare import compare
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
-from diffusers_vae.hub import HubConfig, push
+from diffusers_vae.hub.config import HubConfig
+from diffusers_vae.hub.push import push
 from diffusers_vae.images import to_model_range
 from diffusers_vae.latents import dataset
 from diffusers_vae.latents.statistics import measure_latents

@@ -33,7 +33,9 @@ from diffusers_vae import MLPVAE, VAE, cli
 from diffusers_vae.data import DataConfig, load_split
 from diffusers_vae.evaluation.figures import FIGURES
 from diffusers_vae.evaluation.report import FineTuning, read_report
-from diffusers_vae.hub import HubConfig, check_can_push, push, render_card, write_card
+from diffusers_vae.hub.card import render_card, write_card
+from diffusers_vae.hub.config import HubConfig
+from diffusers_vae.hub.push import check_can_push, push
 from diffusers_vae.losses.adversarial import AdversarialConfig
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig, load_autoencoder
@@ -987,9 +989,9 @@ import sys
 from pathlib import Path
 del sys.modules["diffusers_vae"]
 sys.path.insert(0, {str(installed)!r})
-from diffusers_vae import hub
-assert hub.__file__.startswith(sys.path[0]), hub.__file__
-Path("card.md").write_text(hub.render_card(Path({str(run)!r})))
+from diffusers_vae.hub import card
+assert card.__file__.startswith(sys.path[0]), card.__file__
+Path("card.md").write_text(card.render_card(Path({str(run)!r})))
 """
     run_without_package(code, tmp_path)
     assert (tmp_path / "card.md").read_text() == render_card(run)

@@ -104,7 +104,7 @@ def test_imports_only_from_rows_above(file):
         ("diffusers_vae/trainer.py", "from accelerate import Accelerator\nfrom .evaluation import evaluate", True),
         ("diffusers_vae/evaluation/evaluate.py", "import accelerate.utils", False),
         ("diffusers_vae/trainer.py", "from huggingface_hub import upload_folder", False),
-        ("diffusers_vae/hub.py", "from .trainer import TrainConfig", False),
+        ("diffusers_vae/hub/push.py", "from ..trainer import TrainConfig", False),
         ("diffusers_vae/trainer.py", "import training.train_vae", False),
         ("training/train_vae.py", "from diffusers_vae.config import parse\nfrom diffusers_vae import VAE", True),
         ("training/train_vae.py", "from diffusers_vae.cli import main", True),

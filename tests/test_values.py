@@ -28,10 +28,13 @@ from support.stock import run_without_package
 from diffusers_vae import VAE, cli
 from diffusers_vae.data import ArrayImages, DataConfig, StoredImages, load_data, look, recommended
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
-from diffusers_vae.hub import HubConfig, find_value_range, push, render_card
+from diffusers_vae.hub.card import render_card
+from diffusers_vae.hub.config import HubConfig
+from diffusers_vae.hub.push import push
 from diffusers_vae.images import to_model_range
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
+from diffusers_vae.models.value_range import find_value_range
 from diffusers_vae.trainer import AutoencoderTask
 from diffusers_vae.values import EXACT, FileKind, ValueRange, read_kind, read_values, write_values
 

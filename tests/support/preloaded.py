@@ -7,7 +7,6 @@ import importlib.metadata
 gc.disable()  # imports create a million objects that stay alive
 
 import datasets
-import diffusers_vae.latent_cache
 import matplotlib.backends.backend_agg
 import matplotlib.figure
 import pyarrow.parquet
@@ -20,6 +19,7 @@ import torchmetrics.image.fid
 import torchmetrics.image.lpip
 
 import diffusers_vae.commands
+import diffusers_vae.latents.encode
 
 from .shortcuts import take_shortcuts
 
