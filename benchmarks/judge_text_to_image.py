@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from diffusers_vae.data import IMAGE_SUFFIXES, ArrayImages, DataConfig, epoch_batches, load_data
 from diffusers_vae.evaluation.metrics import frechet_distance
-from diffusers_vae.images import to_model_range, to_pil, to_uint8
+from diffusers_vae.images.grid import to_pil
+from diffusers_vae.images.ranges import to_model_range, to_uint8
 from diffusers_vae.models import weights_hash
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

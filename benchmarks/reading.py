@@ -25,7 +25,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from diffusers_vae.data import DataConfig, ReadImages, kind_at, load_data, load_split
-from diffusers_vae.images import to_model_range
+from diffusers_vae.images.ranges import to_model_range
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from diffusers_vae.data import DataConfig, load_data
-from diffusers_vae.images import to_model_range
+from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.losses.perceptual import LPIPS
 
 

@@ -18,7 +18,7 @@ from side_by_side import follow, speed, write
 from tqdm import tqdm
 
 from diffusers_vae.data import DataConfig, load_data
-from diffusers_vae.images import to_model_range
+from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.models import ModelConfig, fast_dtype, speed_up_norms
 
 HERE = Path(__file__).parent

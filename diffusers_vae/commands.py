@@ -52,7 +52,10 @@ from .evaluation.report import EvaluationReport, read_report
 from .fields import unread
 from .hub.config import HubConfig
 from .hub.push import check_can_push, push
-from .images import read_image, to_model_range, to_pil
+from .images.files import read_image
+from .images.grid import to_pil
+from .images.ranges import ValueRange, to_model_range
+from .images.raw_files import WRITTEN, FileKind, read_values, write_values
 from .latents.encode import encode_images
 from .latents.shards import DTYPES, Kind
 from .loop import RunResult, Task, dry_run, run_task
@@ -82,7 +85,6 @@ from .silence import GROUP_TIMEOUT, PATIENCE, Patience, report_progress, watched
 from .storage import whole_file, whole_files, write_file, write_text
 from .trainer import TrainResult
 from .untrusted import check_type, read_json
-from .values import WRITTEN, FileKind, ValueRange, read_values, write_values
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from .data import DataConfig, ImageSet, TrainingSet, image_batches, load_data, refuse_colours
 from .fields import at_home
-from .images import to_model_range
+from .images.ranges import to_model_range
 from .latents.dataset import LatentDataset, Verification, matching_latents
 from .latents.encode import encode_images
 from .latents.shards import INDEX

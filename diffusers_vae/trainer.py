@@ -27,7 +27,7 @@ from .evaluation.report import EvaluationReport, FineTuning, read_report
 from .hub.card import write_card
 from .hub.config import HubConfig
 from .hub.run import ADAPTER
-from .images import to_model_range
+from .images.ranges import ValueRange, to_model_range
 from .latents.dataset import LatentDataset, Verification, matching_latents
 from .latents.statistics import describe_latents, image_set_statistics
 from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, kept_channels, run_task
@@ -54,7 +54,6 @@ from .reports.wording import SETTINGS
 from .run_folder import Log, check_whole
 from .settings import Settings, begun_with
 from .storage import whole_folder, write_file
-from .values import ValueRange
 
 logger = logging.getLogger(__name__)
 

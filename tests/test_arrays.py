@@ -24,8 +24,7 @@ from diffusers_vae.data import (
     load_split,
     look,
 )
-from diffusers_vae.images import to_model_range
-from diffusers_vae.values import ValueRange
+from diffusers_vae.images.ranges import ValueRange, to_model_range
 
 NAMES = ("cat", "ship")
 

@@ -24,7 +24,7 @@ from support.models import make_pipeline, tiny_vae
 from diffusers_vae import LatentDataset
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.evaluation.metrics import psnr
-from diffusers_vae.images import to_model_range
+from diffusers_vae.images.ranges import to_model_range
 
 
 def load_script(name):

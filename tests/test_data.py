@@ -33,7 +33,7 @@ from diffusers_vae.data import (
 )
 from diffusers_vae.data.reading import AHEAD, PARTS
 from diffusers_vae.data.sources import ReadImages
-from diffusers_vae.images import read_image
+from diffusers_vae.images.files import read_image
 
 
 def contents(folder):

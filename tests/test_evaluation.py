@@ -42,7 +42,7 @@ from diffusers_vae.evaluation.report import (
     report_digest,
 )
 from diffusers_vae.evaluation.swaps import measure_swaps
-from diffusers_vae.images import to_model_range, to_uint8
+from diffusers_vae.images.ranges import to_model_range, to_uint8
 from diffusers_vae.latents.statistics import LatentStatistics, PosteriorHealth, SwapCosts, measure_latents
 from diffusers_vae.losses.objective import Bernoulli, Gaussian, Laplace
 from diffusers_vae.losses.perceptual import FILES, LPIPS, InceptionFeatures

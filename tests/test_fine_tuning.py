@@ -25,7 +25,7 @@ from diffusers_vae.evaluation.compare import compare
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.hub.config import HubConfig
 from diffusers_vae.hub.push import push
-from diffusers_vae.images import to_model_range
+from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.latents import dataset
 from diffusers_vae.latents.statistics import measure_latents
 from diffusers_vae.loop import OptimizerConfig, run_task

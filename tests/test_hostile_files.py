@@ -21,12 +21,12 @@ from support.models import tiny_vae
 from diffusers_vae import cli
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.data.files import Files
-from diffusers_vae.images import read_header, read_image
+from diffusers_vae.images.files import read_header, read_image
+from diffusers_vae.images.raw_files import read_kind, read_values
 from diffusers_vae.latents.dataset import LatentDataset
 from diffusers_vae.latents.encode import encode_images
 from diffusers_vae.models import load_autoencoder
 from diffusers_vae.untrusted import MAX_TEXT, MAX_UNPACKED
-from diffusers_vae.values import read_kind, read_values
 
 LARGE = 2**28
 """Bytes that do not fit into `little_memory`."""

@@ -13,16 +13,10 @@ import torch
 from PIL import Image, PngImagePlugin, features
 from torchvision.transforms.v2 import functional as transforms
 
-from diffusers_vae.images import (
-    read_header,
-    read_image,
-    shown_channels,
-    to_model_range,
-    to_pil,
-    to_uint8,
-    to_unit_range,
-)
-from diffusers_vae.values import read_kind, read_values
+from diffusers_vae.images.files import read_header, read_image
+from diffusers_vae.images.grid import shown_channels, to_pil
+from diffusers_vae.images.ranges import to_model_range, to_uint8, to_unit_range
+from diffusers_vae.images.raw_files import read_kind, read_values
 
 # --- ranges
 

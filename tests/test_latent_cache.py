@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from diffusers_vae import VAE, LatentDataset, encode_images
 from diffusers_vae.data import ArrayImages, DataConfig, FileStore, StoredImages, load_data
 from diffusers_vae.evaluation.evaluate import draw
-from diffusers_vae.images import to_model_range
+from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.latents import dataset
 from diffusers_vae.latents.dataset import Verification
 from diffusers_vae.models import fast_dtype, weights_hash

@@ -15,7 +15,7 @@ from support.runs import tiny
 from diffusers_vae import MLPVAE, VAE, LatentDataset, cli, encode_images, measure_latents, swap_vae
 from diffusers_vae.data import ArrayImages, DataConfig, load_data
 from diffusers_vae.evaluation.evaluate import EvaluationConfig
-from diffusers_vae.images import to_model_range
+from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.models import LatentScaling, ModelConfig
 from diffusers_vae.pipelines import STOCK, latent_scaling
 from diffusers_vae.trainer import train

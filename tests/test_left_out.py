@@ -13,7 +13,7 @@ from support.models import TINY
 
 from diffusers_vae import VAE, cli
 from diffusers_vae.data import IMAGE_SUFFIXES, DataConfig, load_data, look
-from diffusers_vae.images import read_image
+from diffusers_vae.images.files import read_image
 from diffusers_vae.reports.tables import look_table
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8))

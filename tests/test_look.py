@@ -18,8 +18,8 @@ from PIL import Image
 from diffusers_vae import cli
 from diffusers_vae.config import TRAININGS, parse_settings
 from diffusers_vae.data import DataConfig, load_data, look, recommended
+from diffusers_vae.images.ranges import ValueRange
 from diffusers_vae.reports.tables import look_table
-from diffusers_vae.values import ValueRange
 
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 

@@ -12,7 +12,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.evaluation.float16 import measure_precision
 from diffusers_vae.evaluation.metrics import frechet_distance, psnr, ssim
-from diffusers_vae.images import to_model_range
+from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.latents.statistics import LatentStatistics, measure_latents
 from diffusers_vae.losses.perceptual import LPIPS, InceptionFeatures, PerceptualLoss
 

@@ -6,7 +6,7 @@ from support.models import same
 from torch import nn
 
 from diffusers_vae import MLPVAE
-from diffusers_vae.images import to_model_range, to_unit_range
+from diffusers_vae.images.ranges import to_model_range, to_unit_range
 from diffusers_vae.models import VAEOutput
 
 
@@ -138,7 +138,7 @@ def test_half_model(model, dtype):
         (torch.zeros(1, 1, 1, 784), "image_size is 28x28, got 1x784"),
         (torch.zeros(1, 3, 28, 28), "images must have 1 channels as in the model's config, got 3"),
         (torch.zeros(28, 28), r"\(batch, channels, height, width\), got \(28, 28\)"),
-        (torch.zeros(1, 1, 28, 28, dtype=torch.uint8), r"torch.uint8; diffusers_vae\.images\.to_model_range"),
+        (torch.zeros(1, 1, 28, 28, dtype=torch.uint8), r"torch.uint8; diffusers_vae\.images\.ranges\.to_model_range"),
         (torch.zeros(1, 1, 28, 28).half(), "model's dtype, torch.float32, got torch.float16"),
     ],
 )

@@ -32,10 +32,10 @@ from support.runs import tiny
 from diffusers_vae import VAE, LatentDataset, encode_images
 from diffusers_vae.config import TRAININGS, parse_settings
 from diffusers_vae.data import ArrayImages, DataConfig, load_split
-from diffusers_vae.images import read_header, read_image
+from diffusers_vae.images.files import read_header, read_image
+from diffusers_vae.images.raw_files import FileKind, read_kind, read_values, write_values
 from diffusers_vae.models import load_autoencoder
 from diffusers_vae.settings import read_yaml
-from diffusers_vae.values import FileKind, read_kind, read_values, write_values
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs fork and /proc")
 

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import distributions
 
 from diffusers_vae.config import TRAININGS, parse_settings
-from diffusers_vae.images import to_unit_range
+from diffusers_vae.images.ranges import to_unit_range
 from diffusers_vae.losses.objective import (
     SMALLEST_SCALE,
     Bernoulli,

@@ -13,7 +13,7 @@ from support.models import tiny_vae
 
 from diffusers_vae import MLPVAE
 from diffusers_vae.data import ArrayImages, DataConfig, load_data
-from diffusers_vae.images import to_model_range, to_uint8
+from diffusers_vae.images.ranges import to_model_range, to_uint8
 from diffusers_vae.reports.charts import (
     loss_picture,
     rate_distortion_curve,

@@ -11,7 +11,7 @@ from diffusers_vae import MLPVAE
 from diffusers_vae.data import ArrayImages, DataConfig, load_data
 from diffusers_vae.evaluation.float16 import EXACT, LARGEST, measure_precision
 from diffusers_vae.evaluation.metrics import psnr
-from diffusers_vae.images import to_model_range
+from diffusers_vae.images.ranges import to_model_range
 
 IMAGES = 6
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from diffusers_vae.data import DataConfig, epoch_batches, image_batches, load_data
 from diffusers_vae.data.order import MicroBatch, deal
-from diffusers_vae.images import read_image
+from diffusers_vae.images.files import read_image
 
 
 def config(root, **settings):

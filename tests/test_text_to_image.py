@@ -24,7 +24,7 @@ from transformers import CLIPTextModel
 
 from diffusers_vae import MLPVAE, VAE, cli
 from diffusers_vae.data import ArrayImages, DataConfig, load_data
-from diffusers_vae.images import to_model_range
+from diffusers_vae.images.ranges import ValueRange, to_model_range
 from diffusers_vae.latents import dataset
 from diffusers_vae.latents.encode import encode_images
 from diffusers_vae.loop import OptimizerConfig, RunConfig, dry_run, run_task
@@ -42,7 +42,6 @@ from diffusers_vae.text_to_image import (
     TextToImageTask,
     captions_of,
 )
-from diffusers_vae.values import ValueRange
 
 DATA = DataConfig(resolution=8, heldout_fraction=0.78)
 IMAGES = 395  # to train on: six batches of 60 and one of 35

@@ -39,7 +39,7 @@ from diffusers_vae.checkpoint import find_checkpoint
 from diffusers_vae.data import ArrayImages, DataConfig, epoch_batches, load_data
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.evaluation.report import read_report
-from diffusers_vae.images import to_model_range
+from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.latents.statistics import measure_latents
 from diffusers_vae.loop import OptimizerConfig, dry_run, run_task
 from diffusers_vae.run_folder import BadImages

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from support.pickles import CONTAINERS, Harm, plant
 
-from diffusers_vae.images import read_image
+from diffusers_vae.images.files import read_image
 from diffusers_vae.settings import MAX_NODES, read_yaml
 from diffusers_vae.untrusted import (
     check_type,

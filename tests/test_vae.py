@@ -602,7 +602,10 @@ class TestErrors:
             (torch.zeros(1, 3, 30, 31), "divisible by 2, got 30x31"),
             (torch.zeros(1, 3, 0, 16), "divisible by 2, got 0x16"),
             (torch.zeros(1, 1, 16, 16), "images must have 3 channels as in the model's config, got 1"),
-            (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), r"torch.uint8; diffusers_vae\.images\.to_model_range"),
+            (
+                torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
+                r"torch.uint8; diffusers_vae\.images\.ranges\.to_model_range",
+            ),
             (torch.zeros(3, 16, 16), r"\(batch, channels, height, width\), got \(3, 16, 16\)"),
             (torch.zeros(1, 3, 16, 16).half(), "model's dtype, torch.float32, got torch.float16"),
         ],

@@ -31,12 +31,12 @@ from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.hub.card import render_card
 from diffusers_vae.hub.config import HubConfig
 from diffusers_vae.hub.push import push
-from diffusers_vae.images import to_model_range
+from diffusers_vae.images.ranges import EXACT, ValueRange, to_model_range
+from diffusers_vae.images.raw_files import FileKind, read_kind, read_values, write_values
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.models.value_range import find_value_range
 from diffusers_vae.trainer import AutoencoderTask
-from diffusers_vae.values import EXACT, FileKind, ValueRange, read_kind, read_values, write_values
 
 DEEP = (0, 65535)
 

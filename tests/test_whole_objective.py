@@ -17,7 +17,7 @@ from diffusers_vae import VAE, cli
 from diffusers_vae.data import DataConfig, epoch_batches, load_data, step_generator
 from diffusers_vae.data.sources import ReadImages
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
-from diffusers_vae.images import to_model_range
+from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.latents.statistics import draw
 from diffusers_vae.loop import OptimizerConfig
 from diffusers_vae.losses import equivariance

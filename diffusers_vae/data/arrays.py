@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..images import Header
+from ..images.files import Header
+from ..images.ranges import ValueRange
+from ..images.raw_files import read_npy, read_npy_header
 from ..untrusted import Unreachable, open_regular
-from ..values import ValueRange, read_npy, read_npy_header
 from .files import zip_entries
 from .parts import HELDOUT, TRAINING, is_bare, is_plain, part_of, split_of
 from .store import file_digests

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..images import Header, to_uint8
-from ..values import EXACT, ValueRange
+from ..images.files import Header
+from ..images.ranges import EXACT, ValueRange, to_uint8
 from .reading import image_batches
 from .sources import GREY, OF_ROWS, PLACED, DataConfig, ImageSet, StoredImages, load_data, load_with_layout, pages_of
 from .store import FileStore

@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from ..images import to_model_range
+from ..images.ranges import to_model_range
 from ..silence import alone, report_progress
 from .sources import ImageSet, ReadImages
 

@@ -29,11 +29,11 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from ..fields import at_home, only_with, refuse_unread
-from ..images import OVERSIZE, Header
+from ..images.files import OVERSIZE, Header
+from ..images.ranges import ValueRange
 from ..messages import problem_list, showable
 from ..silence import report_progress
 from ..untrusted import MAX_PAGES, MAX_UNPACKED, open_regular
-from ..values import ValueRange
 from .arrays import SUFFIXES as ARRAYS
 from .arrays import ArrayStore, ImageArray, array_classes, array_files, holds_arrays
 from .augmentation import Augmentation

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 import numpy as np
 import torch
 
-from ..images import LARGE, Header, read_header, read_image
+from ..images.files import LARGE, Header, read_header, read_image
+from ..images.ranges import ValueRange
+from ..images.raw_files import FileKind, read_kind, read_values
 from ..silence import report_progress
 from ..untrusted import SUFFIXES, open_beside_others, open_regular
-from ..values import FileKind, ValueRange, read_kind, read_values
 from .files import Files, Member
 
 if TYPE_CHECKING:

@@ -17,13 +17,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from tqdm import tqdm
 
 from ..data import DataConfig, ImageSet, image_batches
-from ..images import to_model_range, to_uint8
+from ..images.ranges import ValueRange, to_model_range, to_uint8
 from ..latents.statistics import LatentStatistics, draw, total
 from ..losses.objective import Bernoulli, VAEObjective
 from ..losses.perceptual import LPIPS, InceptionFeatures
 from ..models import decode, decode_logits, encode, unmeasured, weights_hash
 from ..processes import gather_parts, in_parts, largest_part, process_share
-from ..values import ValueRange
 from .float16 import measure_precision
 from .metrics import frechet_distance, mean_interval, psnr, ssim
 from .report import EvaluationReport, LatentSummary, ModelSummary, PerImage, Protocol

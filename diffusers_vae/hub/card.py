@@ -22,13 +22,13 @@ from jinja2 import Environment, Template
 from markupsafe import Markup
 
 from ..evaluation.figures import FIGURES, Figure, changed_figures, missed_target, source_name
+from ..images.ranges import ValueRange
 from ..losses.adversarial import AdversarialConfig
 from ..losses.objective import ObjectiveConfig
 from ..messages import quoted, showable
 from ..models import ModelConfig
 from ..reports.pictures import CAPTIONS
 from ..storage import write_file
-from ..values import ValueRange
 from .config import HubConfig
 from .run import ADAPTER, HUB_DATA, RECIPE, FinishedRun, without_places
 

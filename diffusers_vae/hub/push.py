@@ -16,10 +16,10 @@ from huggingface_hub import (
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import LocalTokenNotFoundError
 
+from ..images.ranges import RANGE_FILE
 from ..messages import changed_logs, showable, without_passwords
 from ..models import load_autoencoder, weights_hash
 from ..untrusted import refuse_odd_name
-from ..values import RANGE_FILE
 from .card import render
 from .config import HubConfig
 from .run import WEIGHTS, FinishedRun

@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 
 from ..evaluation.figures import source_name
 from ..evaluation.report import read_report, report_digest
+from ..images.ranges import RANGE_FILE
 from ..models import cached_repository
 from ..reports.pictures import CAPTIONS
 from ..settings import read_settings, to_yaml
 from ..untrusted import open_regular, read_json, read_text
-from ..values import RANGE_FILE
 from .secrets import refuse_secrets
 
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from ..fields import only_with, refuse_unread
-from ..images import to_unit_range
+from ..images.ranges import to_unit_range
 
 START_SCALE = 1.0
 """Of a learned or optimal scale, where nothing is known of the errors yet: about that of a grey picture in [-1, 1]."""

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
-from ..images import to_uint8
+from ..images.ranges import to_uint8
 from ..messages import showable
 from ..storage import digest_of_file
 from ..untrusted import load_pickle, open_regular

@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from ..images import to_model_range, to_unit_range
+from ..images.ranges import to_model_range, to_unit_range
 from .scaling import KeepsScaling
 from .vae import VAEOutput, check_batch, check_dtype, in_dtype_of, posterior_from_moments, take_latents
 

@@ -51,7 +51,7 @@ def posterior_from_moments(moments: torch.Tensor) -> DiagonalGaussianDistributio
 def check_batch(tensor: torch.Tensor, channels: int, what: str) -> None:
     """Refuse what is not a floating-point (B, `channels`, H, W) batch, with a ValueError that names the rule."""
     if not tensor.is_floating_point():
-        hint = "; diffusers_vae.images.to_model_range converts uint8 pixels" if what == "images" else ""
+        hint = "; diffusers_vae.images.ranges.to_model_range converts uint8 pixels" if what == "images" else ""
         raise ValueError(f"{what} must be floating point, got {tensor.dtype}{hint}")
     if tensor.ndim != 4:
         raise ValueError(f"{what} must have the shape (batch, channels, height, width), got {tuple(tensor.shape)}")

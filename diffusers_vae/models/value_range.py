@@ -8,8 +8,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from ..images.ranges import RANGE_FILE, ValueRange
 from ..messages import hiding_passwords, showable
-from ..values import RANGE_FILE, ValueRange
 from .load import find_subfolder
 
 logger = logging.getLogger(__name__)

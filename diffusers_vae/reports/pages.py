@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from ..data import SIGNATURE
-from ..images import shown_channels, to_pil
+from ..images.grid import shown_channels, to_pil
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 
 from ..data import ImageSet, image_batches
-from ..images import to_pil
+from ..images.grid import to_pil
 from ..losses.objective import rate_per_unit
 from ..models import decode, encode
 

@@ -1,44 +1,42 @@
-"""Image files of any number of channels and any depth, as they are: their values to arrays, to model range, and back to
-files of the same kind.
-"""
+"""Image files of any number of channels and any depth: their values to arrays, and back to files of the same kind."""
 
 from __future__ import annotations
 
 import importlib
 import io
-import json
 import lzma
 import math
 import struct
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image
 
-from .storage import write_text
-from .untrusted import check_pixels, count_pages, open_image, open_regular, read_json, read_without_text, unreadable
+from ..untrusted import check_pixels, count_pages, open_image, open_regular, read_without_text, unreadable
 
-RANGE_FILE = "value_range.json"
-EXACT = 2**24
-"""Width of a range of integers up to which float32 tells all of them apart in [-1, 1]: it has 2^23 + 1 values from 0.5
-to 1, to which the upper half of the range is mapped on its way.
-"""
 NPY_HEADER = 2**14
 """Bytes of the header of an NPY, at most: NumPy itself refuses one of more than 10,000."""
+
+
 TILE = 2**26
 """Bytes of a tile of a TIFF, where it is larger than the image."""
+
+
 WRITTEN = ("NPY", "PNG", "TIFF")
 """Formats that `write_values` writes; files of others come back as PNG."""
+
+
 PHOTOMETRICS = ("MINISBLACK", "MINISWHITE", "RGB", "SEPARATED")
 """What the values of a TIFF may stand for; of others, they are a code for something else."""
+
+
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda values: values[:, :, ::-1],
     3: lambda values: values[:, ::-1, ::-1],
@@ -49,90 +47,6 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     8: lambda values: np.rot90(values, 1, (1, 2)),
 }
 """By orientation in EXIF 2.32, 4.6.5: what turns an image (C, H, W) upright."""
-
-
-@dataclass(frozen=True)
-class ValueRange:
-    """What the values of images mean: `low` is -1 and `high` is 1 in model range.
-
-    Raises:
-        ValueError: unless both are finite and increase.
-    """
-
-    low: float
-    high: float
-
-    def __post_init__(self):
-        if not (self.low < self.high and math.isfinite(self.high - self.low)):
-            raise ValueError(f"a range of values must be two finite increasing numbers, got {self}")
-
-    def __str__(self) -> str:
-        return f"[{self.low:.15g}, {self.high:.15g}]"
-
-    def to_unit(self, values: np.ndarray) -> torch.Tensor:
-        """float32 in [0, 1] from values of any shape and real dtype; of integers, `from_model_range` gives them back.
-
-        Raises:
-            ValueError: for values outside of the range or not finite, and for integers in a range wider than `EXACT`.
-        """
-        self._check(values.dtype)
-        lowest, highest = values.min(), values.max()  # of both, not a number is neither more nor less
-        inside = self._bounds(values.dtype)
-        if not (inside[0] <= lowest and highest <= inside[1]) or not np.isfinite([lowest, highest]).all():
-            wrong = highest if inside[0] <= lowest else lowest
-            raise ValueError(f"values must be finite and lie in {self}, which data.value_range states, got {wrong}")
-        unit = (values.astype(np.float64) - self.low) / (self.high - self.low)
-        return torch.from_numpy(unit.astype(np.float32)).clamp(0, 1)  # by rounding alone could it be outside
-
-    def from_model_range(self, images: torch.Tensor, dtype: np.dtype | str) -> np.ndarray:
-        """Values of `dtype`, rounded if it is one of integers, from images in [-1, 1] of any shape, clamped to that and
-        to what `dtype` holds.
-
-        Raises:
-            ValueError: for images that are not finite, and for integers in a range wider than `EXACT`.
-        """
-        dtype = np.dtype(dtype)
-        self._check(dtype)
-        if not images.isfinite().all():
-            raise ValueError("images must be finite to become values of a file")
-        unit = (images.detach().float().cpu().numpy().astype(np.float64) + 1) / 2
-        values = self.low + unit * (self.high - self.low)
-        inside = self._bounds(dtype)
-        if dtype.kind != "f":
-            return values.round().clip(*inside).astype(dtype)
-        return values.clip(self.low, self.high).astype(dtype).clip(*inside)
-
-    def save(self, folder: Path) -> None:
-        """Write it beside the config.json of a model, which has no place for it."""
-        write_text(folder / RANGE_FILE, json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> ValueRange | None:
-        """That in the folder of a model, or None; ValueError naming the file when it holds none."""
-        file = folder / RANGE_FILE
-        if not file.exists():
-            return None
-        try:
-            return cls(**read_json(file))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file} must hold a range, as {{'low': 0, 'high': 65535}}: {error}") from error
-
-    def _check(self, dtype: np.dtype) -> None:
-        if dtype.kind not in "biuf":
-            raise ValueError(f"values must be real numbers, got {dtype}")
-        if dtype.kind != "f" and self.high - self.low > EXACT:
-            raise ValueError(
-                f"float32 does not tell all integers in {self} apart: a range of {dtype} must be at most 2^24 = "
-                f"{EXACT:,} wide; state a narrower data.value_range, or store the values as floats"
-            )
-
-    def _bounds(self, dtype: np.dtype) -> tuple[float, float]:
-        """The least and the largest value of `dtype` in the range."""
-        if dtype.kind == "f":  # the numbers next to the stated ones that a file can hold
-            with np.errstate(over="ignore"):
-                return dtype.type(self.low), dtype.type(self.high)
-        held = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-        return max(math.ceil(self.low), held[0]), min(math.floor(self.high), held[1])
 
 
 @dataclass(frozen=True)

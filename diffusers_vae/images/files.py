@@ -1,8 +1,4 @@
-"""Value ranges, image files and grids: the only place, with `values.py`, that rescales pixels.
-
-Three ranges are in use: uint8 in [0, 255] in files and data sets, the model range [-1, 1] that models and diffusion
-pipelines take and give, and the unit range [0, 1] inside likelihoods and pictures.
-"""
+"""Image files of 8 bits: read upright, as grey or RGB."""
 
 from __future__ import annotations
 
@@ -17,9 +13,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
-from torchvision.utils import make_grid
 
-from .untrusted import (
+from ..untrusted import (
     MAX_PIXELS,
     PILLOWS_LIMIT,
     check_pixels,
@@ -31,42 +26,21 @@ from .untrusted import (
 )
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
+
+
 TURNED = (5, 6, 7, 8)  # orientations by which height and width change places
+
+
 LARGE = 2**24  # pixels; what is larger takes up to a gigabyte or two
+
+
 OVERSIZE = 3
 """A JPEG that is to be scaled down is decoded at least so many times as large as wanted. The least PSNR between 224
 photographs scaled so and those that were decoded whole was 43.2 dB; with 2, 39.8 dB, for little more speed.
 """
+
+
 _ONE_LARGE = threading.Lock()
-
-
-def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1], float, from uint8 pixels in [0, 255] or float pixels in [0, 1]; any shape.
-
-    Raises:
-        ValueError: for pixels of another dtype, whose range nothing states.
-    """
-    if pixels.dtype == torch.uint8:
-        if not pixels.is_cpu or torch.compiler.is_compiling():
-            return pixels.float() / 127.5 - 1
-        # by numpy, in one thread: those of torch wait for cores that are busy reading images
-        images = torch.empty_like(pixels, dtype=torch.float32)  # aligned: the rounding of MKL depends on it
-        np.divide(pixels.numpy(), np.float32(127.5), out=images.numpy(), dtype=np.float32)
-        np.subtract(images.numpy(), np.float32(1), out=images.numpy())
-        return images
-    if not pixels.is_floating_point():
-        raise ValueError(f"pixels must be uint8 in [0, 255] or floating point in [0, 1], got {pixels.dtype}")
-    return pixels * 2 - 1
-
-
-def to_unit_range(images: torch.Tensor) -> torch.Tensor:
-    """Pixels in [0, 1] from images in [-1, 1]; any shape; nothing is clamped."""
-    return (images + 1) / 2
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Pixels in [0, 255], uint8, from images in [-1, 1], clamped and rounded; any shape."""
-    return (to_unit_range(images.float()).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -228,22 +202,3 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
     return image if image.mode == mode else image.convert(mode)
-
-
-def shown_channels(channels: int) -> str:
-    """What `to_pil` shows of images of so many channels, for titles: nothing to say for 1 (grey) and 3 (RGB)."""
-    if channels in (1, 3):
-        return ""
-    return "channel 1 of 2 as grey" if channels == 2 else f"channels 1-3 of {channels} as red, green, blue"
-
-
-def to_pil(images: torch.Tensor, columns: int, scale: int = 1) -> Image.Image:
-    """One picture of a batch of images (B, C, H, W) in [-1, 1], row by row in `columns`, with thin white lines.
-
-    `scale` enlarges every pixel, for small images. Which channels it shows, and as what, `shown_channels` says.
-    """
-    channels = images.shape[1]
-    pixels = to_uint8(images[:, : 3 if channels >= 3 else 1])
-    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    grid = make_grid(pixels, nrow=columns, padding=2, pad_value=255)
-    return Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())

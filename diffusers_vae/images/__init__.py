@@ -1,0 +1,1 @@
+"""Image files and value ranges: pixels in, pixels out."""

@@ -1,0 +1,28 @@
+"""Images side by side as one picture."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+
+from .ranges import to_uint8
+
+
+def shown_channels(channels: int) -> str:
+    """What `to_pil` shows of images of so many channels, for titles: nothing to say for 1 (grey) and 3 (RGB)."""
+    if channels in (1, 3):
+        return ""
+    return "channel 1 of 2 as grey" if channels == 2 else f"channels 1-3 of {channels} as red, green, blue"
+
+
+def to_pil(images: torch.Tensor, columns: int, scale: int = 1) -> Image.Image:
+    """One picture of a batch of images (B, C, H, W) in [-1, 1], row by row in `columns`, with thin white lines.
+
+    `scale` enlarges every pixel, for small images. Which channels it shows, and as what, `shown_channels` says.
+    """
+    channels = images.shape[1]
+    pixels = to_uint8(images[:, : 3 if channels >= 3 else 1])
+    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    grid = make_grid(pixels, nrow=columns, padding=2, pad_value=255)
+    return Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())
