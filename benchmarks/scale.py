@@ -32,8 +32,8 @@ from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from diffusers_vae.checkpoint import Discriminator, find_checkpoint, restore, save_checkpoint
 from diffusers_vae.data import DataConfig, epoch_batches, load_data
+from diffusers_vae.engine.checkpoint import Discriminator, find_checkpoint, restore, save_checkpoint
 from diffusers_vae.losses.adversarial import PatchDiscriminator
 from diffusers_vae.models import ModelConfig
 

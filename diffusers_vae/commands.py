@@ -44,6 +44,7 @@ from .data import (
     recommended,
     refuse_colours,
 )
+from .engine.loop import RunResult, Task, dry_run, run_task
 from .evaluation.compare import compare
 from .evaluation.evaluate import EvaluationConfig, evaluate, reconstruct
 from .evaluation.float16 import measure_precision
@@ -58,7 +59,6 @@ from .images.ranges import ValueRange, to_model_range
 from .images.raw_files import WRITTEN, FileKind, read_values, write_values
 from .latents.encode import encode_images
 from .latents.shards import DTYPES, Kind
-from .loop import RunResult, Task, dry_run, run_task
 from .losses.objective import ObjectiveConfig, VAEObjective
 from .messages import message, problem_list, quoted, showable
 from .models import (
@@ -83,7 +83,7 @@ from .reports.tables import comparison_table, look_table, precision_table, repor
 from .settings import config_of_run, read_settings
 from .silence import GROUP_TIMEOUT, PATIENCE, Patience, report_progress, watched
 from .storage import whole_file, whole_files, write_file, write_text
-from .trainer import TrainResult
+from .tasks.autoencoder import TrainResult
 from .untrusted import check_type, read_json
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from support.files import flip
 
-from diffusers_vae.checkpoint import (
+from diffusers_vae.engine.checkpoint import (
     FORMAT,
     Discriminator,
     find_checkpoint,

@@ -15,8 +15,8 @@ from support.models import TINY
 from support.runs import TINY_VAE, fit, tiny
 
 from diffusers_vae import VAE, encode_images
-from diffusers_vae.checkpoint import MANIFEST
 from diffusers_vae.data import DataConfig, StoredImages, load_data, store
+from diffusers_vae.engine.checkpoint import MANIFEST
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.latents.dataset import LatentDataset, matching_latents
 from diffusers_vae.losses.objective import Gaussian, VAEObjective

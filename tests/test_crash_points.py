@@ -33,12 +33,12 @@ from support.launches import Launch
 from support.runs import tiny
 
 from diffusers_vae import LatentDataset, encode_images
-from diffusers_vae.checkpoint import find_checkpoint
 from diffusers_vae.data import DataConfig, load_data
+from diffusers_vae.engine.checkpoint import find_checkpoint
+from diffusers_vae.engine.loop import run_task
 from diffusers_vae.evaluation.evaluate import EvaluationConfig
-from diffusers_vae.loop import run_task
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.trainer import AutoencoderTask, train
+from diffusers_vae.tasks.autoencoder import AutoencoderTask, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork")]
 

@@ -12,7 +12,7 @@ from diffusers.training_utils import compute_snr
 from transformers import CLIPTokenizer
 
 from diffusers_vae.losses.diffusion import DiffusionConfig, DiffusionObjective
-from diffusers_vae.tokenizer import END, START, caption_tokenizer
+from diffusers_vae.tasks.tokenizer import END, START, caption_tokenizer
 
 CAPTIONS = ["a handwritten seven", "the digit 7", "a handwritten eight", "the digit 8", "café, naïve!"]
 
@@ -115,7 +115,7 @@ class TestTokenizer:
         would not do, as they share the order in which Python and the tokenizer's own tables keep what they hash.
         """
         code = (
-            "import json, sys; from diffusers_vae.tokenizer import caption_tokenizer\n"
+            "import json, sys; from diffusers_vae.tasks.tokenizer import caption_tokenizer\n"
             "print(json.dumps(caption_tokenizer(json.load(sys.stdin), 16).get_vocab()))"
         )
         words = [f"{a}{b} {b}{a}er {a}ing" for a in ("ba", "lo", "mir") for b in ("ka", "tun", "or", "x")]

@@ -40,14 +40,14 @@ from support.runs import (
 )
 
 from diffusers_vae.data import DataConfig, epoch_batches, load_data
+from diffusers_vae.engine.loop import FSDP2_TORCH, OptimizerConfig, run_task
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.latents.statistics import measure_latents
-from diffusers_vae.loop import FSDP2_TORCH, OptimizerConfig, run_task
 from diffusers_vae.losses.adversarial import AdversarialConfig
 from diffusers_vae.losses.objective import Gaussian, ObjectiveConfig, VAEObjective
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.processes import on_main, process_share
-from diffusers_vae.trainer import AutoencoderTask
+from diffusers_vae.tasks.autoencoder import AutoencoderTask
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusers_vae import VAE
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig, fast_dtype, speed_up_norms
-from diffusers_vae.trainer import AutoencoderTask
+from diffusers_vae.tasks.autoencoder import AutoencoderTask
 
 SMALLEST_VAE = ModelConfig(
     block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False

@@ -21,6 +21,7 @@ from support.runs import assert_same_gradient, at, fit, interrupted_at, left_beh
 from diffusers_vae import VAE, encode_images
 from diffusers_vae.config import TRAININGS, parse_settings
 from diffusers_vae.data import DataConfig, load_data
+from diffusers_vae.engine.loop import OptimizerConfig, run_task
 from diffusers_vae.evaluation.compare import compare
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.hub.config import HubConfig
@@ -28,11 +29,10 @@ from diffusers_vae.hub.push import push
 from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.latents import dataset
 from diffusers_vae.latents.statistics import measure_latents
-from diffusers_vae.loop import OptimizerConfig, run_task
 from diffusers_vae.losses.adversarial import AdversarialConfig
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import LATENT_PARTS, ModelConfig, load_autoencoder, unmeasured, weights_hash
-from diffusers_vae.trainer import AutoencoderTask, train
+from diffusers_vae.tasks.autoencoder import AutoencoderTask, train
 
 DATA = DataConfig(resolution=8)
 NO_LATENTS = {"scaling_factor", "shift_factor"}

@@ -18,7 +18,7 @@ from diffusers_vae.evaluation.evaluate import EvaluationConfig
 from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.models import LatentScaling, ModelConfig
 from diffusers_vae.pipelines import STOCK, latent_scaling
-from diffusers_vae.trainer import train
+from diffusers_vae.tasks.autoencoder import train
 
 CHANNELWISE = {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [0.5, 1.0, 1.5, 2.0]}
 SOURCES = {

@@ -39,13 +39,13 @@ from support.runs import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_vae import cli
-from diffusers_vae.checkpoint import find_checkpoint
 from diffusers_vae.data import DataConfig
+from diffusers_vae.engine.checkpoint import find_checkpoint
+from diffusers_vae.engine.loop import Interrupted, run_task
 from diffusers_vae.evaluation.evaluate import EvaluationConfig
 from diffusers_vae.evaluation.report import read_report
-from diffusers_vae.loop import Interrupted, run_task
 from diffusers_vae.losses.objective import ObjectiveConfig
-from diffusers_vae.trainer import AutoencoderTask, train
+from diffusers_vae.tasks.autoencoder import AutoencoderTask, train
 
 FEW = DataConfig(resolution=8, heldout_fraction=0.9)
 """180 images to train on."""

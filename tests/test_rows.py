@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader
 from diffusers_vae import cli
 from diffusers_vae.data import DataConfig, holds_rows, load_data, load_split, look
 from diffusers_vae.data.rows import find_columns, find_parts, open_rows, read_labels
+from diffusers_vae.engine.loop import run_task
 from diffusers_vae.evaluation.evaluate import EvaluationConfig
-from diffusers_vae.loop import run_task
-from diffusers_vae.trainer import AutoencoderTask
+from diffusers_vae.tasks.autoencoder import AutoencoderTask
 
 SLOW = pytest.mark.slow
 TOKEN = "hf_" + "a" * 34

@@ -25,7 +25,7 @@ from support.runs import ROOT, left_behind
 from diffusers_vae.config import TRAININGS, parse_settings
 from diffusers_vae.losses.adversarial import PatchDiscriminator
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.trainer import train
+from diffusers_vae.tasks.autoencoder import train
 
 CLUSTER = ROOT / "training" / "cluster"
 SLURM, NODE, KUBERNETES = (CLUSTER / name for name in ("slurm.sh", "node.sh", "kubernetes.yaml"))

@@ -16,10 +16,10 @@ from support.runs import TINY_VAE, fit, left_behind, tiny
 
 from diffusers_vae.commands import run_encode, run_evaluate
 from diffusers_vae.data import ArrayImages, DataConfig
-from diffusers_vae.loop import run_task
+from diffusers_vae.engine.loop import run_task
 from diffusers_vae.processes import on_main, process_share
 from diffusers_vae.silence import Patience, report_progress, watched
-from diffusers_vae.trainer import AutoencoderTask
+from diffusers_vae.tasks.autoencoder import AutoencoderTask
 
 SHORT = Patience(warning=1, end=3)
 AT = 150

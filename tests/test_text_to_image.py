@@ -24,12 +24,12 @@ from transformers import CLIPTextModel
 
 from diffusers_vae import MLPVAE, VAE, cli
 from diffusers_vae.data import ArrayImages, DataConfig, load_data
+from diffusers_vae.engine.loop import OptimizerConfig, RunConfig, dry_run, run_task
 from diffusers_vae.images.ranges import ValueRange, to_model_range
 from diffusers_vae.latents import dataset
 from diffusers_vae.latents.encode import encode_images
-from diffusers_vae.loop import OptimizerConfig, RunConfig, dry_run, run_task
 from diffusers_vae.losses.diffusion import DiffusionConfig
-from diffusers_vae.text_to_image import (
+from diffusers_vae.tasks.text_to_image import (
     DIGIT_PHRASES,
     SCHEDULERS,
     AutoencoderConfig,

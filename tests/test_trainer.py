@@ -35,16 +35,16 @@ from support.runs import (
 )
 
 from diffusers_vae import MLPVAE, VAE, cli
-from diffusers_vae.checkpoint import find_checkpoint
 from diffusers_vae.data import ArrayImages, DataConfig, epoch_batches, load_data
+from diffusers_vae.engine.checkpoint import find_checkpoint
+from diffusers_vae.engine.folder import BadImages
+from diffusers_vae.engine.loop import OptimizerConfig, dry_run, run_task
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.evaluation.report import read_report
 from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.latents.statistics import measure_latents
-from diffusers_vae.loop import OptimizerConfig, dry_run, run_task
-from diffusers_vae.run_folder import BadImages
-from diffusers_vae.text_to_image import TextToImageTask
-from diffusers_vae.trainer import AutoencoderTask, train
+from diffusers_vae.tasks.autoencoder import AutoencoderTask, train
+from diffusers_vae.tasks.text_to_image import TextToImageTask
 
 FEW = DataConfig(resolution=8, heldout_fraction=0.9)
 """180 images to train on."""

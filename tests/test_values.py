@@ -36,7 +36,7 @@ from diffusers_vae.images.raw_files import FileKind, read_kind, read_values, wri
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.models.value_range import find_value_range
-from diffusers_vae.trainer import AutoencoderTask
+from diffusers_vae.tasks.autoencoder import AutoencoderTask
 
 DEEP = (0, 65535)
 

@@ -22,11 +22,11 @@ from support.launches import INTERRUPTED, Launch
 from support.runs import DETERMINISTIC, left_behind, use_random_networks, whole
 
 from diffusers_vae.data import DataConfig
+from diffusers_vae.engine.loop import RunConfig, run_task
 from diffusers_vae.evaluation.evaluate import EvaluationConfig
-from diffusers_vae.loop import RunConfig, run_task
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.trainer import AutoencoderTask, TrainConfig
+from diffusers_vae.tasks.autoencoder import AutoencoderTask, TrainConfig
 
 
 def config_of(output_dir: Path, kind: str, finish: bool) -> TrainConfig:

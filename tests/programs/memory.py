@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 
 from diffusers_vae.data import DataConfig
-from diffusers_vae.loop import RunConfig, run_task
+from diffusers_vae.engine.loop import RunConfig, run_task
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.trainer import AutoencoderTask, TrainConfig
+from diffusers_vae.tasks.autoencoder import AutoencoderTask, TrainConfig
 
 BATCH = 50
 

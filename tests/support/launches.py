@@ -172,7 +172,7 @@ def _enter(work: Callable[[], object], log: Path, environment: dict[str, str], t
     multiprocessing.set_start_method(None, force=True)  # workers start as in any other launch, not from a server
     import torch
 
-    from diffusers_vae.loop import Interrupted
+    from diffusers_vae.engine.loop import Interrupted
 
     torch.set_num_threads(threads)
     logging.basicConfig(level="INFO", format="%(message)s")

@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..data import Read
+from ..messages import showable
+from ..settings import Settings, differences, other_sections
+from ..storage import ODD, append_text, delete_file, make_folder, naming, sync, whole_file, write_file
+from ..untrusted import open_regular, read_json
 from .checkpoint import check_fits, find_checkpoint, tidy
-from .data import Read
-from .messages import showable
-from .settings import Settings, differences, other_sections
-from .storage import ODD, append_text, delete_file, make_folder, naming, sync, whole_file, write_file
-from .untrusted import open_regular, read_json
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -18,25 +18,26 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from .checkpoint import Discriminator
-from .data import DataConfig, ImageSet, ReadImages, StoredImages, TrainingSet, load_data, refuse_colours
-from .evaluation.compare import compare
-from .evaluation.evaluate import EvaluationConfig, evaluate, load_judges
-from .evaluation.figures import missed_target
-from .evaluation.report import EvaluationReport, FineTuning, read_report
-from .hub.card import write_card
-from .hub.config import HubConfig
-from .hub.run import ADAPTER
-from .images.ranges import ValueRange, to_model_range
-from .latents.dataset import LatentDataset, Verification, matching_latents
-from .latents.statistics import describe_latents, image_set_statistics
-from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, kept_channels, run_task
-from .losses import equivariance
-from .losses.adversarial import AdversarialConfig, Adversary, PatchDiscriminator
-from .losses.objective import MEAN_LOSSES, START_SCALE, ObjectiveConfig, TrainingObjective, VAEObjective
-from .losses.perceptual import PerceptualLoss
-from .messages import quoted, showable
-from .models import (
+from ..data import DataConfig, ImageSet, ReadImages, StoredImages, TrainingSet, load_data, refuse_colours
+from ..engine.checkpoint import Discriminator
+from ..engine.folder import Log, check_whole
+from ..engine.loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, kept_channels, run_task
+from ..evaluation.compare import compare
+from ..evaluation.evaluate import EvaluationConfig, evaluate, load_judges
+from ..evaluation.figures import missed_target
+from ..evaluation.report import EvaluationReport, FineTuning, read_report
+from ..hub.card import write_card
+from ..hub.config import HubConfig
+from ..hub.run import ADAPTER
+from ..images.ranges import ValueRange, to_model_range
+from ..latents.dataset import LatentDataset, Verification, matching_latents
+from ..latents.statistics import describe_latents, image_set_statistics
+from ..losses import equivariance
+from ..losses.adversarial import AdversarialConfig, Adversary, PatchDiscriminator
+from ..losses.objective import MEAN_LOSSES, START_SCALE, ObjectiveConfig, TrainingObjective, VAEObjective
+from ..losses.perceptual import PerceptualLoss
+from ..messages import quoted, showable
+from ..models import (
     LATENT_PARTS,
     MLPVAE,
     VAE,
@@ -47,13 +48,12 @@ from .models import (
     weights_hash,
     without_adapters,
 )
-from .models.value_range import check_value_range
-from .processes import on_main, one_first
-from .reports.html import draw_report, report_html
-from .reports.wording import SETTINGS
-from .run_folder import Log, check_whole
-from .settings import Settings, begun_with
-from .storage import whole_folder, write_file
+from ..models.value_range import check_value_range
+from ..processes import on_main, one_first
+from ..reports.html import draw_report, report_html
+from ..reports.wording import SETTINGS
+from ..settings import Settings, begun_with
+from ..storage import whole_folder, write_file
 
 logger = logging.getLogger(__name__)
 

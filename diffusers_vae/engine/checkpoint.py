@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .messages import showable
-from .processes import gather, on_main
-from .storage import (
+from ..messages import showable
+from ..processes import gather, on_main
+from ..storage import (
     begin_folder,
     copy_file,
     delete_leftovers,
@@ -41,7 +41,7 @@ from .storage import (
     sync,
     write_text,
 )
-from .untrusted import read_json
+from ..untrusted import read_json
 
 logger = logging.getLogger(__name__)
 

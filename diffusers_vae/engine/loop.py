@@ -37,6 +37,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..data import MicroBatch, Read, TrainingSet, deal, step_generator
+from ..fields import at_home
+from ..messages import showable
+from ..models import fast_dtype
+from ..processes import Interrupted, Signals, gather, ignore_signals, lossy_output, on_main, only_user_of
+from ..settings import Settings, begun_with
+from ..silence import GROUP_TIMEOUT, PATIENCE, Patience, WorkerWatch, alone, report_progress, watched
+from ..storage import make_folder, naming, save_tensors, sync
+from ..untrusted import refuse_odd_name
 from .checkpoint import (
     Discriminator,
     read_progress,
@@ -45,16 +54,7 @@ from .checkpoint import (
     surroundings,
     whole,
 )
-from .data import MicroBatch, Read, TrainingSet, deal, step_generator
-from .fields import at_home
-from .messages import showable
-from .models import fast_dtype
-from .processes import Interrupted, Signals, gather, ignore_signals, lossy_output, on_main, only_user_of
-from .run_folder import BadImages, Log, begin, find_run, leaving_out_the_tracker
-from .settings import Settings, begun_with
-from .silence import GROUP_TIMEOUT, PATIENCE, Patience, WorkerWatch, alone, report_progress, watched
-from .storage import make_folder, naming, save_tensors, sync
-from .untrusted import refuse_odd_name
+from .folder import BadImages, Log, begin, find_run, leaving_out_the_tracker
 
 logger = logging.getLogger(__name__)
 

@@ -28,26 +28,26 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from .data import DataConfig, ImageSet, TrainingSet, image_batches, load_data, refuse_colours
-from .fields import at_home
-from .images.ranges import to_model_range
-from .latents.dataset import LatentDataset, Verification, matching_latents
-from .latents.encode import encode_images
-from .latents.shards import INDEX
-from .loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, kept_channels
-from .losses.diffusion import DiffusionConfig
-from .messages import message, quoted, showable
-from .models import VAE, encode, is_local, load_autoencoder, read_config, weights_hash, with_whole_tiles
-from .models.value_range import check_value_range
-from .pipelines import latent_scaling
-from .processes import on_main, one_first
-from .reports.charts import loss_picture
-from .reports.pictures import prompt_picture
-from .run_folder import Log, check_whole
-from .settings import Settings, config_of_run, read_settings
-from .storage import described, whole_folder, write_file
+from ..data import DataConfig, ImageSet, TrainingSet, image_batches, load_data, refuse_colours
+from ..engine.folder import Log, check_whole
+from ..engine.loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, kept_channels
+from ..fields import at_home
+from ..images.ranges import to_model_range
+from ..latents.dataset import LatentDataset, Verification, matching_latents
+from ..latents.encode import encode_images
+from ..latents.shards import INDEX
+from ..losses.diffusion import DiffusionConfig
+from ..messages import message, quoted, showable
+from ..models import VAE, encode, is_local, load_autoencoder, read_config, weights_hash, with_whole_tiles
+from ..models.value_range import check_value_range
+from ..pipelines import latent_scaling
+from ..processes import on_main, one_first
+from ..reports.charts import loss_picture
+from ..reports.pictures import prompt_picture
+from ..settings import Settings, config_of_run, read_settings
+from ..storage import described, whole_folder, write_file
+from ..untrusted import check_type, read_json
 from .tokenizer import caption_tokenizer
-from .untrusted import check_type, read_json
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

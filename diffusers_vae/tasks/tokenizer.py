@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, CLIPTokenizerFast
 
-from .storage import scratch_folder
+from ..storage import scratch_folder
 
 VOCAB_SIZE = 49408  # of CLIP's
 START, END = "<|startoftext|>", "<|endoftext|>"

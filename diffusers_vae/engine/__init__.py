@@ -1,0 +1,1 @@
+"""How any run goes: its folder, its checkpoints, its loop."""
