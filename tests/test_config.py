@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
-from diffusers_vae.config import TRAININGS, parse_settings, training_parser
+from diffusers_vae.cli.parser import TRAININGS, parse_settings, training_parser
 from diffusers_vae.data import DataConfig
 from diffusers_vae.engine.loop import OptimizerConfig, RunConfig
 from diffusers_vae.latents.dataset import LatentDataset

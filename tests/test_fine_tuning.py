@@ -19,7 +19,7 @@ from support.models import original
 from support.runs import assert_same_gradient, at, fit, interrupted_at, left_behind, tensors, tiny
 
 from diffusers_vae import VAE, encode_images
-from diffusers_vae.config import TRAININGS, parse_settings
+from diffusers_vae.cli.parser import TRAININGS, parse_settings
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.engine.loop import OptimizerConfig, run_task
 from diffusers_vae.evaluation.compare import compare

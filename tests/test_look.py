@@ -16,7 +16,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from diffusers_vae import cli
-from diffusers_vae.config import TRAININGS, parse_settings
+from diffusers_vae.cli.parser import TRAININGS, parse_settings
 from diffusers_vae.data import DataConfig, load_data, look, recommended
 from diffusers_vae.images.ranges import ValueRange
 from diffusers_vae.reports.tables import look_table

@@ -30,7 +30,7 @@ from support.mutants import digest, outcomes
 from support.runs import tiny
 
 from diffusers_vae import VAE, LatentDataset, encode_images
-from diffusers_vae.config import TRAININGS, parse_settings
+from diffusers_vae.cli.parser import TRAININGS, parse_settings
 from diffusers_vae.data import ArrayImages, DataConfig, load_split
 from diffusers_vae.images.files import read_header, read_image
 from diffusers_vae.images.raw_files import FileKind, read_kind, read_values, write_values

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from sklearn.datasets import load_digits
 from torch import distributions
 
-from diffusers_vae.config import TRAININGS, parse_settings
+from diffusers_vae.cli.parser import TRAININGS, parse_settings
 from diffusers_vae.images.ranges import to_unit_range
 from diffusers_vae.losses.objective import (
     SMALLEST_SCALE,

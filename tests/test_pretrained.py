@@ -16,7 +16,7 @@ from support.hub_server import HubServer
 from support.models import same
 
 from diffusers_vae import MLPVAE, VAE
-from diffusers_vae.config import TRAININGS, parse_settings
+from diffusers_vae.cli.parser import TRAININGS, parse_settings
 from diffusers_vae.models import ModelConfig, load_autoencoder, weights_hash, without_adapters
 
 TINY = {

@@ -22,7 +22,7 @@ from PIL import Image
 from support.launches import run_forked
 from support.runs import ROOT, left_behind
 
-from diffusers_vae.config import TRAININGS, parse_settings
+from diffusers_vae.cli.parser import TRAININGS, parse_settings
 from diffusers_vae.losses.adversarial import PatchDiscriminator
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.tasks.autoencoder import train

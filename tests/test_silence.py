@@ -14,7 +14,8 @@ import torch
 from support.launches import Launch, run_forked, without_output
 from support.runs import TINY_VAE, fit, left_behind, tiny
 
-from diffusers_vae.commands import run_encode, run_evaluate
+from diffusers_vae.cli.encode import run_encode
+from diffusers_vae.cli.evaluate import run_evaluate
 from diffusers_vae.data import ArrayImages, DataConfig
 from diffusers_vae.engine.loop import run_task
 from diffusers_vae.processes import on_main, process_share

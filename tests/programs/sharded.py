@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.runs import at, interrupted_at
 
-from diffusers_vae.config import TRAININGS, parse_settings
+from diffusers_vae.cli.parser import TRAININGS, parse_settings
 from diffusers_vae.tasks.autoencoder import train
 
 

@@ -18,8 +18,13 @@ import torchmetrics.functional.image
 import torchmetrics.image.fid
 import torchmetrics.image.lpip
 
-import diffusers_vae.commands
-import diffusers_vae.latents.encode
+import diffusers_vae.cli.data
+import diffusers_vae.cli.encode
+import diffusers_vae.cli.evaluate
+import diffusers_vae.cli.images
+import diffusers_vae.cli.info
+import diffusers_vae.cli.publish
+import diffusers_vae.cli.training
 
 from .shortcuts import take_shortcuts
 

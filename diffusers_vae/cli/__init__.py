@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
 
-from .messages import log_to_terminal, message, showable
+from ..messages import log_to_terminal, message, showable
 
 COMMANDS = {
     "train": "train a KL autoencoder, or continue a run",
@@ -29,6 +29,16 @@ COMMANDS = {
     "push": "publish a run on the Hugging Face Hub",
     "info": "say what a model or a run is",
 }
+MODULES = {
+    "train": "training",
+    "train-text-to-image": "training",
+    "compare": "evaluate",
+    "fp16": "evaluate",
+    "reconstruct": "images",
+    "sample": "images",
+    "push": "publish",
+}
+"""Modules of this chapter that hold commands of another name."""
 HELP = f"""usage: diffusers-vae COMMAND ... [--debug]
 
 Train, measure and publish KL autoencoders that load in stock diffusers.
@@ -109,21 +119,21 @@ LESS_MEMORY = (
 
 def _out_of_memory(error: Exception) -> bool:
     try:
-        from .processes import out_of_memory
+        from ..processes import out_of_memory
     except ImportError:
         return isinstance(error, MemoryError)
     return out_of_memory(error)
 
 
-def _import_commands() -> ModuleType:
-    """The module `commands`. Its imports create a million objects that live as long as the process: a fifth of the time
-    would go into looking for garbage among them, and more later.
+def _import(name: str) -> ModuleType:
+    """The module `name` of this chapter. Imports create a million objects that live as long as the process: a fifth of
+    the time would go into looking for garbage among them, and more later.
     """
-    first = gc.isenabled() and f"{__package__}.commands" not in sys.modules
+    first = gc.isenabled() and f"{__name__}.{name}" not in sys.modules
     if first:
         gc.disable()
     try:
-        return import_module(".commands", __package__)
+        return import_module(f".{name}", __name__)
     finally:
         if first:
             gc.freeze()
@@ -142,7 +152,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         return 2
     log_to_terminal(logging.INFO if arguments[0].startswith("train") else logging.WARNING)
     try:
-        commands = _import_commands()
+        commands = _import(MODULES.get(arguments[0], arguments[0]))
     except ModuleNotFoundError as error:
         if debug or str(error.name).startswith("diffusers_vae"):
             raise
@@ -151,7 +161,3 @@ def _run(arguments: list[str], debug: bool) -> int:
             'pip install "diffusers-vae[train]"'
         ) from error
     return getattr(commands, f"run_{arguments[0].replace('-', '_')}")(arguments[1:])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

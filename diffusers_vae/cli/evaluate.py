@@ -1,0 +1,198 @@
+"""`evaluate`, `compare` and `fp16`: models and images to figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from diffusers.models.modeling_utils import ModelMixin
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+
+from ..data import (
+    ImageSet,
+)
+from ..evaluation.compare import compare
+from ..evaluation.evaluate import EvaluationConfig, evaluate, reconstruct
+from ..evaluation.float16 import measure_precision
+from ..evaluation.report import EvaluationReport
+from ..images.ranges import to_model_range
+from ..messages import showable
+from ..models import (
+    encode,
+    find_subfolder,
+)
+from ..processes import on_main, one_first
+from ..reports.html import draw_report, report_html
+from ..reports.pictures import comparison_picture
+from ..reports.tables import comparison_table, precision_table, report_table
+from ..silence import PATIENCE, Patience
+from ..storage import whole_files, write_file, write_text
+from ..untrusted import read_json
+from .arguments import MODEL, add_device, add_source, command_parser
+from .launched import launched
+from .measuring import add_images, add_measuring, load_images, name_of, objective_of, parse_measuring
+
+
+def run_evaluate(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
+    """Measure one model. Processes that fall silent are waited for with `patience`."""
+    parser = command_parser(
+        "evaluate",
+        "MODEL [--data NAME|FOLDER] [--SECTION.KEY VALUE ...]",
+        "Measure an autoencoder: figures in the terminal, and evaluation.json, evaluation.csv, report.html and "
+        "pictures/ in a folder. Settings that are not given are those of the model's run; without one, channels and "
+        "resolution are the model's. With `accelerate launch -m diffusers_vae.cli evaluate ...`, on several processes.",
+        "diffusers-vae evaluate stabilityai/sd-vae-ft-mse --data photos/ --data.resolution 256 --evaluation.rfid true",
+    )
+    parser.add_argument("model", help=MODEL)
+    add_measuring(parser)
+    with launched("the evaluation", patience, "The same command measures again") as state:
+        _evaluate(parser, arguments, state)
+    return 0
+
+
+def _evaluate(parser: ArgumentParser, arguments: Sequence[str], state: PartialState) -> None:
+    parsed, (model,) = parse_measuring(parser, arguments, ["model"])
+    with one_first(state.is_local_main_process, "reading the data set"):
+        images, split = load_images(parsed, [parsed.model], state.is_local_main_process)
+    if state.is_main_process:
+        print(showable(f"data        {images.files}"), flush=True)
+    name = name_of(parsed.model)
+    out = Path(parsed.out or Path("evaluations") / name.replace("/", "--"))
+    # what cannot be written must not cost the measuring
+    on_main(lambda: (out / "pictures").mkdir(parents=True, exist_ok=True))
+    report = evaluate(
+        model, images, objective_of(parsed, parsed.model), parsed.evaluation, parsed.data, split, name, True
+    )
+    on_main(lambda: _write_evaluation(out, report, model, images, parsed.evaluation))
+
+
+def _write_evaluation(
+    out: Path, report: EvaluationReport, model: ModelMixin, images: ImageSet, config: EvaluationConfig
+) -> None:
+    text = report.to_json()
+    print(report_table(json.loads(text)))
+    with whole_files(out) as partial:
+        write_text(partial / "evaluation.json", text)
+        write_text(partial / "evaluation.csv", report.per_image.to_csv())
+        pictures = draw_report(model, images, None, config, report)
+        (partial / "pictures").mkdir()
+        for name, picture in pictures.items():
+            picture.save(partial / "pictures" / f"{name}.png")
+        write_text(partial / "report.html", report_html(json.loads(text), pictures, report.model.name))
+    print(showable(f"report      {out / 'report.html'}"))
+    print(showable(f"evaluation  {out / 'evaluation.json'}"))
+
+
+def run_compare(arguments: Sequence[str]) -> int:
+    """Measure two models in pairs."""
+    parser = command_parser(
+        "compare",
+        "FIRST SECOND [--data NAME|FOLDER] [--SECTION.KEY VALUE ...]",
+        "Measure two autoencoders under one protocol, image by image: differences with intervals in the terminal, and "
+        "comparison.json and comparison.png in a folder. Differences are SECOND minus FIRST. Settings that are not "
+        "given are those of the models' runs; those in which two runs differ must be given.",
+        "diffusers-vae compare stabilityai/sd-vae-ft-mse runs/mine --data photos/ --data.resolution 256",
+    )
+    parser.add_argument("first", help=MODEL)
+    parser.add_argument("second", help=MODEL)
+    add_measuring(parser)
+    parsed, models = parse_measuring(parser, arguments, ["first", "second"])
+    images, split = load_images(parsed, [parsed.first, parsed.second], True)
+    print(showable(f"data        {images.files}"), flush=True)
+    names = [name_of(parsed.first), name_of(parsed.second)]
+    if names[0] == names[1]:  # two folders of one name
+        names = [parsed.first, parsed.second]
+    out = Path(parsed.out or Path("comparisons") / "--vs--".join(name.strip("./").replace("/", "--") for name in names))
+    out.mkdir(parents=True, exist_ok=True)
+    _check_images(models, names, images)
+    objective = objective_of(parsed, parsed.first, parsed.second)
+    reports = [
+        evaluate(model, images, objective, parsed.evaluation, parsed.data, split, name, True)
+        for model, name in zip(models, names, strict=True)
+    ]
+    comparison = compare(*reports)
+    text = comparison.to_json()
+    print(comparison_table(json.loads(text)))
+    shown = [reports[0].per_image.indices[place] for place in comparison.most_different]
+    originals = to_model_range(images.__getitems__(shown).checked().pixels.to(models[0].device))
+    with torch.no_grad():
+        first, second = (reconstruct(model, originals, shown, parsed.evaluation) for model in models)
+    captions = [
+        ", ".join(f"{report.per_image.figures['psnr'][place]:.2f}" for report in reports) + " dB"
+        for place in comparison.most_different
+    ]
+    picture = comparison_picture(originals.cpu(), first.cpu(), second.cpu(), names, captions)
+    with whole_files(out) as partial:
+        write_text(partial / "comparison.json", text)
+        picture.save(partial / "comparison.png")
+    print(showable(f"comparison  {out / 'comparison.json'}"))
+    print(showable(f"picture     {out / 'comparison.png'}"))
+    return 0
+
+
+@torch.no_grad()
+def _check_images(models: Sequence[ModelMixin], names: Sequence[str], images: ImageSet) -> None:
+    """Refuse what a model cannot take before the others are measured."""
+    pixels = images.__getitems__([0]).pixels
+    for model, name in zip(models, names, strict=True):
+        try:
+            if len(pixels):
+                encode(model, to_model_range(pixels.to(model.device)))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def run_fp16(arguments: Sequence[str]) -> int:
+    """Whether a model can run in float16."""
+    parser = command_parser(
+        "fp16",
+        "MODEL [--data NAME|FOLDER] [--write true]",
+        "Say whether an autoencoder can run in float16: the largest activation of each block on real images, a run in "
+        "float16 itself, and whether force_upcast, by which pipelines in float16 run it in float32, can be false. Data "
+        "that are not given are those of the model's run; without one, channels and resolution are the model's.",
+        "diffusers-vae fp16 runs/mine --write true",
+    )
+    parser.add_argument("model", help=MODEL)
+    add_source(parser)
+    add_device(parser)
+    add_images(parser)
+    parser.add_argument("--max_images", type=PositiveInt, default=256, help="At most this many are measured.")
+    parser.add_argument("--batch_size", type=PositiveInt, default=16, help="Images per forward.")
+    parser.add_argument(
+        "--write",
+        type=bool,
+        default=False,
+        help="Set force_upcast to false in the model's config.json, if that is safe.",
+    )
+    parsed, (model,) = parse_measuring(parser, arguments, ["model"])
+    file = _config_file(parsed.model, parsed.subfolder)
+    if parsed.write and "force_upcast" not in model.config:
+        raise ValueError(f"--write sets force_upcast, which {type(model).__name__} does not have")
+    if parsed.write and file is None:
+        kind = "a single file, without one" if Path(parsed.model).is_file() else "a repository"
+        raise ValueError(f"--write changes a config.json on this machine, and {parsed.model} is {kind}")
+    images, _ = load_images(parsed, [parsed.model], True)
+    report = measure_precision(model, images, parsed.batch_size, parsed.max_images, True)
+    print(precision_table(asdict(report)))
+    if not parsed.write:
+        return 0
+    if not report.safe:
+        raise ValueError(f"{file} is left as it is. {report.advice}")
+    config = read_json(file)
+    if config.get("force_upcast") is False:
+        print(showable(f"force_upcast was false already in {file}"))
+        return 0
+    write_file(file, json.dumps(config | {"force_upcast": False}, indent=2) + "\n")
+    print(showable(f"force_upcast is now false in {file}"))
+    return 0
+
+
+def _config_file(source: str, subfolder: str | None) -> Path | None:
+    """The config.json of the model in the folder `source`, where `load_autoencoder` looks, if it is one."""
+    file = Path(source, find_subfolder(source, subfolder) or "", "config.json")
+    return file if file.is_file() else None

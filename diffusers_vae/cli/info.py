@@ -1,0 +1,124 @@
+"""`info`: what a model or a run is."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLFlux2
+from diffusers.models.modeling_utils import ModelMixin
+
+from ..evaluation.report import read_report
+from ..messages import quoted, showable
+from ..models import (
+    VAE,
+    LatentScaling,
+    encode,
+    find_subfolder,
+    load_autoencoder,
+    unmeasured,
+    weights_hash,
+)
+from ..models.value_range import find_value_range
+from ..pipelines import latent_scaling
+from ..reports.tables import report_table
+from .arguments import MODEL, add_source, command_parser, parse, size_of
+
+
+@torch.no_grad()
+def latent_shape(model: ModelMixin) -> tuple[int, ...]:
+    nothing = copy.deepcopy(model).to("meta")  # shapes alone: an image of full size may take long
+    blank = torch.zeros(1, model.config.in_channels, *size_of(model), device="meta")
+    return tuple(encode(nothing, blank).mean.shape[1:])
+
+
+def run_info(arguments: Sequence[str]) -> int:
+    """What a model is."""
+    parser = command_parser(
+        "info",
+        "MODEL",
+        "Say what a model is, how to load it and, of a run, what was measured.",
+        "diffusers-vae info runs/digits",
+    )
+    parser.add_argument("model", help=MODEL)
+    add_source(parser)
+    parsed = parse(parser, arguments)
+    model = load_autoencoder(parsed.model, parsed.subfolder, parsed.revision)
+    config, shape = model.config, latent_shape(model)
+    height, width = size_of(model)
+    name = "AutoencoderKL" if isinstance(model, VAE) else type(model).__name__
+    facts = {
+        "class": name,
+        "load it": _load_line(name, parsed.model, parsed.subfolder, parsed.revision),
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "images": f"{config.in_channels}x{height}x{width}" + ("" if "image_size" in config else " or other sizes"),
+        "latents": f"{'x'.join(map(str, shape))}, {height // shape[1]} times smaller a side",
+        **_scaled_latents(model),
+        "weights": f"SHA-256 {weights_hash(model)}",
+    }
+    if stated := find_value_range(parsed.model, parsed.subfolder, parsed.revision):
+        facts["values"] = f"of files in {stated}, whose ends are -1 and 1"
+    print("\n".join(showable(f"{name:<16}{value}") for name, value in facts.items()))
+    evaluation = Path(parsed.model) / "evaluation.json"
+    if evaluation.exists():
+        print(report_table(json.loads(read_report(evaluation).to_json())))
+    return 0
+
+
+def _load_line(name: str, source: str, subfolder: str | None, revision: str | None) -> str:
+    """Code that loads the model of the class `name`, whatever the working directory."""
+    path = Path(source)
+    if path.is_file():
+        return (
+            f"from diffusers_vae.models import load_autoencoder; vae = load_autoencoder({quoted(str(path.absolute()))})"
+        )
+    inside = find_subfolder(source, subfolder)
+    place, further = source, {"subfolder": inside, "revision": revision}
+    if path.exists():
+        place, further = str(path.absolute() / (inside or "")), {}
+    options = "".join(f", {key}={quoted(value)}" for key, value in further.items() if value)
+    package = "diffusers_vae" if name == "MLPVAE" else "diffusers"
+    return f"from {package} import {name}; vae = {name}.from_pretrained({quoted(place)}{options})"
+
+
+def _scaled_latents(model: ModelMixin) -> dict[str, str]:
+    """How latents become scaled latents, as a formula, and where stock pipelines differ, theirs."""
+    config = model.config
+    if isinstance(model, AutoencoderKLFlux2):
+        formula = f"(patches - vae.bn.running_mean) / sqrt(vae.bn.running_var + {config.batch_norm_eps:g})"
+        return {"scaled latents": f"{formula}, by channel of the patches: each 2x2 square of latents is one position"}
+    if unmeasured(config):
+        factor = config.get("scaling_factor")
+        return {"scaled latents": f"unknown: scaling_factor {factor} was not measured or published for this model"}
+    formula = _formula(LatentScaling.from_config(config))
+    others: dict[str, list[str]] = {}
+    for name, pipeline in PIPELINES.items():
+        try:
+            own = _formula(latent_scaling(pipeline, model))
+        except (TypeError, ValueError):  # it cannot compute with this config
+            continue
+        if own != formula:
+            others.setdefault(own, []).append(name)
+    listed = "; ".join(f"{', '.join(names)}: {own}" for own, names in others.items())
+    return {"scaled latents": formula} | ({"in pipelines of": listed} if listed else {})
+
+
+PIPELINES = {
+    "Stable Diffusion": "StableDiffusionPipeline",
+    "SDXL": "StableDiffusionXLPipeline",
+    "Stable Diffusion 3": "StableDiffusion3Pipeline",
+    "FLUX.1": "FluxPipeline",
+    "DiT": "DiTPipeline",
+}
+"""One of each family, which all scale latents in the same way."""
+
+
+def _formula(scaling: LatentScaling) -> str:
+    if scaling.mean is None:
+        shifted = f"(latents {-scaling.shift:+.6g})" if scaling.shift else "latents"
+        return f"{shifted} * {scaling.factor:.6g}"
+    mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (scaling.mean, scaling.std))
+    return f"(latents - mean) * {scaling.factor:.6g} / std, by channel: mean {mean}; std {std}"
