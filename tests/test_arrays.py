@@ -16,14 +16,7 @@ from support.launches import run_forked
 from torch.utils.data import DataLoader
 
 from diffusers_vae import cli
-from diffusers_vae.data import (
-    ArrayImages,
-    DataConfig,
-    StoredImages,
-    load_data,
-    load_split,
-    look,
-)
+from diffusers_vae.data import ArrayImages, DataConfig, StoredImages, load_data, load_split, look
 from diffusers_vae.images.ranges import ValueRange, to_model_range
 
 NAMES = ("cat", "ship")

@@ -20,14 +20,7 @@ from support.pickles import CONTAINERS, Harm, plant
 
 from diffusers_vae.images.files import read_image
 from diffusers_vae.settings import MAX_NODES, read_yaml
-from diffusers_vae.untrusted import (
-    check_type,
-    load_pickle,
-    open_image,
-    open_regular,
-    read_json,
-    read_text,
-)
+from diffusers_vae.untrusted import check_type, load_pickle, open_image, open_regular, read_json, read_text
 
 
 class Call:

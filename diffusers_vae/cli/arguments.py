@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +13,11 @@ from accelerate import PartialState
 from diffusers.models.modeling_utils import ModelMixin
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from ..data import (
-    IMAGE_SUFFIXES,
-    DataConfig,
-)
+from ..data import IMAGE_SUFFIXES, DataConfig
 from ..evaluation.evaluate import EvaluationConfig
 from ..losses.objective import ObjectiveConfig
 from ..messages import message
-from ..models import (
-    load_autoencoder,
-)
+from ..models import encode, load_autoencoder
 from .parser import data_flags, new_parser, refuse_null
 
 logger = logging.getLogger(__name__)
@@ -110,3 +106,10 @@ def load(parsed: Namespace, source: str) -> ModelMixin:
 
 ANY_DATA = ["--data.name", "folder"]
 """Before a first look at the arguments: of a folder, anything may be asked for."""
+
+
+@torch.no_grad()
+def latent_shape(model: ModelMixin) -> tuple[int, ...]:
+    nothing = copy.deepcopy(model).to("meta")  # shapes alone: an image of full size may take long
+    blank = torch.zeros(1, model.config.in_channels, *size_of(model), device="meta")
+    return tuple(encode(nothing, blank).mean.shape[1:])

@@ -9,13 +9,7 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
 
-from ..data import (
-    OWN_PICTURES,
-    PLACED,
-    DataConfig,
-    look,
-    recommended,
-)
+from ..data import OWN_PICTURES, PLACED, DataConfig, look, recommended
 from ..images.ranges import to_model_range
 from ..messages import showable
 from ..reports.pages import contact_sheet, save_signed

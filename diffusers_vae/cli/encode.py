@@ -11,17 +11,11 @@ from accelerate import PartialState
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from ..data import (
-    IN_MEMORY,
-    PLACED,
-    DataConfig,
-)
+from ..data import IN_MEMORY, PLACED, DataConfig
 from ..latents.encode import encode_images
 from ..latents.shards import DTYPES, Kind
 from ..messages import quoted, showable
-from ..models import (
-    load_autoencoder,
-)
+from ..models import load_autoencoder
 from ..processes import one_first
 from ..settings import config_of_run
 from ..silence import PATIENCE, Patience

@@ -13,19 +13,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from ..data import (
-    ImageSet,
-)
+from ..data import ImageSet
 from ..evaluation.compare import compare
 from ..evaluation.evaluate import EvaluationConfig, evaluate, reconstruct
 from ..evaluation.float16 import measure_precision
 from ..evaluation.report import EvaluationReport
 from ..images.ranges import to_model_range
 from ..messages import showable
-from ..models import (
-    encode,
-    find_subfolder,
-)
+from ..models import encode, find_subfolder
 from ..processes import on_main, one_first
 from ..reports.html import draw_report, report_html
 from ..reports.pictures import comparison_picture

@@ -13,14 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
-from ..data import (
-    ARCHIVES,
-    IMAGE_SUFFIXES,
-    Files,
-    FileStore,
-    left_out,
-    no_image,
-)
+from ..data import ARCHIVES, IMAGE_SUFFIXES, Files, FileStore, left_out, no_image
 from ..evaluation.evaluate import EvaluationConfig, reconstruct
 from ..evaluation.metrics import psnr
 from ..images.files import read_image
@@ -32,8 +25,7 @@ from ..models.value_range import find_value_range
 from ..reports.pages import save_signed
 from ..reports.pictures import sample_picture
 from ..storage import whole_file
-from .arguments import MODEL, add_loading, command_parser, load, parse, picture_path
-from .info import latent_shape
+from .arguments import MODEL, add_loading, command_parser, latent_shape, load, parse, picture_path
 
 logger = logging.getLogger(__name__)
 

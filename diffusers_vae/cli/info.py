@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKLFlux2
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..evaluation.report import read_report
 from ..messages import quoted, showable
-from ..models import (
-    VAE,
-    LatentScaling,
-    encode,
-    find_subfolder,
-    load_autoencoder,
-    unmeasured,
-    weights_hash,
-)
+from ..models import VAE, LatentScaling, find_subfolder, load_autoencoder, unmeasured, weights_hash
 from ..models.value_range import find_value_range
 from ..pipelines import latent_scaling
 from ..reports.tables import report_table
-from .arguments import MODEL, add_source, command_parser, parse, size_of
-
-
-@torch.no_grad()
-def latent_shape(model: ModelMixin) -> tuple[int, ...]:
-    nothing = copy.deepcopy(model).to("meta")  # shapes alone: an image of full size may take long
-    blank = torch.zeros(1, model.config.in_channels, *size_of(model), device="meta")
-    return tuple(encode(nothing, blank).mean.shape[1:])
+from .arguments import MODEL, add_source, command_parser, latent_shape, parse, size_of
 
 
 def run_info(arguments: Sequence[str]) -> int:

@@ -11,27 +11,13 @@ from typing import Any, Literal
 from diffusers.models.modeling_utils import ModelMixin
 from jsonargparse import ArgumentParser, Namespace
 
-from ..data import (
-    IN_MEMORY,
-    OF_ROWS,
-    OF_TRAINING,
-    PLACED,
-    DataConfig,
-    ImageSet,
-    is_hub_id,
-    load_split,
-    refuse_colours,
-)
+from ..data import IN_MEMORY, OF_ROWS, OF_TRAINING, PLACED, DataConfig, ImageSet, is_hub_id, load_split, refuse_colours
 from ..evaluation.evaluate import EvaluationConfig
 from ..evaluation.report import EvaluationReport, read_report
 from ..fields import unread
 from ..losses.objective import ObjectiveConfig, VAEObjective
 from ..messages import message, showable
-from ..models import (
-    is_local,
-    no_such_path,
-    read_config,
-)
+from ..models import is_local, no_such_path, read_config
 from ..models.value_range import find_value_range
 from ..processes import process_share
 from ..settings import config_of_run, read_settings

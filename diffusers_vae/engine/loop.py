@@ -23,13 +23,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedType,
-    InitProcessGroupKwargs,
-    is_torch_version,
-    parse_choice_from_env,
-    set_seed,
-)
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_torch_version, parse_choice_from_env, set_seed
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import nn
@@ -46,14 +40,7 @@ from ..settings import Settings, begun_with
 from ..silence import GROUP_TIMEOUT, PATIENCE, Patience, WorkerWatch, alone, report_progress, watched
 from ..storage import make_folder, naming, save_tensors, sync
 from ..untrusted import refuse_odd_name
-from .checkpoint import (
-    Discriminator,
-    read_progress,
-    restore,
-    save_checkpoint,
-    surroundings,
-    whole,
-)
+from .checkpoint import Discriminator, read_progress, restore, save_checkpoint, surroundings, whole
 from .folder import BadImages, Log, begin, find_run, leaving_out_the_tracker
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import (
-    EvalResult,
-    ModelCard,
-    ModelCardData,
-)
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, Template
 from markupsafe import Markup
 

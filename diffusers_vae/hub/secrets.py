@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 
-from huggingface_hub import (
-    get_token,
-)
+from huggingface_hub import get_token
 
 from ..messages import showable, without_passwords
 
