@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.data.order import MicroBatch
 from diffusers_vae.images.files import read_image
-from diffusers_vae.tasks.text_to_image import TextToImageConfig
+from diffusers_vae.tasks.text_to_image_config import TextToImageConfig
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,14 @@ from PIL import Image
 
 from diffusers_vae.cli.parser import TRAININGS, parse_settings, training_parser
 from diffusers_vae.data import DataConfig
-from diffusers_vae.engine.loop import OptimizerConfig, RunConfig
+from diffusers_vae.engine.config import OptimizerConfig, RunConfig
 from diffusers_vae.latents.dataset import LatentDataset
 from diffusers_vae.losses.adversarial import AdversarialConfig
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.tasks.autoencoder import TrainConfig, train
-from diffusers_vae.tasks.text_to_image import AutoencoderConfig, LatentsConfig
+from diffusers_vae.tasks.autoencoder import train
+from diffusers_vae.tasks.autoencoder_config import TrainConfig
+from diffusers_vae.tasks.text_to_image_config import AutoencoderConfig, LatentsConfig
 
 PRESETS = sorted((Path(__file__).parents[1] / "training" / "configs").glob("*.yaml"))
 

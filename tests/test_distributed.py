@@ -40,7 +40,9 @@ from support.runs import (
 )
 
 from diffusers_vae.data import DataConfig, epoch_batches, load_data
-from diffusers_vae.engine.loop import FSDP2_TORCH, OptimizerConfig, run_task
+from diffusers_vae.engine.config import OptimizerConfig
+from diffusers_vae.engine.launch import FSDP2_TORCH
+from diffusers_vae.engine.loop import run_task
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.latents.statistics import measure_latents
 from diffusers_vae.losses.adversarial import AdversarialConfig

@@ -21,7 +21,8 @@ from support.runs import assert_same_gradient, at, fit, interrupted_at, left_beh
 from diffusers_vae import VAE, encode_images
 from diffusers_vae.cli.parser import TRAININGS, parse_settings
 from diffusers_vae.data import DataConfig, load_data
-from diffusers_vae.engine.loop import OptimizerConfig, run_task
+from diffusers_vae.engine.config import OptimizerConfig
+from diffusers_vae.engine.loop import run_task
 from diffusers_vae.evaluation.compare import compare
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.hub.config import HubConfig

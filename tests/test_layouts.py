@@ -26,7 +26,7 @@ from diffusers_vae import VAE, cli
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.data.parts import part_of, split_of
 from diffusers_vae.settings import Settings
-from diffusers_vae.tasks.text_to_image import TextToImageConfig
+from diffusers_vae.tasks.text_to_image_config import TextToImageConfig
 
 SIDE = 32
 MOST = 40

@@ -14,17 +14,15 @@ from torch import distributions
 from diffusers_vae.cli.parser import TRAININGS, parse_settings
 from diffusers_vae.images.ranges import to_unit_range
 from diffusers_vae.losses.objective import (
-    SMALLEST_SCALE,
     Bernoulli,
     Gaussian,
     Laplace,
     ObjectiveConfig,
-    RateController,
-    TrainingObjective,
     VAEObjective,
     kl_to_standard_normal,
     rate_per_channel,
 )
+from diffusers_vae.losses.training_objective import SMALLEST_SCALE, RateController, TrainingObjective
 from diffusers_vae.models import MLPVAE, VAE
 
 # each likelihood, and the distribution of an image given its reconstruction that it stands for

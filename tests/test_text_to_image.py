@@ -24,23 +24,22 @@ from transformers import CLIPTextModel
 
 from diffusers_vae import MLPVAE, VAE, cli
 from diffusers_vae.data import ArrayImages, DataConfig, load_data
-from diffusers_vae.engine.loop import OptimizerConfig, RunConfig, dry_run, run_task
+from diffusers_vae.engine.config import OptimizerConfig, RunConfig
+from diffusers_vae.engine.dry_run import dry_run
+from diffusers_vae.engine.loop import run_task
 from diffusers_vae.images.ranges import ValueRange, to_model_range
 from diffusers_vae.latents import dataset
 from diffusers_vae.latents.encode import encode_images
 from diffusers_vae.losses.diffusion import DiffusionConfig
-from diffusers_vae.tasks.text_to_image import (
-    DIGIT_PHRASES,
-    SCHEDULERS,
+from diffusers_vae.tasks.captions import DIGIT_PHRASES, Captions, captions_of
+from diffusers_vae.tasks.text_to_image import SCHEDULERS, TextToImageTask
+from diffusers_vae.tasks.text_to_image_config import (
     AutoencoderConfig,
     CaptionConfig,
-    Captions,
     DenoiserConfig,
     LatentsConfig,
     SamplingConfig,
     TextToImageConfig,
-    TextToImageTask,
-    captions_of,
 )
 
 DATA = DataConfig(resolution=8, heldout_fraction=0.78)

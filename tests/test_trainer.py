@@ -37,8 +37,10 @@ from support.runs import (
 from diffusers_vae import MLPVAE, VAE, cli
 from diffusers_vae.data import ArrayImages, DataConfig, epoch_batches, load_data
 from diffusers_vae.engine.checkpoint import find_checkpoint
+from diffusers_vae.engine.config import OptimizerConfig
+from diffusers_vae.engine.dry_run import dry_run
 from diffusers_vae.engine.folder import BadImages
-from diffusers_vae.engine.loop import OptimizerConfig, dry_run, run_task
+from diffusers_vae.engine.loop import run_task
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.evaluation.report import read_report
 from diffusers_vae.images.ranges import to_model_range

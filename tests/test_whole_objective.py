@@ -16,7 +16,7 @@ from support.runs import TINY_MLP, TINY_VAE, assert_same_gradient, fit, records,
 from diffusers_vae import VAE, cli
 from diffusers_vae.data import DataConfig, epoch_batches, load_data, step_generator
 from diffusers_vae.data.sources import ReadImages
-from diffusers_vae.engine.loop import OptimizerConfig
+from diffusers_vae.engine.config import OptimizerConfig
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.latents.statistics import draw
@@ -25,7 +25,8 @@ from diffusers_vae.losses.adversarial import AdversarialConfig, PatchDiscriminat
 from diffusers_vae.losses.objective import Gaussian, ObjectiveConfig, VAEObjective, kl_to_standard_normal
 from diffusers_vae.losses.perceptual import LPIPS
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.tasks.autoencoder import AutoencoderTask, TrainConfig, train
+from diffusers_vae.tasks.autoencoder import AutoencoderTask, train
+from diffusers_vae.tasks.autoencoder_config import TrainConfig
 
 DATA = DataConfig(resolution=24)
 VALUES = 24 * 24

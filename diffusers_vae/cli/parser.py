@@ -16,12 +16,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from ..data import IN_MEMORY, kind_at
-from ..engine.loop import Task
+from ..engine.step import Task
 from ..fields import shown
 from ..messages import message
 from ..settings import REMOVED, Settings, read_settings, refuse_removed, to_plain_yaml
-from ..tasks.autoencoder import AutoencoderTask, TrainConfig
-from ..tasks.text_to_image import TextToImageConfig, TextToImageTask
+from ..tasks.autoencoder import AutoencoderTask
+from ..tasks.autoencoder_config import TrainConfig
+from ..tasks.text_to_image import TextToImageTask
+from ..tasks.text_to_image_config import TextToImageConfig
 
 
 class Parser(ArgumentParser):

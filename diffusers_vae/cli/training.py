@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from ..engine.loop import RunResult, Task, dry_run, run_task
+from ..engine.dry_run import dry_run
+from ..engine.loop import run_task
+from ..engine.step import RunResult, Task
 from ..hub.config import HubConfig
 from ..hub.push import check_can_push, push
 from ..messages import message, showable

@@ -20,8 +20,8 @@ What others write, in these words. V is the number of values of an image, U that
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +32,10 @@ from ..images.ranges import to_unit_range
 
 START_SCALE = 1.0
 """Of a learned or optimal scale, where nothing is known of the errors yet: about that of a grey picture in [-1, 1]."""
-SMALLEST_SCALE = 2 / 65535 / math.sqrt(12)
-"""Of an optimal scale: the std of rounding to 16 bits. No file is more exact, and below it the loss has no bound."""
+
+
 MEAN_LOSSES = {"gaussian": "F.mse_loss", "laplace": "F.l1_loss", "bernoulli": "F.binary_cross_entropy"}
 """By likelihood, the torch.nn.functional loss that is the mean of its error, up to a constant factor."""
-DEVIATION_HALF_LIFE = 1_000
-"""Images after which a step counts half in the mean that an optimal scale is computed from."""
 
 
 def kl_to_standard_normal(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
@@ -452,208 +450,3 @@ class ObjectiveConfig:
         likelihoods = {"gaussian": Gaussian, "laplace": Laplace}
         likelihood = likelihoods[self.likelihood](scale) if self.likelihood in likelihoods else Bernoulli()
         return VAEObjective(likelihood, self.kl_weight, scale_varies=isinstance(self.scale, str))
-
-
-class RateController:
-    """A PI controller that moves the weight of the rate until the mean rate is `target`, nats per image.
-
-    It follows ControlVAE (Shao 2020, section 3), where beta = Kp / (1 + exp(target - rate)) + Ki * sum(rate - target)
-    + beta_min with the error turned round. At rates of hundreds of nats that exponential is 0 or infinite, the sum is
-    proportional to the rate, so that every target needs its own gains, and a beta between 1e-6 and 1 would need steps
-    of 1e-7. Here both sides are logarithms: log(rate / target) moves the logarithm of the weight.
-
-    The gains count in steps, not images, because Adam moves parameters by about the learning rate per step, whatever
-    the batch size.
-    """
-
-    GAIN = 1.0
-    """Change of log(weight) per log(rate / target). Adam's momentum delays the answer of the rate by about ten steps:
-    with 2, the rate of an MLP on MNIST swings by 7 % within 16 steps, and with 4 by 13 %, against 4 % with 1."""
-    INTEGRAL_STEPS = 5
-    """Steps in which a constant error moves log(weight) through the integral by as much as through `GAIN`. The weight
-    of a rate rises for as long as the model learns, 500 times within 750 steps of a small network on the digits: with
-    `GAIN` / 8, a target of 60 nats with equivariance ended 5 % too high."""
-    LARGEST_ERROR = 0.25
-    """Largest log(rate / target) that counts. It limits the change of the weight per step to a factor of 1.05 by the
-    integral. A rate that is farther away is still on its way, as at the start of every run: with 1 and a `GAIN` of 6,
-    the weight of an MLP on MNIST fell to 1e-8 before its units came into use, and its ELBO ended 8 nats lower."""
-    BOUND = math.log(1e8)
-    """Largest change of log(weight) from its start."""
-
-    def __init__(self, target: float, start: float):
-        self.target, self.start = target, start
-        self.error = self.integral = 0.0
-
-    @property
-    def kl_weight(self) -> float:
-        """Weight of the rate in the next step."""
-        return self.start * math.exp(_clip(self.GAIN * self.error + self.integral, self.BOUND))
-
-    def update(self, rate: float) -> None:
-        """Learn the mean rate of a step, nats per image."""
-        error = math.log(rate / self.target) if rate > 0 else -math.inf
-        self.error = _clip(error, self.LARGEST_ERROR)
-        # the integral itself is bounded, so that it leaves the bound as soon as the error changes its sign
-        self.integral = _clip(self.integral + self.GAIN / self.INTEGRAL_STEPS * self.error, self.BOUND)
-
-
-def _clip(value: float, bound: float) -> float:
-    return max(-bound, min(bound, value))
-
-
-class TrainingObjective:
-    """The objective as it is trained: what depends on how far the run is, and on the steps before.
-
-    Every step is `begin_step`, one call per micro-batch, and `end_step` with the statistics of the whole step's batch,
-    share * statistics summed over its parts. All that is not linear in the images depends on the steps before only, so
-    that a step is the same however its batch is cut:
-
-    - free bits press the channels whose mean rate over the whole batch of the step before was above; in the first step,
-      all.
-    - an optimal scale comes from the steps before, half of it from the last 1,000 images. It is a constant of the step,
-      as at the optimum the loss has no gradient to it: Rybkin 2021, optimal sigma-VAE.
-    - the controller of a target rate sees whole steps.
-
-    Equivariance makes some images smaller. The rates of these are lower, so free bits and the controller use only
-    images that were encoded at full size; in an optimal scale, images count in proportion to their number of values.
-    """
-
-    def __init__(self, config: ObjectiveConfig):
-        self.config = config
-        start = START_SCALE if isinstance(config.scale, str) else None
-        self._objective = replace(config.build(start), free_bits=config.free_bits)
-        self._controller = config.target_rate and RateController(config.target_rate, config.kl_weight)
-        self._kl_weight: float | None = None  # of the step that is under way
-        self._channel_rates: list[float] | None = None
-        self._deviation = self._deviation_weight = 0.0
-
-    def begin_step(self, images_seen: int, total_images: int) -> dict[str, float]:
-        """Set the step that begins after `images_seen` of `total_images` images; returns of what moves the values."""
-        readings = {}
-        if self._controller:
-            readings["kl_weight"] = self._kl_weight = self._controller.kl_weight
-        else:
-            self._kl_weight = self.config.kl_weight_at(images_seen, total_images)
-            if self.config.kl_schedule != "constant":
-                readings["kl_weight"] = self._kl_weight
-        if self.config.scale == "optimal":
-            readings["scale"] = self._optimal_scale()
-        return readings
-
-    def __call__(
-        self,
-        images: torch.Tensor,
-        reconstructions: torch.Tensor,
-        posterior: DiagonalGaussianDistribution,
-        log_scale: torch.Tensor | None = None,
-        logits: torch.Tensor | None = None,
-        *,
-        encoded_whole: bool = True,
-        size: float = 1.0,
-    ) -> ObjectiveTerms:
-        """The terms of a micro-batch, as `VAEObjective`, with the statistics that `end_step` needs.
-
-        Args:
-            logits: for a Bernoulli likelihood, as `VAEObjective` takes them.
-            log_scale: the parameter of a learned scale, its natural logarithm, a scalar tensor.
-            encoded_whole: whether the posterior is of images at their full size.
-            size: number of values of one of these images, divided by that of an image at its full size.
-
-        Raises:
-            ValueError: as `VAEObjective`, and when log_scale is missing or of no use.
-        """
-        assert self._kl_weight is not None, "begin_step comes first"
-        self._check_log_scale(log_scale)
-        scale = log_scale.exp() if log_scale is not None else None
-        if self.config.scale == "optimal":
-            scale = self._optimal_scale()
-        channel_rates = None
-        if self.config.free_bits:
-            known = self._channel_rates or [math.inf] * posterior.mean.shape[1]
-            channel_rates = torch.tensor(known, dtype=torch.float32, device=posterior.mean.device)
-        terms = self._objective(
-            images,
-            reconstructions,
-            posterior,
-            logits=logits,
-            kl_weight=self._kl_weight,
-            scale=scale,
-            channel_rates=channel_rates,
-        )
-        statistics = {}
-        if self._controller or self.config.free_bits:
-            statistics["encoded_whole"] = torch.full_like(terms.loss.detach(), float(encoded_whole))
-        if self._controller:
-            statistics["rate"] = encoded_whole * terms.rate.detach().mean()
-        if self.config.free_bits:
-            statistics["channel_rates"] = encoded_whole * rate_per_channel(posterior).detach().mean(0)
-        if self.config.scale == "optimal":
-            exact = terms.distortion.dtype
-            deviation = self._objective.likelihood.deviation(images.to(exact), reconstructions.detach().to(exact))
-            statistics["size"] = torch.full_like(terms.loss.detach(), size)
-            statistics["deviation"] = size * deviation.mean()
-        return replace(terms, statistics=statistics)
-
-    def end_step(self, statistics: dict[str, torch.Tensor], images: int) -> None:
-        """Learn of the means over the `images` images of the whole step's batch; for steps that were taken.
-
-        Raises:
-            ValueError: when they are not finite.
-        """
-        for name, value in statistics.items():
-            if not value.isfinite().all():
-                raise ValueError(f"the statistics of a step that is taken must be finite, got {name} {value}")
-        encoded_whole = statistics["encoded_whole"].item() if "encoded_whole" in statistics else 0.0
-        if self._controller and encoded_whole:
-            self._controller.update(statistics["rate"].item() / encoded_whole)
-        if self.config.free_bits and encoded_whole:
-            self._channel_rates = (statistics["channel_rates"] / encoded_whole).tolist()
-        if self.config.scale == "optimal":
-            size = statistics["size"].item()
-            decay = 0.5 ** (images * size / DEVIATION_HALF_LIFE)
-            self._deviation = decay * self._deviation + (1 - decay) * statistics["deviation"].item() / size
-            self._deviation_weight = decay * self._deviation_weight + (1 - decay)
-
-    def state(self) -> dict[str, Any]:
-        """What the next step depends on, for JSON, of the parts that are in use."""
-        state = {}
-        if self._controller:
-            state |= {"rate_error": self._controller.error, "rate_integral": self._controller.integral}
-        if self.config.free_bits:
-            state["channel_rates"] = self._channel_rates
-        if self.config.scale == "optimal":
-            state |= {"deviation": self._deviation, "deviation_weight": self._deviation_weight}
-        return state
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`; parts that were not in use then begin anew."""
-        if self._controller and "rate_error" in state:
-            self._controller.error, self._controller.integral = state["rate_error"], state["rate_integral"]
-        if self.config.free_bits and "channel_rates" in state:
-            self._channel_rates = state["channel_rates"]
-        if self.config.scale == "optimal" and "deviation" in state:
-            self._deviation, self._deviation_weight = state["deviation"], state["deviation_weight"]
-
-    def measured(self, log_scale: float | None = None) -> VAEObjective:
-        """The objective for evaluation: the full kl_weight, or the controller's present one, the present scale, and no
-        free bits. `log_scale` is a learned scale's natural logarithm.
-        """
-        self._check_log_scale(log_scale)
-        scale = math.exp(log_scale) if log_scale is not None else None
-        if self.config.scale == "optimal":
-            scale = self._optimal_scale()
-        objective = self.config.build(scale)
-        return replace(objective, kl_weight=self._controller.kl_weight) if self._controller else objective
-
-    def _optimal_scale(self) -> float:
-        if not self._deviation_weight:
-            return START_SCALE
-        scale = self._objective.likelihood.optimal_scale(self._deviation / self._deviation_weight)
-        return max(scale, SMALLEST_SCALE)
-
-    def _check_log_scale(self, log_scale: float | torch.Tensor | None) -> None:
-        if (log_scale is not None) != (self.config.scale == "learned"):
-            raise ValueError(
-                f"log_scale is the parameter of objective.scale learned, got {log_scale} with objective.scale "
-                f"{self.config.scale}"
-            )

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,30 +18,31 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from ..data import DataConfig, ImageSet, ReadImages, StoredImages, TrainingSet, load_data, refuse_colours
+from ..data import ImageSet, ReadImages, StoredImages, TrainingSet, load_data, refuse_colours
 from ..engine.checkpoint import Discriminator
+from ..engine.config import few_steps, kept_channels
 from ..engine.folder import Log, check_whole
-from ..engine.loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, kept_channels, run_task
+from ..engine.loop import run_task
+from ..engine.step import RunResult, StepTerms, Task
 from ..evaluation.compare import compare
-from ..evaluation.evaluate import EvaluationConfig, evaluate, load_judges
+from ..evaluation.evaluate import evaluate, load_judges
 from ..evaluation.figures import missed_target
 from ..evaluation.report import EvaluationReport, FineTuning, read_report
 from ..hub.card import write_card
-from ..hub.config import HubConfig
 from ..hub.run import ADAPTER
 from ..images.ranges import ValueRange, to_model_range
 from ..latents.dataset import LatentDataset, Verification, matching_latents
 from ..latents.statistics import describe_latents, image_set_statistics
 from ..losses import equivariance
-from ..losses.adversarial import AdversarialConfig, Adversary, PatchDiscriminator
-from ..losses.objective import MEAN_LOSSES, START_SCALE, ObjectiveConfig, TrainingObjective, VAEObjective
+from ..losses.adversarial import Adversary, PatchDiscriminator
+from ..losses.objective import MEAN_LOSSES, START_SCALE, VAEObjective
 from ..losses.perceptual import PerceptualLoss
+from ..losses.training_objective import TrainingObjective
 from ..messages import quoted, showable
 from ..models import (
     LATENT_PARTS,
     MLPVAE,
     VAE,
-    ModelConfig,
     find_repository,
     load_autoencoder,
     speed_up_norms,
@@ -52,131 +53,11 @@ from ..models.value_range import check_value_range
 from ..processes import on_main, one_first
 from ..reports.html import draw_report, report_html
 from ..reports.wording import SETTINGS
-from ..settings import Settings, begun_with
+from ..settings import begun_with
 from ..storage import whole_folder, write_file
+from .autoencoder_config import TrainConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(Settings):
-    """All settings of a run. Data, model and objective have no default here, since filled-in settings of one set,
-    architecture or likelihood do not fit another.
-    """
-
-    data: DataConfig
-    model: ModelConfig
-    objective: ObjectiveConfig
-    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    hub: HubConfig = field(default_factory=HubConfig)
-
-    def __post_init__(self):
-        run = Path(self.run.output_dir)
-        if self.model.pretrained and (run / "evaluation.json").exists():  # a finished run needs its source no more
-            self.model.made(run / "model")
-        height, width = self.data.size
-        ratio = self.model.spatial_compression_ratio
-        if height % ratio or width % ratio:
-            raise ValueError(
-                f"data.resolution must be divisible by {ratio}, by which "
-                f"{self.model.pretrained or 'model.block_out_channels'} makes the latents smaller, got {height}x{width}"
-            )
-        if self.objective.likelihood == "bernoulli" and self.model.architecture != "mlp":
-            raise ValueError(
-                "objective.likelihood bernoulli needs a decoder that gives probabilities, which the mlp architecture "
-                f"does and {self.model.architecture}, whose output is unbounded, does not; use gaussian or laplace"
-            )
-        for setting in ("objective.equivariance", "adversarial.weight"):
-            section, name = setting.split(".")
-            if getattr(getattr(self, section), name) and self.model.architecture == "mlp":
-                raise ValueError(f"{setting} needs the architecture vae: a perceptron knows no places in an image")
-        if self.objective.equivariance and not self.model.trains_encoder:
-            raise ValueError(
-                "objective.equivariance shapes the latents, so the encoder must be trained, and model.train "
-                f"{self.model.train} leaves it as it is"
-            )
-        for name, unused in (("kl_schedule", "constant"), ("free_bits", 0), ("target_rate", None)):
-            if getattr(self.objective, name) != unused and not self.model.trains_encoder:
-                raise ValueError(
-                    f"objective.{name} {getattr(self.objective, name)} shapes the rate, and an encoder that is not "
-                    f"trained has always the same: leave it out with model.train {self.model.train}"
-                )
-        if self.objective.equivariance:
-            latents = self.model.latent_shape(self.data.size)[1:]
-            if equivariance.smallest(latents)[0] == latents[0]:
-                raise ValueError(
-                    "objective.equivariance needs latents that can be made smaller, got "
-                    f"{latents[0]}x{latents[1]}: take larger images"
-                )
-        if self.run.gradient_checkpointing and self.model.architecture == "mlp":
-            raise ValueError("run.gradient_checkpointing needs the architecture vae: a perceptron keeps nearly nothing")
-        if self.run.compile and self.changes_by_step:
-            raise ValueError(
-                f"run.compile needs steps that are all the same program, got {self.changes_by_step}: leave "
-                "run.compile out"
-            )
-        if self.data.caption_column is not None:
-            raise ValueError(
-                f"data.caption_column {self.data.caption_column} would be ignored, since an autoencoder is trained "
-                "without captions: leave it out"
-            )
-        if self.evaluation.projection != "pca" and self.model.latent_dim is not None and self.model.latent_dim <= 2:
-            raise ValueError(
-                f"evaluation.projection {self.evaluation.projection} would be ignored with model.latent_dim "
-                f"{self.model.latent_dim}, which needs none: leave it out"
-            )
-        if self.model.latents and (self.data.changes_images or self.data.streaming):
-            raise ValueError(
-                "model.latents are of a set of images as they are, and training would show others: leave out "
-                f"{self.data.changes_images or 'data.streaming'}"
-            )
-        if self.adversarial.weight:
-            PatchDiscriminator.check(self.smallest_size, self.adversarial.layers)
-        if self.model.pretrained:
-            self._check_pretrained()
-
-    def _check_pretrained(self) -> None:
-        """Refuse what does not fit the source, before a run begins."""
-        if self.data.channels is None and self.model.image_channels != {1}:  # a grey model must not hide colours
-            object.__setattr__(self, "data", replace(self.data, channels=max(self.model.image_channels)))
-        if self.data.name == "digits" and self.data.channels not in self.model.image_channels:
-            raise ValueError(
-                f"model.pretrained {self.model.pretrained} takes images of "
-                f"{' and '.join(map(str, self.model.image_channels))} channels, and the images are scikit-learn's "
-                "digits, which are grey: name those to train on, with --data.root FOLDER for example"
-            )
-        with torch.device("meta"):
-            vae = self.model.build(self.data.channels or 1, self.data.size)
-        adaptive = self.adversarial.weight and self.adversarial.adaptive
-        if adaptive and not vae.decoder.conv_out.weight.requires_grad:
-            left = f"lora_rank {self.model.lora_rank}" if self.model.lora_rank else f"train {self.model.train}"
-            raise ValueError(
-                "adversarial.adaptive compares gradients at the decoder's last layer, decoder.conv_out.weight, which "
-                f"model.{left} leaves as it is: train it, too, or set adversarial.adaptive to false"
-            )
-
-    @property
-    def changes_by_step(self) -> str:
-        """The settings by which a step is another program than the one before, or nothing."""
-        constant = {"kl_schedule": "constant", "target_rate": None, "free_bits": 0, "equivariance": 0}
-        changing = [name for name, value in constant.items() if getattr(self.objective, name) != value]
-        changing += ["scale"] * (self.objective.scale == "optimal")
-        named = [f"objective.{name} {getattr(self.objective, name)}" for name in changing]
-        # which joins late, and whose adaptive weight goes through the backward twice
-        named += [f"adversarial.weight {self.adversarial.weight}"] * bool(self.adversarial.weight)
-        return ", ".join(named)
-
-    @property
-    def smallest_size(self) -> tuple[int, int]:
-        """Height and width of the smallest images that the losses see."""
-        if not self.objective.equivariance:
-            return self.data.size
-        ratio = self.model.spatial_compression_ratio
-        height, width = equivariance.smallest(self.model.latent_shape(self.data.size)[1:])
-        return height * ratio, width * ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +79,10 @@ def train(config: TrainConfig, memory_limit: int | None = None) -> TrainResult |
 STEPS_TO_COMPILE = 10_000
 """From which torch.compile, which takes some 10 to 30 seconds on two cores, saves more time than that."""
 
+
 IMAGES_FOR_BFLOAT16 = 256
 """In a forward, from which a perceptron gains by autocast: on two cores 1.3 times the images/s, with 128 none."""
+
 
 STABLER = (
     "To make training more stable, lower optimizer.learning_rate or raise optimizer.warmup_images or objective.scale"

@@ -6,11 +6,11 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,15 +28,14 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ..data import DataConfig, ImageSet, TrainingSet, image_batches, load_data, refuse_colours
+from ..data import ImageSet, TrainingSet, image_batches, load_data, refuse_colours
+from ..engine.config import few_steps, kept_channels
 from ..engine.folder import Log, check_whole
-from ..engine.loop import OptimizerConfig, RunConfig, RunResult, StepTerms, Task, few_steps, kept_channels
-from ..fields import at_home
+from ..engine.step import RunResult, StepTerms, Task
 from ..images.ranges import to_model_range
 from ..latents.dataset import LatentDataset, Verification, matching_latents
 from ..latents.encode import encode_images
 from ..latents.shards import INDEX
-from ..losses.diffusion import DiffusionConfig
 from ..messages import message, quoted, showable
 from ..models import VAE, encode, is_local, load_autoencoder, read_config, weights_hash, with_whole_tiles
 from ..models.value_range import check_value_range
@@ -44,194 +43,28 @@ from ..pipelines import latent_scaling
 from ..processes import on_main, one_first
 from ..reports.charts import loss_picture
 from ..reports.pictures import prompt_picture
-from ..settings import Settings, config_of_run, read_settings
+from ..settings import config_of_run, read_settings
 from ..storage import described, whole_folder, write_file
 from ..untrusted import check_type, read_json
+from .captions import Captions, captions_of
+from .text_to_image_config import LatentsConfig, TextToImageConfig
 from .tokenizer import caption_tokenizer
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
-DIGIT_PHRASES = (
-    "a handwritten {name}",
-    "the digit {number}",
-    "a {name}",
-    "a handwritten {number}",
-    "the number {name}",
-    "{number}",
-)
-PHRASES = ("a picture of a {name}", "a {name}", "{name}")
+
+T = TypeVar("T")
 
 
 SCHEDULERS = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "dpm-solver": DPMSolverMultistepScheduler}
+
+
 PANELS = {
     "loss": "loss",
     "error": "squared error of the prediction",
     "grad_norm": "norm of the gradient",
     "learning_rate": "learning rate",
 }
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    """Whose latents are trained on; --vae MODEL is short for --vae.source MODEL."""
-
-    source: str = "runs/digits/model"
-    """A trained autoencoder: the folder of a run, a model or a pipeline, or a repository on the Hub."""
-    subfolder: str | None = None
-    """Where in `source` the model lies."""
-    revision: str | None = None
-    """Of the repository."""
-
-    def __post_init__(self):
-        at_home(self, "source")
-
-
-@dataclass(frozen=True)
-class LatentsConfig:
-    """The latents of the training images, encoded once and kept; --latents DIR is short for --latents.folder DIR."""
-
-    folder: str | None = None
-    """Where they are, as `diffusers-vae encode DATA --split training` writes them, or are written to; null: latents/ in
-    run.output_dir."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """In which they are kept, if they are not there yet."""
-    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """In which the encoder runs, if they are not there yet; null: as they were begun, else bfloat16 where that is fast,
-    and float32 elsewhere."""
-    sample_posterior: bool = True
-    """Train on draws from the posterior, others each time, which is what the decoder was trained on, and not on its
-    mean."""
-    batch_size: int = 64
-    """Images that are encoded together."""
-
-    def __post_init__(self):
-        at_home(self, "folder")
-        if self.batch_size < 1:
-            raise ValueError(f"latents.batch_size must be at least 1, got {self.batch_size}")
-
-
-@dataclass(frozen=True)
-class CaptionConfig:
-    """What is said about the images.
-
-    Captions that lie beside the images of a folder, in metadata.jsonl or .txt files, are taken as they are; else labels
-    are put into phrases.
-    """
-
-    phrases: tuple[str, ...] | None = None
-    """With {name}, the label in words, or {number}, in figures; each image is seen with each of them. Null: for digits
-    and MNIST "a handwritten {name}", "the digit {number}", "a {name}", "a handwritten {number}", "the number {name}"
-    and "{number}", else "a picture of a {name}", "a {name}" and "{name}"."""
-    max_length: int = 16
-    """Tokens of a caption that the text encoder sees, start and end among them."""
-
-    def __post_init__(self):
-        if self.phrases is not None:
-            if not self.phrases:
-                raise ValueError("captions.phrases must name one phrase at least, or be null")
-            for phrase in self.phrases:
-                try:
-                    said = phrase.format(name="a", number=0) != phrase.format(name="b", number=1)
-                except (IndexError, KeyError, ValueError) as error:
-                    raise ValueError(
-                        f"a phrase of captions.phrases may have {{name}} and {{number}}, no other braces, got {phrase}"
-                    ) from error
-                if not said:
-                    raise ValueError(f"a phrase in captions.phrases must hold {{name}} or {{number}}, got {phrase!r}")
-        if self.max_length < 3:
-            raise ValueError(f"captions.max_length must be at least 3, start, a word and end, got {self.max_length}")
-
-
-@dataclass(frozen=True)
-class DenoiserConfig:
-    """The U-Net and the text encoder, stock `UNet2DConditionModel` and `CLIPTextModel`, both trained from scratch."""
-
-    block_out_channels: tuple[int, ...] = (64, 128)
-    """Width per resolution of the U-Net; all but the highest attend to the prompt, and the highest if it is alone."""
-    layers_per_block: int = 1
-    """Residual layers per resolution; on the way up, one more."""
-    attention_heads: int = 1
-    """Per attention of the U-Net; must divide every width."""
-    norm_num_groups: int = 32
-    """Groups of the group norms, must divide every width."""
-    text_width: int = 128
-    """Of the text encoder."""
-    text_layers: int = 2
-    """Of the text encoder."""
-    text_heads: int = 4
-    """Per attention of the text encoder; must divide its width."""
-
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            if min(value if isinstance(value, (tuple, list)) else [value], default=0) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {value}")
-        for name in ("attention_heads", "norm_num_groups"):
-            for width in self.block_out_channels:
-                if width % getattr(self, name):
-                    raise ValueError(
-                        f"model.block_out_channels must be divisible by model.{name}, got {width} and "
-                        f"{getattr(self, name)}"
-                    )
-        if self.text_width % self.text_heads:
-            raise ValueError(
-                f"model.text_width must be divisible by model.text_heads, got {self.text_width} and {self.text_heads}"
-            )
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How pictures are made: those in pictures/, and with the scheduler that is saved in the pipeline."""
-
-    scheduler: Literal["ddim", "pndm", "dpm-solver"] = "ddim"
-    """Saved with the pipeline: DDIM (Song et al. 2021), PNDM (Liu et al. 2022) or DPM-Solver++ (Lu et al. 2022)."""
-    steps: int = 25
-    """Calls of the denoiser per picture, of pictures/."""
-    prompts: tuple[str, ...] | None = None
-    """A row of the grid each; null: up to ten labels in the first phrase, or captions of the first held-out images."""
-    seeds: int = 4
-    """Columns of the grid at each guidance."""
-    guidance: tuple[float, ...] = (1.0, 2.0, 4.0, 7.5)
-    """Classifier-free guidance scales, side by side; 1 is none."""
-    batch_size: int = 64
-    """Pictures at a time."""
-    heldout_images: int = 1000
-    """How many held-out images the loss is measured on."""
-    every: int | None = None
-    """Images between two grids while training; null: at the end alone."""
-
-    def __post_init__(self):
-        if self.prompts is not None and not self.prompts:
-            raise ValueError("sampling.prompts must hold one prompt at least, or be null")
-        if not self.guidance or min(self.guidance) < 1:
-            raise ValueError(f"sampling.guidance must be scales of at least 1, got {self.guidance}")
-        for name in ("steps", "seeds", "batch_size", "heldout_images", "every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"sampling.{name} must be at least 1, got {value}")
-        if self.steps > 1000:
-            raise ValueError(f"sampling.steps must be at most 1000, the timesteps of the training, got {self.steps}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextToImageConfig(Settings):
-    """All settings of a run."""
-
-    data: DataConfig
-    vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    latents: LatentsConfig = field(default_factory=LatentsConfig)
-    captions: CaptionConfig = field(default_factory=CaptionConfig)
-    model: DenoiserConfig = field(default_factory=DenoiserConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    optimizer: OptimizerConfig = field(default_factory=partial(OptimizerConfig, learning_rate=1e-3))
-    run: RunConfig = field(default_factory=partial(RunConfig, output_dir="runs/digits-t2i", epochs=60, batch_size=64))
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-
-    def __post_init__(self):
-        if self.run.compile:
-            raise ValueError("run.compile is for the training of autoencoders, got true: leave it out")
-        if changing := self.data.changes_images or "data.streaming" * self.data.streaming:
-            raise ValueError(f"latents are encoded once, of a set of images as they are: leave out {changing}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,59 +123,6 @@ class EncodedImages(TrainingSet):
 
     def name(self, index: int) -> str:
         return self.images.name(int(self.latents.indices[index]))
-
-
-class Captions:
-    """The captions of a set of images, each of which has one or more."""
-
-    def __init__(self, captions: Sequence[Sequence[str]]):
-        self.distinct = list(dict.fromkeys(text for texts in captions for text in texts))
-        place = {text: row for row, text in enumerate(self.distinct)}
-        self.rows = torch.tensor([place[text] for texts in captions for text in texts])
-        self.counts = torch.tensor([len(texts) for texts in captions])
-        self.firsts = self.counts.cumsum(0) - self.counts
-
-    def choose(self, indices: Sequence[int], chance: torch.Tensor) -> torch.Tensor:
-        """For each image a row of `distinct` (B,), decided by a number (B,) in [0, 1)."""
-        places = torch.as_tensor(indices)
-        counts = self.counts[places]
-        chosen = (chance.cpu() * counts).long().minimum(counts - 1)  # a float32 product may round up
-        return self.rows[self.firsts[places] + chosen]
-
-
-def captions_of(
-    captions: Sequence[Sequence[str]] | None,
-    labels: torch.Tensor | None,
-    classes: Sequence[str] | None,
-    phrases: Sequence[str] | None,
-    digits: bool,
-    part: str = "training",
-) -> list[Sequence[str]]:
-    """One or more captions an image: those that it has, or else its label in every phrase. `part` of the data set is
-    what the images are, for errors.
-
-    Raises:
-        ValueError: when there are neither, or both phrases and captions.
-    """
-    if captions is not None:
-        if phrases is not None:
-            raise ValueError(
-                "captions.phrases are for labels, and these images have captions of their own, in metadata.jsonl or "
-                ".txt files; leave out captions.phrases"
-            )
-        return captions
-    if labels is None:
-        raise ValueError(
-            f"text-to-image must be told what the {part} images show: a metadata.jsonl with file_name and text, a .txt "
-            "file beside each image, or a subfolder for each class"
-        )
-    spoken = phrases or (DIGIT_PHRASES if digits else PHRASES)
-    names = classes or [str(number) for number in range(int(labels.max()) + 1)]
-    of_class = [
-        tuple(dict.fromkeys(phrase.format(name=name, number=number) for phrase in spoken))
-        for number, name in enumerate(names)
-    ]
-    return [of_class[label] for label in labels.tolist()]
 
 
 class TextToImageTask(Task):

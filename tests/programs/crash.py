@@ -22,11 +22,13 @@ from support.launches import INTERRUPTED, Launch
 from support.runs import DETERMINISTIC, left_behind, use_random_networks, whole
 
 from diffusers_vae.data import DataConfig
-from diffusers_vae.engine.loop import RunConfig, run_task
+from diffusers_vae.engine.config import RunConfig
+from diffusers_vae.engine.loop import run_task
 from diffusers_vae.evaluation.evaluate import EvaluationConfig
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.tasks.autoencoder import AutoencoderTask, TrainConfig
+from diffusers_vae.tasks.autoencoder import AutoencoderTask
+from diffusers_vae.tasks.autoencoder_config import TrainConfig
 
 
 def config_of(output_dir: Path, kind: str, finish: bool) -> TrainConfig:

@@ -9,7 +9,8 @@ import torch
 
 from diffusers_vae.data import Read
 from diffusers_vae.engine.loop import run_task
-from diffusers_vae.tasks.autoencoder import AutoencoderTask, TrainConfig
+from diffusers_vae.tasks.autoencoder import AutoencoderTask
+from diffusers_vae.tasks.autoencoder_config import TrainConfig
 
 Steps = dict[int, list[list[str]]]
 """For each step, by the images seen before it, the checksums of the images of each process."""

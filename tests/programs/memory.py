@@ -12,10 +12,12 @@ from pathlib import Path
 import psutil
 
 from diffusers_vae.data import DataConfig
-from diffusers_vae.engine.loop import RunConfig, run_task
+from diffusers_vae.engine.config import RunConfig
+from diffusers_vae.engine.loop import run_task
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.tasks.autoencoder import AutoencoderTask, TrainConfig
+from diffusers_vae.tasks.autoencoder import AutoencoderTask
+from diffusers_vae.tasks.autoencoder_config import TrainConfig
 
 BATCH = 50
 

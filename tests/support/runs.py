@@ -17,12 +17,15 @@ from safetensors.torch import load_file
 from torchvision.models import squeezenet1_1
 
 from diffusers_vae.data import ArrayImages, DataConfig
-from diffusers_vae.engine.loop import RunConfig, RunResult, run_task
+from diffusers_vae.engine.config import RunConfig
+from diffusers_vae.engine.loop import run_task
+from diffusers_vae.engine.step import RunResult
 from diffusers_vae.losses.adversarial import AdversarialConfig
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.losses.perceptual import FILES
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.tasks.autoencoder import AutoencoderTask, TrainConfig
+from diffusers_vae.tasks.autoencoder import AutoencoderTask
+from diffusers_vae.tasks.autoencoder_config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,96 @@
+"""The micro-batches of each step, read ahead by workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from ..data import MicroBatch, Read, TrainingSet, deal
+from ..processes import ignore_signals
+from ..silence import Patience, WorkerWatch
+from .config import RunConfig
+
+
+def steps_from(
+    train_set: TrainingSet, run: RunConfig, accelerator: Accelerator, images_seen: int, total_images: int
+) -> Iterator[tuple[int, int, list[MicroBatch]]]:
+    """Of each step from `images_seen` to `total_images` its epoch, from 0, the images of it before, and this process's
+    micro-batches.
+    """
+    while images_seen < total_images:
+        epoch, start = divmod(images_seen, len(train_set))
+        batches = train_set.batches(run.batch_size, run.seed, epoch, start)
+        place = accelerator.process_index, accelerator.num_processes, run.gradient_accumulation_steps
+        for micro_batches in deal(batches, run.seed, epoch, *place):
+            if images_seen >= total_images:
+                return
+            yield epoch, images_seen - epoch * len(train_set), micro_batches
+            images_seen += micro_batches[0].count
+
+
+@contextmanager
+def reader(
+    train_set: TrainingSet,
+    steps: Iterable[tuple[int, int, list[MicroBatch]]],
+    workers: int,
+    seed: int,
+    device: torch.device,
+    patience: Patience,
+) -> Iterator[Callable[[MicroBatch], Read]]:
+    """A function that reads one micro-batch of the steps after the other; workers read ahead of when it is called."""
+    if not workers:
+        yield train_set.read
+        return
+    loader = DataLoader(
+        _ByMicroBatch(train_set),
+        batch_sampler=(micro_batch for _, _, micro_batches in steps for micro_batch in micro_batches),
+        num_workers=workers,
+        collate_fn=_as_read,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator().manual_seed(seed),  # otherwise every loader takes a number from the global one
+        pin_memory=device.type == "cuda",
+    )
+    reads = iter(loader)
+    watch = WorkerWatch(reads._workers, partial(_names, train_set), patience)  # as torch 2.14 calls them
+    turns = cycle(range(workers))  # of the workers, in which they are given batches
+    try:
+        yield lambda micro_batch: watch.wait(next(turns), micro_batch, partial(next, reads))
+    finally:  # at its end, Python would send them a signal that they ignore, and wait
+        reads._shutdown_workers()
+        watch.close()
+
+
+def _names(train_set: TrainingSet, micro_batch: MicroBatch) -> str:
+    first, last = (train_set.name(micro_batch.indices[place]) for place in (0, -1))
+    return f"{len(micro_batch.indices)} images, {first} to {last},"
+
+
+@dataclass(frozen=True)
+class _ByMicroBatch:
+    """A training set as torch's `DataLoader` reads one, which hands on what the sampler gives."""
+
+    train_set: TrainingSet
+
+    def __len__(self) -> int:
+        return len(self.train_set)
+
+    def __getitems__(self, batch: MicroBatch) -> Read:
+        return self.train_set.read(batch)
+
+
+def rows_of(micro_batch: MicroBatch, read: Read) -> slice | list[int]:
+    """Where in the step's batch the images lie that could be read."""
+    if len(read.kept) == len(micro_batch.indices):
+        return slice(micro_batch.first, micro_batch.first + len(read.kept))
+    return [micro_batch.first + place for place in read.kept]
+
+
+def _as_read(read: Read) -> Read:
+    return read  # already a batch; by name, since a lambda does not reach the workers everywhere

@@ -1,0 +1,183 @@
+"""Terms of steps: summed over micro-batches and processes, checked for what is not finite."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from ..data import Read
+from ..processes import gather
+from ..storage import make_folder, naming, save_tensors, sync
+from .checkpoint import whole
+from .step import StepTerms, Task
+
+
+@dataclass(frozen=True)
+class SeenBatch:
+    """A micro-batch of a step of `count` images and what came of it, for the dump of a step that is not finite."""
+
+    count: int
+    indices: list[int]
+    read: Read
+    draws: dict[str, torch.Tensor]
+    terms: StepTerms
+
+
+def sums_of(terms: StepTerms, count: int) -> torch.Tensor:
+    """Loss and other terms, each summed over the images, and their number."""
+    loss = terms.loss.detach() * count
+    per_image = [values.detach().sum() for values in terms.per_image.values()]
+    return torch.stack([loss, *per_image, torch.full_like(loss, count)])
+
+
+class RunningTerms:
+    """`sums_of` of this process since the last `take`."""
+
+    def __init__(self, accelerator: Accelerator, terms: tuple[str, ...]):
+        self.accelerator, self.names = accelerator, ("loss", *terms)
+        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        self.sums = torch.zeros(len(self.names) + 1, dtype=exact, device=accelerator.device)
+        self.shown = time.monotonic()
+
+    def add(self, sums: torch.Tensor) -> None:
+        self.sums += sums
+
+    def put(self, sums: list[float]) -> None:
+        self.sums.copy_(torch.tensor(sums, dtype=torch.float64))
+
+    def take(self) -> dict[str, float | None]:
+        """The means over all processes."""
+        sums = self.accelerator.reduce(self.sums, "sum").cpu().double().numpy()
+        self.sums.zero_()
+        return self._means(sums)
+
+    def show(self, bar: tqdm) -> None:
+        """Put this process's means beside the progress bar, once a second: reading them waits for the device."""
+        if not bar.disable and time.monotonic() - self.shown > 1 and self.sums[-1] > 0:
+            self.shown = time.monotonic()
+            bar.set_postfix({name: f"{value:.4g}" for name, value in self._means(self.sums.tolist()).items()})
+
+    def _means(self, sums: Sequence[float] | np.ndarray) -> dict[str, float | None]:
+        """None when every step was skipped."""
+        return {
+            name: float(total / sums[-1]) if sums[-1] else None
+            for name, total in zip(self.names, sums[:-1], strict=True)
+        }
+
+
+class StepStatistics:
+    """Of the micro-batches of a step, summed by their share of it."""
+
+    def __init__(self):
+        self.sums: dict[str, torch.Tensor] = {}
+        self.share = 0.0
+
+    def add(self, statistics: dict[str, torch.Tensor], share: float) -> None:
+        for name, value in statistics.items():
+            exact = torch.float32 if value.device.type == "mps" else torch.float64
+            self.sums[name] = self.sums.get(name, 0) + value.detach().to(exact) * share
+        self.share += share
+
+    def means(self, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+        """Over the images of the step, on all processes."""
+        if not self.sums:
+            return {}
+        first = next(iter(self.sums.values()))
+        flat = torch.cat([*(value.flatten() for value in self.sums.values()), first.new_tensor([self.share])])
+        *values, share = accelerator.reduce(flat, "sum").split([*(v.numel() for v in self.sums.values()), 1])
+        return {
+            name: (value / share).view(self.sums[name].shape) for name, value in zip(self.sums, values, strict=True)
+        }
+
+
+def sum_gradients(accelerator: Accelerator, module: nn.Module) -> None:
+    """Each process has the gradient of its images' share of the loss: their sum takes its place."""
+    if accelerator.num_processes > 1:
+        gradients = [p.grad for p in module.parameters()]
+        flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
+class StepFlags:
+    """Which terms of a step are not finite on any process, whether none has an image, and whether any was asked to
+    stop; on its way from the device, which goes on meanwhile.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        step_terms: RunningTerms,
+        norms: dict[str, torch.Tensor],
+        asked: bool,
+        step: int,
+        seen: list[SeenBatch],
+    ):
+        self.names, self.asked, self.step, self.seen = (*step_terms.names, *norms), asked, step, seen
+        sums = step_terms.sums
+        flags = ~torch.cat([sums[:-1], *(whole(norm).to(sums).view(1) for norm in norms.values())]).isfinite()
+        flags = torch.cat([flags, sums[-1:] > 0])
+        if accelerator.num_processes > 1:
+            both = torch.cat([flags, torch.full([1], asked, device=flags.device)])
+            flags = accelerator.reduce(both.int(), "sum")
+        self.done = None
+        if flags.is_cuda:
+            flags, self.done = flags.to("cpu", non_blocking=True), torch.cuda.Event()
+            self.done.record()
+        self.flags = flags
+
+    def read(self) -> tuple[list[str], bool, bool]:
+        """The names of the terms, whether there is no image, and whether to stop; waits until the device has come so
+        far.
+        """
+        if self.done:
+            self.done.synchronize()
+        flags = [*self.flags.tolist(), self.asked]
+        bad = [name for name, flag in zip(self.names, flags, strict=False) if flag]
+        images, asked = flags[len(self.names) : len(self.names) + 2]
+        return bad, not images, bool(asked)
+
+
+MAX_DUMPS = 10
+
+
+def report_not_finite(task: Task, accelerator: Accelerator, checked: StepFlags, skipped: int, bad: list[str]) -> str:
+    """What is wrong with the step, in words, after its batch was written to output_dir."""
+    step, seen = checked.step, checked.seen
+    culprits = [
+        task.train_set.name(index)
+        for part in seen
+        for index, total in zip(part.indices, sum(part.terms.per_image.values()), strict=True)
+        if not total.isfinite()
+    ]
+    folder = Path(task.config.run.output_dir) / "nonfinite"
+    path = folder / f"step-{step:09d}-process-{accelerator.process_index}.safetensors"
+    where = f"not written, as {MAX_DUMPS} were"
+    if seen and skipped < MAX_DUMPS:
+        parts = [
+            {"indices": torch.tensor(part.indices)} | part.read.tensors() | part.draws | part.terms.per_image
+            for part in seen
+        ]
+        tensors = {name: torch.cat([part[name].detach().cpu() for part in parts]) for name in parts[0]}
+        try:
+            with naming(path):
+                make_folder(folder)
+                save_tensors(path, tensors)
+                sync(path)
+            where = f"in {path}"
+        except OSError as error:  # what went wrong first must be told all the same
+            where = f"not written: {error}"
+    found = gather((culprits, where))
+    culprits = [name for names, _ in found for name in names]
+    paths = [where for names, where in found if names] or [where for _, where in found]
+    shown = ", ".join(culprits[:3]) + " ..." * (len(culprits) > 3)
+    which = f", in {len(culprits)} of {seen[0].count} images: {shown}" if culprits and seen else ""
+    return f"{step}, not finite: {', '.join(bad)}{which}. Its images are {', '.join(paths)}"

@@ -1,0 +1,72 @@
+"""What is said about images: their captions, or their labels in phrases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+DIGIT_PHRASES = (
+    "a handwritten {name}",
+    "the digit {number}",
+    "a {name}",
+    "a handwritten {number}",
+    "the number {name}",
+    "{number}",
+)
+
+
+PHRASES = ("a picture of a {name}", "a {name}", "{name}")
+
+
+class Captions:
+    """The captions of a set of images, each of which has one or more."""
+
+    def __init__(self, captions: Sequence[Sequence[str]]):
+        self.distinct = list(dict.fromkeys(text for texts in captions for text in texts))
+        place = {text: row for row, text in enumerate(self.distinct)}
+        self.rows = torch.tensor([place[text] for texts in captions for text in texts])
+        self.counts = torch.tensor([len(texts) for texts in captions])
+        self.firsts = self.counts.cumsum(0) - self.counts
+
+    def choose(self, indices: Sequence[int], chance: torch.Tensor) -> torch.Tensor:
+        """For each image a row of `distinct` (B,), decided by a number (B,) in [0, 1)."""
+        places = torch.as_tensor(indices)
+        counts = self.counts[places]
+        chosen = (chance.cpu() * counts).long().minimum(counts - 1)  # a float32 product may round up
+        return self.rows[self.firsts[places] + chosen]
+
+
+def captions_of(
+    captions: Sequence[Sequence[str]] | None,
+    labels: torch.Tensor | None,
+    classes: Sequence[str] | None,
+    phrases: Sequence[str] | None,
+    digits: bool,
+    part: str = "training",
+) -> list[Sequence[str]]:
+    """One or more captions an image: those that it has, or else its label in every phrase. `part` of the data set is
+    what the images are, for errors.
+
+    Raises:
+        ValueError: when there are neither, or both phrases and captions.
+    """
+    if captions is not None:
+        if phrases is not None:
+            raise ValueError(
+                "captions.phrases are for labels, and these images have captions of their own, in metadata.jsonl or "
+                ".txt files; leave out captions.phrases"
+            )
+        return captions
+    if labels is None:
+        raise ValueError(
+            f"text-to-image must be told what the {part} images show: a metadata.jsonl with file_name and text, a .txt "
+            "file beside each image, or a subfolder for each class"
+        )
+    spoken = phrases or (DIGIT_PHRASES if digits else PHRASES)
+    names = classes or [str(number) for number in range(int(labels.max()) + 1)]
+    of_class = [
+        tuple(dict.fromkeys(phrase.format(name=name, number=number) for phrase in spoken))
+        for number, name in enumerate(names)
+    ]
+    return [of_class[label] for label in labels.tolist()]

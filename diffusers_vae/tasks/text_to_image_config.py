@@ -1,0 +1,175 @@
+"""Settings of the training of a text-to-image model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Literal
+
+from ..data import DataConfig
+from ..engine.config import OptimizerConfig, RunConfig
+from ..fields import at_home
+from ..losses.diffusion import DiffusionConfig
+from ..settings import Settings
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Whose latents are trained on; --vae MODEL is short for --vae.source MODEL."""
+
+    source: str = "runs/digits/model"
+    """A trained autoencoder: the folder of a run, a model or a pipeline, or a repository on the Hub."""
+    subfolder: str | None = None
+    """Where in `source` the model lies."""
+    revision: str | None = None
+    """Of the repository."""
+
+    def __post_init__(self):
+        at_home(self, "source")
+
+
+@dataclass(frozen=True)
+class LatentsConfig:
+    """The latents of the training images, encoded once and kept; --latents DIR is short for --latents.folder DIR."""
+
+    folder: str | None = None
+    """Where they are, as `diffusers-vae encode DATA --split training` writes them, or are written to; null: latents/ in
+    run.output_dir."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """In which they are kept, if they are not there yet."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """In which the encoder runs, if they are not there yet; null: as they were begun, else bfloat16 where that is fast,
+    and float32 elsewhere."""
+    sample_posterior: bool = True
+    """Train on draws from the posterior, others each time, which is what the decoder was trained on, and not on its
+    mean."""
+    batch_size: int = 64
+    """Images that are encoded together."""
+
+    def __post_init__(self):
+        at_home(self, "folder")
+        if self.batch_size < 1:
+            raise ValueError(f"latents.batch_size must be at least 1, got {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """What is said about the images.
+
+    Captions that lie beside the images of a folder, in metadata.jsonl or .txt files, are taken as they are; else labels
+    are put into phrases.
+    """
+
+    phrases: tuple[str, ...] | None = None
+    """With {name}, the label in words, or {number}, in figures; each image is seen with each of them. Null: for digits
+    and MNIST "a handwritten {name}", "the digit {number}", "a {name}", "a handwritten {number}", "the number {name}"
+    and "{number}", else "a picture of a {name}", "a {name}" and "{name}"."""
+    max_length: int = 16
+    """Tokens of a caption that the text encoder sees, start and end among them."""
+
+    def __post_init__(self):
+        if self.phrases is not None:
+            if not self.phrases:
+                raise ValueError("captions.phrases must name one phrase at least, or be null")
+            for phrase in self.phrases:
+                try:
+                    said = phrase.format(name="a", number=0) != phrase.format(name="b", number=1)
+                except (IndexError, KeyError, ValueError) as error:
+                    raise ValueError(
+                        f"a phrase of captions.phrases may have {{name}} and {{number}}, no other braces, got {phrase}"
+                    ) from error
+                if not said:
+                    raise ValueError(f"a phrase in captions.phrases must hold {{name}} or {{number}}, got {phrase!r}")
+        if self.max_length < 3:
+            raise ValueError(f"captions.max_length must be at least 3, start, a word and end, got {self.max_length}")
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """The U-Net and the text encoder, stock `UNet2DConditionModel` and `CLIPTextModel`, both trained from scratch."""
+
+    block_out_channels: tuple[int, ...] = (64, 128)
+    """Width per resolution of the U-Net; all but the highest attend to the prompt, and the highest if it is alone."""
+    layers_per_block: int = 1
+    """Residual layers per resolution; on the way up, one more."""
+    attention_heads: int = 1
+    """Per attention of the U-Net; must divide every width."""
+    norm_num_groups: int = 32
+    """Groups of the group norms, must divide every width."""
+    text_width: int = 128
+    """Of the text encoder."""
+    text_layers: int = 2
+    """Of the text encoder."""
+    text_heads: int = 4
+    """Per attention of the text encoder; must divide its width."""
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if min(value if isinstance(value, (tuple, list)) else [value], default=0) < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {value}")
+        for name in ("attention_heads", "norm_num_groups"):
+            for width in self.block_out_channels:
+                if width % getattr(self, name):
+                    raise ValueError(
+                        f"model.block_out_channels must be divisible by model.{name}, got {width} and "
+                        f"{getattr(self, name)}"
+                    )
+        if self.text_width % self.text_heads:
+            raise ValueError(
+                f"model.text_width must be divisible by model.text_heads, got {self.text_width} and {self.text_heads}"
+            )
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How pictures are made: those in pictures/, and with the scheduler that is saved in the pipeline."""
+
+    scheduler: Literal["ddim", "pndm", "dpm-solver"] = "ddim"
+    """Saved with the pipeline: DDIM (Song et al. 2021), PNDM (Liu et al. 2022) or DPM-Solver++ (Lu et al. 2022)."""
+    steps: int = 25
+    """Calls of the denoiser per picture, of pictures/."""
+    prompts: tuple[str, ...] | None = None
+    """A row of the grid each; null: up to ten labels in the first phrase, or captions of the first held-out images."""
+    seeds: int = 4
+    """Columns of the grid at each guidance."""
+    guidance: tuple[float, ...] = (1.0, 2.0, 4.0, 7.5)
+    """Classifier-free guidance scales, side by side; 1 is none."""
+    batch_size: int = 64
+    """Pictures at a time."""
+    heldout_images: int = 1000
+    """How many held-out images the loss is measured on."""
+    every: int | None = None
+    """Images between two grids while training; null: at the end alone."""
+
+    def __post_init__(self):
+        if self.prompts is not None and not self.prompts:
+            raise ValueError("sampling.prompts must hold one prompt at least, or be null")
+        if not self.guidance or min(self.guidance) < 1:
+            raise ValueError(f"sampling.guidance must be scales of at least 1, got {self.guidance}")
+        for name in ("steps", "seeds", "batch_size", "heldout_images", "every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"sampling.{name} must be at least 1, got {value}")
+        if self.steps > 1000:
+            raise ValueError(f"sampling.steps must be at most 1000, the timesteps of the training, got {self.steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToImageConfig(Settings):
+    """All settings of a run."""
+
+    data: DataConfig
+    vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    model: DenoiserConfig = field(default_factory=DenoiserConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optimizer: OptimizerConfig = field(default_factory=partial(OptimizerConfig, learning_rate=1e-3))
+    run: RunConfig = field(default_factory=partial(RunConfig, output_dir="runs/digits-t2i", epochs=60, batch_size=64))
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self):
+        if self.run.compile:
+            raise ValueError("run.compile is for the training of autoencoders, got true: leave it out")
+        if changing := self.data.changes_images or "data.streaming" * self.data.streaming:
+            raise ValueError(f"latents are encoded once, of a set of images as they are: leave out {changing}")
