@@ -31,8 +31,8 @@ from diffusers_vae.data import (
     load_split,
     step_generator,
 )
+from diffusers_vae.data.batch import ReadImages
 from diffusers_vae.data.reading import AHEAD, PARTS
-from diffusers_vae.data.sources import ReadImages
 from diffusers_vae.images.files import read_image
 
 

@@ -289,7 +289,7 @@ class TestRepositories:
             ("pickles", r"cannot load the data set eve/rows: .*train\.pkl"),
             ("weights among images", r"cannot load the data set eve/rows: a \.pth file in it is refused"),
             ("arrays among images", "cannot load the data set eve/rows: .* the magic string is not correct"),
-            ("images", r"\{\{ 7 \* 191 \}\}\.png"),
+            ("images", r"\{\{ 31415 \* 92653 \}\}\.png"),
         ],
     )
     def test_data_set(self, kind, message, stranger, planted, harm):

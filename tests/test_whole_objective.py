@@ -15,7 +15,7 @@ from support.runs import TINY_MLP, TINY_VAE, assert_same_gradient, fit, records,
 
 from diffusers_vae import VAE, cli
 from diffusers_vae.data import DataConfig, epoch_batches, load_data, step_generator
-from diffusers_vae.data.sources import ReadImages
+from diffusers_vae.data.batch import ReadImages
 from diffusers_vae.engine.config import OptimizerConfig
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.images.ranges import to_model_range

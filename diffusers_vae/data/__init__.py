@@ -1,29 +1,18 @@
 """Where images come from, and in which order."""
 
 from .arrays import ArrayStore
+from .batch import ReadImages
+from .config import IN_MEMORY, OF_ROWS, OF_TRAINING, PLACED, DataConfig
 from .files import ARCHIVES, OWN_PICTURES, SIGNATURE, Files
 from .folders import no_image
+from .kinds import IMAGE_SUFFIXES, holds_rows, is_hub_id, kind_at
+from .load import load_data, load_split, refuse_colours
 from .look import Look, look, recommended
 from .order import MicroBatch, Read, TrainingSet, deal, epoch_batches, step_generator
 from .reading import image_batches, kept_images, read_ahead
-from .rows import RowStore, is_hub_id
-from .sources import (
-    IN_MEMORY,
-    OF_ROWS,
-    OF_TRAINING,
-    PLACED,
-    ArrayImages,
-    DataConfig,
-    ImageSet,
-    ReadImages,
-    StoredImages,
-    holds_rows,
-    kind_at,
-    load_data,
-    load_split,
-    refuse_colours,
-)
-from .store import IMAGE_SUFFIXES, FileStore, Store, left_out
+from .rows import RowStore
+from .sets import ArrayImages, ImageSet, StoredImages
+from .store import FileStore, Store, left_out
 
 __all__ = [
     "ARCHIVES",

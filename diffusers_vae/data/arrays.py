@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,17 +20,19 @@ from ..images.files import Header
 from ..images.ranges import ValueRange
 from ..images.raw_files import read_npy, read_npy_header
 from ..untrusted import Unreachable, open_regular
+from .config import DataConfig
 from .files import zip_entries
-from .parts import HELDOUT, TRAINING, is_bare, is_plain, part_of, split_of
+from .kinds import ARRAYS
+from .parts import HELDOUT, is_bare, is_plain, part_of, split_of
 from .store import file_digests
 
-if TYPE_CHECKING:
-    from .sources import DataConfig
-
-SUFFIXES = (".npy", ".npz")
 LABELS = ".labels.npy"
+
+
 SAMPLES, SAMPLE = 64, 4096
 """Places of a file, and bytes at each, by which it is told from others."""
+
+
 SEEN = 100
 """Images whose values an error about them tells of."""
 
@@ -260,18 +261,18 @@ def array_files(root: Path) -> tuple[list[list[Path]], tuple[str, ...]]:
         FileNotFoundError: when there is none.
         ValueError: for labels without images, and when it is not clear what to train on.
     """
-    if root.is_file() and root.suffix.lower() in SUFFIXES:
+    if root.is_file() and root.suffix.lower() in ARRAYS:
         return [[root]], ()
     if not root.is_dir():
         kind = "neither" if root.exists() else "not there"
         raise FileNotFoundError(
             f"data.root must be an .npy, an .npz or a folder with such files, got {root.resolve()}, which is {kind}"
         )
-    files = sorted(path for path in root.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    files = sorted(path for path in root.iterdir() if path.suffix.lower() in ARRAYS and path.name[0] != ".")
     labels = [path for path in files if path.name.endswith(LABELS)]
     images = [path for path in files if path not in labels]
     if not images:
-        raise FileNotFoundError(f"no array in {root.resolve()}: none of {', '.join(SUFFIXES)}")
+        raise FileNotFoundError(f"no array in {root.resolve()}: none of {', '.join(ARRAYS)}")
     known = {path.with_name(path.stem + LABELS) for path in images if not is_npz(path)}
     for path in labels:
         if path not in known:
@@ -322,16 +323,6 @@ def array_classes(
         for array, own in zip((array for arrays in parts for array in arrays), found, strict=True)
     ]
     return torch.from_numpy(np.concatenate(labels)), tuple(classes)
-
-
-def holds_arrays(path: Path) -> bool:
-    """Whether it is a file of arrays, or a folder with one that is named as a part to train on: of others, files may
-    hold an image each.
-    """
-    if path.suffix.lower() in SUFFIXES:
-        return True
-    names = [file.name for file in path.iterdir() if file.suffix.lower() in SUFFIXES] if path.is_dir() else []
-    return any((part := part_of(name, True)) and part.word in TRAINING for name in names)
 
 
 def is_npz(path: Path) -> bool:

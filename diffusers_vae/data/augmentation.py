@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torchvision.transforms import v2
 
+from .batch import ReadImages
+from .config import DataConfig
 from .order import MicroBatch
-
-if TYPE_CHECKING:
-    from .sources import DataConfig, ReadImages
 
 
 class Augmentation:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ..messages import problem_list
 from .files import ARCHIVES, COMPRESSED, Files
+from .kinds import IMAGE_SUFFIXES
 from .parts import TRAINING, is_bare, is_generic, is_plain, part_of, refuse_folds, split_of
-from .store import IMAGE_SUFFIXES, left_out
+from .store import left_out
 
 LISTED = 5
 """Names in a note."""

@@ -15,8 +15,11 @@ from tqdm import tqdm
 
 from ..images.files import Header
 from ..images.ranges import EXACT, ValueRange, to_uint8
+from .check import GREY, pages_of
+from .config import OF_ROWS, PLACED, DataConfig
+from .load import load_data, load_with_layout
 from .reading import image_batches
-from .sources import GREY, OF_ROWS, PLACED, DataConfig, ImageSet, StoredImages, load_data, load_with_layout, pages_of
+from .sets import ImageSet, StoredImages
 from .store import FileStore
 
 DEPTHS = (8, 10, 12, 14)

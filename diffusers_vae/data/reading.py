@@ -12,7 +12,8 @@ import torch
 
 from ..images.ranges import to_model_range
 from ..silence import alone, report_progress
-from .sources import ImageSet, ReadImages
+from .batch import ReadImages
+from .sets import ImageSet
 
 PARTS = 64
 """Into which a data set is cut to be measured: enough for as many processes."""

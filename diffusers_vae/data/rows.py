@@ -20,6 +20,7 @@ import torch
 from ..messages import changed_logs, message, problem_list, without_passwords
 from ..untrusted import Reader, open_beside_others, refuse_irregular, unreadable
 from .captions import KEYS
+from .config import DataConfig
 from .files import is_output
 from .parts import HELDOUT, TRAINING, VALIDATION, part_of, split_of
 from .store import WHOLE, EncodedStore
@@ -27,12 +28,8 @@ from .store import WHOLE, EncodedStore
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features
     from pyarrow import Buffer, ChunkedArray
+from .kinds import PARQUET, is_hub_id, was_saved
 
-    from .sources import DataConfig
-
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-"""What the name of a data set on the Hub looks like."""
-PARQUET = ".parquet"
 ENDING = 32
 """Bytes of an image that tell it from another of its size: a PNG's checksums are among them."""
 
@@ -267,16 +264,6 @@ def own_folders(root: str) -> tuple[str, ...]:
     else:
         own = [str(Path(root).resolve() if Path(root).is_dir() else Path(root).resolve().parent)]
     return (*own, str(datasets.config.EXTRACTED_DATASETS_PATH))
-
-
-def was_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` of `datasets` has written it."""
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
-
-
-def is_hub_id(root: str) -> bool:
-    """Whether `root` is nothing on this machine and can be a data set on the Hub."""
-    return HUB_ID.fullmatch(root) is not None and not Path(root).exists()
 
 
 def _refuse(config: DataConfig, *settings: str) -> None:

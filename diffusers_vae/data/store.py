@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -20,15 +20,14 @@ from ..images.files import LARGE, Header, read_header, read_image
 from ..images.ranges import ValueRange
 from ..images.raw_files import FileKind, read_kind, read_values
 from ..silence import report_progress
-from ..untrusted import SUFFIXES, open_beside_others, open_regular
+from ..untrusted import open_beside_others, open_regular
+from .config import DataConfig
 from .files import Files, Member
+from .kinds import IMAGE_SUFFIXES
 
-if TYPE_CHECKING:
-    from .sources import DataConfig
-
-IMAGE_SUFFIXES = tuple(sorted((".npy", *SUFFIXES)))
-"""Lower-case suffixes of the files of a folder that are read as images."""
 HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif")
+
+
 UNREAD = (
     *HEIF, ".arw", ".avif", ".bpg", ".cr2", ".cr3", ".cur", ".czi", ".dcm", ".dcx", ".dds", ".dicom", ".dng", ".emf",
     ".eps",
@@ -37,14 +36,22 @@ UNREAD = (
     ".ras", ".rw2", ".sgi", ".sr2", ".srw", ".svg", ".svgz", ".svs", ".wmf", ".xbm", ".xcf", ".xpm",
 )  # fmt: skip
 """Lower-case suffixes of other formats of images, HEIF among them unless pillow-heif is installed."""
+
+
 RENAMED = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})([^a-z.][^.]*|\.\d+)")
 """The end of names such as photo.jpg.1 (wget), photo.jpg_large and photo.png?size=large."""
+
+
 CONTENT = re.compile(
     rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftyp(avi|hei|mif)|.{128}DICM", re.DOTALL
 )
 """The beginnings of common image files."""
+
+
 MAX_SNIFFED = 1000
 """Files without a suffix whose beginning is read, at most."""
+
+
 _ONE_LARGE = threading.Lock()
 
 
@@ -84,6 +91,8 @@ of each are, so that a start need not read what takes an epoch. A small change b
 file then goes unnoticed. Changed pixels of a PNG or JPEG change nearly all bytes behind them, and thus the last
 sample. Times do not count, since a copied or downloaded set has others.
 """
+
+
 SAMPLED, SAMPLE = 2**14, 2**12
 """Bytes of a file, and of each of the samples of it, which are spread evenly from its beginning to its end."""
 

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from .check import looked_at
+from .config import DataConfig
 from .order import Batches, streamed
 from .rows import find_columns, find_parts, rows_builder, unused_splits
-from .sources import DataConfig, Layout, StoredImages, looked_at
+from .sets import Layout, StoredImages
 from .store import SAMPLE, EncodedStore, file_digests
 
 if TYPE_CHECKING:

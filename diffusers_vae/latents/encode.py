@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,10 +23,6 @@ from ..processes import gather_parts, on_main, only_user_of, process_share, send
 from ..silence import alone
 from ..storage import delete_file, naming, save_tensors, whole_file, write_file
 from ..untrusted import refuse_odd_name
-from .statistics import draw
-
-if TYPE_CHECKING:
-    pass
 from .dataset import LatentDataset
 from .shards import (
     COMPUTED,
@@ -43,6 +39,7 @@ from .shards import (
     shard_path,
     whole_shard,
 )
+from .statistics import draw
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,10 +17,6 @@ from safetensors import SafetensorError, safe_open
 from ..data import ImageSet, StoredImages
 from ..storage import described, digest_of
 from ..untrusted import check_type, read_json
-
-if TYPE_CHECKING:
-    pass
-
 
 FORMAT = 1
 

@@ -6,13 +6,11 @@ import json
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-if TYPE_CHECKING:
-    pass
 from .pages import new_figure, render
 
 VERDICT_COLOURS = {

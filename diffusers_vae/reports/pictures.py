@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -18,9 +18,6 @@ from ..data import ImageSet, image_batches
 from ..images.grid import to_pil
 from ..losses.objective import rate_per_unit
 from ..models import decode, encode
-
-if TYPE_CHECKING:
-    pass
 from .charts import loss_picture, nats, rate_distortion_picture, rate_picture
 from .pages import PAGE_WIDTH, columns_for, new_figure, page, render, rows_for, steps_for, titled
 

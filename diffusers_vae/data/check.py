@@ -1,0 +1,223 @@
+"""What the files of a set are like, by their headers, before they are trained on."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+from ..images.files import Header
+from ..images.ranges import ValueRange
+from ..messages import problem_list
+from ..untrusted import MAX_PAGES
+from .config import DataConfig
+from .sets import ArrayImages, ImageSet, StoredImages
+
+logger = logging.getLogger(__name__)
+
+
+PAGED = (".apng", ".avif", ".avifs", ".gif", ".heic", ".heics", ".heif", ".heifs", ".tif", ".tiff", ".webp")
+"""Suffixes of files that may hold several images."""
+
+
+GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
+"""Modes of Pillow's without colours."""
+
+
+LOOKED_AT = 256
+"""Images of each part whose headers are read first: they say whether a set is in colour, unless all are grey."""
+
+
+MEASURED = 32
+"""Number of training images that are checked for unused depth."""
+
+
+T = TypeVar("T")
+
+
+def in_size(
+    train: StoredImages, heldout: StoredImages, progress: bool, memory_limit: int, headers: bool = True
+) -> tuple[ImageSet, ImageSet]:
+    """The sets in memory, if their pixels fit, else to be read on demand; without the images that cannot be read, of a
+    set to be read on demand as far as `headers` tell, where each has its own.
+    """
+    asked = train.config
+    train, heldout = looked_at(train, heldout)
+    unsure = headers and asked.channels is None and train.channels == 1 and max(len(train), len(heldout)) > LOOKED_AT
+
+    def too_large() -> bool:
+        count, size = asked.crops or 1, asked.size[0] * asked.size[1] * train.channels * asked.dtype.itemsize
+        return count == "random" or (len(train) + len(heldout)) * count * size > memory_limit
+
+    if unsure and not too_large():  # a few of the others may have colours
+        train, heldout = looked_at(train.seen_as(asked, ""), heldout.seen_as(asked, ""), max(len(train), len(heldout)))
+        unsure = False
+    if too_large():
+        parts = [train, heldout]
+        if headers:
+            parts, found = _scan(parts, StoredImages.header, "checking files", progress)
+        if unsure:
+            train, heldout = (part.seen_as(asked, "") for part in parts)
+            parts = _described(train, heldout, [header for part in found for header in part])
+        loaded = tuple(part.cropped() for part in parts)
+    else:
+        parts, read = _scan([train, heldout], StoredImages.read_all, "reading images", progress)
+        loaded = tuple(
+            ArrayImages(torch.stack(pixels, 1).flatten(0, 1), **part.cropped().about())  # the order of `cropped`
+            for part, pixels in zip(parts, read, strict=True)
+        )
+    if progress:
+        if headers:
+            _warn_of_pages(parts)
+        _warn_of_depth(loaded[0], parts[0].config)
+    return loaded
+
+
+def looked_at(train: StoredImages, heldout: StoredImages, count: int = LOOKED_AT) -> tuple[StoredImages, StoredImages]:
+    """The parts with `data.channels`, where that is null, by the headers of the first `count` images of each, and with
+    what these say in words.
+    """
+    with ThreadPoolExecutor() as pool:
+        found = [pool.map(partial(_header_of_any, part), range(min(count, len(part)))) for part in (train, heldout)]
+    return _described(train, heldout, [header for part in found for header in part if header])
+
+
+def _described(
+    train: StoredImages, heldout: StoredImages, headers: Sequence[Header]
+) -> tuple[StoredImages, StoredImages]:
+    """The parts as `looked_at` returns them, by these headers."""
+    colours = Counter(_colours(header.mode) for header in headers)
+    config = train.config
+    if config.channels is None:
+        config = replace(config, channels=3 if set(colours) - {"grey"} else 1)
+    sizes = [(header.height, header.width) for header in headers]
+    words = size_in_words(config, len(train) + len(heldout), colours, sizes)
+    return train.seen_as(config, words), heldout.seen_as(config, words)
+
+
+def _header_of_any(images: StoredImages, index: int) -> Header | None:
+    """The header of an image of 1 or of 3 channels, if none are asked for; None where it cannot be read."""
+    for channels in (1, 3) if images.config.channels is None else (images.config.channels,):
+        with suppress(ValueError):
+            return images.store.header(int(images.rows[index]), replace(images.config, channels=channels))
+    return None
+
+
+def _colours(mode: str) -> str:
+    """Description of a header's mode: grey, RGB, RGBA, 5 channels."""
+    count, _, dtype = mode.partition("x ")
+    if dtype:
+        return {"1": "grey", "3": "RGB"}.get(count, f"{count} channels")
+    mode = mode.removesuffix(";16") if mode != "I;16" else mode
+    return "grey" if mode in GREY else {"P": "with a palette"}.get(mode, mode)
+
+
+def size_in_words(config: DataConfig, count: int, colours: Mapping[str, int], sizes: Sequence[tuple[int, int]]) -> str:
+    """What `count` images are, of which these are the colours and the (height, width) of some, and what becomes of
+    them.
+    """
+    of, read_as = f"{count:,} images of {config.described}", {1: "grey", 3: "RGB"}
+    wanted = f"{'x'.join(map(str, config.size))} {read_as.get(config.channels, f'with {config.channels} channels')}"
+    if not sizes:
+        return f"{of}, read as {wanted}"
+    ends = [min(sizes, key=math.prod), max(sizes, key=math.prod)]
+    span = " to ".join("x".join(map(str, size)) for size in dict.fromkeys(ends))
+    if config.crops is not None:
+        how = ", one random crop of each" if config.crops == "random" else f", {config.crops:,} crops of each"
+    else:
+        how = "" if set(sizes) == {config.size} else ", padded" if config.fit == "pad" else ", resized"
+    looked = f" in {len(sizes):,} of them" if len(sizes) < count else ""
+    return f"{of}, {' and '.join(sorted(colours))}, {span}{looked}; read as {wanted}{how}"
+
+
+def _warn_of_pages(parts: Sequence[StoredImages]) -> None:
+    """Log a warning that names the files of which the first page or frame alone is read."""
+    rows = sorted({int(row) for part in parts for row in part.rows})
+    store, config = parts[0].store, parts[0].config
+    # the name of a row of a table ends in that of its file, in parentheses
+    rows = [row for row in rows if store.name(row).lower().rstrip(")").endswith(PAGED)]
+    with ThreadPoolExecutor() as pool:
+        headers = list(pool.map(lambda row: store.header(row, config), rows))
+    several = [pages_of(store.name(row), header) for row, header in zip(rows, headers, strict=True) if header.pages > 1]
+    if several:
+        logger.warning(
+            "%d files hold several pages or frames, of which only the first is read:\n%s",
+            len(several),
+            problem_list(several),
+        )
+
+
+def _warn_of_depth(images: ImageSet, config: DataConfig) -> None:
+    """Log a warning when most images use only a small part of the values that they could have."""
+    pixels = images.__getitems__(range(min(MEASURED, len(images)))).pixels.flatten(1)
+    values = pixels / 255 if pixels.dtype == torch.uint8 else pixels
+    lowest, highest = values.amin(1), values.amax(1)
+    if not len(values) or 2 * (highest - lowest < 1 / 4).sum() < len(values):
+        return
+    advice = (
+        "Files of 16 bits are divided by 257, although many hold fewer bits: if so, state data.value_range, which "
+        "`diffusers-vae data` proposes"
+        if config.value_range is None
+        else f"If data.value_range {ValueRange(*config.value_range)} is too wide, state a narrower one"
+    )
+    logger.warning(
+        "most of the first %d images use less than a quarter of the values from black (0) to white (1), and all lie "
+        "between %.3f and %.3f. %s",
+        len(values),
+        lowest.min(),
+        highest.max(),
+        advice,
+    )
+
+
+def pages_of(name: str, header: Header) -> str:
+    """A file and its number of pages, as text."""
+    return f"{name}: {header.pages}{' or more' * (header.pages == MAX_PAGES)}"
+
+
+def _scan(
+    parts: list[StoredImages], look: Callable[[StoredImages, int], T], title: str, progress: bool
+) -> tuple[list[StoredImages], list[list[T]]]:
+    """The parts without the files at which `look` raises ValueError, and what it returns for the others.
+
+    Raises:
+        ValueError: naming all those files, unless they are to be skipped.
+    """
+
+    def attempt(place: tuple[StoredImages, int]) -> tuple[T | None, str | None]:
+        try:
+            return look(*place), None
+        except ValueError as error:
+            return None, str(error)
+
+    places = [(part, index) for part in parts for index in range(len(part))]
+    with ThreadPoolExecutor() as pool:
+        results = list(tqdm(pool.map(attempt, places), title, len(places), unit="img", disable=not progress))
+    errors = sorted(error for _, error in results if error)
+    shown = problem_list(errors)
+    if errors and parts[0].config.on_bad_image == "stop":
+        raise ValueError(
+            f"{len(errors)} of {len(places)} files cannot be read; remove or mend them, or leave them out with "
+            f"data.on_bad_image skip:\n{shown}"
+        )
+    if errors and progress:
+        logger.warning("%d of %d files cannot be read and are left out:\n%s", len(errors), len(places), shown)
+    kept, found = [], []
+    for part in parts:
+        own, results = results[: len(part)], results[len(part) :]
+        kept.append(part.without({index: error for index, (_, error) in enumerate(own) if error}))
+        found.append([value for value, error in own if not error])
+        if not len(kept[-1]):
+            raise ValueError(
+                f"no image is left to {'hold out' if kept[1:] else 'train on'}: none can be read:\n{shown}"
+            )
+    return kept, found

@@ -1,0 +1,215 @@
+"""Settings of a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torchvision.transforms import v2
+
+from ..fields import at_home, only_with, refuse_unread
+from ..images.files import OVERSIZE
+from ..images.ranges import ValueRange
+from .kinds import is_hub_id, kind_at
+
+OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column")
+"""Settings of `DataConfig` that belong to one data set of rows."""
+
+
+OF_TRAINING = ("horizontal_flip", "vertical_flip", "color_jitter", "streaming", "shuffle_buffer", "lanes")
+"""Those that change how a set is trained on, and not what is measured or encoded of it."""
+
+
+IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
+"""Names of sets whose images are all of one size, and in memory."""
+
+
+PLACED = ("folder", "array", "datasets")
+"""Names of sets that `data.root` says."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are brought to one size."""
+
+    name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder", "array", "datasets"] | None = None
+    """digits: scikit-learn's 1,797 embedded 8x8 digits, with a margin of one pixel. folder: image files below `root`.
+    array: NumPy arrays of many images. datasets: what Hugging Face's `datasets` opens, on the Hub or here: Parquet,
+    Arrow, WebDataset. The others: torchvision's. null: what lies at `root`; without it, digits."""
+    root: str | None = None
+    """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing (data).
+    Of a folder, one with image files, zip archives and tars (WebDataset's shards) below it, or such an archive itself:
+    archives are read where they are, without unpacking. Of arrays, an .npy or .npz, or a folder with such files, of
+    (N, height, width), (N, channels, height, width) or (N, height, width, channels). Of datasets, NAMESPACE/NAME on the
+    Hub, a folder or a .parquet file; it is prepared once in the cache of `datasets`, which takes as much room as the
+    set."""
+    subset: str | None = only_with(None, name=("datasets",))
+    """Of datasets, which configuration of the set, where it has several."""
+    revision: str | None = only_with(None, name=("datasets",))
+    """Of datasets on the Hub, a branch, a tag or a commit; by default what is newest."""
+    image_column: str | None = only_with(None, name=("datasets", "array"))
+    """Of datasets, where the images are; by default the only column of type Image. One with the bytes of image files,
+    alone or as `bytes` beside their `path`, must be named. Of an .npz, the key of its images; by default the only array
+    with three or four axes."""
+    label_column: str | None = only_with(None, name=("datasets", "array"), streaming=False)
+    """Of datasets, where the classes are, whole numbers or words; by default the only column of type ClassLabel.
+    Of an .npz, the key of the labels; by default there are none. An .npy has them in NAME.labels.npy beside it."""
+    caption_column: str | None = only_with(None, name=("datasets",), streaming=False)
+    """Of datasets, where the captions are, a string or a list of strings each, for what needs any; by default a column
+    named text or caption."""
+    resolution: int | tuple[int, int] = 32
+    """Side of the images in pixels, or [height, width]."""
+    channels: int | None = None
+    """1: grey, 3: RGB, 4: RGBA without conversion; other numbers: files with that many channels, without conversion.
+    null: 1 if the headers of all images say grey, else 3 (of a stream, some headers); config.yaml has the value."""
+    value_range: tuple[float, float] | None = only_with(None, name=PLACED)
+    """Of files: what their values mean, [low, high]. They are taken as they are, of whatever depth; low
+    is -1 and high is 1 in model range, and a value outside is an error. It is saved beside the model, and undone where
+    `diffusers-vae reconstruct` writes files. null: 8 bits a value; what has more, or other colours, is converted."""
+    fit: Literal["crop", "pad"] = only_with("crop", crops=False)
+    """crop: scale the image to cover the resolution, cut the centre. pad: black borders, scaled only if too large."""
+    crops: int | Literal["random"] | None = only_with(None, name=PLACED)
+    """So many crops of each image of a folder at its own resolution, at places drawn once, instead of the whole image
+    brought to size; images smaller than the resolution are scaled up to cover it. Of the held-out images too. random:
+    one of each image, at another place in every epoch; of the held-out images always at the same."""
+    horizontal_flip: bool = False
+    """Mirror every second training image, drawn anew in every epoch: for what looks as well the other way round."""
+    vertical_flip: bool = False
+    """Likewise, upside down: for pictures from above, of cells or of materials."""
+    color_jitter: tuple[float, float, float, float] | None = None
+    """[brightness, contrast, saturation, hue]: how far these of training images are changed at random at most, as in
+    torchvision's ColorJitter; the model learns the colours that it is shown."""
+    on_bad_image: Literal["stop", "skip"] = only_with("stop", name=PLACED)
+    """What a file of a folder that cannot be read does. stop: an error that names it, before training starts if it
+    shows when all are read or, in a set too large for memory, in their headers. skip: left out, counted and listed in
+    bad_images.txt."""
+    heldout_fraction: float = only_with(0.1, name=("digits", *PLACED))
+    """Share of the images held out, at random but always the same, of a set without a held-out part. Parts are folders,
+    archives, arrays or splits named train and validation, val, test or the like: docs/images.md."""
+    streaming: bool = only_with(False, name=("datasets",))
+    """Read Parquet files, of data.name datasets, a row group at a time while training, here or from the Hub, instead of
+    preparing all on the disk first. Each epoch has its own order, in which row groups come at random and their images
+    are shuffled among `shuffle_buffer`. Without labels and captions; files are not checked before."""
+    shuffle_buffer: int = only_with(4096, streaming=True)
+    """Images of a stream, over all processes, among which the next ones are drawn; their files are kept in memory."""
+    lanes: tuple[int, int] | None = only_with(None, streaming=True)
+    """Pieces of a stream that are read side by side: so many parts of a batch times so many batches in a row. null:
+    as many as forwards of a step, over all processes, and workers, so that each row group is read once; a run that is
+    continued keeps its own, and with them its order, whatever the number of processes."""
+    num_workers: int = 2
+    """Processes that read images, for sets that are too large to be kept in memory."""
+
+    def __post_init__(self):
+        at_home(self, "root")
+        if self.root == "":
+            raise ValueError("data.root must name a folder, a file or a data set on the Hub, got an empty text")
+        if self.name is None and self.root is None and self.channels not in (None, 1):
+            raise ValueError(
+                f"data.channels {self.channels} needs images that are named: give data.root, a folder for example, or "
+                "data.name; without both, they are scikit-learn's digits, which are grey"
+            )
+        if self.name is None:
+            object.__setattr__(self, "name", "digits" if self.root is None else kind_at(self.root))
+        if self.root is None:
+            object.__setattr__(self, "root", "data")
+        if self.channels is None and self.name in IN_MEMORY:
+            object.__setattr__(self, "channels", 3 if self.name == "cifar10" else 1)
+        for name, choices in (
+            ("name", (*IN_MEMORY, *PLACED)),
+            ("fit", ("crop", "pad")),
+            ("on_bad_image", ("stop", "skip")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"data.{name} must be one of {', '.join(choices)}, got {getattr(self, name)}")
+        if self.name == "digits" and self.root != "data":  # which is what an older config.yaml states
+            raise ValueError(
+                f"data.root {self.root} would be ignored with data.name digits: leave out data.name, or set it to what "
+                f"lies there, one of {', '.join(PLACED)}; or leave out data.root"
+            )
+        refuse_unread("data", self)
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"data.channels must be at least 1, got {self.channels}")
+        if self.value_range is not None:
+            try:
+                ValueRange(*self.value_range)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"data.value_range must be [low, high], two finite increasing numbers, got {list(self.value_range)}"
+                ) from error
+        if self.as_they_are and self.name in IN_MEMORY:
+            raise ValueError(
+                f"data.channels {self.channels} is for files, and the images of {self.name} have 1 or 3 channels"
+            )
+        if min(self.size) < 8:
+            raise ValueError(f"data.resolution must be at least 8 pixels a side, got {self.resolution}")
+        if self.crops not in (None, "random") and not (isinstance(self.crops, int) and self.crops >= 1):
+            raise ValueError(f"data.crops must be at least 1, or random, got {self.crops}")
+        for name in ("horizontal_flip", "vertical_flip"):
+            if getattr(self, name) and self.name in ("digits", "mnist", "qmnist"):
+                raise ValueError(f"data.{name} makes another sign of a digit: leave it out with data.name {self.name}")
+        if self.color_jitter is not None:
+            if self.channels not in (None, 1, 3):
+                raise ValueError(f"data.color_jitter is for grey or RGB images, got data.channels {self.channels}")
+            try:
+                v2.ColorJitter(*self.color_jitter)
+            except ValueError as error:
+                raise ValueError(
+                    "data.color_jitter must be [brightness, contrast, saturation, hue], each at least 0 and hue at "
+                    f"most 0.5, got {list(self.color_jitter)}"
+                ) from error
+        if self.streaming and isinstance(self.crops, int):
+            raise ValueError(f"of a stream, data.crops must be random or null, got {self.crops}")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"data.shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
+        if self.lanes is not None and min(self.lanes) < 1:
+            raise ValueError(f"data.lanes must be at least 1 each, got {list(self.lanes)}")
+        if not 0 < self.heldout_fraction < 1:
+            raise ValueError(f"data.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers must be at least 0, got {self.num_workers}")
+
+    @property
+    def described(self) -> str:
+        """The set's name, of a folder or file its own, of one on the Hub with its namespace."""
+        if self.name == "datasets":
+            return self.root if is_hub_id(self.root) else Path(self.root).resolve().name
+        return Path(self.root).resolve().name if self.name in ("folder", "array") else self.name
+
+    @property
+    def as_they_are(self) -> bool:
+        """Whether the values in files are not converted to grey or RGB of 8 bits."""
+        return self.value_range is not None or self.channels not in (None, 1, 3)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of pixels as they are read: uint8 in [0, 255] or float32 in [0, 1]."""
+        return torch.uint8 if self.value_range is None else torch.float32
+
+    @property
+    def resize(self) -> str:
+        """How images of another size are brought to `resolution`, in words."""
+        how = f"bicubic with antialiasing, on {'8-bit' if self.value_range is None else 'float32'} values"
+        if self.crops is not None:
+            places = "a place" if self.crops == "random" else f"{self.crops} places"
+            return f"cut out at {places} of each, always the same; if smaller, scaled to cover ({how})"
+        if self.name not in (*IN_MEMORY, "array") and not self.as_they_are:
+            how += f"; JPEGs that are {2 * OVERSIZE} times as large or more, from a decode at reduced scale"
+        if self.fit == "crop":
+            return f"scaled to cover ({how}), then the centre is cut out"
+        border = "black" if self.value_range is None else "the lowest value"
+        return f"scaled if too large ({how}), then padded with {border}"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images."""
+        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else tuple(self.resolution)
+
+    @property
+    def changes_images(self) -> str:
+        """Settings that change a training image from epoch to epoch, as text; empty if there are none."""
+        unchanged = {"horizontal_flip": False, "vertical_flip": False, "color_jitter": None}
+        changing = [name for name, value in unchanged.items() if getattr(self, name) != value]
+        changing += ["crops"] * (self.crops == "random")
+        return ", ".join(f"data.{name} {getattr(self, name)}" for name in changing)

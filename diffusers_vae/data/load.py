@@ -1,0 +1,263 @@
+"""Image sets by name or place: what is there, read or ready to be read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import functional as transforms
+
+from ..messages import problem_list, showable
+from .arrays import ArrayStore, ImageArray, array_classes, array_files
+from .augmentation import Augmentation
+from .captions import read_captions
+from .check import in_size, size_in_words
+from .config import IN_MEMORY, DataConfig
+from .files import Files
+from .fit import resized
+from .folders import Division, class_names, divide
+from .named import heldout_indices, load_cifar10, load_digits, load_mnist
+from .rows import (
+    RowStore,
+    find_columns,
+    find_parts,
+    open_rows,
+    own_folders,
+    read_labels,
+    read_row_captions,
+    unused_splits,
+)
+from .sets import ArrayImages, Captions, ImageSet, Layout, StoredImages
+from .store import FileStore, Store, left_out
+from .stream import load_stream
+
+logger = logging.getLogger(__name__)
+
+
+MEMORY_LIMIT = 2**31
+"""Bytes of pixels up to which a set is read once and kept in memory."""
+
+
+Loaded = tuple["ImageSet", "ImageSet", "Layout"]
+
+
+def load_data(
+    config: DataConfig, progress: bool = False, memory_limit: int | None = None, captions: bool = False
+) -> tuple[ImageSet, ImageSet]:
+    """The training and the held-out images.
+
+    Args:
+        config: which images.
+        progress: show a bar while a folder is read, and say which files are skipped.
+        memory_limit: bytes of pixels up to which the images of a folder are read now and kept, and not on demand; by
+            default `MEMORY_LIMIT`.
+        captions: read those of a folder too, as `read_captions` says, or of rows; else there are none, whatever text
+            files mean.
+
+    Raises:
+        FileNotFoundError: saying which files go where, when they are missing and cannot be downloaded.
+        OSError: saying what to do, when a data set on the Hub cannot be had.
+        ValueError: for files that cannot be read, by name.
+    """
+    train, heldout, _ = load_with_layout(config, progress, memory_limit, captions)
+    return train, heldout
+
+
+def load_with_layout(
+    config: DataConfig, progress: bool = False, memory_limit: int | None = None, captions: bool = False
+) -> Loaded:
+    """The images as `load_data` returns them, and how their files were read; with `progress`, its notes are logged."""
+    stored = {"folder": _load_folder, "array": _load_arrays, "datasets": _load_rows}
+    if config.streaming:
+        train, heldout, layout = load_stream(config, progress)
+    elif config.name in stored:
+        limit = MEMORY_LIMIT if memory_limit is None else memory_limit
+        train, heldout, layout = stored[config.name](config, progress, limit, captions)
+    else:
+        load = {"digits": load_digits, "cifar10": load_cifar10}.get(config.name, load_mnist)
+        parts = load(config)
+        sizes = [tuple(part[0].shape[2:]) for part in parts for _ in part[0]]
+        files = size_in_words(config, len(sizes), {"RGB" if parts[0][0].shape[1] == 3 else "grey": len(sizes)}, sizes)
+        train, heldout = (_in_memory(*part, config, files) for part in parts)
+        layout = Layout(config.name != "digits")
+    if layout.split and config.heldout_fraction != DataConfig.heldout_fraction:
+        unused = f"data.heldout_fraction {config.heldout_fraction} is not used, since the set has a held-out part"
+        layout = replace(layout, notes=(*layout.notes, unused))
+    for note in layout.notes if progress else ():
+        logger.warning("%s", showable(note))
+    train.augmentation = Augmentation.of(config)
+    return train, heldout, layout
+
+
+def refuse_colours(images: ImageSet, config: DataConfig, source: str) -> None:
+    """Raise ValueError where `config` leaves data.channels to the images, and they are in colour, for a model `source`
+    of grey images: it would see photographs in grey.
+    """
+    if config.channels is None and images.channels != 1:
+        raise ValueError(
+            f"{source} takes grey images, and {config.described} has some in colour: --data.channels 1 reads them as "
+            "grey"
+        )
+
+
+def load_split(
+    config: DataConfig,
+    split: str | None = None,
+    progress: bool = False,
+    captions: bool = False,
+    default: Literal["held-out", "training"] = "held-out",
+    memory_limit: int | None = None,
+) -> tuple[ImageSet, str]:
+    """The images of `split`, held-out, training or all, and which that is: by default `default`, but all of a folder
+    or of arrays without parts. Progress, captions, memory_limit and errors are those of `load_data`.
+    """
+    if split not in (None, "held-out", "training", "all"):
+        raise ValueError(f"split must be held-out, training or all, got {split}")
+    train, heldout, layout = load_with_layout(config, progress, memory_limit, captions)
+    if split is None:
+        split = default if layout.split or config.name in IN_MEMORY else "all"
+    if split != "all":
+        return (train if split == "training" else heldout), split
+    one, two = train.about(), heldout.about()
+    both: dict[str, Any] = {"errors": train.errors + heldout.errors, "store": train.store, "files": train.files}
+    if train.labels is not None and heldout.labels is not None:
+        both |= {"labels": torch.cat([train.labels, heldout.labels]), "classes": train.classes}
+    if train.captions is not None:
+        both["captions"] = train.captions + heldout.captions
+    both |= {name: np.concatenate([one[name], two[name]]) for name in ("rows", "crops") if one[name] is not None}
+    if isinstance(train, StoredImages):
+        return StoredImages(train.config, **both), split
+    return ArrayImages(torch.cat([train.pixels, heldout.pixels]), **both), split
+
+
+def _in_memory(
+    pixels: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...], config: DataConfig, files: str
+) -> ArrayImages:
+    if pixels.shape[1] == 1 and config.channels == 3:
+        pixels = pixels.expand(-1, 3, -1, -1)
+    elif pixels.shape[1] == 3 and config.channels == 1:
+        pixels = transforms.rgb_to_grayscale(pixels)
+    fitted = [resized(chunk, config) for chunk in pixels.split(4096)]
+    return ArrayImages(torch.cat(fitted), labels, classes=classes, files=files)
+
+
+def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> Loaded:
+    files = Files(Path(config.root))
+    division = divide(files)
+    for part in division.parts:
+        part[:] = [part[i] for i in np.random.default_rng(0).permutation(len(part))]
+    labels, classes = _labelled(files, division)
+    parts, split = division.parts, len(division.parts) == 2
+    if not split:
+        ((found,), (of_all,)) = parts, labels
+        indices = heldout_indices(len(found), config)
+        parts = [[found[i] for i in part] for part in indices]
+        labels = [None if of_all is None else of_all[torch.from_numpy(part)] for part in indices]
+    paths = [path for part in parts for path in part]
+    told, notes = read_captions(files, paths) if captions else (None, [])
+    ignored = left_out(files, division.others)
+    if ignored and progress:
+        logger.warning("%d files look like images and are left out:\n%s", len(ignored), problem_list(ignored))
+    store, count = FileStore(files.root, paths, files.members, ignored), len(parts[0])
+    train, heldout = (
+        StoredImages(
+            config,
+            store,
+            np.arange(len(paths))[part],
+            labels=classed,
+            classes=None if classed is None else classes,
+            captions=None if told is None else told[part],
+        )
+        for part, classed in zip((slice(count), slice(count, None)), labels, strict=True)
+    )
+    layout = Layout(split, (*division.notes, *notes))
+    return *in_size(train, heldout, progress, memory_limit), layout
+
+
+def _load_arrays(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> Loaded:
+    groups, notes = array_files(Path(config.root))
+    parts = [[ImageArray(path, config) for path in group] for group in groups]
+    store = ArrayStore([array for arrays in parts for array in arrays])
+    labels, classes = array_classes(parts, config.label_column)
+    counts = [sum(map(len, arrays)) for arrays in parts]
+    loaded = in_size(*_stored(config, store, counts, labels, classes, None), progress, memory_limit, headers=False)
+    if isinstance(loaded[0], ArrayImages):
+        store.forget()
+    return *loaded, Layout(len(groups) == 2, notes)
+
+
+def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> Loaded:
+    found, root = open_rows(config, progress), config.described
+    parts = {name: found[name] for name in find_parts(list(found), root)}
+    of_each = [find_columns(part.features, config, captions) for part in parts.values()]
+    columns = of_each[0]
+    if any(own != columns for own in of_each):
+        raise ValueError(f"the columns of {' and '.join(parts)} in {root} must be the same")
+    store = RowStore(root, parts, columns.image, own_folders(config.root))
+    labels, classes = read_labels(root, parts, columns.label) if columns.label else (None, None)
+    told = read_row_captions(root, parts, columns.caption) if captions and columns.caption else None
+    counts = [len(part) for part in parts.values()]
+    layout = Layout(len(parts) == 2, unused_splits(found, parts))
+    return *in_size(*_stored(config, store, counts, labels, classes, told), progress, memory_limit), layout
+
+
+def _stored(
+    config: DataConfig,
+    store: Store,
+    counts: Sequence[int],
+    labels: torch.Tensor | None,
+    classes: tuple[str, ...] | None,
+    told: Captions | None,
+) -> tuple[StoredImages, StoredImages]:
+    """The parts to train on and held out, each in a fixed random order, of the images of a store: cut at random, or so
+    many each. Labels are negative in a part that has none.
+    """
+    if len(counts) == 1:
+        rows = heldout_indices(counts[0], config)
+    else:
+        rows = [np.random.default_rng(0).permutation(count) for count in counts]
+        rows[1] += counts[0]
+    train, heldout = (
+        StoredImages(
+            config,
+            store,
+            own,
+            labels=labels[own] if labelled else None,
+            classes=classes if labelled else None,
+            captions=None if told is None else [told[row] for row in own],
+        )
+        for own, labelled in ((own, labels is not None and labels[own[0]] >= 0) for own in rows)
+    )
+    return train, heldout
+
+
+def _labelled(files: Files, division: Division) -> tuple[list[torch.Tensor | None], tuple[str, ...] | None]:
+    """As labels the places of the folders in which all files of a part lie, or of what their `.cls` files say, and the
+    names of these when there are two or more, the same in all parts; else None.
+    """
+    names = class_names(division)
+    in_folders = [None not in own for own in names]
+    names = [
+        own if inside else _told_beside(files, part)
+        for own, inside, part in zip(names, in_folders, division.parts, strict=True)
+    ]
+    known = {name for own in names for name in own or ()}
+    if len(known) < 2:
+        return [None] * len(names), None
+    numbers = not any(in_folders) and all(name.isdecimal() for name in known)
+    classes = sorted(known, key=int if numbers else None)
+    place_of = {name: place for place, name in enumerate(classes)}
+    return [None if own is None else torch.tensor([place_of[name] for name in own]) for own in names], tuple(classes)
+
+
+def _told_beside(files: Files, part: Sequence[Path]) -> list[str] | None:
+    """What a `NAME.cls` beside each `NAME.png` says, as WebDataset has it; None where some have none."""
+    beside = [str(path.with_suffix(".cls")) for path in part]
+    if not all(map(files.exists, beside)):
+        return None
+    return [files.read(path).decode(errors="replace").strip() for path in beside]
