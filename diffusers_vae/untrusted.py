@@ -298,8 +298,6 @@ def _has_default(field: Field) -> bool:
 
 NAMES = {dict: "object", list: "array", str: "string", float: "number", int: "integer", bool: "boolean"}
 """What JSON calls types of Python."""
-
-
 CODE = r"GLOBAL (\S+)|call reduce|Can only (?:create|build)"
 """What torch says of a pickle that does more than to put tensors together."""
 

@@ -30,8 +30,6 @@ def size_of(model: ModelMixin) -> tuple[int, int]:
 
 
 IMAGES = "A set, as in data.name, a folder or archive of images, an array (.npy, .npz), Parquet, or a set on the Hub."
-
-
 MODEL = "Folder of a model, of a run or of a pipeline, or a repository on the Hub."
 
 

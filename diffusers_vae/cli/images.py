@@ -89,8 +89,6 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
 
 
 EIGHT_BITS = ValueRange(0, 255)
-
-
 Content = Callable[[], BinaryIO] | None
 """Opens an image file in an archive."""
 

@@ -27,12 +27,8 @@ from .parser import with_data
 
 NOT_MEASURED = set(OF_TRAINING) - {"streaming"}
 """Settings of the data that only a training reads."""
-
-
 MEASURED = {"likelihood", "scale", "kl_weight"}
 """What an objective is measured with; the rest of it is for training."""
-
-
 NEEDED = {
     "data": {"name": str, "root": str, "heldout_fraction": float},
     "objective": dict.fromkeys(sorted(MEASURED), object),
@@ -144,8 +140,6 @@ def _same_set(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 OF_MODEL = ("resolution", "channels", "value_range", "fit", "on_bad_image", "num_workers")
 """Settings of a run's data that also apply to another set: what its model needs, and how files are read."""
-
-
 NO_MATTER = {
     "data": {"name", "root", "num_workers", "on_bad_image", *OF_TRAINING},
     "evaluation": {"every", "batch_size", "projection", "fp16"},

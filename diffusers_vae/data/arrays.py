@@ -27,12 +27,8 @@ from .parts import HELDOUT, is_bare, is_plain, part_of, split_of
 from .store import file_digests
 
 LABELS = ".labels.npy"
-
-
 SAMPLES, SAMPLE = 64, 4096
 """Places of a file, and bytes at each, by which it is told from others."""
-
-
 SEEN = 100
 """Images whose values an error about them tells of."""
 

@@ -23,24 +23,14 @@ from .config import DataConfig
 from .sets import ArrayImages, ImageSet, StoredImages
 
 logger = logging.getLogger(__name__)
-
-
 PAGED = (".apng", ".avif", ".avifs", ".gif", ".heic", ".heics", ".heif", ".heifs", ".tif", ".tiff", ".webp")
 """Suffixes of files that may hold several images."""
-
-
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
 """Modes of Pillow's without colours."""
-
-
 LOOKED_AT = 256
 """Images of each part whose headers are read first: they say whether a set is in colour, unless all are grey."""
-
-
 MEASURED = 32
 """Number of training images that are checked for unused depth."""
-
-
 T = TypeVar("T")
 
 

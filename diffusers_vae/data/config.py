@@ -16,16 +16,10 @@ from .kinds import is_hub_id, kind_at
 
 OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column")
 """Settings of `DataConfig` that belong to one data set of rows."""
-
-
 OF_TRAINING = ("horizontal_flip", "vertical_flip", "color_jitter", "streaming", "shuffle_buffer", "lanes")
 """Those that change how a set is trained on, and not what is measured or encoded of it."""
-
-
 IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
 """Names of sets whose images are all of one size, and in memory."""
-
-
 PLACED = ("folder", "array", "datasets")
 """Names of sets that `data.root` says."""
 

@@ -13,8 +13,6 @@ from .parts import TRAINING, part_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 """What the name of a data set on the Hub looks like."""
-
-
 PARQUET = ".parquet"
 
 

@@ -37,12 +37,8 @@ from .store import FileStore, Store, left_out
 from .stream import load_stream
 
 logger = logging.getLogger(__name__)
-
-
 MEMORY_LIMIT = 2**31
 """Bytes of pixels up to which a set is read once and kept in memory."""
-
-
 Loaded = tuple["ImageSet", "ImageSet", "Layout"]
 
 

@@ -26,8 +26,6 @@ from .files import Files, Member
 from .kinds import IMAGE_SUFFIXES
 
 HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif")
-
-
 UNREAD = (
     *HEIF, ".arw", ".avif", ".bpg", ".cr2", ".cr3", ".cur", ".czi", ".dcm", ".dcx", ".dds", ".dicom", ".dng", ".emf",
     ".eps",
@@ -36,22 +34,14 @@ UNREAD = (
     ".ras", ".rw2", ".sgi", ".sr2", ".srw", ".svg", ".svgz", ".svs", ".wmf", ".xbm", ".xcf", ".xpm",
 )  # fmt: skip
 """Lower-case suffixes of other formats of images, HEIF among them unless pillow-heif is installed."""
-
-
 RENAMED = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})([^a-z.][^.]*|\.\d+)")
 """The end of names such as photo.jpg.1 (wget), photo.jpg_large and photo.png?size=large."""
-
-
 CONTENT = re.compile(
     rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftyp(avi|hei|mif)|.{128}DICM", re.DOTALL
 )
 """The beginnings of common image files."""
-
-
 MAX_SNIFFED = 1000
 """Files without a suffix whose beginning is read, at most."""
-
-
 _ONE_LARGE = threading.Lock()
 
 
@@ -91,8 +81,6 @@ of each are, so that a start need not read what takes an epoch. A small change b
 file then goes unnoticed. Changed pixels of a PNG or JPEG change nearly all bytes behind them, and thus the last
 sample. Times do not count, since a copied or downloaded set has others.
 """
-
-
 SAMPLED, SAMPLE = 2**14, 2**12
 """Bytes of a file, and of each of the samples of it, which are spread evenly from its beginning to its end."""
 

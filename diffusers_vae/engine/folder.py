@@ -25,8 +25,6 @@ from .checkpoint import check_fits, find_checkpoint, tidy
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-
 RESULTS = ("model", "pipeline", "evaluation.json")
 FILES = (
     *RESULTS,

@@ -37,8 +37,6 @@ FIGURES = {
     "loss": Figure("loss", "nats/image", "the objective: distortion without its constant + kl_weight * rate", 3),
 }
 """By the key in evaluation.json, in the order in which people are shown them."""
-
-
 TARGET_TOLERANCE = 0.05
 """Largest difference between a rate and its target, relative to the target, at which the target counts as reached."""
 

@@ -17,8 +17,6 @@ from .metrics import psnr
 
 SWAPPED = 64
 """Maximum number of images that `measure_swaps` reconstructs."""
-
-
 FAINT_COLOUR = 4 / 255
 """Root mean square of the images' colour, all together, in model range, below which they count as grey."""
 

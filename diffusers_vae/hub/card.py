@@ -38,8 +38,6 @@ DATA_NAMES = {
     "array": "NumPy arrays of images",
     "datasets": "a data set of rows",
 }
-
-
 OPTIONS = {
     f"{section}.{option.name}": option.default
     for section, settings, always in (
@@ -51,8 +49,6 @@ OPTIONS = {
     if option.name not in always
 }
 """Settings of which the card tells only when they are used, with their defaults."""
-
-
 NOT_RECIPE = {
     "root", "num_workers", "on_bad_image",
     "pretrained", "subfolder", "revision", "latents",

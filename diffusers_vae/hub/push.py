@@ -22,8 +22,6 @@ from .run import WEIGHTS, FinishedRun
 from .secrets import refuse_secrets, without_token
 
 T = TypeVar("T")
-
-
 logger = logging.getLogger(__name__)
 
 

@@ -211,31 +211,15 @@ def without_places(value: Any) -> Any:
 
 PLACE = re.compile(r"(?<![\w.:/\\~])(file:(//)?)?(~?/|[A-Za-z]:[/\\]|~?\\\\)\w[^\s'\"<>|]*")
 """A path in a text that leads out of the repository: absolute, or in a home directory."""
-
-
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-
-
 ADAPTER = "pytorch_lora_weights.safetensors"
-
-
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-
-
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
-
-
 WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-
-
 HUB_DATA = {
     "mnist": "ylecun/mnist",
     "fashion-mnist": "zalando-datasets/fashion_mnist",
     "cifar10": "uoft-cs/cifar10",
 }
-
-
 RECIPE = ("data", "model", "objective", "optimizer", "run")

@@ -49,8 +49,6 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 RANGE_FILE = "value_range.json"
-
-
 EXACT = 2**24
 """Width of a range of integers up to which float32 tells all of them apart in [-1, 1]: it has 2^23 + 1 values from 0.5
 to 1, to which the upper half of the range is mapped on its way.

@@ -23,20 +23,12 @@ from ..untrusted import check_pixels, count_pages, open_image, open_regular, rea
 
 NPY_HEADER = 2**14
 """Bytes of the header of an NPY, at most: NumPy itself refuses one of more than 10,000."""
-
-
 TILE = 2**26
 """Bytes of a tile of a TIFF, where it is larger than the image."""
-
-
 WRITTEN = ("NPY", "PNG", "TIFF")
 """Formats that `write_values` writes; files of others come back as PNG."""
-
-
 PHOTOMETRICS = ("MINISBLACK", "MINISWHITE", "RGB", "SEPARATED")
 """What the values of a TIFF may stand for; of others, they are a code for something else."""
-
-
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda values: values[:, :, ::-1],
     3: lambda values: values[:, ::-1, ::-1],

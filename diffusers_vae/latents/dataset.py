@@ -29,15 +29,9 @@ if TYPE_CHECKING:
 from .shards import COMPUTED, DTYPES, STORED, Kind, changed_shards, data_identity, read_index, read_tensors, shard_path
 
 logger = logging.getLogger(__name__)
-
-
 VERIFIED_AT_ONCE = 2**30
 """Bytes of a cache that is verified before it is trained on; a larger one is while it is."""
-
-
 LISTED = 20
-
-
 CHECKED = 256
 """Rows that are looked at together, for values that are not finite."""
 

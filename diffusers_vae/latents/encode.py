@@ -42,16 +42,10 @@ from .shards import (
 from .statistics import draw
 
 logger = logging.getLogger(__name__)
-
-
 CPU_VALUES, DEVICE_VALUES = 2**21, 2**29
 """Of the first feature map of a forward: such as stay in a CPU's caches, and such as fill a GPU within its memory."""
-
-
 AT_ONCE = 8 * CPU_VALUES
 """Of those of all forwards that a CPU does at a time."""
-
-
 GATHERED = 16
 """Batches after which latents leave the device, and after which processes hear of each other: both make it wait."""
 

@@ -19,29 +19,15 @@ from ..storage import described, digest_of
 from ..untrusted import check_type, read_json
 
 FORMAT = 1
-
-
 COMPUTED = ("compute_dtype", "float32")
 """Key in what a cache was computed from, and what one without it was computed in, as older ones are."""
-
-
 INDEX = "index.json"
-
-
 HEADER = "latent_cache"
 """Key in a shard's header; one alone, since safetensors writes several in a random order."""
-
-
 Kind = Literal["posterior", "sample", "mode"]
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What safetensors calls them."""
-
-
 IDENTITY = {
     "format": int,
     "kind": Kind,
@@ -58,8 +44,6 @@ IDENTITY = {
     },
 }
 """Types of the description of what a cache was computed from."""
-
-
 CONTENT = {
     "cache": IDENTITY,
     "data": str,

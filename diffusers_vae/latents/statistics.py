@@ -21,33 +21,19 @@ from ..processes import gather_parts, in_parts, process_share
 
 ACTIVE = 0.01
 """Variance of a unit's posterior mean over the data above which Burda et al. 2016, section 5.2, call it active."""
-
-
 EMPTY = 0.01
 """Rate in nats below which a unit's posterior counts as equal to the prior."""
-
-
 UNUSED = 0.05
 """A channel is unused if taking it from another image lowers the PSNR by less than this, in dB."""
-
-
 UNUSED_INFORMATION = 0.1
 """Where no decoder was run, a channel is unused if it holds less information than this, in nats per image."""
-
-
 POOR = 3.0
 """Reconstructions are poor if taking all latents from another image lowers the PSNR by less than this, in dB."""
-
-
 POOR_COLOUR = 1.0
 """The same for the error of the colours alone, in dB."""
-
-
 EXPLODED = 20.0
 """Std of a channel's latents above which the prior no longer constrains them. Published models: 0.65 (Stable Diffusion
 3) to 7.7 (Stable Diffusion XL)."""
-
-
 SLACK = 1e-3
 """Tolerance for rounding: values of images may exceed [-1, 1] by this much."""
 

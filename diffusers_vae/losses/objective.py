@@ -32,8 +32,6 @@ from ..images.ranges import to_unit_range
 
 START_SCALE = 1.0
 """Of a learned or optimal scale, where nothing is known of the errors yet: about that of a grey picture in [-1, 1]."""
-
-
 MEAN_LOSSES = {"gaussian": "F.mse_loss", "laplace": "F.l1_loss", "bernoulli": "F.binary_cross_entropy"}
 """By likelihood, the torch.nn.functional loss that is the mean of its error, up to a constant factor."""
 

@@ -13,8 +13,6 @@ from .objective import START_SCALE, ObjectiveConfig, ObjectiveTerms, VAEObjectiv
 
 SMALLEST_SCALE = 2 / 65535 / math.sqrt(12)
 """Of an optimal scale: the std of rounding to 16 bits. No file is more exact, and below it the loss has no bound."""
-
-
 DEVIATION_HALF_LIFE = 1_000
 """Images after which a step counts half in the mean that an optimal scale is computed from."""
 

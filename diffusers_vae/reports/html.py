@@ -32,14 +32,8 @@ from .wording import (
 )
 
 PNG_BYTES = 400_000  # above, a picture is a JPEG of quality 95 if that is smaller
-
-
 JPEG_QUALITIES = (95, 90, 80)  # the first that makes a picture no larger than the limit, or the last
-
-
 JPEG_BYTES = 700_000
-
-
 POINTS = 5000  # images in the picture of the latents, at most
 
 

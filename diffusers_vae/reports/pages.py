@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 # matplotlib and scikit-learn are imported where something is drawn: `--help` and `import *` need not wait for them
 DPI = 120
-
-
 PAGE_WIDTH = 1056  # pixels of images side by side: 16 of 64 with lines between them
 
 

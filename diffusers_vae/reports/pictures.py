@@ -22,14 +22,8 @@ from .charts import loss_picture, nats, rate_distortion_picture, rate_picture
 from .pages import PAGE_WIDTH, columns_for, new_figure, page, render, rows_for, steps_for, titled
 
 AMPLIFICATION = 4  # of differences
-
-
 DIFFERENCE = "grey where none, brighter where too bright"
-
-
 TSNE_POINTS = 2000
-
-
 CAPTIONS = {
     "reconstructions": (
         "Reconstructions",

@@ -78,12 +78,8 @@ def train(config: TrainConfig, memory_limit: int | None = None) -> TrainResult |
 
 STEPS_TO_COMPILE = 10_000
 """From which torch.compile, which takes some 10 to 30 seconds on two cores, saves more time than that."""
-
-
 IMAGES_FOR_BFLOAT16 = 256
 """In a forward, from which a perceptron gains by autocast: on two cores 1.3 times the images/s, with 128 none."""
-
-
 STABLER = (
     "To make training more stable, lower optimizer.learning_rate or raise optimizer.warmup_images or objective.scale"
 )

@@ -14,8 +14,6 @@ DIGIT_PHRASES = (
     "the number {name}",
     "{number}",
 )
-
-
 PHRASES = ("a picture of a {name}", "a {name}", "{name}")
 
 

@@ -51,14 +51,8 @@ from .text_to_image_config import LatentsConfig, TextToImageConfig
 from .tokenizer import caption_tokenizer
 
 logger = logging.getLogger(__name__)
-
-
 T = TypeVar("T")
-
-
 SCHEDULERS = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "dpm-solver": DPMSolverMultistepScheduler}
-
-
 PANELS = {
     "loss": "loss",
     "error": "squared error of the prediction",
