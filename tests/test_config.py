@@ -20,7 +20,7 @@ from diffusers_vae.cli.parser import TRAININGS, parse_settings, training_parser
 from diffusers_vae.data import DataConfig
 from diffusers_vae.engine.config import OptimizerConfig, RunConfig
 from diffusers_vae.latents.dataset import LatentDataset
-from diffusers_vae.losses.adversarial import AdversarialConfig
+from diffusers_vae.losses.adversarial import BETAS, AdversarialConfig
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.tasks.autoencoder import train
@@ -97,7 +97,7 @@ class TestRecipes:
         images = images_per_gpu * 2 * gpus
         assert config.run.batch_size == images and config.optimizer.learning_rate == pytest.approx(4.5e-6 * images)
         assert config.adversarial.start_images == first_step * images and config.adversarial.weight == 0.5
-        assert config.optimizer.betas == config.adversarial.betas == (0.5, 0.9)
+        assert config.optimizer.betas == BETAS
         assert config.adversarial.max_factor == 1e4
         # one transformation per forward of the published launch
         assert name == "kl-f8" or config.objective.transformations == images / images_per_gpu
@@ -219,6 +219,15 @@ class TestRemovedSettings:
 
     def test_help_does_not_list_it(self, training, section, name, value, advice):
         assert f"{section}.{name}" not in training_parser(training).format_help()
+
+
+def test_removed_betas_of_the_discriminator(tmp_path, capsys):
+    """A config.yaml of an older version states them."""
+    file = write(tmp_path / "config.yaml", "adversarial: {betas: [0.5, 0.9]}\n")
+    assert parse_settings(TRAIN, ["--config", file])[0] == parse_settings(TRAIN, [])[0]
+    with pytest.raises(SystemExit):
+        parse_settings(TRAIN, ["--adversarial.betas=[0.9,0.99]"])
+    assert "adversarial.betas was removed, got [0.9, 0.99]: the discriminator" in capsys.readouterr().err
 
 
 class TestImages:

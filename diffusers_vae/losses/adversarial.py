@@ -24,6 +24,10 @@ from ..fields import only_with, refuse_unread
 LECAM_DECAY = 0.99  # as in the code of Tseng et al. 2021
 
 
+BETAS = (0.5, 0.9)
+"""Of the discriminator's AdamW, as in latent-diffusion: decay of the averages of gradient and squared gradient."""
+
+
 @dataclass(frozen=True)
 class AdversarialConfig:
     """A discriminator that judges reconstructions by patches: Isola et al. 2017, Esser et al. 2021."""
@@ -50,8 +54,6 @@ class AdversarialConfig:
     """Layers of stride 2, n_layers of pix2pix; with 3, a patch is 70x70 pixels."""
     learning_rate: float | None = only_with(None, weight=True)
     """The discriminator's; null: optimizer.learning_rate. It follows the same schedule."""
-    betas: tuple[float, float] = only_with((0.5, 0.9), weight=True)
-    """Decay of the averages of the discriminator's gradient and squared gradient."""
     lecam_weight: float = only_with(0.0, weight=True)
     """Weight of the LeCam penalty, for small data sets: Tseng et al. 2021."""
     r1_weight: float = only_with(0.0, weight=True)
@@ -76,8 +78,6 @@ class AdversarialConfig:
             raise ValueError(f"adversarial.norm must be spectral or batch, got {self.norm!r}")
         if self.learning_rate is not None and not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"adversarial.learning_rate must be positive and finite or null, got {self.learning_rate}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"adversarial.betas must lie in [0, 1), got {self.betas}")
         refuse_unread("adversarial", self)
 
     def rise(self, images_seen: int) -> float:

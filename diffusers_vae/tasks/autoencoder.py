@@ -34,7 +34,7 @@ from ..images.ranges import ValueRange, to_model_range
 from ..latents.dataset import LatentDataset, Verification, matching_latents
 from ..latents.statistics import describe_latents, image_set_statistics
 from ..losses import equivariance
-from ..losses.adversarial import Adversary, PatchDiscriminator
+from ..losses.adversarial import BETAS, Adversary, PatchDiscriminator
 from ..losses.objective import MEAN_LOSSES, START_SCALE, VAEObjective
 from ..losses.perceptual import PerceptualLoss
 from ..losses.training_objective import TrainingObjective
@@ -321,7 +321,7 @@ class AutoencoderTask(Task):
             return None
         module = PatchDiscriminator(self.config.data.channels, config.width, config.layers, config.norm).to(device)
         self.adversary = Adversary(config, module)
-        self.discriminator_optimizer = torch.optim.AdamW(module.parameters(), betas=config.betas, weight_decay=0.0)
+        self.discriminator_optimizer = torch.optim.AdamW(module.parameters(), betas=BETAS, weight_decay=0.0)
         return Discriminator(module, self.discriminator_optimizer)
 
     def begin_step(self, images_seen: int, total_images: int, learning_rate: float) -> dict[str, float]:
