@@ -28,6 +28,7 @@ where they lie) or, like the number of processes, only how it is rounded."""
 REMOVED: dict[str, tuple[Any, str]] = {
     "adversarial.betas": ([0.5, 0.9], "the discriminator's optimizer always has 0.5 and 0.9"),
     "data.buckets": (None, "train on data.crops, or on whole images at one data.resolution"),
+    "evaluation.projection": ("pca", "the picture of latents always shows their principal components"),
     "evaluation.weights": (None, ""),
     "objective.perceptual_weights": (None, ""),
     "run.device_batch_size": (

@@ -221,13 +221,20 @@ class TestRemovedSettings:
         assert f"{section}.{name}" not in training_parser(training).format_help()
 
 
-def test_removed_betas_of_the_discriminator(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("section", "name", "default", "other", "said"),
+    [
+        ("adversarial", "betas", "[0.5, 0.9]", "[0.9, 0.99]", "the discriminator's optimizer"),
+        ("evaluation", "projection", "pca", "tsne", "the picture of latents"),
+    ],
+)
+def test_removed_settings_at_their_old_default_are_ignored(section, name, default, other, said, tmp_path, capsys):
     """A config.yaml of an older version states them."""
-    file = write(tmp_path / "config.yaml", "adversarial: {betas: [0.5, 0.9]}\n")
+    file = write(tmp_path / "config.yaml", f"{section}: {{{name}: {default}}}\n")
     assert parse_settings(TRAIN, ["--config", file])[0] == parse_settings(TRAIN, [])[0]
     with pytest.raises(SystemExit):
-        parse_settings(TRAIN, ["--adversarial.betas=[0.9,0.99]"])
-    assert "adversarial.betas was removed, got [0.9, 0.99]: the discriminator" in capsys.readouterr().err
+        parse_settings(TRAIN, [f"--{section}.{name}={other}"])
+    assert f"{section}.{name} was removed, got {other}: {said}" in capsys.readouterr().err
 
 
 class TestImages:
@@ -303,10 +310,6 @@ class TestIgnored:
             ("--model.train decoder", "model.train decoder .* model.pretrained null"),
             ("--objective.kl_cycles 2", "objective.kl_cycles 2 .* objective.kl_schedule constant: set .* to cyclical"),
             ("--data.root a/b --data.caption_column text", "data.caption_column text would be ignored"),
-            (
-                "--model.architecture mlp --model.latent_dim 2 --evaluation.projection tsne",
-                "evaluation.projection tsne would be ignored with model.latent_dim 2",
-            ),
         ],
     )
     def test_is_an_error_that_names_both(self, flags, words, capsys):

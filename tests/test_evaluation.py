@@ -515,7 +515,9 @@ class TestReport:
                 if field.name != "per_image":
                     assert f"`{field.name}`" in text, field.name
 
-    @pytest.mark.parametrize("settings", [{"seed": -1}, {"draws": 0}, {"lpips": ("resnet",)}, {"projection": "umap"}])
+    @pytest.mark.parametrize(
+        "settings", [{"seed": -1}, {"draws": 0}, {"lpips": ("resnet",)}, {"reconstruction": "best"}]
+    )
     def test_wrong_settings_name_themselves(self, settings):
         (name,) = settings
         with pytest.raises(ValueError, match=rf"evaluation\.{name} must"):

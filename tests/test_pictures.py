@@ -237,14 +237,6 @@ class TestLatents:
         plain, coloured = (np.asarray(latent_picture(model, images, 60, 100)) for images in (unlabelled, digits))
         assert len(np.unique(coloured.reshape(-1, 3), axis=0)) > len(np.unique(plain.reshape(-1, 3), axis=0))
 
-    @pytest.mark.slow
-    def test_tsne_repeats_is_of_few_images_and_leaves_the_global_generators_alone(self, digits):
-        model = MLPVAE(16, latent_dim=4).eval()
-        state = np.random.get_state()[1].copy()
-        all_of_them, thirty = (latent_picture(model, digits, 60, count, "tsne", 30) for count in (None, 30))
-        assert same(all_of_them, thirty) and np.array_equal(np.random.get_state()[1], state)
-        assert not same(thirty, latent_picture(model, digits, 60, 30))
-
 
 class TestCurves:
     @pytest.mark.slow

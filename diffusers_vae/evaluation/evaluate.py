@@ -60,8 +60,6 @@ class EvaluationConfig:
     rfid: bool = False
     """Frechet inception distance between the images and their reconstructions; its weights are found as those of
     `lpips`."""
-    projection: Literal["pca", "tsne"] = "pca"
-    """Of latents of more than two dimensions, to picture them."""
     fp16: bool = False
     """Whether float16 is tried too: the largest activations of each block, and whether force_upcast can be false."""
 
@@ -72,9 +70,8 @@ class EvaluationConfig:
                 raise ValueError(f"evaluation.{name} must be at least 1, got {value}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"evaluation.seed must lie in [0, 2^31), got {self.seed}")
-        for name, choices in (("reconstruction", ("mode", "sample")), ("projection", ("pca", "tsne"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"evaluation.{name} must be {' or '.join(choices)}, got {getattr(self, name)}")
+        if self.reconstruction not in ("mode", "sample"):
+            raise ValueError(f"evaluation.reconstruction must be mode or sample, got {self.reconstruction}")
         if wrong := [name for name in self.lpips if name not in ("alex", "vgg", "squeeze")]:
             raise ValueError(f"evaluation.lpips must name alex, vgg or squeeze, or several, got {wrong[0]}")
 

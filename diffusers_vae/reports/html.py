@@ -44,7 +44,7 @@ def draw_report(
     shown = min(POINTS, config.max_images or POINTS)
     posterior = report.posterior
     rates = posterior.rate_per_channel, posterior.rate_per_position, posterior.unused_channels
-    return draw_all(model, image_set, metrics, config.batch_size, shown, config.seed, *rates, config.projection)
+    return draw_all(model, image_set, metrics, config.batch_size, shown, config.seed, *rates)
 
 
 def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], title: str) -> str:

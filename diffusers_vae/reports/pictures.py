@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -23,7 +22,6 @@ from .pages import PAGE_WIDTH, columns_for, new_figure, page, render, rows_for, 
 
 AMPLIFICATION = 4  # of differences
 DIFFERENCE = "grey where none, brighter where too bright"
-TSNE_POINTS = 2000
 CAPTIONS = {
     "reconstructions": (
         "Reconstructions",
@@ -195,14 +193,10 @@ def latent_picture(
     image_set: ImageSet,
     batch_size: int,
     max_images: int | None,
-    projection: Literal["pca", "tsne"] = "pca",
-    tsne_points: int = TSNE_POINTS,
 ) -> Image.Image:
     """Posterior means of the first `max_images` images, coloured by label: 2-D latents as they are, others by their
-    first two principal components, or by t-SNE (van der Maaten & Hinton 2008) of at most `tsne_points` images.
+    first two principal components.
     """
-    if projection == "tsne":
-        max_images = min(max_images or tsne_points, tsne_points)
     indices, batches = [], []
     for _, chosen, images in image_batches(image_set, batch_size, max_images, model.device):
         indices += chosen
@@ -211,13 +205,6 @@ def latent_picture(
     units = means.shape[1]
     if units == 2:
         points, title, axis = means, "Posterior means", "latent unit"
-    elif projection == "tsne":
-        from sklearn.manifold import TSNE
-
-        perplexity = min(30, (len(means) - 1) / 3)
-        points = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(means)
-        title = f"Posterior means of {len(means):,} images, t-SNE of {units} units to 2"
-        axis = "t-SNE"
     else:
         from sklearn.decomposition import PCA
 
@@ -310,7 +297,6 @@ def draw_all(
     rate_per_channel: Sequence[float] | None = None,
     rate_per_position: Sequence[Sequence[float]] | None = None,
     unused: Collection[int] = (),
-    projection: Literal["pca", "tsne"] = "pca",
 ) -> dict[str, Image.Image]:
     """Every picture that there can be, by name: of `model` in eval mode, at most `max_images` images, the
     metrics.jsonl of its run, and measured rates with the channels that are `unused`.
@@ -331,7 +317,7 @@ def draw_all(
         pictures["manifold"] = manifold_picture(model, batch_size)
     # some of a set that is read on demand may be unreadable
     if min(len(images), len(image_set), max_images or len(image_set)) > 2 and math.prod(latent_shape) > 1:
-        pictures["latents"] = latent_picture(model, image_set, batch_size, max_images, projection)
+        pictures["latents"] = latent_picture(model, image_set, batch_size, max_images)
     if rate_per_channel is not None and rate_per_position is not None:
         pictures["rates"] = rate_picture(rate_per_channel, rate_per_position, unused)
     if metrics is not None:

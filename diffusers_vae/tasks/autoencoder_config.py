@@ -85,11 +85,6 @@ class TrainConfig(Settings):
                 f"data.caption_column {self.data.caption_column} would be ignored, since an autoencoder is trained "
                 "without captions: leave it out"
             )
-        if self.evaluation.projection != "pca" and self.model.latent_dim is not None and self.model.latent_dim <= 2:
-            raise ValueError(
-                f"evaluation.projection {self.evaluation.projection} would be ignored with model.latent_dim "
-                f"{self.model.latent_dim}, which needs none: leave it out"
-            )
         if self.model.latents and (self.data.changes_images or self.data.streaming):
             raise ValueError(
                 "model.latents are of a set of images as they are, and training would show others: leave out "

@@ -13,7 +13,6 @@ import pyarrow.parquet
 import pytest
 import sklearn.datasets
 import sklearn.decomposition
-import sklearn.manifold
 import torchmetrics.functional.image
 import torchmetrics.image.fid
 import torchmetrics.image.lpip
