@@ -99,7 +99,7 @@ def test_imports_only_from_rows_above(file):
         ("diffusers_vae/images/files.py", "from ..data.sources import Digits", False),
         (
             "diffusers_vae/tasks/autoencoder.py",
-            "from accelerate import Accelerator\nfrom .evaluation import evaluate",
+            "from accelerate import Accelerator\nfrom ..evaluation import evaluate",
             True,
         ),
         ("diffusers_vae/evaluation/evaluate.py", "import accelerate.utils", False),

@@ -34,6 +34,7 @@ MODEL = "Folder of a model, of a run or of a pipeline, or a repository on the Hu
 
 
 def command_parser(command: str, usage: str, description: str, example: str) -> ArgumentParser:
+    """Return the parser of the command `diffusers-vae COMMAND`, without flags yet."""
     return new_parser(usage, description, example, f"diffusers-vae {command}")
 
 
@@ -71,11 +72,13 @@ def picture_path(parsed: Namespace) -> Path:
 
 
 def add_source(parser: ArgumentParser) -> None:
+    """Add the flags that name a model within its repository."""
     parser.add_argument("--subfolder", type=str | None, default=None, help="Where in a repository the model lies.")
     parser.add_argument("--revision", type=str | None, default=None, help="Of a repository.")
 
 
 def add_loading(parser: ArgumentParser) -> None:
+    """Add the flags by which a model is loaded."""
     add_source(parser)
     parser.add_argument(
         "--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="Of the weights."
@@ -84,10 +87,12 @@ def add_loading(parser: ArgumentParser) -> None:
 
 
 def add_device(parser: ArgumentParser) -> None:
+    """Add `--device`."""
     parser.add_argument("--device", type=str | None, default=None, help="By default a GPU, if there is one.")
 
 
 def device_of(parsed: Namespace) -> torch.device | str:
+    """Return the device that was asked for, by default a GPU if there is one; ValueError if torch cannot use it."""
     device = parsed.device or PartialState(cpu=not torch.accelerator.is_available()).device
     try:
         torch.zeros(1, device=device)
@@ -97,6 +102,7 @@ def device_of(parsed: Namespace) -> torch.device | str:
 
 
 def load(parsed: Namespace, source: str) -> ModelMixin:
+    """Load the model `source`, in the dtype and on the device that were asked for."""
     device = device_of(parsed)
     dtype = getattr(torch, parsed.get("dtype", "float32"))
     return load_autoencoder(source, parsed.subfolder, parsed.revision, dtype).to(device)
@@ -108,6 +114,7 @@ ANY_DATA = ["--data.name", "folder"]
 
 @torch.no_grad()
 def latent_shape(model: ModelMixin) -> tuple[int, ...]:
+    """Return channels, height and width of the latents of an image of the model's size."""
     nothing = copy.deepcopy(model).to("meta")  # shapes alone: an image of full size may take long
     blank = torch.zeros(1, model.config.in_channels, *size_of(model), device="meta")
     return tuple(encode(nothing, blank).mean.shape[1:])

@@ -37,6 +37,7 @@ NEEDED = {
 
 
 def add_measuring(parser: ArgumentParser) -> None:
+    """Add the flags of a command that measures a model on images."""
     add_loading(parser)
     parser.add_argument("--out", type=str | None, default=None, help="Folder for the results.")
     add_images(parser)
@@ -46,6 +47,7 @@ def add_measuring(parser: ArgumentParser) -> None:
 
 
 def add_images(parser: ArgumentParser) -> None:
+    """Add the flags that choose the images."""
     parser.add_argument(
         "--split",
         type=Literal["held-out", "training", "all"] | None,

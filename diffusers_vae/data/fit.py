@@ -29,11 +29,13 @@ def scale_for(height: int, width: int, config: DataConfig) -> float:
 
 
 def scaled_size(height: int, width: int, config: DataConfig) -> tuple[int, int]:
+    """Return height and width of an image after `scale_for`, at least 1 each."""
     scale = scale_for(height, width, config)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def resized(pixels: torch.Tensor, config: DataConfig) -> torch.Tensor:
+    """Scale an image (C, H, W), then crop or pad it to the size of the set."""
     height, width = pixels.shape[-2:]
     if (height, width) == config.size:
         return pixels

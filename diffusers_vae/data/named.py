@@ -32,9 +32,10 @@ def heldout_indices(length: int, config: DataConfig) -> tuple[np.ndarray, np.nda
 
 
 def load_digits(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]]:
-    from sklearn.datasets import load_digits
+    """Return pixels (N, 1, 10, 10) uint8, labels and class names of scikit-learn's digits, training part first."""
+    import sklearn.datasets
 
-    digits = load_digits()
+    digits = sklearn.datasets.load_digits()
     pixels = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))
     pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1))  # the strokes touch the border of the 8x8 pixels
     labels = torch.from_numpy(digits.target.astype(np.int64))

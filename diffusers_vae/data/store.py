@@ -150,7 +150,7 @@ class Store(Protocol):
         transform: Callable[[torch.Tensor], torch.Tensor],
         scaled: Callable[[int, int], tuple[int, int]] | None,
     ) -> torch.Tensor:
-        """Its pixels, through `transform`: `images.read_image` or, if `config` takes them `as_they_are`, `read_raw`."""
+        """Its pixels, through `transform`: `read_image` or, if `config` takes them `as_they_are`, `read_raw`."""
         ...
 
 

@@ -91,6 +91,7 @@ def _check_launch(accelerator: Accelerator, run: RunConfig) -> None:
 
 
 def launch_summary(accelerator: Accelerator, run: RunConfig) -> str:
+    """Describe precision, processes and images per forward in a few words."""
     device_batch_size = run.batch_size // (accelerator.num_processes * run.gradient_accumulation_steps)
     precision = {"no": "float32"}.get(accelerator.mixed_precision, f"{accelerator.mixed_precision} autocast")
     return f"{precision} on {accelerator.num_processes} x {accelerator.device}, {device_batch_size} images per forward"

@@ -323,6 +323,7 @@ def _run(task: Task, accelerator: Accelerator, signals: Signals, finish: bool, p
 
 
 def find_task_run(task: Task) -> tuple[Path | None, RunResult | None]:
+    """Return the checkpoint and the result that `run.output_dir` holds, as `find_run` does."""
     return find_run(task.config, task.finished, task.build if task.builds_at_once else None)
 
 

@@ -72,6 +72,7 @@ def write_card(run: Path, config: HubConfig, evaluation: dict[str, Any]) -> None
 
 
 def render(run: FinishedRun, config: HubConfig) -> str:
+    """Return the text of the model card."""
     evaluation, protocol = run.evaluation, without_places(run.evaluation["protocol"])
     stock = run.model["_class_name"] == "AutoencoderKL"
     data = run.config["data"]

@@ -56,6 +56,7 @@ CONTENT = {
 
 
 def data_identity(image_set: ImageSet) -> dict[str, Any]:
+    """Describe the images that latents are computed from; equal for the same images."""
     labels, contents = None if image_set.labels is None else image_set.labels.tolist(), image_set.contents()
     return ({"contents": contents} if contents else {}) | {
         "fingerprint": image_set.fingerprint(),
@@ -68,6 +69,7 @@ def data_identity(image_set: ImageSet) -> dict[str, Any]:
 
 
 def shard_path(folder: Path, number: int) -> Path:
+    """Return the file of a shard."""
     return folder / f"shard-{number:05d}.safetensors"
 
 
@@ -112,6 +114,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
+    """Return the content of index.json.
+
+    Raises:
+        FileNotFoundError: when the latents are not complete, or there is no such folder.
+        ValueError: when it is damaged or of a newer version.
+    """
     path = folder / INDEX
     try:
         index = read_json(path)

@@ -23,6 +23,7 @@ VERDICT_COLOURS = {
 
 
 def nats(value: float) -> str:
+    """Format a rate: three digits, or all of those before the point."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 

@@ -26,6 +26,7 @@ PAGE_WIDTH = 1056  # pixels of images side by side: 16 of 64 with lines between 
 
 
 def new_figure(width: float, height: float) -> Figure:
+    """Return an empty matplotlib figure, `width` x `height` inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -36,6 +37,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def render(figure: Figure) -> Image.Image:
+    """Draw a matplotlib figure as an RGB picture."""
     figure.canvas.draw()
     return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 

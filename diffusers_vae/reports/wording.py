@@ -97,4 +97,5 @@ def value_text(value: Any) -> str:
 
 
 def words(name: str) -> str:
+    """Return a name with spaces instead of underscores."""
     return name.replace("_", " ")

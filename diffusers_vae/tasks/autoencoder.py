@@ -69,7 +69,7 @@ class TrainResult(RunResult):
 
 
 def train(config: TrainConfig, memory_limit: int | None = None) -> TrainResult | None:
-    """Train, evaluate and save as `config` says, and continue the run that `run.output_dir` holds: `loop.run_task`.
+    """Train, evaluate and save as `config` says, and continue the run in `run.output_dir`: see `run_task`.
 
     `memory_limit` is that of `load_data`.
     """
