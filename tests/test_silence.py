@@ -71,6 +71,7 @@ def fit_until(happen, config, ranks=(0,), workers=0, patience=SHORT):
 
 
 def stop(task):
+    time.sleep(4 * SHORT.tick)  # so that the others have heard of the step
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
