@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for name, images in sets.items()
             }
             for name, config in streams.items():  # in its own order, the part to train on
-                images, _ = load_data(replace(config, lanes=(1, max(1, workers))))
+                images, _ = load_data(config)
+                images.lanes = 1, max(1, workers)
                 own = [batch.tolist() for batch in images.batches(settings.batch_size, 0, 0, 0)]
                 loader = DataLoader(images, batch_sampler=own, num_workers=workers, collate_fn=_as_read)
                 loaders[name] = (loader, _images)

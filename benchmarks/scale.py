@@ -27,15 +27,18 @@ from typing import Literal, get_args
 import torch
 import torchvision
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from diffusers_vae.data import DataConfig, epoch_batches, load_data
-from diffusers_vae.engine.checkpoint import Discriminator, find_checkpoint, restore, save_checkpoint
+from diffusers_vae.engine.checkpoint import find_checkpoint
+from diffusers_vae.engine.state import TrainState
+from diffusers_vae.engine.step import Discriminator
 from diffusers_vae.losses.adversarial import PatchDiscriminator
+from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
+from diffusers_vae.tasks.autoencoder_config import TrainConfig
 
 SD = ModelConfig(
     latent_channels=4,
@@ -395,24 +398,25 @@ def checkpoint_rates(folder: Path, rounds: int, config: ModelConfig = SD) -> tup
     """Bytes/s, of each round, at which a checkpoint of a model, by default of Stable Diffusion's size, is written, and
     is checked and restored.
     """
-    accelerator = Accelerator(cpu=True)
-    model, judge = config.build(3, (RESOLUTION, RESOLUTION)), PatchDiscriminator(3)
-    optimizers = [torch.optim.AdamW(module.parameters()) for module in (model, judge)]
-    for module, optimizer in zip((model, judge), optimizers, strict=True):
-        for parameter in module.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-    judged = Discriminator(judge, optimizers[1])
-    state = (accelerator, model, optimizers[0], EMAModel(model.parameters()), judged)
+    judge = PatchDiscriminator(3)
+    judged = Discriminator(judge, torch.optim.AdamW(judge.parameters()))
+    settings = TrainConfig(data=DataConfig(channels=3, root=str(folder)), model=config, objective=ObjectiveConfig())
+    state = TrainState(
+        Accelerator(cpu=True), lambda: config.build(3, (RESOLUTION, RESOLUTION)), settings, ("distortion", "rate"),
+        torch.nn.Module.forward, judged,
+    )  # fmt: skip
+    for parameter in (*state.parameters, *judge.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+    state.take_step(judged=True)
+    state.zero_grad()
     write, read = [], []
     for number in tqdm(range(rounds), "checkpoints", disable=None):
-        progress = {"step": number, "images_seen": number + 1}
-        wrote = seconds(save_checkpoint, folder, *state, progress, {}, [], 1)
+        state.step, state.images_seen = number, number + 1
+        wrote = seconds(state.save, folder, {}, [], 1)
         path = next(folder.iterdir())
         size = sum(file.stat().st_size for file in path.iterdir())
         write.append(size / wrote)
-        read.append(size / (seconds(find_checkpoint, folder) + seconds(restore, path, *state)))
+        read.append(size / (seconds(find_checkpoint, folder) + seconds(state.load, path)))
     return write, read
 
 

@@ -27,6 +27,7 @@ where they lie) or, like the number of processes, only how it is rounded."""
 
 REMOVED: dict[str, tuple[Any, str]] = {
     "adversarial.betas": ([0.5, 0.9], "the discriminator's optimizer always has 0.5 and 0.9"),
+    "data.lanes": (None, ""),
     "data.buckets": (None, "train on data.crops, or on whole images at one data.resolution"),
     "evaluation.projection": ("pca", "the picture of latents always shows their principal components"),
     "evaluation.weights": (None, ""),
@@ -41,7 +42,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
 other value is an error or, if the advice is empty because the setting changed no result, ignored too.
 """
 
-KEPT_SETTINGS = ("data.channels", "data.lanes", "run.compile", "run.mixed_precision")
+KEPT_SETTINGS = ("data.channels", "run.compile", "run.mixed_precision")
 """Where these are left open, a run that is continued keeps the values that it was begun with."""
 
 

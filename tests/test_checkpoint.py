@@ -12,18 +12,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from support.files import flip
+from support.runs import tiny
 
-from diffusers_vae.engine.checkpoint import (
-    FORMAT,
-    Discriminator,
-    find_checkpoint,
-    read_progress,
-    restore,
-    save_checkpoint,
-    tidy,
-)
+from diffusers_vae.engine.checkpoint import FORMAT, find_checkpoint, read_progress, tidy
+from diffusers_vae.engine.state import TrainState
+from diffusers_vae.engine.step import Discriminator
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.storage import delete_folder, digest_of, naming, watch, whole_folder, write_file
 
@@ -31,38 +25,36 @@ from diffusers_vae.storage import delete_folder, digest_of, naming, watch, whole
 class State:
     """A tiny model with everything that is trained beside it, some steps from where it began."""
 
-    def __init__(self, seed: int, steps: int = 0):
+    def __init__(self, seed: int, steps: int = 0, hidden_dim: int = 8, critic: torch.nn.Module | None = None):
         torch.manual_seed(seed)
-        self.accelerator = Accelerator(cpu=True)
-        self.model = ModelConfig(architecture="mlp", hidden_dim=8, latent_dim=2).build(1, (8, 8))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-        self.ema = EMAModel(self.model.parameters(), use_ema_warmup=True, inv_gamma=20, power=1)
-        critic = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(64, 1))
+        model = ModelConfig(architecture="mlp", hidden_dim=hidden_dim, latent_dim=2)
+        critic = critic or torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(64, 1))
         self.discriminator = Discriminator(critic, torch.optim.AdamW(critic.parameters(), lr=1e-2))
+        self.state = TrainState(
+            Accelerator(cpu=True), lambda: model.build(1, (8, 8)), tiny("unused", seed=seed, ema_decay=0.9999),
+            ("distortion", "rate"), blank=lambda model: pytest.fail("one process"), discriminator=self.discriminator,
+        )  # fmt: skip
+        self.state.interval.put([0.1, 1 / 3, 0.0, 2.0])
         for _ in range(steps):
             self.step()
 
     def step(self):
         images = torch.rand(4, 1, 8, 8) * 2 - 1
-        reconstructions = self.model(images, sample_posterior=True).sample
+        reconstructions = self.state.model(images, sample_posterior=True).sample
         (reconstructions.pow(2).sum() + self.discriminator.module(reconstructions.flatten(1)).sum()).backward()
-        for optimizer in (self.optimizer, self.discriminator.optimizer):
-            optimizer.step()
-            optimizer.zero_grad()
-        self.ema.step(self.model.parameters())
-
-    def parts(self):
-        return self.accelerator, self.model, self.optimizer, self.ema, self.discriminator
+        self.state.take_step(judged=True)
+        self.state.zero_grad()
 
     def save(self, folder, images_seen, keep=10):
         copy = folder.parent / "config.yaml"
         if not copy.exists():
             copy.write_text("run: {seed: 0}\n")
-        progress = {"images_seen": images_seen, "step": images_seen}
-        return save_checkpoint(folder, *self.parts(), progress, {"sums": [0.1, 1 / 3]}, [copy], keep)
+        self.state.images_seen = self.state.step = images_seen
+        return self.state.save(folder, {"learned": 0.1}, [copy], keep)
 
     def values(self):
-        return [*self.model.parameters(), *self.ema.shadow_params, *self.discriminator.module.state_dict().values()]
+        parts = self.state.plain_model.parameters(), self.state.ema.shadow_params
+        return [*parts[0], *parts[1], *self.discriminator.module.state_dict().values()]
 
 
 @pytest.fixture
@@ -84,13 +76,13 @@ class TestRoundTrip:
         for _ in range(3):
             first.step()
         second = State(seed=1, steps=5)
-        restore(path, *second.parts())
+        second.state.load(path)
         assert drawn == (random.random(), np.random.standard_normal(), torch.randn(3).tolist())
         for _ in range(3):
             second.step()
         assert all(torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))
-        for p, q in zip(first.model.parameters(), second.model.parameters(), strict=True):
-            a, b = first.optimizer.state[p], second.optimizer.state[q]
+        for p, q in zip(first.state.parameters, second.state.parameters, strict=True):
+            a, b = first.state.optimizer.state[p], second.state.optimizer.state[q]
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
     @pytest.mark.slow
@@ -100,22 +92,21 @@ class TestRoundTrip:
         if not maps.exists():
             pytest.skip("needs /proc")
         first, second = State(seed=0, steps=1), State(seed=1)
-        restore(first.save(folder, 12), *second.parts())
+        second.state.load(first.save(folder, 12))
         gc.collect()
         assert str(folder) not in maps.read_text()
 
     def test_a_discriminator_that_it_does_not_hold_stays_new(self, folder):
         first, second = State(seed=0, steps=2), State(seed=1)
-        first.discriminator = None
+        first.state.discriminator = None
         begun = [value.clone() for value in second.discriminator.module.state_dict().values()]
-        restore(first.save(folder, 12), *second.parts())
+        second.state.load(first.save(folder, 12))
         assert all(map(torch.equal, begun, second.discriminator.module.state_dict().values()))
 
     def test_another_discriminator_is_refused(self, folder):
-        first, other = State(seed=0, steps=1), State(seed=0)
-        other.discriminator = Discriminator(torch.nn.Linear(3, 1), other.discriminator.optimizer)
+        first, other = State(seed=0, steps=1), State(seed=0, critic=torch.nn.Linear(3, 1))
         with pytest.raises(ValueError, match="of another discriminator"):
-            restore(first.save(folder, 12), *other.parts())
+            other.state.load(first.save(folder, 12))
 
     def test_a_discriminator_that_is_not_finite_is_not_saved(self, folder):
         state = State(seed=0, steps=1)
@@ -126,7 +117,7 @@ class TestRoundTrip:
     def test_numbers_come_back_as_they_were(self, folder):
         path = State(seed=0, steps=1).save(folder, 12)
         progress, own = read_progress(path, 0)
-        assert progress["images_seen"] == 12 and own["sums"] == [0.1, 1 / 3]
+        assert progress["images_seen"] == 12 and own["interval"] == [0.1, 1 / 3, 0, 2]
         assert read_progress(path, 1)[1] == {}
         assert (path / "config.yaml").read_text() == "run: {seed: 0}\n"
 
@@ -136,12 +127,11 @@ class TestRoundTrip:
 
     def test_another_model_is_refused(self, folder):
         path = State(seed=0, steps=1).save(folder, 12)
-        other = State(seed=0)
-        other.model = ModelConfig(architecture="mlp", hidden_dim=9, latent_dim=2).build(1, (8, 8))
+        other = State(seed=0, hidden_dim=9)
         with pytest.raises(
             ValueError, match=r"of another model.*decoder\.0\.bias has the shape \(8,\) there and \(9,\) here"
         ):
-            restore(path, *other.parts())
+            other.state.load(path)
 
     def test_the_newest_are_kept(self, folder):
         state = State(seed=0, steps=1)
@@ -179,7 +169,7 @@ class TestRoundTrip:
         state = State(seed=0, steps=1)
         before = state.save(folder, 4, keep=1)
         with torch.no_grad():
-            state.model.mean.weight[0, 0] = torch.inf
+            state.state.model.mean.weight[0, 0] = torch.inf
         with pytest.raises(FloatingPointError, match=r"diverged after step 8: 1 tensors .* mean\.weight"):
             state.save(folder, 8, keep=1)
         assert find_checkpoint(folder) == (before, [])

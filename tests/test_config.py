@@ -62,8 +62,7 @@ class TestPresets:
         config, dry = read_preset(preset, pretrained)
         assert config.run.output_dir == f"runs/{preset.stem}" and not dry
         images = {"digits": 1617, "folder": 20_000}.get(config.data.name, 60_000)
-        training = TEXT_TO_IMAGE if preset.stem.endswith("-t2i") else TRAIN
-        assert training.task(config).unreached(config.run.total_images(images)) == []
+        assert config.unreached(config.run.total_images(images)) == []
 
     def test_says_what_to_expect(self, preset):
         head = preset.read_text().split("\n\n")[0]

@@ -35,10 +35,9 @@ from support.runs import tiny
 from diffusers_vae import LatentDataset, encode_images
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.engine.checkpoint import find_checkpoint
-from diffusers_vae.engine.loop import run_task
 from diffusers_vae.evaluation.evaluate import EvaluationConfig
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.tasks.autoencoder import AutoencoderTask, train
+from diffusers_vae.tasks.autoencoder import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork")]
 
@@ -52,7 +51,7 @@ def config_of(**run):
 
 
 def run_loop() -> None:
-    run_task(AutoencoderTask(config_of()), finish=False)
+    train(config_of(), finish=False)
 
 
 def run_whole() -> None:

@@ -24,14 +24,16 @@ from support.runs import (
     LAUNCH,
     ROOT,
     TINY_VAE,
-    NotANumber,
     assert_same_gradient,
     at,
     begun,
+    end,
     fit,
+    fit_with,
     group_is_gone,
     interrupted_at,
     left_behind,
+    not_a_number,
     records,
     tensors,
     tiny,
@@ -42,14 +44,13 @@ from support.runs import (
 from diffusers_vae.data import DataConfig, epoch_batches, load_data
 from diffusers_vae.engine.config import OptimizerConfig
 from diffusers_vae.engine.launch import FSDP2_TORCH
-from diffusers_vae.engine.loop import run_task
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.latents.statistics import measure_latents
 from diffusers_vae.losses.adversarial import AdversarialConfig
 from diffusers_vae.losses.objective import Gaussian, ObjectiveConfig, VAEObjective
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.processes import on_main, process_share
-from diffusers_vae.tasks.autoencoder import AutoencoderTask
+from diffusers_vae.tasks.autoencoder_step import build_model
 
 pytestmark = pytest.mark.slow
 
@@ -192,22 +193,16 @@ class TestSameResult:
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-class Kept(AutoencoderTask):
-    """Keeps the models that it builds."""
-
-    models: list[torch.nn.Module]
-
-    def build(self):
-        self.models.append(super().build())
-        return self.models[-1]
-
-
 def train_and_save_weights(config, folder):
     """The weights that each process has after training."""
-    task = Kept(config)
-    task.models = []
-    run_task(task, finish=False)
-    (model,) = (model for model in task.models if next(model.parameters()).device.type != "meta")
+    models = []
+
+    def build(config):
+        models.append(build_model(config))
+        return models[-1]
+
+    fit_with(config, build=build)
+    (model,) = (model for model in models if next(model.parameters()).device.type != "meta")
     torch.save(model.state_dict(), folder / f"{os.environ['RANK']}.pt")
 
 
@@ -291,7 +286,7 @@ def children(process):
 
 
 def train_not_a_number(config):
-    run_task(NotANumber(config))
+    fit_with(config, change=not_a_number, finish=end)
 
 
 class TestFailure:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusers_vae import VAE
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig, fast_dtype, speed_up_norms
-from diffusers_vae.tasks.autoencoder import AutoencoderTask
+from diffusers_vae.tasks.autoencoder import fast_in_bfloat16
 
 SMALLEST_VAE = ModelConfig(
     block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False
@@ -52,12 +52,12 @@ class TestPrecision:
         cpu = torch.device("cpu")
         for forwards, expected in ((1, True), (2, False)):
             run = tiny(tmp_path, TINY_MLP, batch_size=256, gradient_accumulation_steps=forwards)
-            assert AutoencoderTask(run).gains_by_bfloat16(cpu) == expected
-        whole = AutoencoderTask(tiny(tmp_path, TINY_MLP, batch_size=256))
-        assert not whole.gains_by_bfloat16(torch.device("cuda"))  # never tried
+            assert fast_in_bfloat16(run, cpu) == expected
+        whole = tiny(tmp_path, TINY_MLP, batch_size=256)
+        assert not fast_in_bfloat16(whole, torch.device("cuda"))  # never tried
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert not whole.gains_by_bfloat16(cpu)
-        assert AutoencoderTask(tiny(tmp_path, TINY_VAE)).gains_by_bfloat16(cpu)
+        assert not fast_in_bfloat16(whole, cpu)
+        assert fast_in_bfloat16(tiny(tmp_path, TINY_VAE), cpu)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("asked", ["bf16", "no"])

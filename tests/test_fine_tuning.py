@@ -16,13 +16,12 @@ from safetensors.torch import load_file, save_file
 from support.hub import TOKEN, connect, uploaded
 from support.launches import run_forked
 from support.models import original
-from support.runs import assert_same_gradient, at, fit, interrupted_at, left_behind, tensors, tiny
+from support.runs import assert_same_gradient, at, fit, fit_with, interrupted_at, left_behind, tensors, tiny
 
 from diffusers_vae import VAE, encode_images
 from diffusers_vae.cli.parser import TRAININGS, parse_settings
 from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.engine.config import OptimizerConfig
-from diffusers_vae.engine.loop import run_task
 from diffusers_vae.evaluation.compare import compare
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.hub.config import HubConfig
@@ -33,7 +32,8 @@ from diffusers_vae.latents.statistics import measure_latents
 from diffusers_vae.losses.adversarial import AdversarialConfig
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import LATENT_PARTS, ModelConfig, load_autoencoder, unmeasured, weights_hash
-from diffusers_vae.tasks.autoencoder import AutoencoderTask, train
+from diffusers_vae.tasks.autoencoder import train
+from diffusers_vae.tasks.autoencoder_step import build_model
 
 DATA = DataConfig(resolution=8)
 NO_LATENTS = {"scaling_factor", "shift_factor"}
@@ -223,34 +223,35 @@ def test_only_what_patterns_name_moves(patterns, prefixes, unchanged, base, tmp_
     assert (factors == {"scaling_factor": 0.18215, "shift_factor": None}) is unchanged
 
 
-class Watched(AutoencoderTask):
-    """Notes the batches that the encoder of the model in training sees."""
+def watched(config):
+    """The batches that the encoder of the model in training sees."""
+    encoded = []
 
-    def build(self):
-        model, self.encoded = super().build(), []
+    def build(config):
+        model = build_model(config)
 
         def note(encoder, given, moments):
             if model.training:
-                self.encoded.append(given[0])
+                encoded.append(given[0])
 
         model.encoder.register_forward_hook(note)
         return model
+
+    fit_with(config, build=build)
+    return encoded
 
 
 class TestLatentCache:
     @pytest.mark.slow
     def test_gives_the_same_weights_and_the_encoder_does_not_run(self, decoder_run, base, cache, tmp_path):
         config = tuning(tmp_path / "cached", base, {"latents": str(cache)})
-        task = Watched(config)
-        run_task(task, finish=False)
-        assert task.encoded == []
+        assert watched(config) == []
         for name in ("model", "ema"):
             expected, found = (tensors(output(c), 180, name) for c in (decoder_run, config))
             for key, each in expected.items():
                 torch.testing.assert_close(found[key], each, rtol=0, atol=1e-5)
-        task = Watched(tuning(tmp_path / "images", base, max_images=60))
-        run_task(task, finish=False)
-        assert [len(images) for images in task.encoded] == [30, 30]  # so the hook sees what it is to see
+        encoded = watched(tuning(tmp_path / "images", base, max_images=60))
+        assert [len(images) for images in encoded] == [30, 30]  # so the hook sees what it is to see
 
     @pytest.mark.slow
     def test_resumed_run_is_bit_identical(self, base, cache, tmp_path):

@@ -24,10 +24,11 @@ from support.launches import INTERRUPTED, Launch, command, run_forked, without_o
 from support.runs import (
     LAUNCH,
     TINY_VAE,
-    Unmeasured,
     at,
     begun,
+    end,
     fit,
+    fit_with,
     group_is_gone,
     interrupted_at,
     left_behind,
@@ -41,11 +42,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from diffusers_vae import cli
 from diffusers_vae.data import DataConfig
 from diffusers_vae.engine.checkpoint import find_checkpoint
-from diffusers_vae.engine.loop import Interrupted, run_task
 from diffusers_vae.evaluation.evaluate import EvaluationConfig
 from diffusers_vae.evaluation.report import read_report
 from diffusers_vae.losses.objective import ObjectiveConfig
-from diffusers_vae.tasks.autoencoder import AutoencoderTask, train
+from diffusers_vae.processes import Interrupted
+from diffusers_vae.tasks.autoencoder import train
+from diffusers_vae.tasks.autoencoder_step import AutoencoderStep
 
 FEW = DataConfig(resolution=8, heldout_fraction=0.9)
 """180 images to train on."""
@@ -224,7 +226,7 @@ class TestFinishedRun:
     def test_end_is_done_again_if_the_evaluation_cannot_be_read(self, run, text, caplog):
         path = Path(run.run.output_dir) / "evaluation.json"
         path.write_text(text)
-        result = run_task(Unmeasured(run))
+        result = fit_with(run, finish=end)
         assert result.train_images == 1617  # not known of a run that had finished before
         assert "evaluation.json is damaged" in caplog.text
 
@@ -232,7 +234,7 @@ class TestFinishedRun:
     def test_report_that_is_damaged_is_named(self, run, caplog):
         path = Path(run.run.output_dir) / "report.html"
         path.write_bytes(path.read_bytes().replace(b"<body", b"\xff<body"))
-        run_task(Unmeasured(run))
+        fit_with(run, finish=end)
         assert f"{path} is damaged" in caplog.text
 
     @pytest.mark.slow
@@ -462,19 +464,19 @@ def fit_in_a_group(config):
     fit(config, memory_limit=0)
 
 
-class Slow(Unmeasured):
+class Slow(AutoencoderStep):
     """Takes minutes for each step but the first."""
 
-    def step(self, model, read, draws):
+    def __call__(self, model, read, inputs):
         if any((Path(self.config.run.output_dir) / "checkpoints").glob("images-*")):
             Path(self.config.run.output_dir, "in a step").touch()
             for _ in range(100):
                 time.sleep(1)
-        return super().step(model, read, draws)
+        return super().__call__(model, read, inputs)
 
 
 def fit_slowly(config):
-    run_task(Slow(config))
+    fit_with(config, step=Slow)
 
 
 @pytest.mark.slow
@@ -512,14 +514,14 @@ class TestSignals:
         assert launch.wait() == [75]
 
     def test_step_that_a_signal_came_in_is_saved_before_the_next_checkpoint_is_due(self, tmp_path):
-        class Signalled(AutoencoderTask):
-            def begin_step(self, images_seen, total_images, learning_rate):
+        class Signalled(AutoencoderStep):
+            def begin(self, images_seen, total_images, learning_rate):
                 if images_seen == 60:
                     os.kill(os.getpid(), signal.SIGTERM)
-                return super().begin_step(images_seen, total_images, learning_rate)
+                return super().begin(images_seen, total_images, learning_rate)
 
         with pytest.raises(Interrupted, match=r"asked to stop \(SIGTERM\)"):
-            run_task(Signalled(tiny(tmp_path / "run", checkpoint_every=10**6)), finish=False)
+            fit_with(tiny(tmp_path / "run", checkpoint_every=10**6), step=Signalled)
         assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["images-000000000090"]
 
     @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -540,17 +542,16 @@ class TestSignals:
     def test_interruption_stays_one_where_code_makes_another_error_of_it(self, tmp_path):
         """The import of a library in C does so."""
 
-        class Importing(AutoencoderTask):
-            def finish(self, *arguments):
-                try:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    time.sleep(5)
-                except BaseException as error:
-                    raise ImportError("initialization failed") from error
+        def importing(*_):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            except BaseException as error:
+                raise ImportError("initialization failed") from error
 
         with pytest.raises(Interrupted, match=r"asked to stop \(SIGTERM\)"):
-            run_task(Importing(tiny(tmp_path / "run")))
-        assert run_task(Unmeasured(tiny(tmp_path / "run"))).train_images == 1617
+            fit_with(tiny(tmp_path / "run"), finish=importing)
+        assert fit_with(tiny(tmp_path / "run"), finish=end).train_images == 1617
 
     @pytest.mark.parametrize("on_bad_image", ["stop", "skip"])
     def test_images_that_are_read_at_a_signal_are_no_bad_ones(self, on_bad_image, cifar_folder, tmp_path, monkeypatch):

@@ -24,9 +24,8 @@ from torch.utils.data import DataLoader
 from diffusers_vae import cli
 from diffusers_vae.data import DataConfig, holds_rows, load_data, load_split, look
 from diffusers_vae.data.rows import find_columns, find_parts, open_rows, read_labels
-from diffusers_vae.engine.loop import run_task
 from diffusers_vae.evaluation.evaluate import EvaluationConfig
-from diffusers_vae.tasks.autoencoder import AutoencoderTask
+from diffusers_vae.tasks.autoencoder import train
 
 SLOW = pytest.mark.slow
 TOKEN = "hf_" + "a" * 34
@@ -456,7 +455,7 @@ class TestCommands:
 def train_from(hub, cache, config, finish):
     """Train on what the Hub at the URL `hub` has, reading on demand."""
     connect(pytest.MonkeyPatch(), hub, cache)
-    run_task(AutoencoderTask(config, memory_limit=0), finish)
+    train(config, memory_limit=0, finish=finish)
 
 
 @pytest.mark.slow

@@ -7,20 +7,20 @@ import signal
 import threading
 import time
 from functools import partial
+from typing import ClassVar
 
 import psutil
 import pytest
 import torch
 from support.launches import Launch, run_forked, without_output
-from support.runs import TINY_VAE, fit, left_behind, tiny
+from support.runs import TINY_VAE, fit, fit_with, left_behind, tiny
 
 from diffusers_vae.cli.encode import run_encode
 from diffusers_vae.cli.evaluate import run_evaluate
 from diffusers_vae.data import ArrayImages, DataConfig
-from diffusers_vae.engine.loop import run_task
 from diffusers_vae.processes import on_main, process_share
 from diffusers_vae.silence import Patience, report_progress, watched
-from diffusers_vae.tasks.autoencoder import AutoencoderTask
+from diffusers_vae.tasks.autoencoder_step import AutoencoderStep
 
 SHORT = Patience(warning=1, end=3)
 AT = 150
@@ -49,33 +49,29 @@ def assert_continued(config, reference, log, processes):
     assert left_behind(config.run.output_dir) == left_behind(reference)
 
 
-class Happens(AutoencoderTask):
-    """After some images, `happen` is called on the processes `ranks`."""
-
-    ranks, happen, workers_wanted = (0,), None, 0
-
-    def load(self, accelerator):
-        super().load(accelerator)
-        self.workers = self.workers_wanted
-
-    def begin_step(self, images_seen, *arguments):
-        if images_seen == AT and process_share()[0] in self.ranks:
-            self.happen()
-        return super().begin_step(images_seen, *arguments)
-
-
 def fit_until(happen, config, ranks=(0,), workers=0, patience=SHORT):
-    task = Happens(config)
-    task.ranks, task.happen, task.workers_wanted = ranks, partial(happen, task), workers
-    run_task(task, finish=False, patience=patience)
+    """Train, and call `happen` with the training set after some images on the processes `ranks`."""
+    loaded = []
+
+    def change(data):
+        loaded.append(data.train_set)
+        return dataclasses.replace(data, workers=workers)
+
+    class Happens(AutoencoderStep):
+        def begin(self, images_seen, *arguments):
+            if images_seen == AT and process_share()[0] in ranks:
+                happen(loaded[0])
+            return super().begin(images_seen, *arguments)
+
+    fit_with(config, step=Happens, change=change, patience=patience)
 
 
-def stop(task):
+def stop(train_set):
     time.sleep(4 * SHORT.tick)  # so that the others have heard of the step
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def stop_workers(task):
+def stop_workers(train_set):
     for child in psutil.Process().children():
         child.suspend()
 
@@ -97,21 +93,17 @@ class Slow(ArrayImages):
         return self.__getitems__(indices)
 
 
-def replace_images(kind, pipe, task):
+def replace_images(kind, pipe, train_set):
     """From now on, this process reads images of another `kind`."""
-    task.train_set.__class__, task.train_set.pipe = kind, pipe
-
-
-class SlowFromTheStart(Happens):
-    def load(self, accelerator):
-        super().load(accelerator)
-        self.train_set.__class__ = Slow
+    train_set.__class__, train_set.pipe = kind, pipe
 
 
 def fit_slowly(config):
-    task = SlowFromTheStart(config)
-    task.ranks, task.workers_wanted = (), 1
-    run_task(task, finish=False, patience=Patience(warning=1, end=2.5))
+    def change(data):
+        data.train_set.__class__ = Slow
+        return dataclasses.replace(data, workers=1)
+
+    fit_with(config, change=change, patience=Patience(warning=1, end=2.5))
 
 
 def compute(seconds):
@@ -271,17 +263,18 @@ class TestWorkers:
         assert "reading takes long" in output and "error" not in output
 
 
-class Threads(AutoencoderTask):
+class Threads(AutoencoderStep):
     """Notes the threads that there are in a step."""
 
-    def begin_step(self, *arguments):
-        self.found = set(threading.enumerate())
-        return super().begin_step(*arguments)
+    found: ClassVar = set()
+
+    def begin(self, *arguments):
+        self.found.update(threading.enumerate())
+        return super().begin(*arguments)
 
 
 def test_one_process_has_no_thread_for_it(tmp_path):
     before = set(threading.enumerate())
-    task = Threads(tiny(tmp_path / "run"))
-    run_task(task, finish=False)
-    added = {type(thread).__module__.split(".")[0] for thread in task.found - before}
+    fit_with(tiny(tmp_path / "run"), step=Threads)
+    added = {type(thread).__module__.split(".")[0] for thread in Threads.found - before}
     assert added <= {"tqdm"}  # which refreshes the bar

@@ -125,9 +125,15 @@ class ByMicroBatch:
         return self.train_set.read(micro_batch)
 
 
-def read_by(processes: int, workers: int, config: DataConfig, images_seen: int = 0) -> Steps:
-    """What a run reads by so many processes with so many workers each, from `images_seen` on."""
+def read_by(
+    processes: int, workers: int, config: DataConfig, images_seen: int = 0, lanes: tuple[int, int] | None = None
+) -> Steps:
+    """What a run reads by this number of processes with this number of workers each, from `images_seen` on; of a
+    stream, in the order of a run that was begun with `lanes`.
+    """
     train_set, _ = load_data(config, memory_limit=0)
+    if config.streaming:
+        train_set.lanes = lanes or (processes, max(1, workers))
     steps: Steps = {}
     for rank in range(processes):
         own = pickle.loads(pickle.dumps(train_set))  # nothing that another process has read or opened
@@ -158,7 +164,7 @@ def whole(roots):
 
     def read(name: str) -> Steps:
         if name not in found:
-            found[name] = read_by(2, 2, config_of(name, roots, lanes=(2, 2) if name in STREAMS else None))
+            found[name] = read_by(2, 2, config_of(name, roots))
         return found[name]
 
     return read
@@ -199,13 +205,13 @@ class TestEverySource:
     def test_continued_within_an_epoch_reads_the_same(self, name, roots, whole):
         expected = whole(name)
         middle = min(seen for seen in expected if seen > 1.4 * TRAIN)
-        found = read_by(2, 2, config_of(name, roots, lanes=(2, 2) if name in STREAMS else None), middle)
+        found = read_by(2, 2, config_of(name, roots), middle)
         assert found == {seen: ranks for seen, ranks in expected.items() if seen >= middle}
 
     def test_images_of_a_step_do_not_depend_on_processes(self, name, roots, whole, alone):
         expected = together(whole(name))
         if name in STREAMS:  # its order depends on the pieces, which a run keeps, whatever the number of processes
-            assert together(read_by(1, 0, config_of(name, roots, lanes=(2, 2)))) == expected
+            assert together(read_by(1, 0, config_of(name, roots), lanes=(2, 2))) == expected
             assert together(alone(name)) != expected and everything(alone(name)) == everything(whole(name))
         else:
             assert together(alone(name)) == expected

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-import yaml
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Picture
 from pyarrow import parquet
@@ -204,7 +203,8 @@ class TestRowGroups:
     @pytest.mark.slow
     def test_each_row_group_is_read_by_one_worker(self, root, reads):
         """Except those at the ends of the 4 pieces and of the last batch."""
-        train, _ = load_data(config(root, lanes=(2, 2)))
+        train, _ = load_data(config(root))
+        train.lanes = 2, 2
         for reads.reader in ((rank, worker) for rank in range(2) for worker in range(2)):
             own = pickle.loads(pickle.dumps(train))  # nothing that another process has in memory
             rank, worker = reads.reader
@@ -320,11 +320,6 @@ class TestErrors:
                 r"label_column a would be ignored with data\.streaming true: leave out data\.streaming",
             ),
             ({"shuffle_buffer": 0}, r"data\.shuffle_buffer must be at least 1, got 0"),
-            ({"lanes": (0, 1)}, r"data\.lanes must be at least 1 each, got \[0, 1\]"),
-            (
-                {"lanes": (1, 1), "streaming": False},
-                r"lanes \[1, 1\] would be ignored with data\.streaming false: set data\.streaming",
-            ),
         ],
     )
     def test_wrong_settings_are_refused(self, settings, message):
@@ -338,8 +333,7 @@ def test_run_continued_in_another_order_warns(root, tmp_path, caplog):
     run = dataclasses.replace(run, data=config(root))
     fit(run)
     assert "order of a stream" not in caplog.text
-    lanes = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["lanes"]
-    assert lanes == [1, 1]
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["training"]["lanes"] == [1, 1]
     longer = dataclasses.replace(run.run, max_images=48, allow_config_change=True)
     fit(dataclasses.replace(run, run=longer, data=config(root, shuffle_buffer=99)))
     assert "the order of a stream depends on data.shuffle_buffer, 24 -> 99" in caplog.text

@@ -25,14 +25,12 @@ from transformers import CLIPTextModel
 from diffusers_vae import MLPVAE, VAE, cli
 from diffusers_vae.data import ArrayImages, DataConfig, load_data
 from diffusers_vae.engine.config import OptimizerConfig, RunConfig
-from diffusers_vae.engine.dry_run import dry_run
-from diffusers_vae.engine.loop import run_task
 from diffusers_vae.images.ranges import ValueRange, to_model_range
 from diffusers_vae.latents import dataset
 from diffusers_vae.latents.encode import encode_images
 from diffusers_vae.losses.diffusion import DiffusionConfig
 from diffusers_vae.tasks.captions import DIGIT_PHRASES, Captions, captions_of
-from diffusers_vae.tasks.text_to_image import SCHEDULERS, TextToImageTask
+from diffusers_vae.tasks.text_to_image import SCHEDULERS, dry_run, stock_pipeline, train
 from diffusers_vae.tasks.text_to_image_config import (
     AutoencoderConfig,
     CaptionConfig,
@@ -41,6 +39,8 @@ from diffusers_vae.tasks.text_to_image_config import (
     SamplingConfig,
     TextToImageConfig,
 )
+from diffusers_vae.tasks.text_to_image_data import load_run_data
+from diffusers_vae.tasks.text_to_image_step import TextToImageStep, build_model
 
 DATA = DataConfig(resolution=8, heldout_fraction=0.78)
 IMAGES = 395  # to train on: six batches of 60 and one of 35
@@ -76,7 +76,7 @@ def finished(finished_vae_run, tmp_path_factory):
         gradient_accumulation_steps=2, checkpoint_every=150, keep_checkpoints=100,
     )  # fmt: skip
     config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=3e-3, warmup_images=100))
-    return config, run_task(TextToImageTask(config))
+    return config, train(config)
 
 
 END, IN_THE_SECOND_EPOCH = 910, 455  # images seen at checkpoints of the finished run
@@ -84,15 +84,15 @@ END, IN_THE_SECOND_EPOCH = 910, 455  # images seen at checkpoints of the finishe
 
 def trained(config):
     """The last checkpoint's images, of a run that trains, without a pipeline or an evaluation."""
-    assert run_task(TextToImageTask(config), finish=False) is None
+    assert train(config, finish=False) is None
     return max(int(path.name.removeprefix("images-")) for path in checkpoints(config.run.output_dir))
 
 
 def loaded(config, max_images=None):
-    """The task of a run with its latents, encoded."""
-    task = TextToImageTask(config, max_images)
-    task.load(Accelerator(cpu=True))
-    return task
+    """The step of a run with its data, encoded."""
+    accelerator = Accelerator(cpu=True)
+    data = load_run_data(config, accelerator, max_images)
+    return TextToImageStep(data.config, data, accelerator)
 
 
 def checkpoints(output_dir):
@@ -153,10 +153,10 @@ class TestRun:
         """Sampling begins with nearly all of the noise, and no sampler clips, in pipelines made from them too."""
         config, result = finished
         latents = LatentsConfig(folder=str(result.output_dir / "latents"))
-        task = loaded(dataclasses.replace(config, latents=latents, sampling=SamplingConfig(scheduler=name)))
-        scheduler = task.pipeline(task.build()).scheduler
+        step = loaded(dataclasses.replace(config, latents=latents, sampling=SamplingConfig(scheduler=name)))
+        scheduler = stock_pipeline(build_model(step.config, step.data), step.data).scheduler
         scheduler.set_timesteps(25)
-        torch.testing.assert_close(scheduler.alphas_cumprod, task.objective.scheduler.alphas_cumprod)
+        torch.testing.assert_close(scheduler.alphas_cumprod, step.objective.scheduler.alphas_cumprod)
         assert scheduler.timesteps[0] >= FIRST[name]
         assert not DDIMScheduler.from_config(scheduler.config).config.clip_sample
         assert PNDMScheduler.from_config(scheduler.config).config.skip_prk_steps
@@ -189,7 +189,7 @@ class TestRun:
     def test_finished_run_started_again_returns_its_result(self, finished, tmp_path):
         config, result = finished
         output_dir = copied(result.output_dir, tmp_path / "run")
-        again = run_task(TextToImageTask(at(config, output_dir)))
+        again = train(at(config, output_dir))
         assert again.heldout_error == result.heldout_error and again.parameters == result.parameters
 
     @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ class TestRun:
         if content is not None:
             (output_dir / name).write_bytes(content)
         with pytest.raises(FileExistsError, match=rf"finished run that is not whole, .*{output_dir / name}"):
-            run_task(TextToImageTask(at(config, output_dir)))
+            train(at(config, output_dir))
 
     def test_finished_run_whose_weights_were_changed_is_whole_again(self, finished, tmp_path):
         config, result = finished
@@ -222,11 +222,11 @@ class TestRun:
         weights = output_dir / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
         content = weights.read_bytes()
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        run_task(TextToImageTask(at(config, output_dir)))
+        train(at(config, output_dir))
         assert left_behind(output_dir) == left_behind(result.output_dir)
 
     def test_dry_run_leaves_nothing(self, vae, tmp_path):
-        result, same, seconds = dry_run(TextToImageTask(tiny(tmp_path / "run", vae, max_images=None)))
+        result, same, seconds = dry_run(tiny(tmp_path / "run", vae, max_images=None))
         assert same and result.parameters > 0 and not (tmp_path / "run").exists()
         assert seconds * result.images_per_second == pytest.approx(3 * IMAGES)  # of all images, not of the few
 
@@ -234,7 +234,7 @@ class TestRun:
         config, result = finished
         output_dir = copied(result.output_dir, tmp_path / "run", IN_THE_SECOND_EPOCH)
         before = left_behind(output_dir)
-        assert dry_run(TextToImageTask(at(config, output_dir)))[1]
+        assert dry_run(at(config, output_dir))[1]
         assert left_behind(output_dir) == before
 
 
@@ -246,7 +246,7 @@ class TestInterrupted:
         output_dir = copied(result.output_dir, tmp_path / "run", IN_THE_SECOND_EPOCH)
         config = at(config, output_dir)
         assert trained(config) == END and not (output_dir / "pipeline").exists()
-        run_task(TextToImageTask(config))
+        train(config)
         assert left_behind(output_dir) == left_behind(result.output_dir)
         for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
             first, second = (load_file(folder / "pipeline" / f"{part}.safetensors") for folder in (
@@ -257,7 +257,7 @@ class TestInterrupted:
         """SIGKILL while latents are encoded, then while steps are taken."""
         config, result = finished
         output_dir = tmp_path / "killed"
-        work = partial(run_task, TextToImageTask(at(config, output_dir)))
+        work = partial(train, at(config, output_dir))
         for number, wanted in enumerate((output_dir / "latents", output_dir / "checkpoints" / "images-000000000180")):
             launch = Launch(work, tmp_path / f"log-{number}")
             while not wanted.exists():
@@ -283,10 +283,10 @@ class TestInterrupted:
         output_dir = copied(result.output_dir, tmp_path / "again", IN_THE_SECOND_EPOCH)
         changed = dataclasses.replace(at(config, output_dir), vae=AutoencoderConfig(str(tmp_path / "other")))
         with pytest.raises(ValueError, match="latents"):  # those in its folder are of the old one
-            run_task(TextToImageTask(changed))
+            train(changed)
         changed = dataclasses.replace(changed, latents=LatentsConfig(folder=str(tmp_path / "latents")))
         with pytest.raises(FileExistsError, match="another autoencoder"):
-            run_task(TextToImageTask(changed))
+            train(changed)
 
     def test_other_captions_and_another_kind_of_latents_are_refused(self, vae, tmp_path):
         data = captioned(tmp_path / "images")
@@ -298,10 +298,10 @@ class TestInterrupted:
         trained(config)
         with pytest.raises(FileExistsError, match="another kind of latents"):
             changed = dataclasses.replace(config, latents=LatentsConfig(folder=str(tmp_path / "second")))
-            run_task(TextToImageTask(changed))
+            train(changed)
         (tmp_path / "images" / "7.txt").write_text("a number")
         with pytest.raises(FileExistsError, match="54 training images -> 54, others or changed"):
-            run_task(TextToImageTask(config))
+            train(config)
 
     def test_finished_run_of_another_autoencoder_is_refused(self, finished, tmp_path, caplog):
         """One that was trained again in its place, too; one that is gone is told of."""
@@ -310,20 +310,20 @@ class TestInterrupted:
         shutil.copytree(config.vae.source, source)
         output_dir = copied(result.output_dir, tmp_path / "run")
         config = dataclasses.replace(at(config, output_dir), vae=AutoencoderConfig(str(source)))
-        assert run_task(TextToImageTask(config)).heldout_error == result.heldout_error
+        assert train(config).heldout_error == result.heldout_error
         weights = source / "model" / "diffusion_pytorch_model.safetensors"
         tensors = load_file(weights)
         save_file({name: value * 1.01 for name, value in tensors.items()}, weights, {"format": "pt"})
         with pytest.raises(FileExistsError, match="finished run on the latents of another autoencoder"):
-            run_task(TextToImageTask(config))
+            train(config)
         shutil.rmtree(source)
-        assert run_task(TextToImageTask(config)).heldout_error == result.heldout_error
+        assert train(config).heldout_error == result.heldout_error
         assert "cannot be loaded, and may be another now" in caplog.text
 
     def test_folder_of_an_autoencoder_run_is_refused(self, vae, tmp_path):
         config = tiny(shutil.copytree(vae, tmp_path / "run"), vae, allow_config_change=True)
         with pytest.raises(FileExistsError, match=r"of something else, with the settings objective.*and not captions"):
-            run_task(TextToImageTask(config))
+            train(config)
         assert not (tmp_path / "run" / "latents").exists()
 
     def test_other_settings_are_refused(self, finished, tmp_path):
@@ -331,7 +331,7 @@ class TestInterrupted:
         output_dir = copied(result.output_dir, tmp_path / "run", IN_THE_SECOND_EPOCH)
         changed = dataclasses.replace(at(config, output_dir), diffusion=DiffusionConfig("v_prediction"))
         with pytest.raises(FileExistsError, match=r"diffusion\.prediction_type: epsilon -> v_prediction"):
-            run_task(TextToImageTask(changed))
+            train(changed)
 
 
 @pytest.mark.slow
@@ -339,7 +339,7 @@ def test_two_processes_train_as_one(vae, tmp_path):
     configs = [tiny(tmp_path / f"run-{n}", vae, checkpoint_every=30, keep_checkpoints=100) for n in (1, 2)]
     configs = [dataclasses.replace(config, optimizer=OptimizerConfig(max_grad_norm=None)) for config in configs]
     assert trained(configs[0]) == 300
-    run_forked(run_task, TextToImageTask(configs[1]), False, log=tmp_path / "log", processes=2)
+    run_forked(trained, configs[1], log=tmp_path / "log", processes=2)
     first, second = (tensors(config.run.output_dir, 30, "optimizer") for config in configs)
     gradients = [name for name in first if name.startswith("exp_avg.") and not name.endswith("k_proj.bias")]
     assert len(gradients) > 50
@@ -352,19 +352,19 @@ def test_two_processes_train_as_one(vae, tmp_path):
 
 
 class TestLatents:
-    def task(self, vae, tmp_path, **latents):
+    def step(self, vae, tmp_path, **latents):
         return loaded(dataclasses.replace(tiny(tmp_path / "run", vae), latents=LatentsConfig(**latents)))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("sample_posterior", [True, False])
     def test_training_from_the_cache_equals_training_from_the_images(self, sample_posterior, vae, tmp_path):
         """Ten steps with the same noise, on latents from the disk and on latents that are encoded just then."""
-        task = self.task(vae, tmp_path, sample_posterior=sample_posterior, compute_dtype="float32")
+        step = self.step(vae, tmp_path, sample_posterior=sample_posterior, compute_dtype="float32")
         images, _ = load_data(DATA)
         encoder = VAE.from_pretrained(vae / "model").eval()
 
         class JustEncoded:
-            latent_shape, indices = task.train_set.latents.latent_shape, task.train_set.latents.indices
+            latent_shape, indices = step.data.train_set.latents.latent_shape, step.data.train_set.latents.indices
 
             @torch.no_grad()
             def latents(self, indices, noise=None):
@@ -372,16 +372,16 @@ class TestLatents:
                 return posterior.mean if noise is None else posterior.mean + posterior.std * noise
 
         losses, weights = {}, {}
-        stored = task.train_set.latents
+        stored = step.data.train_set.latents
         for kind, source in (("stored", stored), ("encoded", JustEncoded())):
-            task.train_set.latents = source
+            step.data.train_set.latents = source
             torch.manual_seed(0)
-            model, losses[kind] = task.build(), []
+            model, losses[kind] = build_model(step.config, step.data), []
             optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-            for step in range(10):
-                generator = torch.Generator().manual_seed(step)
+            for seed in range(10):
+                generator = torch.Generator().manual_seed(seed)
                 indices = torch.randperm(len(images), generator=generator)[:30].tolist()
-                terms = task.step(model, task.train_set.__getitems__(indices), task.draws(30, generator))
+                terms = step(model, step.data.train_set.__getitems__(indices), step.random_inputs(30, generator))
                 terms.loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -395,42 +395,42 @@ class TestLatents:
     @pytest.mark.parametrize("sample_posterior", [True, False])
     def test_the_denoiser_sees_noised_scaled_latents(self, sample_posterior, vae, tmp_path):
         """Scaled draws from the posterior, or scaled means, of the images asked for, with the noise asked for."""
-        task = self.task(vae, tmp_path, sample_posterior=sample_posterior)
-        draws, indices, seen = task.draws(5, torch.Generator().manual_seed(0)), [7, 3, 390, 3, 11], []
+        step = self.step(vae, tmp_path, sample_posterior=sample_posterior)
+        draws, indices, seen = step.random_inputs(5, torch.Generator().manual_seed(0)), [7, 3, 390, 3, 11], []
 
         class Denoiser(torch.nn.Module):
             def forward(self, noisy_latents, timesteps, tokens):
                 seen.append(noisy_latents)
                 return torch.zeros_like(noisy_latents)
 
-        terms = task.step(Denoiser(), task.train_set.__getitems__(indices), draws)
-        rows = [task.train_set.latents[index] for index in indices]
+        terms = step(Denoiser(), step.data.train_set.__getitems__(indices), draws)
+        rows = [step.data.train_set.latents[index] for index in indices]
         latents = torch.stack([row["mean"] for row in rows])
         if sample_posterior:
             latents = latents + torch.stack([row["logvar"] for row in rows]).mul(0.5).exp() * draws["posterior_noise"]
         scaled_latents = latents * VAE.from_pretrained(vae / "model").config.scaling_factor
-        alphas = task.objective.scheduler.alphas_cumprod[draws["timesteps"]].view(-1, 1, 1, 1)
+        alphas = step.objective.scheduler.alphas_cumprod[draws["timesteps"]].view(-1, 1, 1, 1)
         torch.testing.assert_close(seen[0], alphas.sqrt() * scaled_latents + (1 - alphas).sqrt() * draws["noise"])
         torch.testing.assert_close(terms.per_image["error"], (draws["noise"] ** 2).mean((1, 2, 3)))
 
     @pytest.mark.slow
     def test_drawn_latents_differ_from_the_mean(self, vae, tmp_path):
         """The two settings are two: a model that sees draws sees the posterior's variance."""
-        task = self.task(vae, tmp_path)
-        latents = task.train_set.latents
+        step = self.step(vae, tmp_path)
+        latents = step.data.train_set.latents
         drawn = latents.latents(range(IMAGES), torch.randn(IMAGES, *latents.latent_shape))
         assert (drawn - latents.latents(range(IMAGES))).std() > 0.01
 
     @pytest.mark.slow
     def test_scaled_latents_have_unit_scale(self, vae, tmp_path):
         """As the pipeline scales them: without the shift."""
-        task = self.task(vae, tmp_path)
-        latents = task.train_set.latents
-        scaled = task.scaling.scale(
+        step = self.step(vae, tmp_path)
+        latents = step.data.train_set.latents
+        scaled = step.data.scaling.scale(
             latents.latents(range(len(latents)), torch.randn(len(latents), *latents.latent_shape))
         )
         factor = VAE.from_pretrained(vae / "model").config.scaling_factor
-        torch.testing.assert_close(task.scaling.scale(torch.ones(1, 4, 4, 4)), torch.full((1, 4, 4, 4), factor))
+        torch.testing.assert_close(step.data.scaling.scale(torch.ones(1, 4, 4, 4)), torch.full((1, 4, 4, 4), factor))
         assert scaled.std() == pytest.approx(1, abs=0.05)
 
     def test_a_cache_that_was_made_before_is_used(self, vae, tmp_path):
@@ -438,8 +438,8 @@ class TestLatents:
         model = VAE.from_pretrained(vae / "model").eval()
         before = encode_images(model, images, tmp_path / "latents").fingerprint
         stamp = (tmp_path / "latents" / "index.json").stat().st_mtime_ns
-        task = self.task(vae, tmp_path, folder=str(tmp_path / "latents"))
-        assert task.train_set.latents.fingerprint == before
+        step = self.step(vae, tmp_path, folder=str(tmp_path / "latents"))
+        assert step.data.train_set.latents.fingerprint == before
         assert (tmp_path / "latents" / "index.json").stat().st_mtime_ns == stamp
 
     @pytest.mark.slow
@@ -453,7 +453,7 @@ class TestLatents:
         path.write_bytes(content[:-4000] + bytes([content[-4000] ^ 4]) + content[-3999:])
         monkeypatch.setattr(dataset, "VERIFIED_AT_ONCE", 2**30 * at_once)
         with pytest.raises(ValueError, match=r"shard-00000\.safetensors in .*/run/latents missing or not as written"):
-            run_task(TextToImageTask(config))
+            train(config)
         assert not (tmp_path / "run" / "pipeline").exists()
 
     @pytest.mark.slow
@@ -463,12 +463,12 @@ class TestLatents:
         settings = {"dtype": torch.float16, "shard_images": 100}
         encode_images(model, images, tmp_path / "mode", kind="mode", **settings)
         with pytest.raises(ValueError, match=r"latents\.sample_posterior needs mean and logvar, .* of kind mode"):
-            self.task(vae, tmp_path, folder=str(tmp_path / "mode"))
-        task = self.task(vae, tmp_path, folder=str(tmp_path / "mode"), sample_posterior=False)
-        assert task.train_set.latents.dtype == torch.float16
+            self.step(vae, tmp_path, folder=str(tmp_path / "mode"))
+        step = self.step(vae, tmp_path, folder=str(tmp_path / "mode"), sample_posterior=False)
+        assert step.data.train_set.latents.dtype == torch.float16
         encode_images(model, images.first(100), tmp_path / "few", data="few")
         with pytest.raises(ValueError, match="holds latents of other images: 100, few, where 395, training images of"):
-            self.task(vae, tmp_path, folder=str(tmp_path / "few"))
+            self.step(vae, tmp_path, folder=str(tmp_path / "few"))
 
 
 class TestCaptions:
@@ -500,7 +500,7 @@ class TestCaptions:
     @pytest.mark.slow
     def test_dropped_captions_are_the_empty_prompt(self, vae, tmp_path):
         config = tiny(tmp_path / "run", vae)
-        task = loaded(dataclasses.replace(config, diffusion=DiffusionConfig(caption_dropout=0.25)))
+        step = loaded(dataclasses.replace(config, diffusion=DiffusionConfig(caption_dropout=0.25)))
         seen = []
 
         class Denoiser(torch.nn.Module):
@@ -508,16 +508,16 @@ class TestCaptions:
                 seen.append(tokens)
                 return noisy_latents
 
-        draws = task.draws(1600, torch.Generator().manual_seed(0))
+        draws = step.random_inputs(1600, torch.Generator().manual_seed(0))
         indices = [place % IMAGES for place in range(1600)][::-1]
-        task.step(Denoiser(), task.train_set.__getitems__(indices), draws)
-        empty = (seen[0] == task.no_prompt).all(1)
+        step(Denoiser(), step.data.train_set.__getitems__(indices), draws)
+        empty = (seen[0] == step.no_prompt).all(1)
         assert torch.equal(empty, draws["dropped"]) and 0.2 < empty.float().mean() < 0.3
-        labels = task.train_set.latents.labels
+        labels = step.data.train_set.latents.labels
         for place in (~empty).nonzero().flatten()[:50].tolist():
-            text = task.tokenizer.decode(seen[0][place], skip_special_tokens=True).strip()
+            text = step.data.tokenizer.decode(seen[0][place], skip_special_tokens=True).strip()
             number = int(labels[indices[place]])
-            name = task.train_set.latents.classes[number]
+            name = step.data.train_set.latents.classes[number]
             assert text in {phrase.format(name=name, number=number) for phrase in DIGIT_PHRASES}
 
     @pytest.mark.slow
@@ -549,13 +549,12 @@ class TestCaptions:
     def test_captions_of_a_folder_are_those_of_its_files(self, vae, tmp_path):
         """Files beside the images say what they show; prompts of the grid are captions that were held out."""
         config = dataclasses.replace(tiny(tmp_path / "run", vae, max_images=60), data=captioned(tmp_path / "images"))
-        task = TextToImageTask(config)
-        run_task(task, finish=False)
-        assert task.images == 54
-        assert all(re.fullmatch(r"number \d", prompt) for prompt in task.prompts) and 2 <= len(task.prompts) <= 6
+        data = loaded(config).data
+        assert len(data.images) == 54
+        assert all(re.fullmatch(r"number \d", prompt) for prompt in data.prompts) and 2 <= len(data.prompts) <= 6
         few = dataclasses.replace(at(config, tmp_path / "other"), captions=CaptionConfig(max_length=4))
         with pytest.raises(ValueError, match=r"captions\.max_length, start and end among them; got \d"):
-            run_task(TextToImageTask(few))
+            train(few)
 
 
 class TestRefused:
@@ -572,14 +571,14 @@ class TestRefused:
     def test_what_does_not_fit_is_refused_before_anything_is_written(self, changes, named, vae, tmp_path):
         config = dataclasses.replace(tiny(tmp_path / "run", vae), **changes)
         with pytest.raises((OSError, ValueError), match=named):
-            run_task(TextToImageTask(config))
+            train(config)
         assert [path.name for path in (tmp_path / "run").iterdir()] in ([], [".lock"])
 
     def test_images_of_another_value_range_are_refused(self, vae, tmp_path):
         shutil.copytree(vae / "model", tmp_path / "vae")
         ValueRange(0, 4095).save(tmp_path / "vae")
         with pytest.raises(ValueError, match=r"data\.value_range must be \[0, 4095\], to which .* got null"):
-            run_task(TextToImageTask(tiny(tmp_path / "run", tmp_path / "vae")))
+            train(tiny(tmp_path / "run", tmp_path / "vae"))
 
     @pytest.mark.slow
     def test_images_fitted_otherwise_than_for_the_autoencoder_are_warned_of(self, vae, tmp_path, caplog):
@@ -594,12 +593,12 @@ class TestRefused:
         config = tiny(tmp_path / "run", vae)
         long = SamplingConfig(prompts=("a nine " * 20,))
         with pytest.raises(ValueError, match=r"sampling\.prompts may have 16 tokens, .* got 42 in 'a nine a nine"):
-            run_task(TextToImageTask(dataclasses.replace(config, sampling=long)))
+            train(dataclasses.replace(config, sampling=long))
 
     def test_latents_of_an_mlp_are_refused(self, tmp_path):
         MLPVAE(image_size=8, hidden_dim=8, latent_dim=2).save_pretrained(tmp_path / "mlp")
         with pytest.raises(ValueError, match="takes an AutoencoderKL, got MLPVAE"):
-            run_task(TextToImageTask(tiny(tmp_path / "run", tmp_path / "mlp")))
+            train(tiny(tmp_path / "run", tmp_path / "mlp"))
 
     @pytest.mark.parametrize(
         ("make", "named"),

@@ -24,11 +24,12 @@ from support.runs import (
     DATA,
     DETERMINISTIC,
     TINY_VAE,
-    NotANumber,
-    Unmeasured,
     at,
+    end,
     fit,
+    fit_with,
     left_behind,
+    not_a_number,
     records,
     tensors,
     tiny,
@@ -38,15 +39,15 @@ from diffusers_vae import MLPVAE, VAE, cli
 from diffusers_vae.data import ArrayImages, DataConfig, epoch_batches, load_data
 from diffusers_vae.engine.checkpoint import find_checkpoint
 from diffusers_vae.engine.config import OptimizerConfig
-from diffusers_vae.engine.dry_run import dry_run
+from diffusers_vae.engine.dry_run import dry_run as try_out
 from diffusers_vae.engine.folder import BadImages
-from diffusers_vae.engine.loop import run_task
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.evaluation.report import read_report
 from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.latents.statistics import measure_latents
-from diffusers_vae.tasks.autoencoder import AutoencoderTask, train
-from diffusers_vae.tasks.text_to_image import TextToImageTask
+from diffusers_vae.tasks.autoencoder import dry_run, few, finish_run, train
+from diffusers_vae.tasks.autoencoder_step import AutoencoderStep
+from diffusers_vae.tasks.text_to_image_step import TextToImageStep
 
 FEW = DataConfig(resolution=8, heldout_fraction=0.9)
 """180 images to train on."""
@@ -202,13 +203,12 @@ def test_model_is_evaluated_at_each_interval_but_the_last(tmp_path):
     """At the end of the run it is evaluated by `finish`."""
     evaluated = []
 
-    class Noting(AutoencoderTask):
-        def evaluate(self, model, log, progress):
-            evaluated.append(progress["images_seen"])
-            assert not model.training and not any(p.requires_grad for p in model.parameters())
+    def measure(model, progress):
+        evaluated.append(progress["images_seen"])
+        assert not model.training and not any(p.requires_grad for p in model.parameters())
 
     config = dataclasses.replace(tiny(tmp_path / "run"), evaluation=EvaluationConfig(every=75))
-    run_task(Noting(config), finish=False)
+    fit_with(config, measure=measure)
     assert evaluated == [90, 150, 240]
 
 
@@ -237,15 +237,14 @@ class TestExactness:
     def test_evaluations_do_not_change_the_training(self, tmp_path):
         """Not even by what they draw at random."""
 
-        class Drawing(AutoencoderTask):
-            def evaluate(self, model, log, progress):
-                model(torch.randn(4, 1, 8, 8))
-                np.random.standard_normal(3)
+        def measure(model, progress):
+            model(torch.randn(4, 1, 8, 8))
+            np.random.standard_normal(3)
 
         config = tiny(tmp_path / "plain", TINY_VAE, max_images=120)
         fit(config)
         measured = dataclasses.replace(at(config, tmp_path / "measured"), evaluation=EvaluationConfig(every=30))
-        run_task(Drawing(measured), finish=False)
+        fit_with(measured, measure=measure)
         for kind in ("model", "ema", "optimizer"):
             first, second = (tensors(tmp_path / name, 120, kind) for name in ("plain", "measured"))
             assert all(torch.equal(first[key], second[key]) for key in first)
@@ -288,10 +287,10 @@ class TestExactness:
         for key in whole:
             torch.testing.assert_close(whole[key], parts[key], rtol=0, atol=2e-5)
 
-    @pytest.mark.parametrize("task", [AutoencoderTask, TextToImageTask])
-    def test_advice_for_stability_names_no_setting_without_effect(self, task):
+    @pytest.mark.parametrize("step", [AutoencoderStep, TextToImageStep])
+    def test_advice_for_stability_names_no_setting_without_effect(self, step):
         """Adam divides by the size of the gradient, so that a lower limit of its norm changes nothing."""
-        assert "optimizer.learning_rate" in task.advice and "max_grad_norm" not in task.advice
+        assert "optimizer.learning_rate" in step.advice and "max_grad_norm" not in step.advice
 
     def test_average_reaches_back_over_a_twentieth_of_the_steps(self, tmp_path):
         """The decay is step / (step + 20), with 0 at the first step, and at most run.ema_decay."""
@@ -358,7 +357,7 @@ class TestFaults:
         config = tiny(tmp_path / "run", TINY_VAE, max_images=180, checkpoint_every=30)
         config = dataclasses.replace(config, data=FEW)
         with pytest.raises(FloatingPointError) as error:
-            run_task(NotANumber(config))
+            fit_with(config, change=not_a_number)
         (dump,) = (tmp_path / "run" / "nonfinite").iterdir()
         words = r"stopped before step (\d+), not finite: .*gradient, in 1 of 30 images: image 17\. "
         step = int(re.search(words, str(error.value))[1])
@@ -372,7 +371,7 @@ class TestFaults:
         assert newest.name == f"images-{30 * (step - 1):012d}" and not damaged
         assert f"The newest checkpoint is {newest}" in str(error.value)
 
-        run_task(NotANumber(at(config, config.run.output_dir, on_nonfinite="skip")))
+        fit_with(at(config, config.run.output_dir, on_nonfinite="skip"), change=not_a_number)
         (epoch,) = records(tmp_path / "run", "epoch")
         assert epoch["skipped"] == 1 and epoch["images_seen"] == 180 and math.isfinite(epoch["loss"])
 
@@ -393,7 +392,7 @@ class TestFaults:
             tmp_path / "run", TINY_VAE, max_images=360, on_nonfinite="skip", log_every=30, checkpoint_every=1,
             keep_checkpoints=100,
         )  # fmt: skip
-        run_task(NotANumber(dataclasses.replace(config, data=FEW)))
+        fit_with(dataclasses.replace(config, data=FEW), change=not_a_number, finish=end)
         written = records(tmp_path / "run", "train")
         skips = [record.get("skipped", 0) for record in written]
         assert skips[0] == 0 and skips[-1] == 2 and sorted(skips) == skips
@@ -417,7 +416,7 @@ class TestFaults:
     def test_skipping_goes_on_while_other_steps_succeed(self, tmp_path):
         """One in each of 22 epochs."""
         config = tiny(tmp_path / "run", max_images=None, epochs=22, on_nonfinite="skip")
-        run_task(NotANumber(dataclasses.replace(config, data=FEW)))
+        fit_with(dataclasses.replace(config, data=FEW), change=not_a_number, finish=end)
         assert records(tmp_path / "run", "epoch")[-1]["skipped"] == 22
 
     @pytest.mark.slow
@@ -449,7 +448,7 @@ class TestFaults:
         )
         config = tiny(tmp_path / "run", TINY_VAE, batch_size=4, epochs=2, max_images=None)
         config = dataclasses.replace(config, data=data)
-        run_task(AutoencoderTask(config, limit) if limit == 0 else Unmeasured(config))
+        train(config, limit) if limit == 0 else fit_with(config, finish=end)
         listed = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
         names = {Path(line.split(": ")[0].removeprefix("cannot read the image ")).name for line in listed}
         expected = {"10ct_32bit_128.tiff", "decompression_bomb.gif", "zero_width.gif"}
@@ -510,16 +509,16 @@ class TestFaults:
         config = tiny(tmp_path / "run", batch_size=20, max_images=400, checkpoint_every=1, keep_checkpoints=100)
         config = dataclasses.replace(config, data=data)
 
-        class Vanishing(AutoencoderTask):
-            def begin_step(self, images_seen, total_images, learning_rate):
+        class Vanishing(AutoencoderStep):
+            def begin(self, images_seen, total_images, learning_rate):
                 if images_seen == 60:
                     root.rename(tmp_path / "gone")
                     if what == "emptied":  # as the folder in which a disk was mounted
                         root.mkdir()
-                return super().begin_step(images_seen, total_images, learning_rate)
+                return super().begin(images_seen, total_images, learning_rate)
 
         with pytest.raises(OSError, match=r"cannot reach the image .* the same command continues"):
-            run_task(Vanishing(config, 0), finish=False)
+            fit_with(config, 0, Vanishing)
         assert not (tmp_path / "run" / "bad_images.txt").exists()
         if what == "emptied":
             root.rmdir()
@@ -530,15 +529,15 @@ class TestFaults:
 
     @pytest.mark.slow
     def test_run_whose_images_are_deleted_in_part_ends_and_stays_finished(self, ships, tmp_path):
-        class Deleting(AutoencoderTask):
-            def begin_step(self, images_seen, total_images, learning_rate):
+        class Deleting(AutoencoderStep):
+            def begin(self, images_seen, total_images, learning_rate):
                 if images_seen == 30:
-                    for images in (self.train_set, self.heldout):
+                    for images in load_data(ships, memory_limit=0):
                         paths_of(images)[4].unlink()
-                return super().begin_step(images_seen, total_images, learning_rate)
+                return super().begin(images_seen, total_images, learning_rate)
 
         config = dataclasses.replace(tiny(tmp_path / "run", max_images=200), data=ships)
-        result = run_task(Deleting(config, 0))
+        result = fit_with(config, 0, Deleting, finish=lambda run, *parts: finish_run(*parts))
         _, heldout = load_data(ships, memory_limit=0)
         assert result.report.images == len(heldout)
         assert train(config).report.images == len(heldout)
@@ -549,8 +548,8 @@ class TestFaults:
         images, _ = load_data(ships, memory_limit=0)
         paths_of(images)[4].write_bytes(b"no image")
         archive = tarred(Path(ships.root), tmp_path / "images.tar")
-        for end in (30, 60, 90):
-            config = tiny(tmp_path / "run", max_images=end, allow_config_change=True)
+        for length in (30, 60, 90):
+            config = tiny(tmp_path / "run", max_images=length, allow_config_change=True)
             fit(dataclasses.replace(config, data=dataclasses.replace(ships, root=str(archive))))
         (line,) = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
         assert line.endswith(".png: cannot identify image file")
@@ -558,14 +557,14 @@ class TestFaults:
     @pytest.mark.slow
     @pytest.mark.parametrize("log_every", [30, 1000])
     def test_metrics_that_are_deleted_are_written_again(self, log_every, tmp_path, caplog):
-        class Deleting(AutoencoderTask):
-            def begin_step(self, images_seen, total_images, learning_rate):
+        class Deleting(AutoencoderStep):
+            def begin(self, images_seen, total_images, learning_rate):
                 if images_seen in (60, 210):
                     Path(self.config.run.output_dir, "metrics.jsonl").unlink()
-                return super().begin_step(images_seen, total_images, learning_rate)
+                return super().begin(images_seen, total_images, learning_rate)
 
         config = tiny(tmp_path / "run", log_every=log_every, checkpoint_every=90, keep_checkpoints=100)
-        run_task(Deleting(config), finish=False)
+        fit_with(config, step=Deleting)
         assert caplog.text.count("metrics.jsonl was deleted during the run; it is written again") == 2
         fit(at(config, tmp_path / "undisturbed"))
         assert left_behind(tmp_path / "run") == left_behind(tmp_path / "undisturbed")
@@ -577,24 +576,25 @@ class TestFaults:
         folder = tmp_path / "run" / "tensorboard"
         disk = request.getfixturevalue("small_disk") if trouble == "full disk" else None
 
-        class Troubled(AutoencoderTask):
-            def build(self):
+        class Troubled(AutoencoderStep):
+            def __init__(self, config, *arguments):
+                folder.parent.mkdir(exist_ok=True)
                 if disk:
                     folder.symlink_to(disk)
                 elif trouble != "deleted":
                     folder.write_text("mine")
-                return super().build()
+                super().__init__(config, *arguments)
 
-            def begin_step(self, images_seen, total_images, learning_rate):
+            def begin(self, images_seen, total_images, learning_rate):
                 if images_seen == 150 and disk:
                     with suppress(OSError), (disk / "much").open("wb") as file:
                         file.write(bytes(2**20))
                 elif images_seen == 150 and trouble == "deleted":
                     shutil.rmtree(folder)
-                return super().begin_step(images_seen, total_images, learning_rate)
+                return super().begin(images_seen, total_images, learning_rate)
 
         config = tiny(tmp_path / "run", batch_size=10, log_every=10, tracker="tensorboard")
-        run_task(Troubled(config), finish=False)
+        fit_with(config, step=Troubled)
         assert caplog.text.count("the tracker failed and logs nothing from now on") == 1
         assert len(records(tmp_path / "run", "train")) == 30
         assert find_checkpoint(tmp_path / "run" / "checkpoints")[0].name == "images-000000000300"
@@ -609,14 +609,12 @@ class TestFaults:
             def read(self, batch):
                 raise MemoryError("none left")
 
-        class Failing(AutoencoderTask):
-            def load(self, accelerator):
-                super().load(accelerator)
-                self.train_set, self.workers = Unreadable(self.train_set.pixels), 2
+        def failing(data):
+            return dataclasses.replace(data, train_set=Unreadable(data.train_set.pixels), workers=2)
 
         before = set(multiprocessing.active_children())
         with pytest.raises(MemoryError, match="none left") as error:
-            run_task(Failing(tiny(tmp_path / "run")))
+            fit_with(tiny(tmp_path / "run"), change=failing)
         left = set(multiprocessing.active_children()) - before
         for worker in left:  # or the tests would never end
             worker.kill()
@@ -651,23 +649,28 @@ class TestFaults:
 
     def test_dry_run_judges_by_the_length_of_the_run(self, tmp_path, caplog):
         config = tiny(tmp_path / "run", max_images=300)
-        dry_run(Unmeasured(dataclasses.replace(config, optimizer=OptimizerConfig(warmup_images=301))))
+        dry_run(dataclasses.replace(config, optimizer=OptimizerConfig(warmup_images=301)))
         assert "optimizer.warmup_images must not exceed the 300 images of the run, got 301" in caplog.text
         assert caplog.text.count("of the run, got") == 1
 
     def test_dry_run_notices_a_run_that_cannot_be_repeated(self, tmp_path):
-        class Careless(Unmeasured):
-            """Draws on from wherever it is, whatever step that is for."""
+        class Careless(AutoencoderStep):
+            """Samples on from wherever it is, whatever step that is for."""
 
-            generator = torch.Generator().manual_seed(0)
+            shared = torch.Generator().manual_seed(0)
 
-            def draws(self, count, generator):
-                return super().draws(count, self.generator)
+            def random_inputs(self, count, generator):
+                return super().random_inputs(count, self.shared)
 
-        assert not dry_run(Careless(tiny(tmp_path / "run")))[1]
+        config = tiny(tmp_path / "run")
+
+        def careless(folder, finish):
+            return fit_with(few(config, folder), 0, Careless, finish=end if finish else None)
+
+        assert not try_out(config.run, lambda: None, careless)[1]
 
     def test_run_may_end_with_its_last_checkpoint(self, tmp_path):
-        assert run_task(AutoencoderTask(tiny(tmp_path / "run")), finish=False) is None
+        assert train(tiny(tmp_path / "run"), finish=False) is None
         saved = {path.name for path in (tmp_path / "run").iterdir()}
         assert "checkpoints" in saved and not saved & {"model", "evaluation.json", "report.html"}
 
@@ -675,25 +678,25 @@ class TestFaults:
     def test_dry_run_of_less_than_a_batch_resumes_too(self, tmp_path, caplog):
         caplog.set_level("INFO")
         config = tiny(tmp_path / "run", batch_size=4000, epochs=1, max_images=None)
-        _, same, seconds = dry_run(Unmeasured(config))
+        _, same, seconds = dry_run(config)
         assert same and seconds > 0 and caplog.text.count("continuing from") == 1
         assert not (tmp_path / "run").exists()
 
     def test_dry_run_refuses_what_the_run_would_refuse(self, vae_run):
         config, _ = vae_run
         with pytest.raises(FileExistsError, match=r"run\.seed: 0 -> 1"):
-            dry_run(AutoencoderTask(at(config, config.run.output_dir, seed=1)))
+            dry_run(at(config, config.run.output_dir, seed=1))
         run = dataclasses.replace(config.run, allow_config_change=True, mixed_precision=None)
         other = dataclasses.replace(config, run=run, model=dataclasses.replace(TINY_VAE, block_out_channels=(8, 16)))
         with pytest.raises(ValueError, match="is of another model"):
-            dry_run(AutoencoderTask(other))
+            dry_run(other)
 
     @pytest.mark.slow
     def test_dry_run_leaves_nothing_in_the_folder_of_the_run(self, vae_run):
         config, finished = vae_run
         before = left_behind(config.run.output_dir)
         run = dataclasses.replace(config.run, mixed_precision=None)  # as the preset has it
-        result, same, seconds = dry_run(AutoencoderTask(dataclasses.replace(config, run=run)))
+        result, same, seconds = dry_run(dataclasses.replace(config, run=run))
         assert result.latent_shape == (4, 4, 4) and result.memory > 0
         assert same and seconds == pytest.approx(300 / result.images_per_second)
         assert result.parameters == finished.parameters and not result.output_dir.exists()
@@ -762,4 +765,4 @@ def test_a_run_states_the_channels_of_its_images_and_goes_on_with_them(tmp_path)
     stated = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
     assert (stated["name"], stated["channels"]) == ("folder", 3)
     fit(config)
-    assert dry_run(AutoencoderTask(config))[1]  # which goes on from its own checkpoint
+    assert dry_run(config)[1]  # which goes on from its own checkpoint

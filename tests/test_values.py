@@ -36,7 +36,7 @@ from diffusers_vae.images.raw_files import FileKind, read_kind, read_values, wri
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
 from diffusers_vae.models.value_range import find_value_range
-from diffusers_vae.tasks.autoencoder import AutoencoderTask
+from diffusers_vae.tasks.autoencoder_data import load_run_data
 
 DEEP = (0, 65535)
 
@@ -536,11 +536,11 @@ class TestModels:
         root = deep_folder(tmp_path / "set", channels=1, dtype="uint8", most=255)  # which need not state any
         settings = tiny(tmp_path / "run", ModelConfig(pretrained=str(tmp_path / "vae")))
         for stated, told in ((None, "null"), (DEEP, r"\[0, 65535\]")):
-            task = AutoencoderTask(dataclasses.replace(settings, data=config(root, channels=1, value_range=stated)))
+            other = dataclasses.replace(settings, data=config(root, channels=1, value_range=stated))
             with pytest.raises(ValueError, match=rf"data.value_range must be \[0, 4095\], to which .*, got {told}"):
-                task.load(Accelerator(cpu=True))
+                load_run_data(other, Accelerator(cpu=True))
         same = dataclasses.replace(settings, data=config(root, channels=1, value_range=(0, 4095)))
-        AutoencoderTask(same).load(Accelerator(cpu=True))
+        load_run_data(same, Accelerator(cpu=True))
 
     def test_evaluation_does_not_round_to_8_bits(self, tmp_path):
         stated = config(deep_folder(tmp_path / "set", most=60), value_range=(0, 60))

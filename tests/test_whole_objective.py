@@ -1,4 +1,4 @@
-"""Every term of the objective in a step of the task and in a run, compared with its definition."""
+"""Every term of the objective in a step and in a run, compared with its definition."""
 
 import dataclasses
 import json
@@ -25,8 +25,10 @@ from diffusers_vae.losses.adversarial import AdversarialConfig, PatchDiscriminat
 from diffusers_vae.losses.objective import Gaussian, ObjectiveConfig, VAEObjective, kl_to_standard_normal
 from diffusers_vae.losses.perceptual import LPIPS
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.tasks.autoencoder import AutoencoderTask, train
+from diffusers_vae.tasks.autoencoder import summary, train
 from diffusers_vae.tasks.autoencoder_config import TrainConfig
+from diffusers_vae.tasks.autoencoder_data import load_run_data
+from diffusers_vae.tasks.autoencoder_step import AutoencoderStep, build_model
 
 DATA = DataConfig(resolution=24)
 VALUES = 24 * 24
@@ -52,28 +54,34 @@ def settings(output_dir, objective, adversarial=None, **run):
     )
 
 
+def step_of(config):
+    """A step as a run begins it."""
+    accelerator = Accelerator(cpu=True)
+    return AutoencoderStep(load_run_data(config, accelerator).config, accelerator)
+
+
 class Step:
     """The step that a term's settings make of 3 digits, in float64, with equal weights and noise for all of them."""
 
     def __init__(self, term):
         self.config = settings("unused", TERMS[term], JUDGED if term == "generator" else None)
-        self.task = AutoencoderTask(self.config)
-        self.task.load(Accelerator(cpu=True))
+        data = load_run_data(self.config, Accelerator(cpu=True))
+        self.step = AutoencoderStep(data.config, data.accelerator)
         torch.manual_seed(0)
-        self.model = self.task.build().double()
+        self.model = build_model(data.config).double()
         self.parts = self.model.autoencoder if term == "learned scale" else self.model
-        if discriminator := self.task.build_discriminator(torch.device("cpu")):
-            discriminator.module.double()
-        if self.task.perceptual:
-            self.task.perceptual.double()
-        self.task.begin_step(0, 100, 1e-3)
-        self.read = ReadImages(self.task.train_set.pixels[:3].double() / 255, [0, 1, 2])
-        self.draws = self.task.draws(3, torch.Generator().manual_seed(1))
+        if self.step.discriminator:
+            self.step.discriminator.module.double()
+        if self.step.perceptual:
+            self.step.perceptual.double()
+        self.step.begin(0, 100, 1e-3)
+        self.read = ReadImages(data.train_set.pixels[:3].double() / 255, [0, 1, 2])
+        self.draws = self.step.random_inputs(3, torch.Generator().manual_seed(1))
         self.draws["noise"] = self.draws["noise"].double()
         self.images = to_model_range(self.read.pixels)
 
     def __call__(self):
-        return self.task.step(self.model, self.read, self.draws)
+        return self.step(self.model, self.read, self.draws)
 
     def along(self, parameters):
         """The derivative of the loss along a random direction of the parameters: by autograd, and by differences."""
@@ -148,7 +156,7 @@ class TestLoss:
         added, terms, step = self.added("generator")
         with torch.no_grad():
             reconstructions = step.model(step.images, noise=step.draws["noise"]).sample
-            judged = -step.task.adversary.discriminator(reconstructions).flatten(1).mean(1)
+            judged = -step.step.adversary.discriminator(reconstructions).flatten(1).mean(1)
         torch.testing.assert_close(terms.per_image["generator"], judged)
         assert added == pytest.approx(30 / 4 * judged.mean().item(), rel=1e-9) and added != 0
 
@@ -166,7 +174,7 @@ class TestLoss:
 
     def test_equivariance_sees_smaller_images_through_the_encoder_too(self):
         step = Step("equivariance")
-        step.task.config = dataclasses.replace(
+        step.step.config = dataclasses.replace(
             step.config, objective=dataclasses.replace(step.config.objective, equivariance=0.5)
         )
         step.draws["chances"] = torch.tensor([[0.9, 0.5, 0.5, 0.1]]).expand(3, -1)
@@ -187,23 +195,22 @@ class TestLoggedLoss:
     @pytest.mark.parametrize("scale", [0.1, "learned", "optimal"])
     def test_is_that_of_the_evaluation(self, scale, networks):
         objective = {"scale": scale, "kl_weight": 0.3} | ({"perceptual": "squeeze"} if networks else {})
-        task = AutoencoderTask(settings("unused", objective, JUDGED if networks else None))
-        task.load(Accelerator(cpu=True))
+        data = load_run_data(settings("unused", objective, JUDGED if networks else None), Accelerator(cpu=True))
+        step = AutoencoderStep(data.config, data.accelerator)
         torch.manual_seed(0)
-        model = task.build()
-        task.build_discriminator(torch.device("cpu"))
-        heldout = task.heldout.first(6)
-        draws = task.draws(6, torch.Generator().manual_seed(1))
+        model = build_model(data.config)
+        heldout = data.heldout.first(6)
+        draws = step.random_inputs(6, torch.Generator().manual_seed(1))
         standard = DiagonalGaussianDistribution(torch.zeros(6, 8, 12, 12))
         draws["noise"] = next(draw(standard, range(6), 0, 1))  # the evaluation's
         if scale == "learned":
             torch.nn.init.constant_(model.slow_log_scale, -0.2)
         read = ReadImages(heldout.pixels.float() / 255, list(range(6)))
-        task.begin_step(0, 12, 1e-3)
-        task.end_step(task.step(model, read, draws).statistics, 6)  # from now on, an optimal scale is known
-        task.begin_step(6, 12, 1e-3)
-        terms = task.step(model, read, draws)
-        measured = task.objective.measured(model.log_scale.item() if scale == "learned" else None)
+        step.begin(0, 12, 1e-3)
+        step.end(step(model, read, draws).statistics, 6)  # from now on, an optimal scale is known
+        step.begin(6, 12, 1e-3)
+        terms = step(model, read, draws)
+        measured = step.measured(model)
         autoencoder = model.autoencoder if scale == "learned" else model
         report = evaluate(autoencoder.eval(), heldout, measured, EvaluationConfig())
         assert scale == 0.1 or report.scale not in (0.1, 1.0)
@@ -226,16 +233,16 @@ class TestTransformations:
         return dataclasses.replace(config, data=data, optimizer=optimizer)
 
     def test_each_part_has_its_own_and_the_first_that_of_the_whole_step(self):
-        one, four = (AutoencoderTask(self.config("unused", 4, transformations=parts)) for parts in (1, 4))
-        one, four = (task.draws(24, torch.Generator().manual_seed(1)) for task in (one, four))
+        one, four = (step_of(self.config("unused", 4, transformations=parts)) for parts in (1, 4))
+        one, four = (step.random_inputs(24, torch.Generator().manual_seed(1)) for step in (one, four))
         assert torch.equal(one["noise"], four["noise"]) and len(one["chances"].unique(dim=0)) == 1
         assert torch.equal(one["chances"][:6], four["chances"][:6])
         parts = four["chances"].view(4, 6, -1)
         assert (parts == parts[:, :1]).all() and len(four["chances"].unique(dim=0)) == 4
 
     def test_a_smaller_batch_is_one_part(self):
-        task = AutoencoderTask(self.config("unused", 4, transformations=4))
-        chances = task.draws(15, torch.Generator().manual_seed(1))["chances"]
+        step = step_of(self.config("unused", 4, transformations=4))
+        chances = step.random_inputs(15, torch.Generator().manual_seed(1))["chances"]
         assert chances.shape == (15, 4) and len(chances.unique(dim=0)) == 1
 
     @pytest.mark.slow
@@ -404,30 +411,28 @@ class TestTwoPhases:
 
 
 def test_begin_step_sets_the_discriminators_learning_rate_by_both_schedules():
-    task = AutoencoderTask(settings("unused", {}, dataclasses.replace(JUDGED, start_images=10, learning_rate=1e-4)))
-    task.build_discriminator(torch.device("cpu"))
-    highest = task.config.optimizer.learning_rate
+    step = step_of(settings("unused", {}, dataclasses.replace(JUDGED, start_images=10, learning_rate=1e-4)))
+    highest = step.config.optimizer.learning_rate
     for images_seen, part, expected in ((0, 0.5, 0), (10, 0.5, 1e-4 * 0.5 / 4), (50, 0.1, 1e-5), (50, 1.0, 1e-4)):
-        readings = task.begin_step(images_seen, 100, part * highest)
-        (group,) = task.discriminator_optimizer.param_groups
+        readings = step.begin(images_seen, 100, part * highest)
+        (group,) = step.discriminator.optimizer.param_groups
         assert group["lr"] == pytest.approx(expected)
-        assert readings["adversarial_weight"] == 30 * task.adversary.rise
+        assert readings["adversarial_weight"] == 30 * step.adversary.rise
 
 
 def test_the_first_line_says_when_each_term_joins(tmp_path):
     """So that a warm-up in images is not taken for one in steps, nor a start found to lie behind the end afterwards."""
     objective = {"kl_weight": 2.88, "kl_schedule": "linear", "kl_warmup_images": 5000}
-    task = AutoencoderTask(settings(tmp_path, objective, AdversarialConfig(weight=0.1, start_images=7000)))
-    task.load(Accelerator(cpu=True))
-    said = task.summary(task.build())
+    config = settings(tmp_path, objective, AdversarialConfig(weight=0.1, start_images=7000))
+    data = load_run_data(config, Accelerator(cpu=True))
+    said = summary(build_model(data.config), data)
     assert "kl_weight 2.88 (w = 0.0025 in F.mse_loss + w * KL)" in said  # 2.88 * 2 * 0.5^2 / 576
     assert said.endswith(", after 5,000 images; a discriminator after 7,000 images")
 
 
 def test_the_first_line_names_no_weight_for_means_with_a_scale_that_moves(tmp_path):
-    task = AutoencoderTask(settings(tmp_path, {"scale": "learned"}))
-    task.load(Accelerator(cpu=True))
-    assert task.summary(task.build()).endswith("; kl_weight 1")
+    data = load_run_data(settings(tmp_path, {"scale": "learned"}), Accelerator(cpu=True))
+    assert summary(build_model(data.config), data).endswith("; kl_weight 1")
 
 
 @pytest.mark.slow
@@ -556,7 +561,7 @@ class TestRefused:
                 fit(config)
             assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock"}
         use_random_networks(no_download.parents[1])
-        AutoencoderTask(config).load(Accelerator(cpu=True))
+        step_of(config)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache
@@ -16,13 +16,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from ..data import IN_MEMORY, kind_at
-from ..engine.step import Task
+from ..engine.step import RunResult
 from ..fields import shown
 from ..messages import message
 from ..settings import REMOVED, Settings, read_settings, refuse_removed, to_plain_yaml
-from ..tasks.autoencoder import AutoencoderTask
+from ..tasks import autoencoder, text_to_image
 from ..tasks.autoencoder_config import TrainConfig
-from ..tasks.text_to_image import TextToImageTask
 from ..tasks.text_to_image_config import TextToImageConfig
 
 
@@ -172,7 +171,8 @@ class Training:
     description: str
     example: str
     settings: type[Settings]
-    task: type[Task]
+    train: Callable[..., RunResult | None]
+    dry_run: Callable[..., tuple[RunResult, bool, float | None] | None]
 
 
 TRAININGS = {
@@ -183,7 +183,8 @@ TRAININGS = {
             "Train a KL autoencoder.",
             "accelerate launch -m diffusers_vae.cli train --run.output_dir runs/digits",
             TrainConfig,
-            AutoencoderTask,
+            autoencoder.train,
+            autoencoder.dry_run,
         ),
         Training(
             "train-text-to-image",
@@ -191,7 +192,8 @@ TRAININGS = {
             "StableDiffusionPipeline.",
             "accelerate launch -m diffusers_vae.cli train-text-to-image --vae runs/digits",
             TextToImageConfig,
-            TextToImageTask,
+            text_to_image.train,
+            text_to_image.dry_run,
         ),
     )
 }

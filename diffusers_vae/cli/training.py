@@ -8,9 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from ..engine.dry_run import dry_run
-from ..engine.loop import run_task
-from ..engine.step import RunResult, Task
+from ..engine.step import RunResult
 from ..hub.config import HubConfig
 from ..hub.push import check_can_push, push
 from ..messages import message, showable
@@ -50,8 +48,8 @@ def _run_training(training: Training, arguments: Sequence[str]) -> int:
         check_can_push(hub)  # before days of training, not after
     try:
         if dry:
-            _describe_dry_run(training.task(config))
-        elif result := run_task(training.task(config)):  # on the main process
+            _describe_dry_run(training.dry_run(config))
+        elif result := training.train(config):  # on the main process
             _describe(result)
             if hub.push:
                 print(showable(f"published   {push(result.output_dir, hub)}"))
@@ -64,8 +62,7 @@ def _run_training(training: Training, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _describe_dry_run(task: Task) -> None:
-    outcome = dry_run(task)
+def _describe_dry_run(outcome: tuple[RunResult, bool, float | None] | None) -> None:
     if outcome is None:
         return
     result, same, seconds = outcome

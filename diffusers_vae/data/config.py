@@ -16,7 +16,7 @@ from .kinds import is_hub_id, kind_at
 
 OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column")
 """Settings of `DataConfig` that belong to one data set of rows."""
-OF_TRAINING = ("horizontal_flip", "vertical_flip", "color_jitter", "streaming", "shuffle_buffer", "lanes")
+OF_TRAINING = ("horizontal_flip", "vertical_flip", "color_jitter", "streaming", "shuffle_buffer")
 """Those that change how a set is trained on, and not what is measured or encoded of it."""
 IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
 """Names of sets whose images are all of one size, and in memory."""
@@ -88,10 +88,6 @@ class DataConfig:
     are shuffled among `shuffle_buffer`. Without labels and captions; files are not checked before."""
     shuffle_buffer: int = only_with(4096, streaming=True)
     """Images of a stream, over all processes, among which the next ones are drawn; their files are kept in memory."""
-    lanes: tuple[int, int] | None = only_with(None, streaming=True)
-    """Pieces of a stream that are read side by side: so many parts of a batch times so many batches in a row. null:
-    as many as forwards of a step, over all processes, and workers, so that each row group is read once; a run that is
-    continued keeps its own, and with them its order, whatever the number of processes."""
     num_workers: int = 2
     """Processes that read images, for sets that are too large to be kept in memory."""
 
@@ -157,8 +153,6 @@ class DataConfig:
             raise ValueError(f"of a stream, data.crops must be random or null, got {self.crops}")
         if self.shuffle_buffer < 1:
             raise ValueError(f"data.shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
-        if self.lanes is not None and min(self.lanes) < 1:
-            raise ValueError(f"data.lanes must be at least 1 each, got {list(self.lanes)}")
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"data.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
         if self.num_workers < 0:

@@ -145,15 +145,19 @@ class ParquetStore(EncodedStore):
 class StreamedImages(StoredImages):
     """The first images of a `ParquetStore`, or the others, trained on in an order in which few row groups are needed at
     a time: `order.streamed`.
+
+    Attributes:
+        lanes: into how many parts an epoch is cut: by forwards of a step, and by workers. They decide the order, so
+            that a run that continues keeps those that it was begun with.
     """
+
+    lanes: tuple[int, int] = 1, 1
 
     def batches(self, batch_size: int, seed: int, epoch: int, start: int) -> Batches:
         rows = self.store.groups["rows"]
         counts = np.diff(self.store.ends.clip(self.rows.start, self.rows.stop), prepend=self.rows.start)
         assert counts.sum() == len(self) and (counts <= rows).all()
-        return streamed(
-            counts[counts > 0], self.config.lanes or (1, 1), self.config.shuffle_buffer, batch_size, seed, epoch, start
-        )
+        return streamed(counts[counts > 0], self.lanes, self.config.shuffle_buffer, batch_size, seed, epoch, start)
 
     def fingerprint(self) -> str:
         """Of what the files' footers tell of the row groups."""

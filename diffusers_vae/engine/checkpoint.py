@@ -12,16 +12,14 @@ import platform
 import random
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import accelerate
 import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -51,20 +49,10 @@ NAMES = f"images-{12 * '[0-9]'}"
 """Pattern of a checkpoint's name. What is named otherwise belongs to the user."""
 
 
-class Discriminator(NamedTuple):
-    """A second module, which learns to tell images from reconstructions: small, and whole on every process."""
-
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
-
-
-def save_checkpoint(
+def write_checkpoint(
     folder: Path,
     accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: EMAModel | None,
-    discriminator: Discriminator | None,
+    tensors: dict[str, list[tuple[str, torch.Tensor]]],
     progress: dict[str, Any],
     own: dict[str, Any],
     copies: list[Path],
@@ -77,13 +65,10 @@ def save_checkpoint(
     Args:
         folder: of all checkpoints of the run, on storage that every process sees.
         accelerator: of the run.
-        model: unwrapped, in training state.
-        optimizer: of its parameters.
-        ema: its moving average.
-        discriminator: which is trained against it.
-        progress: JSON, the same on all processes; with `images_seen`.
-        own: JSON of this process.
-        copies: files to be kept beside it, as they are now.
+        tensors: named tensors of each file; those of model.safetensors and discriminator.safetensors must be finite.
+        progress: JSON, the same on all processes; with `images_seen` and `step`.
+        own: JSON of this process; its random states are added.
+        copies: files of which copies are kept with it.
         keep: how many checkpoints are kept.
 
     Raises:
@@ -92,10 +77,18 @@ def save_checkpoint(
     """
     target = folder / f"images-{progress['images_seen']:012d}"
     partial = partial_of(target)
+    gathered: dict[str, dict[str, torch.Tensor]] = {}
+    # together, so nothing here may fail on one process
+    for name, named in tensors.items():
+        gathered[name] = {}
+        for key, tensor in named:
+            found = whole(tensor)
+            if accelerator.is_main_process:
+                gathered[name][key] = found.cpu().contiguous()
 
     def begin() -> None:
-        for what in ("model", "discriminator") if discriminator else ("model",):
-            named = tensors[f"{what}.safetensors"]
+        for what in ("model", "discriminator"):
+            named = gathered.get(f"{what}.safetensors", {})
             if bad := [name for name, tensor in named.items() if not tensor.isfinite().all()]:
                 raise FloatingPointError(
                     f"training diverged after step {progress['step']}: {len(bad)} tensors of the {what} are not "
@@ -104,34 +97,23 @@ def save_checkpoint(
         with naming(target):
             begin_folder(partial)
 
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    # together, so nothing here may fail on one process
-    for name, named in _tensors(model, optimizer, ema, discriminator).items():
-        tensors[name] = {}
-        for key, tensor in named:
-            gathered = whole(tensor)
-            if accelerator.is_main_process:
-                tensors[name][key] = gathered.cpu().contiguous()
-
     def write() -> dict[str, dict[str, Any]]:
         """The part of this process, on the disk."""
         if not partial.exists():
             raise OSError("it is not there for all processes; run.output_dir must be on storage that they share")
-        files = {f"process-{accelerator.process_index:05d}.json": own | {"rng": _rng_state(accelerator.device)}}
+        files: dict[str, Any] = {
+            f"process-{accelerator.process_index:05d}.json": own | {"rng": _rng_state(accelerator.device)}
+        }
         if accelerator.is_main_process:
-            files["progress.json"] = progress | {
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-                "ema_steps": ema.optimization_step if ema else None,
-                "surroundings": surroundings(accelerator),
-            }
+            files["progress.json"] = progress
         for name, content in files.items():
             write_text(partial / name, json.dumps(content, allow_nan=False))
         if accelerator.is_main_process:
-            for name, content in tensors.items():
+            for name, content in gathered.items():
                 save_tensors(partial / name, content)
             for path in copies:
                 copy_file(path, partial / path.name)
-            files |= tensors | {path.name: path for path in copies}
+            files |= gathered | {path.name: path for path in copies}
         for name in files:
             sync(partial / name)
         return {name: described(partial / name) for name in files}
@@ -241,45 +223,8 @@ def check_fits(path: Path, model: nn.Module, what: str = "model") -> None:
             )
 
 
-def restore(
-    path: Path,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: EMAModel | None,
-    discriminator: Discriminator | None,
-) -> None:
-    """Bring model, optimiser, EMA, discriminator, gradient scaler and this process's random states to what the
-    checkpoint holds. A discriminator that it does not hold stays as it is.
-
-    Raises:
-        ValueError: when it is of another model or discriminator.
-    """
-    check_fits(path, model)
-    progress, own = read_progress(path, accelerator.process_index)
-    saved = load_file(path / "model.safetensors")
-    state = model.state_dict()
-    with torch.no_grad():
-        for key, tensor in state.items():
-            tensor.copy_(_like(saved[key], tensor))
-        if ema:
-            ema.optimization_step = progress["ema_steps"]
-            averages = load_file(path / "ema.safetensors")
-            for (key, _), tensor in zip(model.named_parameters(), ema.shadow_params, strict=True):
-                tensor.copy_(_like(averages[key], tensor))
-    _restore_optimizer(optimizer, model, load_file(path / "optimizer.safetensors"))
-    if discriminator and (path / "discriminator.safetensors").exists():
-        check_fits(path, discriminator.module, "discriminator")
-        discriminator.module.load_state_dict(load_file(path / "discriminator.safetensors"))
-        moments = load_file(path / "discriminator_optimizer.safetensors")
-        _restore_optimizer(discriminator.optimizer, discriminator.module, moments)
-    if accelerator.scaler and progress["scaler"]:
-        accelerator.scaler.load_state_dict(progress["scaler"])
-    if own:
-        _restore_rng(own["rng"], accelerator.device)
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+    """Restore what `optimizer_tensors` gave."""
     parameters = dict(model.named_parameters())
     index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     states: dict[int, dict[str, torch.Tensor]] = {}
@@ -287,7 +232,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved
         kind, _, name = key.partition(".")
         # load_state_dict keeps what it is given: a view of the mapped file, which may be deleted or replaced
         tensor = tensor.clone()
-        placed = _like(tensor, parameters[name]) if tensor.shape == parameters[name].shape else tensor
+        placed = like(tensor, parameters[name]) if tensor.shape == parameters[name].shape else tensor
         states.setdefault(index[id(parameters[name])], {})[kind] = placed
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -308,24 +253,8 @@ def surroundings(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def _tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None, discriminator: Discriminator | None
-) -> dict[str, list[tuple[str, torch.Tensor]]]:
-    """The tensors of each file by name."""
-    files = {
-        "model.safetensors": list(model.state_dict().items()),
-        "optimizer.safetensors": _optimizer_tensors(optimizer, model),
-    }
-    if ema:
-        names = (key for key, _ in model.named_parameters())
-        files["ema.safetensors"] = list(zip(names, ema.shadow_params, strict=True))
-    if discriminator:
-        files["discriminator.safetensors"] = list(discriminator.module.state_dict().items())
-        files["discriminator_optimizer.safetensors"] = _optimizer_tensors(discriminator.optimizer, discriminator.module)
-    return files
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the optimizer's state by its kind and the name of its parameter."""
     return [
         (f"{kind}.{key}", value)
         for key, p in model.named_parameters()
@@ -338,8 +267,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def _like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Sharded over the processes as `reference` is."""
+def like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return the tensor on the device of `reference`, sharded over the processes like it."""
     tensor = tensor.to(reference.device)
     if isinstance(reference, DTensor):
         return distribute_tensor(tensor, reference.device_mesh, reference.placements)
@@ -358,7 +287,8 @@ def _rng_state(device: torch.device) -> dict[str, Any]:
     return state
 
 
-def _restore_rng(state: dict[str, Any], device: torch.device) -> None:
+def restore_rng(state: dict[str, Any], device: torch.device) -> None:
+    """Restore the random states of this process."""
     version, key, gauss = state["python"]
     random.setstate((version, tuple(key), gauss))
     np.random.set_state(tuple(state["numpy"]))

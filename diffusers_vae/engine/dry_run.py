@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,39 +12,45 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 
 from ..processes import Interrupted, on_main
-from .loop import find_task_run, run_task
-from .step import RunResult, Task
+from .config import RunConfig
+from .step import RunResult
 
 
-def dry_run(task: Task) -> tuple[RunResult, bool, float | None] | None:
-    """Every phase of the run of `task` once, on two batches, in a folder that is deleted again: training, a checkpoint,
+def dry_run(
+    run: RunConfig, find: Callable[[], object], train: Callable[[Path, bool], RunResult | None]
+) -> tuple[RunResult, bool, float | None] | None:
+    """Go through every phase of a run on two batches, in a folder that is deleted again: training, a checkpoint,
     evaluation, pictures, saving, and the second batch again from the checkpoint.
+
+    Args:
+        run: settings of the whole run.
+        find: looks for the run in its folder, as `folder.find_run`, and refuses what the run would refuse.
+        train: trains on two batches in a folder, with a checkpoint after each, and returns the result on the main
+            process; if the second argument is False, up to the last checkpoint.
 
     Returns, on the main process, the result, whether the resumed run gave the same weights bit by bit, and the
     seconds that all of the training would take, without evaluation.
     """
     PartialState(cpu=not torch.accelerator.is_available())
-    run = task.config.run
-    find_task_run(task)  # which refuses what the run would refuse
+    find()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(on_main(lambda: scratch)) / "run"
         try:
-            trial = task.few(folder)
-            trial.planned = run
-            result = run_task(trial)  # what two batches need is read on demand
+            result = train(folder, True)
             newest = max((folder / "checkpoints").glob("images-*"))
+            before = _tensors_in(newest) if result else {}
             if result:
-                before = _tensors_in(newest)
                 (folder / "evaluation.json").unlink()
                 shutil.rmtree(newest)
             on_main(lambda: None)  # barrier: nobody resumes before the checkpoint is deleted
-            run_task(task.few(folder), finish=False)
+            train(folder, False)
         except Interrupted as interruption:
             raise Interrupted("the dry run was asked to stop; nothing was kept") from interruption
         if not result:
             return None
         after = _tensors_in(newest)
         same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        assert result.train_images is not None
         total = run.total_images(result.train_images)
         return result, same, total / result.images_per_second if result.images_per_second else None
 

@@ -6,8 +6,10 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,12 +20,17 @@ from torch import nn
 
 from ..data import Read
 from ..messages import showable
+from ..processes import on_main, only_user_of
 from ..settings import Settings, differences, other_sections
 from ..storage import ODD, append_text, delete_file, make_folder, naming, sync, whole_file, write_file
 from ..untrusted import open_regular, read_json
 from .checkpoint import check_fits, find_checkpoint, tidy
+from .config import kept_channels
+from .launch import Launch, Speed, launch_summary, peak_memory
+from .step import RunResult
 
 T = TypeVar("T")
+R = TypeVar("R", bound=RunResult)
 logger = logging.getLogger(__name__)
 RESULTS = ("model", "pipeline", "evaluation.json")
 FILES = (
@@ -171,13 +178,91 @@ def begin(
 
 
 def _same(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
-    """Whether a part of the data is what it was. Earlier versions did not record `contents`."""
-    return before is not None and {name: now[name] for name in ("contents",) if name in now} | before == now
+    """Whether a part of the data is what it was. Earlier versions did not record `contents` and `lanes`."""
+    return before is not None and {name: now[name] for name in ("contents", "lanes") if name in now} | before == now
 
 
 def _changed(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     same = before["images"] == now["images"]
     return f"{before['images']} {name} images -> {now['images']}" + ", others or changed" * same
+
+
+class Run(Generic[R]):
+    """The folder of a run, locked, as `opened` gives it.
+
+    Attributes:
+        config: its settings, with those that an earlier start has settled.
+        checkpoint: the newest whole one, from which it continues.
+        result: what it left behind, if it is finished.
+        output_dir: path of the folder.
+        launch: the processes that train.
+        bad_images: after `begin`.
+    """
+
+    bad_images: BadImages
+
+    def __init__(self, config: Settings, launch: Launch, checkpoint: Path | None, result: R | None):
+        self.config, self.launch, self.checkpoint, self.result = config, launch, checkpoint, result
+        self.output_dir = Path(config.run.output_dir)
+        self.main = launch.accelerator.is_main_process
+        self.speed = Speed()
+
+    def begin(self, config: Settings, data: dict[str, dict[str, Any]], build: Callable[[], nn.Module]) -> None:
+        """Bring the files of the folder to where the run begins or continues, as `begin` does, with the settings as
+        they are now settled.
+        """
+        self.config = config
+        on_main(lambda: begin(config, self.checkpoint, data, build))
+        self.bad_images = BadImages(self.output_dir / "bad_images.txt")
+
+    def announce(self, summary: str, warnings: Iterable[str], image_errors: Iterable[str]) -> None:
+        """Log on the main process what is trained, `warnings` of a run that begins, and unreadable images."""
+        if self.main:
+            self.bad_images.add(image_errors, warn=False)
+            logger.info("%s; %s", summary, launch_summary(self.launch.accelerator, self.config.run))
+            for sentence in () if self.checkpoint else warnings:
+                logger.warning("%s", sentence)
+
+    def complete(self, result: R, skipped: int, train_images: int, image_errors: Iterable[str]) -> R | None:
+        """Report skipped steps and unreadable images; return the result with memory and speed on the main process."""
+        self.bad_images.add(image_errors, warn=False)
+        if not self.main:
+            return None
+        if skipped:
+            logger.warning("%d steps were skipped, since loss or gradient were not finite", skipped)
+        if listed := self.bad_images.listed:
+            path = showable(self.bad_images.path)
+            logger.warning("%d files could not be read and were left out: %s", len(listed), path)
+        return replace(
+            result,
+            memory=peak_memory(self.launch.accelerator.device),
+            train_images=train_images,
+            images_per_second=self.speed.images_per_second(),
+        )
+
+
+@contextmanager
+def opened(
+    config: Settings, launch: Launch, finished: Callable[[], R], build: Callable[[], nn.Module] | None = None
+) -> Iterator[Run[R]]:
+    """Lock the folder `run.output_dir` within, and find the run that it holds: arguments and errors are those of
+    `find_run` and `only_user_of`.
+    """
+    accelerator = launch.accelerator
+    run = replace(config.run, mixed_precision=accelerator.mixed_precision)
+    config = kept_channels(replace(config, run=run))
+    with only_user_of(Path(run.output_dir), "training in", "run.output_dir"):
+        try:
+            checkpoint, result = on_main(partial(find_run, config, finished, build))
+            if result:
+                logger.info("%s holds this run, finished", showable(run.output_dir))
+            elif checkpoint and accelerator.is_main_process:
+                logger.info("continuing from %s", showable(checkpoint))
+            yield Run(config, launch, checkpoint, result)
+        finally:
+            with leaving_out_the_tracker(accelerator):
+                for tracker in accelerator.trackers:
+                    tracker.finish()
 
 
 @contextmanager

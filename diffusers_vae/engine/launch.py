@@ -1,9 +1,13 @@
-"""The processes that `accelerate launch` started: their Accelerator, precision and threads."""
+"""The processes that `accelerate launch` started: their Accelerator, precision, threads and signals."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import get_args
 
 import psutil
@@ -13,15 +17,49 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, is_torch_version, parse_choice_from_env
 
 from ..models import fast_dtype
+from ..processes import Signals, lossy_output
 from ..settings import begun_with
-from ..silence import GROUP_TIMEOUT
+from ..silence import GROUP_TIMEOUT, PATIENCE, Patience, watched
 from .config import Precision, RunConfig
-from .step import Task
 
 
-def new_accelerator(task: Task) -> Accelerator:
-    """The Accelerator of this launch, in the precision of the run."""
-    run, precision = task.config.run, _precision(task)
+@dataclass(frozen=True)
+class Launch:
+    """A process that `accelerate launch` started, with all of its group."""
+
+    accelerator: Accelerator
+    signals: Signals
+    patience: Patience
+
+
+@contextmanager
+def launched(
+    run: RunConfig, fast_in_bfloat16: Callable[[torch.device], bool], patience: Patience = PATIENCE
+) -> Iterator[Launch]:
+    """Set up the processes that `accelerate launch` started, and watch them and signals within. From now on this
+    process computes with 0 in the place of denormal numbers.
+
+    Args:
+        run: settings of the run.
+        fast_in_bfloat16: whether autocast makes its steps faster on a device that multiplies bfloat16 in hardware.
+        patience: with a process that falls silent; then all end with an error, as `silence.watched` says.
+
+    Raises:
+        Interrupted: after SIGTERM, SIGINT, SIGUSR1 or SIGHUP.
+        TimeoutError: when other processes have not started.
+        ValueError: when settings and launcher do not fit each other.
+    """
+    # Averages of gradients that have become 0 fade into denormal numbers, by which a CPU takes twice as long for a step
+    # of the optimizer. Threads inherit this from the one that starts them, so it comes first.
+    torch.set_flush_denormal(True)
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    with lossy_output(), Signals() as signals, watched(patience):
+        yield Launch(_new_accelerator(run, _precision(run, fast_in_bfloat16)), signals, patience)
+
+
+def _new_accelerator(run: RunConfig, precision: str) -> Accelerator:
     if AcceleratorState._shared_state.get("_mixed_precision") not in (None, precision):
         AcceleratorState._reset_state()  # of a run before in this process, which Accelerate would hold this one to
     accelerator = Accelerator(
@@ -36,9 +74,8 @@ def new_accelerator(task: Task) -> Accelerator:
     return accelerator
 
 
-def _precision(task: Task) -> str:
+def _precision(run: RunConfig, fast_in_bfloat16: Callable[[torch.device], bool]) -> str:
     """What config or launcher ask for, or the run was begun with; else bf16 where that is fast."""
-    run = task.config.run
     if run.mixed_precision:
         return run.mixed_precision
     if (asked := parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # which is not told from nothing
@@ -47,7 +84,7 @@ def _precision(task: Task) -> str:
         return begun
     cpu = torch.device("cpu")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else cpu
-    return "bf16" if task.gains_by_bfloat16(device) and fast_dtype(device) == torch.bfloat16 else "no"
+    return "bf16" if fast_in_bfloat16(device) and fast_dtype(device) == torch.bfloat16 else "no"
 
 
 def _use_all_cores(accelerator: Accelerator) -> None:
@@ -106,3 +143,24 @@ def peak_memory(device: torch.device) -> int:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Speed:
+    """Time that training steps take, without the first, which sets much up."""
+
+    def __init__(self):
+        self.images, self.seconds, self.warm = 0, 0.0, False
+
+    def begin_step(self) -> None:
+        """Start the clock."""
+        self.began = time.monotonic()
+
+    def end_step(self, images: int) -> None:
+        """Count the images of a step."""
+        if self.warm:
+            self.images, self.seconds = self.images + images, self.seconds + time.monotonic() - self.began
+        self.warm = True
+
+    def images_per_second(self) -> float | None:
+        """Return the mean over the steps; None if there was only the first."""
+        return self.images / self.seconds if self.images else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import cycle, tee
 
 import torch
 from accelerate import Accelerator
@@ -17,18 +17,19 @@ from ..processes import ignore_signals
 from ..silence import Patience, WorkerWatch
 from .config import RunConfig
 
+Steps = Iterator[tuple[int, int, list[MicroBatch]]]
+"""For each optimizer step: the epoch, from 0; images of the epoch before this step; this process's micro-batches."""
+
 
 def steps_from(
     train_set: TrainingSet, run: RunConfig, accelerator: Accelerator, images_seen: int, total_images: int
-) -> Iterator[tuple[int, int, list[MicroBatch]]]:
-    """Of each step from `images_seen` to `total_images` its epoch, from 0, the images of it before, and this process's
-    micro-batches.
-    """
+) -> Steps:
+    """Yield the steps from `images_seen` to `total_images`."""
     while images_seen < total_images:
         epoch, start = divmod(images_seen, len(train_set))
         batches = train_set.batches(run.batch_size, run.seed, epoch, start)
-        place = accelerator.process_index, accelerator.num_processes, run.gradient_accumulation_steps
-        for micro_batches in deal(batches, run.seed, epoch, *place):
+        share = accelerator.process_index, accelerator.num_processes, run.gradient_accumulation_steps
+        for micro_batches in deal(batches, run.seed, epoch, *share):
             if images_seen >= total_images:
                 return
             yield epoch, images_seen - epoch * len(train_set), micro_batches
@@ -37,20 +38,16 @@ def steps_from(
 
 @contextmanager
 def reader(
-    train_set: TrainingSet,
-    steps: Iterable[tuple[int, int, list[MicroBatch]]],
-    workers: int,
-    seed: int,
-    device: torch.device,
-    patience: Patience,
-) -> Iterator[Callable[[MicroBatch], Read]]:
-    """A function that reads one micro-batch of the steps after the other; workers read ahead of when it is called."""
+    train_set: TrainingSet, steps: Steps, workers: int, seed: int, device: torch.device, patience: Patience
+) -> Iterator[tuple[Steps, Callable[[MicroBatch], Read]]]:
+    """Give the steps and a function that reads their micro-batches in turn; workers read ahead of its calls."""
     if not workers:
-        yield train_set.read
+        yield steps, train_set.read
         return
+    steps, ahead = tee(steps)
     loader = DataLoader(
         _ByMicroBatch(train_set),
-        batch_sampler=(micro_batch for _, _, micro_batches in steps for micro_batch in micro_batches),
+        batch_sampler=(micro_batch for _, _, micro_batches in ahead for micro_batch in micro_batches),
         num_workers=workers,
         collate_fn=_as_read,
         worker_init_fn=ignore_signals,
@@ -61,7 +58,7 @@ def reader(
     watch = WorkerWatch(reads._workers, partial(_names, train_set), patience)  # as torch 2.14 calls them
     turns = cycle(range(workers))  # of the workers, in which they are given batches
     try:
-        yield lambda micro_batch: watch.wait(next(turns), micro_batch, partial(next, reads))
+        yield steps, lambda micro_batch: watch.wait(next(turns), micro_batch, partial(next, reads))
     finally:  # at its end, Python would send them a signal that they ignore, and wait
         reads._shutdown_workers()
         watch.close()

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
-from ..data import Read, TrainingSet
-from ..settings import Settings
-from .checkpoint import Discriminator
-from .config import RunConfig
-from .folder import Log
+from ..data import Read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,32 +28,40 @@ class RunResult:
     load_line: str
     """Python that loads it."""
     memory: int | None = None
-    """Bytes: the most that a GPU, or the process, has held; None when the run had finished before."""
+    """Peak memory of the GPU or the process in bytes; None if the run was already finished."""
     train_images: int | None = None
-    """How many there are in the set; None likewise."""
+    """Number of training images; None if the run was already finished."""
     images_per_second: float | None = None
-    """Of training steps, all processes together; None when there was only one to take, or none."""
+    """Images per second of the training steps, over all processes; None if fewer than two steps were taken."""
+
+
+class Discriminator(NamedTuple):
+    """A second module, which learns to tell images from reconstructions: small, and whole on every process."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
 
 
 @dataclass(frozen=True)
 class StepTerms:
-    """What came of a micro-batch."""
+    """The losses of a micro-batch."""
 
     loss: torch.Tensor
-    """Scalar, the mean over its images: the objective, as it is logged."""
+    """Scalar, the mean over the images: the objective, as it is logged."""
     per_image: dict[str, torch.Tensor]
-    """Each (B,), for people; they lead to the image when the loss is not finite."""
+    """Logged terms, each (B,); they lead to the image when the loss is not finite."""
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Means over its images of what the task has to know of the whole step, of any shape."""
+    """Means over the images, of any shape, that `Step.end` gets as means over the whole step."""
     readings: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Scalars to be logged beside those of `Task.begin_step`, the same in all parts of a step."""
-    pair: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Images and reconstructions for the discriminator; None while it does not train."""
-    discriminator_loss: torch.Tensor | None = None
-    """Scalar likewise, of the discriminator."""
+    """Scalars logged beside those of `Step.begin`, the same in all micro-batches of a step."""
     network_loss: torch.Tensor | None = None
     """Scalar: the weighted perceptual and adversarial terms, which are differentiated with `loss`; without their
     weights, they are logged in `per_image`."""
+    judge: Callable[[], StepTerms] | None = None
+    """Returns these terms with `discriminator_loss`; called after the backward of `total_loss`, whose graph it then
+    need not keep in memory."""
+    discriminator_loss: torch.Tensor | None = None
+    """Scalar, the mean over the images, with gradients of the discriminator alone."""
 
     @property
     def total_loss(self) -> torch.Tensor:
@@ -66,110 +69,38 @@ class StepTerms:
         return self.loss if self.network_loss is None else self.loss + self.network_loss
 
 
-class Task(Protocol):
-    """What a run trains. The loop knows the order of images, processes and checkpoints, and nothing else of it."""
+class Step(Protocol):
+    """What the loop asks of a task."""
 
-    config: Settings
-    """With the sections `run` and `optimizer`."""
     terms: tuple[str, ...]
     """Names of `StepTerms.per_image`."""
     advice: str
-    """What makes training more stable."""
-    evaluate_every: int | None
-    """Images between two evaluations while training."""
-    workers: int
-    """Processes that read images."""
-    builds_at_once: bool
-    """Whether `build` needs no `load` before."""
-    train_set: TrainingSet
-    """After `load`."""
-    images: int
-    """After `load`: how many images there are to train on; of a dry run, too, whose set may have fewer."""
-    planned: RunConfig | None = None
-    """Settings of the run that a dry run tries out; None otherwise."""
+    """How to make training more stable."""
 
-    def finished(self) -> RunResult:
-        """Return the result of the finished run in output_dir; ValueError naming a file that is missing or damaged."""
+    def begin(self, images_seen: int, total_images: int, learning_rate: float) -> dict[str, float]:
+        """Set schedules for the step that begins after `images_seen` images; return what is logged of them."""
         ...
 
-    def load(self, accelerator: Accelerator) -> None:
-        """Read what is trained on, on all processes together."""
+    def random_inputs(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Sample all random inputs of a step of `count` images, (count, ...) each, on the generator's device."""
         ...
 
-    def data(self) -> dict[str, dict[str, Any]]:
-        """`images`, `fingerprint` and, if it is known, `contents` of each part of it."""
-        ...
-
-    def image_errors(self) -> Iterable[str]:
-        """Of images that were left out so far."""
-        ...
-
-    def gains_by_bfloat16(self, device: torch.device) -> bool:
-        """Whether autocast makes steps faster, if `device` multiplies bfloat16 in hardware; before `load`."""
-        return False
-
-    def compiles(self) -> bool:
-        """Whether torch.compile pays, where `run.compile` leaves it open; after `load`, on the main process."""
-        return False
-
-    def build(self) -> nn.Module:
-        """A new model; after `load`, unless it `builds_at_once`."""
-        ...
-
-    def blank(self, model: nn.Module, device: torch.device) -> torch.Tensor:
-        """A scalar that depends on every parameter by one call of the model's `forward`."""
-        ...
-
-    def build_discriminator(self, device: torch.device) -> Discriminator | None:
-        """A new one, if the task trains one."""
-        return None
-
-    def begin_step(self, images_seen: int, total_images: int, learning_rate: float) -> dict[str, float]:
-        """Set what depends on how far the run is; returns what of it is to be logged."""
-        return {}
-
-    def draws(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """All that is random in a step of `count` images, (count, ...) each, on the generator's device."""
-        ...
-
-    def step(self, model: nn.Module, read: Read, draws: dict[str, torch.Tensor]) -> StepTerms:
-        """What is differentiated, by one call of the model's `forward`, for what was read and its rows of the draws."""
-        ...
-
-    def discriminate(self, terms: StepTerms) -> StepTerms:
-        """The terms with those of the discriminator, for their pair."""
-        raise NotImplementedError
-
-    def end_step(self, statistics: dict[str, torch.Tensor], images: int) -> None:
-        """Learn from a step that was taken: the means of all `statistics` over its `images`, the same everywhere."""
-        return None
-
-    def state(self) -> dict[str, Any]:
-        """JSON: what was learned from steps, besides weights."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take the state back from a checkpoint."""
-        return None
-
-    def summary(self, model: nn.Module) -> str:
-        """One line on model and data, before the first step."""
-        ...
-
-    def unreached(self, total_images: int) -> list[str]:
-        """Return warnings, one sentence each, of settings that take no or only partial effect in a run of
-        `total_images` images.
+    def __call__(self, model: nn.Module, read: Read, inputs: dict[str, torch.Tensor]) -> StepTerms:
+        """Compute the losses of a micro-batch by one call of the model's `forward`; `inputs` are its rows of
+        `random_inputs`.
         """
         ...
 
-    def evaluate(self, model: nn.Module, log: Log, progress: dict[str, int]) -> object:
-        """Measure and picture the averaged model, on all processes; FloatingPointError if it is not finite."""
+    def end(self, statistics: dict[str, torch.Tensor], images: int) -> None:
+        """Update what depends on earlier steps from the means of `StepTerms.statistics` over the step's `images`, the
+        same on all processes. Skipped steps are left out.
+        """
         ...
 
-    def finish(self, model: nn.Module, log: Log, progress: dict[str, int]) -> RunResult:
-        """Save the averaged model before anything that could fail, then measure; evaluation.json comes last."""
+    def state(self) -> dict[str, Any]:
+        """Return as JSON what was learned from steps, besides weights."""
         ...
 
-    def few(self, folder: Path) -> Task:
-        """The same on two batches, with as little as possible around, in `folder`."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restore `state` from a checkpoint."""
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +13,26 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from ..data import Read
-from ..processes import gather
+from ..data import MicroBatch, Read, TrainingSet
+from ..processes import gather, process_share
 from ..storage import make_folder, naming, save_tensors, sync
 from .checkpoint import whole
-from .step import StepTerms, Task
+from .step import StepTerms
 
 
 @dataclass(frozen=True)
 class SeenBatch:
-    """A micro-batch of a step of `count` images and what came of it, for the dump of a step that is not finite."""
+    """A micro-batch and its losses, for the dump of a step that is not finite."""
 
-    count: int
-    indices: list[int]
+    batch: MicroBatch
     read: Read
-    draws: dict[str, torch.Tensor]
+    inputs: dict[str, torch.Tensor]
     terms: StepTerms
+
+    @property
+    def indices(self) -> list[int]:
+        """Indices of the images that could be read."""
+        return [self.batch.indices[position] for position in self.read.kept]
 
 
 def sums_of(terms: StepTerms, count: int) -> torch.Tensor:
@@ -74,7 +78,7 @@ class RunningTerms:
 
 
 class StepStatistics:
-    """Of the micro-batches of a step, summed by their share of it."""
+    """Sums of the statistics of a step's micro-batches, weighted by their share of it."""
 
     def __init__(self):
         self.sums: dict[str, torch.Tensor] = {}
@@ -146,24 +150,51 @@ class StepFlags:
         return bad, not images, bool(asked)
 
 
+@dataclass
+class PendingSteps:
+    """Steps whose flags are on their way from the device."""
+
+    flags: list[StepFlags] = field(default_factory=list)
+
+    def check(self, newest: StepFlags, at_once: bool) -> tuple[StepFlags, list[str], bool, bool]:
+        """Add the newest step. Return the last one that was checked and its `StepFlags.read`: the first that is not
+        finite or has no image, else the newest or, unless `at_once`, the one before.
+        """
+        self.flags.append(newest)
+        checked, bad, empty, stop = newest, [], False, False
+        while self.flags and not (bad or empty) and (at_once or len(self.flags) > 1):
+            checked = self.flags.pop(0)
+            bad, empty, asked = checked.read()
+            stop = stop or asked
+        return checked, bad, empty, stop
+
+
 MAX_DUMPS = 10
 
 
-def report_not_finite(task: Task, accelerator: Accelerator, checked: StepFlags, skipped: int, bad: list[str]) -> str:
-    """What is wrong with the step, in words, after its batch was written to output_dir."""
+def finite(value: torch.Tensor) -> float | None:
+    """Return the scalar as a number; None if it is not finite, as in a skipped step."""
+    return value.item() if value.isfinite() else None
+
+
+def report_not_finite(
+    train_set: TrainingSet, output_dir: Path, checked: StepFlags, skipped: int, bad: list[str]
+) -> str:
+    """Write the batch of the step to output_dir, by all processes, and return in words what is wrong with it."""
     step, seen = checked.step, checked.seen
+    rank, _ = process_share()
     culprits = [
-        task.train_set.name(index)
+        train_set.name(index)
         for part in seen
         for index, total in zip(part.indices, sum(part.terms.per_image.values()), strict=True)
         if not total.isfinite()
     ]
-    folder = Path(task.config.run.output_dir) / "nonfinite"
-    path = folder / f"step-{step:09d}-process-{accelerator.process_index}.safetensors"
+    folder = output_dir / "nonfinite"
+    path = folder / f"step-{step:09d}-process-{rank}.safetensors"
     where = f"not written, as {MAX_DUMPS} were"
     if seen and skipped < MAX_DUMPS:
         parts = [
-            {"indices": torch.tensor(part.indices)} | part.read.tensors() | part.draws | part.terms.per_image
+            {"indices": torch.tensor(part.indices)} | part.read.tensors() | part.inputs | part.terms.per_image
             for part in seen
         ]
         tensors = {name: torch.cat([part[name].detach().cpu() for part in parts]) for name in parts[0]}
@@ -179,5 +210,5 @@ def report_not_finite(task: Task, accelerator: Accelerator, checked: StepFlags, 
     culprits = [name for names, _ in found for name in names]
     paths = [where for names, where in found if names] or [where for _, where in found]
     shown = ", ".join(culprits[:3]) + " ..." * (len(culprits) > 3)
-    which = f", in {len(culprits)} of {seen[0].count} images: {shown}" if culprits and seen else ""
+    which = f", in {len(culprits)} of {seen[0].batch.count} images: {shown}" if culprits and seen else ""
     return f"{step}, not finite: {', '.join(bad)}{which}. Its images are {', '.join(paths)}"

@@ -126,6 +126,13 @@ class TrainConfig(Settings):
         named += [f"adversarial.weight {self.adversarial.weight}"] * bool(self.adversarial.weight)
         return ", ".join(named)
 
+    def unreached(self, total_images: int) -> list[str]:
+        """Return warnings, one sentence each, of settings that take no or only partial effect in a run of
+        `total_images` images.
+        """
+        sections = (self.optimizer, self.objective, self.adversarial)
+        return [sentence for section in sections for sentence in section.unreached(total_images)]
+
     @property
     def smallest_size(self) -> tuple[int, int]:
         """Height and width of the smallest images that the losses see."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 
@@ -27,12 +28,18 @@ class Captions:
         self.counts = torch.tensor([len(texts) for texts in captions])
         self.firsts = self.counts.cumsum(0) - self.counts
 
-    def choose(self, indices: Sequence[int], chance: torch.Tensor) -> torch.Tensor:
-        """For each image a row of `distinct` (B,), decided by a number (B,) in [0, 1)."""
-        places = torch.as_tensor(indices)
-        counts = self.counts[places]
-        chosen = (chance.cpu() * counts).long().minimum(counts - 1)  # a float32 product may round up
-        return self.rows[self.firsts[places] + chosen]
+    def to(self, device: torch.device) -> Captions:
+        """Return the same with tensors on `device`."""
+        moved = copy(self)
+        for name in ("rows", "counts", "firsts"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
+    def choose(self, indices: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+        """Return for each image of `indices` (B,) a row of `distinct` (B,), decided by a number (B,) in [0, 1)."""
+        counts = self.counts[indices]
+        chosen = (chance * counts).long().minimum(counts - 1)  # a float32 product may round up
+        return self.rows[self.firsts[indices] + chosen]
 
 
 def captions_of(

@@ -173,3 +173,9 @@ class TextToImageConfig(Settings):
             raise ValueError("run.compile is for the training of autoencoders, got true: leave it out")
         if changing := self.data.changes_images or "data.streaming" * self.data.streaming:
             raise ValueError(f"latents are encoded once, of a set of images as they are: leave out {changing}")
+
+    def unreached(self, total_images: int) -> list[str]:
+        """Return warnings, one sentence each, of settings that take no or only partial effect in a run of
+        `total_images` images.
+        """
+        return self.optimizer.unreached(total_images)

@@ -23,11 +23,10 @@ from support.runs import DETERMINISTIC, left_behind, use_random_networks, whole
 
 from diffusers_vae.data import DataConfig
 from diffusers_vae.engine.config import RunConfig
-from diffusers_vae.engine.loop import run_task
 from diffusers_vae.evaluation.evaluate import EvaluationConfig
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.tasks.autoencoder import AutoencoderTask
+from diffusers_vae.tasks.autoencoder import train
 from diffusers_vae.tasks.autoencoder_config import TrainConfig
 
 
@@ -57,7 +56,7 @@ def config_of(output_dir: Path, kind: str, finish: bool) -> TrainConfig:
 
 
 def run(config: TrainConfig, finish: bool) -> None:
-    run_task(AutoencoderTask(config), finish)
+    train(config, finish=finish)
 
 
 def saving(output_dir: Path) -> bool:

@@ -6,11 +6,11 @@ import signal
 from pathlib import Path
 
 import torch
+from support.runs import fit_with
 
 from diffusers_vae.data import Read
-from diffusers_vae.engine.loop import run_task
-from diffusers_vae.tasks.autoencoder import AutoencoderTask
 from diffusers_vae.tasks.autoencoder_config import TrainConfig
+from diffusers_vae.tasks.autoencoder_step import AutoencoderStep
 
 Steps = dict[int, list[list[str]]]
 """For each step, by the images seen before it, the checksums of the images of each process."""
@@ -21,29 +21,28 @@ def checksums(read: Read) -> list[str]:
     return [hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest() for pixels in read.pixels]
 
 
-class Noting(AutoencoderTask):
-    """Reads images on demand and notes them in seen-RANK.txt beside `run.output_dir`, a line per image: the images seen
-    before its step, and its checksum. Every process kills itself before the step that begins at `die_at` images.
+class Noting(AutoencoderStep):
+    """Notes images in seen-RANK.txt beside `run.output_dir`, a line per image: the images seen before its step, and its
+    checksum. Every process kills itself before the step that begins at `die_at` images.
     """
 
-    def __init__(self, config: TrainConfig, die_at: int | None = None):
-        super().__init__(config, memory_limit=0)
-        self.die_at = die_at
+    die_at: int | None = None
 
-    def begin_step(self, images_seen: int, total_images: int, learning_rate: float) -> dict[str, float]:
+    def begin(self, images_seen: int, total_images: int, learning_rate: float) -> dict[str, float]:
         self.images_seen = images_seen
         if images_seen == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().begin_step(images_seen, total_images, learning_rate)
+        return super().begin(images_seen, total_images, learning_rate)
 
-    def step(self, model: torch.nn.Module, read: Read, draws: dict[str, torch.Tensor]):
+    def __call__(self, model: torch.nn.Module, read: Read, inputs: dict[str, torch.Tensor]):
         with open(Path(self.config.run.output_dir).parent / f"seen-{self.accelerator.process_index}.txt", "a") as file:
             file.writelines(f"{self.images_seen} {checksum}\n" for checksum in checksums(read))
-        return super().step(model, read, draws)
+        return super().__call__(model, read, inputs)
 
 
 def train(config: TrainConfig, die_at: int | None = None) -> None:
-    run_task(Noting(config, die_at), finish=False)
+    """Train on images that are read on demand."""
+    fit_with(config, 0, type("Dying", (Noting,), {"die_at": die_at}))
 
 
 def noted(folder: Path) -> Steps:

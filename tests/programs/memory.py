@@ -7,17 +7,21 @@ together then, every 20 steps. It is a process of its own, since one that is for
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.runs import fit_with
+
 from diffusers_vae.data import DataConfig
 from diffusers_vae.engine.config import RunConfig
-from diffusers_vae.engine.loop import run_task
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.tasks.autoencoder import AutoencoderTask
 from diffusers_vae.tasks.autoencoder_config import TrainConfig
+from diffusers_vae.tasks.autoencoder_step import AutoencoderStep
 
 BATCH = 50
 
@@ -28,20 +32,22 @@ def own_memory(process: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon", "Pss_Shmem")))
 
 
-class Measured(AutoencoderTask):
+class Measured(AutoencoderStep):
     """Looks at the memory every `every` steps."""
 
-    def __init__(self, config: TrainConfig, every: int):
-        super().__init__(config)
-        self.every, self.step_number, self.found = every, 0, []
+    every, found = 20, ()
 
-    def begin_step(self, images_seen, total_images, learning_rate):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.step_number = 0
+
+    def begin(self, images_seen, total_images, learning_rate):
         self.step_number += 1
         if self.step_number % self.every == 0:
             main = psutil.Process()
             used = sum(own_memory(process.pid) for process in (main, *main.children(recursive=True)))
             self.found.append((images_seen, used))
-        return super().begin_step(images_seen, total_images, learning_rate)
+        return super().begin(images_seen, total_images, learning_rate)
 
 
 def main() -> None:
@@ -70,9 +76,9 @@ def main() -> None:
                 mixed_precision="no",
             ),
         )
-        task = Measured(config, options.every)
-        run_task(task, finish=False)
-        found.append(task.found)
+        Measured.every, Measured.found = options.every, []
+        fit_with(config, step=Measured)
+        found.append(Measured.found)
     print(json.dumps(found))
 
 

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,14 +19,20 @@ from torchvision.models import squeezenet1_1
 
 from diffusers_vae.data import ArrayImages, DataConfig
 from diffusers_vae.engine.config import RunConfig
-from diffusers_vae.engine.loop import run_task
+from diffusers_vae.engine.folder import Log, opened
+from diffusers_vae.engine.launch import launched
+from diffusers_vae.engine.loop import fit as fit_steps
+from diffusers_vae.engine.state import TrainState
 from diffusers_vae.engine.step import RunResult
 from diffusers_vae.losses.adversarial import AdversarialConfig
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.losses.perceptual import FILES
 from diffusers_vae.models import ModelConfig
-from diffusers_vae.tasks.autoencoder import AutoencoderTask
+from diffusers_vae.silence import PATIENCE
+from diffusers_vae.tasks.autoencoder import fast_in_bfloat16, finished, summary, train
 from diffusers_vae.tasks.autoencoder_config import TrainConfig
+from diffusers_vae.tasks.autoencoder_data import load_run_data
+from diffusers_vae.tasks.autoencoder_step import AutoencoderStep, blank_output, build_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,33 +64,63 @@ def tiny(output_dir, model=TINY_MLP, **run):
     )
 
 
-def fit(config, memory_limit=None):
+def fit(config, memory_limit=None, patience=PATIENCE):
     """Train as `config` says, up to the last checkpoint: nothing is measured, drawn or saved after it."""
-    run_task(AutoencoderTask(config, memory_limit), finish=False)
+    train(config, memory_limit, finish=False, patience=patience)
 
 
-class Unmeasured(AutoencoderTask):
-    """An autoencoder whose run ends without measuring, drawing or saving anything after the last checkpoint."""
+def fit_with(
+    config,
+    memory_limit=None,
+    step=AutoencoderStep,
+    change=lambda data: data,
+    build=build_model,
+    measure=lambda model, progress: None,
+    finish=None,
+    patience=PATIENCE,
+    planned=None,
+):
+    """Train as `tasks.autoencoder.train` does, with parts of it replaced: the step, the data by `change`, the model,
+    what is done where a measurement is due, and, given the run, what `finish_run` is given, after the last checkpoint.
+    """
+    with (
+        launched(config.run, partial(fast_in_bfloat16, config), patience) as launch,
+        opened(config, launch, partial(finished, config)) as run,
+    ):
+        accelerator = launch.accelerator
+        data = change(load_run_data(run.config, accelerator, memory_limit, run.checkpoint))
+        config = data.config
+        step = step(config, accelerator, data.verification)
+        run.begin(config, data.fingerprints(), partial(build_model, config))
+        blank = partial(blank_output, config=config, device=accelerator.device)
+        state = TrainState(accelerator, partial(build, config), config, step.terms, blank, step.discriminator)
+        if run.checkpoint:
+            step.restore(state.load(run.checkpoint))
+        log = Log(accelerator, run.output_dir, state.images_seen, run.checkpoint)
+        length = (planned or config.run).total_images(data.images)
+        run.announce(summary(state.plain_model, data), config.unreached(length), data.image_errors())
+        every = config.evaluation.every
+        with closing(fit_steps(state, step, data.train_set, run, log, data.workers, every)) as fitting:
+            for progress in fitting:
+                measure(state.averaged(), progress)
+        if not finish:
+            return None
+        result = finish(run, state.averaged(), step, data, log, state.progress())
+        return run.complete(result, state.skipped, data.images, data.image_errors())
 
-    def finish(self, model, log, progress):
-        output_dir = Path(self.config.run.output_dir)
-        if self.accelerator.is_main_process:
-            (output_dir / "evaluation.json").write_text("{}")
-        nothing = {"parameters": 0, "latent_shape": (), "saved": "", "load_line": ""}
-        return RunResult(output_dir=output_dir, **nothing)
 
-    def few(self, folder):
-        return type(self)(super().few(folder).config, 0)
+def end(run, *_):
+    """End a run without measuring, drawing or saving anything."""
+    if run.main:
+        (run.output_dir / "evaluation.json").write_text("{}")
+    return RunResult(output_dir=run.output_dir, parameters=0, latent_shape=(), saved="", load_line="")
 
 
-class NotANumber(Unmeasured):
-    """Trains on float pixels; one pixel of image 17 is NaN."""
-
-    def load(self, accelerator):
-        super().load(accelerator)
-        pixels = self.train_set.pixels / 255
-        pixels[17, 0, 3, 3] = torch.nan
-        self.train_set = ArrayImages(pixels, self.train_set.labels)
+def not_a_number(data):
+    """Data of float pixels; one pixel of image 17 is NaN."""
+    pixels = data.train_set.pixels / 255
+    pixels[17, 0, 3, 3] = torch.nan
+    return dataclasses.replace(data, train_set=ArrayImages(pixels, data.train_set.labels))
 
 
 def records(output_dir, kind):

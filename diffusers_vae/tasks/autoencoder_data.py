@@ -1,0 +1,201 @@
+"""What an autoencoder is trained on: images, a published autoencoder, and the settings that both decide."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..data import ImageSet, StoredImages, TrainingSet, load_data, refuse_colours
+from ..data.stream import StreamedImages
+from ..evaluation.evaluate import load_judges
+from ..latents.dataset import Verification, matching_latents
+from ..messages import showable
+from ..models import VAE, find_repository, load_autoencoder, weights_hash
+from ..models.value_range import check_value_range
+from ..processes import on_main, one_first
+from ..settings import begun_with, read_yaml
+from ..untrusted import read_json
+from .autoencoder_config import TrainConfig
+from .encoded import ImagesWithLatents
+
+logger = logging.getLogger(__name__)
+
+STEPS_TO_COMPILE = 10_000
+"""From which torch.compile, which takes some 10 to 30 seconds on two cores, saves more time than that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """The published autoencoder that is fine-tuned, as it was when the run was started."""
+
+    model: VAE
+    weights_hash: str
+    repository: str | None
+    revision: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What an autoencoder is trained on and measured with."""
+
+    config: TrainConfig
+    """With all that data and machine settle: data.channels and run.compile."""
+    accelerator: Accelerator
+    train_set: TrainingSet
+    heldout: ImageSet
+    workers: int
+    """Processes that read images."""
+    pretrained: Pretrained | None = None
+    verification: Verification | None = None
+
+    @property
+    def images(self) -> int:
+        """Number of training images."""
+        return len(self.train_set)
+
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """Return what identifies each input: `images`, `fingerprint`, and `contents` where they are known; `lanes` of a
+        stream.
+        """
+        parts = {
+            name: {"images": len(part), "fingerprint": part.fingerprint()}
+            | ({"contents": contents} if (contents := part.contents()) else {})
+            for name, part in (("training", self.train_set), ("held-out", self.heldout))
+        }
+        if isinstance(self.train_set, StreamedImages):
+            parts["training"]["lanes"] = list(self.train_set.lanes)
+        if self.pretrained:
+            parts["pretrained autoencoder"] = {"fingerprint": self.pretrained.weights_hash}
+        return parts
+
+    def image_errors(self) -> Iterator[str]:
+        """Yield why images were left out so far."""
+        yield from self.train_set.errors
+        yield from self.heldout.errors
+
+
+def load_run_data(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    memory_limit: int | None = None,
+    checkpoint: Path | None = None,
+) -> RunData:
+    """Load images and a pretrained autoencoder, on all processes together, and settle the settings that depend on them.
+
+    Args:
+        config: settings of the run.
+        accelerator: of the launch.
+        memory_limit: that of `load_data`.
+        checkpoint: from which the run continues.
+    """
+    forwards = accelerator.num_processes * config.run.gradient_accumulation_steps
+    if forwards % config.objective.transformations:
+        raise ValueError(
+            "the number of processes times run.gradient_accumulation_steps must be a multiple of "
+            f"objective.transformations, {config.objective.transformations}, since the images of a forward share a "
+            f"transformation, got {accelerator.num_processes} x {config.run.gradient_accumulation_steps}"
+        )
+    with one_first(accelerator.is_local_main_process, "reading the data set"):
+        train_set, heldout = load_data(config.data, accelerator.is_local_main_process, memory_limit)
+    if accelerator.is_main_process:
+        logger.info("%s", showable(train_set.files))
+    if isinstance(train_set, StreamedImages):
+        train_set.lanes = _lanes_of(checkpoint) or (forwards, max(1, config.data.num_workers))
+        if accelerator.is_main_process:
+            _warn_of_another_order(config)
+    if config.data.channels is None and config.model.pretrained:
+        refuse_colours(train_set, config.data, config.model.pretrained)
+    config = replace(config, data=replace(config.data, channels=train_set.channels))
+    load_judges(config.evaluation, config.data.channels, config.data.size)  # are missed now, not after days
+    on_demand = isinstance(train_set, StoredImages) or train_set.augmentation
+    if not on_demand and accelerator.device.type == "cuda":
+        free = torch.cuda.mem_get_info(accelerator.device)[0]
+        if train_set.pixels.nbytes <= free / 8:  # a step then copies nothing but its indices
+            train_set = train_set.to(accelerator.device)
+    pretrained = verification = None
+    if config.model.pretrained:
+        pretrained = _load_pretrained(config)
+        if config.model.latents:
+            train_set = _with_latents(config, pretrained.model, train_set)
+            verification = Verification(train_set.latents)
+    if config.run.compile is None:
+        begun = begun_with(config.run.output_dir, "run", "compile")
+        settle = partial(compiles, config, len(train_set), accelerator.device)
+        compiled = on_main(lambda: settle() if begun is None else begun)
+        config = replace(config, run=replace(config.run, compile=compiled))
+    return RunData(
+        config=config,
+        accelerator=accelerator,
+        train_set=train_set,
+        heldout=heldout,
+        workers=config.data.num_workers if on_demand else 0,
+        pretrained=pretrained,
+        verification=verification,
+    )
+
+
+def _lanes_of(checkpoint: Path | None) -> tuple[int, int] | None:
+    """The lanes of the stream that a checkpoint was trained on; earlier versions kept them in config.yaml."""
+    if not checkpoint:
+        return None
+    lanes = read_json(checkpoint / "data.json")["training"].get("lanes")
+    lanes = lanes or read_yaml(checkpoint / "config.yaml")["data"].get("lanes")
+    return lanes and tuple(lanes)
+
+
+def _warn_of_another_order(config: TrainConfig) -> None:
+    """Where `run.allow_config_change` lets a stream go on with settings that decide its order."""
+    run = config.run
+    now = {"data.shuffle_buffer": config.data.shuffle_buffer, "run.batch_size": run.batch_size}
+    for name, value in now.items():
+        begun = begun_with(run.output_dir, *name.split("."))
+        if begun not in (None, value):
+            logger.warning(
+                "the order of a stream depends on %s, %s -> %s: where the run goes on within an epoch, some images "
+                "are seen twice in it and others not at all",
+                name,
+                begun,
+                value,
+            )
+
+
+def compiles(config: TrainConfig, images: int, device: torch.device) -> bool:
+    """Return whether torch.compile pays for a run on `images` images, where `run.compile` leaves it open."""
+    run = config.run
+    steps = run.total_images(images) / run.batch_size
+    pays = device.type == "cuda" or (device.type == "cpu" and config.model.architecture == "mlp")
+    if not pays or steps < STEPS_TO_COMPILE or run.deterministic or config.changes_by_step:
+        return False
+    try:
+        torch.compile(lambda images: images.exp() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # no compiler, no headers, no Triton, too old a GPU: each has an error of its own
+        reason = str(error).strip().partition("\n")[0]
+        logger.warning("torch.compile does not work here, so the run goes without: %s", reason)
+        return False
+    return True
+
+
+def _load_pretrained(config: TrainConfig) -> Pretrained:
+    model = config.model
+    pretrained = load_autoencoder(model.pretrained, model.subfolder, model.revision)
+    check_value_range(config.data.value_range, model.pretrained, model.subfolder, model.revision)
+    repository, revision = find_repository(model.pretrained, model.revision)
+    return Pretrained(model=pretrained, weights_hash=weights_hash(pretrained), repository=repository, revision=revision)
+
+
+def _with_latents(config: TrainConfig, pretrained: VAE, images: ImageSet) -> ImagesWithLatents:
+    folder = config.model.latents
+    latents = matching_latents(pretrained, images, folder, f"training images of {config.data.described}")
+    if latents.kind != "posterior":
+        raise ValueError(
+            f"model.latents needs mean and logvar, and {folder} holds latents of kind {latents.kind}: encode with "
+            "--kind posterior"
+        )
+    return ImagesWithLatents(images, latents)

@@ -1,0 +1,279 @@
+"""A training step of an autoencoder: its losses, its random inputs, and what it remembers from step to step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from ..data import ReadImages
+from ..engine.step import Discriminator, StepTerms
+from ..images.ranges import to_model_range
+from ..latents.dataset import Verification
+from ..losses import equivariance
+from ..losses.adversarial import BETAS, Adversary, PatchDiscriminator
+from ..losses.objective import START_SCALE, VAEObjective
+from ..losses.perceptual import PerceptualLoss
+from ..losses.training_objective import TrainingObjective
+from ..models import MLPVAE, VAE, speed_up_norms
+from .autoencoder_config import TrainConfig
+from .encoded import ReadEncoded
+
+logger = logging.getLogger(__name__)
+
+STABLER = (
+    "To make training more stable, lower optimizer.learning_rate or raise optimizer.warmup_images or objective.scale"
+)
+
+
+class WithScale(nn.Module):
+    """An autoencoder and the learned scale of its likelihood as one module: gradients are synchronised by one call of
+    `forward`.
+    """
+
+    FASTER = 10.0
+    """Adam moves every parameter by about the learning rate a step: by that, a scale would need 700 steps to halve."""
+
+    def __init__(self, autoencoder: VAE | MLPVAE):
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.slow_log_scale = nn.Parameter(torch.full([1], math.log(START_SCALE) / self.FASTER))  # FSDP2: no scalar
+
+    @property
+    def log_scale(self) -> torch.Tensor:
+        """The natural logarithm of the scale, a scalar."""
+        return self.FASTER * self.slow_log_scale[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """What the autoencoder gives, and log_scale."""
+        return (*self.autoencoder(*args, **kwargs), self.log_scale)
+
+
+def build_model(config: TrainConfig) -> nn.Module:
+    """Return a new model for training: the autoencoder, with its scale if that is learned."""
+    assert config.data.channels is not None
+    model = speed_up_norms(config.model.build(config.data.channels, config.data.size))
+    if config.run.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return WithScale(model) if config.objective.scale == "learned" else model
+
+
+def autoencoder_of(model: nn.Module) -> VAE | MLPVAE:
+    """Return the autoencoder of what `build_model` gave."""
+    return model.autoencoder if isinstance(model, WithScale) else model
+
+
+def blank_output(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.Tensor:
+    """Return a scalar that depends on every parameter by one forward."""
+    images = torch.zeros(1, config.data.channels, *config.data.size, device=device)
+    return sum(output.sum() for output in model(images, sample_posterior=True, return_dict=False))
+
+
+class AutoencoderStep:
+    """The `Step` of an autoencoder.
+
+    Args:
+        config: settings, with data.channels set.
+        accelerator: of the launch.
+        verification: of the latents that are trained on, if any.
+
+    Attributes:
+        discriminator: a new one, on the accelerator's device, if `adversarial.weight` asks for one.
+
+    Raises:
+        FileNotFoundError: when the weights of the perceptual loss are neither there nor can be downloaded.
+        ValueError: when settings and processes do not fit each other.
+    """
+
+    advice = STABLER
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, verification: Verification | None = None):
+        self.config, self.accelerator, self.verification = config, accelerator, verification
+        self.objective = TrainingObjective(config.objective)
+        self.perceptual: PerceptualLoss | None = None
+        self.adversary: Adversary | None = None
+        self.discriminator: Discriminator | None = None
+        self.terms = ("distortion", "rate")
+        if config.objective.perceptual:
+            self.terms += ("perceptual",)
+            self.perceptual = PerceptualLoss(config.objective.perceptual)
+            self.perceptual.check(config.smallest_size)
+            self.perceptual.to(accelerator.device)
+        if config.adversarial.weight:
+            self.terms += ("generator", "discriminator")
+            self._begin_discriminator()
+
+    def _begin_discriminator(self) -> None:
+        adversarial, accelerator = self.config.adversarial, self.accelerator
+        if accelerator.is_fsdp2 and adversarial.adaptive:
+            raise ValueError(
+                "adversarial.adaptive needs the decoder's last layer whole on every process, which FSDP2 cuts up; let "
+                "the processes work together by DDP, or set it to false"
+            )
+        set_seed(self.config.run.seed)
+        module = PatchDiscriminator(
+            self.config.data.channels, adversarial.width, adversarial.layers, adversarial.norm
+        ).to(accelerator.device)
+        self.adversary = Adversary(adversarial, module)
+        optimizer = torch.optim.AdamW(module.parameters(), betas=BETAS, weight_decay=0.0)
+        self.discriminator = Discriminator(module, optimizer)
+
+    def begin(self, images_seen: int, total_images: int, learning_rate: float) -> dict[str, float]:
+        if self.verification:
+            self.verification.check()
+        readings = self.objective.begin_step(images_seen, total_images)
+        if self.adversary and self.discriminator:
+            readings |= self.adversary.begin_step(images_seen)
+            highest = self.config.optimizer.learning_rate
+            own = (self.config.adversarial.learning_rate or highest) * learning_rate / highest * self.adversary.rise
+            for group in self.discriminator.optimizer.param_groups:
+                group["lr"] = own
+        return readings
+
+    def random_inputs(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        shape = self.config.model.latent_shape(self.config.data.size)
+        inputs = {"noise": torch.randn(count, *shape, generator=generator, device=generator.device)}
+        if self.config.objective.equivariance:
+            # The same for all images of a part; on the CPU, which decides by them without waiting for the device. Parts
+            # of a whole batch are made of whole micro-batches. A smaller one, at the end of an epoch, is one part: how
+            # its images are cut depends on the number of forwards.
+            parts = self.config.objective.transformations if count == self.config.run.batch_size else 1
+            own = torch.Generator().manual_seed(generator.initial_seed() ^ 1)
+            chances = torch.rand(parts, equivariance.DRAWS, generator=own)
+            inputs["chances"] = chances.repeat_interleave(count // parts, 0)
+        return inputs
+
+    def __call__(self, model: nn.Module, read: ReadImages, inputs: dict[str, torch.Tensor]) -> StepTerms:
+        noise, keywords = inputs["noise"], {}
+        pixels = read.pixels.to(noise.device, non_blocking=True)
+        before = after = None
+        if "chances" in inputs:
+            ratio = self.config.model.spatial_compression_ratio
+            probability = self.config.objective.equivariance
+            before, after = equivariance.draw(inputs["chances"][0], probability, tuple(noise.shape[-2:]), ratio)
+        if before:
+            noise = noise[..., : before.size[0], : before.size[1]]
+        if isinstance(read, ReadEncoded):
+            keywords["moments"] = read.moments.to(noise.device, non_blocking=True)
+        images, reconstructions, terms, log_scale = self._program(model, pixels, noise, before, after, **keywords)
+        step = StepTerms(
+            terms.loss,
+            {"distortion": terms.distortion, "rate": terms.rate},
+            statistics=dict(terms.statistics),
+            readings={} if log_scale is None else {"scale": log_scale.detach().exp()},
+        )
+        if self.perceptual:
+            distance = self.perceptual(images, reconstructions)
+            step.per_image["perceptual"] = distance
+            weight = self.config.objective.perceptual_weight * images[0].numel()
+            step = replace(step, network_loss=weight * distance.mean())
+        if self.adversary:
+            step.per_image.update(dict.fromkeys(("generator", "discriminator"), torch.zeros_like(terms.rate)))
+        if self.adversary and self.adversary.active:
+            autoencoder = autoencoder_of(self.accelerator.unwrap_model(model))
+            step = self._judged(step, images, reconstructions, autoencoder, images.numel() / pixels.numel())
+        return step
+
+    @cached_property
+    def _program(self) -> Callable[..., tuple[Any, ...]]:
+        """`_forward`, compiled if the run is."""
+        if not self.config.run.compile:
+            return self._forward
+        from torch import _dynamo  # which takes a second to import
+
+        # a program for each size of batch: one for all sizes would take over as soon as it is there, and round
+        # otherwise, so that a run would depend on where it was interrupted
+        _dynamo.config.recompile_limit = 64
+        return torch.compile(self._forward, dynamic=False)
+
+    def _forward(
+        self,
+        model: nn.Module,
+        pixels: torch.Tensor,
+        noise: torch.Tensor,
+        before: equivariance.Transformation | None,
+        after: equivariance.Transformation | None,
+        **keywords: torch.Tensor,
+    ) -> tuple[Any, ...]:
+        """Images, reconstructions, terms of the objective and log_scale (None unless it is learned)."""
+        images = to_model_range(pixels)
+        if before:
+            images = before.images(images)
+        if after:
+            keywords["transform"] = after.latents
+        if bernoulli := self.config.objective.likelihood == "bernoulli":
+            keywords["return_logits"] = True
+        reconstructions, posterior, *others = model(
+            images, return_dict=False, return_posterior=True, noise=noise, **keywords
+        )
+        if after:
+            images = after.images(images)
+        size = images.numel() / pixels.numel()
+        named = {"logits" if bernoulli else "log_scale": others[0]} if others else {}
+        terms = self.objective(images, reconstructions, posterior, **named, encoded_whole=before is None, size=size)
+        return images, reconstructions, terms, named.get("log_scale")
+
+    def _judged(
+        self, step: StepTerms, images: torch.Tensor, reconstructions: torch.Tensor, model: VAE, size: float
+    ) -> StepTerms:
+        """The step with what the discriminator makes of it."""
+        with self.accelerator.autocast():
+            judgement = self.adversary.generator_loss(reconstructions)
+        step.per_image["generator"] = judgement
+        added = self.adversary.weight_for(size) * judgement.mean()
+        gradients = self.adversary.gradients(step.total_loss, judgement.mean(), model.decoder.conv_out.weight, size)
+        judged = replace(
+            step,
+            network_loss=added if step.network_loss is None else step.network_loss + added,
+            statistics=step.statistics | gradients,
+        )
+        pair = images, reconstructions.detach()
+        return replace(judged, judge=lambda: self._discriminate(judged, *pair))
+
+    def _discriminate(self, terms: StepTerms, images: torch.Tensor, reconstructions: torch.Tensor) -> StepTerms:
+        with self.accelerator.autocast():
+            loss, statistics = self.adversary.discriminator_loss(images, reconstructions)
+        return replace(
+            terms,
+            discriminator_loss=loss.mean(),
+            per_image=terms.per_image | {"discriminator": loss},
+            statistics=terms.statistics | statistics,
+        )
+
+    def end(self, statistics: dict[str, torch.Tensor], images: int) -> None:
+        self.objective.end_step(statistics, images)
+        if self.adversary:
+            self.adversary.end_step(statistics)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "objective": self.objective.state(),
+            "adversary": self.adversary.state() if self.adversary else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        known, kept = state.get("objective", {}), self.objective.state()
+        self.objective.restore(known)
+        if known.keys() != kept.keys() and self.accelerator.is_main_process:  # run.allow_config_change let them change
+            keys = kept.keys() - known.keys(), known.keys() - kept.keys()
+            new, gone = (", ".join(sorted(names)) or "nothing" for names in keys)
+            logger.warning(
+                "the checkpoint is of other settings of the objective: of what it remembers from step to step, %s "
+                "begins anew, and %s is forgotten",
+                new,
+                gone,
+            )
+        if self.adversary and state.get("adversary"):
+            self.adversary.restore(state["adversary"])
+
+    def measured(self, model: nn.Module) -> VAEObjective:
+        """Return the likelihood and kl_weight that training has come to, with which `model` is measured."""
+        return self.objective.measured(model.log_scale.item() if isinstance(model, WithScale) else None)

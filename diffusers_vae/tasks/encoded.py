@@ -1,0 +1,98 @@
+"""Training sets of latents that were encoded before: beside their images, or alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..data import ImageSet, ReadImages, TrainingSet
+from ..latents.dataset import LatentDataset
+
+
+@dataclass(frozen=True)
+class ReadEncoded(ReadImages):
+    """Images with the moments of their posteriors, (B, 2 * latent_channels, h, w)."""
+
+    moments: torch.Tensor | None = None
+
+    def blank(self) -> ReadEncoded:
+        """Return one image with moments of 0."""
+        assert self.moments is not None
+        return ReadEncoded(**vars(super().blank()), moments=self.moments.new_zeros(1, *self.moments.shape[1:]))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return pixels and moments."""
+        assert self.moments is not None
+        return super().tensors() | {"moments": self.moments}
+
+
+class ImagesWithLatents(TrainingSet):
+    """Images with the moments of their posteriors: what a decoder alone is trained on."""
+
+    def __init__(self, images: ImageSet, latents: LatentDataset):
+        self.images, self.latents = images, latents
+        self.rows = {index: row for row, index in enumerate(latents.indices.tolist())}
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        return self.images.errors
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fingerprint(self) -> str:
+        return self.images.fingerprint()
+
+    def contents(self) -> str | None:
+        return self.images.contents()
+
+    def __getitems__(self, indices: Sequence[int]) -> ReadEncoded:
+        read = self.images.__getitems__(indices)
+        found = [row for row, place in enumerate(read.kept) if indices[place] in self.rows]  # another read them once
+        kept, pixels = [read.kept[row] for row in found], read.pixels[found]
+        moments = self.latents.moments([self.rows[indices[place]] for place in kept])
+        return ReadEncoded(pixels, kept, read.errors, read.stop, read.unreachable, moments)
+
+    def name(self, index: int) -> str:
+        return self.images.name(index)
+
+
+@dataclass(frozen=True)
+class ReadLatents:
+    """Rows of a latent cache, read when it is known with which noise they are sampled."""
+
+    indices: Sequence[int]
+    latents: LatentDataset
+    errors: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> Sequence[int]:
+        return range(len(self.indices))
+
+    def checked(self) -> ReadLatents:
+        return self
+
+    def blank(self) -> ReadLatents:
+        raise AssertionError("encoded latents can be read")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return means of the posteriors."""
+        return {"latents": self.latents.latents(self.indices)}
+
+
+class LatentsAlone(TrainingSet):
+    """Latents of a set of images, without those that could not be read: what a diffusion model is trained on."""
+
+    def __init__(self, latents: LatentDataset, images: ImageSet):
+        self.latents, self.images, self.errors = latents, images, ()
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitems__(self, indices: Sequence[int]) -> ReadLatents:
+        return ReadLatents(indices, self.latents)
+
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.latents.indices[index]))
