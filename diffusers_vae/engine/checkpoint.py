@@ -12,7 +12,7 @@ import platform
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import accelerate
 import diffusers
@@ -276,7 +276,7 @@ def like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:
-    _, key, *rest = np.random.get_state()
+    _, key, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     state = {
         "python": random.getstate(),
         "numpy": ["MT19937", key.tolist(), *rest],

@@ -6,8 +6,9 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
+from ..data import DataConfig
 from ..fields import at_home
 from ..settings import Settings, begun_with
 from ..untrusted import refuse_odd_name
@@ -145,7 +146,18 @@ class RunConfig:
         return min(self.epochs * train_images, self.max_images or sys.maxsize)
 
 
-def kept_channels(config: Settings) -> Settings:
+class RunSettings(Settings):
+    """The sections that the settings of every run have."""
+
+    data: DataConfig
+    optimizer: OptimizerConfig
+    run: RunConfig
+
+
+S = TypeVar("S", bound=RunSettings)
+
+
+def kept_channels(config: S) -> S:
     """The settings with the data.channels that the run in output_dir was begun with, where they leave that open."""
     if config.data.channels is not None or (begun := begun_with(config.run.output_dir, "data", "channels")) is None:
         return config

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ from torch import nn
 from ..data import Read
 from ..messages import showable
 from ..processes import on_main, only_user_of
-from ..settings import Settings, differences, other_sections
+from ..settings import differences, other_sections
 from ..storage import ODD, append_text, delete_file, make_folder, naming, sync, whole_file, write_file
 from ..untrusted import open_regular, read_json
 from .checkpoint import check_fits, find_checkpoint, tidy
-from .config import kept_channels
+from .config import RunSettings, S, kept_channels
 from .launch import Launch, Speed, launch_summary, peak_memory
 from .step import RunResult
 
@@ -48,7 +48,7 @@ FILES = (
 
 
 def find_run(
-    config: Settings, finished: Callable[[], T], build: Callable[[], nn.Module] | None
+    config: RunSettings, finished: Callable[[], T], build: Callable[[], nn.Module] | None
 ) -> tuple[Path | None, T | None]:
     """The newest whole checkpoint in the output_dir, and the result of the run if it is finished. Nothing is changed.
 
@@ -132,7 +132,7 @@ def check_whole(folder: Path, names: Iterable[str]) -> None:
             raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _refuse_changes(config: Settings, what: str, differing: list[str]) -> None:
+def _refuse_changes(config: RunSettings, what: str, differing: list[str]) -> None:
     if not differing:
         return
     listed = "\n".join(f"  {showable(line)}" for line in differing)
@@ -145,7 +145,7 @@ def _refuse_changes(config: Settings, what: str, differing: list[str]) -> None:
 
 
 def begin(
-    config: Settings, checkpoint: Path | None, data: dict[str, dict[str, Any]], build: Callable[[], nn.Module]
+    config: RunSettings, checkpoint: Path | None, data: dict[str, dict[str, Any]], build: Callable[[], nn.Module]
 ) -> None:
     """Bring the files in output_dir to where the run begins or goes on, with `data`: the number of `images`, the
     `fingerprint` and, if they are known, the `contents` of each part of the data set, and the `fingerprint` of whatever
@@ -187,7 +187,7 @@ def _changed(name: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     return f"{before['images']} {name} images -> {now['images']}" + ", others or changed" * same
 
 
-class Run(Generic[R]):
+class Run(Generic[S, R]):
     """The folder of a run, locked, as `opened` gives it.
 
     Attributes:
@@ -201,13 +201,13 @@ class Run(Generic[R]):
 
     bad_images: BadImages
 
-    def __init__(self, config: Settings, launch: Launch, checkpoint: Path | None, result: R | None):
+    def __init__(self, config: S, launch: Launch, checkpoint: Path | None, result: R | None):
         self.config, self.launch, self.checkpoint, self.result = config, launch, checkpoint, result
         self.output_dir = Path(config.run.output_dir)
         self.main = launch.accelerator.is_main_process
         self.speed = Speed()
 
-    def begin(self, config: Settings, data: dict[str, dict[str, Any]], build: Callable[[], nn.Module]) -> None:
+    def begin(self, config: S, data: dict[str, dict[str, Any]], build: Callable[[], nn.Module]) -> None:
         """Bring the files of the folder to where the run begins or continues, as `begin` does, with the settings as
         they are now settled.
         """
@@ -243,8 +243,8 @@ class Run(Generic[R]):
 
 @contextmanager
 def opened(
-    config: Settings, launch: Launch, finished: Callable[[], R], build: Callable[[], nn.Module] | None = None
-) -> Iterator[Run[R]]:
+    config: S, launch: Launch, finished: Callable[[], R], build: Callable[[], nn.Module] | None = None
+) -> Generator[Run[S, R]]:
     """Lock the folder `run.output_dir` within, and find the run that it holds: arguments and errors are those of
     `find_run` and `only_user_of`.
     """
@@ -266,7 +266,7 @@ def opened(
 
 
 @contextmanager
-def leaving_out_the_tracker(accelerator: Accelerator) -> Iterator[None]:
+def leaving_out_the_tracker(accelerator: Accelerator) -> Generator[None]:
     """Let a tracker that fails within, by whatever, log nothing from now on: it never ends a training."""
     try:
         yield
@@ -310,10 +310,10 @@ class Log:
         logger.warning("%s was deleted during the run; it is written again%s", self.path, lost)
         write_file(self.path, before + "".join(self.since))
 
-    def write(self, kind: str, values: dict[str, float | None]) -> None:
+    def write(self, kind: str, values: Mapping[str, float | None]) -> None:
         if self.accelerator.is_main_process:
             self.restore()
-            self.since.append(json.dumps({"kind": kind} | values, allow_nan=False) + "\n")
+            self.since.append(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
             append_text(self.path, self.since[-1])
             if kind == "evaluation":  # the last record of a run that is finished
                 sync(self.path)
@@ -321,7 +321,7 @@ class Log:
             f"{kind}/{name}": value for name, value in values.items() if name != "images_seen" and value is not None
         }
         with leaving_out_the_tracker(self.accelerator):
-            self.accelerator.log(named, step=values["images_seen"])
+            self.accelerator.log(named, step=cast(int, values["images_seen"]))
 
     def show(self, pictures: dict[str, Image.Image], images_seen: int) -> None:
         """Save the pictures, by the main process, and show them in the tracker."""

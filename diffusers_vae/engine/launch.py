@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import psutil
 import torch
@@ -35,7 +35,7 @@ class Launch:
 @contextmanager
 def launched(
     run: RunConfig, fast_in_bfloat16: Callable[[torch.device], bool], patience: Patience = PATIENCE
-) -> Iterator[Launch]:
+) -> Generator[Launch]:
     """Set up the processes that `accelerate launch` started, and watch them and signals within. From now on this
     process computes with 0 in the place of denormal numbers.
 
@@ -60,8 +60,7 @@ def launched(
 
 
 def _new_accelerator(run: RunConfig, precision: str) -> Accelerator:
-    if AcceleratorState._shared_state.get("_mixed_precision") not in (None, precision):
-        AcceleratorState._reset_state()  # of a run before in this process, which Accelerate would hold this one to
+    _forget_other_precision(precision)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # then several processes are told apart only when it is said
         mixed_precision=precision,
@@ -74,6 +73,13 @@ def _new_accelerator(run: RunConfig, precision: str) -> Accelerator:
     return accelerator
 
 
+def _forget_other_precision(precision: str) -> None:
+    """Let this process use another precision than the run before: Accelerate, as of 1.14, would refuse it."""
+    state: Any = AcceleratorState
+    if state._shared_state.get("_mixed_precision") not in (None, precision):
+        state._reset_state()
+
+
 def _precision(run: RunConfig, fast_in_bfloat16: Callable[[torch.device], bool]) -> str:
     """What config or launcher ask for, or the run was begun with; else bf16 where that is fast."""
     if run.mixed_precision:
@@ -82,8 +88,7 @@ def _precision(run: RunConfig, fast_in_bfloat16: Callable[[torch.device], bool])
         return asked
     if (begun := begun_with(run.output_dir, "run", "mixed_precision")) in get_args(Precision):
         return begun
-    cpu = torch.device("cpu")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else cpu
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return "bf16" if fast_in_bfloat16(device) and fast_dtype(device) == torch.bfloat16 else "no"
 
 
@@ -91,8 +96,8 @@ def _use_all_cores(accelerator: Accelerator) -> None:
     """`accelerate launch` confines every process on a CPU to one thread unless told otherwise."""
     if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(max(1, cores // here))
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
+        torch.set_num_threads(max(1, (cores or 1) // sharing))
 
 
 FSDP2_TORCH = "2.15"  # the first that was seen to give the gradients of one process

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,11 @@ def fit(
     state: TrainState,
     step: Step,
     train_set: TrainingSet,
-    run: Run[Any],
+    run: Run[Any, Any],
     log: Log,
     workers: int = 0,
     measure_every: int | None = None,
-) -> Iterator[dict[str, int]]:
+) -> Generator[dict[str, int]]:
     """Train from where `state` is to the end of the run, and save it on the way; pause whenever a measurement is due.
 
     Args:
@@ -68,7 +68,7 @@ def fit(
         OSError: naming what cannot be read or written.
         ValueError: when images cannot be read.
     """
-    config, accelerator, signals = run.config, state.accelerator, run.launch.signals
+    config, accelerator = run.config, state.accelerator
     settings = config.run
     checkpoint = run.checkpoint
     total_images = settings.total_images(len(train_set))
@@ -83,7 +83,7 @@ def fit(
         disable=not accelerator.is_local_main_process,
         dynamic_ncols=True,
     )
-    signals.wait = True  # the loop asks after every step
+    run.launch.signals.wait = True  # the loop asks after every step
     steps = steps_from(train_set, settings, accelerator, state.images_seen, total_images)
     reading = reader(train_set, steps, workers, settings.seed, accelerator.device, run.launch.patience)
     with logging_redirect_tqdm(), bar, reading as (steps, read_next):
@@ -99,7 +99,7 @@ def fit(
             readings = step.begin(state.images_seen, total_images, learning_rate)
             inputs = step.random_inputs(count, step_generator(settings.seed, epoch, start, accelerator.device))
             seen: list[SeenBatch] = []
-            statistics = StepStatistics()
+            statistics, terms = StepStatistics(), None
             for micro_step, micro_batch in enumerate(micro_batches, 1):
                 with alone(f"reading for step {state.step + 1}"):
                     read = read_next(micro_batch)
@@ -115,28 +115,28 @@ def fit(
                 if share:
                     step_terms.add(sums_of(terms, len(read.kept)))
                     seen.append(SeenBatch(micro_batch, read, own_inputs, terms))
+            assert terms, "every process has a micro-batch of each step"
             judged = terms.discriminator_loss is not None
             norms = state.clip(config.optimizer.max_grad_norm, judged)
-            asked = signals.asked()
-            flags = StepFlags(accelerator, step_terms, norms, asked, state.step + 1, seen)
+            asked = run.launch.signals.asked()
             # Whether a step is finite is known when the device has done it. Where nothing here depends on that, it is
             # asked a step later, so that the device does not wait for its next step, and before anything is written.
-            late = settings.on_nonfinite == "stop" and not (
-                statistics.sums or state.discriminator or accelerator.scaler
+            at_once = reached >= min(logging_due.next, measuring_due.next, saving_due.next, epoch_end) or (
+                settings.on_nonfinite == "skip" or statistics.sums or state.discriminator or accelerator.scaler
             )
-            writes = reached >= min(logging_due.next, measuring_due.next, saving_due.next, epoch_end)
             stop = asked and accelerator.num_processes == 1
-            checked, bad, empty, asked = pending.check(flags, writes or stop or not late)
+            flags = StepFlags(accelerator, step_terms, norms, asked, state.step + 1, seen)
+            flags, bad, empty, asked = pending.check(flags, bool(at_once or stop))
             stop = stop or asked
             if empty:
                 raise ValueError(
-                    f"training stopped: no image of step {checked.step} can be read. {run.bad_images.advice}"
+                    f"training stopped: no image of step {flags.step} can be read. {run.bad_images.advice}"
                 )
             if bad and not state.overflowed(bad):
-                message = report_not_finite(train_set, run.output_dir, checked, state.skipped, bad)
+                message = report_not_finite(train_set, run.output_dir, flags, state.skipped, bad)
                 if settings.on_nonfinite == "stop" or state.skipped_in_a_row + 1 >= SKIPS_IN_A_ROW:
-                    kept = f"The newest checkpoint is {checkpoint}. " if checkpoint else ""
-                    raise FloatingPointError(f"training stopped before step {message}. {kept}{step.advice}")
+                    message += f". The newest checkpoint is {checkpoint}" if checkpoint else ""
+                    raise FloatingPointError(f"training stopped before step {message}. {step.advice}")
                 if run.main:
                     logger.warning("skipped step %s", message)
                 state.skip_step()
@@ -170,10 +170,10 @@ def fit(
                 saving_due.advance(reached)
             if stop:
                 raise Interrupted(
-                    f"asked to stop ({signals.reason or 'as another process was'}) after {reached:,} of "
+                    f"asked to stop ({run.launch.signals.reason or 'as another process was'}) after {reached:,} of "
                     f"{total_images:,} images; saved as {checkpoint}. The same command continues"
                 )
-    signals.wait = False  # all that follows can be done again from the checkpoint
+    run.launch.signals.wait = False  # all that follows can be done again from the checkpoint
     report_progress("the end of the run")
     if state.images_seen >= total_images + settings.batch_size and run.main:
         logger.warning(
@@ -188,7 +188,7 @@ def _log_epoch(epoch: int, counts: dict[str, int], means: dict[str, float | None
         logger.info("epoch %d: %s", epoch, text)
 
 
-def _save(state: TrainState, step: Step, run: Run[Any], log: Log) -> Path:
+def _save(state: TrainState, step: Step, run: Run[Any, Any], log: Log) -> Path:
     report_progress(f"saving after step {state.step}")
     if run.main:
         log.restore()

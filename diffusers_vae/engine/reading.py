@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, tee
+from multiprocessing.process import BaseProcess
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ..data import MicroBatch, Read, TrainingSet, deal
 from ..processes import ignore_signals
@@ -39,7 +41,7 @@ def steps_from(
 @contextmanager
 def reader(
     train_set: TrainingSet, steps: Steps, workers: int, seed: int, device: torch.device, patience: Patience
-) -> Iterator[tuple[Steps, Callable[[MicroBatch], Read]]]:
+) -> Generator[tuple[Steps, Callable[[MicroBatch], Read]]]:
     """Give the steps and a function that reads their micro-batches in turn; workers read ahead of its calls."""
     if not workers:
         yield steps, train_set.read
@@ -47,7 +49,7 @@ def reader(
     steps, ahead = tee(steps)
     loader = DataLoader(
         _ByMicroBatch(train_set),
-        batch_sampler=(micro_batch for _, _, micro_batches in ahead for micro_batch in micro_batches),
+        batch_sampler=cast(Any, (batch for _, _, micro_batches in ahead for batch in micro_batches)),
         num_workers=workers,
         collate_fn=_as_read,
         worker_init_fn=ignore_signals,
@@ -55,13 +57,22 @@ def reader(
         pin_memory=device.type == "cuda",
     )
     reads = iter(loader)
-    watch = WorkerWatch(reads._workers, partial(_names, train_set), patience)  # as torch 2.14 calls them
+    watch = WorkerWatch(_processes(reads), partial(_names, train_set), patience)
     turns = cycle(range(workers))  # of the workers, in which they are given batches
     try:
         yield steps, lambda micro_batch: watch.wait(next(turns), micro_batch, partial(next, reads))
     finally:  # at its end, Python would send them a signal that they ignore, and wait
-        reads._shutdown_workers()
+        _end_processes(reads)
         watch.close()
+
+
+def _processes(reads: Any) -> list[BaseProcess]:
+    """The workers of a `DataLoader`'s iterator, as torch 2.7 to 2.14 name them."""
+    return reads._workers
+
+
+def _end_processes(reads: Any) -> None:
+    reads._shutdown_workers()
 
 
 def _names(train_set: TrainingSet, micro_batch: MicroBatch) -> str:
@@ -70,7 +81,7 @@ def _names(train_set: TrainingSet, micro_batch: MicroBatch) -> str:
 
 
 @dataclass(frozen=True)
-class _ByMicroBatch:
+class _ByMicroBatch(Dataset[Read]):
     """A training set as torch's `DataLoader` reads one, which hands on what the sampler gives."""
 
     train_set: TrainingSet
@@ -89,5 +100,5 @@ def rows_of(micro_batch: MicroBatch, read: Read) -> slice | list[int]:
     return [micro_batch.first + place for place in read.kept]
 
 
-def _as_read(read: Read) -> Read:
+def _as_read(read: Any) -> Read:
     return read  # already a batch; by name, since a lambda does not reach the workers everywhere

@@ -17,7 +17,6 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import nn
 
-from ..settings import Settings
 from .checkpoint import (
     check_fits,
     like,
@@ -29,6 +28,7 @@ from .checkpoint import (
     whole,
     write_checkpoint,
 )
+from .config import RunSettings
 from .step import Discriminator, StepTerms
 from .terms import RunningTerms, sum_gradients
 
@@ -51,7 +51,7 @@ class TrainState:
         self,
         accelerator: Accelerator,
         build: Callable[[], nn.Module],
-        config: Settings,
+        config: RunSettings,
         terms: tuple[str, ...],
         blank: Callable[[nn.Module], torch.Tensor],
         discriminator: Discriminator | None = None,
@@ -76,8 +76,10 @@ class TrainState:
             # The decay rises as step / (step + 20): the average reaches back over a twentieth of the steps so far, as
             # with the power functions of Karras et al. 2024. A longer one holds weights from a phase of higher
             # learning rates.
-            warmup = {"use_ema_warmup": True, "inv_gamma": 20, "power": 1}
-            self.ema = EMAModel(self.parameters, decay=run.ema_decay, foreach=not accelerator.is_fsdp2, **warmup)
+            apart = accelerator.is_fsdp2
+            self.ema = EMAModel(
+                self.parameters, run.ema_decay, use_ema_warmup=True, inv_gamma=20, power=1, foreach=not apart
+            )
         if accelerator.num_processes > 1:
             # DistributedDataParallel orders its buckets by its first backward. Without this one, which leaves no trace,
             # the first step of a resumed run would sum the gradients of three or more processes in another order.

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from ..data import Read
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
@@ -85,9 +83,9 @@ class Step(Protocol):
         """Sample all random inputs of a step of `count` images, (count, ...) each, on the generator's device."""
         ...
 
-    def __call__(self, model: nn.Module, read: Read, inputs: dict[str, torch.Tensor]) -> StepTerms:
-        """Compute the losses of a micro-batch by one call of the model's `forward`; `inputs` are its rows of
-        `random_inputs`.
+    def __call__(self, model: Any, read: Any, inputs: dict[str, torch.Tensor]) -> StepTerms:
+        """Compute the losses of a micro-batch by one call of the model's `forward`. `read` is what the training set
+        gave, `inputs` are its rows of `random_inputs`.
         """
         ...
 

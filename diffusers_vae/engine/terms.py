@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,6 +43,11 @@ def sums_of(terms: StepTerms, count: int) -> torch.Tensor:
     return torch.stack([loss, *per_image, torch.full_like(loss, count)])
 
 
+def summed(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """Return the sum over all processes, on all of them."""
+    return cast(torch.Tensor, accelerator.reduce(values, "sum"))
+
+
 class RunningTerms:
     """`sums_of` of this process since the last `take`."""
 
@@ -59,11 +65,11 @@ class RunningTerms:
 
     def take(self) -> dict[str, float | None]:
         """The means over all processes."""
-        sums = self.accelerator.reduce(self.sums, "sum").cpu().double().numpy()
+        sums = summed(self.accelerator, self.sums).cpu().double().numpy()
         self.sums.zero_()
         return self._means(sums)
 
-    def show(self, bar: tqdm) -> None:
+    def show(self, bar: tqdm[Any]) -> None:
         """Put this process's means beside the progress bar, once a second: reading them waits for the device."""
         if not bar.disable and time.monotonic() - self.shown > 1 and self.sums[-1] > 0:
             self.shown = time.monotonic()
@@ -96,7 +102,7 @@ class StepStatistics:
             return {}
         first = next(iter(self.sums.values()))
         flat = torch.cat([*(value.flatten() for value in self.sums.values()), first.new_tensor([self.share])])
-        *values, share = accelerator.reduce(flat, "sum").split([*(v.numel() for v in self.sums.values()), 1])
+        *values, share = summed(accelerator, flat).split([*(v.numel() for v in self.sums.values()), 1])
         return {
             name: (value / share).view(self.sums[name].shape) for name, value in zip(self.sums, values, strict=True)
         }
@@ -105,8 +111,8 @@ class StepStatistics:
 def sum_gradients(accelerator: Accelerator, module: nn.Module) -> None:
     """Each process has the gradient of its images' share of the loss: their sum takes its place."""
     if accelerator.num_processes > 1:
-        gradients = [p.grad for p in module.parameters()]
-        flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        flat = summed(accelerator, torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(total.view_as(gradient))
 
@@ -131,7 +137,7 @@ class StepFlags:
         flags = torch.cat([flags, sums[-1:] > 0])
         if accelerator.num_processes > 1:
             both = torch.cat([flags, torch.full([1], asked, device=flags.device)])
-            flags = accelerator.reduce(both.int(), "sum")
+            flags = summed(accelerator, both.int())
         self.done = None
         if flags.is_cuda:
             flags, self.done = flags.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -186,7 +192,7 @@ def report_not_finite(
     culprits = [
         train_set.name(index)
         for part in seen
-        for index, total in zip(part.indices, sum(part.terms.per_image.values()), strict=True)
+        for index, total in zip(part.indices, torch.stack([*part.terms.per_image.values()]).sum(0), strict=True)
         if not total.isfinite()
     ]
     folder = output_dir / "nonfinite"

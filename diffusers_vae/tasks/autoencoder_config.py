@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..data import DataConfig
-from ..engine.config import OptimizerConfig, RunConfig
+from ..engine.config import OptimizerConfig, RunConfig, RunSettings
 from ..evaluation.evaluate import EvaluationConfig
 from ..hub.config import HubConfig
 from ..losses import equivariance
@@ -17,11 +17,10 @@ from ..losses.objective import ObjectiveConfig
 from ..models import (
     ModelConfig,
 )
-from ..settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Settings):
+class TrainConfig(RunSettings):
     """All settings of a run. Data, model and objective have no default here, since filled-in settings of one set,
     architecture or likelihood do not fit another.
     """

@@ -42,6 +42,9 @@ class WithScale(nn.Module):
     FASTER = 10.0
     """Adam moves every parameter by about the learning rate a step: by that, a scale would need 700 steps to halve."""
 
+    autoencoder: VAE | MLPVAE
+    slow_log_scale: nn.Parameter
+
     def __init__(self, autoencoder: VAE | MLPVAE):
         super().__init__()
         self.autoencoder = autoencoder
@@ -68,13 +71,16 @@ def build_model(config: TrainConfig) -> nn.Module:
 
 def autoencoder_of(model: nn.Module) -> VAE | MLPVAE:
     """Return the autoencoder of what `build_model` gave."""
-    return model.autoencoder if isinstance(model, WithScale) else model
+    model = model.autoencoder if isinstance(model, WithScale) else model
+    assert isinstance(model, (VAE, MLPVAE))
+    return model
 
 
 def blank_output(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.Tensor:
     """Return a scalar that depends on every parameter by one forward."""
+    assert config.data.channels is not None
     images = torch.zeros(1, config.data.channels, *config.data.size, device=device)
-    return sum(output.sum() for output in model(images, sample_posterior=True, return_dict=False))
+    return torch.stack([output.sum() for output in model(images, sample_posterior=True, return_dict=False)]).sum()
 
 
 class AutoencoderStep:
@@ -118,6 +124,7 @@ class AutoencoderStep:
                 "adversarial.adaptive needs the decoder's last layer whole on every process, which FSDP2 cuts up; let "
                 "the processes work together by DDP, or set it to false"
             )
+        assert self.config.data.channels is not None
         set_seed(self.config.run.seed)
         module = PatchDiscriminator(
             self.config.data.channels, adversarial.width, adversarial.layers, adversarial.norm
@@ -152,7 +159,8 @@ class AutoencoderStep:
         return inputs
 
     def __call__(self, model: nn.Module, read: ReadImages, inputs: dict[str, torch.Tensor]) -> StepTerms:
-        noise, keywords = inputs["noise"], {}
+        noise = inputs["noise"]
+        keywords: dict[str, Any] = {}
         pixels = read.pixels.to(noise.device, non_blocking=True)
         before = after = None
         if "chances" in inputs:
@@ -161,7 +169,7 @@ class AutoencoderStep:
             before, after = equivariance.draw(inputs["chances"][0], probability, tuple(noise.shape[-2:]), ratio)
         if before:
             noise = noise[..., : before.size[0], : before.size[1]]
-        if isinstance(read, ReadEncoded):
+        if isinstance(read, ReadEncoded) and read.moments is not None:
             keywords["moments"] = read.moments.to(noise.device, non_blocking=True)
         images, reconstructions, terms, log_scale = self._program(model, pixels, noise, before, after, **keywords)
         step = StepTerms(
@@ -177,9 +185,10 @@ class AutoencoderStep:
             step = replace(step, network_loss=weight * distance.mean())
         if self.adversary:
             step.per_image.update(dict.fromkeys(("generator", "discriminator"), torch.zeros_like(terms.rate)))
-        if self.adversary and self.adversary.active:
-            autoencoder = autoencoder_of(self.accelerator.unwrap_model(model))
-            step = self._judged(step, images, reconstructions, autoencoder, images.numel() / pixels.numel())
+            if self.adversary.active:
+                last_layer = autoencoder_of(self.accelerator.unwrap_model(model)).decoder.conv_out.weight
+                size = images.numel() / pixels.numel()
+                step = self._judged(self.adversary, step, images, reconstructions, last_layer, size)
         return step
 
     @cached_property
@@ -201,7 +210,7 @@ class AutoencoderStep:
         noise: torch.Tensor,
         before: equivariance.Transformation | None,
         after: equivariance.Transformation | None,
-        **keywords: torch.Tensor,
+        **keywords: Any,
     ) -> tuple[Any, ...]:
         """Images, reconstructions, terms of the objective and log_scale (None unless it is learned)."""
         images = to_model_range(pixels)
@@ -222,31 +231,38 @@ class AutoencoderStep:
         return images, reconstructions, terms, named.get("log_scale")
 
     def _judged(
-        self, step: StepTerms, images: torch.Tensor, reconstructions: torch.Tensor, model: VAE, size: float
+        self,
+        adversary: Adversary,
+        terms: StepTerms,
+        images: torch.Tensor,
+        reconstructions: torch.Tensor,
+        last_layer: torch.Tensor,
+        size: float,
     ) -> StepTerms:
-        """The step with what the discriminator makes of it."""
+        """Add the generator's loss and, once its gradient is taken, the discriminator's."""
         with self.accelerator.autocast():
-            judgement = self.adversary.generator_loss(reconstructions)
-        step.per_image["generator"] = judgement
-        added = self.adversary.weight_for(size) * judgement.mean()
-        gradients = self.adversary.gradients(step.total_loss, judgement.mean(), model.decoder.conv_out.weight, size)
+            judgement = adversary.generator_loss(reconstructions)
+        terms.per_image["generator"] = judgement
+        added = adversary.weight_for(size) * judgement.mean()
+        gradients = adversary.gradients(terms.total_loss, judgement.mean(), last_layer, size)
         judged = replace(
-            step,
-            network_loss=added if step.network_loss is None else step.network_loss + added,
-            statistics=step.statistics | gradients,
-        )
-        pair = images, reconstructions.detach()
-        return replace(judged, judge=lambda: self._discriminate(judged, *pair))
-
-    def _discriminate(self, terms: StepTerms, images: torch.Tensor, reconstructions: torch.Tensor) -> StepTerms:
-        with self.accelerator.autocast():
-            loss, statistics = self.adversary.discriminator_loss(images, reconstructions)
-        return replace(
             terms,
-            discriminator_loss=loss.mean(),
-            per_image=terms.per_image | {"discriminator": loss},
-            statistics=terms.statistics | statistics,
+            network_loss=added if terms.network_loss is None else terms.network_loss + added,
+            statistics=terms.statistics | gradients,
         )
+        reconstructions = reconstructions.detach()
+
+        def judge() -> StepTerms:
+            with self.accelerator.autocast():
+                loss, statistics = adversary.discriminator_loss(images, reconstructions)
+            return replace(
+                judged,
+                discriminator_loss=loss.mean(),
+                per_image=judged.per_image | {"discriminator": loss},
+                statistics=judged.statistics | statistics,
+            )
+
+        return replace(judged, judge=judge)
 
     def end(self, statistics: dict[str, torch.Tensor], images: int) -> None:
         self.objective.end_step(statistics, images)

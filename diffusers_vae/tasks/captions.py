@@ -49,7 +49,7 @@ def captions_of(
     phrases: Sequence[str] | None,
     digits: bool,
     part: str = "training",
-) -> list[Sequence[str]]:
+) -> Sequence[Sequence[str]]:
     """One or more captions an image: those that it has, or else its label in every phrase. `part` of the data set is
     what the images are, for errors.
 

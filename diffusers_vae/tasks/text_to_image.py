@@ -16,6 +16,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
 
 from ..engine import dry_run as trial
@@ -158,9 +159,10 @@ EVALUATION = {
 """What is read of evaluation.json."""
 
 
-def summary(model: TextToImage, data: RunData) -> str:
+def summary(model: nn.Module, data: RunData) -> str:
     """Describe model and data in one line, before the first step."""
     latents = data.latents
+    assert isinstance(model, TextToImage)
     parts = [sum(p.numel() for p in part.parameters()) for part in (model.unet, model.text_encoder)]
     return (
         f"U-Net with {parts[0]:,} parameters and text encoder with {parts[1]:,}, latents "
@@ -171,7 +173,7 @@ def summary(model: TextToImage, data: RunData) -> str:
 
 
 @torch.no_grad()
-def measure(model: TextToImage, step: TextToImageStep, log: Log, progress: dict[str, int]) -> dict[str, float]:
+def measure(model: nn.Module, step: TextToImageStep, log: Log, progress: dict[str, int]) -> dict[str, float]:
     """Measure the loss on held-out images and draw the grid of pictures, both on the main process.
 
     Raises:
@@ -192,12 +194,12 @@ def measure(model: TextToImage, step: TextToImageStep, log: Log, progress: dict[
     return on_main(work)
 
 
-def _heldout(model: TextToImage, step: TextToImageStep) -> dict[str, float]:
+def _heldout(model: nn.Module, step: TextToImageStep) -> dict[str, float]:
     """Loss and error of posterior means with the first caption, at evenly spaced timesteps, noise of seed 0."""
     data, device = step.data, next(model.parameters()).device
     count = len(data.heldout_latents)
     noise = torch.randn(data.heldout_latents.shape, generator=torch.Generator().manual_seed(0))
-    steps = step.objective.scheduler.config.num_train_timesteps
+    steps = len(step.objective.scheduler.alphas_cumprod)
     timesteps = (torch.arange(count) * steps) // count
     loss = error = 0.0
     for part in torch.arange(count).split(data.config.sampling.batch_size):
@@ -208,7 +210,7 @@ def _heldout(model: TextToImage, step: TextToImageStep) -> dict[str, float]:
     return {"loss": loss / count, "error": error / count}
 
 
-def _grid(model: TextToImage, data: RunData) -> Image.Image:
+def _grid(model: nn.Module, data: RunData) -> Image.Image:
     sampling, pipeline = data.config.sampling, stock_pipeline(model, data)
     pipeline.to(data.accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
@@ -233,8 +235,9 @@ def _grid(model: TextToImage, data: RunData) -> Image.Image:
     return prompt_picture(images, data.prompts, sampling.guidance, f"{sampling.scheduler}, {sampling.steps} steps")
 
 
-def stock_pipeline(model: TextToImage, data: RunData) -> StableDiffusionPipeline:
+def stock_pipeline(model: nn.Module, data: RunData) -> StableDiffusionPipeline:
     """Return the stock pipeline of the parts."""
+    assert isinstance(model, TextToImage)
     # what Stable Diffusion's own config says to samplers; it stays in the config, for those that are made from it
     config = {**data.config.diffusion.build().scheduler.config, "skip_prk_steps": True, "set_alpha_to_one": False}
     scheduler = SCHEDULERS[data.config.sampling.scheduler].from_config(config)
@@ -250,7 +253,7 @@ def stock_pipeline(model: TextToImage, data: RunData) -> StableDiffusionPipeline
     )
 
 
-def finish_run(model: TextToImage, step: TextToImageStep, log: Log, progress: dict[str, int]) -> TextToImageResult:
+def finish_run(model: nn.Module, step: TextToImageStep, log: Log, progress: dict[str, int]) -> TextToImageResult:
     """Save the pipeline before anything that could fail, then measure; evaluation.json comes last."""
     data = step.data
     output_dir = Path(data.config.run.output_dir)

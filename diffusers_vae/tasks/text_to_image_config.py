@@ -7,10 +7,9 @@ from functools import partial
 from typing import Literal
 
 from ..data import DataConfig
-from ..engine.config import OptimizerConfig, RunConfig
+from ..engine.config import OptimizerConfig, RunConfig, RunSettings
 from ..fields import at_home
 from ..losses.diffusion import DiffusionConfig
-from ..settings import Settings
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextToImageConfig(Settings):
+class TextToImageConfig(RunSettings):
     """All settings of a run."""
 
     data: DataConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -38,8 +38,8 @@ def build_model(config: TextToImageConfig, data: RunData) -> TextToImage:
         sample_size=height if height == width else (height, width),
         in_channels=channels,
         out_channels=channels,
-        down_block_types=["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attending],
-        up_block_types=["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attending)],
+        down_block_types=tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attending),
+        up_block_types=tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attending)),
         block_out_channels=tuple(model.block_out_channels),
         layers_per_block=model.layers_per_block,
         attention_head_dim=model.attention_heads,  # stock's name for their number
@@ -57,9 +57,9 @@ def build_model(config: TextToImageConfig, data: RunData) -> TextToImage:
         num_hidden_layers=model.text_layers,
         num_attention_heads=model.text_heads,
         max_position_embeddings=config.captions.max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=cast(int, tokenizer.bos_token_id),
+        eos_token_id=cast(int, tokenizer.eos_token_id),
+        pad_token_id=cast(int, tokenizer.pad_token_id),
     )
     return TextToImage(unet, CLIPTextModel(text))
 
@@ -79,7 +79,7 @@ class TextToImageStep:
         accelerator: of the launch.
     """
 
-    terms = ("error",)
+    terms: tuple[str, ...] = ("error",)
     advice = "To make training more stable, lower optimizer.learning_rate or raise optimizer.warmup_images"
 
     def __init__(self, config: TextToImageConfig, data: RunData, accelerator: Accelerator):
@@ -97,14 +97,14 @@ class TextToImageStep:
         return {}
 
     def random_inputs(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        on = {"generator": generator, "device": generator.device}
-        shape = (count, *self.data.latents.latent_shape)
+        shape, device = (count, *self.data.latents.latent_shape), generator.device
+        steps = len(self.objective.scheduler.alphas_cumprod)
         return {
-            "posterior_noise": torch.randn(shape, **on),
-            "noise": torch.randn(shape, **on),
-            "timesteps": torch.randint(self.objective.scheduler.config.num_train_timesteps, (count,), **on),
-            "caption": torch.rand(count, **on),
-            "dropped": torch.rand(count, **on) < self.config.diffusion.caption_dropout,
+            "posterior_noise": torch.randn(shape, generator=generator, device=device),
+            "noise": torch.randn(shape, generator=generator, device=device),
+            "timesteps": torch.randint(steps, (count,), generator=generator, device=device),
+            "caption": torch.rand(count, generator=generator, device=device),
+            "dropped": torch.rand(count, generator=generator, device=device) < self.config.diffusion.caption_dropout,
         }
 
     def __call__(self, model: nn.Module, read: ReadLatents, inputs: dict[str, torch.Tensor]) -> StepTerms:

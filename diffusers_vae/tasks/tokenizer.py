@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTokenizer, CLIPTokenizerFast
+from transformers import CLIPTokenizer
+from transformers.models.clip import CLIPTokenizerFast
 
 from ..storage import scratch_folder
 
