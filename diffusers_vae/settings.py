@@ -29,6 +29,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "adversarial.betas": ([0.5, 0.9], "the discriminator's optimizer always has 0.5 and 0.9"),
     "data.lanes": (None, ""),
     "data.buckets": (None, "train on data.crops, or on whole images at one data.resolution"),
+    "evaluation.fp16": (False, "after the training, run diffusers-vae fp16 on it"),
     "evaluation.projection": ("pca", "the picture of latents always shows their principal components"),
     "evaluation.weights": (None, ""),
     "objective.perceptual_weights": (None, ""),

@@ -427,7 +427,7 @@ class TestEvaluate:
         for processes in (1, 2):
             arguments = ["evaluate", run, "--out", tmp_path / str(processes), "--evaluation.draws", 3]
             arguments += ["--evaluation.max_images", 40, "--evaluation.batch_size", 7]  # 6 batches, the last of 5
-            arguments += ["--evaluation.fp16", "true"]
+            arguments += ["--fp16", "true"]
             run_forked(command, *map(str, arguments), log=tmp_path / "log", processes=processes)
         for name in ("evaluation.json", "evaluation.csv"):
             assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()

@@ -378,7 +378,7 @@ class TestReport:
     def test_float16_is_tried_when_asked_for(self, digits):
         vae = tiny_vae()
         report, without = (
-            evaluate(vae, digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=6, batch_size=4, fp16=fp16))
+            evaluate(vae, digits, VAEObjective(Gaussian(1.0)), EvaluationConfig(max_images=6, batch_size=4), fp16=fp16)
             for fp16 in (True, False)
         )
         assert report.fp16 == measure_precision(vae, digits, 4, 6) and report.fp16.images == 6

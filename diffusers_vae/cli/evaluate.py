@@ -44,6 +44,7 @@ def run_evaluate(arguments: Sequence[str], patience: Patience = PATIENCE) -> int
         "diffusers-vae evaluate stabilityai/sd-vae-ft-mse --data photos/ --data.resolution 256 --evaluation.rfid true",
     )
     parser.add_argument("model", help=MODEL)
+    parser.add_argument("--fp16", type=bool, default=False, help="Also run the model in float16, as `fp16` does.")
     add_measuring(parser)
     with launched("the evaluation", patience, "The same command measures again") as state:
         _evaluate(parser, arguments, state)
@@ -60,9 +61,8 @@ def _evaluate(parser: ArgumentParser, arguments: Sequence[str], state: PartialSt
     out = Path(parsed.out or Path("evaluations") / name.replace("/", "--"))
     # what cannot be written must not cost the measuring
     on_main(lambda: (out / "pictures").mkdir(parents=True, exist_ok=True))
-    report = evaluate(
-        model, images, objective_of(parsed, parsed.model), parsed.evaluation, parsed.data, split, name, True
-    )
+    objective = objective_of(parsed, parsed.model)
+    report = evaluate(model, images, objective, parsed.evaluation, parsed.data, split, name, True, parsed.fp16)
     on_main(lambda: _write_evaluation(out, report, model, images, parsed.evaluation))
 
 

@@ -144,7 +144,7 @@ OF_MODEL = ("resolution", "channels", "value_range", "fit", "on_bad_image", "num
 """Settings of a run's data that also apply to another set: what its model needs, and how files are read."""
 NO_MATTER = {
     "data": {"name", "root", "num_workers", "on_bad_image", *OF_TRAINING},
-    "evaluation": {"every", "batch_size", "fp16"},
+    "evaluation": {"every", "batch_size"},
 }
 """Settings that change neither which images are compared nor how; `_same_set` compares name and root."""
 

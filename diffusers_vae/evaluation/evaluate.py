@@ -60,8 +60,6 @@ class EvaluationConfig:
     rfid: bool = False
     """Frechet inception distance between the images and their reconstructions; its weights are found as those of
     `lpips`."""
-    fp16: bool = False
-    """Whether float16 is tried too: the largest activations of each block, and whether force_upcast can be false."""
 
     def __post_init__(self):
         for name in ("every", "max_images", "batch_size", "draws"):
@@ -127,6 +125,7 @@ def evaluate(
     split: str | None = None,
     name: str = "",
     progress: bool = False,
+    fp16: bool = False,
 ) -> EvaluationReport:
     """The report of `model`, in eval mode, over the images: any autoencoder of diffusers with `encode(...).latent_dist`
     and `decode(...).sample`. The draws for an image depend on the seed and its index.
@@ -143,6 +142,7 @@ def evaluate(
         split: which part of it they are, for the protocol.
         name: of the model, for the report.
         progress: show a bar.
+        fp16: also run the model in float16.
 
     Raises:
         FileNotFoundError: when weights for LPIPS or rFID are not there.
@@ -195,7 +195,7 @@ def evaluate(
     if config.rfid:
         rfid = frechet_distance(*(torch.cat([part[4][which] for part in parts]) for which in (0, 1)))
     precision = None
-    if config.fp16:
+    if fp16:
         precision = measure_precision(model, image_set, config.batch_size, config.max_images, progress)
     swaps = measure_swaps(model, image_set, config.batch_size, config.max_images)
     described = getattr(model, "config", {})
