@@ -32,6 +32,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "evaluation.fp16": (False, "after the training, run diffusers-vae fp16 on it"),
     "evaluation.projection": ("pca", "the picture of latents always shows their principal components"),
     "evaluation.weights": (None, ""),
+    "model.text_heads": (4, "the text encoder has 4 heads, or fewer where model.text_width is less than 32"),
     "objective.perceptual_weights": (None, ""),
     "run.device_batch_size": (
         None,

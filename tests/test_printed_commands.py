@@ -18,7 +18,7 @@ assert source.startswith({installed!r}), source
 model = ["--model.block_out_channels=[8,8]", "--model.norm_num_groups=4", "--model.mid_block_add_attention=false"]
 run = ["--data.resolution=8", "--run.max_images=60", "--run.batch_size=30", "--run.tracker=null"]
 text = ["--model.block_out_channels=[16]", "--model.norm_num_groups=8", "--model.text_width=16",
-        "--model.text_layers=1", "--model.text_heads=2", "--sampling.steps=2", "--sampling.seeds=1",
+        "--model.text_layers=1", "--sampling.steps=2", "--sampling.seeds=1",
         "--sampling.heldout_images=8"]
 commands = [
     ["train", *model, *run, "--evaluation.max_images=20", "--run.output_dir=runs/a b"],

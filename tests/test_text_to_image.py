@@ -604,7 +604,7 @@ class TestRefused:
         ("make", "named"),
         [
             (lambda: DenoiserConfig((8, 12), norm_num_groups=8), "divisible by model.norm_num_groups, got 12 and 8"),
-            (lambda: DenoiserConfig(text_width=10), "model.text_width must be divisible by model.text_heads"),
+            (lambda: DenoiserConfig(text_width=10), "model.text_width must be divisible by 8, got 10"),
             (lambda: DenoiserConfig(text_layers=0), "model.text_layers must be at least 1"),
             (lambda: SamplingConfig(guidance=(0.5,)), "sampling.guidance must be scales of at least 1"),
             (lambda: SamplingConfig(prompts=()), "sampling.prompts must hold one prompt"),

@@ -96,11 +96,9 @@ class DenoiserConfig:
     norm_num_groups: int = 32
     """Groups of the group norms, must divide every width."""
     text_width: int = 128
-    """Of the text encoder."""
+    """Width of the text encoder, divisible by 8; it has 4 attention heads, or fewer to keep each at least 8 wide."""
     text_layers: int = 2
     """Of the text encoder."""
-    text_heads: int = 4
-    """Per attention of the text encoder; must divide its width."""
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -113,10 +111,13 @@ class DenoiserConfig:
                         f"model.block_out_channels must be divisible by model.{name}, got {width} and "
                         f"{getattr(self, name)}"
                     )
-        if self.text_width % self.text_heads:
-            raise ValueError(
-                f"model.text_width must be divisible by model.text_heads, got {self.text_width} and {self.text_heads}"
-            )
+        if self.text_width % 8:
+            raise ValueError(f"model.text_width must be divisible by 8, got {self.text_width}")
+
+    @property
+    def text_heads(self) -> int:
+        """Heads per attention of the text encoder."""
+        return min(4, self.text_width // 8)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ WHOLE = [
 TEXT_TO_IMAGE = [
     *DIGITS, *RUN, "--data.resolution=8", "--vae=runs/plain/model", "--latents.dtype=float32",
     "--latents.compute_dtype=float32", "--model.block_out_channels=[16]", "--model.norm_num_groups=8",
-    "--model.text_width=16", "--model.text_layers=1", "--model.text_heads=2", "--sampling.steps=2",
+    "--model.text_width=16", "--model.text_layers=1", "--sampling.steps=2",
     "--sampling.seeds=1", "--sampling.guidance=[2]", '--sampling.prompts=["a handwritten two"]',
     "--sampling.heldout_images=20",
 ]  # fmt: skip
