@@ -32,6 +32,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "evaluation.fp16": (False, "after the training, run diffusers-vae fp16 on it"),
     "evaluation.projection": ("pca", "the picture of latents always shows their principal components"),
     "evaluation.weights": (None, ""),
+    "latents.batch_size": (64, "the number of images per forward follows from their size"),
     "model.text_heads": (4, "the text encoder has 4 heads, or fewer where model.text_width is less than 32"),
     "objective.perceptual_weights": (None, ""),
     "run.device_batch_size": (

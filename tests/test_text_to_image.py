@@ -614,7 +614,6 @@ class TestRefused:
                 lambda: TextToImageConfig(data=DATA, run=RunConfig(compile=True)),
                 "run.compile is for the training of autoencoders",
             ),
-            (lambda: LatentsConfig(batch_size=0), "latents.batch_size must be at least 1"),
         ],
     )
     def test_wrong_settings_are_named(self, make, named):

@@ -42,13 +42,9 @@ class LatentsConfig:
     sample_posterior: bool = True
     """Train on draws from the posterior, others each time, which is what the decoder was trained on, and not on its
     mean."""
-    batch_size: int = 64
-    """Images that are encoded together."""
 
     def __post_init__(self):
         at_home(self, "folder")
-        if self.batch_size < 1:
-            raise ValueError(f"latents.batch_size must be at least 1, got {self.batch_size}")
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ from .tokenizer import caption_tokenizer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+BATCH_SIZE = 64
+"""Images per forward outside of training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,7 @@ def load_run_data(config: TextToImageConfig, accelerator: Accelerator, max_image
     train_set = LatentsAlone(_latents(config, vae, images, max_images, accelerator.is_main_process), images)
     verification = Verification(train_set.latents)
     heldout_captions, means = [], []
-    for _, indices, batch in image_batches(heldout, config.latents.batch_size, None, vae.device):
+    for _, indices, batch in image_batches(heldout, BATCH_SIZE, None, vae.device):
         heldout_captions += [texts[index][0] for index in indices]
         means.append(encode(vae, batch).mean.cpu())
     vae.to("cpu")
@@ -182,7 +184,6 @@ def _latents(
         config.folder or Path(settings.run.output_dir) / "latents",
         dtype=getattr(torch, config.dtype),
         compute_dtype=config.compute_dtype and getattr(torch, config.compute_dtype),
-        batch_size=config.batch_size,
         data=data,
         progress=progress,
     )
