@@ -36,7 +36,7 @@ from ..silence import PATIENCE, Patience
 from ..storage import described, whole_folder, write_file
 from ..untrusted import check_type, read_json
 from .text_to_image_config import TextToImageConfig
-from .text_to_image_data import RunData, load_run_data, load_vae
+from .text_to_image_data import BATCH_SIZE, RunData, load_run_data, load_vae
 from .text_to_image_step import TextToImage, TextToImageStep, blank_output, build_model
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def _heldout(model: nn.Module, step: TextToImageStep) -> dict[str, float]:
     steps = len(step.objective.scheduler.alphas_cumprod)
     timesteps = (torch.arange(count) * steps) // count
     loss = error = 0.0
-    for part in torch.arange(count).split(data.config.sampling.batch_size):
+    for part in torch.arange(count).split(BATCH_SIZE):
         batch = (t[part].to(device) for t in (data.heldout_latents, noise, timesteps, data.heldout_tokens))
         terms = step.compute(model, *batch)
         loss += terms.loss.item() * len(part)
@@ -218,8 +218,8 @@ def _grid(model: nn.Module, data: RunData) -> Image.Image:
     pictures = []
     with tqdm(total=len(sampling.guidance) * len(wanted), desc="pictures", unit="img", leave=False) as bar:
         for scale in sampling.guidance:
-            for start in range(0, len(wanted), sampling.batch_size):
-                part = wanted[start : start + sampling.batch_size]
+            for start in range(0, len(wanted), BATCH_SIZE):
+                part = wanted[start : start + BATCH_SIZE]
                 made = pipeline(
                     [prompt for prompt, _ in part],
                     num_inference_steps=sampling.steps,

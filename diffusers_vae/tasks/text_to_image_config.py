@@ -130,8 +130,6 @@ class SamplingConfig:
     """Columns of the grid at each guidance."""
     guidance: tuple[float, ...] = (1.0, 2.0, 4.0, 7.5)
     """Classifier-free guidance scales, side by side; 1 is none."""
-    batch_size: int = 64
-    """Pictures at a time."""
     heldout_images: int = 1000
     """How many held-out images the loss is measured on."""
     every: int | None = None
@@ -142,7 +140,7 @@ class SamplingConfig:
             raise ValueError("sampling.prompts must hold one prompt at least, or be null")
         if not self.guidance or min(self.guidance) < 1:
             raise ValueError(f"sampling.guidance must be scales of at least 1, got {self.guidance}")
-        for name in ("steps", "seeds", "batch_size", "heldout_images", "every"):
+        for name in ("steps", "seeds", "heldout_images", "every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"sampling.{name} must be at least 1, got {value}")
