@@ -29,7 +29,7 @@ from ..processes import one_first
 from ..settings import config_of_run, read_settings
 from .captions import Captions, captions_of
 from .encoded import LatentsAlone
-from .text_to_image_config import LatentsConfig, TextToImageConfig
+from .text_to_image_config import TextToImageConfig
 from .tokenizer import caption_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -165,13 +165,12 @@ def _latents(
     config, data = settings.latents, f"training images of {settings.data.described}"
     if config.folder and (Path(config.folder) / INDEX).exists():
         latents = matching_latents(vae, images, config.folder, data)
-        kept = {"dtype": latents.cache["dtype"], "compute_dtype": str(latents.compute_dtype).removeprefix("torch.")}
-        for name, value in kept.items():
-            if getattr(config, name) not in (None, getattr(LatentsConfig(), name), value):
-                raise ValueError(
-                    f"latents.{name} {getattr(config, name)} would be ignored, since {config.folder} holds latents "
-                    f"in {value}: leave it out, or choose another latents.folder"
-                )
+        computed = str(latents.compute_dtype).removeprefix("torch.")
+        if config.compute_dtype not in (None, computed):
+            raise ValueError(
+                f"latents.compute_dtype {config.compute_dtype} would be ignored, since {config.folder} holds "
+                f"latents in {computed}: leave it out, or choose another latents.folder"
+            )
         if config.sample_posterior and latents.kind != "posterior":
             raise ValueError(
                 f"latents.sample_posterior needs mean and logvar, and {config.folder} holds latents of kind "
@@ -182,7 +181,6 @@ def _latents(
         vae,
         images if max_images is None else images.first(max_images),
         config.folder or Path(settings.run.output_dir) / "latents",
-        dtype=getattr(torch, config.dtype),
         compute_dtype=config.compute_dtype and getattr(torch, config.compute_dtype),
         data=data,
         progress=progress,

@@ -34,7 +34,7 @@ WHOLE = [
     "--adversarial.layers=2", "--adversarial.lecam_weight=0.1", "--adversarial.r1_weight=0.01",
 ]  # fmt: skip
 TEXT_TO_IMAGE = [
-    *DIGITS, *RUN, "--data.resolution=8", "--vae=runs/plain/model", "--latents.dtype=float32",
+    *DIGITS, *RUN, "--data.resolution=8", "--vae=runs/plain/model",
     "--latents.compute_dtype=float32", "--model.block_out_channels=[16]", "--model.norm_num_groups=8",
     "--model.text_width=16", "--model.text_layers=1", "--sampling.steps=2",
     "--sampling.seeds=1", "--sampling.guidance=[2]", '--sampling.prompts=["a handwritten two"]',
