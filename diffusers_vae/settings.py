@@ -34,6 +34,10 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "evaluation.weights": (None, ""),
     "latents.batch_size": (64, "the number of images per forward follows from their size"),
     "latents.dtype": ("float32", "run diffusers-vae encode --dtype, and set latents.folder to what it writes"),
+    "latents.sample_posterior": (
+        True,
+        "run diffusers-vae encode --kind mode, and set latents.folder to what it writes",
+    ),
     "model.text_heads": (4, "the text encoder has 4 heads, or fewer where model.text_width is less than 32"),
     "objective.perceptual_weights": (None, ""),
     "sampling.batch_size": (64, "pictures are made 64 at a time"),

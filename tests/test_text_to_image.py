@@ -352,19 +352,23 @@ def test_two_processes_train_as_one(vae, tmp_path):
 
 
 class TestLatents:
-    def step(self, vae, tmp_path, **latents):
+    def step(self, vae, tmp_path, kind="posterior", **latents):
+        if kind != "posterior":
+            model, latents["folder"] = VAE.from_pretrained(vae / "model").eval(), str(tmp_path / kind)
+            encode_images(model, load_data(DATA)[0], tmp_path / kind, kind=kind, compute_dtype=torch.float32)
         return loaded(dataclasses.replace(tiny(tmp_path / "run", vae), latents=LatentsConfig(**latents)))
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("sample_posterior", [True, False])
-    def test_training_from_the_cache_equals_training_from_the_images(self, sample_posterior, vae, tmp_path):
+    @pytest.mark.parametrize("kind", ["posterior", "mode"])
+    def test_training_from_the_cache_equals_training_from_the_images(self, kind, vae, tmp_path):
         """Ten steps with the same noise, on latents from the disk and on latents that are encoded just then."""
-        step = self.step(vae, tmp_path, sample_posterior=sample_posterior, compute_dtype="float32")
+        step = self.step(vae, tmp_path, kind, compute_dtype="float32")
         images, _ = load_data(DATA)
         encoder = VAE.from_pretrained(vae / "model").eval()
 
         class JustEncoded:
-            latent_shape, indices = step.data.train_set.latents.latent_shape, step.data.train_set.latents.indices
+            kind, latent_shape = step.data.latents.kind, step.data.latents.latent_shape
+            indices = step.data.latents.indices
 
             @torch.no_grad()
             def latents(self, indices, noise=None):
@@ -392,10 +396,10 @@ class TestLatents:
             torch.testing.assert_close(value, weights["encoded"][name], rtol=0, atol=1e-4)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("sample_posterior", [True, False])
-    def test_the_denoiser_sees_noised_scaled_latents(self, sample_posterior, vae, tmp_path):
+    @pytest.mark.parametrize("kind", ["posterior", "mode"])
+    def test_the_denoiser_sees_noised_scaled_latents(self, kind, vae, tmp_path):
         """Scaled draws from the posterior, or scaled means, of the images asked for, with the noise asked for."""
-        step = self.step(vae, tmp_path, sample_posterior=sample_posterior)
+        step = self.step(vae, tmp_path, kind)
         draws, indices, seen = step.random_inputs(5, torch.Generator().manual_seed(0)), [7, 3, 390, 3, 11], []
 
         class Denoiser(torch.nn.Module):
@@ -405,8 +409,8 @@ class TestLatents:
 
         terms = step(Denoiser(), step.data.train_set.__getitems__(indices), draws)
         rows = [step.data.train_set.latents[index] for index in indices]
-        latents = torch.stack([row["mean"] for row in rows])
-        if sample_posterior:
+        latents = torch.stack([row["mean" if kind == "posterior" else "latents"] for row in rows])
+        if kind == "posterior":
             latents = latents + torch.stack([row["logvar"] for row in rows]).mul(0.5).exp() * draws["posterior_noise"]
         scaled_latents = latents * VAE.from_pretrained(vae / "model").config.scaling_factor
         alphas = step.objective.scheduler.alphas_cumprod[draws["timesteps"]].view(-1, 1, 1, 1)
@@ -415,7 +419,7 @@ class TestLatents:
 
     @pytest.mark.slow
     def test_drawn_latents_differ_from_the_mean(self, vae, tmp_path):
-        """The two settings are two: a model that sees draws sees the posterior's variance."""
+        """A model that sees draws sees the posterior's variance."""
         step = self.step(vae, tmp_path)
         latents = step.data.train_set.latents
         drawn = latents.latents(range(IMAGES), torch.randn(IMAGES, *latents.latent_shape))
@@ -462,9 +466,7 @@ class TestLatents:
         model = VAE.from_pretrained(vae / "model").eval()
         settings = {"dtype": torch.float16, "shard_images": 100}
         encode_images(model, images, tmp_path / "mode", kind="mode", **settings)
-        with pytest.raises(ValueError, match=r"latents\.sample_posterior needs mean and logvar, .* of kind mode"):
-            self.step(vae, tmp_path, folder=str(tmp_path / "mode"))
-        step = self.step(vae, tmp_path, folder=str(tmp_path / "mode"), sample_posterior=False)
+        step = self.step(vae, tmp_path, folder=str(tmp_path / "mode"))
         assert step.data.train_set.latents.dtype == torch.float16
         encode_images(model, images.first(100), tmp_path / "few", data="few")
         with pytest.raises(ValueError, match="holds latents of other images: 100, few, where 395, training images of"):

@@ -37,9 +37,6 @@ class LatentsConfig:
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """In which the encoder runs, if they are not there yet; null: as they were begun, else bfloat16 where that is fast,
     and float32 elsewhere."""
-    sample_posterior: bool = True
-    """Train on draws from the posterior, others each time, which is what the decoder was trained on, and not on its
-    mean."""
 
     def __post_init__(self):
         at_home(self, "folder")

@@ -171,11 +171,6 @@ def _latents(
                 f"latents.compute_dtype {config.compute_dtype} would be ignored, since {config.folder} holds "
                 f"latents in {computed}: leave it out, or choose another latents.folder"
             )
-        if config.sample_posterior and latents.kind != "posterior":
-            raise ValueError(
-                f"latents.sample_posterior needs mean and logvar, and {config.folder} holds latents of kind "
-                f"{latents.kind}: set it to false, or encode with --kind posterior"
-            )
         return latents
     return encode_images(
         vae,

@@ -109,7 +109,7 @@ class TextToImageStep:
 
     def __call__(self, model: nn.Module, read: ReadLatents, inputs: dict[str, torch.Tensor]) -> StepTerms:
         device = inputs["noise"].device
-        noise = inputs["posterior_noise"] if self.config.latents.sample_posterior else None
+        noise = inputs["posterior_noise"] if self.data.latents.kind == "posterior" else None
         scaled_latents = self.data.scaling.scale(self.data.latents.latents(read.indices, noise).to(device))
         indices = self.positions[torch.as_tensor(read.indices, device=device)]
         tokens = self.tokens[self.captions.choose(indices, inputs["caption"])]
