@@ -33,6 +33,10 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "evaluation.projection": ("pca", "the picture of latents always shows their principal components"),
     "evaluation.weights": (None, ""),
     "latents.batch_size": (64, "the number of images per forward follows from their size"),
+    "latents.compute_dtype": (
+        None,
+        "run diffusers-vae encode --compute_dtype, and set latents.folder to what it writes",
+    ),
     "latents.dtype": ("float32", "run diffusers-vae encode --dtype, and set latents.folder to what it writes"),
     "latents.sample_posterior": (
         True,

@@ -201,6 +201,7 @@ REMOVED = [
     (TRAIN, "run.device_batch_size", "null", "auto", "set run.gradient_accumulation_steps instead"),
     (TEXT_TO_IMAGE, "data.buckets", "null", "16", "train on data.crops"),
     (TEXT_TO_IMAGE, "latents.batch_size", "64", "8", "the number of images per forward follows from their size"),
+    (TEXT_TO_IMAGE, "latents.compute_dtype", "null", "float32", "run diffusers-vae encode --compute_dtype, and set"),
     (TEXT_TO_IMAGE, "latents.dtype", "float32", "float16", "run diffusers-vae encode --dtype, and set latents.folder"),
     (TEXT_TO_IMAGE, "latents.sample_posterior", "true", "false", "run diffusers-vae encode --kind mode"),
     (TEXT_TO_IMAGE, "model.text_heads", "4", "2", "the text encoder has 4 heads"),

@@ -34,9 +34,6 @@ class LatentsConfig:
     folder: str | None = None
     """Where they are, as `diffusers-vae encode DATA --split training` writes them, or are written to; null: latents/ in
     run.output_dir."""
-    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """In which the encoder runs, if they are not there yet; null: as they were begun, else bfloat16 where that is fast,
-    and float32 elsewhere."""
 
     def __post_init__(self):
         at_home(self, "folder")

@@ -164,19 +164,11 @@ def _latents(
     """Those that were encoded before, or are now; of a dry run, a few."""
     config, data = settings.latents, f"training images of {settings.data.described}"
     if config.folder and (Path(config.folder) / INDEX).exists():
-        latents = matching_latents(vae, images, config.folder, data)
-        computed = str(latents.compute_dtype).removeprefix("torch.")
-        if config.compute_dtype not in (None, computed):
-            raise ValueError(
-                f"latents.compute_dtype {config.compute_dtype} would be ignored, since {config.folder} holds "
-                f"latents in {computed}: leave it out, or choose another latents.folder"
-            )
-        return latents
+        return matching_latents(vae, images, config.folder, data)
     return encode_images(
         vae,
         images if max_images is None else images.first(max_images),
         config.folder or Path(settings.run.output_dir) / "latents",
-        compute_dtype=config.compute_dtype and getattr(torch, config.compute_dtype),
         data=data,
         progress=progress,
     )
