@@ -45,6 +45,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "model.text_heads": (4, "the text encoder has 4 heads, or fewer where model.text_width is less than 32"),
     "objective.perceptual_weights": (None, ""),
     "sampling.batch_size": (64, "pictures are made 64 at a time"),
+    "optimizer.weight_decay": (0.0, "weights never decay"),
     "run.device_batch_size": (
         None,
         "set run.gradient_accumulation_steps instead, the number of forwards per optimizer step; a dry run prints the "

@@ -16,14 +16,12 @@ from ..untrusted import refuse_odd_name
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, and a learning rate that is a pure function of the images seen."""
+    """Adam, and a learning rate that is a pure function of the images seen."""
 
     learning_rate: float = 2e-3
     """The highest that is reached."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the averages of gradient and squared gradient."""
-    weight_decay: float = 0.0
-    """Decoupled; with 0, AdamW is Adam."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """After the warm-up; cosine ends at 0 with the last image."""
     warmup_images: int = 2000
@@ -39,8 +37,6 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.learning_rate must be positive and finite, got {self.learning_rate}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
-        if self.weight_decay < 0:
-            raise ValueError(f"optimizer.weight_decay must be at least 0, got {self.weight_decay}")
         if self.warmup_images < 0:
             raise ValueError(f"optimizer.warmup_images must be at least 0, got {self.warmup_images}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:

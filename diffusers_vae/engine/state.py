@@ -63,7 +63,7 @@ class TrainState:
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad],
             betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
+            weight_decay=0.0,
             # with a scaler, a fused one hides from Accelerate which steps were skipped
             fused=(accelerator.device.type in ("cpu", "cuda") and not accelerator.scaler) or None,
         )
