@@ -1,4 +1,4 @@
-"""Fields of the dataclasses of settings: paths below the home directory, settings that another one switches off."""
+"""Fields of settings, which state what a setting is: free on resume, of training only, switched off by another one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import field, fields
-from typing import Any
+from typing import Any, Literal
 
 
 def at_home(config: Any, *names: str) -> None:
@@ -16,11 +16,28 @@ def at_home(config: Any, *names: str) -> None:
             object.__setattr__(config, name, os.path.expanduser(path))
 
 
-def only_with(default: Any, **others: bool | tuple[Any, ...]) -> Any:
+Trait = Literal["free", "kept", "training", "of_rows", "any_set"]
+"""What a setting is. free: a run may be continued with another value, since it changes no result (of an autoencoder the
+weights count, not their location) or only the rounding. kept: where it is null, a run that is continued keeps its
+value. training: no measurement reads it. of_rows: it belongs to one data set of rows. any_set: a model needs it on
+other data sets too, or it says how files are read."""
+
+
+def setting(default: Any, *traits: Trait) -> Any:
+    """Return a dataclass field of a setting with these traits."""
+    return only_with(default, *traits)
+
+
+def only_with(default: Any, *traits: Trait, **others: bool | tuple[Any, ...]) -> Any:
     """Return a dataclass field that is read only where `others`, settings of the same section, have certain values: one
     of a tuple, or, for True, any that switches something on (not None, 0 or false), and for False none that does.
     """
-    return field(default=default, metadata={"only_with": others})
+    return field(default=default, metadata={"traits": traits, "only_with": others})
+
+
+def with_traits(section: Any, *traits: Trait) -> list[str]:
+    """Return the names of the settings of a section that have any of these traits."""
+    return [option.name for option in fields(section) if {*traits} & {*option.metadata.get("traits", ())}]
 
 
 def unread(kind: type, values: Mapping[str, Any]) -> dict[str, tuple[str, bool | tuple[Any, ...]]]:

@@ -12,23 +12,14 @@ from typing import Any
 
 import yaml
 
+from .fields import with_traits
 from .storage import write_file
 from .untrusted import read_text
 
-FREE_SETTINGS = {
-    "data.root", "data.num_workers", "data.on_bad_image", "run.output_dir", "run.checkpoint_every",
-    "run.keep_checkpoints", "run.allow_config_change", "run.on_nonfinite", "run.tracker",
-    "run.gradient_accumulation_steps", "run.gradient_checkpointing", "evaluation.batch_size",
-    "vae.source", "vae.subfolder", "vae.revision", "latents.folder",
-    "model.pretrained", "model.subfolder", "model.revision",
-}  # fmt: skip
-"""A run may be continued with other values of these: they change no result (of an autoencoder the weights count, not
-where they lie) or, like the number of processes, only how it is rounded."""
-
 REMOVED: dict[str, tuple[Any, str]] = {
     "adversarial.betas": ([0.5, 0.9], "the discriminator's optimizer always has 0.5 and 0.9"),
-    "data.lanes": (None, ""),
     "data.buckets": (None, "train on data.crops, or on whole images at one data.resolution"),
+    "data.lanes": (None, ""),
     "evaluation.fp16": (False, "after the training, run diffusers-vae fp16 on it"),
     "evaluation.projection": ("pca", "the picture of latents always shows their principal components"),
     "evaluation.weights": (None, ""),
@@ -44,20 +35,17 @@ REMOVED: dict[str, tuple[Any, str]] = {
     ),
     "model.text_heads": (4, "the text encoder has 4 heads, or fewer where model.text_width is less than 32"),
     "objective.perceptual_weights": (None, ""),
-    "sampling.batch_size": (64, "pictures are made 64 at a time"),
     "optimizer.weight_decay": (0.0, "weights never decay"),
     "run.device_batch_size": (
         None,
         "set run.gradient_accumulation_steps instead, the number of forwards per optimizer step; a dry run prints the "
         "peak memory of a step",
     ),
+    "sampling.batch_size": (64, "pictures are made 64 at a time"),
 }
 """Removed settings, each with its old default and what to do instead. In a config.yaml, the old default is ignored. Any
 other value is an error or, if the advice is empty because the setting changed no result, ignored too.
 """
-
-KEPT_SETTINGS = ("data.channels", "run.compile", "run.mixed_precision")
-"""Where these are left open, a run that is continued keeps the values that it was begun with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,13 +227,18 @@ def differences(path: Path, config: Settings) -> list[str]:
         name: {option.name: option.default for option in fields(section) if option.default is not MISSING}
         for name, section in sections.items()
     }
+    ignored = {
+        f"{name}.{option}"
+        for name, section in sections.items()
+        for option in with_traits(section, "free", "kept")
+        if option in with_traits(section, "free") or getattr(section, option) is None
+    }
     made = {part.name: asdict(part.default_factory()) for part in fields(config) if part.default_factory is not MISSING}
     defaults = wanted | _by_full_name(_plain(options | made))
     return [
         f"{name}: {old} -> {new}"
         for name in sorted(wanted.keys() | stated.keys())
-        if name not in FREE_SETTINGS
-        and not (name in KEPT_SETTINGS and wanted.get(name) is None)
+        if name not in ignored
         and not name.startswith("hub.")
         and (old := stated.get(name, defaults.get(name))) != (new := wanted.get(name))
     ]

@@ -11,10 +11,10 @@ from typing import Any, Literal
 from diffusers.models.modeling_utils import ModelMixin
 from jsonargparse import ArgumentParser, Namespace
 
-from ..data import IN_MEMORY, OF_ROWS, OF_TRAINING, PLACED, DataConfig, ImageSet, is_hub_id, load_split, refuse_colours
+from ..data import IN_MEMORY, PLACED, DataConfig, ImageSet, is_hub_id, load_split, refuse_colours
 from ..evaluation.evaluate import EvaluationConfig
 from ..evaluation.report import EvaluationReport, read_report
-from ..fields import unread
+from ..fields import unread, with_traits
 from ..losses.objective import ObjectiveConfig, VAEObjective
 from ..messages import message, showable
 from ..models import is_local, no_such_path, read_config
@@ -25,9 +25,9 @@ from ..untrusted import check_type
 from .arguments import ANY_DATA, add_loading, load, parse, size_of
 from .parser import with_data
 
-NOT_MEASURED = set(OF_TRAINING) - {"streaming"}
+NOT_MEASURED = {*with_traits(DataConfig, "training")}
 """Settings of the data that only a training reads."""
-MEASURED = {"likelihood", "scale", "kl_weight"}
+MEASURED = {option.name for option in fields(ObjectiveConfig)}.difference(with_traits(ObjectiveConfig, "training"))
 """What an objective is measured with; the rest of it is for training."""
 NEEDED = {
     "data": {"name": str, "root": str, "heldout_fraction": float},
@@ -41,9 +41,8 @@ def add_measuring(parser: ArgumentParser) -> None:
     add_loading(parser)
     parser.add_argument("--out", type=str | None, default=None, help="Folder for the results.")
     add_images(parser)
-    of_training = {field.name for field in fields(ObjectiveConfig)} - MEASURED
-    parser.add_class_arguments(ObjectiveConfig, "objective", skip=of_training)
-    parser.add_class_arguments(EvaluationConfig, "evaluation", skip={"every"})
+    for name, kind in (("objective", ObjectiveConfig), ("evaluation", EvaluationConfig)):
+        parser.add_class_arguments(kind, name, skip={*with_traits(kind, "training")})
 
 
 def add_images(parser: ArgumentParser) -> None:
@@ -119,10 +118,11 @@ def _data_of_run(run: dict[str, Any], runs: dict[str, Any], asked: DataConfig, f
     """
     if not _names_images(flags) or _same_set(run["data"], vars(asked)):
         return run["data"]
+    of_model = with_traits(DataConfig, "any_set")
     owner = next((other["data"] for other in runs.values() if _same_set(other["data"], vars(asked))), {})
     if run["data"]["name"] in IN_MEMORY and asked.name in IN_MEMORY:  # which lie beside each other
         owner = {"root": run["data"]["root"]} | owner
-    return _read_of(asked, owner | {name: value for name, value in run["data"].items() if name in OF_MODEL})
+    return _read_of(asked, owner | {name: value for name, value in run["data"].items() if name in of_model})
 
 
 def _read_of(asked: DataConfig, known: dict[str, Any]) -> dict[str, Any]:
@@ -140,15 +140,6 @@ def _same_set(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one["name"] == other["name"] and (one["name"] in IN_MEMORY or _place(one) == _place(other))
 
 
-OF_MODEL = ("resolution", "channels", "value_range", "fit", "on_bad_image", "num_workers")
-"""Settings of a run's data that also apply to another set: what its model needs, and how files are read."""
-NO_MATTER = {
-    "data": {"name", "root", "num_workers", "on_bad_image", *OF_TRAINING},
-    "evaluation": {"every", "batch_size"},
-}
-"""Settings that change neither which images are compared nor how; `_same_set` compares name and root."""
-
-
 def _refuse_differences(found: dict[str, Namespace]) -> None:
     """Raise ValueError when runs, by their source, differ in a setting that decides what is compared."""
     if len(found) < 2:
@@ -162,7 +153,8 @@ def _refuse_differences(found: dict[str, Namespace]) -> None:
         )
     lines, flags = [], []
     for section in ("data", "objective", "evaluation"):
-        for name in vars(one[section]).keys() - NO_MATTER.get(section, set()):
+        no_matter = {"name", "streaming", *with_traits(one[section], "free", "training")}  # the sets are the same
+        for name in vars(one[section]).keys() - no_matter:
             values = [
                 parsed.data.size if name == "resolution" else vars(parsed[section])[name] for parsed in (one, other)
             ]
@@ -196,7 +188,8 @@ def of_another_set(known: dict[str, Any], asked: DataConfig, flags: Sequence[str
     """Settings of a run's data, without what is of its own set alone where `flags` ask for another."""
     if not _names_images(flags) or "name" not in known or _place(known) == _place(vars(asked)):
         return known
-    return _read_of(asked, {name: value for name, value in known.items() if name not in (*OF_ROWS, "streaming")})
+    of_set = ["streaming", *with_traits(asked, "of_rows")]
+    return _read_of(asked, {name: value for name, value in known.items() if name not in of_set})
 
 
 def _names_images(flags: Sequence[str]) -> bool:
@@ -212,14 +205,16 @@ def settings_of_run(source: str, flags: Sequence[str] = ()) -> dict[str, dict[st
         return {}
     settings = read_settings(file, "data", "objective", "evaluation")
     check_type(settings, NEEDED, str(file))
-    settings["evaluation"].pop("every", None)
-    data = {name: value for name, value in settings["data"].items() if name not in NOT_MEASURED}
+    data, evaluation = (
+        {name: value for name, value in settings[section].items() if name not in with_traits(kind, "training")}
+        for section, kind in (("data", DataConfig), ("evaluation", EvaluationConfig))
+    )
     objective = {name: settings["objective"][name] for name in MEASURED}
     stated = any(flag.startswith("--objective.kl_weight") for flag in flags)
     moved = settings["objective"].get("target_rate") is not None and not stated
     if moved and (report := report_of_run(source)):
         objective["kl_weight"] = report.kl_weight
-    return {"data": data, "objective": objective, "evaluation": settings["evaluation"]}
+    return {"data": data, "objective": objective, "evaluation": evaluation}
 
 
 def report_of_run(source: str) -> EvaluationReport | None:

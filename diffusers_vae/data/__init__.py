@@ -2,7 +2,7 @@
 
 from .arrays import ArrayStore
 from .batch import ReadImages
-from .config import IN_MEMORY, OF_ROWS, OF_TRAINING, PLACED, DataConfig
+from .config import IN_MEMORY, PLACED, DataConfig
 from .files import ARCHIVES, OWN_PICTURES, SIGNATURE, Files
 from .folders import no_image
 from .kinds import IMAGE_SUFFIXES, holds_rows, is_hub_id, kind_at
@@ -18,8 +18,6 @@ __all__ = [
     "ARCHIVES",
     "IMAGE_SUFFIXES",
     "IN_MEMORY",
-    "OF_ROWS",
-    "OF_TRAINING",
     "OWN_PICTURES",
     "PLACED",
     "SIGNATURE",

@@ -9,15 +9,11 @@ from typing import Literal
 import torch
 from torchvision.transforms import v2
 
-from ..fields import at_home, only_with, refuse_unread
+from ..fields import at_home, only_with, refuse_unread, setting
 from ..images.files import OVERSIZE
 from ..images.ranges import ValueRange
 from .kinds import is_hub_id, kind_at
 
-OF_ROWS = ("subset", "revision", "image_column", "label_column", "caption_column")
-"""Settings of `DataConfig` that belong to one data set of rows."""
-OF_TRAINING = ("horizontal_flip", "vertical_flip", "color_jitter", "streaming", "shuffle_buffer")
-"""Those that change how a set is trained on, and not what is measured or encoded of it."""
 IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
 """Names of sets whose images are all of one size, and in memory."""
 PLACED = ("folder", "array", "datasets")
@@ -32,50 +28,50 @@ class DataConfig:
     """digits: scikit-learn's 1,797 embedded 8x8 digits, with a margin of one pixel. folder: image files below `root`.
     array: NumPy arrays of many images. datasets: what Hugging Face's `datasets` opens, on the Hub or here: Parquet,
     Arrow, WebDataset. The others: torchvision's. null: what lies at `root`; without it, digits."""
-    root: str | None = None
+    root: str | None = setting(None, "free")
     """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing (data).
     Of a folder, one with image files, zip archives and tars (WebDataset's shards) below it, or such an archive itself:
     archives are read where they are, without unpacking. Of arrays, an .npy or .npz, or a folder with such files, of
     (N, height, width), (N, channels, height, width) or (N, height, width, channels). Of datasets, NAMESPACE/NAME on the
     Hub, a folder or a .parquet file; it is prepared once in the cache of `datasets`, which takes as much room as the
     set."""
-    subset: str | None = only_with(None, name=("datasets",))
+    subset: str | None = only_with(None, "of_rows", name=("datasets",))
     """Of datasets, which configuration of the set, where it has several."""
-    revision: str | None = only_with(None, name=("datasets",))
+    revision: str | None = only_with(None, "of_rows", name=("datasets",))
     """Of datasets on the Hub, a branch, a tag or a commit; by default what is newest."""
-    image_column: str | None = only_with(None, name=("datasets", "array"))
+    image_column: str | None = only_with(None, "of_rows", name=("datasets", "array"))
     """Of datasets, where the images are; by default the only column of type Image. One with the bytes of image files,
     alone or as `bytes` beside their `path`, must be named. Of an .npz, the key of its images; by default the only array
     with three or four axes."""
-    label_column: str | None = only_with(None, name=("datasets", "array"), streaming=False)
+    label_column: str | None = only_with(None, "of_rows", name=("datasets", "array"), streaming=False)
     """Of datasets, where the classes are, whole numbers or words; by default the only column of type ClassLabel.
     Of an .npz, the key of the labels; by default there are none. An .npy has them in NAME.labels.npy beside it."""
-    caption_column: str | None = only_with(None, name=("datasets",), streaming=False)
+    caption_column: str | None = only_with(None, "of_rows", name=("datasets",), streaming=False)
     """Of datasets, where the captions are, a string or a list of strings each, for what needs any; by default a column
     named text or caption."""
-    resolution: int | tuple[int, int] = 32
+    resolution: int | tuple[int, int] = setting(32, "any_set")
     """Side of the images in pixels, or [height, width]."""
-    channels: int | None = None
+    channels: int | None = setting(None, "any_set", "kept")
     """1: grey, 3: RGB, 4: RGBA without conversion; other numbers: files with that many channels, without conversion.
     null: 1 if the headers of all images say grey, else 3 (of a stream, some headers); config.yaml has the value."""
-    value_range: tuple[float, float] | None = only_with(None, name=PLACED)
+    value_range: tuple[float, float] | None = only_with(None, "any_set", name=PLACED)
     """Of files: what their values mean, [low, high]. They are taken as they are, of whatever depth; low
     is -1 and high is 1 in model range, and a value outside is an error. It is saved beside the model, and undone where
     `diffusers-vae reconstruct` writes files. null: 8 bits a value; what has more, or other colours, is converted."""
-    fit: Literal["crop", "pad"] = only_with("crop", crops=False)
+    fit: Literal["crop", "pad"] = only_with("crop", "any_set", crops=False)
     """crop: scale the image to cover the resolution, cut the centre. pad: black borders, scaled only if too large."""
     crops: int | Literal["random"] | None = only_with(None, name=PLACED)
     """So many crops of each image of a folder at its own resolution, at places drawn once, instead of the whole image
     brought to size; images smaller than the resolution are scaled up to cover it. Of the held-out images too. random:
     one of each image, at another place in every epoch; of the held-out images always at the same."""
-    horizontal_flip: bool = False
+    horizontal_flip: bool = setting(False, "training")
     """Mirror every second training image, drawn anew in every epoch: for what looks as well the other way round."""
-    vertical_flip: bool = False
+    vertical_flip: bool = setting(False, "training")
     """Likewise, upside down: for pictures from above, of cells or of materials."""
-    color_jitter: tuple[float, float, float, float] | None = None
+    color_jitter: tuple[float, float, float, float] | None = setting(None, "training")
     """[brightness, contrast, saturation, hue]: how far these of training images are changed at random at most, as in
     torchvision's ColorJitter; the model learns the colours that it is shown."""
-    on_bad_image: Literal["stop", "skip"] = only_with("stop", name=PLACED)
+    on_bad_image: Literal["stop", "skip"] = only_with("stop", "any_set", "free", name=PLACED)
     """What a file of a folder that cannot be read does. stop: an error that names it, before training starts if it
     shows when all are read or, in a set too large for memory, in their headers. skip: left out, counted and listed in
     bad_images.txt."""
@@ -86,9 +82,9 @@ class DataConfig:
     """Read Parquet files, of data.name datasets, a row group at a time while training, here or from the Hub, instead of
     preparing all on the disk first. Each epoch has its own order, in which row groups come at random and their images
     are shuffled among `shuffle_buffer`. Without labels and captions; files are not checked before."""
-    shuffle_buffer: int = only_with(4096, streaming=True)
+    shuffle_buffer: int = only_with(4096, "training", streaming=True)
     """Images of a stream, over all processes, among which the next ones are drawn; their files are kept in memory."""
-    num_workers: int = 2
+    num_workers: int = setting(2, "any_set", "free")
     """Processes that read images, for sets that are too large to be kept in memory."""
 
     def __post_init__(self):

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..fields import with_traits
 from ..images.files import Header
 from ..images.ranges import EXACT, ValueRange, to_uint8
 from .check import GREY, pages_of
-from .config import OF_ROWS, PLACED, DataConfig
+from .config import PLACED, DataConfig
 from .load import load_data, load_with_layout
 from .reading import image_batches
 from .sets import ImageSet, StoredImages
@@ -304,7 +305,8 @@ def recommended(found: Look, config: DataConfig) -> tuple[str, dict[str, str]]:
         settings["data.value_range"] = str(found.value_range)
     if found.unreadable:
         settings["data.on_bad_image"] = "skip"
-    asked = {name: getattr(config, name) for name in ("resolution", "fit", "heldout_fraction", "streaming", *OF_ROWS)}
+    names = ("resolution", "fit", "heldout_fraction", "streaming", *with_traits(config, "of_rows"))
+    asked = {name: getattr(config, name) for name in names}
     kept = {f"data.{name}": str(value) for name, value in asked.items() if value != getattr(DataConfig(), name)}
     if side >= 128 and "data.fit" not in kept and not grey:
         crops = min(100, math.ceil(20_000 / found.parts["training"]))

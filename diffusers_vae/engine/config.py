@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from ..data import DataConfig
-from ..fields import at_home
+from ..fields import at_home, setting
 from ..settings import Settings, begun_with
 from ..untrusted import refuse_odd_name
 
@@ -71,7 +71,7 @@ Precision = Literal["no", "fp16", "bf16"]
 class RunConfig:
     """How long, how many at a time, and where to."""
 
-    output_dir: str = "runs/digits"
+    output_dir: str = setting("runs/digits", "free")
     """Folder of this run. A run that it holds is continued, if it has the same settings."""
     epochs: int = 15
     """Passes over the training images."""
@@ -81,18 +81,18 @@ class RunConfig:
     """Of the weights, the order of images and the noise in the latents."""
     batch_size: int = 32
     """Images per optimiser step over all processes."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = setting(1, "free")
     """Forwards per optimiser step on each process."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = setting(False, "free")
     """Compute what the backward needs a second time instead of keeping it: less memory, slower, the same result."""
-    mixed_precision: Precision | None = None
+    mixed_precision: Precision | None = setting(None, "kept")
     """Autocast dtype. null: what `accelerate launch` asks for; where it asks for none, bf16 for a convolutional
     autoencoder, and on a CPU for a perceptron by 256 images or more per forward, on a device that multiplies it in
     hardware (a CPU with AVX512-BF16 or AMX, a GPU such as NVIDIA's from Ampere on), else no, which is float32. The
     launcher's no cannot be told from its saying nothing, so that float32 has to be asked for here. A run that is
     continued keeps its own. A run's first line and config.yaml state which it is. Weights, optimiser and EMA are
     float32 in any case. In YAML, no needs quotes."""
-    compile: bool | None = None
+    compile: bool | None = setting(None, "kept")
     """Whether torch.compile makes one program of the autoencoder's forward and the objective for each size of batch,
     seconds to minutes at the first step and less when it is kept from a run before; networks of other losses are left
     out. Not for text-to-image, nor with a discriminator or what changes the objective by step: kl_schedule,
@@ -101,13 +101,13 @@ class RunConfig:
     ema_decay: float | None = 0.99
     """Highest decay per step of the averaged weights, which are evaluated and saved; null: no averaging. The decay
     rises with the step, so that the mean age of the weights is at most about 5 % of the steps so far."""
-    checkpoint_every: int = 10_000
+    checkpoint_every: int = setting(10_000, "free")
     """Images between two checkpoints, from which the same command continues; there is one at the end, too."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = setting(2, "free")
     """How many are kept, the newest; with one alone, there is nothing to fall back on if a disk damages it."""
-    allow_config_change: bool = False
+    allow_config_change: bool = setting(False, "free")
     """Continue the run in output_dir although settings, or the images, are not those that it was begun with."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Literal["stop", "skip"] = setting("stop", "free")
     """When loss or gradient are not finite, nothing of the step is kept and the batch is written to output_dir. stop:
     with an error. skip: go on, and count; 20 in a row stop the run."""
     deterministic: bool = False
@@ -115,7 +115,7 @@ class RunConfig:
     it has not been tried there yet; steps take longer."""
     log_every: int = 1000
     """Images between two records in metrics.jsonl."""
-    tracker: Literal["tensorboard"] | None = "tensorboard"
+    tracker: Literal["tensorboard"] | None = setting("tensorboard", "free")
     """Where metrics and pictures are logged besides the files in output_dir; null: nowhere."""
 
     def __post_init__(self):

@@ -17,6 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from tqdm import tqdm
 
 from ..data import DataConfig, ImageSet, image_batches
+from ..fields import setting
 from ..images.ranges import ValueRange, to_model_range, to_uint8
 from ..latents.statistics import LatentStatistics, draw, total
 from ..losses.objective import Bernoulli, VAEObjective
@@ -37,12 +38,12 @@ PACKAGES = (
 class EvaluationConfig:
     """Measuring and picturing, in a run always with the EMA weights when there are any."""
 
-    every: int | None = None
+    every: int | None = setting(None, "training")
     """Images between two evaluations in a run; by default there is one, at the end."""
     max_images: int | None = None
     """At most this many held-out images are measured, and as many training images for the statistics of the latents,
     always the same; by default all."""
-    batch_size: int = 64
+    batch_size: int = setting(64, "free")
     """Maximum number of images per forward, also for pictures; halved as often as memory requires."""
     seed: int = 0
     """Seed of the noise in the latents and of the samples from the prior."""

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from ..fields import only_with, refuse_unread
+from ..fields import only_with, refuse_unread, setting
 from ..images.ranges import to_unit_range
 
 START_SCALE = 1.0
@@ -319,30 +319,30 @@ class ObjectiveConfig:
     their mean absolute error (Rybkin 2021). Both begin at 1."""
     kl_weight: float = 1.0
     """Beta on the rate; 1.0 is the true ELBO."""
-    kl_schedule: Literal["constant", "linear", "cosine", "cyclical"] = only_with("constant", kl_weight=True)
+    kl_schedule: Literal["constant", "linear", "cosine", "cyclical"] = only_with("constant", "training", kl_weight=True)
     """How kl_weight is reached. linear and cosine rise from 0 over kl_warmup_images. cyclical: each of kl_cycles equal
     parts of the run rises linearly from 0 over its first half and stays over its second (Fu 2019, figure 2)."""
-    kl_warmup_images: int = only_with(0, kl_schedule=("linear", "cosine"))
+    kl_warmup_images: int = only_with(0, "training", kl_schedule=("linear", "cosine"))
     """Images over which a linear or cosine schedule rises to kl_weight."""
-    kl_cycles: int = only_with(4, kl_schedule=("cyclical",))
+    kl_cycles: int = only_with(4, "training", kl_schedule=("cyclical",))
     """Parts of a cyclical schedule."""
-    free_bits: float = only_with(0.0, kl_weight=True)
+    free_bits: float = only_with(0.0, "training", kl_weight=True)
     """Nats per latent channel, summed over its positions, that cost nothing: a channel whose mean rate over the step
     before is not above is left out of the loss, so that it does not collapse (Kingma 2016, equation 15)."""
-    target_rate: float | None = only_with(None, kl_weight=True)
+    target_rate: float | None = only_with(None, "training", kl_weight=True)
     """Rate in nats per image that a controller reaches by moving the weight of the rate, which starts at kl_weight
     (as ControlVAE, Shao 2020)."""
-    perceptual: Literal["alex", "vgg", "squeeze"] | None = None
+    perceptual: Literal["alex", "vgg", "squeeze"] | None = setting(None, "training")
     """Network of an LPIPS term in the loss (Zhang 2018); null: none. One channel is repeated to three; of other numbers
     than 1 and 3, each channel is judged by itself as grey."""
-    perceptual_weight: float = only_with(1.0, perceptual=True)
+    perceptual_weight: float = only_with(1.0, "training", perceptual=True)
     """Weight of the LPIPS, which is multiplied by the number of values of the image. latent-diffusion's weight w is w /
     scale here."""
-    equivariance: float = 0.0
+    equivariance: float = setting(0.0, "training")
     """Share of the steps that decode scaled and turned latents, and compare with images scaled and turned likewise
     (EQ-VAE, Kouzelis 2025: 0.5): such latents are easier to diffuse. Of the other steps, a quarter sees its images
     scaled down. What such steps log is of the smaller images."""
-    transformations: int = only_with(1, equivariance=True)
+    transformations: int = only_with(1, "training", equivariance=True)
     """Number of equal parts of a batch that equivariance transforms differently. It must divide the number of
     processes times run.gradient_accumulation_steps."""
 

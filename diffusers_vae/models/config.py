@@ -57,12 +57,12 @@ class ModelConfig:
     """mlp: width of the hidden layers (400)."""
     latent_dim: int | None = only_with(None, architecture=("mlp",))
     """mlp: number of latent units (20)."""
-    pretrained: str | None = only_with(None, architecture=("vae",))
+    pretrained: str | None = only_with(None, "free", architecture=("vae",))
     """Train on from this AutoencoderKL: folder of a model, a run or a pipeline, repository on the Hub, or file of an
     original checkpoint (.ckpt, .safetensors)."""
-    subfolder: str | None = only_with(None, pretrained=True)
+    subfolder: str | None = only_with(None, "free", pretrained=True)
     """pretrained: where in it the model lies; vae for the repository of a pipeline."""
-    revision: str | None = only_with(None, pretrained=True)
+    revision: str | None = only_with(None, "free", pretrained=True)
     """pretrained: branch, tag or commit of the repository."""
     train: Literal["decoder", "all"] | tuple[str, ...] = only_with("all", pretrained=True)
     """pretrained: what is trained. decoder: it and post_quant_conv, so that latents stay as they are and diffusion

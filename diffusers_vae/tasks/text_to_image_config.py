@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..data import DataConfig
 from ..engine.config import OptimizerConfig, RunConfig, RunSettings
-from ..fields import at_home
+from ..fields import at_home, setting
 from ..losses.diffusion import DiffusionConfig
 
 
@@ -16,11 +16,11 @@ from ..losses.diffusion import DiffusionConfig
 class AutoencoderConfig:
     """Whose latents are trained on; --vae MODEL is short for --vae.source MODEL."""
 
-    source: str = "runs/digits/model"
+    source: str = setting("runs/digits/model", "free")
     """A trained autoencoder: the folder of a run, a model or a pipeline, or a repository on the Hub."""
-    subfolder: str | None = None
+    subfolder: str | None = setting(None, "free")
     """Where in `source` the model lies."""
-    revision: str | None = None
+    revision: str | None = setting(None, "free")
     """Of the repository."""
 
     def __post_init__(self):
@@ -31,7 +31,7 @@ class AutoencoderConfig:
 class LatentsConfig:
     """The latents of the training images, encoded once and kept; --latents DIR is short for --latents.folder DIR."""
 
-    folder: str | None = None
+    folder: str | None = setting(None, "free")
     """Where they are, as `diffusers-vae encode DATA --split training` writes them, or are written to; null: latents/ in
     run.output_dir."""
 
