@@ -140,13 +140,13 @@ class TestTop:
         assert code == 0 and "usage: diffusers-vae" in out and "--debug" in out
         example = out[out.index("example: ") :]
         assert "diffusers" in example or "training/train_" in example
-        told = {"evaluate": "Draws from the posterior per image", "compare": "Draws from the posterior per image"}
-        told |= {
+        told = {
+            **dict.fromkeys(("evaluate", "compare"), "Number of posterior samples per image"),
             "data": "are decoded",
-            "push": "Visible to its owners only",
-            "train": "Passes over the training images",
+            "push": "Make the repository private",
+            "train": "Number of passes over the training images",
+            "train-text-to-image": "Fraction of images with an empty prompt",
         }
-        told |= {"train-text-to-image": "Share of images that are seen with the empty prompt"}
         assert told.get(name, "Where in a repository the model lies") in " ".join(out.split())
 
     @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from docstring_parser import parse_from_object
 from PIL import Image
 
 from diffusers_vae.cli.parser import TRAININGS, parse_settings, training_parser
@@ -27,7 +28,8 @@ from diffusers_vae.tasks.autoencoder import train
 from diffusers_vae.tasks.autoencoder_config import TrainConfig
 from diffusers_vae.tasks.text_to_image_config import AutoencoderConfig, LatentsConfig
 
-PRESETS = sorted((Path(__file__).parents[1] / "training" / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+PRESETS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
 
 TRAIN = TRAININGS["train"]
 TEXT_TO_IMAGE = TRAININGS["train-text-to-image"]
@@ -467,6 +469,19 @@ def test_help_describes_every_setting():
         for name in cls.__dataclass_fields__:
             assert f"--{section}.{name}" in text
     assert "Std of the gaussian or scale of the laplace" in text
+
+
+@pytest.mark.parametrize(
+    "section",
+    dict.fromkeys(kind for training in (TRAIN, TEXT_TO_IMAGE) for kind in get_type_hints(training.settings).values()),
+    ids=lambda section: section.__name__,
+)
+def test_help_of_a_setting_is_one_sentence_of_at_most_25_words(section):
+    described = {option.arg_name: option.description for option in parse_from_object(section).params}
+    assert described.keys() == {option.name for option in fields(section)}
+    for name, text in described.items():
+        assert len(text.split()) <= 25 and re.fullmatch(r"(?:[^.]|\.(?! )|(?<=al)\.)+\.", text), name
+        assert all((ROOT / page).exists() for page in re.findall(r"docs/\w+\.md", text)), name
 
 
 @pytest.mark.parametrize(

@@ -22,70 +22,58 @@ PLACED = ("folder", "array", "datasets")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, and how they are brought to one size."""
+    """Images, and how they are read, resized and augmented."""
 
     name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder", "array", "datasets"] | None = None
-    """digits: scikit-learn's 1,797 embedded 8x8 digits, with a margin of one pixel. folder: image files below `root`.
-    array: NumPy arrays of many images. datasets: what Hugging Face's `datasets` opens, on the Hub or here: Parquet,
-    Arrow, WebDataset. The others: torchvision's. null: what lies at `root`; without it, digits."""
+    """Data set, or kind of files at `root`; null: detected from `root`, or digits without one (docs/images.md)."""
     root: str | None = setting(None, "free")
-    """Folder of the files, as torchvision lays them out; where torchvision's sets are downloaded to if missing (data).
-    Of a folder, one with image files, zip archives and tars (WebDataset's shards) below it, or such an archive itself:
-    archives are read where they are, without unpacking. Of arrays, an .npy or .npz, or a folder with such files, of
-    (N, height, width), (N, channels, height, width) or (N, height, width, channels). Of datasets, NAMESPACE/NAME on the
-    Hub, a folder or a .parquet file; it is prepared once in the cache of `datasets`, which takes as much room as the
-    set."""
+    """Folder, archive, array, Parquet file or NAMESPACE/NAME on the Hub (docs/images.md), or download folder of
+    torchvision's sets; null: data."""
     subset: str | None = only_with(None, "of_rows", name=("datasets",))
-    """Of datasets, which configuration of the set, where it has several."""
+    """Configuration of a data set of rows that has several."""
     revision: str | None = only_with(None, "of_rows", name=("datasets",))
-    """Of datasets on the Hub, a branch, a tag or a commit; by default what is newest."""
+    """Branch, tag or commit of a data set on the Hub; null: the newest."""
     image_column: str | None = only_with(None, "of_rows", name=("datasets", "array"))
-    """Of datasets, where the images are; by default the only column of type Image. One with the bytes of image files,
-    alone or as `bytes` beside their `path`, must be named. Of an .npz, the key of its images; by default the only array
-    with three or four axes."""
+    """Column or .npz key of the images; null: the only image column, or the only array with three or four axes."""
     label_column: str | None = only_with(None, "of_rows", name=("datasets", "array"), streaming=False)
-    """Of datasets, where the classes are, whole numbers or words; by default the only column of type ClassLabel.
-    Of an .npz, the key of the labels; by default there are none. An .npy has them in NAME.labels.npy beside it."""
+    """Column or .npz key of the labels; null: the only ClassLabel column, or none of an .npz."""
     caption_column: str | None = only_with(None, "of_rows", name=("datasets",), streaming=False)
-    """Of datasets, where the captions are, a string or a list of strings each, for what needs any; by default a column
-    named text or caption."""
+    """Column of the captions, each a string or a list of strings; null: text, caption or prompt."""
     resolution: int | tuple[int, int] = setting(32, "any_set")
     """Side of the images in pixels, or [height, width]."""
     channels: int | None = setting(None, "any_set", "kept")
-    """1: grey, 3: RGB, 4: RGBA without conversion; other numbers: files with that many channels, without conversion.
-    null: 1 if the headers of all images say grey, else 3 (of a stream, some headers); config.yaml has the value."""
+    """1: grey; 3: RGB; others: files with that many channels, unconverted; null: 1 if all images are grey, else 3
+    (docs/images.md)."""
     value_range: tuple[float, float] | None = only_with(None, "any_set", name=PLACED)
-    """Of files: what their values mean, [low, high]. They are taken as they are, of whatever depth; low
-    is -1 and high is 1 in model range, and a value outside is an error. It is saved beside the model, and undone where
-    `diffusers-vae reconstruct` writes files. null: 8 bits a value; what has more, or other colours, is converted."""
+    """[low, high] of the values in the files, mapped to [-1, 1] without other conversion; null: 8-bit values
+    (docs/images.md)."""
     fit: Literal["crop", "pad"] = only_with("crop", "any_set", crops=False)
-    """crop: scale the image to cover the resolution, cut the centre. pad: black borders, scaled only if too large."""
+    """crop: scale the image to cover the resolution and crop the centre; pad: add black borders, and scale only if too
+    large."""
     crops: int | Literal["random"] | None = only_with(None, name=PLACED)
-    """So many crops of each image of a folder at its own resolution, at places drawn once, instead of the whole image
-    brought to size; images smaller than the resolution are scaled up to cover it. Of the held-out images too. random:
-    one of each image, at another place in every epoch; of the held-out images always at the same."""
+    """Number of random crops per image, fixed for the whole run, instead of resizing the image; random: a new crop in
+    every epoch."""
     horizontal_flip: bool = setting(False, "training")
-    """Mirror every second training image, drawn anew in every epoch: for what looks as well the other way round."""
+    """Mirror each training image with probability 0.5 in every epoch."""
     vertical_flip: bool = setting(False, "training")
-    """Likewise, upside down: for pictures from above, of cells or of materials."""
+    """Flip each training image upside down with probability 0.5 in every epoch."""
     color_jitter: tuple[float, float, float, float] | None = setting(None, "training")
-    """[brightness, contrast, saturation, hue]: how far these of training images are changed at random at most, as in
-    torchvision's ColorJitter; the model learns the colours that it is shown."""
+    """[brightness, contrast, saturation, hue]: largest random change of training images, as in torchvision's
+    ColorJitter."""
     on_bad_image: Literal["stop", "skip"] = only_with("stop", "any_set", "free", name=PLACED)
-    """What a file of a folder that cannot be read does. stop: an error that names it, before training starts if it
-    shows when all are read or, in a set too large for memory, in their headers. skip: left out, counted and listed in
+    """What to do with unreadable files; stop: raise an error that names them; skip: leave them out and list them in
     bad_images.txt."""
     heldout_fraction: float = only_with(0.1, name=("digits", *PLACED))
-    """Share of the images held out, at random but always the same, of a set without a held-out part. Parts are folders,
-    archives, arrays or splits named train and validation, val, test or the like: docs/images.md."""
+    """Fraction of the images that is held out, the same in every run, if the set has no held-out part
+    (docs/images.md)."""
     streaming: bool = only_with(False, name=("datasets",))
-    """Read Parquet files, of data.name datasets, a row group at a time while training, here or from the Hub, instead of
-    preparing all on the disk first. Each epoch has its own order, in which row groups come at random and their images
-    are shuffled among `shuffle_buffer`. Without labels and captions; files are not checked before."""
+    """Read Parquet files one row group at a time during training, without preparing the whole set first
+    (docs/images.md)."""
     shuffle_buffer: int = only_with(4096, "training", streaming=True)
-    """Images of a stream, over all processes, among which the next ones are drawn; their files are kept in memory."""
+    """Number of images of a stream, over all processes, among which the next ones are sampled; their files are kept in
+    memory."""
     num_workers: int = setting(2, "any_set", "free")
-    """Processes that read images, for sets that are too large to be kept in memory."""
+    """Number of processes that read images of a set that does not fit into memory."""
 
     def __post_init__(self):
         at_home(self, "root")

@@ -16,19 +16,18 @@ from ..untrusted import refuse_odd_name
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam, and a learning rate that is a pure function of the images seen."""
+    """Adam, with a learning rate that is a pure function of the images seen."""
 
     learning_rate: float = 2e-3
-    """The highest that is reached."""
+    """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the averages of gradient and squared gradient."""
+    """Decay of the running averages of gradient and squared gradient."""
     schedule: Literal["constant", "cosine"] = "cosine"
-    """After the warm-up; cosine ends at 0 with the last image."""
+    """Learning rate after the warm-up; cosine falls to 0 at the last image."""
     warmup_images: int = 2000
-    """Images over which the learning rate rises linearly from 0."""
+    """Number of images over which the learning rate rises linearly from 0."""
     max_grad_norm: float | None = 1.0
-    """Norm to which larger gradients are scaled down; null: never. An autoencoder's loss is a sum in nats, so nearly
-    every step is scaled, and the value hardly matters (docs/objective.md)."""
+    """Norm to which larger gradients are clipped; null: no clipping (docs/objective.md)."""
 
     def __post_init__(self):
         if self.schedule not in ("constant", "cosine"):
@@ -69,54 +68,46 @@ Precision = Literal["no", "fp16", "bf16"]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How long, how many at a time, and where to."""
+    """Length, batches, precision, checkpoints and logs of a run."""
 
     output_dir: str = setting("runs/digits", "free")
-    """Folder of this run. A run that it holds is continued, if it has the same settings."""
+    """Folder of the run; a run that it already holds is continued, if the settings are the same."""
     epochs: int = 15
-    """Passes over the training images."""
+    """Number of passes over the training images."""
     max_images: int | None = None
-    """End with the step that reaches this many images, if that is before the last epoch."""
+    """Number of images after which to stop, at the end of the step, if the epochs are not over before."""
     seed: int = 0
-    """Of the weights, the order of images and the noise in the latents."""
+    """Seed of the weights, the order of images and the noise in the latents."""
     batch_size: int = 32
-    """Images per optimiser step over all processes."""
+    """Number of images per optimiser step, over all processes."""
     gradient_accumulation_steps: int = setting(1, "free")
-    """Forwards per optimiser step on each process."""
+    """Number of forwards per optimiser step on each process."""
     gradient_checkpointing: bool = setting(False, "free")
-    """Compute what the backward needs a second time instead of keeping it: less memory, slower, the same result."""
+    """Recompute activations in the backward pass instead of storing them: less memory, slower, the same result."""
     mixed_precision: Precision | None = setting(None, "kept")
-    """Autocast dtype. null: what `accelerate launch` asks for; where it asks for none, bf16 for a convolutional
-    autoencoder, and on a CPU for a perceptron by 256 images or more per forward, on a device that multiplies it in
-    hardware (a CPU with AVX512-BF16 or AMX, a GPU such as NVIDIA's from Ampere on), else no, which is float32. The
-    launcher's no cannot be told from its saying nothing, so that float32 has to be asked for here. A run that is
-    continued keeps its own. A run's first line and config.yaml state which it is. Weights, optimiser and EMA are
-    float32 in any case. In YAML, no needs quotes."""
+    """Autocast dtype; null: as `accelerate launch` says, else bf16 where it is fast (docs/training.md); in YAML, write
+    "no" in quotes."""
     compile: bool | None = setting(None, "kept")
-    """Whether torch.compile makes one program of the autoencoder's forward and the objective for each size of batch,
-    seconds to minutes at the first step and less when it is kept from a run before; networks of other losses are left
-    out. Not for text-to-image, nor with a discriminator or what changes the objective by step: kl_schedule,
-    target_rate, free_bits, equivariance, scale optimal. null: where it works, in runs of 10,000 steps or more, on a
-    CUDA GPU, and of a perceptron on a CPU; not if deterministic. A run that is continued keeps its own."""
+    """Compile forward and objective with torch.compile; null: where it works and the run is long enough
+    (docs/training.md)."""
     ema_decay: float | None = 0.99
-    """Highest decay per step of the averaged weights, which are evaluated and saved; null: no averaging. The decay
-    rises with the step, so that the mean age of the weights is at most about 5 % of the steps so far."""
+    """Highest decay per step of the averaged weights, which are evaluated and saved; null: no averaging
+    (docs/objective.md)."""
     checkpoint_every: int = setting(10_000, "free")
-    """Images between two checkpoints, from which the same command continues; there is one at the end, too."""
+    """Number of images between checkpoints, from which the same command continues; the end of the run has one, too."""
     keep_checkpoints: int = setting(2, "free")
-    """How many are kept, the newest; with one alone, there is nothing to fall back on if a disk damages it."""
+    """Number of newest checkpoints to keep; with 1, there is no fallback if a disk damages it."""
     allow_config_change: bool = setting(False, "free")
-    """Continue the run in output_dir although settings, or the images, are not those that it was begun with."""
+    """Continue the run in output_dir even if its settings or images have changed."""
     on_nonfinite: Literal["stop", "skip"] = setting("stop", "free")
-    """When loss or gradient are not finite, nothing of the step is kept and the batch is written to output_dir. stop:
-    with an error. skip: go on, and count; 20 in a row stop the run."""
+    """What to do when loss or gradient are not finite; stop: raise an error; skip: leave out the step
+    (docs/training.md)."""
     deterministic: bool = False
-    """Use only algorithms that repeat bit by bit. On a CPU all do. On a GPU, exact resume in float32 needs it, although
-    it has not been tried there yet; steps take longer."""
+    """Use only algorithms that are reproducible bit by bit; slower, and of use only on a GPU (docs/training.md)."""
     log_every: int = 1000
-    """Images between two records in metrics.jsonl."""
+    """Number of images between records in metrics.jsonl."""
     tracker: Literal["tensorboard"] | None = setting("tensorboard", "free")
-    """Where metrics and pictures are logged besides the files in output_dir; null: nowhere."""
+    """Tracker that logs metrics and pictures in addition to the files in output_dir; null: none."""
 
     def __post_init__(self):
         at_home(self, "output_dir")

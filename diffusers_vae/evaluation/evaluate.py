@@ -36,31 +36,28 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Measuring and picturing, in a run always with the EMA weights when there are any."""
+    """Figures and pictures, in a run always of the EMA weights if there are any."""
 
     every: int | None = setting(None, "training")
-    """Images between two evaluations in a run; by default there is one, at the end."""
+    """Number of images between evaluations in a run; null: only one at the end."""
     max_images: int | None = None
-    """At most this many held-out images are measured, and as many training images for the statistics of the latents,
-    always the same; by default all."""
+    """Maximum number of held-out images to evaluate, and of training images for the statistics of the latents; null:
+    all."""
     batch_size: int = setting(64, "free")
     """Maximum number of images per forward, also for pictures; halved as often as memory requires."""
     seed: int = 0
     """Seed of the noise in the latents and of the samples from the prior."""
     reconstruction: Literal["mode", "sample"] = "mode"
-    """What PSNR, SSIM, LPIPS and rFID are of: the decoded mode of the posterior, or one draw from it."""
+    """What PSNR, SSIM, LPIPS and rFID measure: the decoded mode of the posterior, or a decoded sample from it."""
     round_to_8_bit: bool = True
-    """Whether PSNR, SSIM and LPIPS are of reconstructions as 8-bit files would hold them; with data.value_range they
-    never are, and the PSNR is over that range. The rFID always is of 8-bit values."""
+    """Round reconstructions to 8 bits before PSNR, SSIM and LPIPS; false for a data.value_range (docs/images.md)."""
     draws: int = 1
-    """Draws from the posterior per image. Distortion is their mean; of two or more there is the importance-weighted
-    bound too."""
+    """Number of posterior samples per image; two or more also give the importance-weighted bound."""
     lpips: tuple[Literal["alex", "vgg", "squeeze"], ...] = ()
-    """Networks whose features LPIPS compares; their published weights are downloaded to
-    `$TORCH_HOME/hub/checkpoints` if they are not there."""
+    """Networks of LPIPS, whose published weights are downloaded to `$TORCH_HOME/hub/checkpoints` if missing."""
     rfid: bool = False
-    """Frechet inception distance between the images and their reconstructions; its weights are found as those of
-    `lpips`."""
+    """Measure the Frechet inception distance between images and reconstructions; its weights are downloaded like those
+    of LPIPS."""
 
     def __post_init__(self):
         for name in ("every", "max_images", "batch_size", "draws"):

@@ -11,26 +11,25 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 @dataclass(frozen=True)
 class HubConfig:
-    """Publishing on the Hugging Face Hub. The token is never a setting: it comes from `hf auth login` or HF_TOKEN."""
+    """Upload to the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN, which is never a setting."""
 
     push: bool = False
     """Upload the finished run."""
     repo_id: str | None = None
-    """NAMESPACE/NAME of the model repository, created if it is missing."""
+    """NAMESPACE/NAME of the model repository, created if missing."""
     private: bool = False
-    """Visible to its owners only; an error if the repository is there and public."""
+    """Make the repository private; an error if it exists and is public."""
     revision: str | None = None
-    """Branch, created if it is missing; or refs/pr/N, a pull request that is open. By default main."""
+    """Branch, created if missing, or refs/pr/N of an open pull request; null: main."""
     commit_message: str | None = None
-    """By default, which figures the model has."""
+    """Message of the commit; null: the model's figures."""
     create_pr: bool = False
     """Open a pull request instead of changing the main branch."""
     license: str | None = None
-    """Of the weights, as the Hub abbreviates it: apache-2.0, mit, cc-by-nc-4.0, ... By default the card names none,
-    and nobody else may use them."""
+    """License of the weights by the Hub's name, such as apache-2.0, mit or cc-by-nc-4.0; null: none, so nobody else may
+    use them."""
     base_model: str | None = None
-    """NAMESPACE/NAME of the model that this one was made from, for the card; by default the repository on the Hub that
-    the run loaded model.pretrained from, if any."""
+    """NAMESPACE/NAME of the base model, for the card; null: the Hub repository of model.pretrained, if it is one."""
 
     def __post_init__(self):
         if self.push and self.repo_id is None:

@@ -30,34 +30,34 @@ BETAS = (0.5, 0.9)
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """A discriminator that judges reconstructions by patches: Isola et al. 2017, Esser et al. 2021."""
+    """Discriminator that judges reconstructions by patches: Isola et al. 2017, Esser et al. 2021."""
 
     weight: float = 0.0
-    """Weight of the generator's loss, a mean over patches; 0: no discriminator. latent-diffusion uses 0.5."""
+    """Weight of the generator's loss, a mean over patches; 0: no discriminator; 0.5 in latent-diffusion."""
     loss: Literal["hinge", "non-saturating"] = only_with("hinge", weight=True)
-    """hinge: Lim & Ye 2017; non-saturating: Goodfellow 2014."""
+    """Loss of the discriminator: hinge (Lim & Ye 2017) or non-saturating (Goodfellow 2014)."""
     start_images: int = only_with(0, weight=True)
-    """Images seen before which reconstructions are not judged and the discriminator does not train."""
+    """Number of training images before the discriminator starts."""
     warmup_images: int = only_with(0, weight=True)
-    """Images after start_images over which weight and the discriminator's learning rate rise linearly from 0."""
+    """Number of images after start_images over which weight and the discriminator's learning rate rise linearly from
+    0."""
     adaptive: bool = only_with(True, weight=True)
-    """Scale weight so that the gradient at the decoder's last layer is as large as that of the reconstruction terms."""
+    """Scale weight so that its gradient at the decoder's last layer is as large as that of the reconstruction terms."""
     max_factor: float | None = only_with(None, weight=True, adaptive=True)
-    """Upper limit of the factor by which adaptive multiplies weight; null: no limit. latent-diffusion uses 1e4
-    (docs/objective.md)."""
+    """Upper limit of the factor of adaptive; null: no limit; 1e4 in latent-diffusion (docs/objective.md)."""
     norm: Literal["spectral", "batch"] = only_with("spectral", weight=True)
-    """Normalization of the layers. With batch, the result depends on how a batch is split into micro-batches and over
+    """Normalization of the layers; with batch, the result depends on how a batch is split into micro-batches and over
     processes."""
     width: int = only_with(64, weight=True)
-    """Channels of the first layer; they double from layer to layer, up to 8 times as many."""
+    """Number of channels of the first layer, doubled from layer to layer, up to 8 times."""
     layers: int = only_with(3, weight=True)
-    """Layers of stride 2, n_layers of pix2pix; with 3, a patch is 70x70 pixels."""
+    """Number of layers of stride 2, n_layers of pix2pix; with 3, a patch is 70x70 pixels."""
     learning_rate: float | None = only_with(None, weight=True)
-    """The discriminator's; null: optimizer.learning_rate. It follows the same schedule."""
+    """Peak learning rate of the discriminator, with the same schedule; null: optimizer.learning_rate."""
     lecam_weight: float = only_with(0.0, weight=True)
-    """Weight of the LeCam penalty, for small data sets: Tseng et al. 2021."""
+    """Weight of the LeCam penalty, for small data sets (Tseng et al. 2021)."""
     r1_weight: float = only_with(0.0, weight=True)
-    """Gamma of the penalty 0.5 * gamma * |gradient at the image|^2: Mescheder et al. 2018."""
+    """Gamma of the penalty 0.5 * gamma * |gradient at the image|^2 (Mescheder et al. 2018)."""
 
     def __post_init__(self):
         for name in ("weight", "lecam_weight", "r1_weight"):

@@ -19,12 +19,13 @@ class DiffusionConfig:
     """
 
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    """epsilon: the noise (Ho et al. 2020). v_prediction: sqrt(a) noise - sqrt(1 - a) latents (Salimans & Ho 2022)."""
+    """What the denoiser predicts: the noise (Ho et al. 2020), or sqrt(a) noise - sqrt(1 - a) latents (Salimans & Ho
+    2022)."""
     min_snr_gamma: float | None = None
-    """Timesteps whose signal-to-noise ratio exceeds it count less (Hang et al. 2023, min-SNR; 5 there); null: all count
-    the same."""
+    """Signal-to-noise ratio above which timesteps have less weight (min-SNR, Hang et al. 2023: 5); null: equal
+    weights."""
     caption_dropout: float = 0.1
-    """Share of images that are seen with the empty prompt, for classifier-free guidance (Ho & Salimans 2022)."""
+    """Fraction of images with an empty prompt, for classifier-free guidance (Ho & Salimans 2022)."""
 
     def __post_init__(self):
         if self.prediction_type not in ("epsilon", "v_prediction"):

@@ -312,39 +312,35 @@ class ObjectiveConfig:
     """
 
     likelihood: Literal["gaussian", "laplace", "bernoulli"] = "gaussian"
-    """Density of an image given its reconstruction. bernoulli needs the mlp architecture."""
+    """Density of an image given its reconstruction; bernoulli needs the mlp architecture."""
     scale: float | Literal["learned", "optimal"] | None = only_with(None, likelihood=("gaussian", "laplace"))
-    """Std of the gaussian or scale of the laplace, in model range [-1, 1] (0.05); bernoulli has none. learned: a
-    parameter that is trained with the others. optimal: the root mean squared error of the images before, for laplace
-    their mean absolute error (Rybkin 2021). Both begin at 1."""
+    """Std of the gaussian or scale of the laplace, in model range; null: 0.05; learned: a parameter; optimal: measured
+    from the errors (docs/objective.md)."""
     kl_weight: float = 1.0
-    """Beta on the rate; 1.0 is the true ELBO."""
+    """Weight of the rate, beta; 1.0 is the true ELBO."""
     kl_schedule: Literal["constant", "linear", "cosine", "cyclical"] = only_with("constant", "training", kl_weight=True)
-    """How kl_weight is reached. linear and cosine rise from 0 over kl_warmup_images. cyclical: each of kl_cycles equal
-    parts of the run rises linearly from 0 over its first half and stays over its second (Fu 2019, figure 2)."""
+    """How kl_weight is reached: at once, by a linear or cosine rise over kl_warmup_images, or in cycles
+    (docs/objective.md)."""
     kl_warmup_images: int = only_with(0, "training", kl_schedule=("linear", "cosine"))
-    """Images over which a linear or cosine schedule rises to kl_weight."""
+    """Number of images over which a linear or cosine schedule rises to kl_weight."""
     kl_cycles: int = only_with(4, "training", kl_schedule=("cyclical",))
-    """Parts of a cyclical schedule."""
+    """Number of cycles of a cyclical schedule."""
     free_bits: float = only_with(0.0, "training", kl_weight=True)
-    """Nats per latent channel, summed over its positions, that cost nothing: a channel whose mean rate over the step
-    before is not above is left out of the loss, so that it does not collapse (Kingma 2016, equation 15)."""
+    """Rate per latent channel, in nats, that costs nothing, so that channels do not collapse (Kingma 2016;
+    docs/objective.md)."""
     target_rate: float | None = only_with(None, "training", kl_weight=True)
-    """Rate in nats per image that a controller reaches by moving the weight of the rate, which starts at kl_weight
-    (as ControlVAE, Shao 2020)."""
+    """Rate in nats per image that a controller reaches by adjusting the weight, which starts at kl_weight (as
+    ControlVAE, Shao 2020)."""
     perceptual: Literal["alex", "vgg", "squeeze"] | None = setting(None, "training")
-    """Network of an LPIPS term in the loss (Zhang 2018); null: none. One channel is repeated to three; of other numbers
-    than 1 and 3, each channel is judged by itself as grey."""
+    """Network of an LPIPS term in the loss (Zhang 2018); null: none."""
     perceptual_weight: float = only_with(1.0, "training", perceptual=True)
-    """Weight of the LPIPS, which is multiplied by the number of values of the image. latent-diffusion's weight w is w /
-    scale here."""
+    """Weight of LPIPS, which is also multiplied by the number of values of the image (docs/objective.md)."""
     equivariance: float = setting(0.0, "training")
-    """Share of the steps that decode scaled and turned latents, and compare with images scaled and turned likewise
-    (EQ-VAE, Kouzelis 2025: 0.5): such latents are easier to diffuse. Of the other steps, a quarter sees its images
-    scaled down. What such steps log is of the smaller images."""
+    """Fraction of steps that decode scaled and rotated latents, which makes latents easier to diffuse (EQ-VAE, Kouzelis
+    2025: 0.5; docs/objective.md)."""
     transformations: int = only_with(1, "training", equivariance=True)
-    """Number of equal parts of a batch that equivariance transforms differently. It must divide the number of
-    processes times run.gradient_accumulation_steps."""
+    """Number of equal parts of a batch with different transformations, a divisor of the processes times
+    run.gradient_accumulation_steps."""
 
     def __post_init__(self):
         if self.likelihood not in ("gaussian", "laplace", "bernoulli"):

@@ -32,47 +32,47 @@ _DEFAULTS = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model.
+    """Architecture of a new model, or the published one to train further.
 
-    A field of the other architecture must be left out; one of the own that is left out gets the value named in its
-    description, which the run's config.yaml then states. With `pretrained`, the fields of both must be left out: the
-    architecture is that of the source.
+    Fields of the other architecture must be null. Those of the chosen one that are null get the value in their
+    description, which the run's config.yaml then states. With `pretrained`, the architecture is that of the source, and
+    the fields of both must be null.
     """
 
     architecture: Literal["vae", "mlp"] = "vae"
-    """vae: convolutional, loads in stock diffusers. mlp: the perceptron, loads with this package only."""
+    """vae: convolutional, loads in stock diffusers; mlp: fully connected, loads only with this package."""
     latent_channels: int | None = only_with(None, architecture=("vae",), pretrained=False)
-    """vae: channels of the latents (4)."""
+    """vae: number of latent channels; null: 4."""
     block_out_channels: tuple[int, ...] | None = only_with(None, architecture=("vae",), pretrained=False)
-    """vae: width per resolution; n entries make latents 2^(n-1) times smaller per side ([16, 32, 64])."""
+    """vae: width per resolution, of which n make latents 2^(n-1) times smaller per side; null: [16, 32, 64]."""
     layers_per_block: int | None = only_with(None, architecture=("vae",), pretrained=False)
-    """vae: residual layers per resolution; the decoder has one more (1)."""
+    """vae: residual layers per resolution, with one more in the decoder; null: 1."""
     norm_num_groups: int | None = only_with(None, architecture=("vae",), pretrained=False)
-    """vae: groups of the group norms, must divide every width (8)."""
+    """vae: number of groups of the group norms, a divisor of every width; null: 8."""
     mid_block_add_attention: bool | None = only_with(None, architecture=("vae",), pretrained=False)
-    """vae: self-attention at the lowest resolution (true)."""
+    """vae: add self-attention at the lowest resolution; null: true."""
     use_quant_conv: bool | None = only_with(None, architecture=("vae",), pretrained=False)
-    """vae: 1x1 convolutions around the latents, as in Stable Diffusion 1 to XL (false)."""
+    """vae: add 1x1 convolutions around the latents, as in Stable Diffusion 1 to XL; null: false."""
     hidden_dim: int | None = only_with(None, architecture=("mlp",))
-    """mlp: width of the hidden layers (400)."""
+    """mlp: width of the hidden layers; null: 400."""
     latent_dim: int | None = only_with(None, architecture=("mlp",))
-    """mlp: number of latent units (20)."""
+    """mlp: number of latent units; null: 20."""
     pretrained: str | None = only_with(None, "free", architecture=("vae",))
-    """Train on from this AutoencoderKL: folder of a model, a run or a pipeline, repository on the Hub, or file of an
-    original checkpoint (.ckpt, .safetensors)."""
+    """Autoencoder to fine-tune: folder of a model, run or pipeline, Hub repository, or original checkpoint, .ckpt or
+    .safetensors (docs/fine_tuning.md)."""
     subfolder: str | None = only_with(None, "free", pretrained=True)
-    """pretrained: where in it the model lies; vae for the repository of a pipeline."""
+    """Subfolder of `pretrained` that holds the model, such as vae in a pipeline's repository."""
     revision: str | None = only_with(None, "free", pretrained=True)
-    """pretrained: branch, tag or commit of the repository."""
+    """Branch, tag or commit of the repository `pretrained`."""
     train: Literal["decoder", "all"] | tuple[str, ...] = only_with("all", pretrained=True)
-    """pretrained: what is trained. decoder: it and post_quant_conv, so that latents stay as they are and diffusion
-    models of them keep working. Or patterns of parameter names: [decoder.up_blocks.3.*, decoder.conv_out.*]."""
+    """Part of `pretrained` to train: all; decoder, which keeps the latents; or patterns of parameter names
+    (docs/fine_tuning.md)."""
     lora_rank: int | None = only_with(None, pretrained=True, train=("decoder",))
-    """pretrained, with train decoder: train low-rank adapters (LoRA) on the decoder's convolutions and attention
-    instead of its weights, and merge them into these at the end. Needs peft."""
+    """Rank of low-rank adapters (LoRA) to train instead of the decoder's weights; needs train decoder and peft
+    (docs/fine_tuning.md)."""
     latents: str | None = only_with(None, pretrained=True)
-    """pretrained, where the encoder is not trained: folder with the latents of the training images, of kind posterior,
-    as `diffusers-vae encode DATA --split training` writes them; then the encoder does not run."""
+    """Folder of cached latents of the training images, with which a frozen encoder does not run
+    (docs/fine_tuning.md)."""
 
     def __post_init__(self):
         at_home(self, "pretrained", "latents")

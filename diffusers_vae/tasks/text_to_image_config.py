@@ -14,14 +14,14 @@ from ..losses.diffusion import DiffusionConfig
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Whose latents are trained on; --vae MODEL is short for --vae.source MODEL."""
+    """Autoencoder of the latents; --vae MODEL is short for --vae.source MODEL."""
 
     source: str = setting("runs/digits/model", "free")
-    """A trained autoencoder: the folder of a run, a model or a pipeline, or a repository on the Hub."""
+    """Trained autoencoder: folder of a run, model or pipeline, or Hub repository."""
     subfolder: str | None = setting(None, "free")
-    """Where in `source` the model lies."""
+    """Subfolder of `source` that holds the model."""
     revision: str | None = setting(None, "free")
-    """Of the repository."""
+    """Branch, tag or commit of the repository `source`."""
 
     def __post_init__(self):
         at_home(self, "source")
@@ -29,10 +29,10 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class LatentsConfig:
-    """The latents of the training images, encoded once and kept; --latents DIR is short for --latents.folder DIR."""
+    """Latents of the training images, encoded once; --latents DIR is short for --latents.folder DIR."""
 
     folder: str | None = setting(None, "free")
-    """Where they are, as `diffusers-vae encode DATA --split training` writes them, or are written to; null: latents/ in
+    """Folder of the latents, from `diffusers-vae encode DATA --split training` or to write them to; null: latents/ in
     run.output_dir."""
 
     def __post_init__(self):
@@ -41,18 +41,17 @@ class LatentsConfig:
 
 @dataclass(frozen=True)
 class CaptionConfig:
-    """What is said about the images.
+    """Captions of the images.
 
-    Captions that lie beside the images of a folder, in metadata.jsonl or .txt files, are taken as they are; else labels
-    are put into phrases.
+    Those beside the images of a folder, in metadata.jsonl or .txt files, are used unchanged; else labels are put into
+    phrases.
     """
 
     phrases: tuple[str, ...] | None = None
-    """With {name}, the label in words, or {number}, in figures; each image is seen with each of them. Null: for digits
-    and MNIST "a handwritten {name}", "the digit {number}", "a {name}", "a handwritten {number}", "the number {name}"
-    and "{number}", else "a picture of a {name}", "a {name}" and "{name}"."""
+    """Captions from labels, with {name}, the label in words, or {number}, in digits, all used for each image
+    (docs/images.md); null: built-in ones."""
     max_length: int = 16
-    """Tokens of a caption that the text encoder sees, start and end among them."""
+    """Maximum number of tokens of a caption, start and end included."""
 
     def __post_init__(self):
         if self.phrases is not None:
@@ -76,17 +75,18 @@ class DenoiserConfig:
     """The U-Net and the text encoder, stock `UNet2DConditionModel` and `CLIPTextModel`, both trained from scratch."""
 
     block_out_channels: tuple[int, ...] = (64, 128)
-    """Width per resolution of the U-Net; all but the highest attend to the prompt, and the highest if it is alone."""
+    """Width per resolution of the U-Net, which attends to the prompt at all but the highest, or at the only one."""
     layers_per_block: int = 1
-    """Residual layers per resolution; on the way up, one more."""
+    """Residual layers per resolution, with one more on the way up."""
     attention_heads: int = 1
-    """Per attention of the U-Net; must divide every width."""
+    """Number of heads per attention of the U-Net, a divisor of every width."""
     norm_num_groups: int = 32
-    """Groups of the group norms, must divide every width."""
+    """Number of groups of the group norms, a divisor of every width."""
     text_width: int = 128
-    """Width of the text encoder, divisible by 8; it has 4 attention heads, or fewer to keep each at least 8 wide."""
+    """Width of the text encoder, a multiple of 8; it has 4 attention heads, or fewer if they would be narrower than
+    8."""
     text_layers: int = 2
-    """Of the text encoder."""
+    """Number of layers of the text encoder."""
 
     def __post_init__(self):
         for name, value in asdict(self).items():
@@ -110,22 +110,23 @@ class DenoiserConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How pictures are made: those in pictures/, and with the scheduler that is saved in the pipeline."""
+    """Pictures in pictures/, and the scheduler that is saved in the pipeline."""
 
     scheduler: Literal["ddim", "pndm", "dpm-solver"] = "ddim"
-    """Saved with the pipeline: DDIM (Song et al. 2021), PNDM (Liu et al. 2022) or DPM-Solver++ (Lu et al. 2022)."""
+    """Scheduler: DDIM (Song et al. 2021), PNDM (Liu et al. 2022) or DPM-Solver++ (Lu et al. 2022)."""
     steps: int = 25
-    """Calls of the denoiser per picture, of pictures/."""
+    """Number of denoising steps per picture in pictures/."""
     prompts: tuple[str, ...] | None = None
-    """A row of the grid each; null: up to ten labels in the first phrase, or captions of the first held-out images."""
+    """Prompts, one row of the grid each; null: up to ten labels in the first phrase, or captions of the first held-out
+    images."""
     seeds: int = 4
-    """Columns of the grid at each guidance."""
+    """Number of seeds, one column of the grid each, for every guidance scale."""
     guidance: tuple[float, ...] = (1.0, 2.0, 4.0, 7.5)
-    """Classifier-free guidance scales, side by side; 1 is none."""
+    """Classifier-free guidance scales, side by side; 1 is no guidance."""
     heldout_images: int = 1000
-    """How many held-out images the loss is measured on."""
+    """Maximum number of held-out images on which the loss is measured."""
     every: int | None = None
-    """Images between two grids while training; null: at the end alone."""
+    """Number of images between grids during training; null: only one at the end."""
 
     def __post_init__(self):
         if self.prompts is not None and not self.prompts:
