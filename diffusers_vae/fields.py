@@ -1,12 +1,16 @@
-"""Fields of settings, which state what a setting is: free on resume, of training only, switched off by another one."""
+"""Fields of settings, which state what a setting is: its bounds, what reads it, whether it may change on resume."""
 
 from __future__ import annotations
 
 import json
+import math
+import operator
 import os
 from collections.abc import Mapping
 from dataclasses import field, fields
-from typing import Any, Literal
+from functools import cache
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def at_home(config: Any, *names: str) -> None:
@@ -16,6 +20,7 @@ def at_home(config: Any, *names: str) -> None:
             object.__setattr__(config, name, os.path.expanduser(path))
 
 
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 Trait = Literal["free", "kept", "training", "of_rows", "any_set"]
 """What a setting is. free: a run may be continued with another value, since it changes no result (of an autoencoder the
 weights count, not their location) or only the rounding. kept: where it is null, a run that is continued keeps its
@@ -23,16 +28,18 @@ value. training: no measurement reads it. of_rows: it belongs to one data set of
 other data sets too, or it says how files are read."""
 
 
-def setting(default: Any, *traits: Trait) -> Any:
-    """Return a dataclass field of a setting with these traits."""
-    return only_with(default, *traits)
+def setting(default: Any, *traits: Trait, **bounds: float) -> Any:
+    """Return a dataclass field of a setting with these traits, whose numbers lie within `bounds`."""
+    return only_with(default, *traits, **bounds)
 
 
-def only_with(default: Any, *traits: Trait, **others: bool | tuple[Any, ...]) -> Any:
+def only_with(default: Any, *traits: Trait, **others: Any) -> Any:
     """Return a dataclass field that is read only where `others`, settings of the same section, have certain values: one
     of a tuple, or, for True, any that switches something on (not None, 0 or false), and for False none that does.
+    Names in `BOUNDS` are not settings but bounds of its numbers.
     """
-    return field(default=default, metadata={"traits": traits, "only_with": others})
+    bounds = {name: others.pop(name) for name in BOUNDS if name in others}
+    return field(default=default, metadata={"traits": traits, "bounds": bounds, "only_with": others})
 
 
 def with_traits(section: Any, *traits: Trait) -> list[str]:
@@ -74,6 +81,73 @@ def refuse_unread(section: str, config: Any) -> None:
         )
 
 
+def check(section: str, config: Any) -> None:
+    """Raise ValueError naming a setting of a section that is none of its choices, out of its bounds, or not read."""
+    kinds = _kinds(type(config))
+    for option in fields(config):
+        value, kind, bounds = getattr(config, option.name), kinds[option.name], option.metadata.get("bounds", {})
+        if isinstance(value, str):
+            choices = [choice for own in alternatives(kind) if get_origin(own) is Literal for choice in get_args(own)]
+            right = not choices or value in choices
+        else:
+            numbers = value if isinstance(value, (tuple, list)) else [value]
+            right = value is None or not bounds or (numbers and all(_within(bounds, number) for number in numbers))
+        if not right:
+            raise ValueError(f"{section}.{option.name} must be {in_words(kind, bounds)}, got {value}")
+    refuse_unread(section, config)
+
+
+_kinds = cache(get_type_hints)
+
+
+def _within(bounds: Mapping[str, float], value: float) -> bool:
+    return math.isfinite(value) and all(BOUNDS[name](value, bound) for name, bound in bounds.items())
+
+
 def shown(value: Any) -> str:
-    """A value as it is written in YAML and flags."""
+    """Return a value as it is written in YAML and flags."""
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or the type itself."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def is_whole(kind: Any) -> bool:
+    """Return whether values of a type are whole numbers."""
+    return isinstance(kind, type) and issubclass(kind, int) and kind is not bool
+
+
+def in_words(kind: Any, bounds: Mapping[str, float] = MappingProxyType({})) -> str:
+    """Return in words what values of a type are, if their numbers lie within `bounds`."""
+    *words, last = [word for own in alternatives(kind) for word in _words(own, bounds)]
+    return f"{', '.join(words)} or {last}" if words else last
+
+
+def _words(kind: Any, bounds: Mapping[str, float]) -> list[str]:
+    if get_origin(kind) is Literal:
+        return list(map(str, get_args(kind)))
+    if bounds and kind is not NoneType:
+        low, *high = [f"2^{int(bound).bit_length() - 1}" if bound > 2**20 else bound for bound in bounds.values()]
+        if high:
+            return [f"in {'(' if 'above' in bounds else '['}{low}, {high[0]}{')' if 'below' in bounds else ']'}"]
+        return [("positive" if "above" in bounds else f"at least {low}") + " and finite" * (kind is float)]
+    if get_origin(kind) is tuple:
+        return [f"a list such as {example_of(kind)}"]
+    return [WORDS.get(kind, "a whole number of at least 1" if is_whole(kind) else "another value")]
+
+
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
+
+
+def example_of(kind: Any) -> str:
+    """Return a value of a type as it is written in a shell."""
+    kind = alternatives(kind)[0]
+    if get_origin(kind) is Literal:
+        return str(get_args(kind)[0])
+    if get_origin(kind) is tuple:
+        of = get_args(kind)
+        several = {int: ["32", "64"], float: ["0", "1"]}.get(of[0], [example_of(of[0])])
+        return f"'[{', '.join(several * (len(of) // 2) if of[1] is not ... else several)}]'"
+    return {bool: "true", float: "0.5", str: "TEXT"}.get(kind, "3")

@@ -490,7 +490,7 @@ def test_help_of_a_setting_is_one_sentence_of_at_most_25_words(section):
         (lambda: OptimizerConfig(learning_rate=math.nan), "learning_rate"),
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), "betas"),
         (lambda: OptimizerConfig(schedule="linear"), "optimizer.schedule must be constant or cosine, got linear"),
-        (lambda: ModelConfig(architecture="unet"), "model.architecture must be one of vae, mlp, got unet"),
+        (lambda: ModelConfig(architecture="unet"), "model.architecture must be vae or mlp, got unet"),
         (lambda: OptimizerConfig(warmup_images=-1), "warmup_images"),
         (lambda: OptimizerConfig(max_grad_norm=0), "max_grad_norm"),
         (lambda: RunConfig(seed=-1), "seed"),

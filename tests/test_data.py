@@ -638,7 +638,7 @@ class TestCrops:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"crops": 0}, r"data\.crops must be at least 1, or random, got 0"),
+            ({"crops": 0}, r"data\.crops must be at least 1, random or null, got 0"),
             ({"crops": 2, "name": "mnist"}, r"data\.crops 2 would be ignored with data\.name mnist"),
             ({"crops": 2, "fit": "pad"}, r"data\.fit pad would be ignored with data\.crops 2"),
         ],
@@ -830,8 +830,8 @@ class TestSize:
         ("settings", "message"),
         [
             ({"resolution": 4}, "at least 8"),
-            ({"name": "imagenet"}, r"data\.name must be one of digits, .*, got imagenet"),
-            ({"name": "digits", "channels": 0}, r"data\.channels must be at least 1, got 0"),
+            ({"name": "imagenet"}, r"data\.name must be digits, .* or null, got imagenet"),
+            ({"name": "digits", "channels": 0}, r"data\.channels must be at least 1 or null, got 0"),
             ({"name": "digits", "channels": 4}, r"data\.channels 4 is for files, and the images of digits have 1 or 3"),
             ({"value_range": (0, 16)}, r"data\.value_range \[0, 16\] would be ignored with data\.name digits"),
             (
@@ -843,10 +843,10 @@ class TestSize:
                 r"data\.value_range must be \[low, high\], two finite",
             ),
             ({"name": "folder", "value_range": (0, 1, 2)}, r"data\.value_range must be \[low, high\], two finite"),
-            ({"fit": "Crop"}, r"data\.fit must be one of crop, pad, got Crop"),
-            ({"heldout_fraction": 0.0}, "between 0 and 1"),
+            ({"fit": "Crop"}, r"data\.fit must be crop or pad, got Crop"),
+            ({"heldout_fraction": 0.0}, r"data\.heldout_fraction must be in \(0, 1\), got 0"),
             ({"num_workers": -1}, "at least 0"),
-            ({"on_bad_image": "ignore"}, r"data\.on_bad_image must be one of stop, skip, got ignore"),
+            ({"on_bad_image": "ignore"}, r"data\.on_bad_image must be stop or skip, got ignore"),
         ],
     )
     def test_wrong_settings_are_refused(self, settings, message):

@@ -76,7 +76,7 @@ class TestObjective:
             ({"prediction_type": "sample"}, "diffusion.prediction_type must be"),
             ({"min_snr_gamma": 0.0}, "diffusion.min_snr_gamma must be positive"),
             ({"min_snr_gamma": float("inf")}, "got inf"),
-            ({"caption_dropout": 1.0}, "diffusion.caption_dropout must lie in"),
+            ({"caption_dropout": 1.0}, "diffusion.caption_dropout must be in"),
         ],
     )
     def test_wrong_settings_are_named(self, settings, named):

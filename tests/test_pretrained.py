@@ -340,7 +340,7 @@ class TestErrors:
             ),
             ({"pretrained": "a", "train": "encoder"}, r"model.train must be decoder, all or a list .*got encoder"),
             ({"pretrained": "a", "train": ()}, r"model.train must hold at least one pattern"),
-            ({"pretrained": "a", "lora_rank": 0, "train": "decoder"}, r"lora_rank must be at least 1, got 0"),
+            ({"pretrained": "a", "lora_rank": 0, "train": "decoder"}, r"lora_rank must be at least 1 or null, got 0"),
             (
                 {"pretrained": "a", "lora_rank": 4},
                 r"lora_rank 4 would be ignored with model.train all: set model.train to decoder",

@@ -608,10 +608,10 @@ class TestRefused:
             (lambda: DenoiserConfig((8, 12), norm_num_groups=8), "divisible by model.norm_num_groups, got 12 and 8"),
             (lambda: DenoiserConfig(text_width=10), "model.text_width must be divisible by 8, got 10"),
             (lambda: DenoiserConfig(text_layers=0), "model.text_layers must be at least 1"),
-            (lambda: SamplingConfig(guidance=(0.5,)), "sampling.guidance must be scales of at least 1"),
+            (lambda: SamplingConfig(guidance=(0.5,)), "sampling.guidance must be at least 1"),
             (lambda: SamplingConfig(prompts=()), "sampling.prompts must hold one prompt"),
-            (lambda: SamplingConfig(steps=0), "sampling.steps must be at least 1"),
-            (lambda: SamplingConfig(steps=1001), "sampling.steps must be at most 1000"),
+            (lambda: SamplingConfig(steps=0), "sampling.steps must be in .1, 1000., got 0"),
+            (lambda: SamplingConfig(steps=1001), "sampling.steps must be in .1, 1000., got 1001"),
             (
                 lambda: TextToImageConfig(data=DATA, run=RunConfig(compile=True)),
                 "run.compile is for the training of autoencoders",

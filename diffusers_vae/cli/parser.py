@@ -10,14 +10,14 @@ from dataclasses import dataclass, fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from ..data import IN_MEMORY, kind_at
 from ..engine.step import RunResult
-from ..fields import shown
+from ..fields import alternatives, example_of, in_words, is_whole, shown
 from ..messages import message
 from ..settings import REMOVED, Settings, read_settings, refuse_removed, to_plain_yaml
 from ..tasks import autoencoder, text_to_image
@@ -67,14 +67,6 @@ class Parser(ArgumentParser):
         return ValueError(f"{name} must be {in_words(kind)}, got {value}: for example, --{key} {example}")
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-
-
-def _is_whole(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, int) and kind is not bool
-
-
 NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
@@ -82,8 +74,8 @@ def as_meant(kind: Any, value: Any) -> Any:
     """`value` of a setting of that type, as it was read or as text, in the form that the type asks for, if it is clear
     what is meant; else itself.
     """
-    kinds = _alternatives(kind)
-    if any(map(_is_whole, kinds)) and float not in kinds:
+    kinds = alternatives(kind)
+    if any(map(is_whole, kinds)) and float not in kinds:
         with suppress(ValueError, OverflowError):
             if isinstance(value, float) or (isinstance(value, str) and not value.strip("+-").isdigit()):
                 number = float(value)
@@ -98,35 +90,6 @@ def as_meant(kind: Any, value: Any) -> Any:
             numbers = [as_meant(int, float(number)) for number in re.findall(NUMBER, value)]
             return numbers if len(numbers) > 1 or (of not in kinds and get_args(lists[0])[1] is ...) else value
     return value
-
-
-def in_words(kind: Any) -> str:
-    """What values of a type are, for people."""
-    *words, last = [word for own in _alternatives(kind) for word in _words(own)]
-    return f"{', '.join(words)} or {last}" if words else last
-
-
-def _words(kind: Any) -> list[str]:
-    if get_origin(kind) is Literal:
-        return list(map(str, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return [f"a list such as {example_of(kind)}"]
-    return [WORDS.get(kind, "a whole number of at least 1" if _is_whole(kind) else "another value")]
-
-
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", NoneType: "null"}
-
-
-def example_of(kind: Any) -> str:
-    """A value of a type as it is written in a shell."""
-    kind = _alternatives(kind)[0]
-    if get_origin(kind) is Literal:
-        return str(get_args(kind)[0])
-    if get_origin(kind) is tuple:
-        of = get_args(kind)
-        several = {int: ["32", "64"], float: ["0", "1"]}.get(of[0], [example_of(of[0])])
-        return f"'[{', '.join(several * (len(of) // 2) if of[1] is not ... else several)}]'"
-    return {bool: "true", float: "0.5", str: "TEXT"}.get(kind, "3")
 
 
 def with_data(arguments: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torchvision.transforms import v2
 
-from ..fields import at_home, only_with, refuse_unread, setting
+from ..fields import at_home, check, only_with, setting
 from ..images.files import OVERSIZE
 from ..images.ranges import ValueRange
 from .kinds import is_hub_id, kind_at
@@ -41,7 +41,7 @@ class DataConfig:
     """Column of the captions, each a string or a list of strings; null: text, caption or prompt."""
     resolution: int | tuple[int, int] = setting(32, "any_set")
     """Side of the images in pixels, or [height, width]."""
-    channels: int | None = setting(None, "any_set", "kept")
+    channels: int | None = setting(None, "any_set", "kept", at_least=1)
     """1: grey; 3: RGB; others: files with that many channels, unconverted; null: 1 if all images are grey, else 3
     (docs/images.md)."""
     value_range: tuple[float, float] | None = only_with(None, "any_set", name=PLACED)
@@ -50,7 +50,7 @@ class DataConfig:
     fit: Literal["crop", "pad"] = only_with("crop", "any_set", crops=False)
     """crop: scale the image to cover the resolution and crop the centre; pad: add black borders, and scale only if too
     large."""
-    crops: int | Literal["random"] | None = only_with(None, name=PLACED)
+    crops: int | Literal["random"] | None = only_with(None, at_least=1, name=PLACED)
     """Number of random crops per image, fixed for the whole run, instead of resizing the image; random: a new crop in
     every epoch."""
     horizontal_flip: bool = setting(False, "training")
@@ -63,16 +63,16 @@ class DataConfig:
     on_bad_image: Literal["stop", "skip"] = only_with("stop", "any_set", "free", name=PLACED)
     """What to do with unreadable files; stop: raise an error that names them; skip: leave them out and list them in
     bad_images.txt."""
-    heldout_fraction: float = only_with(0.1, name=("digits", *PLACED))
+    heldout_fraction: float = only_with(0.1, above=0, below=1, name=("digits", *PLACED))
     """Fraction of the images that is held out, the same in every run, if the set has no held-out part
     (docs/images.md)."""
     streaming: bool = only_with(False, name=("datasets",))
     """Read Parquet files one row group at a time during training, without preparing the whole set first
     (docs/images.md)."""
-    shuffle_buffer: int = only_with(4096, "training", streaming=True)
+    shuffle_buffer: int = only_with(4096, "training", at_least=1, streaming=True)
     """Number of images of a stream, over all processes, among which the next ones are sampled; their files are kept in
     memory."""
-    num_workers: int = setting(2, "any_set", "free")
+    num_workers: int = setting(2, "any_set", "free", at_least=0)
     """Number of processes that read images of a set that does not fit into memory."""
 
     def __post_init__(self):
@@ -90,21 +90,12 @@ class DataConfig:
             object.__setattr__(self, "root", "data")
         if self.channels is None and self.name in IN_MEMORY:
             object.__setattr__(self, "channels", 3 if self.name == "cifar10" else 1)
-        for name, choices in (
-            ("name", (*IN_MEMORY, *PLACED)),
-            ("fit", ("crop", "pad")),
-            ("on_bad_image", ("stop", "skip")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"data.{name} must be one of {', '.join(choices)}, got {getattr(self, name)}")
         if self.name == "digits" and self.root != "data":  # which is what an older config.yaml states
             raise ValueError(
                 f"data.root {self.root} would be ignored with data.name digits: leave out data.name, or set it to what "
                 f"lies there, one of {', '.join(PLACED)}; or leave out data.root"
             )
-        refuse_unread("data", self)
-        if self.channels is not None and self.channels < 1:
-            raise ValueError(f"data.channels must be at least 1, got {self.channels}")
+        check("data", self)
         if self.value_range is not None:
             try:
                 ValueRange(*self.value_range)
@@ -118,8 +109,6 @@ class DataConfig:
             )
         if min(self.size) < 8:
             raise ValueError(f"data.resolution must be at least 8 pixels a side, got {self.resolution}")
-        if self.crops not in (None, "random") and not (isinstance(self.crops, int) and self.crops >= 1):
-            raise ValueError(f"data.crops must be at least 1, or random, got {self.crops}")
         for name in ("horizontal_flip", "vertical_flip"):
             if getattr(self, name) and self.name in ("digits", "mnist", "qmnist"):
                 raise ValueError(f"data.{name} makes another sign of a digit: leave it out with data.name {self.name}")
@@ -135,12 +124,6 @@ class DataConfig:
                 ) from error
         if self.streaming and isinstance(self.crops, int):
             raise ValueError(f"of a stream, data.crops must be random or null, got {self.crops}")
-        if self.shuffle_buffer < 1:
-            raise ValueError(f"data.shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
-        if not 0 < self.heldout_fraction < 1:
-            raise ValueError(f"data.heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}")
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers must be at least 0, got {self.num_workers}")
 
     @property
     def described(self) -> str:

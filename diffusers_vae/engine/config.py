@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from ..data import DataConfig
-from ..fields import at_home, setting
+from ..fields import at_home, check, setting
 from ..settings import Settings, begun_with
 from ..untrusted import refuse_odd_name
 
@@ -18,28 +18,19 @@ from ..untrusted import refuse_odd_name
 class OptimizerConfig:
     """Adam, with a learning rate that is a pure function of the images seen."""
 
-    learning_rate: float = 2e-3
+    learning_rate: float = setting(2e-3, above=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = setting((0.9, 0.999), at_least=0, below=1)
     """Decay of the running averages of gradient and squared gradient."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """Learning rate after the warm-up; cosine falls to 0 at the last image."""
-    warmup_images: int = 2000
+    warmup_images: int = setting(2000, at_least=0)
     """Number of images over which the learning rate rises linearly from 0."""
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: float | None = setting(1.0, above=0)
     """Norm to which larger gradients are clipped; null: no clipping (docs/objective.md)."""
 
     def __post_init__(self):
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"optimizer.schedule must be constant or cosine, got {self.schedule}")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"optimizer.learning_rate must be positive and finite, got {self.learning_rate}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas must lie in [0, 1), got {self.betas}")
-        if self.warmup_images < 0:
-            raise ValueError(f"optimizer.warmup_images must be at least 0, got {self.warmup_images}")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"optimizer.max_grad_norm must be positive or null, got {self.max_grad_norm}")
+        check("optimizer", self)
 
     def learning_rate_at(self, images_seen: int, total_images: int) -> float:
         """The learning rate of the step that begins after `images_seen` of `total_images` images."""
@@ -72,15 +63,15 @@ class RunConfig:
 
     output_dir: str = setting("runs/digits", "free")
     """Folder of the run; a run that it already holds is continued, if the settings are the same."""
-    epochs: int = 15
+    epochs: int = setting(15, at_least=1)
     """Number of passes over the training images."""
-    max_images: int | None = None
+    max_images: int | None = setting(None, at_least=1)
     """Number of images after which to stop, at the end of the step, if the epochs are not over before."""
-    seed: int = 0
+    seed: int = setting(0, at_least=0, below=2**31)
     """Seed of the weights, the order of images and the noise in the latents."""
-    batch_size: int = 32
+    batch_size: int = setting(32, at_least=1)
     """Number of images per optimiser step, over all processes."""
-    gradient_accumulation_steps: int = setting(1, "free")
+    gradient_accumulation_steps: int = setting(1, "free", at_least=1)
     """Number of forwards per optimiser step on each process."""
     gradient_checkpointing: bool = setting(False, "free")
     """Recompute activations in the backward pass instead of storing them: less memory, slower, the same result."""
@@ -90,12 +81,12 @@ class RunConfig:
     compile: bool | None = setting(None, "kept")
     """Compile forward and objective with torch.compile; null: where it works and the run is long enough
     (docs/training.md)."""
-    ema_decay: float | None = 0.99
+    ema_decay: float | None = setting(0.99, above=0, below=1)
     """Highest decay per step of the averaged weights, which are evaluated and saved; null: no averaging
     (docs/objective.md)."""
-    checkpoint_every: int = setting(10_000, "free")
+    checkpoint_every: int = setting(10_000, "free", at_least=1)
     """Number of images between checkpoints, from which the same command continues; the end of the run has one, too."""
-    keep_checkpoints: int = setting(2, "free")
+    keep_checkpoints: int = setting(2, "free", at_least=1)
     """Number of newest checkpoints to keep; with 1, there is no fallback if a disk damages it."""
     allow_config_change: bool = setting(False, "free")
     """Continue the run in output_dir even if its settings or images have changed."""
@@ -104,7 +95,7 @@ class RunConfig:
     (docs/training.md)."""
     deterministic: bool = False
     """Use only algorithms that are reproducible bit by bit; slower, and of use only on a GPU (docs/training.md)."""
-    log_every: int = 1000
+    log_every: int = setting(1000, at_least=1)
     """Number of images between records in metrics.jsonl."""
     tracker: Literal["tensorboard"] | None = setting("tensorboard", "free")
     """Tracker that logs metrics and pictures in addition to the files in output_dir; null: none."""
@@ -114,19 +105,7 @@ class RunConfig:
         if not self.output_dir:
             raise ValueError("run.output_dir must name a folder, got an empty text")
         refuse_odd_name(self.output_dir, "run.output_dir")
-        for name in (
-            "epochs", "max_images", "batch_size", "gradient_accumulation_steps", "checkpoint_every",
-            "keep_checkpoints", "log_every",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"run.{name} must be at least 1, got {value}")
-        if self.on_nonfinite not in ("stop", "skip"):
-            raise ValueError(f"run.on_nonfinite must be stop or skip, got {self.on_nonfinite}")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"run.seed must lie in [0, 2^31), got {self.seed}")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"run.ema_decay must lie between 0 and 1 or be null, got {self.ema_decay}")
+        check("run", self)
 
     def total_images(self, train_images: int) -> int:
         """Number of images that the run trains on, with repetition, given a training set of `train_images` images."""

@@ -17,7 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from tqdm import tqdm
 
 from ..data import DataConfig, ImageSet, image_batches
-from ..fields import setting
+from ..fields import check, setting
 from ..images.ranges import ValueRange, to_model_range, to_uint8
 from ..latents.statistics import LatentStatistics, draw, total
 from ..losses.objective import Bernoulli, VAEObjective
@@ -38,20 +38,20 @@ PACKAGES = (
 class EvaluationConfig:
     """Figures and pictures, in a run always of the EMA weights if there are any."""
 
-    every: int | None = setting(None, "training")
+    every: int | None = setting(None, "training", at_least=1)
     """Number of images between evaluations in a run; null: only one at the end."""
-    max_images: int | None = None
+    max_images: int | None = setting(None, at_least=1)
     """Maximum number of held-out images to evaluate, and of training images for the statistics of the latents; null:
     all."""
-    batch_size: int = setting(64, "free")
+    batch_size: int = setting(64, "free", at_least=1)
     """Maximum number of images per forward, also for pictures; halved as often as memory requires."""
-    seed: int = 0
+    seed: int = setting(0, at_least=0, below=2**31)
     """Seed of the noise in the latents and of the samples from the prior."""
     reconstruction: Literal["mode", "sample"] = "mode"
     """What PSNR, SSIM, LPIPS and rFID measure: the decoded mode of the posterior, or a decoded sample from it."""
     round_to_8_bit: bool = True
     """Round reconstructions to 8 bits before PSNR, SSIM and LPIPS; false for a data.value_range (docs/images.md)."""
-    draws: int = 1
+    draws: int = setting(1, at_least=1)
     """Number of posterior samples per image; two or more also give the importance-weighted bound."""
     lpips: tuple[Literal["alex", "vgg", "squeeze"], ...] = ()
     """Networks of LPIPS, whose published weights are downloaded to `$TORCH_HOME/hub/checkpoints` if missing."""
@@ -60,14 +60,7 @@ class EvaluationConfig:
     of LPIPS."""
 
     def __post_init__(self):
-        for name in ("every", "max_images", "batch_size", "draws"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"evaluation.{name} must be at least 1, got {value}")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"evaluation.seed must lie in [0, 2^31), got {self.seed}")
-        if self.reconstruction not in ("mode", "sample"):
-            raise ValueError(f"evaluation.reconstruction must be mode or sample, got {self.reconstruction}")
+        check("evaluation", self)
         if wrong := [name for name in self.lpips if name not in ("alex", "vgg", "squeeze")]:
             raise ValueError(f"evaluation.lpips must name alex, vgg or squeeze, or several, got {wrong[0]}")
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..fields import only_with, refuse_unread
+from ..fields import check, only_with, setting
 
 LECAM_DECAY = 0.99  # as in the code of Tseng et al. 2021
 
@@ -32,53 +32,35 @@ BETAS = (0.5, 0.9)
 class AdversarialConfig:
     """Discriminator that judges reconstructions by patches: Isola et al. 2017, Esser et al. 2021."""
 
-    weight: float = 0.0
+    weight: float = setting(0.0, at_least=0)
     """Weight of the generator's loss, a mean over patches; 0: no discriminator; 0.5 in latent-diffusion."""
     loss: Literal["hinge", "non-saturating"] = only_with("hinge", weight=True)
     """Loss of the discriminator: hinge (Lim & Ye 2017) or non-saturating (Goodfellow 2014)."""
-    start_images: int = only_with(0, weight=True)
+    start_images: int = only_with(0, at_least=0, weight=True)
     """Number of training images before the discriminator starts."""
-    warmup_images: int = only_with(0, weight=True)
+    warmup_images: int = only_with(0, at_least=0, weight=True)
     """Number of images after start_images over which weight and the discriminator's learning rate rise linearly from
     0."""
     adaptive: bool = only_with(True, weight=True)
     """Scale weight so that its gradient at the decoder's last layer is as large as that of the reconstruction terms."""
-    max_factor: float | None = only_with(None, weight=True, adaptive=True)
+    max_factor: float | None = only_with(None, above=0, weight=True, adaptive=True)
     """Upper limit of the factor of adaptive; null: no limit; 1e4 in latent-diffusion (docs/objective.md)."""
     norm: Literal["spectral", "batch"] = only_with("spectral", weight=True)
     """Normalization of the layers; with batch, the result depends on how a batch is split into micro-batches and over
     processes."""
-    width: int = only_with(64, weight=True)
+    width: int = only_with(64, at_least=1, weight=True)
     """Number of channels of the first layer, doubled from layer to layer, up to 8 times."""
-    layers: int = only_with(3, weight=True)
+    layers: int = only_with(3, at_least=1, weight=True)
     """Number of layers of stride 2, n_layers of pix2pix; with 3, a patch is 70x70 pixels."""
-    learning_rate: float | None = only_with(None, weight=True)
+    learning_rate: float | None = only_with(None, above=0, weight=True)
     """Peak learning rate of the discriminator, with the same schedule; null: optimizer.learning_rate."""
-    lecam_weight: float = only_with(0.0, weight=True)
+    lecam_weight: float = only_with(0.0, at_least=0, weight=True)
     """Weight of the LeCam penalty, for small data sets (Tseng et al. 2021)."""
-    r1_weight: float = only_with(0.0, weight=True)
+    r1_weight: float = only_with(0.0, at_least=0, weight=True)
     """Gamma of the penalty 0.5 * gamma * |gradient at the image|^2 (Mescheder et al. 2018)."""
 
     def __post_init__(self):
-        for name in ("weight", "lecam_weight", "r1_weight"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"adversarial.{name} must be at least 0 and finite, got {value}")
-        for name in ("start_images", "warmup_images"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"adversarial.{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("width", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"adversarial.{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_factor is not None and not (self.max_factor > 0 and math.isfinite(self.max_factor)):
-            raise ValueError(f"adversarial.max_factor must be positive and finite or null, got {self.max_factor}")
-        if self.loss not in ("hinge", "non-saturating"):
-            raise ValueError(f"adversarial.loss must be hinge or non-saturating, got {self.loss!r}")
-        if self.norm not in ("spectral", "batch"):
-            raise ValueError(f"adversarial.norm must be spectral or batch, got {self.norm!r}")
-        if self.learning_rate is not None and not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"adversarial.learning_rate must be positive and finite or null, got {self.learning_rate}")
-        refuse_unread("adversarial", self)
+        check("adversarial", self)
 
     def rise(self, images_seen: int) -> float:
         """The factor in [0, 1] on weight and learning rate in the step that begins after `images_seen` images."""

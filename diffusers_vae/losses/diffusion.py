@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+
+from ..fields import check, setting
 
 
 @dataclass(frozen=True)
@@ -21,19 +22,14 @@ class DiffusionConfig:
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     """What the denoiser predicts: the noise (Ho et al. 2020), or sqrt(a) noise - sqrt(1 - a) latents (Salimans & Ho
     2022)."""
-    min_snr_gamma: float | None = None
+    min_snr_gamma: float | None = setting(None, above=0)
     """Signal-to-noise ratio above which timesteps have less weight (min-SNR, Hang et al. 2023: 5); null: equal
     weights."""
-    caption_dropout: float = 0.1
+    caption_dropout: float = setting(0.1, at_least=0, below=1)
     """Fraction of images with an empty prompt, for classifier-free guidance (Ho & Salimans 2022)."""
 
     def __post_init__(self):
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"diffusion.prediction_type must be epsilon or v_prediction, got {self.prediction_type}")
-        if self.min_snr_gamma is not None and not (self.min_snr_gamma > 0 and math.isfinite(self.min_snr_gamma)):
-            raise ValueError(f"diffusion.min_snr_gamma must be positive and finite or null, got {self.min_snr_gamma}")
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"diffusion.caption_dropout must lie in [0, 1), got {self.caption_dropout}")
+        check("diffusion", self)
 
     def build(self) -> DiffusionObjective:
         """The objective that these settings describe."""

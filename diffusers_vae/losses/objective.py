@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from ..fields import only_with, refuse_unread, setting
+from ..fields import check, only_with, setting
 from ..images.ranges import to_unit_range
 
 START_SCALE = 1.0
@@ -313,76 +313,45 @@ class ObjectiveConfig:
 
     likelihood: Literal["gaussian", "laplace", "bernoulli"] = "gaussian"
     """Density of an image given its reconstruction; bernoulli needs the mlp architecture."""
-    scale: float | Literal["learned", "optimal"] | None = only_with(None, likelihood=("gaussian", "laplace"))
+    scale: float | Literal["learned", "optimal"] | None = only_with(None, above=0, likelihood=("gaussian", "laplace"))
     """Std of the gaussian or scale of the laplace, in model range; null: 0.05; learned: a parameter; optimal: measured
     from the errors (docs/objective.md)."""
-    kl_weight: float = 1.0
+    kl_weight: float = setting(1.0, at_least=0)
     """Weight of the rate, beta; 1.0 is the true ELBO."""
     kl_schedule: Literal["constant", "linear", "cosine", "cyclical"] = only_with("constant", "training", kl_weight=True)
     """How kl_weight is reached: at once, by a linear or cosine rise over kl_warmup_images, or in cycles
     (docs/objective.md)."""
     kl_warmup_images: int = only_with(0, "training", kl_schedule=("linear", "cosine"))
     """Number of images over which a linear or cosine schedule rises to kl_weight."""
-    kl_cycles: int = only_with(4, "training", kl_schedule=("cyclical",))
+    kl_cycles: int = only_with(4, "training", at_least=1, kl_schedule=("cyclical",))
     """Number of cycles of a cyclical schedule."""
-    free_bits: float = only_with(0.0, "training", kl_weight=True)
+    free_bits: float = only_with(0.0, "training", at_least=0, kl_weight=True)
     """Rate per latent channel, in nats, that costs nothing, so that channels do not collapse (Kingma 2016;
     docs/objective.md)."""
-    target_rate: float | None = only_with(None, "training", kl_weight=True)
+    target_rate: float | None = only_with(None, "training", above=0, kl_weight=True)
     """Rate in nats per image that a controller reaches by adjusting the weight, which starts at kl_weight (as
     ControlVAE, Shao 2020)."""
     perceptual: Literal["alex", "vgg", "squeeze"] | None = setting(None, "training")
     """Network of an LPIPS term in the loss (Zhang 2018); null: none."""
-    perceptual_weight: float = only_with(1.0, "training", perceptual=True)
+    perceptual_weight: float = only_with(1.0, "training", above=0, perceptual=True)
     """Weight of LPIPS, which is also multiplied by the number of values of the image (docs/objective.md)."""
-    equivariance: float = setting(0.0, "training")
+    equivariance: float = setting(0.0, "training", at_least=0, at_most=1)
     """Fraction of steps that decode scaled and rotated latents, which makes latents easier to diffuse (EQ-VAE, Kouzelis
     2025: 0.5; docs/objective.md)."""
-    transformations: int = only_with(1, "training", equivariance=True)
+    transformations: int = only_with(1, "training", at_least=1, equivariance=True)
     """Number of equal parts of a batch with different transformations, a divisor of the processes times
     run.gradient_accumulation_steps."""
 
     def __post_init__(self):
-        if self.likelihood not in ("gaussian", "laplace", "bernoulli"):
-            raise ValueError(f"objective.likelihood must be gaussian, laplace or bernoulli, got {self.likelihood!r}")
-        if self.kl_schedule not in ("constant", "linear", "cosine", "cyclical"):
-            raise ValueError(
-                f"objective.kl_schedule must be constant, linear, cosine or cyclical, got {self.kl_schedule!r}"
-            )
-        refuse_unread("objective", self)
-        if self.scale is None:
-            if self.likelihood != "bernoulli":
-                object.__setattr__(self, "scale", 0.05)
-        elif isinstance(self.scale, str):
-            if self.scale not in ("learned", "optimal"):
-                raise ValueError(f"objective.scale must be a number, learned or optimal, got {self.scale!r}")
-        elif not (self.scale > 0 and math.isfinite(self.scale)):
-            raise ValueError(f"objective.scale must be positive and finite, got {self.scale}")
-        if not (self.kl_weight >= 0 and math.isfinite(self.kl_weight)):
-            raise ValueError(f"objective.kl_weight must be at least 0 and finite, got {self.kl_weight}")
-        if not (self.free_bits >= 0 and math.isfinite(self.free_bits)):
-            raise ValueError(f"objective.free_bits must be at least 0 and finite, got {self.free_bits}")
-        if self.target_rate is not None and not (self.target_rate > 0 and math.isfinite(self.target_rate)):
-            raise ValueError(f"objective.target_rate must be positive and finite, got {self.target_rate}")
-        self._check_schedule()
-        if self.perceptual not in (None, "alex", "vgg", "squeeze"):
-            raise ValueError(f"objective.perceptual must be alex, vgg, squeeze or null, got {self.perceptual!r}")
-        if not (self.perceptual_weight > 0 and math.isfinite(self.perceptual_weight)):
-            raise ValueError(f"objective.perceptual_weight must be positive and finite, got {self.perceptual_weight}")
-        if not 0 <= self.equivariance <= 1:
-            raise ValueError(f"objective.equivariance must lie in [0, 1], got {self.equivariance}")
-        if self.transformations < 1:
-            raise ValueError(f"objective.transformations must be at least 1, got {self.transformations}")
-
-    def _check_schedule(self) -> None:
+        check("objective", self)
+        if self.scale is None and self.likelihood != "bernoulli":
+            object.__setattr__(self, "scale", 0.05)
         schedule = self.kl_schedule
         if schedule in ("linear", "cosine") and self.kl_warmup_images < 1:
             raise ValueError(
                 f"a {schedule} objective.kl_schedule rises over objective.kl_warmup_images, which must be at least 1, "
                 f"got {self.kl_warmup_images}"
             )
-        if self.kl_cycles < 1:
-            raise ValueError(f"objective.kl_cycles must be at least 1, got {self.kl_cycles}")
         if self.target_rate is not None and schedule != "constant":
             raise ValueError(
                 f"objective.target_rate moves the weight of the rate, and so does a {schedule} objective.kl_schedule: "

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..fields import at_home, only_with, refuse_unread
+from ..fields import at_home, check, only_with
 from .load import LATENT_PARTS, filled_in, load_autoencoder, read_config
 from .lora import add_lora
 from .mlp import MLPVAE
@@ -41,21 +41,21 @@ class ModelConfig:
 
     architecture: Literal["vae", "mlp"] = "vae"
     """vae: convolutional, loads in stock diffusers; mlp: fully connected, loads only with this package."""
-    latent_channels: int | None = only_with(None, architecture=("vae",), pretrained=False)
+    latent_channels: int | None = only_with(None, at_least=1, architecture=("vae",), pretrained=False)
     """vae: number of latent channels; null: 4."""
-    block_out_channels: tuple[int, ...] | None = only_with(None, architecture=("vae",), pretrained=False)
+    block_out_channels: tuple[int, ...] | None = only_with(None, at_least=1, architecture=("vae",), pretrained=False)
     """vae: width per resolution, of which n make latents 2^(n-1) times smaller per side; null: [16, 32, 64]."""
-    layers_per_block: int | None = only_with(None, architecture=("vae",), pretrained=False)
+    layers_per_block: int | None = only_with(None, at_least=1, architecture=("vae",), pretrained=False)
     """vae: residual layers per resolution, with one more in the decoder; null: 1."""
-    norm_num_groups: int | None = only_with(None, architecture=("vae",), pretrained=False)
+    norm_num_groups: int | None = only_with(None, at_least=1, architecture=("vae",), pretrained=False)
     """vae: number of groups of the group norms, a divisor of every width; null: 8."""
     mid_block_add_attention: bool | None = only_with(None, architecture=("vae",), pretrained=False)
     """vae: add self-attention at the lowest resolution; null: true."""
     use_quant_conv: bool | None = only_with(None, architecture=("vae",), pretrained=False)
     """vae: add 1x1 convolutions around the latents, as in Stable Diffusion 1 to XL; null: false."""
-    hidden_dim: int | None = only_with(None, architecture=("mlp",))
+    hidden_dim: int | None = only_with(None, at_least=1, architecture=("mlp",))
     """mlp: width of the hidden layers; null: 400."""
-    latent_dim: int | None = only_with(None, architecture=("mlp",))
+    latent_dim: int | None = only_with(None, at_least=1, architecture=("mlp",))
     """mlp: number of latent units; null: 20."""
     pretrained: str | None = only_with(None, "free", architecture=("vae",))
     """Autoencoder to fine-tune: folder of a model, run or pipeline, Hub repository, or original checkpoint, .ckpt or
@@ -67,7 +67,7 @@ class ModelConfig:
     train: Literal["decoder", "all"] | tuple[str, ...] = only_with("all", pretrained=True)
     """Part of `pretrained` to train: all; decoder, which keeps the latents; or patterns of parameter names
     (docs/fine_tuning.md)."""
-    lora_rank: int | None = only_with(None, pretrained=True, train=("decoder",))
+    lora_rank: int | None = only_with(None, at_least=1, pretrained=True, train=("decoder",))
     """Rank of low-rank adapters (LoRA) to train instead of the decoder's weights; needs train decoder and peft
     (docs/fine_tuning.md)."""
     latents: str | None = only_with(None, pretrained=True)
@@ -76,23 +76,15 @@ class ModelConfig:
 
     def __post_init__(self):
         at_home(self, "pretrained", "latents")
-        if self.architecture not in _DEFAULTS:
-            raise ValueError(f"model.architecture must be one of {', '.join(_DEFAULTS)}, got {self.architecture}")
         if self.pretrained == "":
             raise ValueError("model.pretrained must name a folder, a repository or a file, got an empty name")
-        refuse_unread("model", self)
+        check("model", self)
         if self.pretrained is not None:
             self._check_pretrained()
             return
         for name, default in _DEFAULTS[self.architecture].items():
-            value = getattr(self, name)
-            if value is None:
+            if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-            elif (
-                not isinstance(value, bool)
-                and min(value if isinstance(value, (tuple, list)) else [value], default=0) < 1
-            ):
-                raise ValueError(f"model.{name} must be at least 1, got {value}")
         for width in self.block_out_channels or ():
             if width % self.norm_num_groups:
                 raise ValueError(
@@ -101,12 +93,8 @@ class ModelConfig:
                 )
 
     def _check_pretrained(self) -> None:
-        if isinstance(self.train, str) and self.train not in ("decoder", "all"):
-            raise ValueError(f"model.train must be decoder, all or a list of patterns, got {self.train}")
         if not self.train:
             raise ValueError("model.train must hold at least one pattern, got an empty list")
-        if self.lora_rank is not None and self.lora_rank < 1:
-            raise ValueError(f"model.lora_rank must be at least 1, got {self.lora_rank}")
         if self.latents is not None and self.trains_encoder:
             raise ValueError(
                 "model.latents are those of an encoder that is not trained: set model.train to decoder, got "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
 from ..data import DataConfig
 from ..engine.config import OptimizerConfig, RunConfig, RunSettings
-from ..fields import at_home, setting
+from ..fields import at_home, check, setting
 from ..losses.diffusion import DiffusionConfig
 
 
@@ -50,10 +50,11 @@ class CaptionConfig:
     phrases: tuple[str, ...] | None = None
     """Captions from labels, with {name}, the label in words, or {number}, in digits, all used for each image
     (docs/images.md); null: built-in ones."""
-    max_length: int = 16
+    max_length: int = setting(16, at_least=3)
     """Maximum number of tokens of a caption, start and end included."""
 
     def __post_init__(self):
+        check("captions", self)
         if self.phrases is not None:
             if not self.phrases:
                 raise ValueError("captions.phrases must name one phrase at least, or be null")
@@ -66,32 +67,28 @@ class CaptionConfig:
                     ) from error
                 if not said:
                     raise ValueError(f"a phrase in captions.phrases must hold {{name}} or {{number}}, got {phrase!r}")
-        if self.max_length < 3:
-            raise ValueError(f"captions.max_length must be at least 3, start, a word and end, got {self.max_length}")
 
 
 @dataclass(frozen=True)
 class DenoiserConfig:
     """The U-Net and the text encoder, stock `UNet2DConditionModel` and `CLIPTextModel`, both trained from scratch."""
 
-    block_out_channels: tuple[int, ...] = (64, 128)
+    block_out_channels: tuple[int, ...] = setting((64, 128), at_least=1)
     """Width per resolution of the U-Net, which attends to the prompt at all but the highest, or at the only one."""
-    layers_per_block: int = 1
+    layers_per_block: int = setting(1, at_least=1)
     """Residual layers per resolution, with one more on the way up."""
-    attention_heads: int = 1
+    attention_heads: int = setting(1, at_least=1)
     """Number of heads per attention of the U-Net, a divisor of every width."""
-    norm_num_groups: int = 32
+    norm_num_groups: int = setting(32, at_least=1)
     """Number of groups of the group norms, a divisor of every width."""
-    text_width: int = 128
+    text_width: int = setting(128, at_least=1)
     """Width of the text encoder, a multiple of 8; it has 4 attention heads, or fewer if they would be narrower than
     8."""
-    text_layers: int = 2
+    text_layers: int = setting(2, at_least=1)
     """Number of layers of the text encoder."""
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            if min(value if isinstance(value, (tuple, list)) else [value], default=0) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {value}")
+        check("model", self)
         for name in ("attention_heads", "norm_num_groups"):
             for width in self.block_out_channels:
                 if width % getattr(self, name):
@@ -114,31 +111,24 @@ class SamplingConfig:
 
     scheduler: Literal["ddim", "pndm", "dpm-solver"] = "ddim"
     """Scheduler: DDIM (Song et al. 2021), PNDM (Liu et al. 2022) or DPM-Solver++ (Lu et al. 2022)."""
-    steps: int = 25
+    steps: int = setting(25, at_least=1, at_most=1000)
     """Number of denoising steps per picture in pictures/."""
     prompts: tuple[str, ...] | None = None
     """Prompts, one row of the grid each; null: up to ten labels in the first phrase, or captions of the first held-out
     images."""
-    seeds: int = 4
+    seeds: int = setting(4, at_least=1)
     """Number of seeds, one column of the grid each, for every guidance scale."""
-    guidance: tuple[float, ...] = (1.0, 2.0, 4.0, 7.5)
+    guidance: tuple[float, ...] = setting((1.0, 2.0, 4.0, 7.5), at_least=1)
     """Classifier-free guidance scales, side by side; 1 is no guidance."""
-    heldout_images: int = 1000
+    heldout_images: int = setting(1000, at_least=1)
     """Maximum number of held-out images on which the loss is measured."""
-    every: int | None = None
+    every: int | None = setting(None, at_least=1)
     """Number of images between grids during training; null: only one at the end."""
 
     def __post_init__(self):
         if self.prompts is not None and not self.prompts:
             raise ValueError("sampling.prompts must hold one prompt at least, or be null")
-        if not self.guidance or min(self.guidance) < 1:
-            raise ValueError(f"sampling.guidance must be scales of at least 1, got {self.guidance}")
-        for name in ("steps", "seeds", "heldout_images", "every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"sampling.{name} must be at least 1, got {value}")
-        if self.steps > 1000:
-            raise ValueError(f"sampling.steps must be at most 1000, the timesteps of the training, got {self.steps}")
+        check("sampling", self)
 
 
 @dataclass(frozen=True, kw_only=True)
