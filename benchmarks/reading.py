@@ -13,7 +13,7 @@ import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from diffusers_vae.data import DataConfig, ReadImages, kind_at, load_data, load_split
+from diffusers_vae.data import DataConfig, ImageSet, ReadImages, kind_at, load_data, load_split
 from diffusers_vae.images.ranges import to_model_range
 
 
@@ -73,16 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if len(theirs) != len(ours):
             parser.error(f"torchvision finds {len(theirs)} images in {settings.folder}, this package {len(ours)}")
         for workers in settings.workers:
-            loaders = {
-                name: (DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=_as_read), _images)
-                for name, images in sets.items()
-            }
+            loaders = {name: (_loader(images, batches, workers), _images) for name, images in sets.items()}
             for name, config in streams.items():  # in its own order, the part to train on
                 images, _ = load_data(config)
                 images.lanes = 1, max(1, workers)
                 own = [batch.tolist() for batch in images.batches(settings.batch_size, 0, 0, 0)]
-                loader = DataLoader(images, batch_sampler=own, num_workers=workers, collate_fn=_as_read)
-                loaders[name] = (loader, _images)
+                loaders[name] = (_loader(images, own, workers), _images)
             loaders["torchvision"] = (DataLoader(theirs, batch_sampler=batches, num_workers=workers), _first)
             rates = {name: [] for name in loaders}
             for _ in range(settings.rounds):
@@ -117,6 +113,23 @@ def _rate(loader: DataLoader, images: Callable[[object], torch.Tensor]) -> float
     start = time.perf_counter()
     count = sum(len(images(batch)) for batch in loader)
     return count / (time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class _ByIndex:
+    """An image set as torch's `DataLoader` reads one."""
+
+    images: ImageSet
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> ReadImages:
+        return self.images.read(indices)
+
+
+def _loader(images: ImageSet, batches: Sequence[Sequence[int]], workers: int) -> DataLoader:
+    return DataLoader(_ByIndex(images), batch_sampler=batches, num_workers=workers, collate_fn=_as_read)
 
 
 def _as_read(read: ReadImages) -> ReadImages:

@@ -340,8 +340,8 @@ def measure(folder: Path, scratch: Path, rounds: int) -> tuple[Measured, dict[st
         )[0]
     for name, images in sets.items():
         rows = range(len(images))
-        images.__getitems__(rows)  # from now on in the system's memory
-        found[f"decode {name}"] = [len(rows) / processor(images.__getitems__, rows) for _ in range(rounds)]
+        images.read(rows)  # from now on in the system's memory
+        found[f"decode {name}"] = [len(rows) / processor(images.read, rows) for _ in range(rounds)]
 
     many, copies = scratch / "many", 10_000
     many.mkdir()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.files import ByIndex
 from support.launches import run_forked
 from torch.utils.data import DataLoader
 
@@ -28,7 +29,7 @@ def config(root, **settings):
 
 
 def pixels_of(image_set):
-    return image_set.__getitems__(range(len(image_set))).pixels
+    return image_set.read(range(len(image_set))).pixels
 
 
 def sorted_pixels(image_set):
@@ -116,9 +117,9 @@ class TestReading:
         images, _ = load_data(config(**save(kind, tmp_path / "arrays", *cifar)), memory_limit=0)
         expected = pixels_of(images)
         with ThreadPoolExecutor(4) as pool:
-            read = pool.map(lambda index: images.__getitems__([index]).pixels, range(len(images)))
+            read = pool.map(lambda index: images.read([index]).pixels, range(len(images)))
             assert torch.equal(torch.cat(list(read)), expected)
-        loader = DataLoader(images, 9, num_workers=2, collate_fn=lambda read: read.pixels)
+        loader = DataLoader(ByIndex(images), 9, num_workers=2, collate_fn=lambda read: read.pixels)
         assert torch.equal(torch.cat(list(loader)), expected)
         packed = pickle.dumps(images)
         assert len(packed) < 4000 and torch.equal(pixels_of(pickle.loads(packed)), expected)
@@ -210,9 +211,9 @@ class TestValues:
         wrong = r"a\.npy, image 17: values must be finite and lie in \[0, 1\], which data\.value_range states, got nan"
         with pytest.raises(ValueError, match=wrong):
             both, _ = load_split(config(**settings), "all", memory_limit=limit)
-            both.__getitems__(sorted(range(30), key=lambda index: both.rows[index])).checked()
+            both.read(sorted(range(30), key=lambda index: both.rows[index])).checked()
         both, _ = load_split(config(**settings, on_bad_image="skip"), "all", memory_limit=limit)
-        read = both.__getitems__(range(len(both)))
+        read = both.read(range(len(both)))
         assert len(read.kept) == 28 and len((*both.errors, *read.errors)) == 2
 
     def test_which_range_may_be_meant(self, tmp_path):
@@ -266,11 +267,11 @@ class TestErrors:
         images, _ = load_data(config(**settings), memory_limit=0)
         content = settings["root"].read_bytes()
         settings["root"].write_bytes(content[:-1])
-        read = images.__getitems__(range(len(images)))
+        read = images.read(range(len(images)))
         assert len(read.kept) == len(images) - (39 in images.rows)
         os.truncate(settings["root"], 200)
         with pytest.raises(ValueError, match=r"cannot read .*a\.npy, image \d+: the file was cut short"):
-            images.__getitems__([0, 1]).checked()
+            images.read([0, 1]).checked()
 
     def test_nothing_is_unpickled(self, tmp_path):
         np.savez(tmp_path / "a.npz", images=np.array([{}], dtype=object), x=np.zeros((9, 8, 8), np.uint8))
@@ -348,10 +349,10 @@ def read_large_array(file: Path) -> None:
     """Print how many MB more are in use after all images were read, one by one."""
     settings = config(file, resolution=8)
     small, _ = load_data(settings, memory_limit=0)
-    small.__getitems__(range(20))
+    small.read(range(20))
     before = memory_in_use()
     images, _ = load_data(settings, memory_limit=0)
-    assert not any(images.__getitems__([index]).pixels.any() for index in range(len(images)))
+    assert not any(images.read([index]).pixels.any() for index in range(len(images)))
     sys.stdout.write(f"{memory_in_use() - before}\n")
 
 

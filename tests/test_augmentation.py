@@ -36,7 +36,7 @@ def batch(indices, seed=0, epoch=0):
 
 
 def read(images, **place):
-    return images.read(batch(range(len(images)), **place)).pixels
+    return images.read_batch(batch(range(len(images)), **place)).pixels
 
 
 class TestFlips:
@@ -67,7 +67,7 @@ class TestFlips:
         train, _ = load_data(config(photographs, horizontal_flip=True))
         plain, _ = load_data(config(photographs))
         every = range(len(train))
-        assert torch.equal(train.__getitems__(every).pixels, plain.__getitems__(every).pixels)
+        assert torch.equal(train.read(every).pixels, plain.read(every).pixels)
         assert train.fingerprint() == plain.fingerprint()
 
 
@@ -80,7 +80,7 @@ class TestPureFunction:
         train, _ = load_data(config(photographs, **SETTINGS))
         whole = read(train, seed=3, epoch=5)
         assert torch.equal(read(train, seed=3, epoch=5), whole)
-        parts = [train.read(batch(part, 3, 5)).pixels for part in ([0, 1, 2, 3, 4], range(5, len(train)))]
+        parts = [train.read_batch(batch(part, 3, 5)).pixels for part in ([0, 1, 2, 3, 4], range(5, len(train)))]
         assert torch.equal(torch.cat(parts), whole)
         assert not any(torch.equal(read(train, seed=seed, epoch=epoch), whole) for seed, epoch in ((3, 6), (4, 5)))
 
@@ -141,7 +141,7 @@ class TestRandomCrops:
 
     def test_crops_of_held_out_images_do_not_change(self, photographs):
         _, heldout = load_data(config(photographs, crops="random"))
-        pixels = [heldout.__getitems__([0]).pixels for _ in range(2)]
+        pixels = [heldout.read([0]).pixels for _ in range(2)]
         assert torch.equal(*pixels) and pixels[0].shape == (1, 3, 64, 64)
 
     def test_smaller_images_are_enlarged(self, photographs):

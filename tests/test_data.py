@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.files import paths_of
+from support.files import ByIndex, paths_of
 from support.launches import run_forked
 from torchvision import datasets
 
@@ -24,6 +24,7 @@ from diffusers_vae.data import (
     ArrayImages,
     DataConfig,
     FileStore,
+    Records,
     StoredImages,
     epoch_batches,
     image_batches,
@@ -41,7 +42,7 @@ def contents(folder):
 
 
 def all_pixels(image_set):
-    return image_set.__getitems__(range(len(image_set))).pixels
+    return image_set.read(range(len(image_set))).pixels
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +256,7 @@ class TestArrayImages:
 
     @pytest.mark.parametrize("indices", [[5, 3, 700, 5], range(7, 60), torch.tensor([9, 0, 1616]), [], range(0)])
     def test_takes_indices_of_every_kind(self, indices, digits):
-        read = digits.__getitems__(indices)
+        read = digits.read(indices)
         expected = [digits.pixels[int(index)].tolist() for index in indices]
         assert read.pixels.tolist() == expected and list(read.kept) == list(range(len(indices)))
         assert read.pixels.dtype == torch.uint8 and read.pixels.shape[1:] == (1, 8, 8)
@@ -265,11 +266,10 @@ class TestArrayImages:
         if device != "cpu" and not getattr(torch, device).is_available():
             pytest.skip(f"needs {device}")
         store, rows, crops = FileStore(Path(), [Path("a"), Path("b")], {}), np.array([0, 1]), np.array([4, 5])
-        about = {"classes": digits.classes, "captions": [("d",)], "errors": ("c is broken",)}
-        about |= {"store": store, "rows": rows, "crops": crops}
-        moved = ArrayImages(digits.pixels, digits.labels, **about).to(device)
+        records = Records(digits.labels, digits.classes, [("d",)], store, rows, crops)
+        moved = ArrayImages(digits.pixels, records, ("c is broken",)).to(device)
         assert moved.pixels.device.type == device and moved.labels.device.type == "cpu"
-        assert torch.equal(moved.__getitems__([5, 3]).pixels.cpu(), digits.pixels[[5, 3]])
+        assert torch.equal(moved.read([5, 3]).pixels.cpu(), digits.pixels[[5, 3]])
         assert moved.fingerprint() == digits.fingerprint() and moved.classes == digits.classes
         assert moved.errors == ("c is broken",) and moved.captions == [("d",)] and moved.name(1) == "b, crop 5"
 
@@ -291,7 +291,7 @@ class TestReadImages:
     def test_loader_pins(self):
         digits, _ = load_data(DataConfig(resolution=8))
         loader = torch.utils.data.DataLoader(
-            digits, batch_sampler=[[5, 3]], collate_fn=lambda read: read, pin_memory=True
+            ByIndex(digits), batch_sampler=[[5, 3]], collate_fn=lambda read: read, pin_memory=True
         )
         (read,) = loader
         assert read.pixels.is_pinned() and torch.equal(read.pixels, digits.pixels[[5, 3]])
@@ -333,7 +333,7 @@ class TestFolder:
         disk, _ = load_data(config, memory_limit=0)
         assert isinstance(memory, ArrayImages) and isinstance(disk, StoredImages)
         indices = [5, 3, 700]
-        assert torch.equal(memory.__getitems__(indices).pixels, disk.__getitems__(indices).pixels)
+        assert torch.equal(memory.read(indices).pixels, disk.read(indices).pixels)
         assert [memory.name(i) for i in indices] == [disk.name(i) for i in indices]
         assert torch.equal(memory.labels, disk.labels)
 
@@ -381,8 +381,8 @@ class TestFolder:
         assert "5 of 30 files cannot be read and are left out" in caplog.text
         for part in (train, heldout):  # pixels, labels and names still belong together
             index = len(part) - 1
-            expected = StoredImages(self.awkward(shared_data), part.store, part.rows).__getitems__([index])
-            assert torch.equal(part.__getitems__([index]).pixels, expected.pixels)
+            expected = StoredImages(self.awkward(shared_data), part.records).read([index])
+            assert torch.equal(part.read([index]).pixels, expected.pixels)
 
     @pytest.mark.slow
     @pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
@@ -414,11 +414,11 @@ class TestFolder:
         missing.unlink()
         failing.unlink()
         failing.symlink_to("/proc/self/mem")
-        read = heldout.__getitems__([2, 3, 4]).checked()
+        read = heldout.read([2, 3, 4]).checked()
         assert list(read.kept) == [0, 2] and str(missing) in read.errors[0]
         failure = rf"cannot reach the image {failing}: .*Input/output error"
         with pytest.raises(OSError, match=rf"{failure}.* the same command continues"):
-            train.__getitems__([4, 5, 6]).checked()
+            train.read([4, 5, 6]).checked()
         for limit in (0, None):
             with pytest.raises(OSError, match=failure):
                 load_data(config, memory_limit=limit)
@@ -436,7 +436,7 @@ class TestFolder:
         with pytest.raises(ValueError, match=rf"cannot read the image {broken}: .*data\.on_bad_image skip"):
             list(image_batches(heldout, 8, None, torch.device("cpu")))
         _, heldout = load_data(dataclasses.replace(config, on_bad_image="skip"), memory_limit=0)
-        read = heldout.__getitems__([2, 3, 4])
+        read = heldout.read([2, 3, 4])
         assert list(read.kept) == [0, 2] and str(broken) in read.errors[0]
         (_, indices, images), *_ = image_batches(heldout, 8, None, torch.device("cpu"))
         assert indices == [0, 1, 2, 4, 5, 6, 7] and len(images) == 7
@@ -509,7 +509,7 @@ class TestCrops:
         return load_data(DataConfig(name="folder", root=str(folder), **settings), captions=True, memory_limit=limit)
 
     def pixels(self, image_set):
-        return image_set.__getitems__(range(len(image_set))).pixels
+        return image_set.read(range(len(image_set))).pixels
 
     def test_crops_are_parts_of_the_image_at_its_own_resolution(self, folder):
         for part in self.load(folder):
@@ -562,7 +562,7 @@ class TestCrops:
             assert isinstance(memory, ArrayImages) and isinstance(disk, StoredImages)
             assert torch.equal(memory.pixels, self.pixels(disk))
             assert torch.equal(memory.labels, disk.labels) and memory.captions == disk.captions
-            assert paths_of(memory) == paths_of(disk) and (memory.crops == disk.crops).all()
+            assert paths_of(memory) == paths_of(disk) and (memory.records.crops == disk.records.crops).all()
             for index, path in enumerate(paths_of(disk)):
                 assert disk.captions[index] == (path.stem,)
                 assert disk.classes[disk.labels[index]] == path.parent.name
@@ -580,7 +580,8 @@ class TestCrops:
         """A crop is of its file and its number alone: not of how many there are, nor of the other files."""
 
         def by_name(part):
-            return {(path.stem, crop): pixels for path, crop, pixels in zip(paths_of(part), part.crops, part.pixels)}  # noqa: B905
+            numbered = zip(paths_of(part), part.records.crops, part.pixels, strict=True)
+            return {(path.stem, crop): pixels for path, crop, pixels in numbered}
 
         before = by_name(self.load(folder)[0])
         for name in "bd":
@@ -622,7 +623,7 @@ class TestCrops:
             assert torch.equal(self.pixels(train), good.pixels[kept]) and len(train.errors) == 1
             assert [train.name(index) for index in range(28)] == [good.name(index) for index in kept]
         disk, _ = self.load(folder, 0, on_bad_image="skip")  # damage that only decoding shows
-        read = disk.__getitems__(range(35))
+        read = disk.read(range(35))
         assert list(read.kept) == kept and len(read.errors) == 1 and torch.equal(read.pixels, good.pixels[kept])
 
     def test_crops_are_named_in_the_protocol(self, folder):
@@ -928,14 +929,14 @@ class TestOrder:
         """Each once, by whatever thread is first; an error comes where its batch would."""
 
         class Slow(ArrayImages):
-            def __getitems__(self, indices):
+            def read(self, indices):
                 read.append(indices[0])
                 if indices[0] == 0:
                     later.wait(10)  # so that others overtake it
                 later.set()
                 if indices[0] == 12:
                     raise OSError("gone")
-                return super().__getitems__(indices)
+                return super().read(indices)
 
         read, later = [], threading.Event()
         images = Slow(torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1))

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.files import pack, paths_of, pixels_of, tarred, zipped
+from support.files import ByIndex, pack, paths_of, pixels_of, tarred, zipped
 from torch.utils.data import DataLoader
 
 from diffusers_vae.data import DataConfig, load_data, load_split
@@ -54,14 +54,14 @@ class TestTheSameAsAFolder:
             if kind == "shards":  # of other names, and so in another order
                 continue
             assert torch.equal(own.labels, expected.labels) and own.captions == expected.captions
-            assert torch.equal(*(part.__getitems__(range(len(part))).pixels for part in (own, expected)))
+            assert torch.equal(*(part.read(range(len(part))).pixels for part in (own, expected)))
             assert own.fingerprint() == expected.fingerprint()
 
     def test_all_images_are_read_at_once(self, kind, limit, folder, tmp_path):
         both, _ = load_split(config(pack(kind, folder, tmp_path / "packed")), "all", memory_limit=limit)
-        found = both.__getitems__(range(len(both)))
+        found = both.read(range(len(both)))
         plain, _ = load_split(config(folder), "all")
-        expected = plain.__getitems__(range(len(plain)))
+        expected = plain.read(range(len(plain)))
         assert list(found.kept) == list(range(40)) and not found.errors
         assert sorted(map(bytes, found.pixels.numpy())) == sorted(map(bytes, expected.pixels.numpy()))
 
@@ -71,13 +71,13 @@ class TestReading:
     @pytest.mark.parametrize("kind", ["tar", "zip"])
     def test_threads_and_processes_may_read_at_once(self, kind, folder, tmp_path):
         images, _ = load_data(config(pack(kind, folder, tmp_path / "packed")), memory_limit=0)
-        expected = images.__getitems__(range(len(images))).pixels
+        expected = images.read(range(len(images))).pixels
         with ThreadPoolExecutor(4) as pool:
-            read = list(pool.map(lambda index: images.__getitems__([index]).pixels[0], range(len(images))))
+            read = list(pool.map(lambda index: images.read([index]).pixels[0], range(len(images))))
         assert torch.equal(torch.stack(read), expected)
-        loader = DataLoader(images, 4, num_workers=2, collate_fn=pixels_of)
+        loader = DataLoader(ByIndex(images), 4, num_workers=2, collate_fn=pixels_of)
         assert torch.equal(torch.cat(list(loader)), expected)
-        assert torch.equal(pickle.loads(pickle.dumps(images)).__getitems__([3]).pixels[0], expected[3])
+        assert torch.equal(pickle.loads(pickle.dumps(images)).read([3]).pixels[0], expected[3])
 
     @pytest.mark.parametrize("name", ["a.tar", "a.zip"])
     def test_no_more_is_read_than_is_asked_for(self, name, tmp_path):
@@ -309,5 +309,5 @@ def test_workers_read_each_step_of_the_folder(kind, folder, tmp_path):
         batches = [
             indices.tolist() for epoch in range(2) for indices in train_set.batches(8, seed=0, epoch=epoch, start=0)
         ]
-        read[name] = list(DataLoader(train_set, batch_sampler=batches, num_workers=2, collate_fn=pixels_of))
+        read[name] = list(DataLoader(ByIndex(train_set), batch_sampler=batches, num_workers=2, collate_fn=pixels_of))
     assert len(read["plain"]) == 10 and all(map(torch.equal, read["packed"], read["plain"]))

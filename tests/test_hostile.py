@@ -190,7 +190,7 @@ class TestDataSets:
         try:
             train, heldout = load_data(data)
             for images in (train, heldout):
-                images.__getitems__(range(len(images))).checked()
+                images.read(range(len(images))).checked()
         except ValueError as error:
             assert f"5{suffix}" in str(error)
 

@@ -25,7 +25,7 @@ from support.models import tiny_vae
 from torch.utils.data import DataLoader
 
 from diffusers_vae import VAE, LatentDataset, encode_images
-from diffusers_vae.data import ArrayImages, DataConfig, FileStore, StoredImages, load_data
+from diffusers_vae.data import ArrayImages, DataConfig, FileStore, Records, StoredImages, load_data
 from diffusers_vae.evaluation.evaluate import draw
 from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.latents import dataset
@@ -44,7 +44,7 @@ def digits():
     """45 real digits, two of which have two captions."""
     train, _ = load_data(DataConfig(resolution=8))
     captions = [(f"a {train.classes[label]}",) + ("überall",) * (label == 3) for label in train.labels[:45]]
-    return ArrayImages(train.pixels[:45], train.labels[:45], classes=train.classes, captions=captions)
+    return ArrayImages(train.pixels[:45], Records(train.labels[:45], train.classes, captions))
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,8 @@ def in_files(images, folder):
     for path, pixels in zip(paths, images.pixels, strict=True):
         Image.fromarray(pixels[0].numpy()).save(path)
     config = DataConfig(name="folder", root=str(folder), resolution=8, channels=1, on_bad_image="skip")
-    about = {"labels": images.labels, "classes": images.classes, "captions": images.captions}
-    return StoredImages(config, FileStore(folder, paths, {}), np.arange(len(paths)), **about)
+    rows = np.arange(len(paths))
+    return StoredImages(config, dataclasses.replace(images.records, store=FileStore(folder, paths, {}), rows=rows))
 
 
 class TestEncode:
@@ -217,7 +217,7 @@ class TestEncode:
     @pytest.mark.slow
     def test_mnist_is_that_of_stock(self, vae, shared_data, tmp_path):
         train, _ = load_data(DataConfig(name="mnist", root=str(shared_data), resolution=28))
-        images = ArrayImages(train.pixels[:1000], train.labels[:1000], classes=train.classes)
+        images = ArrayImages(train.pixels[:1000], Records(train.labels[:1000], train.classes))
         latents = encode(vae, images, tmp_path, shard_images=300, batch_size=100)
         means = torch.cat([posterior.mean for posterior in stock_posteriors(vae, images.pixels, 100)])
         torch.testing.assert_close(latents.latents(range(1000)), means, **CLOSE)
@@ -358,7 +358,7 @@ class TestResume:
                 (tmp_path / name).write_bytes(content)
         settings = {"kind": "mode", "dtype": BF16, "compute_dtype": BF16, "shard_images": 30}
         settings = {change: settings[change]} if change in settings else {}
-        images = ArrayImages(digits.pixels, digits.labels, classes=digits.classes, captions=digits.captions)
+        images = ArrayImages(digits.pixels, digits.records)
         if change == "weights":
             vae = tiny_vae(sample_size=8)
             with torch.no_grad():
@@ -369,15 +369,14 @@ class TestResume:
             images.pixels = images.pixels.clone()
             images.pixels[44, 0, 0, 0] += 1
         elif change == "fewer":
-            images = ArrayImages(
-                digits.pixels[:44], digits.labels[:44], classes=digits.classes, captions=digits.captions[:44]
-            )
+            images = digits.first(44)
         elif change == "labels":
-            images.labels = None
+            images.records = dataclasses.replace(digits.records, labels=None)
         elif change == "classes":
-            images.classes = (*digits.classes[:-1], "ten")
+            images.records = dataclasses.replace(digits.records, classes=(*digits.classes[:-1], "ten"))
         elif change == "captions":
-            images.captions = [*digits.captions[:-1], ("another",)]
+            captions = [*digits.captions[:-1], ("another",)]
+            images.records = dataclasses.replace(digits.records, captions=captions)
         before = contents(tmp_path)
         with pytest.raises(ValueError, match=message) as error:
             encode(vae, images, tmp_path, **settings)
@@ -541,7 +540,7 @@ class TestDataset:
     def test_fingerprint(self, vae, digits, whole, tmp_path):
         first = LatentDataset(whole).fingerprint
         assert encode(vae, digits, tmp_path / "a").fingerprint == first
-        images = ArrayImages(digits.pixels, digits.labels, classes=digits.classes)
+        images = ArrayImages(digits.pixels, Records(digits.labels, digits.classes))
         assert encode(vae, images, tmp_path / "b").fingerprint != first
 
     def test_pickled_small_and_equal(self, whole):
@@ -552,7 +551,7 @@ class TestDataset:
 
     @pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fork", "fresh"])
     def test_workers_read_the_same(self, fresh, vae, digits, tmp_path):
-        latents = encode(vae, ArrayImages(digits.pixels, digits.labels), tmp_path)
+        latents = encode(vae, ArrayImages(digits.pixels, Records(digits.labels)), tmp_path)
         assert latents[0]["label"] == digits.labels[0]  # opened before
         context = fork_server() if fresh else None
         batches = list(DataLoader(latents, 8, num_workers=2, multiprocessing_context=context))

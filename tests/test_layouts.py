@@ -452,7 +452,7 @@ def split_about(text: str, template: str) -> tuple[str | None, str | None]:
 
 
 def found_in(images) -> list[bytes]:
-    read = images.__getitems__(range(len(images)))
+    read = images.read(range(len(images)))
     return [bytes(pixels.numpy()) for pixels in read.pixels]
 
 

@@ -31,7 +31,7 @@ from support.runs import tiny
 
 from diffusers_vae import VAE, LatentDataset, encode_images
 from diffusers_vae.cli.parser import TRAININGS, parse_settings
-from diffusers_vae.data import ArrayImages, DataConfig, load_split
+from diffusers_vae.data import ArrayImages, DataConfig, Records, load_split
 from diffusers_vae.images.files import read_header, read_image
 from diffusers_vae.images.raw_files import FileKind, read_kind, read_values, write_values
 from diffusers_vae.models import load_autoencoder
@@ -66,7 +66,7 @@ def as_set(name, **settings):
 
     def read(path):
         images, _ = load_split(DataConfig(name=name, root=str(path), **settings), "all")
-        read = images.__getitems__(range(len(images)))
+        read = images.read(range(len(images)))
         return in_order(channels_last(pixels) for pixels in read.pixels.numpy())
 
     return read
@@ -207,7 +207,7 @@ def single_file(path):
 def latents(path):
     pixels = torch.from_numpy(PIXELS[None, None, :16, :16, 0])
     captions = [("a caption", "another")]
-    images = ArrayImages(pixels, torch.tensor([0]), classes=("a", "b"), captions=captions)
+    images = ArrayImages(pixels, Records(torch.tensor([0]), ("a", "b"), captions))
     encode_images(tiny_vae(), images, path.parent)
     return path.parent
 

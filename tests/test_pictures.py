@@ -327,7 +327,7 @@ class TestAll:
     @pytest.mark.parametrize("channels", [1, 3, 5])
     def test_every_channel_count_is_drawn(self, channels, digits, metrics):
         """Exactly alike each time, without a trace in the global generators."""
-        images = ArrayImages(digits.pixels.expand(-1, channels, -1, -1), digits.labels)
+        images = ArrayImages(digits.pixels.expand(-1, channels, -1, -1), digits.records)
         state = torch.get_rng_state(), np.random.get_state()[1].copy()
         model = tiny_vae(channels)
         torch.set_rng_state(state[0])

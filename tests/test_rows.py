@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from safetensors.torch import load_file
-from support.files import pixels_of
+from support.files import ByIndex, pixels_of
 from support.hub import connect
 from support.hub_server import HubServer, User
 from support.launches import fork_server, run_forked
@@ -112,7 +112,7 @@ def config(root, **settings):
 
 def by_file(images):
     """Pixels, class and captions of each image, by the name of its file."""
-    read = images.__getitems__(range(len(images)))
+    read = images.read(range(len(images)))
     assert list(read.kept) == list(range(len(images)))
     names = [re.findall(r"[\w-]+\.\w+", images.name(index))[-1] for index in range(len(images))]
     labels = [None] * len(images) if images.labels is None else [images.classes[label] for label in images.labels]
@@ -131,7 +131,7 @@ class TestTheSameAsAFolder:
         expected = load_data(config(folder, name="folder"), captions=True)
         for own, other in zip(found, expected, strict=True):
             assert by_file(own) == by_file(other) and own.classes == other.classes == tuple(CLASSES)
-            assert torch.equal(own.__getitems__([3]).pixels, other.__getitems__([3]).pixels)  # in the same order
+            assert torch.equal(own.read([3]).pixels, other.read([3]).pixels)  # in the same order
         again = load_data(config(placed("parquet", folder, tmp_path / "copy")), memory_limit=limit)
         assert [part.fingerprint() for part in again] == [part.fingerprint() for part in found]
 
@@ -190,8 +190,8 @@ class TestTheSameAsAFolder:
         train, heldout = load_data(config(tmp_path / "a.parquet", channels=1, label_column="digit"))
         assert (len(train), len(heldout)) == (90, 10) and train.classes == tuple("0123456789")
         for part in (train, heldout):
-            assert torch.equal(part.pixels, mnist.pixels[part.rows])
-            assert torch.equal(part.labels, mnist.labels[part.rows])
+            assert torch.equal(part.pixels, mnist.pixels[part.records.rows])
+            assert torch.equal(part.labels, mnist.labels[part.records.rows])
         assert load_data(config(tmp_path / "a.parquet"))[0].labels is None
 
     def test_awkward_files_and_damage(self, shared_data, tmp_path):
@@ -219,7 +219,7 @@ class TestTheSameAsAFolder:
 
 
 def images_of(images):
-    return [(bytes(pixels.numpy()),) for pixels in images.__getitems__(range(len(images))).pixels]
+    return [(bytes(pixels.numpy()),) for pixels in images.read(range(len(images))).pixels]
 
 
 def open_names(settings):
@@ -231,12 +231,12 @@ class TestProcesses:
     @pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=SLOW)], ids=["fork", "fresh"])
     def test_workers_read_what_one_process_reads(self, fresh, folder, tmp_path):
         images, _ = load_data(config(placed("parquet", folder, tmp_path / "rows")), memory_limit=0)
-        expected = images.__getitems__(range(len(images))).pixels
+        expected = images.read(range(len(images))).pixels
         context = fork_server() if fresh else None
-        loader = DataLoader(images, 4, num_workers=2, collate_fn=pixels_of, multiprocessing_context=context)
+        loader = DataLoader(ByIndex(images), 4, num_workers=2, collate_fn=pixels_of, multiprocessing_context=context)
         assert torch.equal(torch.cat(list(loader)), expected)
         content = pickle.dumps(images)
-        assert torch.equal(pickle.loads(content).__getitems__([3]).pixels[0], expected[3])
+        assert torch.equal(pickle.loads(content).read([3]).pixels[0], expected[3])
         assert len(content) < 20_000 and images.store.content(0) not in content  # where they lie, not they
 
 

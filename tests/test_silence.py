@@ -79,7 +79,7 @@ def stop_workers(train_set):
 class Hanging(ArrayImages):
     """Images in a pipe that nobody writes to."""
 
-    def __getitems__(self, indices):
+    def read(self, indices):
         os.mkfifo(self.pipe)
         self.pipe.open()
 
@@ -87,10 +87,10 @@ class Hanging(ArrayImages):
 class Slow(ArrayImages):
     """Images that take some seconds of work, once."""
 
-    def __getitems__(self, indices):
+    def read(self, indices):
         compute(5)
         self.__class__ = ArrayImages
-        return self.__getitems__(indices)
+        return self.read(indices)
 
 
 def replace_images(kind, pipe, train_set):
@@ -209,7 +209,7 @@ BRIEF = Patience(warning=0.5, end=2)
 
 def run_until(rank, run_command, arguments):
     """Run a command, and stop process `rank` at its third batch."""
-    read, batches = ArrayImages.__getitems__, []
+    read, batches = ArrayImages.read, []
 
     def read_or_stop(self, indices):
         batches.append(indices)
@@ -217,7 +217,7 @@ def run_until(rank, run_command, arguments):
             stop(None)
         return read(self, indices)
 
-    ArrayImages.__getitems__ = read_or_stop  # in this process, which ends with it
+    ArrayImages.read = read_or_stop  # in this process, which ends with it
     run_command([*map(str, arguments)], patience=BRIEF)
 
 

@@ -122,7 +122,7 @@ class ByMicroBatch:
     train_set: TrainingSet
 
     def __getitems__(self, micro_batch: MicroBatch) -> Read:
-        return self.train_set.read(micro_batch)
+        return self.train_set.read_batch(micro_batch)
 
 
 def read_by(

@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Picture
 from pyarrow import parquet
+from support.files import ByIndex
 from support.runs import ROOT, fit, tiny
 from torch.utils.data import DataLoader
 
@@ -60,7 +61,7 @@ def quiet():
 
 
 def pixels_of(images, indices=None):
-    return images.__getitems__(range(len(images)) if indices is None else indices).pixels
+    return images.read(range(len(images)) if indices is None else indices).pixels
 
 
 class TestImages:
@@ -107,7 +108,7 @@ class TestImages:
             found = list(pool.map(lambda index: pixels_of(train, [index])[0], range(len(train))))
         assert torch.equal(torch.stack(found), expected)
         assert torch.equal(pixels_of(pickle.loads(pickle.dumps(train)), [7, 80]), expected[[7, 80]])
-        loader = DataLoader(train, 4, num_workers=2, collate_fn=lambda read: read.pixels)
+        loader = DataLoader(ByIndex(train), 4, num_workers=2, collate_fn=lambda read: read.pixels)
         assert torch.equal(torch.cat(list(loader)), expected)
 
     def test_images_are_measured_in_their_own_order(self, root):
@@ -185,7 +186,7 @@ class TestRowGroups:
         for reads.reader in range(3):
             most = 0
             for (micro_batch,) in deal(train.batches(8, 0, reads.reader, 0), 0, reads.reader):
-                train.read(micro_batch)
+                train.read_batch(micro_batch)
                 most = max(most, kept())
             assert 2 <= most <= 24 // 10 + 2 and kept() == 0
         assert set(reads.values()) == {1} and len(reads) == 3 * 12
@@ -196,7 +197,7 @@ class TestRowGroups:
             (tmp_path / f"train-{number}.parquet").symlink_to(equal / f"train-{number % 3}.parquet")
         train, most = load_data(config(tmp_path, heldout_fraction=0.1))[0], 0
         for (micro_batch,) in deal(train.batches(8, 0, 0, 0), 0, 0):
-            train.read(micro_batch)
+            train.read_batch(micro_batch)
             most = max(most, kept())
         assert len(train) == 1080 and 2 <= most <= 24 // 10 + 2
 
@@ -210,7 +211,7 @@ class TestRowGroups:
             rank, worker = reads.reader
             for step, (micro_batch,) in enumerate(deal(own.batches(8, 0, 0, 0), 0, 0, rank, 2)):
                 if step % 2 == worker:
-                    own.read(micro_batch)
+                    own.read_batch(micro_batch)
         assert len({reader for reader, _ in reads}) == 4 and len({group for _, group in reads}) == 13
         assert 13 <= reads.total() <= 13 + 4
 
@@ -218,7 +219,7 @@ class TestRowGroups:
     def test_row_groups_shared_with_another_process_are_let_go(self, equal, kept):
         train, _ = load_data(config(equal))
         for index in [0, *range(25, 120)]:
-            train.__getitems__([index])
+            train.read([index])
         assert kept() == 0
 
     @pytest.mark.slow
@@ -252,14 +253,14 @@ class TestErrors:
         damaged = Dataset.from_dict({"image": images}, Features({"image": Image()}))
         damaged.to_parquet(tmp_path / "a.parquet", batch_size=10)
         train, heldout = load_data(config(tmp_path, on_bad_image="skip"))
-        read = [images.__getitems__(range(len(images))) for images in (train, heldout)]
+        read = [images.read(range(len(images))) for images in (train, heldout)]
         errors = " ".join(error for own in read for error in own.errors)
         assert sum(len(own.kept) for own in read) == 38
         assert "a.parquet, row 7: image file is truncated" in errors and "row 20: there is none in the row" in errors
         train, heldout = load_data(config(tmp_path))
         with pytest.raises(ValueError, match=r"cannot read the image .*a\.parquet, row (7|20)"):
             for own in (train, heldout):
-                own.__getitems__(range(len(own))).checked()
+                own.read(range(len(own))).checked()
 
     def test_files_of_one_name_are_told_apart(self, root, tmp_path):
         """As the Hub has them after its conversion: SPLIT/0000.parquet."""
@@ -285,7 +286,7 @@ class TestErrors:
         for file in tmp_path.iterdir():
             file.unlink()
         with pytest.raises(OSError, match=r"cannot read row group \d of .*parquet: .* the same command continues"):
-            train.__getitems__([3]).checked()
+            train.read([3]).checked()
         with pytest.raises(OSError, match="the same command continues"):
             next(image_batches(heldout, 4, None, torch.device("cpu")))
 
@@ -343,4 +344,4 @@ def test_a_stream_has_another_order_than_a_set_that_is_prepared(root):
     train, _ = load_data(config(root))
     batches = [batch.tolist() for batch in train.batches(8, 0, 0, 0)]
     assert batches != [micro.indices for (micro,) in epoch_batches(120, 8, 0, 0)]
-    assert torch.equal(train.read(MicroBatch(batches[0], 0, 8, 1.0)).pixels, pixels_of(train, batches[0]))
+    assert torch.equal(train.read_batch(MicroBatch(batches[0], 0, 8, 1.0)).pixels, pixels_of(train, batches[0]))

@@ -373,7 +373,7 @@ class TestSets:
         train, heldout = load_data(config(root, value_range=DEEP))
         assert isinstance(train, ArrayImages) and train.pixels.dtype == torch.float32 and len(heldout) == 1
         later, _ = load_data(config(root, value_range=DEEP), memory_limit=0)
-        assert isinstance(later, StoredImages) and torch.equal(later.__getitems__(range(9)).pixels, train.pixels)
+        assert isinstance(later, StoredImages) and torch.equal(later.read(range(9)).pixels, train.pixels)
         assert later.header(0).mode == "5x uint16" and later.header(0).format == "NPY"
         back = ValueRange(*DEEP).from_model_range(to_model_range(train.pixels), "uint16")
         numbers = [int(path.stem) for path in paths_of(train)]
@@ -390,7 +390,7 @@ class TestSets:
         for limit in (0, None):
             unpacked, zipped = (load_data(config(place, value_range=DEEP), memory_limit=limit)[0]
                                 for place in (root, tmp_path / "set.zip"))  # fmt: skip
-            assert torch.equal(unpacked.__getitems__(range(9)).pixels, zipped.__getitems__(range(9)).pixels)
+            assert torch.equal(unpacked.read(range(9)).pixels, zipped.read(range(9)).pixels)
 
     def test_8_bits_need_no_range(self, tmp_path):
         train, _ = load_data(config(deep_folder(tmp_path / "set", dtype="uint8", most=255)))
@@ -415,12 +415,12 @@ class TestSets:
         parts = load_data(config(root, value_range=(0, 4095), on_bad_image="skip"))
         assert sum(map(len, parts)) == 9
         later = load_data(config(root, value_range=(0, 4095), on_bad_image="skip"), memory_limit=0)
-        read = [part.__getitems__(range(len(part))) for part in later]
+        read = [part.read(range(len(part))) for part in later]
         assert sum(len(part.pixels) for part in read) == 9 and all(part.pixels.dtype == torch.float32 for part in read)
         nothing = next(part for part in later if any("4.npy" in str(path) for path in paths_of(part)))
         place = [path.name for path in paths_of(nothing)].index("4.npy")
-        assert nothing.__getitems__([place]).pixels.shape == (0, 5, 20, 20)
-        assert nothing.__getitems__([place]).blank().pixels.dtype == torch.float32
+        assert nothing.read([place]).pixels.shape == (0, 5, 20, 20)
+        assert nothing.read([place]).blank().pixels.dtype == torch.float32
 
     def test_wrong_channels_are_named(self, tmp_path):
         root = deep_folder(tmp_path / "set", channels=4)

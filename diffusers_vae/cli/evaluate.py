@@ -114,7 +114,7 @@ def run_compare(arguments: Sequence[str]) -> int:
     text = comparison.to_json()
     print(comparison_table(json.loads(text)))
     shown = [reports[0].per_image.indices[place] for place in comparison.most_different]
-    originals = to_model_range(images.__getitems__(shown).checked().pixels.to(models[0].device))
+    originals = to_model_range(images.read(shown).checked().pixels.to(models[0].device))
     with torch.no_grad():
         first, second = (reconstruct(model, originals, shown, parsed.evaluation) for model in models)
     captions = [
@@ -133,7 +133,7 @@ def run_compare(arguments: Sequence[str]) -> int:
 @torch.no_grad()
 def _check_images(models: Sequence[ModelMixin], names: Sequence[str], images: ImageSet) -> None:
     """Refuse what a model cannot take before the others are measured."""
-    pixels = images.__getitems__([0]).pixels
+    pixels = images.read([0]).pixels
     for model, name in zip(models, names, strict=True):
         try:
             if len(pixels):

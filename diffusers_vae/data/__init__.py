@@ -11,7 +11,7 @@ from .look import Look, look, recommended
 from .order import MicroBatch, Read, TrainingSet, deal, epoch_batches, step_generator
 from .reading import image_batches, kept_images, read_ahead
 from .rows import RowStore
-from .sets import ArrayImages, ImageSet, StoredImages
+from .sets import ArrayImages, ImageSet, Records, StoredImages
 from .store import FileStore, Store, left_out
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "MicroBatch",
     "Read",
     "ReadImages",
+    "Records",
     "RowStore",
     "Store",
     "StoredImages",

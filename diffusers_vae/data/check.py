@@ -62,7 +62,7 @@ def in_size(
     else:
         parts, read = _scan([train, heldout], StoredImages.read_all, "reading images", progress)
         loaded = tuple(
-            ArrayImages(torch.stack(pixels, 1).flatten(0, 1), **part.cropped().about())  # the order of `cropped`
+            ArrayImages(torch.stack(pixels, 1).flatten(0, 1), part.cropped().records, part.errors)
             for part, pixels in zip(parts, read, strict=True)
         )
     if progress:
@@ -148,7 +148,7 @@ def _warn_of_pages(parts: Sequence[StoredImages]) -> None:
 
 def _warn_of_depth(images: ImageSet, config: DataConfig) -> None:
     """Log a warning when most images use only a small part of the values that they could have."""
-    pixels = images.__getitems__(range(min(MEASURED, len(images)))).pixels.flatten(1)
+    pixels = images.read(range(min(MEASURED, len(images)))).pixels.flatten(1)
     values = pixels / 255 if pixels.dtype == torch.uint8 else pixels
     lowest, highest = values.amin(1), values.amax(1)
     if not len(values) or 2 * (highest - lowest < 1 / 4).sum() < len(values):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from .rows import (
     read_row_captions,
     unused_splits,
 )
-from .sets import ArrayImages, Captions, ImageSet, Layout, StoredImages
+from .sets import ArrayImages, Captions, ImageSet, Layout, Records, StoredImages
 from .store import FileStore, Store, left_out
 from .stream import load_stream
 
@@ -119,16 +119,11 @@ def load_split(
         split = default if layout.split or config.name in IN_MEMORY else "all"
     if split != "all":
         return (train if split == "training" else heldout), split
-    one, two = train.about(), heldout.about()
-    both: dict[str, Any] = {"errors": train.errors + heldout.errors, "store": train.store, "files": train.files}
-    if train.labels is not None and heldout.labels is not None:
-        both |= {"labels": torch.cat([train.labels, heldout.labels]), "classes": train.classes}
-    if train.captions is not None:
-        both["captions"] = train.captions + heldout.captions
-    both |= {name: np.concatenate([one[name], two[name]]) for name in ("rows", "crops") if one[name] is not None}
+    both, errors = train.records.joined(heldout.records), train.errors + heldout.errors
     if isinstance(train, StoredImages):
-        return StoredImages(train.config, **both), split
-    return ArrayImages(torch.cat([train.pixels, heldout.pixels]), **both), split
+        return StoredImages(train.config, both, errors), split
+    assert isinstance(train, ArrayImages) and isinstance(heldout, ArrayImages)
+    return ArrayImages(torch.cat([train.pixels, heldout.pixels]), both, errors), split
 
 
 def _in_memory(
@@ -139,7 +134,7 @@ def _in_memory(
     elif pixels.shape[1] == 3 and config.channels == 1:
         pixels = transforms.rgb_to_grayscale(pixels)
     fitted = [resized(chunk, config) for chunk in pixels.split(4096)]
-    return ArrayImages(torch.cat(fitted), labels, classes=classes, files=files)
+    return ArrayImages(torch.cat(fitted), Records(labels, classes, files=files))
 
 
 def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> Loaded:
@@ -160,16 +155,10 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
     if ignored and progress:
         logger.warning("%d files look like images and are left out:\n%s", len(ignored), problem_list(ignored))
     store, count = FileStore(files.root, paths, files.members, ignored), len(parts[0])
+    records = Records(None, None, told, store, np.arange(len(paths)))
     train, heldout = (
-        StoredImages(
-            config,
-            store,
-            np.arange(len(paths))[part],
-            labels=classed,
-            classes=None if classed is None else classes,
-            captions=None if told is None else told[part],
-        )
-        for part, classed in zip((slice(count), slice(count, None)), labels, strict=True)
+        StoredImages(config, replace(records.select(part), labels=own, classes=None if own is None else classes))
+        for part, own in zip((slice(count), slice(count, None)), labels, strict=True)
     )
     layout = Layout(split, (*division.notes, *notes))
     return *in_size(train, heldout, progress, memory_limit), layout
@@ -218,17 +207,12 @@ def _stored(
     else:
         rows = [np.random.default_rng(0).permutation(count) for count in counts]
         rows[1] += counts[0]
-    train, heldout = (
-        StoredImages(
-            config,
-            store,
-            own,
-            labels=labels[own] if labelled else None,
-            classes=classes if labelled else None,
-            captions=None if told is None else [told[row] for row in own],
-        )
-        for own, labelled in ((own, labels is not None and labels[own[0]] >= 0) for own in rows)
-    )
+    every = Records(labels, classes, told, store, np.arange(sum(counts)))
+    parts = [every.select(own) for own in rows]
+    parts = [
+        replace(own, labels=None, classes=None) if own.labels is None or own.labels[0] < 0 else own for own in parts
+    ]
+    train, heldout = (StoredImages(config, own) for own in parts)
     return train, heldout
 
 

@@ -61,7 +61,7 @@ class TrainingSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitems__(self, indices: Sequence[int]) -> Read: ...
+    def read(self, indices: Sequence[int]) -> Read: ...
 
     def name(self, index: int) -> str: ...
 
@@ -69,9 +69,9 @@ class TrainingSet(Protocol):
         """Those of an epoch, after the first `start` images of it: a pure function of the arguments."""
         return shuffled(len(self), batch_size, seed, epoch, start)
 
-    def read(self, batch: MicroBatch) -> Read:
+    def read_batch(self, batch: MicroBatch) -> Read:
         """Its images, as they are to be trained on in its epoch."""
-        return self.__getitems__(batch.indices)
+        return self.read(batch.indices)
 
 
 def shuffled(length: int, batch_size: int, seed: int, epoch: int, start: int) -> Batches:

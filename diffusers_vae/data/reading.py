@@ -54,13 +54,13 @@ def read_ahead(image_set: ImageSet, batches: Sequence[range]) -> Iterator[tuple[
     """Batch by batch, indices and what could be read, the next ones by threads while one is used."""
     pool = ThreadPoolExecutor(AHEAD)
     later = iter(batches)
-    reading = deque(pool.submit(image_set.__getitems__, batch) for batch in islice(later, AHEAD))
+    reading = deque(pool.submit(image_set.read, batch) for batch in islice(later, AHEAD))
     try:
         for batch in batches:
             with alone(f"reading images {batch.start} to {batch.stop - 1}"):
                 read = reading.popleft().result()
             yield batch, read
-            reading += [pool.submit(image_set.__getitems__, next_one) for next_one in islice(later, 1)]
+            reading += [pool.submit(image_set.read, next_one) for next_one in islice(later, 1)]
     finally:  # where not all are wanted, none is waited for
         pool.shutdown(wait=False, cancel_futures=True)
 

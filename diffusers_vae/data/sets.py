@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,51 +22,50 @@ from .order import MicroBatch, TrainingSet
 from .store import Store
 
 Captions = list[tuple[str, ...]]
+S = TypeVar("S", bound="StoredImages")
 
 
-@runtime_checkable
-class ImageSet(TrainingSet, Protocol):
-    """Images of one size, with or without labels; any first part is a fair sample, of a stream one of row groups."""
+@dataclass(frozen=True)
+class Records:
+    """What is known of the images of a set besides their pixels; None where it is not known."""
 
-    labels: torch.Tensor | None
+    labels: torch.Tensor | None = None
     """(N,) int64 classes."""
-    classes: tuple[str, ...] | None
+    classes: tuple[str, ...] | None = None
     """Name of each class."""
-    captions: Captions | None
-    """One or more of each image."""
-    errors: tuple[str, ...]
-    """Why files were left out so far, with their names."""
-    files: str
+    captions: Captions | None = None
+    """One or more captions per image."""
+    store: Store | None = None
+    """Where the images lie."""
+    rows: np.ndarray | range | None = None
+    """(N,) rows of the store."""
+    crops: np.ndarray | None = None
+    """(N,) number of each crop among those of its image."""
+    files: str = ""
     """What the images are and what is made of them, in a line for people."""
 
-    @property
-    def channels(self) -> int:
-        """Number of channels of the images as they are read."""
-        ...
+    def select(self, indices: slice | np.ndarray) -> Records:
+        """Return the records of the images at `indices`."""
+        rows = self.rows if isinstance(indices, slice) or self.rows is None else np.asarray(self.rows)
+        return replace(
+            self,
+            labels=None if self.labels is None else self.labels[indices],
+            captions=self.captions and [self.captions[index] for index in np.arange(len(self.captions))[indices]],
+            rows=None if rows is None else rows[indices],  # pyright: ignore[reportArgumentType, reportCallIssue]
+            crops=None if self.crops is None else self.crops[indices],
+        )
 
-    def __getitems__(self, indices: Sequence[int]) -> ReadImages:
-        """The images at `indices`."""
-        ...
-
-    def name(self, index: int) -> str:
-        """Of an image, for people: its file, or its number."""
-        ...
-
-    def first(self, count: int) -> ImageSet:
-        """The first `count` images, which are a fair sample."""
-        ...
-
-    def fingerprint(self) -> str:
-        """The same for the same images in the same order, and for others another, as far as that can be told without
-        reading them.
-        """
-        ...
-
-    def contents(self) -> str | None:
-        """The same for the same images in the same order, and for others another, as far as that can be told by reading
-        their files, in whole or in part; None where the fingerprint is of all pixels.
-        """
-        ...
+    def joined(self, other: Records) -> Records:
+        """Return these records followed by `other`; labels and captions are kept only if both have them."""
+        labels = None if self.labels is None or other.labels is None else torch.cat([self.labels, other.labels])
+        return replace(
+            self,
+            labels=labels,
+            classes=None if labels is None else self.classes,
+            captions=None if self.captions is None or other.captions is None else self.captions + other.captions,
+            rows=None if self.rows is None or other.rows is None else np.concatenate([self.rows, other.rows]),
+            crops=None if self.crops is None or other.crops is None else np.concatenate([self.crops, other.crops]),
+        )
 
 
 @dataclass(frozen=True)
@@ -79,66 +78,89 @@ class Layout:
     """What is not used, and what is in spite of its name."""
 
 
-class _Images(TrainingSet):
-    """What sets of images have in common but for the pixels: labels (N,) or None, the names of the labels' classes,
-    captions, the rows of a store that they come from, if any, and, of crops, the number of each among its row's.
+class ImageSet(TrainingSet):
+    """Images of one size; any first part is a fair sample, of a stream one of row groups.
+
+    Args:
+        records: of the images.
+        errors: why files were left out so far, with their names.
     """
 
     augmentation: Augmentation | None = None
     """Of the images when they are trained on."""
 
-    def __init__(
-        self,
-        labels: torch.Tensor | None = None,
-        classes: tuple[str, ...] | None = None,
-        captions: Captions | None = None,
-        store: Store | None = None,
-        rows: np.ndarray | None = None,
-        crops: np.ndarray | None = None,
-        errors: tuple[str, ...] = (),
-        files: str = "",
-    ):
-        self.labels, self.classes, self.captions = labels, classes, captions
-        self.store, self.rows, self.crops, self.errors, self.files = store, rows, crops, errors, files
+    def __init__(self, records: Records | None = None, errors: tuple[str, ...] = ()):
+        self.records, self.errors = records or Records(), errors
 
-    def about(self, indices: slice | np.ndarray | None = None) -> dict[str, Any]:
-        """All of this by keyword, of the images at `indices`."""
-        indices = slice(None) if indices is None else indices
-        places = range(0 if self.captions is None else len(self.captions))
-        chosen = places[indices] if isinstance(indices, slice) else indices
-        return {
-            "labels": None if self.labels is None else self.labels[indices],
-            "classes": self.classes,
-            "captions": None if self.captions is None else [self.captions[index] for index in chosen],
-            "store": self.store,
-            "rows": None if self.rows is None else self.rows[indices],
-            "crops": None if self.crops is None else self.crops[indices],
-            "errors": self.errors,
-            "files": self.files,
-        }
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """(N,) int64 classes."""
+        return self.records.labels
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Name of each class."""
+        return self.records.classes
+
+    @property
+    def captions(self) -> Captions | None:
+        """One or more captions per image."""
+        return self.records.captions
+
+    @property
+    def files(self) -> str:
+        """What the images are and what is made of them, in a line for people."""
+        return self.records.files
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the images as they are read."""
+        raise NotImplementedError
 
     def name(self, index: int) -> str:
-        if self.store is None:
+        """Return the name of an image for people: its file, or its number."""
+        store, rows, crops = self.records.store, self.records.rows, self.records.crops
+        if store is None or rows is None:
             return f"image {index}"
-        name = self.store.name(int(self.rows[index]))
-        return name if self.crops is None else f"{name}, crop {self.crops[index]}"
+        name = store.name(int(rows[index]))
+        return name if crops is None else f"{name}, crop {crops[index]}"
 
-    def read(self, batch: MicroBatch) -> ReadImages:
-        read = self._read(batch)
+    def read(self, indices: Sequence[int]) -> ReadImages:
+        """Read the images at `indices`."""
+        raise NotImplementedError
+
+    def read_batch(self, batch: MicroBatch) -> ReadImages:
+        read = self._read_batch(batch)
         return self.augmentation(read, batch) if self.augmentation else read
 
-    def _read(self, batch: MicroBatch) -> ReadImages:
-        return self.__getitems__(batch.indices)
+    def _read_batch(self, batch: MicroBatch) -> ReadImages:
+        return self.read(batch.indices)
+
+    def first(self, count: int) -> ImageSet:
+        """Return the first `count` images, which are a fair sample."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Return a hash that is the same for the same images in the same order, and another for others as far as that
+        can be seen without reading them.
+        """
+        raise NotImplementedError
+
+    def contents(self) -> str | None:
+        """Return a hash like the fingerprint by reading the files, in whole or in part; None where the fingerprint is
+        of all pixels.
+        """
+        raise NotImplementedError
 
 
-class ArrayImages(_Images):
-    """Images kept in memory: `pixels` (N, C, H, W), uint8 or float32 in [0, 1], and what `_Images` has.
+class ArrayImages(ImageSet):
+    """Images kept in memory: `pixels` (N, C, H, W), uint8 or float32 in [0, 1].
 
     Only the pixels can be on another device than the CPU: `to`.
     """
 
-    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor | None = None, **about: Any):
-        super().__init__(labels, **about)
+    def __init__(self, pixels: torch.Tensor, records: Records | None = None, errors: tuple[str, ...] = ()):
+        super().__init__(records, errors)
         self.pixels = pixels
 
     def __len__(self) -> int:
@@ -148,7 +170,7 @@ class ArrayImages(_Images):
     def channels(self) -> int:
         return self.pixels.shape[1]
 
-    def __getitems__(self, indices: Sequence[int]) -> ReadImages:
+    def read(self, indices: Sequence[int]) -> ReadImages:
         # several times faster on a CPU than to index with a list
         rows = torch.as_tensor(indices, dtype=torch.long)
         if self.pixels.is_cuda:  # from pinned memory, so that nothing waits for the copy
@@ -157,11 +179,10 @@ class ArrayImages(_Images):
 
     def to(self, device: torch.device | str) -> ArrayImages:
         """The same images with their pixels on `device`."""
-        return ArrayImages(self.pixels.to(device), **self.about())
+        return ArrayImages(self.pixels.to(device), self.records, self.errors)
 
     def first(self, count: int) -> ArrayImages:
-        """The first `count` images, which are a fair sample."""
-        return ArrayImages(self.pixels[:count], **self.about(slice(count)))
+        return ArrayImages(self.pixels[:count], self.records.select(slice(count)), self.errors)
 
     def fingerprint(self) -> str:
         """Of all pixels."""
@@ -171,12 +192,13 @@ class ArrayImages(_Images):
         """None: the fingerprint is of all pixels."""
 
 
-class StoredImages(_Images):
-    """Images of a store, read on demand as `config` says, and what `_Images` has."""
+class StoredImages(ImageSet):
+    """Images in rows of a store, read on demand as `config` says."""
 
-    def __init__(self, config: DataConfig, store: Store, rows: np.ndarray, **about: Any):
-        super().__init__(store=store, rows=rows, **about)
-        self.config = config
+    def __init__(self, config: DataConfig, records: Records, errors: tuple[str, ...] = ()):
+        super().__init__(records, errors)
+        assert records.store is not None and records.rows is not None
+        self.config, self.store, self.rows = config, records.store, records.rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -185,10 +207,10 @@ class StoredImages(_Images):
     def channels(self) -> int:
         return self.config.channels
 
-    def __getitems__(self, indices: Sequence[int]) -> ReadImages:
+    def read(self, indices: Sequence[int]) -> ReadImages:
         return self._read_at(indices, (0,))
 
-    def _read(self, batch: MicroBatch) -> ReadImages:
+    def _read_batch(self, batch: MicroBatch) -> ReadImages:
         return self._read_at(batch.indices, (batch.seed, batch.epoch))
 
     def _read_at(self, indices: Sequence[int], place: tuple[int, ...]) -> ReadImages:
@@ -197,7 +219,7 @@ class StoredImages(_Images):
         empty = torch.zeros(0, config.channels, *config.size, dtype=config.dtype)
         for number, index in enumerate(indices):
             crops = [place] if config.crops == "random" else []
-            crops = crops if self.crops is None else [(int(self.crops[index]),)]
+            crops = crops if self.records.crops is None else [(int(self.records.crops[index]),)]
             try:
                 pixels.append(self._read_one(index, crops)[0])
                 kept.append(number)
@@ -236,20 +258,19 @@ class StoredImages(_Images):
         """Of an image; ValueError naming it when that tells that it cannot be read."""
         return self.store.header(int(self.rows[index]), self.config)
 
-    def first(self, count: int) -> StoredImages:
-        """The first `count` images, which are a fair sample."""
-        return type(self)(self.config, **self.about(slice(count)))
+    def first(self: S, count: int) -> S:
+        return type(self)(self.config, self.records.select(slice(count)), self.errors)
 
     def fingerprint(self) -> str:
         """Of what the store tells without reading, which would take as long as an epoch, and of the crops."""
-        digest, known = hashlib.sha256(), {}
+        digest, known, crops = hashlib.sha256(), {}, self.records.crops
         if self.config.value_range is not None:
             digest.update(f"{ValueRange(*self.config.value_range)}\0".encode())
-        for index, row in enumerate(self.rows.tolist()):
+        for index, row in enumerate(map(int, self.rows)):
             if row not in known:  # crops share a file
                 known[row] = self.store.identity(row)
             digest.update(known[row])
-            digest.update(b"" if self.crops is None else f"crop {self.crops[index]}\0".encode())
+            digest.update(b"" if crops is None else f"crop {crops[index]}\0".encode())
         return digest.hexdigest()
 
     def contents(self) -> str | None:
@@ -257,7 +278,7 @@ class StoredImages(_Images):
         `store.WHOLE` bytes.
         """
         digest = hashlib.sha256(self.fingerprint().encode())
-        rows = list(dict.fromkeys(self.rows.tolist()))  # crops share a file
+        rows = list(dict.fromkeys(map(int, self.rows)))  # crops share a file
         for row in rows[:1]:
             self.store.digest(row)  # adds up the sizes of all, before several threads would
         with ThreadPoolExecutor() as pool:
@@ -270,11 +291,11 @@ class StoredImages(_Images):
         """The set without the images at the indices `bad`, which gives the reasons."""
         good = np.array([index for index in range(len(self)) if index not in bad], dtype=np.int64)
         errors = (*self.errors, *(bad[index] for index in sorted(bad)))
-        return StoredImages(self.config, **self.about(good) | {"errors": errors})
+        return StoredImages(self.config, self.records.select(good), errors)
 
-    def seen_as(self, config: DataConfig, files: str) -> StoredImages:
+    def seen_as(self: S, config: DataConfig, files: str) -> S:
         """The set as `config` says, with what its files are in words."""
-        return type(self)(config, **self.about() | {"files": files})
+        return type(self)(config, replace(self.records, files=files), self.errors)
 
     def cropped(self) -> StoredImages:
         """Of a set of whole images, the set of their crops: the first of each, then the second of each, and so on, so
@@ -285,4 +306,5 @@ class StoredImages(_Images):
         if not isinstance(count, int):
             return self
         every = np.tile(np.arange(len(self)), count)
-        return StoredImages(self.config, **self.about(every) | {"crops": np.repeat(np.arange(count), len(self))})
+        records = replace(self.records.select(every), crops=np.repeat(np.arange(count), len(self)))
+        return StoredImages(self.config, records, self.errors)

@@ -21,7 +21,7 @@ from .check import looked_at
 from .config import DataConfig
 from .order import Batches, streamed
 from .rows import find_columns, find_parts, rows_builder, unused_splits
-from .sets import Layout, StoredImages
+from .sets import Layout, Records, StoredImages
 from .store import SAMPLE, EncodedStore, file_digests
 
 if TYPE_CHECKING:
@@ -220,8 +220,8 @@ def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, Str
         )
     store = ParquetStore(root, files, np.concatenate(halves), column, 2 * config.shuffle_buffer)
     layout = Layout(len(parts) == 2, unused_splits(found, parts))
-    train = StreamedImages(config, store, range(total - heldout))
-    held_out = StreamedImages(config, store, range(total - heldout, total))
+    halves = range(total - heldout), range(total - heldout, total)
+    train, held_out = (StreamedImages(config, Records(store=store, rows=half)) for half in halves)
     # headers cost a row group, which is not kept: training reads it when its turn comes
     train, held_out = looked_at(train, held_out, LOOKED_AT if config.channels is None else 0)
     store.let_go()

@@ -44,7 +44,7 @@ def reader(
 ) -> Generator[tuple[Steps, Callable[[MicroBatch], Read]]]:
     """Give the steps and a function that reads their micro-batches in turn; workers read ahead of its calls."""
     if not workers:
-        yield steps, train_set.read
+        yield steps, train_set.read_batch
         return
     steps, ahead = tee(steps)
     loader = DataLoader(
@@ -90,7 +90,7 @@ class _ByMicroBatch(Dataset[Read]):
         return len(self.train_set)
 
     def __getitems__(self, batch: MicroBatch) -> Read:
-        return self.train_set.read(batch)
+        return self.train_set.read_batch(batch)
 
 
 def rows_of(micro_batch: MicroBatch, read: Read) -> slice | list[int]:

@@ -35,7 +35,7 @@ def measure_swaps(
     count = len(image_set) if max_images is None else min(max_images, len(image_set))
     indices = np.unique(np.linspace(0, count - 1, min(count, SWAPPED)).astype(int)).tolist()
     with alone("reading images"):
-        read = image_set.__getitems__(indices)
+        read = image_set.read(indices)
     kept, images = kept_images(image_set, indices, read, torch.device("cpu"))  # of any size: moved batch by batch
     on_all = set(indices).intersection(*gather(kept))  # one process may fail to read what another could
     images = images[[place for place, index in enumerate(kept) if index in on_all]]

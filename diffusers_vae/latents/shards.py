@@ -61,7 +61,7 @@ def data_identity(image_set: ImageSet) -> dict[str, Any]:
     return ({"contents": contents} if contents else {}) | {
         "fingerprint": image_set.fingerprint(),
         "images": len(image_set),
-        "image_shape": list(image_set.__getitems__([0]).pixels.shape[1:]),
+        "image_shape": list(image_set.read([0]).pixels.shape[1:]),
         "resize": image_set.config.resize if isinstance(image_set, StoredImages) else None,
         "labels": None if labels is None else digest_of([labels, image_set.classes]),
         "captions": None if image_set.captions is None else digest_of(image_set.captions),

@@ -48,8 +48,8 @@ class ImagesWithLatents(TrainingSet):
     def contents(self) -> str | None:
         return self.images.contents()
 
-    def __getitems__(self, indices: Sequence[int]) -> ReadEncoded:
-        read = self.images.__getitems__(indices)
+    def read(self, indices: Sequence[int]) -> ReadEncoded:
+        read = self.images.read(indices)
         found = [row for row, place in enumerate(read.kept) if indices[place] in self.rows]  # another read them once
         kept, pixels = [read.kept[row] for row in found], read.pixels[found]
         moments = self.latents.moments([self.rows[indices[place]] for place in kept])
@@ -91,7 +91,7 @@ class LatentsAlone(TrainingSet):
     def __len__(self) -> int:
         return len(self.latents)
 
-    def __getitems__(self, indices: Sequence[int]) -> ReadLatents:
+    def read(self, indices: Sequence[int]) -> ReadLatents:
         return ReadLatents(indices, self.latents)
 
     def name(self, index: int) -> str:

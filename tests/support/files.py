@@ -4,12 +4,28 @@ import shutil
 import tarfile
 import zipfile
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+from diffusers_vae.data import ImageSet
 
 
 def paths_of(image_set) -> list[Path]:
     """The file of each image of a folder."""
-    return [image_set.store.paths[row] for row in image_set.rows]
+    return [image_set.records.store.paths[row] for row in image_set.records.rows]
+
+
+@dataclass(frozen=True)
+class ByIndex:
+    """An image set as torch's `DataLoader` reads one: a batch at a time."""
+
+    images: ImageSet
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices):
+        return self.images.read(indices)
 
 
 def pixels_of(read):

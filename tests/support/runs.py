@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torchvision.models import squeezenet1_1
 
-from diffusers_vae.data import ArrayImages, DataConfig
+from diffusers_vae.data import ArrayImages, DataConfig, Records
 from diffusers_vae.engine.config import RunConfig
 from diffusers_vae.engine.folder import Log, opened
 from diffusers_vae.engine.launch import launched
@@ -120,7 +120,7 @@ def not_a_number(data):
     """Data of float pixels; one pixel of image 17 is NaN."""
     pixels = data.train_set.pixels / 255
     pixels[17, 0, 3, 3] = torch.nan
-    return dataclasses.replace(data, train_set=ArrayImages(pixels, data.train_set.labels))
+    return dataclasses.replace(data, train_set=ArrayImages(pixels, Records(data.train_set.labels)))
 
 
 def records(output_dir, kind):
