@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 
@@ -40,7 +40,7 @@ CLIENTS = ("huggingface_hub", "datasets", "diffusers")
 
 
 @contextmanager
-def changed_logs(change: Callable[[str], str]) -> Iterator[None]:
+def changed_logs(change: Callable[[str], str]) -> Generator[None]:
     """Apply `change` to each message that is logged meanwhile, by the clients of the Hub too."""
 
     def apply(record: logging.LogRecord) -> bool:
@@ -58,7 +58,7 @@ def changed_logs(change: Callable[[str], str]) -> Iterator[None]:
 
 
 @contextmanager
-def hiding_passwords() -> Iterator[None]:
+def hiding_passwords() -> Generator[None]:
     """Raise an OSError from within that shows a password, as clients of the Hub do, without it; log what they log as it
     is shown to people.
     """

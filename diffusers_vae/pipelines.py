@@ -6,12 +6,15 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from .models import MLPVAE, VAE, LatentScaling, unmeasured, with_whole_tiles, without_adapters
+from .models.stock import AutoencoderKL
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class _Stock:
         return [latent_channels * self.packing**2] + [2 * latent_channels + 1] * masked
 
 
-def _tasks(family: str, **settings) -> dict[str, _Stock]:
+def _tasks(family: str, **settings: Any) -> dict[str, _Stock]:
     return {f"{family}{task}Pipeline": _Stock(task=task, **settings) for task in ("", "Img2Img", "Inpaint")}
 
 
@@ -169,7 +172,7 @@ def _not_computable(
     name: str, stock: _Stock, vae: VAE | AutoencoderKL, dtype: torch.dtype | None = None
 ) -> Iterator[str]:
     """Where the pipeline would fail with this VAE in `dtype`, or in any without one."""
-    config = vae.config
+    config: Any = vae.config
     if reason := unmeasured(config):
         yield reason
     if stock.use_shift and config.shift_factor is None:
@@ -177,11 +180,12 @@ def _not_computable(
             f"shift_factor: the VAE has None, and {name} subtracts it; vae.register_to_config(shift_factor=...) sets "
             "it to what the denoiser is trained with, 0.0 for latents that are not shifted"
         )
-    by_channel = stock.per_channel and config.latents_mean is not None and config.latents_std is not None
-    if by_channel and not len(config.latents_mean) == len(config.latents_std) == config.latent_channels == 4:
+    mean, std = config.latents_mean, config.latents_std
+    by_channel = stock.per_channel and None not in (mean, std)
+    if by_channel and not len(mean) == len(std) == config.latent_channels == 4:
         yield (
             f"latents_mean and latents_std: {name} takes them for 4 channels only, and the VAE has "
-            f"{config.latent_channels} channels, {len(config.latents_mean)} means and {len(config.latents_std)} stds; "
+            f"{config.latent_channels} channels, {len(mean)} means and {len(std)} stds; "
             "vae.register_to_config(latents_mean=None, latents_std=None) scales by scaling_factor alone"
         )
     if stock.per_channel and dtype == torch.float16 and config.force_upcast and not config.use_post_quant_conv:
@@ -212,9 +216,9 @@ def _misfits(
     """What of the VAE is other than the denoiser takes or, in the old VAE's words, was trained with."""
     channels = vae.config.latent_channels
     compared = isinstance(old, (VAE, AutoencoderKL))
-    if denoiser is not None and denoiser.config.in_channels not in stock.inputs(channels):
+    taken: Any = None if denoiser is None else cast(Any, denoiser).config.in_channels
+    if denoiser is not None and taken not in stock.inputs(channels):
         expected = " or ".join(map(str, stock.inputs(channels)))
-        taken = denoiser.config.in_channels
         fitting = [each for each in range(1, taken + 1) if taken in stock.inputs(each)]
         yield (
             f"latent channels: the VAE has {channels}, for which the {stock.denoiser} must take {expected} channels, "
@@ -252,7 +256,7 @@ def _misfits(
 def _applied(stock: _Stock, vae: VAE | AutoencoderKL) -> dict[str, float | list[float] | None]:
     """The keys of the config that the pipeline applies to the latents, with their values."""
     config = vae.config
-    applied = {"scaling_factor": config.scaling_factor}
+    applied: dict[str, float | list[float] | None] = {"scaling_factor": config.scaling_factor}
     if stock.use_shift:
         applied["shift_factor"] = config.shift_factor
     if stock.per_channel:
@@ -265,5 +269,5 @@ def _close(a: float | list[float] | None, b: float | list[float] | None) -> bool
     """Whether two values of a config are one, up to float32."""
     if a is None or b is None:
         return a is b
-    a, b = (each if isinstance(each, list) else [each] for each in (a, b))
-    return len(a) == len(b) and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(a, b, strict=True))
+    first, second = (each if isinstance(each, list) else [each] for each in (a, b))
+    return len(first) == len(second) and all(map(partial(math.isclose, rel_tol=1e-6), first, second))

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from .silence import alone
 from .storage import acquire
 
 T = TypeVar("T")
+P = TypeVar("P", bound=tuple[Any, ...])
 logger = logging.getLogger(__name__)
 
 
@@ -46,7 +47,7 @@ def gather(value: T) -> list[T]:
     return everyone
 
 
-def gather_parts(parts: list[tuple]) -> list[tuple]:
+def gather_parts(parts: list[P]) -> list[P]:
     """The parts (index, ...) of all processes, sorted by index, on all of them: nothing is padded or counted twice, and
     a sum over them does not depend on the number of processes.
     """
@@ -134,7 +135,7 @@ def largest_part(model: torch.nn.Module, batch_size: int) -> int:
 
 
 @contextmanager
-def one_first(first: bool, what: str) -> Iterator[None]:
+def one_first(first: bool, what: str) -> Generator[None]:
     """Let those processes do `what` is within that are `first`, while the others wait; then the others."""
     if not first:
         gather(None)
@@ -145,7 +146,7 @@ def one_first(first: bool, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def only_user_of(folder: Path, doing: str, setting: str) -> Iterator[None]:
+def only_user_of(folder: Path, doing: str, setting: str) -> Generator[None]:
     """Lock the folder within: no other launch can be `doing` something there. Errors are those of `storage.acquire`."""
     lock = FileLock(folder / ".lock")
     on_main(partial(acquire, lock, doing, setting))
@@ -242,7 +243,7 @@ class _Lossy:
 
 
 @contextmanager
-def lossy_output() -> Iterator[None]:
+def lossy_output() -> Generator[None]:
     """Within, a write to the terminal never fails: a full disk under a log, or a reader that has ended, must not end a
     training.
     """

@@ -11,10 +11,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
@@ -73,7 +74,7 @@ def report_progress(what: str | None = None) -> None:
 
 
 @contextmanager
-def alone(what: str | None = None) -> Iterator[None]:
+def alone(what: str | None = None) -> Generator[None]:
     """Say that this process waits for no other within, so that silence is a fault of its own."""
     before = _doing.what, _doing.alone
     report_progress(what)
@@ -241,7 +242,7 @@ class _Beat:
 
 
 @contextmanager
-def watched(patience: Patience, again: str = CONTINUES) -> Iterator[None]:
+def watched(patience: Patience, again: str = CONTINUES) -> Generator[None]:
     """Wait until all processes of the launch have started; then end this process, with an error that names the culprit,
     when one of them falls silent within. `again` is the sentence that says what the same command does after that.
 
@@ -398,13 +399,14 @@ class WorkerWatch:
         self.thread.join()
 
     def _look(self) -> None:
-        clock, waiting = _Clock(self.patience.tick), None
+        clock, waiting, activity = _Clock(self.patience.tick), None, None
+        waited, silent, warned = 0.0, 0.0, False
         while not self.done.wait(self.patience.tick):
             seconds = clock.seconds()
             if waiting is not self.waiting:
                 waiting, waited, silent, warned = self.waiting, 0.0, 0.0, False
-                activity = waiting and _Activity(lambda worker=waiting[0]: self._process(worker))
-            elif waiting:
+                activity = _Activity(partial(self._process, waiting[0])) if waiting else None
+            elif waiting and activity:
                 report_progress()  # the worker is watched here, and this process only waits
                 waited += seconds
                 silent = 0.0 if activity.seen(seconds) else silent + seconds

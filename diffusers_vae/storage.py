@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -48,7 +48,7 @@ def _announce(operation: Operation, path: Path, to: Path | None = None) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Generator[None]:
     """Turn whatever the file system refuses within into an OSError that names `path`."""
     try:
         yield
@@ -58,7 +58,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def scratch_folder() -> Iterator[Path]:
+def scratch_folder() -> Generator[Path]:
     """Yield a folder for files that are needed for a moment, which is deleted. An error because there is no space names
     it.
     """
@@ -111,7 +111,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Generator[Path]:
     """Yield a path to write a file to, which replaces `path` at the end, on the disk. After an error there is no trace
     of it; OSErrors name `path`.
     """
@@ -129,7 +129,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_files(folder: Path) -> Iterator[Path]:
+def whole_files(folder: Path) -> Generator[Path]:
     """Yield an empty folder to write files to, in folders below it too. At the end, once all are on the disk, move each
     into `folder`; an error within leaves `folder` as it was. OSErrors name `folder`.
     """
@@ -153,7 +153,7 @@ def whole_files(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path) -> Generator[Path]:
     """Yield an empty folder to write to, which replaces `path` at the end, its files on the disk. After an error there
     is no trace of it; OSErrors name `path`. A file is announced to the watcher once it is written.
     """

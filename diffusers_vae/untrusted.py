@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, BinaryIO, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -134,7 +134,7 @@ def _open_regular(path: str, flags: int) -> int:
 def open_image(file: BinaryIO) -> Image.Image:
     """The image in an open file of one of the `FORMATS`, whatever its size; an error of Pillow otherwise."""
     beginning = file.read(16)
-    for factory, accept in map(Image.OPEN.get, FORMATS):
+    for factory, accept in map(Image.OPEN.__getitem__, FORMATS):
         # as `Image.open` does it, which also refuses what is larger than its own limit
         with suppress(SyntaxError, IndexError, TypeError, struct.error):
             fits = accept is None or accept(beginning)
@@ -187,7 +187,8 @@ def count_pages(image: Image.Image) -> int:
             return min(getattr(image, "n_frames", 1), MAX_PAGES)
         for page in range(1, MAX_PAGES) if image.format == "TIFF" else ():
             image.seek(page)
-            count += not image.tag_v2.get(NEW_SUBFILE_TYPE, 0) & 1
+            tags: Any = image
+            count += not tags.tag_v2.get(NEW_SUBFILE_TYPE, 0) & 1
     return count
 
 
@@ -264,11 +265,13 @@ def check_type(value: Any, kind: Any, name: str) -> None:
             may be.
         name: of the value, for the error.
     """
+    origin: Any
     origin, parts = (list, kind) if isinstance(kind, list) else (get_origin(kind), get_args(kind))
+    kind = cast(Any, kind)
     if isinstance(kind, dict) or is_dataclass(kind):
         check_type(value, dict, name)
-        kinds = kind if isinstance(kind, dict) else get_type_hints(kind)
-        optional = [] if kinds is kind else [field.name for field in fields(kind) if _has_default(field)]
+        kinds: dict[str, Any] = cast(Any, kind) if isinstance(kind, dict) else get_type_hints(kind)
+        optional = [] if kinds is kind else [field.name for field in fields(cast(Any, kind)) if _has_default(field)]
         for key, part in kinds.items():
             if key in value:
                 check_type(value[key], part, f"{name}.{key}")
@@ -285,14 +288,15 @@ def check_type(value: Any, kind: Any, name: str) -> None:
         if value not in parts:
             raise ValueError(f"{name} must be one of {', '.join(map(str, parts))}, got {value!r:.60}")
     elif (isinstance(value, bool) and kind is not bool) or not isinstance(
-        value, (int, float) if kind is float else kind
+        value, (int, float) if kind is float else cast(Any, kind)
     ):
-        raise ValueError(f"{name} must be of the type {NAMES.get(kind, kind.__name__)}, got {value!r:.60}")
+        wanted = NAMES.get(cast(Any, kind)) or cast(Any, kind).__name__
+        raise ValueError(f"{name} must be of the type {wanted}, got {value!r:.60}")
     elif kind is float and not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} must be a finite number, got {value!r:.60}")
 
 
-def _has_default(field: Field) -> bool:
+def _has_default(field: Field[Any]) -> bool:
     return field.default is not MISSING or field.default_factory is not MISSING
 
 

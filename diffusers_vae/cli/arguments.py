@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from accelerate import PartialState
-from diffusers.models.modeling_utils import ModelMixin
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from ..data import IMAGE_SUFFIXES, DataConfig
@@ -18,6 +17,7 @@ from ..evaluation.evaluate import EvaluationConfig
 from ..losses.objective import ObjectiveConfig
 from ..messages import message
 from ..models import encode, load_autoencoder
+from ..models.stock import ModelMixin
 from .parser import data_flags, new_parser, refuse_null
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from diffusers.models.modeling_utils import ModelMixin
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
@@ -21,6 +20,7 @@ from ..evaluation.report import EvaluationReport
 from ..images.ranges import to_model_range
 from ..messages import showable
 from ..models import encode, find_subfolder
+from ..models.stock import ModelMixin
 from ..processes import on_main, one_first
 from ..reports.html import draw_report, report_html
 from ..reports.pictures import comparison_picture

@@ -9,7 +9,6 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
@@ -21,6 +20,7 @@ from ..images.grid import to_pil
 from ..images.ranges import ValueRange, to_model_range
 from ..images.raw_files import WRITTEN, FileKind, read_values, write_values
 from ..messages import problem_list, showable
+from ..models.stock import ModelMixin
 from ..models.value_range import find_value_range
 from ..reports.pages import save_signed
 from ..reports.pictures import sample_picture

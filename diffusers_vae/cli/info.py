@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import AutoencoderKLFlux2
-from diffusers.models.modeling_utils import ModelMixin
 
 from ..evaluation.report import read_report
 from ..messages import quoted, showable
 from ..models import VAE, LatentScaling, find_subfolder, load_autoencoder, unmeasured, weights_hash
+from ..models.stock import ModelMixin
 from ..models.value_range import find_value_range
 from ..pipelines import latent_scaling
 from ..reports.tables import report_table

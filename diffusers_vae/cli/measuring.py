@@ -8,7 +8,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusers.models.modeling_utils import ModelMixin
 from jsonargparse import ArgumentParser, Namespace
 
 from ..data import IN_MEMORY, PLACED, DataConfig, ImageSet, is_hub_id, load_split, refuse_colours
@@ -18,6 +17,7 @@ from ..fields import unread, with_traits
 from ..losses.objective import ObjectiveConfig, VAEObjective
 from ..messages import message, showable
 from ..models import is_local, no_such_path, read_config
+from ..models.stock import ModelMixin
 from ..models.value_range import find_value_range
 from ..processes import process_share
 from ..settings import config_of_run, read_settings

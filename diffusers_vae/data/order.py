@@ -36,10 +36,15 @@ Batches = Iterator[np.ndarray]
 class Read(Protocol):
     """What was asked for of a training set and could be read."""
 
-    kept: Sequence[int]
-    """Places, in the indices asked for, of what was read."""
-    errors: tuple[str, ...]
-    """Why the others could not be read, with their names."""
+    @property
+    def kept(self) -> Sequence[int]:
+        """Positions, in the indices asked for, of what was read."""
+        ...
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """Why the others could not be read, with their names."""
+        ...
 
     def checked(self) -> Read:
         """This; ValueError when `errors` are to stop the run."""
@@ -56,8 +61,6 @@ class Read(Protocol):
 
 class TrainingSet(Protocol):
     """What is trained on, read by the batch, every image once per epoch."""
-
-    errors: tuple[str, ...]
 
     def __len__(self) -> int: ...
 

@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.modeling_utils import ModelMixin
 from tqdm import tqdm
 
 from ..data import DataConfig, ImageSet, image_batches
@@ -23,6 +22,7 @@ from ..latents.statistics import LatentStatistics, draw, total
 from ..losses.objective import Bernoulli, VAEObjective
 from ..losses.perceptual import LPIPS, InceptionFeatures
 from ..models import decode, decode_logits, encode, unmeasured, weights_hash
+from ..models.stock import ModelMixin
 from ..processes import gather_parts, in_parts, largest_part, process_share
 from .float16 import measure_precision
 from .metrics import frechet_distance, mean_interval, psnr, ssim

@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from tqdm import tqdm
 
 from ..data import ImageSet, image_batches
 from ..models import decode, encode
+from ..models.stock import ModelMixin
 from ..processes import gather_parts, process_share
 from .metrics import psnr
 

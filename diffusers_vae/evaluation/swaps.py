@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 
 from ..data import ImageSet, kept_images
 from ..latents.statistics import SwapCosts
 from ..models import decode, encode
+from ..models.stock import ModelMixin
 from ..processes import gather, gather_parts, process_share
 from ..silence import alone, report_progress
 from .metrics import psnr

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from ..data import ImageSet
 from ..models import weights_hash
+from ..models.stock import ModelMixin
 from ..processes import on_main, process_share
 from ..storage import described, digest_of
 from ..untrusted import check_type, refuse_odd_name
@@ -65,7 +65,7 @@ def matching_latents(vae: ModelMixin, image_set: ImageSet, folder: str | Path, d
     return latents
 
 
-class LatentDataset(Dataset):
+class LatentDataset(Dataset[dict[str, Any]]):
     """The latents that `encode_images` wrote to `folder`, in float32, with labels and captions if the images had them.
 
     A row is a dict of `mean` and `logvar`, or of `latents`, each (C, h, w), and of `label`, int64, and `captions`, a
@@ -118,11 +118,14 @@ class LatentDataset(Dataset):
 
     def _refuse(self, changed: list[str]) -> None:
         if changed:
-            more = f" and {len(changed) - LISTED} more" if len(changed) > LISTED else ""
-            raise ValueError(
-                f"{', '.join(changed[:LISTED])}{more} in {self.folder.resolve()} missing or not as written: delete "
-                "what is there of these, and the same encode command writes them again"
-            )
+            raise self._changed(changed)
+
+    def _changed(self, names: list[str]) -> ValueError:
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        return ValueError(
+            f"{', '.join(names[:LISTED])}{more} in {self.folder.resolve()} missing or not as written: delete what is "
+            "there of these, and the same encode command writes them again"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was read, so that workers map the files themselves."""
@@ -231,7 +234,7 @@ class LatentDataset(Dataset):
             captions = json.loads(shard["captions"][start : int(ends[place])].numpy().tobytes())
             check_type(captions, list[str], "captions")
         except (KeyError, ValueError):
-            self._refuse([shard_path(self.folder, number).name])
+            raise self._changed([shard_path(self.folder, number).name]) from None
         return captions
 
     def __len__(self) -> int:

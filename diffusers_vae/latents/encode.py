@@ -13,12 +13,12 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from tqdm import tqdm
 
 from ..data import ImageSet, kept_images, read_ahead
 from ..messages import showable
 from ..models import VAE, encode, fast_dtype, for_inference, several_at_once, unmeasured, weights_hash
+from ..models.stock import ModelMixin
 from ..processes import gather_parts, on_main, only_user_of, process_share, sendable
 from ..silence import alone
 from ..storage import delete_file, naming, save_tensors, whole_file, write_file
@@ -273,8 +273,9 @@ def _encode_shards(
         for number in own:
             path = shard_path(folder, number)
             yield from _encode_shard(vae, image_set, images[number], path, cache, batch_size, at_once)
-            found[number] = whole_shard(path, cache)
-            assert found[number] is not None
+            shard = whole_shard(path, cache)
+            assert shard is not None
+            found[number] = shard
 
     steps = max((sum(batches[number] for number in missing[k::processes]) for k in range(processes)), default=0)
     with tqdm(
@@ -364,7 +365,7 @@ def _encode_shard(
     header = {HEADER: json.dumps({"cache": cache, "sha256": checksum(tensors)})}
     with alone(f"writing {path.name}"), whole_file(path) as partial:
         save_tensors(partial, {name: tensor.contiguous() for name, tensor in tensors.items()}, header)
-    yield len(indices)
+    yield len(batches[-1])
 
 
 def _stored(

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.modeling_utils import ModelMixin
 from tqdm import tqdm
 
 from ..data import ImageSet, image_batches
 from ..losses.objective import rate_per_unit
 from ..models import check_batch, encode
+from ..models.stock import ModelMixin
 from ..processes import gather_parts, in_parts, process_share
 
 ACTIVE = 0.01
@@ -65,9 +65,13 @@ class LatentStatistics:
             self.images += other.images
             self.sums = other.sums if self.sums is None else self.sums + other.sums
 
+    def _means(self) -> torch.Tensor:
+        assert self.sums is not None, "statistics of at least one image"
+        return self.sums / self.images
+
     def _moments(self, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and std of the latents, over images and the dimensions `dims` of (channels, height, width)."""
-        mean, square, variance, _ = self.sums / self.images
+        mean, square, variance, _ = self._means()
         mean, square = (t.mean(dims) if dims else t for t in (mean, square + variance))
         return mean, (square - mean**2).clamp(min=0).sqrt()
 
@@ -103,7 +107,7 @@ class LatentStatistics:
         unit taken as normal: 0.5 * (log variance over the images - mean log variance of the posteriors). It is an upper
         bound of the information that distinguishes images. Like `swaps`, it is independent of the scale of the latents.
         """
-        mean, square, variance, rate = self.sums / self.images
+        mean, square, variance, rate = self._means()
         unit_mean, unit_std = self._moments(())
         log_variance = square + variance - 1 - 2 * rate  # the mean of it, by the definition of the rate
         information = 0.5 * (2 * unit_std.log() - log_variance).clamp(min=0)
@@ -113,7 +117,7 @@ class LatentStatistics:
             unused = [channel for channel, nats in enumerate(per_channel) if nats < UNUSED_INFORMATION]
         elif swaps is not None:
             unused = [channel for channel, cost in enumerate(swaps.channels) if cost < UNUSED]
-        measured = {
+        measured: dict[str, Any] = {
             "units": mean.numel(),
             "active_units": int((square - mean**2 > ACTIVE).sum()),
             "empty_share": (rate < EMPTY).double().mean().item(),
@@ -206,7 +210,7 @@ def _verdict(measured: dict[str, Any], largest_std: float, images: int) -> tuple
             f"the colours grows by only {swaps.colour:.2f} dB. Train longer or with a higher optimizer.learning_rate, "
             f"or {lower}."
         )
-    if used and len(unused) == count:
+    if swaps and used and len(unused) == count:
         return "partly collapsed", (
             f"Taking any one of the {count} {kind}s from another image costs less than {UNUSED} dB, but all of them "
             f"together cost {swaps.all:.2f} dB: they hold the same information. A model with fewer does as well."

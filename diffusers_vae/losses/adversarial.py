@@ -8,10 +8,10 @@ over processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -87,11 +87,11 @@ class AdversarialConfig:
 
 
 class _Conv(nn.Conv2d):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         # Autocast would compute the singular value in half precision; the convolution may be.
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(input.device.type, enabled=False):
             weight = self.weight
-        return F.conv2d(images, weight, self.bias, self.stride, self.padding)
+        return F.conv2d(input, weight, self.bias, self.stride, self.padding)
 
 
 class PatchDiscriminator(nn.Module):
@@ -109,7 +109,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         self.layers = layers
         widths = [width * min(2**layer, 8) for layer in range(layers + 1)]
-        modules = [_Conv(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        modules: list[nn.Module] = [_Conv(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for layer in range(1, layers + 1):
             stride = 2 if layer < layers else 1
             modules.append(_Conv(widths[layer - 1], widths[layer], 4, stride, padding=1, bias=norm != "batch"))
@@ -118,7 +118,7 @@ class PatchDiscriminator(nn.Module):
             modules.append(nn.LeakyReLU(0.2))
         self.main = nn.Sequential(*modules, _Conv(widths[-1], 1, 4, padding=1))
         for module in self.main:
-            if not isinstance(module, nn.LeakyReLU):
+            if isinstance(module, (_Conv, nn.BatchNorm2d)):
                 nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
             if norm == "spectral" and isinstance(module, nn.Conv2d):
                 spectral_norm(module)
@@ -126,9 +126,8 @@ class PatchDiscriminator(nn.Module):
 
     def train(self, mode: bool = True) -> PatchDiscriminator:
         super().train(mode)
-        for module in self.main:
-            if parametrize.is_parametrized(module):
-                module.parametrizations.eval()  # in train mode, every forward would be a power iteration
+        for module in self._normalised():
+            module.parametrizations.eval()  # in train mode, every forward would be a power iteration
         return self
 
     @torch.no_grad()
@@ -136,12 +135,15 @@ class PatchDiscriminator(nn.Module):
         """One power iteration for the largest singular value of every layer: to be called once per optimiser step, on
         every process. Equal weights and buffers give equal ones.
         """
-        for module in self.main:
-            if parametrize.is_parametrized(module):
-                weight = module.parametrizations.weight.train()
-                with torch.autocast(weight.original.device.type, enabled=False):
-                    weight()
-                weight.eval()
+        for module in self._normalised():
+            weight = module.parametrizations.weight.train()
+            with torch.autocast(weight.original.device.type, enabled=False):
+                weight()
+            weight.eval()
+
+    def _normalised(self) -> list[Any]:
+        """Layers with a spectral norm."""
+        return [module for module in self.main if parametrize.is_parametrized(module)]
 
     @staticmethod
     def check(size: tuple[int, int], layers: int) -> None:
@@ -160,8 +162,8 @@ class PatchDiscriminator(nn.Module):
         Raises:
             ValueError: for images that leave no patch.
         """
-        self.check(tuple(images.shape[2:]), self.layers)
-        device, dtype = images.device.type, self.main[0].bias.dtype
+        self.check((images.shape[2], images.shape[3]), self.layers)
+        device, dtype = images.device.type, next(self.parameters()).dtype
         # float16 rounds the small gradients of a mean over patches to 0: the loss scale is the model's, found for its
         # gradients, and those that the adaptive weight compares have none.
         float16 = torch.get_autocast_dtype(device) == torch.float16
@@ -170,7 +172,7 @@ class PatchDiscriminator(nn.Module):
 
 
 @contextmanager
-def frozen(discriminator: PatchDiscriminator) -> Iterator[None]:
+def frozen(discriminator: PatchDiscriminator) -> Generator[None]:
     """Within, a forward gives the discriminator's parameters no gradient, whenever its backward is; the images get
     theirs.
     """
@@ -291,7 +293,7 @@ class Adversary:
         self,
         reconstruction_loss: torch.Tensor,
         generator_loss: torch.Tensor,
-        last_layer: nn.Parameter,
+        last_layer: torch.Tensor,
         size: float = 1.0,
     ) -> dict[str, torch.Tensor]:
         """Return as statistics the gradients at the decoder's last layer of the two losses, which may be per image (B,)

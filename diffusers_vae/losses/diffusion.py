@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from ..fields import check, setting
@@ -51,7 +51,9 @@ class DiffusionObjective:
 
     def __init__(self, prediction_type: str = "epsilon", min_snr_gamma: float | None = None):
         self.min_snr_gamma = min_snr_gamma
-        self.scheduler = DDPMScheduler(
+        self.velocity = prediction_type == "v_prediction"
+        scheduler: Any = DDPMScheduler  # whose methods are typed for IntTensor
+        self.scheduler = scheduler(
             num_train_timesteps=1000,
             beta_start=0.00085,
             beta_end=0.012,
@@ -71,8 +73,7 @@ class DiffusionObjective:
         """The terms for the denoiser's prediction (B, C, h, w) at noisy(scaled_latents, noise, timesteps)."""
         if prediction.shape != noise.shape:
             raise ValueError(f"prediction and noise must have one shape, got {prediction.shape} and {noise.shape}")
-        velocity = self.scheduler.config.prediction_type == "v_prediction"
-        target = self.scheduler.get_velocity(scaled_latents, noise, timesteps) if velocity else noise
+        target = self.scheduler.get_velocity(scaled_latents, noise, timesteps) if self.velocity else noise
         error = ((prediction.float() - target) ** 2).flatten(1).mean(1)
         return DiffusionTerms(loss=(self.weights(timesteps) * error).mean(), error=error)
 
@@ -82,4 +83,4 @@ class DiffusionObjective:
             return torch.ones_like(timesteps, dtype=torch.float32)
         snr = compute_snr(self.scheduler, timesteps)
         clipped = snr.clamp(max=self.min_snr_gamma)
-        return clipped / (snr + 1 if self.scheduler.config.prediction_type == "v_prediction" else snr)
+        return clipped / (snr + 1 if self.velocity else snr)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -64,29 +64,13 @@ class Likelihood(Protocol):
         """
         ...
 
-    def constant(self) -> float:
+    def constant(self) -> float | torch.Tensor:
         """What `error` leaves out of -log p, nats per value."""
         ...
 
     @property
     def density(self) -> str:
         """What p is a density over, in words."""
-        ...
-
-
-class ScaledLikelihood(Likelihood, Protocol):
-    """A likelihood whose width is a number or a scalar tensor, in model range."""
-
-    def with_scale(self, scale: float | torch.Tensor) -> ScaledLikelihood:
-        """The same density, `scale` wide."""
-        ...
-
-    def deviation(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        """The mean over the values of an image of what `error` sums up, at scale 1 and without its factor, (B,)."""
-        ...
-
-    def optimal_scale(self, deviation: float) -> float:
-        """The scale at which images of this mean deviation are most probable."""
         ...
 
 
@@ -209,10 +193,10 @@ class VAEObjective:
         if self.scale_varies and self.scale is None:
             raise ValueError(f"scale_varies needs a likelihood with a scale, got {self.likelihood}")
 
-    def left_out(self) -> float:
+    def left_out(self) -> float | torch.Tensor:
         """Return the part of the distortion, in nats per value, that training cannot change and the loss leaves out."""
-        constant = self.likelihood.constant()
-        return constant - _log(self.scale) if self.scale_varies else constant
+        constant, scale = self.likelihood.constant(), self.scale
+        return constant - _log(scale) if self.scale_varies and scale is not None else constant
 
     @property
     def scale(self) -> float | torch.Tensor | None:
@@ -271,7 +255,8 @@ class VAEObjective:
         if decoded.dtype in (torch.float16, torch.bfloat16):
             decoded = decoded.float()
         images = images.to(decoded.dtype)
-        values, likelihood = images[0].numel(), self.likelihood
+        values = images[0].numel()
+        likelihood: Any = self.likelihood
         if scale is not None:
             if isinstance(likelihood, Bernoulli):
                 raise ValueError(f"a Bernoulli likelihood has no scale: leave it out, got {scale}")
@@ -410,6 +395,6 @@ class ObjectiveConfig:
             scale = self.scale
         else:
             raise ValueError(f"objective.scale is {self.scale}, not learned or optimal: leave out {scale}")
-        likelihoods = {"gaussian": Gaussian, "laplace": Laplace}
-        likelihood = likelihoods[self.likelihood](scale) if self.likelihood in likelihoods else Bernoulli()
+        kind: Any = {"gaussian": Gaussian, "laplace": Laplace}.get(self.likelihood)
+        likelihood = kind(scale) if kind else Bernoulli()
         return VAEObjective(likelihood, self.kl_weight, scale_varies=isinstance(self.scale, str))

@@ -6,7 +6,7 @@ import io
 import logging
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torchvision
@@ -53,11 +53,9 @@ class LPIPS(nn.Module):
 
     def __init__(self, net: Literal["alex", "vgg", "squeeze"]):
         super().__init__()
-        from torchmetrics.functional.image.lpips import _NoTrainLpips  # seen in 1.9: the public class downloads
-
         self.name, published = net, _published(net)
         with torch.random.fork_rng(devices=[]):  # of weights that are replaced
-            self.net = _NoTrainLpips(net=net, pnet_rand=True)
+            self.net = _lpips(net)
         features = self.net.net
         # torchmetrics 1.9 cuts torchvision's `features` into slices, where the layers keep their numbers
         names = {name: re.sub(r"^slices?\.?\d+\.", "features.", name) for name in features.state_dict()}
@@ -79,7 +77,7 @@ class LPIPS(nn.Module):
         """Per image (B,), of (B, 1 or 3, H, W) in [-1, 1]; grey is repeated to three channels. Computed in the weights'
         precision, float32, whatever that of the images, under autocast too.
         """
-        self.check(images.shape[1], tuple(images.shape[2:]))
+        self.check(images.shape[1], (images.shape[2], images.shape[3]))
         dtype = next(self.net.parameters()).dtype
         images, reconstructions = (given.to(dtype).expand(-1, 3, -1, -1) for given in (images, reconstructions))
         # differences of features of norm 1, squared: of near copies nothing but rounding would be left in 16 bits
@@ -119,7 +117,7 @@ class InceptionFeatures(nn.Module):
         super().__init__()
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        content = io.BytesIO()  # torch-fidelity would unpickle a file, whatever it holds
+        content: Any = io.BytesIO()  # torch-fidelity would unpickle a file, whatever it holds
         torch.save(_published("inception"), content)
         content.seek(0)
         try:
@@ -135,8 +133,16 @@ class InceptionFeatures(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 2048) of (B, 1 or 3, H, W) in [-1, 1], which are rounded to 8 bits and scaled to 299x299."""
-        self.check(images.shape[1], tuple(images.shape[2:]))
+        self.check(images.shape[1], (images.shape[2], images.shape[3]))
         return self.net(to_uint8(images).expand(-1, 3, -1, -1))
+
+
+def _lpips(net: str) -> Any:
+    """LPIPS with random weights, as torchmetrics 1.9 names it: its public class downloads weights."""
+    from torchmetrics.functional.image import lpips
+
+    module: Any = lpips
+    return module._NoTrainLpips(net=net, pnet_rand=True)
 
 
 def _published(net: str) -> dict[str, torch.Tensor]:
@@ -169,7 +175,7 @@ def _download(net: str, path: Path) -> None:
     if net == "inception":
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
     else:
-        url = torchvision.models.get_model_weights(TORCHVISION[net]).IMAGENET1K_V1.url
+        url = torchvision.models.get_model_weights(TORCHVISION[net])["IMAGENET1K_V1"].url
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), SHA256[net])

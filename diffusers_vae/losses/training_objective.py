@@ -85,7 +85,7 @@ class TrainingObjective:
         self.config = config
         start = START_SCALE if isinstance(config.scale, str) else None
         self._objective = replace(config.build(start), free_bits=config.free_bits)
-        self._controller = config.target_rate and RateController(config.target_rate, config.kl_weight)
+        self._controller = RateController(config.target_rate, config.kl_weight) if config.target_rate else None
         self._kl_weight: float | None = None  # of the step that is under way
         self._channel_rates: list[float] | None = None
         self._deviation = self._deviation_weight = 0.0
@@ -152,7 +152,8 @@ class TrainingObjective:
             statistics["channel_rates"] = encoded_whole * rate_per_channel(posterior).detach().mean(0)
         if self.config.scale == "optimal":
             exact = terms.distortion.dtype
-            deviation = self._objective.likelihood.deviation(images.to(exact), reconstructions.detach().to(exact))
+            likelihood: Any = self._objective.likelihood
+            deviation = likelihood.deviation(images.to(exact), reconstructions.detach().to(exact))
             statistics["size"] = torch.full_like(terms.loss.detach(), size)
             statistics["deviation"] = size * deviation.mean()
         return replace(terms, statistics=statistics)
@@ -211,7 +212,8 @@ class TrainingObjective:
     def _optimal_scale(self) -> float:
         if not self._deviation_weight:
             return START_SCALE
-        scale = self._objective.likelihood.optimal_scale(self._deviation / self._deviation_weight)
+        likelihood: Any = self._objective.likelihood
+        scale = likelihood.optimal_scale(self._deviation / self._deviation_weight)
         return max(scale, SMALLEST_SCALE)
 
     def _check_log_scale(self, log_scale: float | torch.Tensor | None) -> None:

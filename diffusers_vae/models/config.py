@@ -86,7 +86,7 @@ class ModelConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         for width in self.block_out_channels or ():
-            if width % self.norm_num_groups:
+            if width % (self.norm_num_groups or 1):
                 raise ValueError(
                     f"model.block_out_channels must be divisible by model.norm_num_groups, got {width} and "
                     f"{self.norm_num_groups}"
@@ -126,6 +126,7 @@ class ModelConfig:
     def _source(self) -> Mapping[str, Any]:
         """The whole config of `pretrained`, which is read once."""
         try:
+            assert self.pretrained is not None
             config = read_config(self.pretrained, self.subfolder, self.revision, ["AutoencoderKL"])
             return filled_in(config, self.pretrained)
         except (OSError, ValueError) as error:
@@ -163,9 +164,9 @@ class ModelConfig:
             ValueError: when there is no AutoencoderKL in `pretrained`.
         """
         if self.architecture == "mlp":
-            return (self.latent_dim, 1, 1)
-        channels = self.latent_channels or self._source["latent_channels"]
-        return (channels, *(side // self.spatial_compression_ratio for side in size))
+            return (self.latent_dim or 0, 1, 1)
+        channels, ratio = self.latent_channels or self._source["latent_channels"], self.spatial_compression_ratio
+        return channels, size[0] // ratio, size[1] // ratio
 
     def build(self, channels: int, size: tuple[int, int]) -> VAE | MLPVAE:
         """A new model for images (channels, *size): randomly initialised, or `pretrained`, in float32, in which only
@@ -179,22 +180,23 @@ class ModelConfig:
         """
         if self.pretrained is not None:
             return self._build_pretrained(channels)
+        filled: Any = self  # __post_init__ has set what an architecture needs
         if self.architecture == "mlp":
-            return MLPVAE(image_size=size, in_channels=channels, hidden_dim=self.hidden_dim, latent_dim=self.latent_dim)
-        blocks = len(self.block_out_channels)
+            return MLPVAE(size, channels, filled.hidden_dim, filled.latent_dim)
+        blocks = len(filled.block_out_channels)
         return VAE(
             in_channels=channels,
             out_channels=channels,
             down_block_types=("DownEncoderBlock2D",) * blocks,
             up_block_types=("UpDecoderBlock2D",) * blocks,
-            block_out_channels=tuple(self.block_out_channels),
-            layers_per_block=self.layers_per_block,
-            latent_channels=self.latent_channels,
-            norm_num_groups=self.norm_num_groups,
+            block_out_channels=tuple(filled.block_out_channels),
+            layers_per_block=filled.layers_per_block,
+            latent_channels=filled.latent_channels,
+            norm_num_groups=filled.norm_num_groups,
             sample_size=max(size),
-            use_quant_conv=self.use_quant_conv,
-            use_post_quant_conv=self.use_quant_conv,
-            mid_block_add_attention=self.mid_block_add_attention,
+            use_quant_conv=filled.use_quant_conv,
+            use_post_quant_conv=filled.use_quant_conv,
+            mid_block_add_attention=filled.mid_block_add_attention,
         )
 
     def _build_pretrained(self, channels: int) -> VAE:
@@ -204,7 +206,9 @@ class ModelConfig:
         if torch.empty(0).device.type == "meta":  # get_default_device of torch 2.7 does not see `with torch.device`
             vae = VAE.from_config(self._source)
         else:
-            vae = load_autoencoder(self.pretrained, self.subfolder, self.revision)
+            loaded = load_autoencoder(self.pretrained or "", self.subfolder, self.revision)
+            assert isinstance(loaded, VAE)
+            vae = loaded
         patterns = self._patterns
         names = [name for name, _ in vae.named_parameters()]
         for pattern in patterns:

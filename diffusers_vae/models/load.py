@@ -17,7 +17,6 @@ from urllib.request import getproxies
 import torch
 from diffusers.models import autoencoders
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -27,6 +26,7 @@ from ..untrusted import check_type, read_json, refuse_irregular, refuse_odd_name
 from .mlp import MLPVAE
 from .scaling import is_local
 from .single_file import load_single_file, read_single_file
+from .stock import ModelMixin
 from .vae import VAE, posterior_from_moments
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def load_autoencoder(
         return load_single_file(Path(source), dtype).requires_grad_(False)
     config = read_config(source, subfolder, revision)
     name = config["_class_name"]
-    kind = CLASSES[name]
+    kind: Any = CLASSES[name]
     place = find_subfolder(source, subfolder)
     cached = not Path(source).exists() and not _hub_answers()
     arguments = {"revision": revision, "torch_dtype": dtype, "output_loading_info": True, "local_files_only": cached}
@@ -328,12 +328,13 @@ def decode_logits(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: when the model has no logits.
     """
-    if not hasattr(model, "decode_logits"):
+    logits: Any = getattr(model, "decode_logits", None)
+    if logits is None:
         raise ValueError(
             "a Bernoulli likelihood needs a decoder that gives probabilities, such as that of MLPVAE; that of "
             f"{type(model).__qualname__} is unbounded: use gaussian or laplace"
         )
-    return _joined(in_parts(model, lambda part: model.decode_logits(part.to(model.dtype)).float(), latents))
+    return _joined(in_parts(model, lambda part: logits(part.to(model.dtype)).float(), latents))
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

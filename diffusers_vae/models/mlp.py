@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..images.ranges import to_model_range, to_unit_range
 from .scaling import KeepsScaling
+from .stock import ConfigMixin, ModelMixin
 from .vae import VAEOutput, check_batch, check_dtype, in_dtype_of, posterior_from_moments, take_latents
 
 
@@ -113,15 +114,15 @@ class MLPVAE(KeepsScaling, ModelMixin, ConfigMixin):
         return_posterior: bool = False,
         noise: torch.Tensor | None = None,
         return_logits: bool = False,
-    ) -> DecoderOutput | MLPVAEOutput | tuple[torch.Tensor, ...]:
+    ) -> DecoderOutput | MLPVAEOutput | tuple[Any, ...]:
         """Reconstructions (B, in_channels, height, width) of the images `sample`. Arguments are those of `VAE.forward`,
         and `return_logits`: return an `MLPVAEOutput` (or a tuple of three) with the posterior and the logits, which a
         `Bernoulli` likelihood needs.
         """
-        posterior = self.encode(sample).latent_dist
+        posterior = self.encode(sample, return_dict=False)[0]
         latents = take_latents(posterior, sample_posterior, generator, noise)
         logits = self.decode_logits(latents)
-        outputs = (to_model_range(torch.sigmoid(logits)), posterior, logits)
+        outputs: tuple[Any, ...] = (to_model_range(torch.sigmoid(logits)), posterior, logits)
         outputs = outputs[: 3 if return_logits else 2 if return_posterior else 1]
-        kind = MLPVAEOutput if return_logits else VAEOutput if return_posterior else DecoderOutput
+        kind: Any = MLPVAEOutput if return_logits else VAEOutput if return_posterior else DecoderOutput
         return kind(*outputs) if return_dict else outputs

@@ -6,13 +6,13 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import wraps
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
+
+from .stock import ModelMixin, signature_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,13 @@ def is_local(source: str | PathLike[str]) -> bool:
     return source.count("/") != 1 or source.startswith((".", "/", "~")) or Path(source).exists()
 
 
-class KeepsScaling:
+if TYPE_CHECKING:
+    Mixin = ModelMixin
+else:
+    Mixin = object
+
+
+class KeepsScaling(Mixin):
     """Handling of scaling_factor and of the source's path that `VAE` and `MLPVAE` add to diffusers' `ModelMixin` and
     `ConfigMixin`."""
 
@@ -59,12 +65,12 @@ class KeepsScaling:
         remaining = {DEFAULTED: [name for name in defaulted if name not in kwargs]} if defaulted else {}
         super().register_to_config(**(remaining | kwargs))
 
-    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look at the signature
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    @signature_of(ModelMixin.save_pretrained)
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Save as in diffusers, with a warning if the scaling_factor was not measured."""
         if self.config.get("scaling_factor") is not None and (reason := unmeasured(self.config)):
             logger.warning("config.json is saved with a scaling_factor that was not measured: %s", reason)
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)
 
     def to_json_string(self) -> str:
         """The config as JSON, without the path of a folder or file that the model was loaded from."""
@@ -93,7 +99,7 @@ class LatentScaling:
     def __post_init__(self):
         if (self.mean is None) != (self.std is None):
             raise ValueError(f"mean and std must be given together, got {self.mean} and {self.std}")
-        if self.mean is not None and (self.shift or len(self.mean) != len(self.std)):
+        if self.mean is not None and (self.shift or len(self.mean) != len(self.std or ())):
             raise ValueError(
                 "mean and std must have one value per channel and take the place of shift, got "
                 f"{self.mean}, {self.std} and the shift {self.shift}"
@@ -123,13 +129,13 @@ class LatentScaling:
 
     def scale(self, latents: torch.Tensor) -> torch.Tensor:
         """(latents - shift) * factor, or by channel (latents - mean) * factor / std."""
-        if self.mean is None:
+        if self.mean is None or self.std is None:
             return (latents - self.shift) * self.factor
         return (latents - self._by_channel(self.mean, latents)) * self.factor / self._by_channel(self.std, latents)
 
     def unscale(self, scaled_latents: torch.Tensor) -> torch.Tensor:
         """scaled_latents / factor + shift, or by channel scaled_latents * std / factor + mean."""
-        if self.mean is None:
+        if self.mean is None or self.std is None:
             return scaled_latents / self.factor + self.shift
         mean, std = (self._by_channel(values, scaled_latents) for values in (self.mean, self.std))
         return scaled_latents * std / self.factor + mean

@@ -118,13 +118,14 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
     weights = convert_ldm_vae_checkpoint(weights, blocks)
     first = "encoder.down_blocks.{}.resnets.0.conv1.weight"
     layers = {name.split(".")[4] for name in weights if name.startswith("encoder.down_blocks.0.resnets.")}
-    config = {
+    widths = tuple(weights[first.format(level)].shape[0] for level in range(levels))
+    config: dict[str, Any] = {
         **blocks,
         "_class_name": "AutoencoderKL",
         "in_channels": weights[FIRST].shape[1],
         "out_channels": weights["decoder.conv_out.weight"].shape[0],
         "latent_channels": weights["decoder.conv_in.weight"].shape[1],
-        "block_out_channels": tuple(weights[first.format(level)].shape[0] for level in range(levels)),
+        "block_out_channels": widths,
         "layers_per_block": len(layers),
         "norm_num_groups": 32,  # in the code of latent-diffusion, whatever the widths
         "sample_size": 512,  # the tile size, where no model is known
@@ -133,7 +134,7 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
         "use_post_quant_conv": "post_quant_conv.weight" in weights,
         "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in weights,
     }
-    if odd := [width for width in config["block_out_channels"] if width % 32]:
+    if odd := [width for width in widths if width % 32]:
         raise ValueError(f"{path}: the widths of latent-diffusion's autoencoders are divisible by 32, got {odd[0]}")
     config |= _of_its_model(tensors, prefix, metadata, config["latent_channels"])
     return config | _stated(path, config), weights
@@ -154,12 +155,11 @@ def _of_its_model(
         model = None
     architecture = metadata.get("modelspec.architecture", "").lower()
     named = (of for start, of_latents, of in _ARCHITECTURES if of_latents == channels and re.match(start, architecture))
-    found = _PUBLISHED.get(model) or next(named, {})
+    found = _PUBLISHED.get(model or "") or next(named, {})
     factor = tensors.get("scale_factor")  # what latent-diffusion measures with scale_by_std
-    measured = factor is not None and factor.numel() == 1 and factor.is_floating_point() and not factor.is_meta
-    if measured and 0 < factor.item() < math.inf:
-        found = found | {"scaling_factor": factor.item()}
-    return found
+    if factor is None or factor.numel() != 1 or not factor.is_floating_point() or factor.is_meta:
+        return found
+    return found | ({"scaling_factor": factor.item()} if 0 < factor.item() < math.inf else {})
 
 
 def _stated(path: Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,15 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-T, U = TypeVar("T"), TypeVar("U")
+from .stock import ModelMixin
+
+T = TypeVar("T")
+U = TypeVar("U")
 SMALL = 1024
 """Positions in a feature map below which torch's group norm in bfloat16 is slow for channels-last input on a CPU."""
 
@@ -29,8 +31,17 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         with torch.cuda.device(device):
             supported = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        supported = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        supported = device.type == "cpu" and _has_avx512_bf16()
     return torch.bfloat16 if supported else torch.float32
+
+
+def _has_avx512_bf16() -> bool:
+    cpu: Any = torch.cpu
+    return cpu._is_avx512_bf16_supported()  # as torch 2.7 to 2.14 name it
+
+
+def _has_hook(module: Any) -> bool:
+    return _contiguous in module._forward_pre_hooks.values()  # as torch 2.7 to 2.14 name them
 
 
 def speed_up_norms(model: nn.Module) -> nn.Module:
@@ -40,7 +51,7 @@ def speed_up_norms(model: nn.Module) -> nn.Module:
     up to twenty times as long: benchmarks/RESULTS.md.
     """
     for module in model.modules():
-        if isinstance(module, nn.GroupNorm) and _contiguous not in module._forward_pre_hooks.values():
+        if isinstance(module, nn.GroupNorm) and not _has_hook(module):
             module.register_forward_pre_hook(_contiguous)
     return model
 
@@ -103,7 +114,7 @@ def for_inference(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
                 module.to(memory_format=torch.channels_last)
             elif isinstance(module, nn.GroupNorm):
                 module.register_forward_pre_hook(_small_contiguous)
-    return fast
+    return cast(ModelMixin, fast)
 
 
 def _small_contiguous(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -6,29 +6,36 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any
+from os import PathLike
+from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import (
-    AutoencoderMixin,
     Decoder,
     DecoderOutput,
     DiagonalGaussianDistribution,
     Encoder,
 )
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from .scaling import DEFAULTED, KeepsScaling, LatentScaling, is_local, unmeasured
+from .stock import (
+    AttentionMixin,
+    AutoencoderKL,
+    AutoencoderMixin,
+    ConfigMixin,
+    FromOriginalModelMixin,
+    ModelMixin,
+    PeftAdapterMixin,
+    borrow,
+    signature_of,
+)
 
+M = TypeVar("M", bound=ModelMixin)
 LEAST_TILE = 256
 """Side in pixels below which no tiles are made unless asked for: borders and group norms of smaller ones show."""
 
@@ -120,8 +127,8 @@ class VAE(
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = AutoencoderKL._no_split_modules
-    _group_offload_block_modules = AutoencoderKL._group_offload_block_modules
+    _no_split_modules = borrow("_no_split_modules")
+    _group_offload_block_modules = borrow("_group_offload_block_modules")
 
     @register_to_config
     def __init__(
@@ -148,13 +155,13 @@ class VAE(
         super().__init__()
         if type(self) is VAE:
             self.__module__ = "diffusers"  # of the object alone: see VAE.__name__ below
-        blocks = dict(
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            act_fn=act_fn,
-            norm_num_groups=norm_num_groups,
-            mid_block_add_attention=mid_block_add_attention,
-        )
+        blocks: dict[str, Any] = {
+            "block_out_channels": block_out_channels,
+            "layers_per_block": layers_per_block,
+            "act_fn": act_fn,
+            "norm_num_groups": norm_num_groups,
+            "mid_block_add_attention": mid_block_add_attention,
+        }
         self.encoder = Encoder(
             in_channels=in_channels, out_channels=latent_channels, down_block_types=down_block_types, **blocks
         )
@@ -173,15 +180,15 @@ class VAE(
         self.tile_overlap_factor = 0.25
 
     # Finished in stock, and the same here.
-    set_default_attn_processor = AutoencoderKL.set_default_attn_processor
-    fuse_qkv_projections = AutoencoderKL.fuse_qkv_projections
-    unfuse_qkv_projections = AutoencoderKL.unfuse_qkv_projections
-    blend_v = AutoencoderKL.blend_v
-    blend_h = AutoencoderKL.blend_h
-    tiled_decode = AutoencoderKL.tiled_decode
-    _tiled_encode = AutoencoderKL._tiled_encode
-    _encode = AutoencoderKL._encode
-    _decode = AutoencoderKL._decode
+    set_default_attn_processor = borrow("set_default_attn_processor")
+    fuse_qkv_projections = borrow("fuse_qkv_projections")
+    unfuse_qkv_projections = borrow("unfuse_qkv_projections")
+    blend_v = borrow("blend_v")
+    blend_h = borrow("blend_h")
+    tiled_decode = borrow("tiled_decode")
+    _tiled_encode = borrow("_tiled_encode")
+    _encode = borrow("_encode")
+    _decode = borrow("_decode")
 
     @property
     def spatial_compression_ratio(self) -> int:
@@ -231,7 +238,7 @@ class VAE(
         check_batch(z, self.config.latent_channels, "latents")
         z = in_dtype_of(self, z)
         slices = z.split(1) if self.use_slicing and len(z) > 1 else (z,)
-        sample = torch.cat([self._decode(latents).sample for latents in slices])
+        sample = torch.cat([self._decode(latents, return_dict=False)[0] for latents in slices])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def tiled_encode(
@@ -251,7 +258,7 @@ class VAE(
         noise: torch.Tensor | None = None,
         moments: torch.Tensor | None = None,
         transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> DecoderOutput | VAEOutput | tuple[torch.Tensor, ...]:
+    ) -> DecoderOutput | VAEOutput | tuple[Any, ...]:
         """`sample`: reconstructions (B, out_channels, H, W) of the images `sample`.
 
         With `return_posterior`, the posterior too: that is how training calls the model, since gradients are
@@ -270,14 +277,15 @@ class VAE(
             transform: of the latents, before they are decoded.
         """
         if moments is None:
-            posterior = self.encode(sample).latent_dist
+            assert sample is not None, "images or moments"
+            posterior = self.encode(sample, return_dict=False)[0]
         else:
             check_batch(moments, 2 * self.config.latent_channels, "moments")
             posterior = posterior_from_moments(moments)
         latents = take_latents(posterior, sample_posterior, generator, noise)
         if transform is not None:
             latents = transform(latents)
-        reconstructions = self.decode(latents).sample
+        reconstructions = self.decode(latents, return_dict=False)[0]
         if return_posterior:
             return VAEOutput(reconstructions, posterior) if return_dict else (reconstructions, posterior)
         return DecoderOutput(sample=reconstructions) if return_dict else (reconstructions,)
@@ -325,14 +333,14 @@ class VAE(
         return _move_parts(stock, _with_config_of(stock, cls))
 
     @classmethod
-    def from_single_file(cls, *args, **kwargs) -> VAE:
+    def from_single_file(cls, *args: Any, **kwargs: Any) -> VAE:
         """As `AutoencoderKL.from_single_file`, which knows the original checkpoints by the stock class's name."""
         return cls.from_diffusers(AutoencoderKL.from_single_file(*args, **kwargs))
 
-    @wraps(ModelMixin.save_pretrained, assigned=())
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    @signature_of(ModelMixin.save_pretrained)
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Save as in diffusers, with the adapters that are loaded merged into the weights."""
-        super(VAE, without_adapters(self)).save_pretrained(*args, **kwargs)
+        super(VAE, without_adapters(self)).save_pretrained(save_directory, **kwargs)
 
     def to_json_string(self) -> str:
         """The config as JSON under the stock name: `AutoModel` and `model_index.json` look it up inside diffusers."""
@@ -354,7 +362,7 @@ def with_whole_tiles(stock: AutoencoderKL) -> AutoencoderKL:
     return stock
 
 
-def without_adapters(vae: VAE | AutoencoderKL) -> VAE | AutoencoderKL:
+def without_adapters(vae: M) -> M:
     """A copy with the adapters merged into the weights, so that it saves as stock; `vae` itself where it has none."""
     if not getattr(vae, "peft_config", None):
         return vae
@@ -369,7 +377,7 @@ def without_adapters(vae: VAE | AutoencoderKL) -> VAE | AutoencoderKL:
 VAE.__name__ = AutoencoderKL.__name__
 
 
-def _with_config_of(source: VAE | AutoencoderKL, kind: type) -> VAE | AutoencoderKL:
+def _with_config_of(source: ModelMixin, kind: type[M]) -> M:
     """A model of the class `kind` without weights, with the current config of the source. `from_config` alone resets
     values that were registered in place of a default.
     """
@@ -383,7 +391,7 @@ def _with_config_of(source: VAE | AutoencoderKL, kind: type) -> VAE | Autoencode
     return target
 
 
-def _move_parts(source: VAE | AutoencoderKL, target: VAE | AutoencoderKL) -> VAE | AutoencoderKL:
+def _move_parts(source: ModelMixin, target: M) -> M:
     for part in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
         setattr(target, part, getattr(source, part))
     for setting in (

@@ -10,7 +10,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from diffusers.models.modeling_utils import ModelMixin
 from jinja2 import Environment, StrictUndefined, Template
 from PIL import Image
 
@@ -18,6 +17,7 @@ from ..data import ImageSet
 from ..evaluation.evaluate import EvaluationConfig
 from ..evaluation.figures import missed_target
 from ..evaluation.report import EvaluationReport
+from ..models.stock import ModelMixin
 from .pictures import CAPTIONS, draw_all
 from .wording import (
     changes_of,

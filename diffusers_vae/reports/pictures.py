@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 
 from ..data import ImageSet, image_batches
 from ..images.grid import to_pil
 from ..losses.objective import rate_per_unit
 from ..models import decode, encode
+from ..models.stock import ModelMixin
 from .charts import loss_picture, nats, rate_distortion_picture, rate_picture
 from .pages import PAGE_WIDTH, columns_for, new_figure, page, render, rows_for, steps_for, titled
 

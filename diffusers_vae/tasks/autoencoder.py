@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..data import ImageSet
 from ..engine import dry_run as trial
 from ..engine.config import RunConfig, few_steps, kept_channels
 from ..engine.folder import Log, check_whole, find_run, opened
@@ -35,13 +36,14 @@ from ..latents.statistics import describe_latents, image_set_statistics
 from ..losses.objective import MEAN_LOSSES, VAEObjective
 from ..messages import quoted, showable
 from ..models import LATENT_PARTS, MLPVAE, VAE, load_autoencoder, weights_hash, without_adapters
+from ..models.stock import ModelMixin
 from ..processes import on_main
 from ..reports.html import draw_report, report_html
 from ..reports.wording import SETTINGS
 from ..silence import PATIENCE, Patience
 from ..storage import whole_folder, write_file
 from .autoencoder_config import TrainConfig
-from .autoencoder_data import RunData, load_run_data
+from .autoencoder_data import Pretrained, RunData, load_run_data
 from .autoencoder_step import STABLER, AutoencoderStep, autoencoder_of, blank_output, build_model
 
 logger = logging.getLogger(__name__)
@@ -170,6 +172,7 @@ def summary(model: nn.Module, run_data: RunData) -> str:
     """Describe model and data in one line, before the first step."""
     config = run_data.config
     data, autoencoder = config.data, autoencoder_of(model)
+    assert data.channels is not None
     values = data.channels * data.size[0] * data.size[1]
     objective, adversarial = config.objective, config.adversarial
     when = f", after {objective.kl_warmup_images:,} images" if objective.kl_warmup_images else ""
@@ -249,13 +252,14 @@ def finish_run(
         on_main(save)
     if data.pretrained:
         base = data.pretrained.model.to(model.device)  # not read again: it may be another by now
-        settings = (objective, config.evaluation, config.data, "held-out", config.model.pretrained)
+        settings = (objective, config.evaluation, config.data, "held-out", data.pretrained.source)
         before = evaluate(base, data.heldout, *settings, data.accelerator.is_main_process)
-        change = partial(_fine_tuning, data, before)
+        change = partial(_fine_tuning, config, data.pretrained, before)
     report, pictures = measure(model, objective, data, log, progress, change)
 
     def write() -> None:
         evaluation = report.to_json()
+        assert report.per_image is not None
         write_file(output_dir / "evaluation.csv", report.per_image.to_csv())
         write_file(output_dir / "report.html", report_html(json.loads(evaluation), pictures, report.model.name))
         write_card(output_dir, config.hub, json.loads(evaluation))
@@ -273,7 +277,7 @@ def _merged(model: VAE | MLPVAE) -> VAE | MLPVAE:
     return without_adapters(model) if isinstance(model, VAE) else model
 
 
-def _save_adapter(model: VAE, output_dir: Path) -> None:
+def _save_adapter(model: VAE | MLPVAE, output_dir: Path) -> None:
     with whole_folder(output_dir / "lora") as folder:
         model.save_lora_adapter(folder)
 
@@ -282,6 +286,7 @@ def _measure_latents(model: VAE | MLPVAE, data: RunData) -> None:
     """Measure the latents of the training images and write what describes them into the model's config."""
     settings = data.config.evaluation
     bar = data.accelerator.is_main_process
+    assert isinstance(data.train_set, ImageSet), "cached latents need a frozen encoder"
     statistics = image_set_statistics(model, data.train_set, settings.batch_size, settings.max_images, bar)
     try:
         describe_latents(model, statistics)
@@ -289,23 +294,24 @@ def _measure_latents(model: VAE | MLPVAE, data: RunData) -> None:
         raise FloatingPointError(f"training diverged: {error}. {STABLER}") from error
 
 
-def _fine_tuning(data: RunData, before: EvaluationReport, report: EvaluationReport) -> FineTuning:
+def _fine_tuning(
+    config: TrainConfig, pretrained: Pretrained, before: EvaluationReport, report: EvaluationReport
+) -> FineTuning:
     """What the saved model has in common with the published one, and by what it is better.
 
     Raises:
         ValueError: when the encoder, which was not trained, is not what it was.
     """
-    config, pretrained = data.config.model, data.pretrained
-    saved = load_autoencoder(str(Path(data.config.run.output_dir) / "model"))
+    saved = load_autoencoder(str(Path(config.run.output_dir) / "model"))
     hashes = [weights_hash(model, LATENT_PARTS) for model in (pretrained.model, saved)]
-    if not config.trains_encoder and hashes[0] != hashes[1]:
+    if not config.model.trains_encoder and hashes[0] != hashes[1]:
         raise ValueError(
-            f"the encoder must be that of {config.pretrained}, since it was not trained, and its weights are "
+            f"the encoder must be that of {pretrained.source}, since it was not trained, and its weights are "
             f"others: SHA-256 {hashes[1]}, and there {hashes[0]}"
         )
     differences = compare(before, report).differences if report.images > 1 else {}
     return FineTuning(
-        source=config.pretrained,
+        source=pretrained.source,
         revision=pretrained.revision,
         weights_sha256=pretrained.weights_hash,
         encoder_sha256=hashes[1],
@@ -315,7 +321,7 @@ def _fine_tuning(data: RunData, before: EvaluationReport, report: EvaluationRepo
     )
 
 
-def _result(config: TrainConfig, report: EvaluationReport, autoencoder: VAE | MLPVAE) -> TrainResult:
+def _result(config: TrainConfig, report: EvaluationReport, autoencoder: ModelMixin) -> TrainResult:
     folder = Path(config.run.output_dir) / "model"
     place = quoted(folder.absolute().as_posix())
     package, name = ("diffusers", "AutoencoderKL") if isinstance(autoencoder, VAE) else ("diffusers_vae", "MLPVAE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -107,7 +108,8 @@ class TrainConfig(RunSettings):
         with torch.device("meta"):
             vae = self.model.build(self.data.channels or 1, self.data.size)
         adaptive = self.adversarial.weight and self.adversarial.adaptive
-        if adaptive and not vae.decoder.conv_out.weight.requires_grad:
+        decoder: Any = vae.decoder
+        if adaptive and not decoder.conv_out.weight.requires_grad:
             left = f"lora_rank {self.model.lora_rank}" if self.model.lora_rank else f"train {self.model.train}"
             raise ValueError(
                 "adversarial.adaptive compares gradients at the decoder's last layer, decoder.conv_out.weight, which "

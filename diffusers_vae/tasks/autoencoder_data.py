@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..data import ImageSet, StoredImages, TrainingSet, load_data, refuse_colours
+from ..data import ArrayImages, ImageSet, StoredImages, load_data, refuse_colours
 from ..data.stream import StreamedImages
 from ..evaluation.evaluate import load_judges
 from ..latents.dataset import Verification, matching_latents
@@ -35,6 +35,8 @@ STEPS_TO_COMPILE = 10_000
 class Pretrained:
     """The published autoencoder that is fine-tuned, as it was when the run was started."""
 
+    source: str
+    """As `model.pretrained` names it."""
     model: VAE
     weights_hash: str
     repository: str | None
@@ -48,7 +50,7 @@ class RunData:
     config: TrainConfig
     """With all that data and machine settle: data.channels and run.compile."""
     accelerator: Accelerator
-    train_set: TrainingSet
+    train_set: ImageSet | ImagesWithLatents
     heldout: ImageSet
     workers: int
     """Processes that read images."""
@@ -64,7 +66,7 @@ class RunData:
         """Return what identifies each input: `images`, `fingerprint`, and `contents` where they are known; `lanes` of a
         stream.
         """
-        parts = {
+        parts: dict[str, dict[str, Any]] = {
             name: {"images": len(part), "fingerprint": part.fingerprint()}
             | ({"contents": contents} if (contents := part.contents()) else {})
             for name, part in (("training", self.train_set), ("held-out", self.heldout))
@@ -103,27 +105,28 @@ def load_run_data(
             f"transformation, got {accelerator.num_processes} x {config.run.gradient_accumulation_steps}"
         )
     with one_first(accelerator.is_local_main_process, "reading the data set"):
-        train_set, heldout = load_data(config.data, accelerator.is_local_main_process, memory_limit)
+        images, heldout = load_data(config.data, accelerator.is_local_main_process, memory_limit)
     if accelerator.is_main_process:
-        logger.info("%s", showable(train_set.files))
-    if isinstance(train_set, StreamedImages):
-        train_set.lanes = _lanes_of(checkpoint) or (forwards, max(1, config.data.num_workers))
+        logger.info("%s", showable(images.files))
+    if isinstance(images, StreamedImages):
+        images.lanes = _lanes_of(checkpoint) or (forwards, max(1, config.data.num_workers))
         if accelerator.is_main_process:
             _warn_of_another_order(config)
     if config.data.channels is None and config.model.pretrained:
-        refuse_colours(train_set, config.data, config.model.pretrained)
-    config = replace(config, data=replace(config.data, channels=train_set.channels))
-    load_judges(config.evaluation, config.data.channels, config.data.size)  # are missed now, not after days
-    on_demand = isinstance(train_set, StoredImages) or train_set.augmentation
-    if not on_demand and accelerator.device.type == "cuda":
+        refuse_colours(images, config.data, config.model.pretrained)
+    config = replace(config, data=replace(config.data, channels=images.channels))
+    load_judges(config.evaluation, images.channels, config.data.size)  # are missed now, not after days
+    on_demand = isinstance(images, StoredImages) or images.augmentation
+    if isinstance(images, ArrayImages) and not on_demand and accelerator.device.type == "cuda":
         free = torch.cuda.mem_get_info(accelerator.device)[0]
-        if train_set.pixels.nbytes <= free / 8:  # a step then copies nothing but its indices
-            train_set = train_set.to(accelerator.device)
+        if images.pixels.nbytes <= free / 8:  # a step then copies nothing but its indices
+            images = images.to(accelerator.device)
+    train_set: ImageSet | ImagesWithLatents = images
     pretrained = verification = None
     if config.model.pretrained:
         pretrained = _load_pretrained(config)
         if config.model.latents:
-            train_set = _with_latents(config, pretrained.model, train_set)
+            train_set = _with_latents(config, config.model.latents, pretrained.model, images)
             verification = Verification(train_set.latents)
     if config.run.compile is None:
         begun = begun_with(config.run.output_dir, "run", "compile")
@@ -183,15 +186,18 @@ def compiles(config: TrainConfig, images: int, device: torch.device) -> bool:
 
 
 def _load_pretrained(config: TrainConfig) -> Pretrained:
-    model = config.model
-    pretrained = load_autoencoder(model.pretrained, model.subfolder, model.revision)
-    check_value_range(config.data.value_range, model.pretrained, model.subfolder, model.revision)
-    repository, revision = find_repository(model.pretrained, model.revision)
-    return Pretrained(model=pretrained, weights_hash=weights_hash(pretrained), repository=repository, revision=revision)
+    source, subfolder, revision = config.model.pretrained, config.model.subfolder, config.model.revision
+    assert source is not None
+    pretrained = load_autoencoder(source, subfolder, revision)
+    assert isinstance(pretrained, VAE)
+    check_value_range(config.data.value_range, source, subfolder, revision)
+    repository, revision = find_repository(source, revision)
+    return Pretrained(
+        source=source, model=pretrained, weights_hash=weights_hash(pretrained), repository=repository, revision=revision
+    )
 
 
-def _with_latents(config: TrainConfig, pretrained: VAE, images: ImageSet) -> ImagesWithLatents:
-    folder = config.model.latents
+def _with_latents(config: TrainConfig, folder: str, pretrained: VAE, images: ImageSet) -> ImagesWithLatents:
     latents = matching_latents(pretrained, images, folder, f"training images of {config.data.described}")
     if latents.kind != "posterior":
         raise ValueError(

@@ -63,7 +63,8 @@ class WithScale(nn.Module):
 def build_model(config: TrainConfig) -> nn.Module:
     """Return a new model for training: the autoencoder, with its scale if that is learned."""
     assert config.data.channels is not None
-    model = speed_up_norms(config.model.build(config.data.channels, config.data.size))
+    model = config.model.build(config.data.channels, config.data.size)
+    speed_up_norms(model)
     if config.run.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return WithScale(model) if config.objective.scale == "learned" else model
@@ -166,7 +167,8 @@ class AutoencoderStep:
         if "chances" in inputs:
             ratio = self.config.model.spatial_compression_ratio
             probability = self.config.objective.equivariance
-            before, after = equivariance.draw(inputs["chances"][0], probability, tuple(noise.shape[-2:]), ratio)
+            size = noise.shape[-2], noise.shape[-1]
+            before, after = equivariance.draw(inputs["chances"][0], probability, size, ratio)
         if before:
             noise = noise[..., : before.size[0], : before.size[1]]
         if isinstance(read, ReadEncoded) and read.moments is not None:
@@ -186,9 +188,9 @@ class AutoencoderStep:
         if self.adversary:
             step.per_image.update(dict.fromkeys(("generator", "discriminator"), torch.zeros_like(terms.rate)))
             if self.adversary.active:
-                last_layer = autoencoder_of(self.accelerator.unwrap_model(model)).decoder.conv_out.weight
+                decoder: Any = autoencoder_of(self.accelerator.unwrap_model(model)).decoder
                 size = images.numel() / pixels.numel()
-                step = self._judged(self.adversary, step, images, reconstructions, last_layer, size)
+                step = self._judged(self.adversary, step, images, reconstructions, decoder.conv_out.weight, size)
         return step
 
     @cached_property

@@ -86,7 +86,7 @@ class LatentsAlone(TrainingSet):
     """Latents of a set of images, without those that could not be read: what a diffusion model is trained on."""
 
     def __init__(self, latents: LatentDataset, images: ImageSet):
-        self.latents, self.images, self.errors = latents, images, ()
+        self.latents, self.images = latents, images
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -211,7 +211,8 @@ def _heldout(model: nn.Module, step: TextToImageStep) -> dict[str, float]:
 
 
 def _grid(model: nn.Module, data: RunData) -> Image.Image:
-    sampling, pipeline = data.config.sampling, stock_pipeline(model, data)
+    sampling = data.config.sampling
+    pipeline: Any = stock_pipeline(model, data)
     pipeline.to(data.accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     wanted = [(prompt, seed) for prompt in data.prompts for seed in range(sampling.seeds)]
@@ -240,8 +241,9 @@ def stock_pipeline(model: nn.Module, data: RunData) -> StableDiffusionPipeline:
     assert isinstance(model, TextToImage)
     # what Stable Diffusion's own config says to samplers; it stays in the config, for those that are made from it
     config = {**data.config.diffusion.build().scheduler.config, "skip_prk_steps": True, "set_alpha_to_one": False}
-    scheduler = SCHEDULERS[data.config.sampling.scheduler].from_config(config)
-    return StableDiffusionPipeline(
+    scheduler: Any = SCHEDULERS[data.config.sampling.scheduler].from_config(config)
+    parts: Any = StableDiffusionPipeline  # whose types allow no part to be left out
+    return parts(
         vae=with_whole_tiles(data.vae.to_diffusers()),
         text_encoder=model.text_encoder,
         tokenizer=data.tokenizer,

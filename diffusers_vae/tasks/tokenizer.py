@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
-from transformers.models.clip import CLIPTokenizerFast
+from transformers.models import clip
 
 from ..storage import scratch_folder
 
@@ -25,9 +26,13 @@ def caption_tokenizer(captions: Iterable[str], max_length: int) -> CLIPTokenizer
     with scratch_folder() as folder:
         write_tokenizer(folder, [])
         files = [str(folder / name) for name in ("vocab.json", "merges.txt")]
-        trained = CLIPTokenizerFast(*files).train_new_from_iterator(texts, vocab_size=VOCAB_SIZE, show_progress=False)
+        fast: Any = clip  # transformers 5 has one class under both names
+        trained = fast.CLIPTokenizerFast(*files).train_new_from_iterator(
+            texts, vocab_size=VOCAB_SIZE, show_progress=False
+        )
         merges = json.loads(trained.backend_tokenizer.to_str())["model"]["merges"]
-        write_tokenizer(folder, [tuple(merge.split()) if isinstance(merge, str) else merge for merge in merges])
+        pairs = [merge.split() if isinstance(merge, str) else merge for merge in merges]
+        write_tokenizer(folder, [(first, second) for first, second in pairs])
         return CLIPTokenizer(*files, model_max_length=max_length)
 
 
