@@ -21,11 +21,11 @@ def at_home(config: Any, *names: str) -> None:
 
 
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
-Trait = Literal["free", "kept", "training", "of_rows", "any_set"]
+Trait = Literal["free", "kept", "training", "of_rows", "any_set", "local"]
 """What a setting is. free: a run may be continued with another value, since it changes no result (of an autoencoder the
 weights count, not their location) or only the rounding. kept: where it is null, a run that is continued keeps its
 value. training: no measurement reads it. of_rows: it belongs to one data set of rows. any_set: a model needs it on
-other data sets too, or it says how files are read."""
+other data sets too, or it says how files are read. local: it is no part of a recipe, such as a path."""
 
 
 def setting(default: Any, *traits: Trait, **bounds: float) -> Any:

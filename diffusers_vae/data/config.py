@@ -26,12 +26,12 @@ class DataConfig:
 
     name: Literal["digits", "mnist", "qmnist", "fashion-mnist", "cifar10", "folder", "array", "datasets"] | None = None
     """Data set, or kind of files at `root`; null: detected from `root`, or digits without one (docs/images.md)."""
-    root: str | None = setting(None, "free")
+    root: str | None = setting(None, "free", "local")
     """Folder, archive, array, Parquet file or NAMESPACE/NAME on the Hub (docs/images.md), or download folder of
     torchvision's sets; null: data."""
     subset: str | None = only_with(None, "of_rows", name=("datasets",))
     """Configuration of a data set of rows that has several."""
-    revision: str | None = only_with(None, "of_rows", name=("datasets",))
+    revision: str | None = only_with(None, "of_rows", "local", name=("datasets",))
     """Branch, tag or commit of a data set on the Hub; null: the newest."""
     image_column: str | None = only_with(None, "of_rows", name=("datasets", "array"))
     """Column or .npz key of the images; null: the only image column, or the only array with three or four axes."""
@@ -60,7 +60,7 @@ class DataConfig:
     color_jitter: tuple[float, float, float, float] | None = setting(None, "training")
     """[brightness, contrast, saturation, hue]: largest random change of training images, as in torchvision's
     ColorJitter."""
-    on_bad_image: Literal["stop", "skip"] = only_with("stop", "any_set", "free", name=PLACED)
+    on_bad_image: Literal["stop", "skip"] = only_with("stop", "any_set", "free", "local", name=PLACED)
     """What to do with unreadable files; stop: raise an error that names them; skip: leave them out and list them in
     bad_images.txt."""
     heldout_fraction: float = only_with(0.1, above=0, below=1, name=("digits", *PLACED))
@@ -72,7 +72,7 @@ class DataConfig:
     shuffle_buffer: int = only_with(4096, "training", at_least=1, streaming=True)
     """Number of images of a stream, over all processes, among which the next ones are sampled; their files are kept in
     memory."""
-    num_workers: int = setting(2, "any_set", "free", at_least=0)
+    num_workers: int = setting(2, "any_set", "free", "local", at_least=0)
     """Number of processes that read images of a set that does not fit into memory."""
 
     def __post_init__(self):

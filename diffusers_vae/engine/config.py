@@ -61,7 +61,7 @@ Precision = Literal["no", "fp16", "bf16"]
 class RunConfig:
     """Length, batches, precision, checkpoints and logs of a run."""
 
-    output_dir: str = setting("runs/digits", "free")
+    output_dir: str = setting("runs/digits", "free", "local")
     """Folder of the run; a run that it already holds is continued, if the settings are the same."""
     epochs: int = setting(15, at_least=1)
     """Number of passes over the training images."""
@@ -84,20 +84,20 @@ class RunConfig:
     ema_decay: float | None = setting(0.99, above=0, below=1)
     """Highest decay per step of the averaged weights, which are evaluated and saved; null: no averaging
     (docs/objective.md)."""
-    checkpoint_every: int = setting(10_000, "free", at_least=1)
+    checkpoint_every: int = setting(10_000, "free", "local", at_least=1)
     """Number of images between checkpoints, from which the same command continues; the end of the run has one, too."""
-    keep_checkpoints: int = setting(2, "free", at_least=1)
+    keep_checkpoints: int = setting(2, "free", "local", at_least=1)
     """Number of newest checkpoints to keep; with 1, there is no fallback if a disk damages it."""
-    allow_config_change: bool = setting(False, "free")
+    allow_config_change: bool = setting(False, "free", "local")
     """Continue the run in output_dir even if its settings or images have changed."""
-    on_nonfinite: Literal["stop", "skip"] = setting("stop", "free")
+    on_nonfinite: Literal["stop", "skip"] = setting("stop", "free", "local")
     """What to do when loss or gradient are not finite; stop: raise an error; skip: leave out the step
     (docs/training.md)."""
     deterministic: bool = False
     """Use only algorithms that are reproducible bit by bit; slower, and of use only on a GPU (docs/training.md)."""
-    log_every: int = setting(1000, at_least=1)
+    log_every: int = setting(1000, "local", at_least=1)
     """Number of images between records in metrics.jsonl."""
-    tracker: Literal["tensorboard"] | None = setting("tensorboard", "free")
+    tracker: Literal["tensorboard"] | None = setting("tensorboard", "free", "local")
     """Tracker that logs metrics and pictures in addition to the files in output_dir; null: none."""
 
     def __post_init__(self):

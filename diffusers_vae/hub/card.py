@@ -17,7 +17,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, Template
 from markupsafe import Markup
 
+from ..data import DataConfig
+from ..engine.config import RunConfig
 from ..evaluation.figures import FIGURES, Figure, changed_figures, missed_target, source_name
+from ..fields import with_traits
 from ..images.ranges import ValueRange
 from ..losses.adversarial import AdversarialConfig
 from ..losses.objective import ObjectiveConfig
@@ -49,11 +52,7 @@ OPTIONS = {
     if option.name not in always
 }
 """Settings of which the card tells only when they are used, with their defaults."""
-NOT_RECIPE = {
-    "root", "num_workers", "on_bad_image",
-    "pretrained", "subfolder", "revision", "latents",
-    "output_dir", "checkpoint_every", "keep_checkpoints", "allow_config_change", "on_nonfinite", "log_every", "tracker",
-}  # fmt: skip
+NOT_RECIPE = {name for kind in (DataConfig, ModelConfig, RunConfig) for name in with_traits(kind, "local")}
 
 
 def render_card(run: Path, config: HubConfig | None = None) -> str:

@@ -57,8 +57,7 @@ class HubConfig:
     def command(self, run: Path) -> str:
         """The command that uploads `run` with these settings."""
         words = ["diffusers-vae", "push", str(run.absolute()), self.repo_id or "NAMESPACE/NAME"]
-        for name in ("private", "revision", "commit_message", "create_pr", "license", "base_model"):
-            value = getattr(self, name)
-            if value not in (None, False):
+        for name, value in vars(self).items():
+            if name not in ("push", "repo_id") and value not in (None, False):
                 words += [f"--{name}", "true" if value is True else value]
         return shlex.join(words)

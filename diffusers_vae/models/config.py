@@ -57,12 +57,12 @@ class ModelConfig:
     """mlp: width of the hidden layers; null: 400."""
     latent_dim: int | None = only_with(None, at_least=1, architecture=("mlp",))
     """mlp: number of latent units; null: 20."""
-    pretrained: str | None = only_with(None, "free", architecture=("vae",))
+    pretrained: str | None = only_with(None, "free", "local", architecture=("vae",))
     """Autoencoder to fine-tune: folder of a model, run or pipeline, Hub repository, or original checkpoint, .ckpt or
     .safetensors (docs/fine_tuning.md)."""
-    subfolder: str | None = only_with(None, "free", pretrained=True)
+    subfolder: str | None = only_with(None, "free", "local", pretrained=True)
     """Subfolder of `pretrained` that holds the model, such as vae in a pipeline's repository."""
-    revision: str | None = only_with(None, "free", pretrained=True)
+    revision: str | None = only_with(None, "free", "local", pretrained=True)
     """Branch, tag or commit of the repository `pretrained`."""
     train: Literal["decoder", "all"] | tuple[str, ...] = only_with("all", pretrained=True)
     """Part of `pretrained` to train: all; decoder, which keeps the latents; or patterns of parameter names
@@ -70,7 +70,7 @@ class ModelConfig:
     lora_rank: int | None = only_with(None, at_least=1, pretrained=True, train=("decoder",))
     """Rank of low-rank adapters (LoRA) to train instead of the decoder's weights; needs train decoder and peft
     (docs/fine_tuning.md)."""
-    latents: str | None = only_with(None, pretrained=True)
+    latents: str | None = only_with(None, "local", pretrained=True)
     """Folder of cached latents of the training images, with which a frozen encoder does not run
     (docs/fine_tuning.md)."""
 
