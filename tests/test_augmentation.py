@@ -160,7 +160,7 @@ class TestErrors:
                 {"color_jitter": (0, 0, 0, 0.7)},
                 r"data\.color_jitter must be .* hue at most 0\.5, got \[0, 0, 0, 0\.7\]",
             ),
-            ({"crops": "all"}, r"data\.crops must be at least 1, or random, got all"),
+            ({"crops": "all"}, r"data\.crops must be at least 1, random or null, got all"),
         ],
     )
     def test_wrong_settings(self, settings, message):
