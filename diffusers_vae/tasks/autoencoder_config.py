@@ -15,9 +15,7 @@ from ..hub.config import HubConfig
 from ..losses import equivariance
 from ..losses.adversarial import AdversarialConfig, PatchDiscriminator
 from ..losses.objective import ObjectiveConfig
-from ..models import (
-    ModelConfig,
-)
+from ..models import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
