@@ -86,12 +86,14 @@ def check(section: str, config: Any) -> None:
     kinds = _kinds(type(config))
     for option in fields(config):
         value, kind, bounds = getattr(config, option.name), kinds[option.name], option.metadata.get("bounds", {})
-        if isinstance(value, str):
+        if value is None:
+            right = NoneType in alternatives(kind)
+        elif isinstance(value, str):
             choices = [choice for own in alternatives(kind) if get_origin(own) is Literal for choice in get_args(own)]
             right = not choices or value in choices
         else:
             numbers = value if isinstance(value, (tuple, list)) else [value]
-            right = value is None or not bounds or (numbers and all(_within(bounds, number) for number in numbers))
+            right = not bounds or (numbers and all(_within(bounds, number) for number in numbers))
         if not right:
             raise ValueError(f"{section}.{option.name} must be {in_words(kind, bounds)}, got {value}")
     refuse_unread(section, config)

@@ -488,7 +488,8 @@ def test_help_of_a_setting_is_one_sentence_of_at_most_25_words(section):
     ("make", "message"),
     [
         (lambda: OptimizerConfig(learning_rate=math.nan), "learning_rate"),
-        (lambda: OptimizerConfig(betas=(0.9, 1.0)), "betas"),
+        (lambda: OptimizerConfig(betas=(0.9, 1.0)), r"optimizer.betas must be in \[0, 1\), got \(0.9, 1.0\)"),
+        (lambda: OptimizerConfig(schedule=None), "optimizer.schedule must be constant or cosine, got None"),
         (lambda: OptimizerConfig(schedule="linear"), "optimizer.schedule must be constant or cosine, got linear"),
         (lambda: ModelConfig(architecture="unet"), "model.architecture must be vae or mlp, got unet"),
         (lambda: OptimizerConfig(warmup_images=-1), "warmup_images"),
