@@ -262,15 +262,18 @@ class TestErrors:
                 (tmp_path / "a.npz").write_bytes(content)
                 self.refused(rf"cannot read {tmp_path / 'a.npz'}", tmp_path / "a.npz")
 
-    def test_a_file_that_is_cut_short_while_it_is_read(self, cifar, tmp_path):
+    def test_a_file_that_is_changed_while_it_is_read(self, cifar, tmp_path):
         settings = save("npy", tmp_path / "arrays", *cifar)
         images, _ = load_data(config(**settings), memory_limit=0)
-        content = settings["root"].read_bytes()
-        settings["root"].write_bytes(content[:-1])
-        read = images.read(range(len(images)))
-        assert len(read.kept) == len(images) - (39 in images.rows)
-        os.truncate(settings["root"], 200)
-        with pytest.raises(ValueError, match=r"cannot read .*a\.npy, image \d+: the file was cut short"):
+        for size, reason in (
+            (settings["root"].stat().st_size - 1, "mmap length is greater than file size"),
+            (100, "EOF"),
+        ):
+            os.truncate(settings["root"], size)
+            with pytest.raises(ValueError, match=rf"cannot read .*a\.npy, image \d+: {reason}"):
+                images.read([0, 1]).checked()
+        np.save(settings["root"], cifar[0][:5])
+        with pytest.raises(ValueError, match=r"image \d+: the file was changed: it now holds \(5, 32, 32, 3\) uint8"):
             images.read([0, 1]).checked()
 
     def test_nothing_is_unpickled(self, tmp_path):
@@ -279,7 +282,7 @@ class TestErrors:
         self.refused("[Oo]bject arrays cannot be loaded", tmp_path / "a.npz", label_column="images")
         np.save(tmp_path / "b.npy", np.zeros((9, 8, 8), np.uint8))
         np.save(tmp_path / "b.labels.npy", np.array([{}] * 9))
-        self.refused(r"cannot read .*b\.labels\.npy: Object arrays", tmp_path / "b.npy")
+        self.refused(r"cannot read .*b\.labels\.npy: .*Python objects", tmp_path / "b.npy")
 
     def test_which_array_of_several(self, cifar, tmp_path):
         file = tmp_path / "a.npz"

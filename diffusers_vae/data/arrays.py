@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from PIL import Image
 
 from ..images.files import Header
 from ..images.ranges import ValueRange
-from ..images.raw_files import read_npy, read_npy_header
+from ..images.raw_files import read_npy_header
 from ..untrusted import Unreachable, open_regular
 from .config import DataConfig
 from .files import zip_entries
@@ -31,6 +32,7 @@ SAMPLES, SAMPLE = 64, 4096
 """Places of a file, and bytes at each, by which it is told from others."""
 SEEN = 100
 """Images whose values an error about them tells of."""
+Headers = dict[str | None, tuple[tuple[int, ...], bool, np.dtype]]
 
 
 class ImageArray:
@@ -47,11 +49,12 @@ class ImageArray:
 
     def __init__(self, path: Path, config: DataConfig):
         self.path, self.column = path, config.image_column
+        headers = _headers(path)
         if is_npz(path):
-            self.column = _image_column(path, self.column)
+            self.column = _image_column(path, headers, self.column)
         elif self.column is not None:
             raise ValueError(f"data.image_column is the key of an array in an .npz, got {self.column} for {path}")
-        (self.shape, self.fortran, self.dtype), self.offset = self._header()
+        self.shape, self.fortran, self.dtype = headers[self.column]
         if self.dtype.hasobject:
             raise ValueError(f"{self} holds Python objects, which are not unpickled; store numbers, all of one shape")
         if self.dtype.kind not in "biuf":
@@ -59,11 +62,8 @@ class ImageArray:
         if not math.prod(self.shape):
             raise ValueError(f"{self} is empty: its shape is {self.shape}")
         self.layout = _layout(str(self), self.shape, config)
-        self.values = _read_npz(path, self.column) if is_npz(path) else None
-        if self.values is None:
-            there, told = path.stat().st_size, self.offset + math.prod(self.shape) * self.dtype.itemsize
-            if there < told:
-                raise ValueError(f"cannot read {path}: it ends after {there:,} of {told:,} bytes, cut short")
+        values = _load(path, self.column)
+        self.values = values if is_npz(path) else None
         self.digest = self._digest()
         if config.value_range is None and self.dtype.kind != "b" and self.dtype != np.uint8:
             first = [self.image(place) for place in range(min(SEEN, len(self)))]
@@ -85,7 +85,7 @@ class ImageArray:
     def __setstate__(self, state: dict) -> None:
         self.__dict__ = state
         if is_npz(self.path):
-            self.values = _read_npz(self.path, self.column)
+            self.values = _load(self.path, self.column)
 
     @property
     def channels(self) -> int:
@@ -104,15 +104,10 @@ class ImageArray:
         """One as it lies in the array, in its dtype; OSError or ValueError when the file does not hold it any more."""
         if self.values is not None:
             return self.values[place]
-        if self.fortran:  # all over the file
-            return np.array(np.lib.format.open_memmap(self.path, mode="r")[place])
-        # not through a map, in which an error of the disk kills the process, and whose pages count as its memory
-        with open_regular(self.path).detach() as file:
-            file.seek(self.offset + place * self.image_bytes)
-            content = file.read(self.image_bytes)
-        if len(content) != self.image_bytes:
-            raise ValueError("the file was cut short")
-        return np.frombuffer(content, self.dtype).reshape(self.shape[1:])
+        values = np.lib.format.open_memmap(self.path, mode="r")
+        if (values.shape, values.dtype) != (self.shape, self.dtype):
+            raise ValueError(f"the file was changed: it now holds {values.shape} {values.dtype}")
+        return np.array(values[place])  # a copy, since the pages of a map would count as our memory
 
     def labels(self, column: str | None) -> np.ndarray | None:
         """(N,) integers or texts: of an `.npz` the array of that key, of NAME.npy what NAME.labels.npy holds."""
@@ -124,13 +119,11 @@ class ImageArray:
         if is_npz(self.path):
             if column is None:
                 return None
-            name, labels = f"{self.path}, {column}", _read_npz(self.path, column)
+            if column not in (headers := _headers(self.path)):
+                raise ValueError(f"{self.path} has no array {column}: it holds {_listed(headers)}")
+            name, labels = f"{self.path}, {column}", _load(self.path, column)
         elif beside.exists():
-            try:
-                with open_regular(beside) as file:
-                    name, labels = str(beside), read_npy(file, beside.stat().st_size)
-            except (EOFError, OSError, ValueError) as error:
-                raise ValueError(f"cannot read {beside}: {error}") from error
+            name, labels = str(beside), _load(beside)
         else:
             return None
         if labels.shape != (len(self),) or labels.dtype.kind not in "biuSU":
@@ -138,17 +131,7 @@ class ImageArray:
                 f"labels must be one integer or text for each of the {len(self):,} images of {self}, got shape "
                 f"{labels.shape} and dtype {labels.dtype} in {name}"
             )
-        return np.char.decode(labels, "utf-8") if labels.dtype.kind == "S" else labels
-
-    def _header(self) -> tuple[tuple[tuple[int, ...], bool, np.dtype], int]:
-        """(shape, whether in Fortran's order, dtype), and where in the file its values begin."""
-        if self.column is not None:
-            return _headers(self.path)[self.column], 0
-        try:
-            with open_regular(self.path) as file:
-                return read_npy_header(file), file.tell()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot read {self.path}: {error}") from error
+        return np.char.decode(labels, "utf-8") if labels.dtype.kind == "S" else np.asarray(labels)
 
     def _digest(self) -> bytes:
         """Of dtype, shape and bytes at places spread over the file."""
@@ -347,34 +330,41 @@ def _layout(name: str, shape: tuple[int, ...], config: DataConfig) -> str:
     )
 
 
-def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], bool, np.dtype]]:
-    """Of the arrays in an `.npz`, by key."""
-    found = {}
+def _headers(path: Path) -> Headers:
+    """Shape, whether in Fortran's order, and dtype of the arrays in an `.npz`, by key, or of that in an `.npy`."""
     try:
-        with open_regular(path) as packed, zipfile.ZipFile(packed) as opened:
-            for entry in zip_entries(opened):
-                with opened.open(entry) as file:
-                    found[entry.filename.removesuffix(".npy")] = read_npy_header(file)
+        with open_regular(path) as file:
+            if not is_npz(path):
+                return {None: read_npy_header(file)}
+            with zipfile.ZipFile(file) as opened:
+                return {
+                    entry.filename.removesuffix(".npy"): read_npy_header(cast(BinaryIO, opened.open(entry)))
+                    for entry in zip_entries(opened)
+                }
     except Exception as error:  # on a damaged one, the readers raise nearly anything
         raise ValueError(f"cannot read {path}: {error}") from error
-    return found
 
 
-def _read_npz(path: Path, column: str) -> np.ndarray:
-    headers = _headers(path)
-    if column not in headers:
-        raise ValueError(f"{path} has no array {column}: it holds {_listed(headers)}")
+def _load(path: Path, column: str | None = None) -> np.ndarray:
+    """The array with that key in an `.npz`, in memory, or that in an `.npy`, mapped.
+
+    Raises:
+        OSError: when the file cannot be reached.
+        ValueError: when it is damaged or cut short, or holds Python objects.
+    """
     try:
-        with open_regular(path) as packed, zipfile.ZipFile(packed) as opened:
-            entry = opened.getinfo(f"{column}.npy")
-            with opened.open(entry) as file:
-                return read_npy(file, entry.file_size)
+        with open_regular(path) as file:  # a pipe is refused
+            if column is None:
+                return np.lib.format.open_memmap(path, mode="r")
+            with np.load(file) as arrays:
+                return arrays[column]
+    except OSError:
+        raise
     except Exception as error:
-        raise ValueError(f"cannot read {path}, {column}: {error}") from error
+        raise ValueError(f"cannot read {path}{f', {column}' if column else ''}: {error}") from error
 
 
-def _image_column(path: Path, column: str | None) -> str:
-    headers = _headers(path)
+def _image_column(path: Path, headers: Headers, column: str | None) -> str | None:
     fitting = [key for key, (shape, _, _) in headers.items() if len(shape) in (3, 4)]
     if column is None and len(fitting) == 1:
         return fitting[0]
@@ -385,5 +375,5 @@ def _image_column(path: Path, column: str | None) -> str:
     raise ValueError(f"{path} has {wrong}; name one by data.image_column, of {_listed(headers)}")
 
 
-def _listed(headers: dict[str, tuple[tuple[int, ...], bool, np.dtype]]) -> str:
+def _listed(headers: Headers) -> str:
     return "; ".join(f"{key} {shape} {dtype}" for key, (shape, _, dtype) in headers.items()) or "nothing"

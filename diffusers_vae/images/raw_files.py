@@ -131,15 +131,13 @@ def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Of an NPY its shape, whether it is in Fortran's order, and its dtype; `file` is where its values begin then.
 
     Raises:
-        ValueError: when it is damaged, or of a version for other values than numbers.
+        ValueError: when it is damaged.
     """
     start = file.tell()
     beginning = io.BytesIO(file.read(NPY_HEADER))  # its length is read from it, and could be any
-    version = np.lib.format.read_magic(beginning)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"NPY of version {version[0]}.{version[1]} is for other values than numbers")
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
+        version = np.lib.format.read_magic(beginning)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(beginning)
     except Exception as error:  # of Python's parser, too
         raise ValueError(f"its header is damaged: {error}") from error
@@ -147,20 +145,6 @@ def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
         raise ValueError(f"its header is damaged: the shape is {shape}")
     file.seek(start + beginning.tell())
     return shape, fortran, dtype
-
-
-def read_npy(file: BinaryIO, size: int) -> np.ndarray:
-    """The array in an NPY of `size` bytes. Nothing is allocated before they are known to be enough.
-
-    Raises:
-        ValueError: when it is damaged or cut short, or holds Python objects.
-    """
-    shape, _, dtype = read_npy_header(file)
-    stated = file.tell() + math.prod(shape) * dtype.itemsize
-    if stated > size:
-        raise ValueError(f"it ends after {size:,} of {stated:,} bytes, cut short")
-    file.seek(0)
-    return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _package(name: str) -> ModuleType:
@@ -227,9 +211,11 @@ def _read_npy(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray | 
     _check(kind, channels)
     if not whole:
         return None, kind
-    size = file.seek(0, io.SEEK_END)
+    stated = file.tell() + math.prod(shape) * dtype.itemsize
+    if stated > (size := file.seek(0, io.SEEK_END)):  # before that much is allocated
+        raise ValueError(f"it ends after {size:,} of {stated:,} bytes, cut short")
     file.seek(0)
-    return _channels_first(read_npy(file, size), kind.layout), kind
+    return _channels_first(np.lib.format.read_array(file, allow_pickle=False), kind.layout), kind
 
 
 def _channels_first(values: np.ndarray, layout: str) -> np.ndarray:
