@@ -33,6 +33,7 @@ from diffusers_vae import VAE, LatentDataset, encode_images
 from diffusers_vae.cli.parser import TRAININGS, parse_settings
 from diffusers_vae.data import ArrayImages, DataConfig, Records, load_split
 from diffusers_vae.images.files import read_header, read_image
+from diffusers_vae.images.fit import Fit
 from diffusers_vae.images.raw_files import FileKind, read_kind, read_values, write_values
 from diffusers_vae.models import load_autoencoder
 from diffusers_vae.settings import read_yaml
@@ -52,7 +53,7 @@ def cache(monkeypatch, tmp_path):
 
 def as_image(path):
     read_header(path)
-    read_image(path, 3, scaled=lambda height, width: (4, 4))
+    read_image(path, 3, Fit((4, 4)))
     return channels_last(read_image(path, 3).numpy())
 
 

@@ -7,7 +7,7 @@ import math
 import re
 import zipfile
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 
 from ..images.files import Header
+from ..images.fit import Fit
 from ..images.ranges import ValueRange
-from ..images.raw_files import read_npy_header
+from ..images.raw_files import as_they_are, read_npy_header
 from ..untrusted import Unreachable, open_regular
-from .config import DataConfig
 from .files import zip_entries
 from .kinds import ARRAYS
 from .parts import HELDOUT, is_bare, is_plain, part_of, split_of
-from .store import file_digests
+from .store import Store, file_digests
 
 LABELS = ".labels.npy"
 SAMPLES, SAMPLE = 64, 4096
@@ -40,15 +40,16 @@ class ImageArray:
 
     Args:
         path: of the file.
-        config: the image_column is the key of the array in an `.npz`, by default its only one with the shape of images.
-            By the number of channels their axis is found.
+        column: key of the array in an `.npz`, by default its only one with the shape of images.
+        channels: by which their axis is found.
+        value_range: of the values.
 
     Raises:
         ValueError: naming the file, when it is damaged or holds no such array.
     """
 
-    def __init__(self, path: Path, config: DataConfig):
-        self.path, self.column = path, config.image_column
+    def __init__(self, path: Path, column: str | None, channels: int | None, value_range: ValueRange | None):
+        self.path, self.column = path, column
         headers = _headers(path)
         if is_npz(path):
             self.column = _image_column(path, headers, self.column)
@@ -61,11 +62,11 @@ class ImageArray:
             raise ValueError(f"{self} must hold real numbers, got {self.dtype}")
         if not math.prod(self.shape):
             raise ValueError(f"{self} is empty: its shape is {self.shape}")
-        self.layout = _layout(str(self), self.shape, config)
+        self.layout = _layout(str(self), self.shape, channels, value_range)
         values = _load(path, self.column)
         self.values = values if is_npz(path) else None
         self.digest = self._digest()
-        if config.value_range is None and self.dtype.kind != "b" and self.dtype != np.uint8:
+        if value_range is None and self.dtype.kind != "b" and self.dtype != np.uint8:
             first = [self.image(place) for place in range(min(SEEN, len(self)))]
             least, most = min(values.min() for values in first), max(values.max() for values in first)
             raise ValueError(
@@ -143,7 +144,7 @@ class ImageArray:
         return digest.digest()
 
 
-class ArrayStore:
+class ArrayStore(Store):
     """The images of several arrays, one after the other."""
 
     def __init__(self, arrays: Sequence[ImageArray]):
@@ -181,35 +182,28 @@ class ArrayStore:
     def content(self, row: int) -> bytes:
         return self._image(row).tobytes()
 
-    def header(self, row: int, config: DataConfig) -> Header:
+    def header(self, row: int, channels: int, value_range: ValueRange | None) -> Header:
         array, _ = self._find(row)
         mode = f"{array.channels}x {array.dtype.name}"
-        if not config.as_they_are:
+        if not as_they_are(channels, value_range):
             mode = "1" if array.dtype.kind == "b" else {1: "L", 3: "RGB"}[array.channels]
         return Header(array.path.suffix[1:].upper(), mode, *array.size)
 
-    def read(
-        self,
-        row: int,
-        config: DataConfig,
-        transform: Callable[[torch.Tensor], torch.Tensor],
-        scaled: Callable[[int, int], tuple[int, int]] | None,
-    ) -> torch.Tensor:
-        values = self.values(row, config)
-        if config.value_range is not None:
+    def read(self, row: int, channels: int, value_range: ValueRange | None, fit: Fit) -> torch.Tensor:
+        values = self.values(row, channels)
+        if value_range is not None:
             try:
-                return transform(ValueRange(*config.value_range).to_unit(values))
+                return fit(value_range.to_unit(values))
             except ValueError as error:
                 raise ValueError(f"cannot read {self.name(row)}: {error}") from error
         if values.dtype.kind == "b":
             values = values * np.uint8(255)  # as of a file with 1 bit
-        if len(values) == 3 and config.channels == 1:  # as of a file
+        if len(values) == 3 and channels == 1:  # as of a file
             values = np.asarray(Image.fromarray(np.ascontiguousarray(np.moveaxis(values, 0, -1))).convert("L"))[None]
         pixels = torch.from_numpy(np.array(values))  # a copy that may be written to
-        return transform(pixels.expand(config.channels, -1, -1))
+        return fit(pixels.expand(channels, -1, -1))
 
-    def values(self, row: int, config: DataConfig) -> np.ndarray:
-        """Those of an image as they are in the array, (C, H, W); ValueError naming it when it cannot be read."""
+    def values(self, row: int, channels: int) -> np.ndarray:
         layout, values = self._find(row)[0].layout, self._image(row)
         return values[None] if layout == "NHW" else np.moveaxis(values, -1, 0) if layout == "NHWC" else values
 
@@ -309,8 +303,8 @@ def is_npz(path: Path) -> bool:
     return path.suffix.lower() == ".npz"
 
 
-def _layout(name: str, shape: tuple[int, ...], config: DataConfig) -> str:
-    wanted = {config.channels} if config.as_they_are and config.channels else {1, 3}
+def _layout(name: str, shape: tuple[int, ...], channels: int | None, value_range: ValueRange | None) -> str:
+    wanted = {channels} if channels and as_they_are(channels, value_range) else {1, 3}
     fitting = []
     if len(shape) == 3 and 1 in wanted and shape[2] > 4:  # else it is one image in colour
         fitting = ["NHW"]
@@ -325,9 +319,7 @@ def _layout(name: str, shape: tuple[int, ...], config: DataConfig) -> str:
             f"it is not clear where the channels of {name} lie: {rule}, and both the second and the last axis of "
             f"{shape} may be {counts} channels. Of one channel, take the axis away; else enlarge the images"
         )
-    raise ValueError(
-        f"{rule}, with {counts} channels for data.channels {config.channels or 'null'}, got {shape} in {name}"
-    )
+    raise ValueError(f"{rule}, with {counts} channels for data.channels {channels or 'null'}, got {shape} in {name}")
 
 
 def _headers(path: Path) -> Headers:

@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 from ..images.files import Header
-from ..images.ranges import ValueRange
 from ..messages import problem_list
 from ..untrusted import MAX_PAGES
 from .config import DataConfig
@@ -98,7 +97,7 @@ def _header_of_any(images: StoredImages, index: int) -> Header | None:
     """The header of an image of 1 or of 3 channels, if none are asked for; None where it cannot be read."""
     for channels in (1, 3) if images.config.channels is None else (images.config.channels,):
         with suppress(ValueError):
-            return images.store.header(int(images.rows[index]), replace(images.config, channels=channels))
+            return images.store.header(int(images.rows[index]), channels, images.config.stated_range)
     return None
 
 
@@ -132,11 +131,11 @@ def size_in_words(config: DataConfig, count: int, colours: Mapping[str, int], si
 def _warn_of_pages(parts: Sequence[StoredImages]) -> None:
     """Log a warning that names the files of which the first page or frame alone is read."""
     rows = sorted({int(row) for part in parts for row in part.rows})
-    store, config = parts[0].store, parts[0].config
+    store, channels, value_range = parts[0].store, parts[0].channels, parts[0].config.stated_range
     # the name of a row of a table ends in that of its file, in parentheses
     rows = [row for row in rows if store.name(row).lower().rstrip(")").endswith(PAGED)]
     with ThreadPoolExecutor() as pool:
-        headers = list(pool.map(lambda row: store.header(row, config), rows))
+        headers = list(pool.map(lambda row: store.header(row, channels, value_range), rows))
     several = [pages_of(store.name(row), header) for row, header in zip(rows, headers, strict=True) if header.pages > 1]
     if several:
         logger.warning(
@@ -156,8 +155,8 @@ def _warn_of_depth(images: ImageSet, config: DataConfig) -> None:
     advice = (
         "Files of 16 bits are divided by 257, although many hold fewer bits: if so, state data.value_range, which "
         "`diffusers-vae data` proposes"
-        if config.value_range is None
-        else f"If data.value_range {ValueRange(*config.value_range)} is too wide, state a narrower one"
+        if config.stated_range is None
+        else f"If data.value_range {config.stated_range} is too wide, state a narrower one"
     )
     logger.warning(
         "most of the first %d images use less than a quarter of the values from black (0) to white (1), and all lie "

@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from ..fields import at_home, check, only_with, setting
 from ..images.files import OVERSIZE
 from ..images.ranges import ValueRange
+from ..images.raw_files import as_they_are
 from .kinds import is_hub_id, kind_at
 
 IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
@@ -98,7 +99,7 @@ class DataConfig:
         check("data", self)
         if self.value_range is not None:
             try:
-                ValueRange(*self.value_range)
+                _ = self.stated_range
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"data.value_range must be [low, high], two finite increasing numbers, got {list(self.value_range)}"
@@ -135,7 +136,12 @@ class DataConfig:
     @property
     def as_they_are(self) -> bool:
         """Whether the values in files are not converted to grey or RGB of 8 bits."""
-        return self.value_range is not None or self.channels not in (None, 1, 3)
+        return as_they_are(self.channels, self.stated_range)
+
+    @property
+    def stated_range(self) -> ValueRange | None:
+        """What `value_range` says that values in files mean."""
+        return None if self.value_range is None else ValueRange(*self.value_range)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as transforms
 
+from ..images.fit import Fit
 from ..messages import problem_list, showable
 from .arrays import ArrayStore, ImageArray, array_classes, array_files
 from .augmentation import Augmentation
@@ -19,7 +20,6 @@ from .captions import read_captions
 from .check import in_size, size_in_words
 from .config import IN_MEMORY, DataConfig
 from .files import Files
-from .fit import resized
 from .folders import Division, class_names, divide
 from .named import heldout_indices, load_cifar10, load_digits, load_mnist
 from .rows import (
@@ -133,7 +133,8 @@ def _in_memory(
         pixels = pixels.expand(-1, 3, -1, -1)
     elif pixels.shape[1] == 3 and config.channels == 1:
         pixels = transforms.rgb_to_grayscale(pixels)
-    fitted = [resized(chunk, config) for chunk in pixels.split(4096)]
+    fit = Fit(config.size, config.fit == "pad")
+    fitted = [fit.resize(chunk) for chunk in pixels.split(4096)]
     return ArrayImages(torch.cat(fitted), Records(labels, classes, files=files))
 
 
@@ -166,7 +167,8 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
 
 def _load_arrays(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> Loaded:
     groups, notes = array_files(Path(config.root))
-    parts = [[ImageArray(path, config) for path in group] for group in groups]
+    settings = config.image_column, config.channels, config.stated_range
+    parts = [[ImageArray(path, *settings) for path in group] for group in groups]
     store = ArrayStore([array for arrays in parts for array in arrays])
     labels, classes = array_classes(parts, config.label_column)
     counts = [sum(map(len, arrays)) for arrays in parts]

@@ -145,7 +145,7 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         constant=tuple(constant),
         shown=shown,
         files=files,
-        value_range=None if config.value_range is None else ValueRange(*config.value_range),
+        value_range=config.stated_range,
     )
 
 
@@ -164,7 +164,7 @@ def _depth(images: StoredImages) -> tuple[int, int, int, int] | None:
             mode = images.header(index).mode
             if ";16" not in mode:
                 return None
-            values = images.store.values(row, replace(images.config, channels=1 if mode in GREY else 3))
+            values = images.store.values(row, 1 if mode in GREY else 3)
         except (ImportError, ValueError):
             continue
         found.append((len(values), int(values.min()), int(values.max())))
@@ -187,7 +187,7 @@ def _range_to_state(config: DataConfig, max_images: int) -> str | None:
     dtypes, lowest, highest, count = Counter(), math.inf, -math.inf, 0
     for row in train.rows[:max_images].tolist():
         try:
-            values = train.store.values(row, train.config)
+            values = train.store.values(row, train.channels)
         except ValueError:
             continue
         dtypes[values.dtype] += 1

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from ..messages import changed_logs, message, problem_list, without_passwords
-from ..untrusted import Reader, open_beside_others, refuse_irregular, unreadable
+from ..untrusted import Reader, open_beside_others, refuse_irregular
 from .captions import KEYS
 from .config import DataConfig
 from .files import is_output
 from .parts import HELDOUT, TRAINING, VALIDATION, part_of, split_of
-from .store import WHOLE, EncodedStore
+from .store import WHOLE, Store
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features
@@ -369,7 +369,7 @@ def _column(table: Dataset, column: str) -> ChunkedArray:
     return table.select_columns(column).with_format("arrow")[:][column]
 
 
-class RowStore(EncodedStore):
+class RowStore(Store):
     """Images in a column of one table or of several, `parts` by name, row after row; `root` is the name of the set for
     people. A value is the bytes of an image file, or has them as `bytes`, beside a `path`, or is a file at `path`,
     which must lie below one of `folders`: whoever wrote the rows could name any other.
@@ -410,13 +410,6 @@ class RowStore(EncodedStore):
             return content.size
         file = self._file(path)
         return file.stat().st_size if file and file.is_file() else 0
-
-    def content(self, row: int) -> bytes:
-        try:
-            with self._open(row) as opened:
-                return opened.read()
-        except (OSError, ValueError) as error:
-            raise unreadable(self.name(row), error) from error
 
     def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
         if not whole:

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 
 from ..images.files import Header
-from ..images.ranges import ValueRange
+from ..images.fit import Fit
 from ..silence import report_progress
 from .augmentation import Augmentation
 from .batch import ReadImages
 from .config import DataConfig
-from .fit import cut, resized, scaled_size
 from .order import MicroBatch, TrainingSet
 from .store import Store
 
@@ -205,6 +204,7 @@ class StoredImages(ImageSet):
 
     @property
     def channels(self) -> int:
+        assert self.config.channels is not None
         return self.config.channels
 
     def read(self, indices: Sequence[int]) -> ReadImages:
@@ -216,7 +216,7 @@ class StoredImages(ImageSet):
     def _read_at(self, indices: Sequence[int], place: tuple[int, ...]) -> ReadImages:
         """The images at the indices; random crops at the place of this number."""
         config, pixels, kept, errors = self.config, [], [], []
-        empty = torch.zeros(0, config.channels, *config.size, dtype=config.dtype)
+        empty = torch.zeros(0, self.channels, *config.size, dtype=config.dtype)
         for number, index in enumerate(indices):
             crops = [place] if config.crops == "random" else []
             crops = crops if self.records.crops is None else [(int(self.records.crops[index]),)]
@@ -239,24 +239,17 @@ class StoredImages(ImageSet):
 
     def _read_one(self, index: int, crops: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """Pixels (B, C, H, W): the crops of these numbers of an image or, without, the whole, B = 1."""
-        config, row = self.config, int(self.rows[index])
-
-        def fit(pixels: torch.Tensor) -> torch.Tensor:
-            if not crops:
-                return resized(pixels, config)[None]
-            # of the name alone, so that an image more or less moves no crop of the others
+        config, row, positions = self.config, int(self.rows[index]), []
+        if crops:  # of the name alone, so that an image more or less moves no crop of the others
             name = hashlib.sha256(self.store.key(row).encode(errors="surrogateescape")).digest()
             seeds = (np.random.SeedSequence([int.from_bytes(name, "big"), *crop]) for crop in crops)
-            places = (np.random.default_rng(seed).random(2) for seed in seeds)
-            return torch.stack([resized(cut(pixels, config.size, place), config) for place in places])
-
-        # crops are of the image at its own resolution
-        scaled = None if crops else lambda *size: scaled_size(*size, config)
-        return self.store.read(row, config, fit, scaled)
+            positions = [np.random.default_rng(seed).random(2).tolist() for seed in seeds]
+        fit = Fit(config.size, config.fit == "pad", tuple((down, right) for down, right in positions))
+        return self.store.read(row, self.channels, config.stated_range, fit)
 
     def header(self, index: int) -> Header:
         """Of an image; ValueError naming it when that tells that it cannot be read."""
-        return self.store.header(int(self.rows[index]), self.config)
+        return self.store.header(int(self.rows[index]), self.channels, self.config.stated_range)
 
     def first(self: S, count: int) -> S:
         return type(self)(self.config, self.records.select(slice(count)), self.errors)
@@ -264,8 +257,8 @@ class StoredImages(ImageSet):
     def fingerprint(self) -> str:
         """Of what the store tells without reading, which would take as long as an epoch, and of the crops."""
         digest, known, crops = hashlib.sha256(), {}, self.records.crops
-        if self.config.value_range is not None:
-            digest.update(f"{ValueRange(*self.config.value_range)}\0".encode())
+        if self.config.stated_range:
+            digest.update(f"{self.config.stated_range}\0".encode())
         for index, row in enumerate(map(int, self.rows)):
             if row not in known:  # crops share a file
                 known[row] = self.store.identity(row)

@@ -6,22 +6,21 @@ import hashlib
 import io
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from ..images.files import LARGE, Header, read_header, read_image
+from ..images.files import Header, read_header, read_image
+from ..images.fit import Fit
 from ..images.ranges import ValueRange
-from ..images.raw_files import FileKind, read_kind, read_values
+from ..images.raw_files import as_they_are, raw_header, read_raw, read_values
 from ..silence import report_progress
-from ..untrusted import open_beside_others, open_regular
-from .config import DataConfig
+from ..untrusted import open_beside_others, open_regular, unreadable
 from .files import Files, Member
 from .kinds import IMAGE_SUFFIXES
 
@@ -42,7 +41,6 @@ CONTENT = re.compile(
 """The beginnings of common image files."""
 MAX_SNIFFED = 1000
 """Files without a suffix whose beginning is read, at most."""
-_ONE_LARGE = threading.Lock()
 
 
 def left_out(files: Files, paths: Sequence[Path]) -> tuple[str, ...]:
@@ -112,113 +110,45 @@ def file_digests(paths: Sequence[str | Path], sample: int) -> Iterator[bytes]:
         report_progress()
 
 
-class Store(Protocol):
-    """Images of any size, a row each, for any process and thread to read on its own."""
+class Store:
+    """Images of any size, a row each, for any process and thread to read on its own. Here their bytes are those of
+    image files, wherever they lie.
+    """
 
     def name(self, row: int) -> str:
         """For people: its file, or where else it lies."""
-        ...
+        raise NotImplementedError
 
     def key(self, row: int) -> str:
         """The same wherever the set lies, and another for every row: places of crops depend on it."""
-        ...
+        raise NotImplementedError
 
     def identity(self, row: int) -> bytes:
         """The same for the same image, as far as can be told without reading it."""
-        ...
-
-    def digest(self, row: int) -> bytes:
-        """16 bytes that depend on its content, by `content_digest`; the same wherever the set lies."""
-        ...
+        raise NotImplementedError
 
     def size(self, row: int) -> int:
         """Bytes, as stored."""
-        ...
+        raise NotImplementedError
 
-    def content(self, row: int) -> bytes:
-        """As stored; ValueError naming it when it is damaged."""
-        ...
-
-    def header(self, row: int, config: DataConfig) -> Header:
-        """What it says of itself; ValueError naming it when that tells that it cannot be read."""
-        ...
-
-    def read(
-        self,
-        row: int,
-        config: DataConfig,
-        transform: Callable[[torch.Tensor], torch.Tensor],
-        scaled: Callable[[int, int], tuple[int, int]] | None,
-    ) -> torch.Tensor:
-        """Its pixels, through `transform`: `read_image` or, if `config` takes them `as_they_are`, `read_raw`."""
-        ...
-
-
-def raw_header(path: str | Path, config: DataConfig, content: Callable[[], BinaryIO] | None = None) -> Header:
-    """What an image file says of itself that is read as it is; its mode is 5x uint16, say.
-
-    Raises:
-        ValueError: naming the file, when that tells that it cannot be read so.
-    """
-    kind = read_kind(path, config.channels, content)
-    _check_depth(path, kind, config)
-    return Header(kind.format, kind.mode, kind.height, kind.width, kind.pages)
-
-
-def read_raw(
-    path: str | Path,
-    config: DataConfig,
-    transform: Callable[[torch.Tensor], torch.Tensor],
-    content: Callable[[], BinaryIO] | None = None,
-) -> torch.Tensor:
-    """The pixels of an image file, its values as they are, through `transform`, which gets (C, H, W): uint8 or, if
-    `config` states a value_range, float32 in [0, 1]. Threads that read large images do so one after the other.
-
-    Raises:
-        ValueError: naming the file, when it cannot be read so, or holds values outside of the range.
-    """
-    kind = read_kind(path, config.channels, content)
-    _check_depth(path, kind, config)
-    with _ONE_LARGE if kind.height * kind.width > LARGE else nullcontext():
-        values, _ = read_values(path, config.channels, content)
-        if config.value_range is None:
-            return transform(torch.from_numpy(values))
-        try:
-            return transform(ValueRange(*config.value_range).to_unit(values))
-        except ValueError as error:
-            raise ValueError(f"cannot read the image {path}: {error}") from error
-
-
-def _check_depth(path: str | Path, kind: FileKind, config: DataConfig) -> None:
-    if config.value_range is None and kind.dtype != np.dtype(np.uint8).str:
-        raise ValueError(
-            f"cannot read the image {path}: data.value_range, [low, high], must state what values mean that are not of "
-            f"8 bits, got {np.dtype(kind.dtype).name}; `diffusers-vae data` says which there are"
-        )
-
-
-class EncodedStore:
-    """Images whose bytes are those of image files, wherever they lie."""
-
-    def name(self, row: int) -> str:
+    def total(self) -> int:
+        """Bytes of all images."""
         raise NotImplementedError
 
     def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
         """What opens the bytes of an image, to be read whole or at their beginning."""
         raise NotImplementedError
 
-    def is_raw(self, row: int, config: DataConfig) -> bool:
-        """Whether values are taken as they are."""
-        return config.as_they_are
-
-    def total(self) -> int:
-        """Bytes of all images."""
-        raise NotImplementedError
-
-    def size(self, row: int) -> int:
-        raise NotImplementedError
+    def content(self, row: int) -> bytes:
+        """As stored; ValueError naming it when it is damaged."""
+        try:
+            with self.opener(row, True)() as file:
+                return file.read()
+        except (OSError, ValueError) as error:
+            raise unreadable(self.name(row), error) from error
 
     def digest(self, row: int) -> bytes:
+        """16 bytes that depend on its content, by `content_digest`; the same wherever the set lies."""
         limit = WHOLE if self.total() <= WHOLE else SAMPLED
         try:
             with self.opener(row, False)() as file:
@@ -226,30 +156,30 @@ class EncodedStore:
         except (FileNotFoundError, ValueError) as error:  # missing, or damaged in an archive
             return hashlib.sha256(type(error).__name__.encode()).digest()[:16]
 
-    def header(self, row: int, config: DataConfig) -> Header:
+    def is_raw(self, row: int, channels: int, value_range: ValueRange | None) -> bool:
+        """Whether values are taken as they are."""
+        return as_they_are(channels, value_range)
+
+    def header(self, row: int, channels: int, value_range: ValueRange | None) -> Header:
+        """What it says of itself; ValueError naming it when that tells that it cannot be read."""
         opener = self.opener(row, False)
-        if self.is_raw(row, config):
-            return raw_header(self.name(row), config, opener)
+        if self.is_raw(row, channels, value_range):
+            return raw_header(self.name(row), channels, value_range, opener)
         return read_header(self.name(row), opener)
 
-    def read(
-        self,
-        row: int,
-        config: DataConfig,
-        transform: Callable[[torch.Tensor], torch.Tensor],
-        scaled: Callable[[int, int], tuple[int, int]] | None,
-    ) -> torch.Tensor:
+    def read(self, row: int, channels: int, value_range: ValueRange | None, fit: Fit) -> torch.Tensor:
+        """Its pixels through `fit`, (B, C, height, width), by `read_raw` or `read_image`."""
         opener = self.opener(row, True)
-        if self.is_raw(row, config):
-            return read_raw(self.name(row), config, transform, opener)
-        return read_image(self.name(row), config.channels, transform, scaled, opener)
+        if self.is_raw(row, channels, value_range):
+            return read_raw(self.name(row), channels, value_range, fit, opener)
+        return read_image(self.name(row), channels, fit, opener)
 
-    def values(self, row: int, config: DataConfig) -> np.ndarray:
+    def values(self, row: int, channels: int) -> np.ndarray:
         """Those of an image as they are in its file, (C, H, W); ValueError naming it when it cannot be read so."""
-        return read_values(self.name(row), config.channels, self.opener(row, True))[0]
+        return read_values(self.name(row), channels, self.opener(row, True))[0]
 
 
-class FileStore(EncodedStore):
+class FileStore(Store):
     """Image files below `root`, those of `members` in archives. `left_out` lists the files there that look like images
     and are not read.
     """
@@ -299,24 +229,14 @@ class FileStore(EncodedStore):
             self.digested[row] = True
         return self.digests[row].tobytes()
 
-    def content(self, row: int) -> bytes:
-        member = self._member(row)
-        try:
-            if member is not None:
-                return member.read()
-            with open_beside_others(self.paths[row]) as file:
-                return file.read()
-        except ValueError as error:
-            raise ValueError(f"cannot read the image {self.paths[row]}: {error}") from error
-
     def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
         member = self._member(row)
         if member is None:
             return partial(open_beside_others, self.paths[row])
         return (lambda: io.BytesIO(member.read())) if whole else member.open
 
-    def is_raw(self, row: int, config: DataConfig) -> bool:
-        return config.as_they_are or self.paths[row].suffix.lower() == ".npy"
+    def is_raw(self, row: int, channels: int, value_range: ValueRange | None) -> bool:
+        return super().is_raw(row, channels, value_range) or self.paths[row].suffix.lower() == ".npy"
 
     def _member(self, row: int) -> Member | None:
         return self.members.get(str(self.paths[row])) if self.members else None

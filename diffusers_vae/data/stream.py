@@ -22,7 +22,7 @@ from .config import DataConfig
 from .order import Batches, streamed
 from .rows import find_columns, find_parts, rows_builder, unused_splits
 from .sets import Layout, Records, StoredImages
-from .store import SAMPLE, EncodedStore, file_digests
+from .store import SAMPLE, Store, file_digests
 
 if TYPE_CHECKING:
     from pyarrow import Array
@@ -57,7 +57,7 @@ class _Kept:
     rows: int = 0
 
 
-class ParquetStore(EncodedStore):
+class ParquetStore(Store):
     """Images in a column of Parquet files, row group by row group, in the order of `groups`.
 
     A row group is read when a row of it is asked for, and let go when all were, or when none was while `patience` rows

@@ -144,7 +144,7 @@ def evaluate(
         raise ValueError("there must be at least one image to evaluate, got none")
     if config.rfid and min(len(image_set), config.max_images or 2) < 2:
         raise ValueError("the FID compares spreads: it needs at least two images, got one")
-    stated = None if data is None or data.value_range is None else ValueRange(*data.value_range)
+    stated = None if data is None else data.stated_range
     if stated:
         config = replace(config, round_to_8_bit=False)
     rank, processes = process_share()

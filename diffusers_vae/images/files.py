@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..untrusted import (
     read_without_text,
     unreadable,
 )
+from .fit import Fit
 
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 TURNED = (5, 6, 7, 8)  # orientations by which height and width change places
@@ -80,22 +81,20 @@ def _deeper(image: Image.Image) -> str:
 def read_image(
     path: str | Path,
     channels: int,
-    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    scaled: Callable[[int, int], tuple[int, int]] | None = None,
+    fit: Fit | None = None,
     content: Callable[[], BinaryIO] | None = None,
 ) -> torch.Tensor:
-    """uint8 pixels (channels, H, W) of the first frame of an image file, turned upright.
+    """uint8 pixels (channels, H, W) of the first frame of an image file, turned upright; with `fit`, what it makes of
+    them, (B, channels, height, width).
 
     Transparency is composited over white; palette, CMYK and Lab are converted by colour; 16 bits are scaled to 8.
 
     Args:
         path: any file that Pillow opens.
         channels: 1 (grey) or 3 (RGB).
-        transform: applied to the pixels before they are returned. Threads that decode images of more than `LARGE`
-            pixels do so one after the other, this included.
-        scaled: from height and width of the upright image, those to which `transform` will scale it. A JPEG that is
-            2 `OVERSIZE` times as large or more is decoded at a half, quarter or eighth of its scale, still `OVERSIZE`
-            times as large, and scaled to them here (bicubic with antialiasing); other files are not scaled.
+        fit: applied to the pixels before they are returned. Threads that decode images of more than `LARGE` pixels do
+            so one after the other, this included. A JPEG that is 2 `OVERSIZE` times as large as wanted or more is
+            decoded at a half, quarter or eighth of its scale, still `OVERSIZE` times as large; not for crops.
         content: opens a file that lies in an archive, `path` being its name then.
 
     Raises:
@@ -105,35 +104,37 @@ def read_image(
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
-    read = partial(_read_image, path, channels, transform, scaled)
+    read = partial(_read_image, path, channels, fit)
     return read_without_text(read, content or partial(open_regular, path))
 
 
 def _read_image(
     path: str | Path,
     channels: int,
-    transform: Callable[[torch.Tensor], torch.Tensor] | None,
-    scaled: Callable[[int, int], tuple[int, int]] | None,
+    fit: Fit | None,
     content: Callable[[], BinaryIO],
 ) -> torch.Tensor:
     mode = "L" if channels == 1 else "RGB"
     with _opened(path, content) as image:
-        reduced = None if scaled is None else _reduce(image, scaled)
-        with _large() if image.width * image.height > LARGE else nullcontext():
+        reduced = None if fit is None or fit.crops else _reduce(image, fit)
+        with one_large(image.height, image.width):
             if reduced:
                 size, box = reduced
                 image = _to_mode(image, mode).resize(size, Image.Resampling.BICUBIC, box)
             ImageOps.exif_transpose(image, in_place=True)
             values = np.array(_to_mode(image, mode))
             pixels = torch.from_numpy(values).view(*values.shape[:2], channels).permute(2, 0, 1)
-            return pixels if transform is None else transform(pixels)
+            return pixels if fit is None else fit(pixels)
 
 
 @contextmanager
-def _large() -> Iterator[None]:
-    """Decode one image at a time, of up to `MAX_PIXELS` unless Pillow's own limit was changed: `check_pixels` sees the
-    same limit from other threads.
+def one_large(height: int, width: int) -> Generator[None]:
+    """Decode one image of more than `LARGE` pixels at a time, of up to `MAX_PIXELS` unless Pillow's own limit was
+    changed: `check_pixels` sees the same limit from other threads.
     """
+    if height * width <= LARGE:
+        yield
+        return
     with _ONE_LARGE:
         before = Image.MAX_IMAGE_PIXELS
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS if before == PILLOWS_LIMIT else before
@@ -143,16 +144,15 @@ def _large() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _reduce(
-    image: Image.Image, scaled: Callable[[int, int], tuple[int, int]]
-) -> tuple[tuple[int, int], tuple[float, float, float, float]] | None:
+def _reduce(image: Image.Image, fit: Fit) -> tuple[tuple[int, int], tuple[float, float, float, float]] | None:
     """Have a JPEG decoded at a reduced scale if it is large enough: to which width and height it is to be scaled then,
     and which part of the decoded pixels is the image: the last row and column may lie beyond it in part.
     """
     if image.format not in ("JPEG", "MPO"):
         return None
     turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
-    size = scaled(*image.size) if turned else scaled(*image.size[::-1])[::-1]
+    width, height = image.size
+    size = fit.scaled_size(width, height) if turned else fit.scaled_size(height, width)[::-1]
     width, height = (OVERSIZE * side for side in size)
     if image.width < 2 * width or image.height < 2 * height:
         return None
@@ -161,7 +161,7 @@ def _reduce(
 
 
 @contextmanager
-def _opened(path: str | Path, content: Callable[[], BinaryIO]) -> Iterator[Image.Image]:
+def _opened(path: str | Path, content: Callable[[], BinaryIO]) -> Generator[Image.Image]:
     """The image in a file; whatever is wrong with it, within too, is a ValueError that names the file, or an OSError
     when its storage fails.
     """

@@ -17,9 +17,13 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image
 
 from ..untrusted import check_pixels, count_pages, open_image, open_regular, read_without_text, unreadable
+from .files import Header, one_large
+from .fit import Fit
+from .ranges import ValueRange
 
 NPY_HEADER = 2**14
 """Bytes of the header of an NPY, at most: NumPy itself refuses one of more than 10,000."""
@@ -98,6 +102,55 @@ def read_values(
             500,000,000 pixels or, if it was changed, `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     return _read(path, channels, content, True)
+
+
+def as_they_are(channels: int | None, value_range: ValueRange | None) -> bool:
+    """Whether the values in files are not converted to grey or RGB of 8 bits."""
+    return value_range is not None or channels not in (None, 1, 3)
+
+
+def raw_header(
+    path: str | Path, channels: int, value_range: ValueRange | None, content: Callable[[], BinaryIO] | None = None
+) -> Header:
+    """What an image file says of itself that is read as it is; its mode is 5x uint16, say.
+
+    Raises:
+        ValueError: naming the file, when that tells that it cannot be read so.
+    """
+    kind = read_kind(path, channels, content)
+    _check_depth(path, kind, value_range)
+    return Header(kind.format, kind.mode, kind.height, kind.width, kind.pages)
+
+
+def read_raw(
+    path: str | Path,
+    channels: int,
+    value_range: ValueRange | None,
+    fit: Fit,
+    content: Callable[[], BinaryIO] | None = None,
+) -> torch.Tensor:
+    """The pixels of an image file, its values as they are, through `fit`, (B, C, height, width): uint8 or, with a
+    value_range, float32 in [0, 1]. Threads that read large images do so one after the other.
+
+    Raises:
+        ValueError: naming the file, when it cannot be read so, or holds values outside of the range.
+    """
+    kind = read_kind(path, channels, content)
+    _check_depth(path, kind, value_range)
+    with one_large(kind.height, kind.width):
+        values, _ = read_values(path, channels, content)
+        try:
+            return fit(torch.from_numpy(values) if value_range is None else value_range.to_unit(values))
+        except ValueError as error:
+            raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
+def _check_depth(path: str | Path, kind: FileKind, value_range: ValueRange | None) -> None:
+    if value_range is None and kind.dtype != np.dtype(np.uint8).str:
+        raise ValueError(
+            f"cannot read the image {path}: data.value_range, [low, high], must state what values mean that are not of "
+            f"8 bits, got {np.dtype(kind.dtype).name}; `diffusers-vae data` says which there are"
+        )
 
 
 def write_values(path: str | Path, values: np.ndarray, kind: FileKind) -> None:

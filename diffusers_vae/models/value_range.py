@@ -37,12 +37,9 @@ def find_value_range(source: str, subfolder: str | None = None, revision: str | 
 
 
 def check_value_range(
-    stated: tuple[float, float] | None, source: str, subfolder: str | None = None, revision: str | None = None
+    stated: ValueRange | None, source: str, subfolder: str | None = None, revision: str | None = None
 ) -> None:
     """Raise ValueError when data.value_range is `stated` otherwise than the model was trained to."""
     known = find_value_range(source, subfolder, revision)
-    if known and known != (stated and ValueRange(*stated)):
-        raise ValueError(
-            f"data.value_range must be {known}, to which {source} was trained, got "
-            f"{'null' if stated is None else ValueRange(*stated)}"
-        )
+    if known and known != stated:
+        raise ValueError(f"data.value_range must be {known}, to which {source} was trained, got {stated or 'null'}")

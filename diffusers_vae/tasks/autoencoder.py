@@ -154,7 +154,7 @@ def finished(config: TrainConfig) -> TrainResult:
         raise ValueError(
             f"{output_dir / 'model'} must hold the weights that were measured, SHA-256 {measured}, got {found}"
         )
-    if stated != (config.data.value_range and ValueRange(*config.data.value_range)):
+    if stated != config.data.stated_range:
         raise ValueError(f"{output_dir / 'model'} must state data.value_range, got {stated}")
     return _result(config, report, model)
 
@@ -241,8 +241,8 @@ def finish_run(
     def save() -> None:
         with whole_folder(output_dir / "model") as folder:
             model.save_pretrained(folder)
-            if config.data.value_range is not None:
-                ValueRange(*config.data.value_range).save(folder)
+            if config.data.stated_range:
+                config.data.stated_range.save(folder)
 
     if config.model.trains_encoder:
         describe_latents(model, None)  # what the config holds is the source's, or a default

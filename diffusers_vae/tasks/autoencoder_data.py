@@ -190,7 +190,7 @@ def _load_pretrained(config: TrainConfig) -> Pretrained:
     assert source is not None
     pretrained = load_autoencoder(source, subfolder, revision)
     assert isinstance(pretrained, VAE)
-    check_value_range(config.data.value_range, source, subfolder, revision)
+    check_value_range(config.data.stated_range, source, subfolder, revision)
     repository, revision = find_repository(source, revision)
     return Pretrained(
         source=source, model=pretrained, weights_hash=weights_hash(pretrained), repository=repository, revision=revision

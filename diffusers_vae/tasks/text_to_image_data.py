@@ -234,7 +234,7 @@ def load_vae(config: TextToImageConfig) -> VAE:
     source, vae = config.vae.source, _read_vae(config, load_autoencoder)
     if not isinstance(vae, VAE):
         raise ValueError(f"StableDiffusionPipeline takes an AutoencoderKL, got {type(vae).__name__} in {source}")
-    check_value_range(config.data.value_range, source, config.vae.subfolder, config.vae.revision)
+    check_value_range(config.data.stated_range, source, config.vae.subfolder, config.vae.revision)
     if config.data.channels not in (None, vae.config.in_channels):
         raise ValueError(
             f"data.channels must be that of the autoencoder, got {config.data.channels}, and {source} takes "
