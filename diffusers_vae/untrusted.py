@@ -110,7 +110,7 @@ class Reader(io.BufferedReader):
         return super().read(size)
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> Reader:
     """The file at `path` to read from. A pipe, socket or device, which could block or never end, is refused.
 
     Raises:

@@ -10,9 +10,9 @@ from .load import load_data, load_split, refuse_colours
 from .look import Look, look, recommended
 from .order import MicroBatch, Read, TrainingSet, deal, epoch_batches, step_generator
 from .reading import image_batches, kept_images, read_ahead
-from .rows import RowStore
 from .sets import ArrayImages, ImageSet, Records, StoredImages
 from .store import FileStore, Store, left_out
+from .tables import RowStore
 
 __all__ = [
     "ARCHIVES",

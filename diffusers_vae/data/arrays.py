@@ -6,12 +6,10 @@ import hashlib
 import math
 import re
 import zipfile
-from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ from ..untrusted import Unreachable, open_regular
 from .files import zip_entries
 from .kinds import ARRAYS
 from .parts import HELDOUT, is_bare, is_plain, part_of, split_of
-from .store import Store, file_digests
+from .store import Store, file_digests, find_row
 
 LABELS = ".labels.npy"
 SAMPLES, SAMPLE = 64, 4096
@@ -80,10 +78,10 @@ class ImageArray:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"values": None}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state
         if is_npz(self.path):
             self.values = _load(self.path, self.column)
@@ -149,10 +147,7 @@ class ArrayStore(Store):
 
     def __init__(self, arrays: Sequence[ImageArray]):
         self.arrays = arrays
-        self.starts = [0, *accumulate(map(len, arrays))]
-
-    def __len__(self) -> int:
-        return self.starts[-1]
+        self.ends = np.cumsum([len(array) for array in arrays])
 
     def name(self, row: int) -> str:
         array, place = self._find(row)
@@ -213,8 +208,8 @@ class ArrayStore(Store):
             array.values = None
 
     def _find(self, row: int) -> tuple[ImageArray, int]:
-        number = bisect_right(self.starts, row) - 1
-        return self.arrays[number], row - self.starts[number]
+        number, index = find_row(self.ends, row)
+        return self.arrays[number], index
 
     def _image(self, row: int) -> np.ndarray:
         array, place = self._find(row)
@@ -288,7 +283,7 @@ def array_classes(
     if len(known) < 2:
         return None, None
     numbers = all(re.fullmatch("-?[0-9]+", name) for name in known)
-    classes = sorted(known, key=int if numbers else None)
+    classes = sorted(known, key=int) if numbers else sorted(known)
     place_of = {name: place for place, name in enumerate(classes)}
 
     labels = [

@@ -30,6 +30,7 @@ LOOKED_AT = 256
 """Images of each part whose headers are read first: they say whether a set is in colour, unless all are grey."""
 MEASURED = 32
 """Number of training images that are checked for unused depth."""
+S = TypeVar("S", bound=StoredImages)
 T = TypeVar("T")
 
 
@@ -41,37 +42,38 @@ def in_size(
     """
     asked = train.config
     train, heldout = looked_at(train, heldout)
-    unsure = headers and asked.channels is None and train.channels == 1 and max(len(train), len(heldout)) > LOOKED_AT
+    longest = max(len(train), len(heldout))
+    unsure = headers and asked.channels is None and train.channels == 1 and longest > LOOKED_AT
 
     def too_large() -> bool:
         count, size = asked.crops or 1, asked.size[0] * asked.size[1] * train.channels * asked.dtype.itemsize
         return count == "random" or (len(train) + len(heldout)) * count * size > memory_limit
 
     if unsure and not too_large():  # a few of the others may have colours
-        train, heldout = looked_at(train.seen_as(asked, ""), heldout.seen_as(asked, ""), max(len(train), len(heldout)))
+        train, heldout = looked_at(train.seen_as(asked, ""), heldout.seen_as(asked, ""), longest)
         unsure = False
+    loaded: list[ImageSet]
     if too_large():
-        parts = [train, heldout]
         if headers:
-            parts, found = _scan(parts, StoredImages.header, "checking files", progress)
-        if unsure:
-            train, heldout = (part.seen_as(asked, "") for part in parts)
-            parts = _described(train, heldout, [header for part in found for header in part])
-        loaded = tuple(part.cropped() for part in parts)
+            (train, heldout), found = _scan([train, heldout], StoredImages.header, "checking files", progress)
+            if unsure:
+                found = [header for part in found for header in part]
+                train, heldout = _described(train.seen_as(asked, ""), heldout.seen_as(asked, ""), found)
+        loaded = [part.cropped() for part in (train, heldout)]
     else:
-        parts, read = _scan([train, heldout], StoredImages.read_all, "reading images", progress)
-        loaded = tuple(
+        (train, heldout), read = _scan([train, heldout], StoredImages.read_all, "reading images", progress)
+        loaded = [
             ArrayImages(torch.stack(pixels, 1).flatten(0, 1), part.cropped().records, part.errors)
-            for part, pixels in zip(parts, read, strict=True)
-        )
+            for part, pixels in zip((train, heldout), read, strict=True)
+        ]
     if progress:
         if headers:
-            _warn_of_pages(parts)
-        _warn_of_depth(loaded[0], parts[0].config)
-    return loaded
+            _warn_of_pages([train, heldout])
+        _warn_of_depth(loaded[0], train.config)
+    return loaded[0], loaded[1]
 
 
-def looked_at(train: StoredImages, heldout: StoredImages, count: int = LOOKED_AT) -> tuple[StoredImages, StoredImages]:
+def looked_at(train: S, heldout: S, count: int = LOOKED_AT) -> tuple[S, S]:
     """The parts with `data.channels`, where that is null, by the headers of the first `count` images of each, and with
     what these say in words.
     """
@@ -80,9 +82,7 @@ def looked_at(train: StoredImages, heldout: StoredImages, count: int = LOOKED_AT
     return _described(train, heldout, [header for part in found for header in part if header])
 
 
-def _described(
-    train: StoredImages, heldout: StoredImages, headers: Sequence[Header]
-) -> tuple[StoredImages, StoredImages]:
+def _described(train: S, heldout: S, headers: Sequence[Header]) -> tuple[S, S]:
     """The parts as `looked_at` returns them, by these headers."""
     colours = Counter(_colours(header.mode) for header in headers)
     config = train.config
@@ -114,8 +114,9 @@ def size_in_words(config: DataConfig, count: int, colours: Mapping[str, int], si
     """What `count` images are, of which these are the colours and the (height, width) of some, and what becomes of
     them.
     """
-    of, read_as = f"{count:,} images of {config.described}", {1: "grey", 3: "RGB"}
-    wanted = f"{'x'.join(map(str, config.size))} {read_as.get(config.channels, f'with {config.channels} channels')}"
+    of, channels = f"{count:,} images of {config.described}", config.channels or 0
+    read_as = {1: "grey", 3: "RGB"}.get(channels, f"with {channels} channels")
+    wanted = f"{'x'.join(map(str, config.size))} {read_as}"
     if not sizes:
         return f"{of}, read as {wanted}"
     ends = [min(sizes, key=math.prod), max(sizes, key=math.prod)]

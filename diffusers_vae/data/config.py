@@ -127,11 +127,17 @@ class DataConfig:
             raise ValueError(f"of a stream, data.crops must be random or null, got {self.crops}")
 
     @property
+    def location(self) -> str:
+        """The folder, file or set on the Hub that `root` gives."""
+        assert self.root is not None
+        return self.root
+
+    @property
     def described(self) -> str:
         """The set's name, of a folder or file its own, of one on the Hub with its namespace."""
-        if self.name == "datasets":
-            return self.root if is_hub_id(self.root) else Path(self.root).resolve().name
-        return Path(self.root).resolve().name if self.name in ("folder", "array") else self.name
+        if self.name in PLACED and not (self.name == "datasets" and is_hub_id(self.location)):
+            return Path(self.location).resolve().name
+        return self.location if self.name == "datasets" else str(self.name)
 
     @property
     def as_they_are(self) -> bool:
@@ -165,7 +171,8 @@ class DataConfig:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the images."""
-        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else tuple(self.resolution)
+        height, width = (self.resolution,) * 2 if isinstance(self.resolution, int) else self.resolution
+        return height, width
 
     @property
     def changes_images(self) -> str:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..untrusted import MAX_TEXT, MAX_UNPACKED, Reader, Unreachable, open_regular, read_bytes
 
@@ -90,9 +90,9 @@ class _Part(io.RawIOBase):
         self.at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence])
         return self.at
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any, /) -> int:
         self.file.seek(self.start + self.at)
-        count = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.at)])
+        count = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.at)]) or 0
         self.at += count
         return count
 

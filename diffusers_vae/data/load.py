@@ -18,12 +18,11 @@ from .arrays import ArrayStore, ImageArray, array_classes, array_files
 from .augmentation import Augmentation
 from .captions import read_captions
 from .check import in_size, size_in_words
-from .config import IN_MEMORY, DataConfig
+from .config import IN_MEMORY, PLACED, DataConfig
 from .files import Files
 from .folders import Division, class_names, divide
 from .named import heldout_indices, load_cifar10, load_digits, load_mnist
 from .rows import (
-    RowStore,
     find_columns,
     find_parts,
     open_rows,
@@ -35,6 +34,7 @@ from .rows import (
 from .sets import ArrayImages, Captions, ImageSet, Layout, Records, StoredImages
 from .store import FileStore, Store, left_out
 from .stream import load_stream
+from .tables import RowStore
 
 logger = logging.getLogger(__name__)
 MEMORY_LIMIT = 2**31
@@ -68,18 +68,17 @@ def load_with_layout(
     config: DataConfig, progress: bool = False, memory_limit: int | None = None, captions: bool = False
 ) -> Loaded:
     """The images as `load_data` returns them, and how their files were read; with `progress`, its notes are logged."""
-    stored = {"folder": _load_folder, "array": _load_arrays, "datasets": _load_rows}
+    limit = MEMORY_LIMIT if memory_limit is None else memory_limit
     if config.streaming:
         train, heldout, layout = load_stream(config, progress)
-    elif config.name in stored:
-        limit = MEMORY_LIMIT if memory_limit is None else memory_limit
-        train, heldout, layout = stored[config.name](config, progress, limit, captions)
+    elif config.name in PLACED:
+        load = {"folder": _load_folder, "array": _load_arrays, "datasets": _load_rows}[config.name]
+        train, heldout, layout = load(config, progress, limit, captions)
     else:
-        load = {"digits": load_digits, "cifar10": load_cifar10}.get(config.name, load_mnist)
-        parts = load(config)
-        sizes = [tuple(part[0].shape[2:]) for part in parts for _ in part[0]]
+        parts = {"digits": load_digits, "cifar10": load_cifar10}.get(str(config.name), load_mnist)(config)
+        sizes = [(part[0].shape[2], part[0].shape[3]) for part in parts for _ in part[0]]
         files = size_in_words(config, len(sizes), {"RGB" if parts[0][0].shape[1] == 3 else "grey": len(sizes)}, sizes)
-        train, heldout = (_in_memory(*part, config, files) for part in parts)
+        train, heldout = (_in_memory(*part, config=config, files=files) for part in parts)
         layout = Layout(config.name != "digits")
     if layout.split and config.heldout_fraction != DataConfig.heldout_fraction:
         unused = f"data.heldout_fraction {config.heldout_fraction} is not used, since the set has a held-out part"
@@ -139,7 +138,7 @@ def _in_memory(
 
 
 def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> Loaded:
-    files = Files(Path(config.root))
+    files = Files(Path(config.location))
     division = divide(files)
     for part in division.parts:
         part[:] = [part[i] for i in np.random.default_rng(0).permutation(len(part))]
@@ -166,7 +165,7 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
 
 
 def _load_arrays(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> Loaded:
-    groups, notes = array_files(Path(config.root))
+    groups, notes = array_files(Path(config.location))
     settings = config.image_column, config.channels, config.stated_range
     parts = [[ImageArray(path, *settings) for path in group] for group in groups]
     store = ArrayStore([array for arrays in parts for array in arrays])
@@ -185,7 +184,7 @@ def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: 
     columns = of_each[0]
     if any(own != columns for own in of_each):
         raise ValueError(f"the columns of {' and '.join(parts)} in {root} must be the same")
-    store = RowStore(root, parts, columns.image, own_folders(config.root))
+    store = RowStore(root, parts, columns.image, own_folders(config.location))
     labels, classes = read_labels(root, parts, columns.label) if columns.label else (None, None)
     told = read_row_captions(root, parts, columns.caption) if captions and columns.caption else None
     counts = [len(part) for part in parts.values()]
@@ -222,17 +221,17 @@ def _labelled(files: Files, division: Division) -> tuple[list[torch.Tensor | Non
     """As labels the places of the folders in which all files of a part lie, or of what their `.cls` files say, and the
     names of these when there are two or more, the same in all parts; else None.
     """
-    names = class_names(division)
-    in_folders = [None not in own for own in names]
+    of_folders = class_names(division)
+    in_folders = [None not in own for own in of_folders]
     names = [
-        own if inside else _told_beside(files, part)
-        for own, inside, part in zip(names, in_folders, division.parts, strict=True)
+        [str(name) for name in own] if inside else _told_beside(files, part)
+        for own, inside, part in zip(of_folders, in_folders, division.parts, strict=True)
     ]
     known = {name for own in names for name in own or ()}
     if len(known) < 2:
         return [None] * len(names), None
     numbers = not any(in_folders) and all(name.isdecimal() for name in known)
-    classes = sorted(known, key=int if numbers else None)
+    classes = sorted(known, key=int) if numbers else sorted(known)
     place_of = {name: place for place, name in enumerate(classes)}
     return [None if own is None else torch.tensor([place_of[name] for name in own]) for own in names], tuple(classes)
 

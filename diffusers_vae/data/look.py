@@ -107,38 +107,40 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
             raise ValueError(advice) from error
         train, heldout, layout = load_with_layout(config, memory_limit=0)  # and so it was about the captions
         captions = str(error)
-    config = replace(config, channels=train.channels)
+    config, channels = replace(config, channels=train.channels), train.channels
     count = min(max_images, len(train))
     if not config.as_they_are and isinstance(train, StoredImages) and (depth := _depth(train.first(count))):
         channels, lowest, highest, bits = depth
         stated = replace(config, channels=channels, value_range=(0, 2**bits - 1))
         return replace(look(stated, max_images, progress), proposed=(lowest, highest))
-    sums, squares = torch.zeros(2, config.channels, dtype=torch.float64)
-    shown, constant, measured = None, [], 0
+    sums, squares = torch.zeros(2, channels, dtype=torch.float64)
+    shown, constant, measured = torch.zeros(0), [], 0
     with tqdm(total=count, desc="reading images", unit="img", disable=not progress, leave=False) as bar:
         for _, indices, images in image_batches(train, SHOWN, count, torch.device("cpu")):
             values = (images.double() + 1) / 2
             sums, squares = sums + values.mean((2, 3)).sum(0), squares + (values**2).mean((2, 3)).sum(0)
             flat = values.flatten(1).std(1, correction=0) <= NEARLY_CONSTANT
             constant += [train.name(index) for index, is_flat in zip(indices, flat.tolist(), strict=True) if is_flat]
-            shown = to_uint8(images) if shown is None else shown
+            shown = shown if measured else to_uint8(images)
             measured += len(indices)
             bar.update(min(SHOWN, count - bar.n))
     if not measured:
         raise ValueError(f"none of {count} training images can be read: {train.errors[0]}")
     mean = sums / measured
-    parts, bad = {"training": train, "held-out": heldout}, [*train.errors, *heldout.errors]
-    files = None
-    if isinstance(train, StoredImages):  # of a stream those alone that were read already
-        files = _files({"training": train.first(count)} if config.streaming else parts, bad, progress)
+    bad, files, ignored = [*train.errors, *heldout.errors], None, ()
+    if isinstance(train, StoredImages) and isinstance(heldout, StoredImages):
+        ignored = train.store.left_out if isinstance(train.store, FileStore) else ()
+        # of a stream those alone that were read already
+        looked = {"training": train.first(count)} if config.streaming else {"training": train, "held-out": heldout}
+        files = _files(looked, bad, progress)
     return Look(
-        parts={name: len(part) for name, part in parts.items()},
+        parts={"training": len(train), "held-out": len(heldout)},
         split=layout.split,
         notes=layout.notes,
-        classes=_classes(parts.values()),
+        classes=_classes([train, heldout]),
         captions=captions,
         unreadable=tuple(dict.fromkeys(bad)),
-        left_out=train.store.left_out if isinstance(train.store, FileStore) else (),
+        left_out=ignored,
         measured=measured,
         mean=tuple(mean.tolist()),
         std=tuple((squares / measured - mean**2).clamp(min=0).sqrt().tolist()),
@@ -170,10 +172,10 @@ def _depth(images: StoredImages) -> tuple[int, int, int, int] | None:
         found.append((len(values), int(values.min()), int(values.max())))
         if _bits(found[-1][2]) is None or found[-1][0] != found[0][0]:
             return None
-    if not found:
+    highest = max((high for *_, high in found), default=0)
+    if not (found and (bits := _bits(highest))):
         return None
-    (channels, *_), lowest, highest = found[0], min(low for _, low, _ in found), max(high for *_, high in found)
-    return channels, lowest, highest, _bits(highest)
+    return found[0][0], min(low for _, low, _ in found), highest, bits
 
 
 def _range_to_state(config: DataConfig, max_images: int) -> str | None:
@@ -185,7 +187,8 @@ def _range_to_state(config: DataConfig, max_images: int) -> str | None:
     except ValueError:
         return None
     dtypes, lowest, highest, count = Counter(), math.inf, -math.inf, 0
-    for row in train.rows[:max_images].tolist():
+    assert isinstance(train, StoredImages)
+    for row in map(int, train.rows[:max_images]):
         try:
             values = train.store.values(row, train.channels)
         except ValueError:
@@ -232,9 +235,9 @@ def _ranges(dtypes: set[np.dtype], lowest: float, highest: float) -> str:
 
 
 def _classes(parts: Sequence[ImageSet]) -> dict[str, int]:
-    labelled = [part for part in parts if part.labels is not None]
-    counts = Counter(label for part in labelled for label in part.labels.tolist())
-    return {name: counts[label] for part in labelled[:1] for label, name in enumerate(part.classes)}
+    counts = Counter(label for part in parts if part.labels is not None for label in part.labels.tolist())
+    names = next((part.classes for part in parts if part.classes), ())
+    return {name: counts[label] for label, name in enumerate(names)}
 
 
 def _files(parts: Mapping[str, StoredImages], bad: list[str], progress: bool) -> FileFigures:
@@ -291,7 +294,7 @@ def recommended(found: Look, config: DataConfig) -> tuple[str, dict[str, str]]:
     """The preset to begin with, and the settings to give with it; of a folder or of rows, what `config` asks for
     otherwise than by default stays.
     """
-    settings = {"data.name": config.name, "data.root": config.root}
+    settings = {"data.name": str(config.name), "data.root": config.location}
     if config.name == "cifar10":
         return "rgb-small", settings | {"data.resolution": "32", "data.crops": "null"}
     if not found.files:

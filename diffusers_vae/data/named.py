@@ -8,6 +8,7 @@ import io
 import pickle
 import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ def load_digits(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, tu
     """Return pixels (N, 1, 10, 10) uint8, labels and class names of scikit-learn's digits, training part first."""
     import sklearn.datasets
 
-    digits = sklearn.datasets.load_digits()
-    pixels = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8))
+    images, targets = sklearn.datasets.load_digits(return_X_y=True)
+    pixels = torch.from_numpy((images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8))
     pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1))  # the strokes touch the border of the 8x8 pixels
-    labels = torch.from_numpy(digits.target.astype(np.int64))
+    labels = torch.from_numpy(targets.astype(np.int64))
     parts = map(torch.from_numpy, heldout_indices(len(pixels), config))
     return [(pixels[part, None], labels[part], DIGITS) for part in parts]
 
@@ -54,21 +55,22 @@ def _mnist_files(name: str) -> list[str]:
 
 def load_mnist(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]]:
     """torchvision reads unpacked files only; packed ones are unpacked in memory, so that a kill leaves none behind."""
-    kind = {"mnist": datasets.MNIST, "qmnist": datasets.QMNIST, "fashion-mnist": datasets.FashionMNIST}[config.name]
-    files = _mnist_files(config.name)
-    raw = Path(config.root) / kind.__name__ / "raw"
+    name = str(config.name)
+    kind = {"mnist": datasets.MNIST, "qmnist": datasets.QMNIST, "fashion-mnist": datasets.FashionMNIST}[name]
+    files = _mnist_files(name)
+    raw = Path(config.location) / kind.__name__ / "raw"
     if not all((raw / file).exists() or (raw / f"{file}.gz").exists() for file in files):
-        parts = [{"what": "train"}, {"what": "test"}] if config.name == "qmnist" else [{"train": True}]
+        parts: list[dict[str, Any]] = [{"what": "train"}, {"what": "test"}] if name == "qmnist" else [{"train": True}]
         packed = [f"{file}.gz" for file in files]
-        _download(lambda: [kind(config.root, download=True, **part) for part in parts], raw, packed)
-    classes = tuple(map(str.lower, kind.classes)) if config.name == "fashion-mnist" else DIGITS
+        _download(lambda: [kind(config.location, download=True, **part) for part in parts], raw, packed)
+    classes = tuple(map(str.lower, kind.classes)) if name == "fashion-mnist" else DIGITS
     loaded = []
     for images, labels in zip(files[::2], files[1::2], strict=True):
-        pixels, targets = _read_idx(raw / images, 3), _read_idx(raw / labels, 2 if config.name == "qmnist" else 1)
+        pixels, targets = _read_idx(raw / images, 3), _read_idx(raw / labels, 2 if name == "qmnist" else 1)
         if len(pixels) != len(targets):
             raise ValueError(f"{raw} is damaged: {images} holds {len(pixels)} images, and {labels} {len(targets)}")
         loaded.append([pixels[:, None], (targets[:, 0] if targets.ndim == 2 else targets).long(), classes])
-    if config.name == "qmnist":  # whose first 10,000 test images are those of MNIST
+    if name == "qmnist":  # whose first 10,000 test images are those of MNIST
         loaded[1][:2] = [values[:10_000] for values in loaded[1][:2]]
     return [tuple(part) for part in loaded]
 
@@ -96,7 +98,7 @@ def _read_idx(path: Path, rank: int) -> torch.Tensor:
 
 def load_cifar10(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]]:
     """torchvision reads unpacked files only; packed ones are unpacked in memory, so that a kill leaves none behind."""
-    kind, root = datasets.CIFAR10, Path(config.root)
+    kind, root = datasets.CIFAR10, Path(config.location)
     folder, packed = root / kind.base_folder, root / kind.filename
     if not (folder.exists() or packed.exists()):
         _download(lambda: kind(root, download=True), root, [packed.name])
@@ -104,7 +106,7 @@ def load_cifar10(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, t
         content = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     elif check_integrity(str(packed), kind.tgz_md5):
         with tarfile.open(packed) as archive:
-            content = {Path(entry.name).name: archive.extractfile(entry).read() for entry in archive if entry.isreg()}
+            content = {Path(entry.name).name: file.read() for entry in archive if (file := archive.extractfile(entry))}
     else:
         raise ValueError(f"{packed} is damaged or not CIFAR-10: its md5 is not {kind.tgz_md5}")
     read = {}
@@ -136,7 +138,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, and only arrays are read")
 
 
-def _download(download, folder: Path, files: list[str]) -> None:
+def _download(download: Callable[[], Any], folder: Path, files: list[str]) -> None:
     try:
         download()
     except (OSError, RuntimeError) as error:

@@ -138,7 +138,7 @@ def is_bare(name: str, is_file: bool = False) -> bool:
 
 def is_plain(name: str, is_file: bool = False) -> bool:
     """Whether a name, of files its beginning, is one of `PLAIN`."""
-    return (re.match("[a-z]*", name)[0] if is_file else name) in PLAIN
+    return (re.split("[^a-z]", name, maxsplit=1)[0] if is_file else name) in PLAIN
 
 
 def is_generic(name: str) -> bool:

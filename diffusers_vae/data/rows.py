@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import glob
-import io
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ..messages import changed_logs, message, problem_list, without_passwords
-from ..untrusted import Reader, open_beside_others, refuse_irregular
+from ..untrusted import refuse_irregular
 from .captions import KEYS
 from .config import DataConfig
 from .files import is_output
+from .kinds import PARQUET, is_hub_id, was_saved
 from .parts import HELDOUT, TRAINING, VALIDATION, part_of, split_of
-from .store import WHOLE, Store
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder, Features
-    from pyarrow import Buffer, ChunkedArray
-from .kinds import PARQUET, is_hub_id, was_saved
-
-ENDING = 32
-"""Bytes of an image that tell it from another of its size: a PNG's checksums are among them."""
+    from pyarrow import ChunkedArray
 
 
 @dataclass(frozen=True)
@@ -161,11 +154,11 @@ def open_rows(config: DataConfig, progress: bool = False) -> dict[str, Dataset]:
     if not progress:
         datasets.disable_progress_bars()
     try:
-        if was_saved(Path(config.root)):
+        if was_saved(Path(config.location)):
             _refuse(config, "subset", "revision")
-            refuse_irregular(Path(config.root))
+            refuse_irregular(Path(config.location))
             with _explained(config):
-                found = datasets.load_from_disk(config.root)
+                found = datasets.load_from_disk(config.location)
         else:
             builder = rows_builder(config)
             with _explained(config):
@@ -174,7 +167,9 @@ def open_rows(config: DataConfig, progress: bool = False) -> dict[str, Dataset]:
     finally:
         if shown:
             datasets.enable_progress_bars()
-    return {str(found.split or "train"): found} if isinstance(found, datasets.Dataset) else dict(found)
+    if isinstance(found, datasets.Dataset):
+        return {str(found.split or "train"): found}
+    return {str(name): part for name, part in found.items()}
 
 
 def rows_builder(config: DataConfig) -> DatasetBuilder:
@@ -186,17 +181,18 @@ def rows_builder(config: DataConfig) -> DatasetBuilder:
         ValueError: when a setting does not go with it.
     """
     import datasets
+    from datasets import config as settings
 
-    path = Path(config.root)
-    if is_hub_id(config.root):
+    path = Path(config.location)
+    if is_hub_id(config.location):
         with _explained(config):
-            builder = datasets.load_dataset_builder(config.root, config.subset, revision=config.revision)
+            builder = datasets.load_dataset_builder(config.location, config.subset, revision=config.revision)
         from_cache = not str(builder.base_path).startswith("hf://")  # which takes the newest of its commits
         if from_cache and config.revision not in (None, builder.hash):
             raise OSError(
-                f"cannot tell without a connection to {without_passwords(datasets.config.HF_ENDPOINT)} whether "
-                f"data.revision {config.revision} of {config.root} is what the cache holds, the commit {builder.hash}; "
-                "if so, name it"
+                f"cannot tell without a connection to {without_passwords(settings.HF_ENDPOINT)} whether "
+                f"data.revision {config.revision} of {config.location} is what the cache holds, the commit "
+                f"{builder.hash}; if so, name it"
             )
         return builder
     if path.is_dir():
@@ -255,25 +251,25 @@ def own_folders(root: str) -> tuple[str, ...]:
     """The folders in which images lie that the rows of a set may name: its own, or that of its file, or, of a set on
     the Hub, where it was downloaded to; and where `datasets` unpacks archives.
     """
-    import datasets
+    from datasets import config as settings
     from huggingface_hub.constants import HF_HUB_CACHE
 
     if is_hub_id(root):
         own = [str(Path(HF_HUB_CACHE) / f"datasets--{root.replace('/', '--')}")]
-        own += [str(datasets.config.DOWNLOADED_DATASETS_PATH)]
+        own += [str(settings.DOWNLOADED_DATASETS_PATH)]
     else:
         own = [str(Path(root).resolve() if Path(root).is_dir() else Path(root).resolve().parent)]
-    return (*own, str(datasets.config.EXTRACTED_DATASETS_PATH))
+    return (*own, str(settings.EXTRACTED_DATASETS_PATH))
 
 
 def _refuse(config: DataConfig, *settings: str) -> None:
     for setting in settings:
         if (value := getattr(config, setting)) is not None:
-            raise ValueError(f"data.{setting} must be null for {Path(config.root).resolve()}, got {value}")
+            raise ValueError(f"data.{setting} must be null for {Path(config.location).resolve()}, got {value}")
 
 
 @contextmanager
-def _explained(config: DataConfig) -> Iterator[None]:
+def _explained(config: DataConfig) -> Generator[None]:
     """Whatever goes wrong within is an error of one line that says what to do, without the errors that caused it and
     without signed addresses.
     """
@@ -287,7 +283,7 @@ def _explained(config: DataConfig) -> Iterator[None]:
     except Exception as error:  # the client has no common base of its errors, which differ from version to version
         cause = f"{error.__cause__}" if error.__cause__ and "generating" in str(error) else ""
         said = " ".join(re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?***", f"{error} {cause}").split())
-        page = f"{settings.HF_ENDPOINT}/datasets/{config.root}"
+        page = f"{settings.HF_ENDPOINT}/datasets/{config.location}"
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
         if "BuilderConfig" in said or "Config name" in said:
             kind, reason = ValueError, f"data.subset must name one of its configurations, got {config.subset} ({said})"
@@ -304,12 +300,12 @@ def _explained(config: DataConfig) -> Iterator[None]:
             kind, reason = ValueError, "a .pth file in it is refused, since it is damaged or a pickle that holds code"
         elif isinstance(error, ConnectionError):
             reason = (
-                f"there is no file or folder {Path(config.root).resolve()}, and for a set on the Hub, the connection "
-                f"to {settings.HF_ENDPOINT} must hold, or the set be in the cache already ({said})"
+                f"there is no file or folder {Path(config.location).resolve()}, and for a set on the Hub, the "
+                f"connection to {settings.HF_ENDPOINT} must hold, or the set be in the cache already ({said})"
             )
         else:
             reason = f"{type(error).__name__}: {said}"
-    raise kind(without_passwords(f"cannot load the data set {config.root}: {reason}"))
+    raise kind(without_passwords(f"cannot load the data set {config.location}: {reason}"))
 
 
 def read_labels(
@@ -367,91 +363,3 @@ def read_row_captions(root: str, parts: Mapping[str, Dataset], column: str) -> l
 
 def _column(table: Dataset, column: str) -> ChunkedArray:
     return table.select_columns(column).with_format("arrow")[:][column]
-
-
-class RowStore(Store):
-    """Images in a column of one table or of several, `parts` by name, row after row; `root` is the name of the set for
-    people. A value is the bytes of an image file, or has them as `bytes`, beside a `path`, or is a file at `path`,
-    which must lie below one of `folders`: whoever wrote the rows could name any other.
-    """
-
-    def __init__(self, root: str, parts: Mapping[str, Dataset], column: str, folders: Sequence[str] = ()):
-        self.root, self.column, self.names, self.folders = root, column, list(parts), folders
-        self.tables = [part.select_columns(column).with_format("arrow") for part in parts.values()]
-        self.ends = np.cumsum([len(table) for table in self.tables])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def name(self, row: int) -> str:
-        _, path = self._value(row)
-        return f"{self.root}, {self.key(row)}" + (f" ({Path(path).name})" if path else "")
-
-    def key(self, row: int) -> str:
-        part, own = self._place(row)
-        return f"{self.names[part]}, row {own}"
-
-    def identity(self, row: int) -> bytes:
-        content, path = self._value(row)
-        ending = b"" if content is None else content[-ENDING:].to_pybytes()
-        return f"{self.key(row)}\0{Path(path or '').name}\0{self.size(row)}\0".encode() + ending
-
-    @cached_property
-    def _total(self) -> int:
-        stored = sum(table.data.nbytes for table in self.tables)
-        return stored if stored > WHOLE else sum(map(self.size, range(len(self))))  # of the files that rows name, too
-
-    def total(self) -> int:
-        return self._total
-
-    def size(self, row: int) -> int:
-        content, path = self._value(row)
-        if content is not None:
-            return content.size
-        file = self._file(path)
-        return file.stat().st_size if file and file.is_file() else 0
-
-    def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
-        if not whole:
-            return lambda: self._open(row)
-
-        def opened() -> BinaryIO:
-            with self._open(row) as file:
-                return io.BytesIO(file.read())  # of which Pillow reads faster
-
-        return opened
-
-    def _place(self, row: int) -> tuple[int, int]:
-        """Number of the table, and row in it."""
-        part = int(np.searchsorted(self.ends, row, side="right"))
-        return part, row - (int(self.ends[part - 1]) if part else 0)
-
-    def _value(self, row: int) -> tuple[Buffer | None, str | None]:
-        """The bytes, as a buffer of Arrow that is not read yet, and the path, of which one or both are None."""
-        part, own = self._place(row)
-        (value,) = self.tables[part][own][self.column]
-        path = None
-        if value.is_valid and value.type.num_fields:
-            path = value["path"].as_py() if value.type.get_field_index("path") >= 0 else None
-            value = value["bytes"]
-        return (value.as_buffer() if value.is_valid else None), path
-
-    def _open(self, row: int) -> BinaryIO:
-        from pyarrow import BufferReader
-
-        content, path = self._value(row)
-        if content is not None:
-            return Reader(BufferReader(content))  # of a header, no more than it needs
-        if path is None:
-            raise FileNotFoundError("there is none in the row")
-        if (file := self._file(path)) is None:
-            raise ValueError(f"the row names a file outside of the folder of the set, {path}, which is not read")
-        return open_beside_others(file)
-
-    def _file(self, path: str | None) -> Path | None:
-        """The file that a row names, if it lies below one of the folders."""
-        for folder in self.folders if path else ():
-            file = os.path.normpath(os.path.join(folder, path))
-            if Path(file).is_relative_to(folder):
-                return Path(file)
-        return None

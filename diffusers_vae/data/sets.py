@@ -45,12 +45,16 @@ class Records:
 
     def select(self, indices: slice | np.ndarray) -> Records:
         """Return the records of the images at `indices`."""
-        rows = self.rows if isinstance(indices, slice) or self.rows is None else np.asarray(self.rows)
+        rows = self.rows
+        if isinstance(rows, range):
+            rows = rows[indices] if isinstance(indices, slice) else np.asarray(rows)[indices]
+        elif rows is not None:
+            rows = rows[indices]
         return replace(
             self,
             labels=None if self.labels is None else self.labels[indices],
             captions=self.captions and [self.captions[index] for index in np.arange(len(self.captions))[indices]],
-            rows=None if rows is None else rows[indices],  # pyright: ignore[reportArgumentType, reportCallIssue]
+            rows=rows,
             crops=None if self.crops is None else self.crops[indices],
         )
 
@@ -234,8 +238,9 @@ class StoredImages(ImageSet):
         """Pixels (B, C, H, W): all crops of an image, of which this is a set of whole ones, or the image, B = 1.
         ValueError naming it when it cannot be read.
         """
-        crops = {"random": 1, None: 0}.get(self.config.crops, self.config.crops)
-        return self._read_one(index, [(crop,) for crop in range(crops)])
+        crops = self.config.crops
+        count = crops if isinstance(crops, int) else int(crops == "random")
+        return self._read_one(index, [(crop,) for crop in range(count)])
 
     def _read_one(self, index: int, crops: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """Pixels (B, C, H, W): the crops of these numbers of an image or, without, the whole, B = 1."""

@@ -110,6 +110,12 @@ def file_digests(paths: Sequence[str | Path], sample: int) -> Iterator[bytes]:
         report_progress()
 
 
+def find_row(ends: np.ndarray, row: int) -> tuple[int, int]:
+    """Return the number of the part with a row, and the row's index in it, of parts that end at `ends`."""
+    part = int(ends.searchsorted(row, side="right"))
+    return part, row - (int(ends[part - 1]) if part else 0)
+
+
 class Store:
     """Images of any size, a row each, for any process and thread to read on its own. Here their bytes are those of
     image files, wherever they lie.

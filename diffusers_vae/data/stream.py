@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import posixpath
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -22,124 +16,14 @@ from .config import DataConfig
 from .order import Batches, streamed
 from .rows import find_columns, find_parts, rows_builder, unused_splits
 from .sets import Layout, Records, StoredImages
-from .store import SAMPLE, Store, file_digests
+from .store import SAMPLE, file_digests
+from .tables import GROUP, ParquetStore, naming
 
 if TYPE_CHECKING:
-    from pyarrow import Array
     from pyarrow.parquet import FileMetaData
 
-GROUP = np.dtype(
-    [("file", np.int64), ("number", np.int64), ("first", np.int64), ("rows", np.int64), ("bytes", np.int64)]
-)
-"""A row group: the place of its file in a list, its own in the file, and of its first row there."""
 LOOKED_AT = 16
 """Images of a stream whose headers say whether it is in colour."""
-
-
-@dataclass
-class _Open:
-    """A row group in memory."""
-
-    values: Array
-    left: int
-    """Rows that were not asked for yet."""
-    asked: int
-    """When one was, last, in rows that this process has read."""
-
-
-@dataclass
-class _Kept:
-    """The row groups that this process has in memory, and the lock on them: neither outlives a fork."""
-
-    process: int
-    groups: dict[int, _Open] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    rows: int = 0
-
-
-class ParquetStore(Store):
-    """Images in a column of Parquet files, row group by row group, in the order of `groups`.
-
-    A row group is read when a row of it is asked for, and let go when all were, or when none was while `patience` rows
-    of others were read.
-    """
-
-    def __init__(self, root: str, files: Sequence[str], groups: np.ndarray, column: str, patience: int):
-        self.root, self.files, self.groups, self.column, self.patience = root, files, groups, column, patience
-        paths = [PurePosixPath(file.replace("\\", "/")) for file in files]
-        above = posixpath.commonpath([path.parent for path in paths])
-        self.names = [str(path.relative_to(above)) for path in paths]  # the same wherever the files lie
-        self.ends = groups["rows"].cumsum()
-        self._kept: _Kept | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}
-
-    def let_go(self) -> None:
-        """Keep no row group in memory."""
-        self._kept = None
-
-    def name(self, row: int) -> str:
-        return f"{self.root}, {self.key(row)}"
-
-    def key(self, row: int) -> str:
-        group, own = self._place(row)
-        return f"{self.names[group['file']]}, row {group['first'] + own}"
-
-    def identity(self, row: int) -> bytes:
-        group, _ = self._place(row)
-        return f"{self.key(row)}\0{group['bytes']}\0".encode()
-
-    def size(self, row: int) -> int:
-        return len(self.content(row))
-
-    def content(self, row: int) -> bytes:
-        value = self._value(row)
-        if not value.is_valid:
-            raise ValueError(f"cannot read the image {self.name(row)}: there is none in the row")
-        return value.as_buffer().to_pybytes()
-
-    def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
-        content = self.content(row)  # now, so that a fault of the storage is not taken for one of the image
-        return lambda: io.BytesIO(content)
-
-    def _place(self, row: int) -> tuple[np.void, int]:
-        """The row group, and row in it."""
-        number = int(self.ends.searchsorted(row, side="right"))
-        return self.groups[number], row - int(self.ends[number] - self.groups["rows"][number])
-
-    def _value(self, row: int) -> Any:
-        kept = self._kept
-        if kept is None or kept.process != os.getpid():
-            kept = self._kept = _Kept(os.getpid())
-        number = int(self.ends.searchsorted(row, side="right"))
-        with kept.lock:
-            kept.rows += 1
-            if number not in kept.groups:
-                for old in [old for old, group in kept.groups.items() if kept.rows - group.asked > self.patience]:
-                    del kept.groups[old]
-                kept.groups[number] = _Open(self._read_group(number), int(self.groups["rows"][number]), 0)
-            group = kept.groups[number]
-            group.left, group.asked = group.left - 1, kept.rows
-            if not group.left:
-                del kept.groups[number]
-        return group.values[row - int(self.ends[number] - self.groups["rows"][number])]
-
-    def _read_group(self, number: int) -> Array:
-        """The images' bytes, of a row group."""
-        import fsspec
-        from pyarrow import types
-        from pyarrow.parquet import ParquetFile
-
-        group = self.groups[number]
-        path = self.files[group["file"]]
-        with _naming(f"row group {group['number']} of {path}"):
-            with fsspec.open(path, "rb") as file, ParquetFile(file) as parquet:
-                table = parquet.read_row_group(int(group["number"]), columns=[self.column], use_threads=False)
-            if len(table) != group["rows"]:
-                raise ValueError(f"it is damaged: it has {len(table):,} rows, not {group['rows']:,} as the footer says")
-            values = table.column(0).combine_chunks()
-        return values.field("bytes") if types.is_struct(values.type) else values
 
 
 class StreamedImages(StoredImages):
@@ -153,25 +37,28 @@ class StreamedImages(StoredImages):
 
     lanes: tuple[int, int] = 1, 1
 
+    def __init__(self, config: DataConfig, records: Records, errors: tuple[str, ...] = ()):
+        super().__init__(config, records, errors)
+        assert isinstance(records.store, ParquetStore) and isinstance(records.rows, range)
+        self.parquet, self.span = records.store, records.rows
+
     def batches(self, batch_size: int, seed: int, epoch: int, start: int) -> Batches:
-        rows = self.store.groups["rows"]
-        counts = np.diff(self.store.ends.clip(self.rows.start, self.rows.stop), prepend=self.rows.start)
-        assert counts.sum() == len(self) and (counts <= rows).all()
+        counts = np.diff(self.parquet.ends.clip(self.span.start, self.span.stop), prepend=self.span.start)
+        assert counts.sum() == len(self) and (counts <= self.parquet.groups["rows"]).all()
         return streamed(counts[counts > 0], self.lanes, self.config.shuffle_buffer, batch_size, seed, epoch, start)
 
     def fingerprint(self) -> str:
         """Of what the files' footers tell of the row groups."""
-        store = self.store
-        digest = hashlib.sha256(f"{self.rows}\0".encode())
-        for group in store.groups.tolist():
-            digest.update(f"{store.names[group[0]]}\0{group[1:]}\0".encode())
+        digest = hashlib.sha256(f"{self.span}\0".encode())
+        for group in self.parquet.groups.tolist():
+            digest.update(f"{self.parquet.names[group[0]]}\0{group[1:]}\0".encode())
         return digest.hexdigest()
 
     def contents(self) -> str | None:
         """SHA-256 of the fingerprint and the bytes of the files, by `file_digests`; None if some are not on this
         machine, where `data.revision` names a version.
         """
-        files, digest = self.store.files, hashlib.sha256(self.fingerprint().encode())
+        files, digest = self.parquet.files, hashlib.sha256(self.fingerprint().encode())
         if not all(map(os.path.isfile, files)):
             return None
         for found in file_digests(files, SAMPLE):
@@ -194,7 +81,7 @@ def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, Str
             "that the set is prepared on the disk first, or write it as Parquet: `Dataset.to_parquet`; of many sets on "
             "the Hub, data.revision refs/convert/parquet is that"
         )
-    found = {str(split): [str(file) for file in files] for split, files in builder.config.data_files.items()}
+    found = {str(split): [*map(str, files)] for split, files in (builder.config.data_files or {}).items()}
     parts = find_parts(list(found), root)
     files = [file for part in parts for file in found[part]]
     with ThreadPoolExecutor(16) as pool:  # of which each waits for its file
@@ -228,24 +115,12 @@ def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, Str
     return train, held_out, layout
 
 
-@contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """Raise what goes wrong as a file is read as a ValueError or an OSError that begins with `what`."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # on a damaged file, pyarrow raises nearly anything
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"cannot read {what}: {' '.join(str(error).split()).rstrip('.')}") from error
-
-
 def _footer(path: str) -> tuple[FileMetaData, Any]:
     """Of a Parquet file: what is in it, and its schema."""
     import fsspec
     from pyarrow.parquet import ParquetFile
 
-    with _naming(path), fsspec.open(path, "rb") as file, ParquetFile(file) as parquet:
+    with naming(path), fsspec.open(path, "rb") as file, ParquetFile(file) as parquet:
         return parquet.metadata, parquet.schema_arrow
 
 
@@ -255,7 +130,7 @@ def _column(config: DataConfig, schemas: Sequence[Any], files: Sequence[str]) ->
 
     found = []
     for schema, file in {schema: file for schema, file in zip(schemas, files, strict=True)}.items():
-        with _naming(file):
+        with naming(file):
             features = Features.from_arrow_schema(schema)
         found.append(find_columns(features, config, False).image)
     for schema, file in zip(schemas, files, strict=True):

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 
 from ..untrusted import (
     MAX_PIXELS,
@@ -73,6 +73,7 @@ def _read_header(path: str | Path, content: Callable[[], BinaryIO]) -> Header:
 
 def _deeper(image: Image.Image) -> str:
     """;16 of an image whose 16-bit values Pillow cuts to 8 bits."""
+    assert isinstance(image, ImageFile.ImageFile)
     as_it_lies = next((tile.args for tile in image.tile), "")
     mode = as_it_lies if isinstance(as_it_lies, str) else str(next(iter(as_it_lies or ()), ""))
     return ";16" if ";16" in mode and ";16" not in image.mode else ""
@@ -151,13 +152,16 @@ def _reduce(image: Image.Image, fit: Fit) -> tuple[tuple[int, int], tuple[float,
     if image.format not in ("JPEG", "MPO"):
         return None
     turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
-    width, height = image.size
-    size = fit.scaled_size(width, height) if turned else fit.scaled_size(height, width)[::-1]
-    width, height = (OVERSIZE * side for side in size)
-    if image.width < 2 * width or image.height < 2 * height:
+    if turned:
+        width, height = fit.scaled_size(image.width, image.height)
+    else:
+        height, width = fit.scaled_size(image.height, image.width)
+    wanted = OVERSIZE * width, OVERSIZE * height
+    if image.width < 2 * wanted[0] or image.height < 2 * wanted[1]:
         return None
     # not the mode, too: luma is not the same as grey from RGB where colours were clipped
-    return size, image.draft(None, (width, height))[1]
+    drafted = image.draft(None, wanted)
+    return None if drafted is None else ((width, height), drafted[1])
 
 
 @contextmanager
@@ -189,7 +193,7 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
         image = Image.fromarray(np.stack([grey, alpha], axis=-1))
     if image.mode == "LAB":
         to_rgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
-        image = ImageCms.applyTransform(image, to_rgb)
+        image = ImageCms.applyTransform(image, to_rgb) or image  # None only where it is changed in place
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)

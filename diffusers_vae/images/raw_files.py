@@ -101,7 +101,9 @@ def read_values(
         ValueError: naming the file, when it cannot be read so, is damaged, has other channels, or claims more than
             500,000,000 pixels or, if it was changed, `PIL.Image.MAX_IMAGE_PIXELS`.
     """
-    return _read(path, channels, content, True)
+    values, kind = _read(path, channels, content, True)
+    assert values is not None
+    return values, kind
 
 
 def as_they_are(channels: int | None, value_range: ValueRange | None) -> bool:
@@ -167,7 +169,7 @@ def write_values(path: str | Path, values: np.ndarray, kind: FileKind) -> None:
             np.save(file, laid, allow_pickle=False)
     elif kind.format == "TIFF":
         planes = {"CHW": "separate", "HWC": "contig"}.get(kind.layout)
-        photometric, extra = kind.photometric.lower(), kind.extrasamples or None
+        photometric, extra = (kind.photometric or "minisblack").lower(), kind.extrasamples or None
         _package("tifffile").imwrite(
             path, laid, photometric=photometric, planarconfig=planes, extrasamples=extra, metadata=None
         )
