@@ -35,6 +35,11 @@ def without_passwords(text: str) -> str:
     return re.sub(r"(?<=://)[^\s/]*@", "***@", text)
 
 
+def in_a_line(error: Exception) -> str:
+    """Return class and message of an error in one line of at most 500 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
 CLIENTS = ("huggingface_hub", "datasets", "diffusers")
 """Libraries that ask the Hub, and log by handlers of their own."""
 

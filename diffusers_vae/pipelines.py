@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .models import MLPVAE, VAE, LatentScaling, unmeasured, with_whole_tiles, without_adapters
+from .models import MLPVAE, VAE, LatentScaling, compression_ratio, unmeasured, with_whole_tiles, without_adapters
 from .models.stock import AutoencoderKL
 
 
@@ -165,7 +165,7 @@ def _look_up(pipeline: DiffusionPipeline | type[DiffusionPipeline] | str) -> tup
 
 
 def _ratio(vae: VAE | AutoencoderKL) -> int:
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    return compression_ratio(vae.config.block_out_channels)
 
 
 def _not_computable(

@@ -34,8 +34,7 @@ from diffusers_vae.hub.push import push
 from diffusers_vae.images.ranges import EXACT, ValueRange, to_model_range
 from diffusers_vae.images.raw_files import FileKind, read_kind, read_values, write_values
 from diffusers_vae.losses.objective import ObjectiveConfig
-from diffusers_vae.models import ModelConfig
-from diffusers_vae.models.value_range import find_value_range
+from diffusers_vae.models import ModelConfig, Source
 from diffusers_vae.tasks.autoencoder_data import load_run_data
 
 DEEP = (0, 65535)
@@ -522,12 +521,12 @@ class TestModels:
         assert r"values lie in \[0, 4095\]" in card and f"diffusers-vae reconstruct {REPO} FILES" in card
         push(run, HubConfig(repo_id=REPO, license="mit"))
         assert json.loads(uploaded(hub)["value_range.json"]) == {"low": 0, "high": 4095}
-        assert find_value_range(REPO) == find_value_range(str(run)) == ValueRange(0, 4095)
+        assert Source(REPO).value_range() == Source(str(run)).value_range() == ValueRange(0, 4095)
         (run / "model" / "value_range.json").unlink()
-        assert find_value_range(str(run)) is None and "value_range" not in render_card(run)
+        assert Source(str(run)).value_range() is None and "value_range" not in render_card(run)
         push(run, HubConfig(repo_id=REPO, license="mit"))
         assert "value_range.json" not in uploaded(hub)  # of the model before
-        assert find_value_range(REPO) is None
+        assert Source(REPO).value_range() is None
 
     @pytest.mark.slow
     def test_fine_tuning_keeps_to_the_range(self, tmp_path):

@@ -16,7 +16,7 @@ from ..data import IMAGE_SUFFIXES, DataConfig
 from ..evaluation.evaluate import EvaluationConfig
 from ..losses.objective import ObjectiveConfig
 from ..messages import message
-from ..models import encode, load_autoencoder
+from ..models import Source, encode
 from ..models.stock import ModelMixin
 from .parser import data_flags, new_parser, refuse_null
 
@@ -105,7 +105,7 @@ def load(parsed: Namespace, source: str) -> ModelMixin:
     """Load the model `source`, in the dtype and on the device that were asked for."""
     device = device_of(parsed)
     dtype = getattr(torch, parsed.get("dtype", "float32"))
-    return load_autoencoder(source, parsed.subfolder, parsed.revision, dtype).to(device)
+    return Source(source, parsed.subfolder, parsed.revision).model(dtype).to(device)
 
 
 ANY_DATA = ["--data.name", "folder"]

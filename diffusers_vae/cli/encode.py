@@ -15,7 +15,7 @@ from ..data import IN_MEMORY, PLACED, DataConfig
 from ..latents.encode import encode_images
 from ..latents.shards import DTYPES, Kind
 from ..messages import quoted, showable
-from ..models import load_autoencoder
+from ..models import Source
 from ..processes import one_first
 from ..settings import config_of_run
 from ..silence import PATIENCE, Patience
@@ -89,7 +89,7 @@ def _encode(parser: ArgumentParser, arguments: Sequence[str], state: PartialStat
             f"DATA must be {', '.join(IN_MEMORY)}, a folder or archive of images, an array of them, Parquet, or "
             f"NAMESPACE/NAME on the Hub, got {parsed.images}"
         )
-    vae = load_autoencoder(parsed.vae, parsed.subfolder, parsed.revision).to(device_of(parsed))
+    vae = Source(parsed.vae, parsed.subfolder, parsed.revision).model().to(device_of(parsed))
     known = settings_of_run(parsed.vae).get("data") or data_for(vae, parsed, parsed.vae)
     known = of_another_set(known, parsed.data, place)
     if known.get("name") in PLACED:  # whose root is no place for other sets

@@ -19,7 +19,7 @@ from ..evaluation.float16 import measure_precision
 from ..evaluation.report import EvaluationReport
 from ..images.ranges import to_model_range
 from ..messages import showable
-from ..models import encode, find_subfolder
+from ..models import Source, encode
 from ..models.stock import ModelMixin
 from ..processes import on_main, one_first
 from ..reports.html import draw_report, report_html
@@ -165,7 +165,7 @@ def run_fp16(arguments: Sequence[str]) -> int:
         help="Set force_upcast to false in the model's config.json, if that is safe.",
     )
     parsed, (model,) = parse_measuring(parser, arguments, ["model"])
-    file = _config_file(parsed.model, parsed.subfolder)
+    file = _config_file(Source(parsed.model, parsed.subfolder))
     if parsed.write and "force_upcast" not in model.config:
         raise ValueError(f"--write sets force_upcast, which {type(model).__name__} does not have")
     if parsed.write and file is None:
@@ -187,7 +187,7 @@ def run_fp16(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _config_file(source: str, subfolder: str | None) -> Path | None:
+def _config_file(source: Source) -> Path | None:
     """The config.json of the model in the folder `source`, where `load_autoencoder` looks, if it is one."""
-    file = Path(source, find_subfolder(source, subfolder) or "", "config.json")
+    file = Path(source.name, source.inside or "", "config.json")
     return file if file.is_file() else None

@@ -20,8 +20,8 @@ from ..images.grid import to_pil
 from ..images.ranges import ValueRange, to_model_range
 from ..images.raw_files import WRITTEN, FileKind, read_values, write_values
 from ..messages import problem_list, showable
+from ..models import Source, compression_ratio
 from ..models.stock import ModelMixin
-from ..models.value_range import find_value_range
 from ..reports.pages import save_signed
 from ..reports.pictures import sample_picture
 from ..storage import whole_file
@@ -53,7 +53,7 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
     if out.resolve() in (file.resolve().parent for file, _ in files):
         raise ValueError(f"--out must be another folder than that of the images, got {out.resolve()}")
     channels = model.config.in_channels
-    stated = find_value_range(parsed.model, parsed.subfolder, parsed.revision)
+    stated = Source(parsed.model, parsed.subfolder, parsed.revision).value_range()
     config = EvaluationConfig(
         reconstruction="mode" if parsed.seed is None else "sample", seed=parsed.seed or 0, round_to_8_bit=stated is None
     )
@@ -138,7 +138,7 @@ def _compression(model: ModelMixin) -> int:
     """By what the sides of images must be divisible."""
     names = ("block_out_channels", "down_block_out_channels", "ch_mult")
     widths = next((model.config[name] for name in names if name in model.config), (1,))
-    return 2 ** (len(widths) - 1)
+    return compression_ratio(widths)
 
 
 def run_sample(arguments: Sequence[str]) -> int:

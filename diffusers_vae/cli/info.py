@@ -10,9 +10,8 @@ from diffusers import AutoencoderKLFlux2
 
 from ..evaluation.report import read_report
 from ..messages import quoted, showable
-from ..models import VAE, LatentScaling, find_subfolder, load_autoencoder, unmeasured, weights_hash
+from ..models import VAE, LatentScaling, Source, unmeasured, weights_hash
 from ..models.stock import ModelMixin
-from ..models.value_range import find_value_range
 from ..pipelines import latent_scaling
 from ..reports.tables import report_table
 from .arguments import MODEL, add_source, command_parser, latent_shape, parse, size_of
@@ -29,20 +28,21 @@ def run_info(arguments: Sequence[str]) -> int:
     parser.add_argument("model", help=MODEL)
     add_source(parser)
     parsed = parse(parser, arguments)
-    model = load_autoencoder(parsed.model, parsed.subfolder, parsed.revision)
+    source = Source(parsed.model, parsed.subfolder, parsed.revision)
+    model = source.model()
     config, shape = model.config, latent_shape(model)
     height, width = size_of(model)
     name = "AutoencoderKL" if isinstance(model, VAE) else type(model).__name__
     facts = {
         "class": name,
-        "load it": _load_line(name, parsed.model, parsed.subfolder, parsed.revision),
+        "load it": _load_line(name, source),
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "images": f"{config.in_channels}x{height}x{width}" + ("" if "image_size" in config else " or other sizes"),
         "latents": f"{'x'.join(map(str, shape))}, {height // shape[1]} times smaller a side",
         **_scaled_latents(model),
         "weights": f"SHA-256 {weights_hash(model)}",
     }
-    if stated := find_value_range(parsed.model, parsed.subfolder, parsed.revision):
+    if stated := source.value_range():
         facts["values"] = f"of files in {stated}, whose ends are -1 and 1"
     print("\n".join(showable(f"{name:<16}{value}") for name, value in facts.items()))
     evaluation = Path(parsed.model) / "evaluation.json"
@@ -51,17 +51,16 @@ def run_info(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _load_line(name: str, source: str, subfolder: str | None, revision: str | None) -> str:
+def _load_line(name: str, source: Source) -> str:
     """Code that loads the model of the class `name`, whatever the working directory."""
-    path = Path(source)
+    path = Path(source.name)
     if path.is_file():
         return (
             f"from diffusers_vae.models import load_autoencoder; vae = load_autoencoder({quoted(str(path.absolute()))})"
         )
-    inside = find_subfolder(source, subfolder)
-    place, further = source, {"subfolder": inside, "revision": revision}
+    place, further = source.name, {"subfolder": source.inside, "revision": source.revision}
     if path.exists():
-        place, further = str(path.absolute() / (inside or "")), {}
+        place, further = str(path.absolute() / (source.inside or "")), {}
     options = "".join(f", {key}={quoted(value)}" for key, value in further.items() if value)
     package = "diffusers_vae" if name == "MLPVAE" else "diffusers"
     return f"from {package} import {name}; vae = {name}.from_pretrained({quoted(place)}{options})"

@@ -16,9 +16,8 @@ from ..evaluation.report import EvaluationReport, read_report
 from ..fields import unread, with_traits
 from ..losses.objective import ObjectiveConfig, VAEObjective
 from ..messages import message, showable
-from ..models import is_local, no_such_path, read_config
+from ..models import Source, is_local, no_such_path
 from ..models.stock import ModelMixin
-from ..models.value_range import find_value_range
 from ..processes import process_share
 from ..settings import config_of_run, read_settings
 from ..untrusted import check_type
@@ -68,7 +67,7 @@ def parse_measuring(
     sources = [parsed[name] for name in models]
     for source in sources:
         if is_local(source):
-            read_config(source, parsed.subfolder, parsed.revision)
+            Source(source, parsed.subfolder, parsed.revision).config()
     if not any(argument.startswith("--data.") for argument in arguments) and not any(map(config_of_run, sources)):
         first = sources[0]
         why = f"{first} belongs to no run that does" if is_local(first) else f"{no_such_path(first)} whose run does"
@@ -174,7 +173,7 @@ def data_for(model: ModelMixin, parsed: Namespace, source: str) -> dict[str, Any
     known = {"resolution": list(size_of(model))}
     if (channels := model.config.get("in_channels", 3)) != 1:  # images in colour are not made grey unasked
         known["channels"] = channels
-    stated = find_value_range(source, parsed.subfolder, parsed.revision)
+    stated = Source(source, parsed.subfolder, parsed.revision).value_range()
     return known | ({"value_range": [stated.low, stated.high]} if stated else {})
 
 

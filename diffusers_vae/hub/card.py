@@ -25,7 +25,7 @@ from ..images.ranges import ValueRange
 from ..losses.adversarial import AdversarialConfig
 from ..losses.objective import ObjectiveConfig
 from ..messages import quoted, showable
-from ..models import ModelConfig
+from ..models import ModelConfig, compression_ratio
 from ..reports.pictures import CAPTIONS
 from ..storage import write_file
 from .config import HubConfig
@@ -138,7 +138,7 @@ def render(run: FinishedRun, config: HubConfig) -> str:
                 pushes=run.config.get("hub", {}).get("push", False),
                 pictures=[(name, *CAPTIONS[name]) for name in run.pictures],
                 measured_latents=run.config["evaluation"].get("max_images"),
-                ratio=2 ** (len(run.model["block_out_channels"]) - 1) if stock else None,
+                ratio=compression_ratio(run.model["block_out_channels"]) if stock else None,
                 perceptual=run.config["objective"].get("perceptual"),
                 adversarial=run.config.get("adversarial", {}).get("weight"),
             )

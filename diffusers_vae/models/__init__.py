@@ -3,20 +3,18 @@
 from .config import ModelConfig
 from .load import (
     LATENT_PARTS,
+    Source,
     cached_repository,
     decode,
     decode_logits,
     encode,
-    find_repository,
-    find_subfolder,
     is_local,
     load_autoencoder,
     no_such_path,
-    read_config,
     weights_hash,
 )
 from .mlp import MLPVAE
-from .scaling import LatentScaling, unmeasured
+from .scaling import LatentScaling, compression_ratio, unmeasured
 from .speed import fast_dtype, for_inference, several_at_once, speed_up_norms
 from .vae import VAE, VAEOutput, check_batch, with_whole_tiles, without_adapters
 
@@ -26,20 +24,19 @@ __all__ = [
     "VAE",
     "LatentScaling",
     "ModelConfig",
+    "Source",
     "VAEOutput",
     "cached_repository",
     "check_batch",
+    "compression_ratio",
     "decode",
     "decode_logits",
     "encode",
     "fast_dtype",
-    "find_repository",
-    "find_subfolder",
     "for_inference",
     "is_local",
     "load_autoencoder",
     "no_such_path",
-    "read_config",
     "several_at_once",
     "speed_up_norms",
     "unmeasured",

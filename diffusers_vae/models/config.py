@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 
 from ..fields import at_home, check, only_with
-from .load import LATENT_PARTS, filled_in, load_autoencoder, read_config
+from .load import LATENT_PARTS, Source, filled_in
 from .lora import add_lora
 from .mlp import MLPVAE
+from .scaling import compression_ratio
 from .vae import VAE
 
 _DEFAULTS = {
@@ -122,13 +123,18 @@ class ModelConfig:
         own = [name for name in names if name.startswith(LATENT_PARTS)]
         return any(fnmatchcase(name, pattern) for name in own for pattern in self._patterns)
 
+    @property
+    def source(self) -> Source:
+        """Location of `pretrained`."""
+        assert self.pretrained is not None
+        return Source(self.pretrained, self.subfolder, self.revision)
+
     @cached_property
     def _source(self) -> Mapping[str, Any]:
         """The whole config of `pretrained`, which is read once."""
         try:
             assert self.pretrained is not None
-            config = read_config(self.pretrained, self.subfolder, self.revision, ["AutoencoderKL"])
-            return filled_in(config, self.pretrained)
+            return filled_in(self.source.config(["AutoencoderKL"]), self.pretrained)
         except (OSError, ValueError) as error:
             raise ValueError(f"model.pretrained: {error}") from error
 
@@ -139,7 +145,7 @@ class ModelConfig:
         except ValueError:
             if not (folder / "config.json").exists():
                 raise
-            self.__dict__["_source"] = filled_in(read_config(str(folder)), str(folder))
+            self.__dict__["_source"] = filled_in(Source(str(folder)).config(), str(folder))
 
     @property
     def image_channels(self) -> set[int]:
@@ -155,7 +161,7 @@ class ModelConfig:
         """
         if self.architecture == "mlp":
             return 1
-        return 2 ** (len(self.block_out_channels or self._source["block_out_channels"]) - 1)
+        return compression_ratio(self.block_out_channels or self._source["block_out_channels"])
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """Channels, height and width of the latents of one image of `size`.
@@ -206,7 +212,7 @@ class ModelConfig:
         if torch.empty(0).device.type == "meta":  # get_default_device of torch 2.7 does not see `with torch.device`
             vae = VAE.from_config(self._source)
         else:
-            loaded = load_autoencoder(self.pretrained or "", self.subfolder, self.revision)
+            loaded = self.source.model()
             assert isinstance(loaded, VAE)
             vae = loaded
         patterns = self._patterns

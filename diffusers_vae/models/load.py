@@ -8,6 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from urllib.request import getproxies
 import torch
 from diffusers.models import autoencoders
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from ..messages import hiding_passwords, showable
+from ..images.ranges import RANGE_FILE, ValueRange
+from ..messages import hiding_passwords, in_a_line, showable
 from ..processes import in_parts
 from ..untrusted import check_type, read_json, refuse_irregular, refuse_odd_name
 from .mlp import MLPVAE
@@ -38,50 +40,162 @@ MOST_BLOCKS = 64
 """Entries of a list in a config.json with one for each block."""
 
 
-def load_autoencoder(
-    source: str, subfolder: str | None = None, revision: str | None = None, dtype: torch.dtype = torch.float32
-) -> ModelMixin:
-    """The KL autoencoder in `source`, in eval mode and without gradients: ours, or any of diffusers with
-    `encode(...).latent_dist` and `decode(...).sample`.
+@dataclass(frozen=True)
+class Source:
+    """The location of a KL autoencoder."""
 
-    Args:
-        source: a model's folder, a run's (its model/ is taken), a pipeline's (its vae/ is taken), a repository on the
-            Hub, or a .ckpt or .safetensors file of latent-diffusion, Stable Diffusion or Flux.
-        subfolder: where in `source` the model lies.
-        revision: of the repository.
-        dtype: of the weights.
+    name: str
+    """A model's folder, a run's (its model/ is taken), a pipeline's (its vae/ is taken), a repository on the Hub, or a
+    .ckpt or .safetensors file of latent-diffusion, Stable Diffusion or Flux."""
+    subfolder: str | None = None
+    """Subfolder of `name` that holds the model."""
+    revision: str | None = None
+    """Branch, tag or commit of the repository."""
 
-    Raises:
-        OSError: when there is no model.
-        ValueError: when it is no KL autoencoder of images, or lacks weights.
-    """
-    if _is_file(source, subfolder, revision):
-        return load_single_file(Path(source), dtype).requires_grad_(False)
-    config = read_config(source, subfolder, revision)
-    name = config["_class_name"]
-    kind: Any = CLASSES[name]
-    place = find_subfolder(source, subfolder)
-    cached = not Path(source).exists() and not _hub_answers()
-    arguments = {"revision": revision, "torch_dtype": dtype, "output_loading_info": True, "local_files_only": cached}
-    try:
+    def model(self, dtype: torch.dtype = torch.float32) -> ModelMixin:
+        """Load the autoencoder in eval mode and without gradients: ours, or any of diffusers with
+        `encode(...).latent_dist` and `decode(...).sample`.
+
+        Raises:
+            OSError: when there is no model.
+            ValueError: when it is no KL autoencoder of images, or lacks weights.
+        """
+        if self._is_file():
+            return load_single_file(Path(self.name), dtype).requires_grad_(False)
+        config, source = self.config(), self.name
+        name = config["_class_name"]
+        kind: Any = CLASSES[name]
+        place = self.inside
+        cached = not Path(source).exists() and not _hub_answers()
+        arguments = {
+            "revision": self.revision,
+            "torch_dtype": dtype,
+            "output_loading_info": True,
+            "local_files_only": cached,
+        }
+        try:
+            with hiding_passwords():
+                try:
+                    model, report = kind.from_pretrained(source, subfolder=place, **arguments)
+                except OSError as error:
+                    try:  # some repositories hold no other weights
+                        model, report = kind.from_pretrained(source, subfolder=place, variant="fp16", **arguments)
+                    except OSError:
+                        raise (_unreachable(error, source, cached) or error) from error
+                    logger.warning("%s holds its weights in float16 only", showable(source))
+        except (ImportError, MemoryError, OSError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of any kind: diffusers checks few of a config's values
+            raise ValueError(
+                f"{source} holds a config.json or weights of which no {name} can be made: {in_a_line(error)}"
+            ) from error
+        if missing := report["missing_keys"]:  # diffusers leaves them random
+            raise ValueError(f"{source} lacks {len(missing)} weights of its {name}, {', '.join(sorted(missing)[:3])}")
+        return model.eval().requires_grad_(False)
+
+    def config(self, classes: Collection[str] | None = None) -> dict[str, Any]:
+        """Read the config of the autoencoder, with its class as `_class_name`.
+
+        Raises:
+            OSError: when there is no model.
+            ValueError: when it is of none of the `classes`, by default all that `model` loads, or has wrong values.
+        """
+        classes = tuple(CLASSES) if classes is None else classes
+        source, folder, place = self.name, Path(self.name), self.inside
+        if self._is_file():
+            return read_single_file(folder)[0]
+        if not folder.exists() and is_local(source):
+            raise FileNotFoundError(f"{no_such_path(source)}, and {source} is no repository's NAMESPACE/NAME")
+        if folder.is_dir() and not (folder / (place or "") / "config.json").exists():
+            raise FileNotFoundError(
+                f"{folder.resolve()} holds no model: neither config.json nor model/config.json (of a run) nor "
+                "vae/config.json (of a pipeline) is there"
+            )
+        if folder.is_dir():
+            refuse_irregular(folder / (place or ""))
+            return _checked(read_json(folder / (place or "") / "config.json"), source, classes)
+        cached = not _hub_answers()
+        try:
+            with hiding_passwords():
+                config = MLPVAE.load_config(source, subfolder=place, revision=self.revision, local_files_only=cached)
+        except RecursionError:
+            raise ValueError(f"{source}: config.json is damaged, it is nested too deeply") from None
+        except OSError as error:
+            if unreachable := _unreachable(error, source, cached):
+                raise unreachable from None
+            if _caused_by(error, RepositoryNotFoundError) and not _caused_by(error, GatedRepoError):
+                reason = "there is no such repository, or it is private and HF_TOKEN may not read it"
+            elif _caused_by(error, EntryNotFoundError):
+                inside = f"its subfolder {place}" if place else "it; that of a pipeline's VAE is in the subfolder vae"
+                reason = f"there is no config.json in {inside}"
+            else:
+                reason = str(error)
+            raise OSError(f"{no_such_path(source)}, and {source} cannot be loaded from the Hub: {reason}") from error
+        return _checked(config, source, classes)
+
+    def value_range(self) -> ValueRange | None:
+        """Return the value range that the model was trained with; None for 8-bit images.
+
+        Raises:
+            OSError: when the Hub does not answer as it should.
+            ValueError: when what it states is no range.
+        """
+        if Path(self.name).exists():
+            return ValueRange.load(Path(self.name, self.inside or ""))
         with hiding_passwords():
             try:
-                model, report = kind.from_pretrained(source, subfolder=place, **arguments)
-            except OSError as error:
-                try:  # some repositories hold no other weights
-                    model, report = kind.from_pretrained(source, subfolder=place, variant="fp16", **arguments)
-                except OSError:
-                    raise (_unreachable(error, source, cached) or error) from error
-                logger.warning("%s holds its weights in float16 only", showable(source))
-    except (ImportError, MemoryError, OSError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # of any kind: diffusers checks few of a config's values
-        raise ValueError(
-            f"{source} holds a config.json or weights of which no {name} can be made: {_in_a_line(error)}"
-        ) from error
-    if missing := report["missing_keys"]:  # diffusers leaves them random
-        raise ValueError(f"{source} lacks {len(missing)} weights of its {name}, {', '.join(sorted(missing)[:3])}")
-    return model.eval().requires_grad_(False)
+                file = hf_hub_download(self.name, RANGE_FILE, subfolder=self.subfolder, revision=self.revision)
+            except LocalEntryNotFoundError:
+                said = "%s is taken for a model of images of 8 bits: there is no network to ask for more"
+                logger.warning(said, showable(self.name))
+                return None
+            except EntryNotFoundError:
+                return None
+        return ValueRange.load(Path(file).parent)
+
+    def check_value_range(self, stated: ValueRange | None) -> None:
+        """Raise ValueError when the model was trained with another value range than `stated` in data.value_range."""
+        found = self.value_range()
+        if found and found != stated:
+            raise ValueError(
+                f"data.value_range must be {found}, to which {self.name} was trained, got {stated or 'null'}"
+            )
+
+    def repository(self) -> tuple[str | None, str | None]:
+        """Return repository on the Hub and revision: as given or, where `name` is a folder or file of the Hub's cache,
+        as its path states; (None, None) for any other folder or file.
+        """
+        path = Path(self.name)
+        if not path.exists():
+            return self.name, self.revision
+        return cached_repository(str(path.absolute())) or cached_repository(str(path.resolve())) or (None, None)
+
+    @property
+    def inside(self) -> str | None:
+        """Subfolder that holds the model, in the folder of a run or a pipeline too."""
+        folder = Path(self.name)
+        if self.subfolder is not None or (folder / "config.json").exists():
+            return self.subfolder
+        return next((name for name in ("model", "vae") if (folder / name / "config.json").exists()), None)
+
+    def _is_file(self) -> bool:
+        """Whether the model is a single file; ValueError when it is, and has to have a subfolder or a revision."""
+        path = Path(self.name)
+        refuse_odd_name(path, "a model")
+        if not path.is_file():
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"{self.name} must be a regular file, got a pipe, socket or device")
+            return False
+        if self.subfolder or self.revision:
+            raise ValueError(
+                f"{self.name} is a file, which has no subfolder or revision, got {self.subfolder or self.revision}"
+            )
+        return True
+
+
+def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> ModelMixin:
+    """Load the autoencoder in a folder, file or repository: see `Source.model`."""
+    return Source(name).model(dtype)
 
 
 OF_IMAGES = ("AsymmetricAutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE")
@@ -108,10 +222,6 @@ CONFIG = {
     "act_fn": str,
 }
 """Types of values of a config.json, where it has them. sample_size and image_size are a side, or height and width."""
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _hub_answers() -> bool:
@@ -170,50 +280,8 @@ def filled_in(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
             return VAE.from_config(config).config
     except Exception as error:  # of any kind, as above
         raise ValueError(
-            f"{source} holds a config.json of which no AutoencoderKL can be made: {_in_a_line(error)}"
+            f"{source} holds a config.json of which no AutoencoderKL can be made: {in_a_line(error)}"
         ) from error
-
-
-def read_config(
-    source: str, subfolder: str | None = None, revision: str | None = None, classes: Collection[str] = tuple(CLASSES)
-) -> dict[str, Any]:
-    """The config of the autoencoder that `load_autoencoder` finds, with its class as `_class_name`.
-
-    Raises:
-        OSError: when there is no model.
-        ValueError: when it is of none of the `classes`, or has wrong values.
-    """
-    folder, place = Path(source), find_subfolder(source, subfolder)
-    if _is_file(source, subfolder, revision):
-        return read_single_file(folder)[0]
-    if not folder.exists() and is_local(source):
-        raise FileNotFoundError(f"{no_such_path(source)}, and {source} is no repository's NAMESPACE/NAME")
-    if folder.is_dir() and not (folder / (place or "") / "config.json").exists():
-        raise FileNotFoundError(
-            f"{folder.resolve()} holds no model: neither config.json nor model/config.json (of a run) nor "
-            "vae/config.json (of a pipeline) is there"
-        )
-    if folder.is_dir():
-        refuse_irregular(folder / (place or ""))
-        return _checked(read_json(folder / (place or "") / "config.json"), source, classes)
-    cached = not _hub_answers()
-    try:
-        with hiding_passwords():
-            config = MLPVAE.load_config(source, subfolder=place, revision=revision, local_files_only=cached)
-    except RecursionError:
-        raise ValueError(f"{source}: config.json is damaged, it is nested too deeply") from None
-    except OSError as error:
-        if unreachable := _unreachable(error, source, cached):
-            raise unreachable from None
-        if _caused_by(error, RepositoryNotFoundError) and not _caused_by(error, GatedRepoError):
-            reason = "there is no such repository, or it is private and HF_TOKEN may not read it"
-        elif _caused_by(error, EntryNotFoundError):
-            inside = f"its subfolder {place}" if place else "it; that of a pipeline's VAE is in the subfolder vae"
-            reason = f"there is no config.json in {inside}"
-        else:
-            reason = str(error)
-        raise OSError(f"{no_such_path(source)}, and {source} cannot be loaded from the Hub: {reason}") from error
-    return _checked(config, source, classes)
 
 
 def _checked(config: Any, source: str, classes: Collection[str]) -> dict[str, Any]:
@@ -251,19 +319,6 @@ def _supported(name: str | None, classes: Collection[str]) -> str:
     )
 
 
-def _is_file(source: str, subfolder: str | None, revision: str | None) -> bool:
-    """Whether the model is a single file; ValueError when it is, and has to have a subfolder or a revision."""
-    path = Path(source)
-    refuse_odd_name(path, "a model")
-    if not path.is_file():
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{source} must be a regular file, got a pipe, socket or device")
-        return False
-    if subfolder or revision:
-        raise ValueError(f"{source} is a file, which has no subfolder or revision, got {subfolder or revision}")
-    return True
-
-
 SNAPSHOT = re.compile(r"(.*[/\\])?models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})([/\\].*)?")
 """Path in the Hub's cache."""
 
@@ -272,24 +327,6 @@ def cached_repository(path: str) -> tuple[str, str] | None:
     """Repository and commit of a folder or file in the Hub's cache, by its path; None for any other path."""
     found = SNAPSHOT.fullmatch(path)
     return found and (found["id"].replace("--", "/"), found["revision"])
-
-
-def find_repository(source: str, revision: str | None) -> tuple[str | None, str | None]:
-    """Repository on the Hub and revision that `load_autoencoder` takes `source` from: as given or, where `source` is a
-    folder or file of the Hub's cache, as its path states; (None, None) for any other folder or file.
-    """
-    path = Path(source)
-    if not path.exists():
-        return source, revision
-    return cached_repository(str(path.absolute())) or cached_repository(str(path.resolve())) or (None, None)
-
-
-def find_subfolder(source: str, subfolder: str | None) -> str | None:
-    """`subfolder`, or where the model lies in the folder of a run or a pipeline."""
-    folder = Path(source)
-    if subfolder is not None or (folder / "config.json").exists():
-        return subfolder
-    return next((name for name in ("model", "vae") if (folder / name / "config.json").exists()), None)
 
 
 def encode(model: ModelMixin, images: torch.Tensor) -> DiagonalGaussianDistribution:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -47,6 +47,13 @@ def is_local(source: str | PathLike[str]) -> bool:
     """Whether a model's `_name_or_path` is a folder or file rather than a repository on the Hub."""
     source = str(source)
     return source.count("/") != 1 or source.startswith((".", "/", "~")) or Path(source).exists()
+
+
+def compression_ratio(block_out_channels: Sequence[int]) -> int:
+    """Return height of the images over height of the latents for blocks of these widths, each but the last of which
+    halves it.
+    """
+    return 2 ** (len(block_out_channels) - 1)
 
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .scaling import DEFAULTED, KeepsScaling, LatentScaling, is_local, unmeasured
+from .scaling import DEFAULTED, KeepsScaling, LatentScaling, compression_ratio, is_local, unmeasured
 from .stock import (
     AttentionMixin,
     AutoencoderKL,
@@ -193,7 +193,7 @@ class VAE(
     @property
     def spatial_compression_ratio(self) -> int:
         """Height of the images over height of the latents."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
+        return compression_ratio(self.config.block_out_channels)
 
     @apply_forward_hook
     def encode(
@@ -357,7 +357,7 @@ def with_whole_tiles(stock: AutoencoderKL) -> AutoencoderKL:
     if isinstance(size, int) and size < LEAST_TILE:
         if stock.tile_sample_min_size == size:  # and was not set by hand
             stock.tile_sample_min_size = LEAST_TILE
-            stock.tile_latent_min_size = LEAST_TILE // 2 ** (len(stock.config.block_out_channels) - 1)
+            stock.tile_latent_min_size = LEAST_TILE // compression_ratio(stock.config.block_out_channels)
         stock.register_to_config(sample_size=LEAST_TILE)
     return stock
 

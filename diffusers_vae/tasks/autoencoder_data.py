@@ -17,8 +17,7 @@ from ..data.stream import StreamedImages
 from ..evaluation.evaluate import load_judges
 from ..latents.dataset import Verification, matching_latents
 from ..messages import showable
-from ..models import VAE, find_repository, load_autoencoder, weights_hash
-from ..models.value_range import check_value_range
+from ..models import VAE, weights_hash
 from ..processes import on_main, one_first
 from ..settings import begun_with, read_yaml
 from ..untrusted import read_json
@@ -186,14 +185,17 @@ def compiles(config: TrainConfig, images: int, device: torch.device) -> bool:
 
 
 def _load_pretrained(config: TrainConfig) -> Pretrained:
-    source, subfolder, revision = config.model.pretrained, config.model.subfolder, config.model.revision
-    assert source is not None
-    pretrained = load_autoencoder(source, subfolder, revision)
+    source = config.model.source
+    pretrained = source.model()
     assert isinstance(pretrained, VAE)
-    check_value_range(config.data.stated_range, source, subfolder, revision)
-    repository, revision = find_repository(source, revision)
+    source.check_value_range(config.data.stated_range)
+    repository, revision = source.repository()
     return Pretrained(
-        source=source, model=pretrained, weights_hash=weights_hash(pretrained), repository=repository, revision=revision
+        source=source.name,
+        model=pretrained,
+        weights_hash=weights_hash(pretrained),
+        repository=repository,
+        revision=revision,
     )
 
 

@@ -10,6 +10,7 @@ from ..data import DataConfig
 from ..engine.config import OptimizerConfig, RunConfig, RunSettings
 from ..fields import at_home, check, setting
 from ..losses.diffusion import DiffusionConfig
+from ..models import Source
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class AutoencoderConfig:
 
     def __post_init__(self):
         at_home(self, "source")
+
+    @property
+    def location(self) -> Source:
+        """The three settings in one."""
+        return Source(self.source, self.subfolder, self.revision)
 
 
 @dataclass(frozen=True)

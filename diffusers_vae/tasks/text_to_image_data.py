@@ -21,9 +21,8 @@ from ..latents.dataset import LatentDataset, Verification, matching_latents
 from ..latents.encode import encode_images
 from ..latents.shards import INDEX
 from ..messages import showable
-from ..models import VAE, encode, is_local, load_autoencoder, read_config
+from ..models import VAE, compression_ratio, encode, is_local
 from ..models.scaling import LatentScaling
-from ..models.value_range import check_value_range
 from ..pipelines import latent_scaling
 from ..processes import one_first
 from ..settings import config_of_run, read_settings
@@ -102,7 +101,7 @@ def load_run_data(config: TextToImageConfig, accelerator: Accelerator, max_image
     first = accelerator.is_local_main_process
     with one_first(first, "reading the data set"):
         if is_local(config.vae.source):  # what is missing is reported before the data are read
-            _read_vae(config, read_config)
+            _read_vae(config.vae.location.config)
         limit = None if max_images is None else 0
         images, heldout = load_data(config.data, first, limit, captions=True)
         vae = load_vae(config)
@@ -219,10 +218,10 @@ def _prompts(
     return [training[labels.tolist().index(label)][0] for label in labels.unique().tolist()[:10]]
 
 
-def _read_vae(config: TextToImageConfig, read: Callable[[str, str | None, str | None], T]) -> T:
-    """What `read` (load_autoencoder or read_config) finds in vae.source."""
+def _read_vae(read: Callable[[], T]) -> T:
+    """What `read` finds in vae.source."""
     try:
-        return read(config.vae.source, config.vae.subfolder, config.vae.revision)
+        return read()
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"vae.source: {error}. Train an autoencoder first, `diffusers-vae train`, or say with --vae where one is"
@@ -231,17 +230,17 @@ def _read_vae(config: TextToImageConfig, read: Callable[[str, str | None, str | 
 
 def load_vae(config: TextToImageConfig) -> VAE:
     """The autoencoder; ValueError when it is none that the pipeline takes, or takes other images."""
-    source, vae = config.vae.source, _read_vae(config, load_autoencoder)
+    source, vae = config.vae.source, _read_vae(config.vae.location.model)
     if not isinstance(vae, VAE):
         raise ValueError(f"StableDiffusionPipeline takes an AutoencoderKL, got {type(vae).__name__} in {source}")
-    check_value_range(config.data.stated_range, source, config.vae.subfolder, config.vae.revision)
+    config.vae.location.check_value_range(config.data.stated_range)
     if config.data.channels not in (None, vae.config.in_channels):
         raise ValueError(
             f"data.channels must be that of the autoencoder, got {config.data.channels}, and {source} takes "
             f"{vae.config.in_channels}"
         )
     ratio = math.lcm(8, vae.spatial_compression_ratio)
-    least = vae.spatial_compression_ratio * 2 ** (len(config.model.block_out_channels) - 1)
+    least = vae.spatial_compression_ratio * compression_ratio(config.model.block_out_channels)
     if any(side % ratio for side in config.data.size) or min(config.data.size) < least:
         raise ValueError(
             f"data.resolution must be divisible by {ratio}, as StableDiffusionPipeline and the autoencoder have it, "
