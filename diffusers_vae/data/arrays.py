@@ -27,9 +27,9 @@ from .store import Store, file_digests, find_row
 
 LABELS = ".labels.npy"
 SAMPLES, SAMPLE = 64, 4096
-"""Places of a file, and bytes at each, by which it is told from others."""
+"""Samples of a file that tell it from others, and bytes of each."""
 SEEN = 100
-"""Images whose values an error about them tells of."""
+"""Images whose values an error about them reports."""
 Headers = dict[str | None, tuple[tuple[int, ...], bool, np.dtype]]
 
 
@@ -39,7 +39,7 @@ class ImageArray:
     Args:
         path: of the file.
         column: key of the array in an `.npz`, by default its only one with the shape of images.
-        channels: by which their axis is found.
+        channels: number of channels, by which their axis is found.
         value_range: of the values.
 
     Raises:
@@ -47,13 +47,13 @@ class ImageArray:
     """
 
     def __init__(self, path: Path, column: str | None, channels: int | None, value_range: ValueRange | None):
-        self.path, self.column = path, column
         headers = _headers(path)
         if is_npz(path):
-            self.column = _image_column(path, headers, self.column)
-        elif self.column is not None:
-            raise ValueError(f"data.image_column is the key of an array in an .npz, got {self.column} for {path}")
-        self.shape, self.fortran, self.dtype = headers[self.column]
+            column = _image_column(path, headers, column)
+        elif column is not None:
+            raise ValueError(f"data.image_column is the key of an array in an .npz, got {column} for {path}")
+        self.path, self.column = path, column
+        self.shape, fortran, self.dtype = headers[column]
         if self.dtype.hasobject:
             raise ValueError(f"{self} holds Python objects, which are not unpickled; store numbers, all of one shape")
         if self.dtype.kind not in "biuf":
@@ -61,11 +61,16 @@ class ImageArray:
         if not math.prod(self.shape):
             raise ValueError(f"{self} is empty: its shape is {self.shape}")
         self.layout = _layout(str(self), self.shape, channels, value_range)
-        values = _load(path, self.column)
+        values = _load(path, column)
         self.values = values if is_npz(path) else None
-        self.digest = self._digest()
+        digest = hashlib.sha256(f"{column} {self.dtype.str} {self.shape} {fortran}".encode())
+        with open_regular(path) as file:
+            for start in np.linspace(0, max(0, path.stat().st_size - SAMPLE), SAMPLES).astype(np.int64).tolist():
+                file.seek(start)
+                digest.update(file.read(SAMPLE))
+        self.digest = digest.digest()
         if value_range is None and self.dtype.kind != "b" and self.dtype != np.uint8:
-            first = [self.image(place) for place in range(min(SEEN, len(self)))]
+            first = [self.image(index) for index in range(min(SEEN, len(self)))]
             least, most = min(values.min() for values in first), max(values.max() for values in first)
             raise ValueError(
                 f"{self} holds {self.dtype.name}, and nothing states what its values mean: those of its first "
@@ -86,41 +91,30 @@ class ImageArray:
         if is_npz(self.path):
             self.values = _load(self.path, self.column)
 
-    @property
-    def channels(self) -> int:
-        return 1 if self.layout == "NHW" else self.shape[self.layout.index("C")]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the images."""
-        return self.shape[self.layout.index("H")], self.shape[self.layout.index("W")]
-
-    @property
-    def image_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
-
-    def image(self, place: int) -> np.ndarray:
-        """One as it lies in the array, in its dtype; OSError or ValueError when the file does not hold it any more."""
+    def image(self, index: int) -> np.ndarray:
+        """Return an image (C, H, W) in the array's dtype; OSError or ValueError when the file no longer holds it."""
         if self.values is not None:
-            return self.values[place]
-        values = np.lib.format.open_memmap(self.path, mode="r")
-        if (values.shape, values.dtype) != (self.shape, self.dtype):
-            raise ValueError(f"the file was changed: it now holds {values.shape} {values.dtype}")
-        return np.array(values[place])  # a copy, since the pages of a map would count as our memory
+            values = self.values[index]
+        else:
+            mapped = np.lib.format.open_memmap(self.path, mode="r")
+            if (mapped.shape, mapped.dtype) != (self.shape, self.dtype):
+                raise ValueError(f"the file was changed: it now holds {mapped.shape} {mapped.dtype}")
+            values = np.array(mapped[index])  # a copy, since the pages of a map would count as our memory
+        return values[None] if self.layout == "NHW" else np.moveaxis(values, -1, 0) if self.layout == "NHWC" else values
 
     def labels(self, column: str | None) -> np.ndarray | None:
-        """(N,) integers or texts: of an `.npz` the array of that key, of NAME.npy what NAME.labels.npy holds."""
+        """Return (N,) integers or texts: of an `.npz` that array, of NAME.npy what NAME.labels.npy holds, if any."""
         beside = self.path.with_name(self.path.stem + LABELS)
-        if not is_npz(self.path) and column is not None:
-            raise ValueError(
-                f"data.label_column is the key of an array in an .npz, got {column}; labels of {self} lie in {beside}"
-            )
         if is_npz(self.path):
             if column is None:
                 return None
             if column not in (headers := _headers(self.path)):
                 raise ValueError(f"{self.path} has no array {column}: it holds {_listed(headers)}")
             name, labels = f"{self.path}, {column}", _load(self.path, column)
+        elif column is not None:
+            raise ValueError(
+                f"data.label_column is the key of an array in an .npz, got {column}; labels of {self} lie in {beside}"
+            )
         elif beside.exists():
             name, labels = str(beside), _load(beside)
         else:
@@ -132,15 +126,6 @@ class ImageArray:
             )
         return np.char.decode(labels, "utf-8") if labels.dtype.kind == "S" else np.asarray(labels)
 
-    def _digest(self) -> bytes:
-        """Of dtype, shape and bytes at places spread over the file."""
-        digest = hashlib.sha256(f"{self.column} {self.dtype.str} {self.shape} {self.fortran}".encode())
-        with open_regular(self.path) as file:
-            for start in np.linspace(0, max(0, self.path.stat().st_size - SAMPLE), SAMPLES).astype(np.int64).tolist():
-                file.seek(start)
-                digest.update(file.read(SAMPLE))
-        return digest.digest()
-
 
 class ArrayStore(Store):
     """The images of several arrays, one after the other."""
@@ -150,20 +135,19 @@ class ArrayStore(Store):
         self.ends = np.cumsum([len(array) for array in arrays])
 
     def name(self, row: int) -> str:
-        array, place = self._find(row)
-        return f"{array}, image {place}"
+        array, index = self._find(row)
+        return f"{array}, image {index}"
 
     def key(self, row: int) -> str:
-        array, place = self._find(row)
-        return f"{array.path.name}/{place}"
+        array, index = self._find(row)
+        return f"{array.path.name}/{index}"
 
     def identity(self, row: int) -> bytes:
-        array, place = self._find(row)
-        return array.digest + f"{array.path.name}/{place}\0".encode(errors="surrogateescape")
+        return self._find(row)[0].digest + f"{self.key(row)}\0".encode(errors="surrogateescape")
 
     def digest(self, row: int) -> bytes:
-        array, place = self._find(row)
-        return self._digests[array.path] + place.to_bytes(8, "big")
+        array, index = self._find(row)
+        return self._digests[array.path] + index.to_bytes(8, "big")
 
     @cached_property
     def _digests(self) -> dict[Path, bytes]:
@@ -172,17 +156,19 @@ class ArrayStore(Store):
         return dict(zip(paths, file_digests(paths, 2**16), strict=True))
 
     def size(self, row: int) -> int:
-        return self._find(row)[0].image_bytes
+        array, _ = self._find(row)
+        return math.prod(array.shape[1:]) * array.dtype.itemsize
 
     def content(self, row: int) -> bytes:
-        return self._image(row).tobytes()
+        return self.values(row, 0).tobytes()
 
     def header(self, row: int, channels: int, value_range: ValueRange | None) -> Header:
         array, _ = self._find(row)
-        mode = f"{array.channels}x {array.dtype.name}"
+        sizes = dict(zip(array.layout, array.shape, strict=True))
+        mode = f"{sizes.get('C', 1)}x {array.dtype.name}"
         if not as_they_are(channels, value_range):
-            mode = "1" if array.dtype.kind == "b" else {1: "L", 3: "RGB"}[array.channels]
-        return Header(array.path.suffix[1:].upper(), mode, *array.size)
+            mode = "1" if array.dtype.kind == "b" else {1: "L", 3: "RGB"}[sizes.get("C", 1)]
+        return Header(array.path.suffix[1:].upper(), mode, sizes["H"], sizes["W"])
 
     def read(self, row: int, channels: int, value_range: ValueRange | None, fit: Fit) -> torch.Tensor:
         values = self.values(row, channels)
@@ -199,26 +185,22 @@ class ArrayStore(Store):
         return fit(pixels.expand(channels, -1, -1))
 
     def values(self, row: int, channels: int) -> np.ndarray:
-        layout, values = self._find(row)[0].layout, self._image(row)
-        return values[None] if layout == "NHW" else np.moveaxis(values, -1, 0) if layout == "NHWC" else values
+        array, index = self._find(row)
+        try:
+            return array.image(index)
+        except OSError as error:  # of all images in the file
+            raise Unreachable(f"cannot reach {self.name(row)}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"cannot read {self.name(row)}: {error}") from error
 
     def forget(self) -> None:
-        """What was read into memory, if nothing is to be read any more."""
+        """Let go of what was read into memory, when nothing is to be read any more."""
         for array in self.arrays:
             array.values = None
 
     def _find(self, row: int) -> tuple[ImageArray, int]:
         number, index = find_row(self.ends, row)
         return self.arrays[number], index
-
-    def _image(self, row: int) -> np.ndarray:
-        array, place = self._find(row)
-        try:
-            return array.image(place)
-        except OSError as error:  # of all images in the file
-            raise Unreachable(f"cannot reach {self.name(row)}: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"cannot read {self.name(row)}: {error}") from error
 
 
 def array_files(root: Path) -> tuple[list[list[Path]], tuple[str, ...]]:
@@ -266,31 +248,30 @@ def array_files(root: Path) -> tuple[list[list[Path]], tuple[str, ...]]:
 def array_classes(
     parts: Sequence[Sequence[ImageArray]], column: str | None
 ) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:
-    """Labels (N,) of all images, -1 in a part without, and the names of the classes: the integers or texts of all
-    parts, sorted. None when there are less than two.
+    """Return labels (N,) of all images, -1 in a part without, and the names of the classes: the integers or texts of
+    all parts, sorted. None when there are less than two.
 
     Raises:
         ValueError: when only some files of a part have labels.
     """
-    found = []
+    found: list[tuple[np.ndarray, np.ndarray] | None] = []
     for arrays in parts:
         own = [array.labels(column) for array in arrays]
-        missing = [array for array, labels in zip(arrays, own, strict=True) if labels is None]
+        missing = [array.path for array, labels in zip(arrays, own, strict=True) if labels is None]
         if 0 < len(missing) < len(own):
-            raise ValueError(f"{missing[0].path} has no {missing[0].path.stem + LABELS} beside it, others have")
+            raise ValueError(f"{missing[0]} has no {missing[0].stem + LABELS} beside it, others have")
         found += [None if labels is None else np.unique(labels, return_inverse=True) for labels in own]
-    known = {str(value) for own in found if own is not None for value in own[0]}
+    known = {str(value) for own in found if own is not None for value in own[0].tolist()}
     if len(known) < 2:
         return None, None
-    numbers = all(re.fullmatch("-?[0-9]+", name) for name in known)
-    classes = sorted(known, key=int) if numbers else sorted(known)
-    place_of = {name: place for place, name in enumerate(classes)}
-
-    labels = [
-        np.full(len(array), -1) if own is None else np.array([place_of[str(value)] for value in own[0]])[own[1]]
-        for array, own in zip((array for arrays in parts for array in arrays), found, strict=True)
+    classes = sorted(known, key=int) if all(re.fullmatch("-?[0-9]+", name) for name in known) else sorted(known)
+    class_of = {name: number for number, name in enumerate(classes)}
+    counts = [len(array) for arrays in parts for array in arrays]
+    numbers = [
+        np.full(count, -1) if own is None else np.array([class_of[str(value)] for value in own[0].tolist()])[own[1]]
+        for count, own in zip(counts, found, strict=True)
     ]
-    return torch.from_numpy(np.concatenate(labels)), tuple(classes)
+    return torch.from_numpy(np.concatenate(numbers)), tuple(classes)
 
 
 def is_npz(path: Path) -> bool:

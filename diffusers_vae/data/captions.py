@@ -9,7 +9,8 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def read_captions(below: Files, paths: Sequence[Path]) -> tuple[list[tuple[str, 
 
 
 def _folders(root: str, files: Sequence[str]) -> list[str]:
-    """Of the files, and those above up to `root`."""
+    """Return the folders of the files, and those above up to `root`."""
     folders: set[str] = {root}
     for folder in {os.path.dirname(file) for file in files}:
         while folder not in folders:
@@ -97,7 +98,7 @@ def _folders(root: str, files: Sequence[str]) -> list[str]:
     return sorted(folders)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Beside:
     """What the files beside an image hold."""
 
@@ -109,50 +110,43 @@ class _Beside:
     """A file without text."""
     boxes: str = ""
     """A file with numbers."""
-    unread: tuple[str, ...] = ()
+    unread: list[str] = field(default_factory=list)
     """Files that are no captions after all."""
 
 
 def _beside(below: Files, files: Sequence[str]) -> dict[str, list[str]]:
-    """The files beside each image file that may hold its captions, in the order of `SUFFIXES`."""
-    one_of_each = {os.path.dirname(file): file for file in files}
-    names: dict[tuple[str, str], dict[str, str]] = {}
-    for folder, file in one_of_each.items():
+    """Return the files beside each image file that may hold its captions, in the order of `SUFFIXES`."""
+    names: dict[str, dict[str, str]] = {}
+    for folder, file in {os.path.dirname(file): file for file in files}.items():
         for name in sorted(below.beside(file)):
-            stem, suffix = os.path.splitext(name)
-            names.setdefault((folder, stem), {})[suffix.lower()] = name  # of .TXT and .txt, the latter
-    beside = {}
-    for file in files:
-        folder, name = os.path.split(file)
-        own = names.get((folder, os.path.splitext(name)[0]), {})
-        if found := [os.path.join(folder, own[suffix]) for suffix in SUFFIXES if suffix in own]:
-            beside[file] = found
-    return beside
+            stem, suffix = os.path.splitext(os.path.join(folder, name))
+            names.setdefault(stem, {})[suffix.lower()] = stem + suffix  # of .TXT and .txt, the latter
+    stems = {file: names.get(os.path.splitext(file)[0], {}) for file in files}
+    beside = {file: [own[suffix] for suffix in SUFFIXES if suffix in own] for file, own in stems.items()}
+    return {file: found for file, found in beside.items() if found}
 
 
 def _from_beside(below: Files, paths: Sequence[str]) -> _Beside:
-    """The first captions in the files beside an image."""
-    boxes, empty, unread = "", "", []
+    """Return the first captions in the files beside an image."""
+    found = _Beside()
     for path in paths:
+        captions: tuple[str, ...] = ()
         if path.lower().endswith(".json"):
-            try:
+            with suppress(RecursionError, ValueError):  # such files hold many other things
                 captions = _captions(json.loads(below.read(path)))[1]
-            except (RecursionError, UnicodeDecodeError, ValueError):  # such files hold many other things
-                captions = ()
-            if not captions:
-                unread.append(path)
+            found.unread += [] if captions else [path]
         else:
             text = _read(below, path, MAX_TEXT)
             if isinstance(text, ValueError):
                 return _Beside(problem=str(text))
             captions = tuple(line.strip() for line in text.split("\n") if line.strip())
             if captions and all(map(BOX.fullmatch, captions)):
-                boxes, captions = path, ()
+                found.boxes, captions = path, ()
             elif not captions:
-                empty = path
+                found.empty = path
         if captions:
-            return _Beside(captions, path, boxes=boxes, unread=(*unread,))
-    return _Beside(empty=empty, boxes=boxes, unread=(*unread,))
+            return replace(found, captions=captions, source=path, empty="")
+    return found
 
 
 def _read(below: Files, path: str, limit: int) -> str | ValueError:
@@ -174,42 +168,37 @@ class _Metadata:
         self.below, self.files = below, {*files}
         self.found: dict[str, tuple[str, ...]] = {}
         self.sources: dict[str, str] = {}
-        """Name of the metadata file, of each image file with captions there."""
+        """Name of the metadata file of each image file with captions there."""
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.unread: list[str] = []
         self.rows: dict[str, str] = {}
-        """Where the row of each file stands."""
+        """File and line of the row of each file."""
 
     def read_folder(self, folder: str, others: bool = False) -> None:
         """Read the metadata files in a folder, which may describe `others` than the files of the set."""
-        for name in METADATA:
-            path = os.path.join(folder, name)
-            if not self.below.exists(path):
-                continue
-            text = _read(self.below, path, MAX_METADATA)
-            if isinstance(text, ValueError):
-                self.problems.append(str(text))
-            elif name.endswith(".csv"):
-                self._read_rows(path, _csv_rows(text), others)
-            else:
-                self._read_rows(path, _json_rows(text), others)
+        for path in (os.path.join(folder, name) for name in METADATA):
+            if self.below.exists(path):
+                text = _read(self.below, path, MAX_METADATA)
+                if isinstance(text, ValueError):
+                    self.problems.append(str(text))
+                else:
+                    self._read_rows(path, (_csv_rows if path.endswith(".csv") else _json_rows)(text), others)
 
     def _read_rows(self, path: str, rows: Iterator[tuple[int, dict[str, Any] | ValueError]], others: bool) -> None:
         keys: set[str] = set()
-        described = 0
+        described = False
         for number, row in rows:
-            place = f"{path}, line {number}"
             try:
                 if isinstance(row, ValueError):
                     raise row
                 if path.endswith(".csv") and "file_name" not in row:  # any table may be called so
                     self.unread.append(path)
                     return
-                name, captions = _row(row)
                 keys |= row.keys()
-                described += bool(captions)
-                name = os.path.normpath(name)
+                captions = _row(row)
+                described |= bool(captions)
+                name = os.path.normpath(row["file_name"])
                 if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
                     raise ValueError(f"{name} must lie in the folder of the {os.path.basename(path)} or below it")
                 file = self._find(os.path.join(os.path.dirname(path), name), name)
@@ -218,10 +207,10 @@ class _Metadata:
                 if file is None and not others:
                     raise ValueError(f"there is no file {name}")
             except ValueError as error:
-                self.problems.append(f"{place}: {error}")
+                self.problems.append(f"{path}, line {number}: {error}")
                 continue
             if file is not None:
-                self.rows[file] = place
+                self.rows[file] = f"{path}, line {number}"
             if captions and file in self.files:
                 self.found[file], self.sources[file] = captions, os.path.basename(path)
         if keys and not described:
@@ -230,7 +219,7 @@ class _Metadata:
             )
 
     def _find(self, file: str, name: str) -> str | None:
-        """The file that a row names, if there is one; one in an archive may be named as if it was unpacked there."""
+        """Return the file that a row names, if any; one in an archive may be named as if it was unpacked there."""
         if file in self.files or self.below.exists(file):  # files of other kinds may be described too
             return file
         found = self.below.unpacked.get(file, ())
@@ -271,16 +260,15 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
         yield rows.line_num, ValueError(f"no CSV: {error}")
 
 
-def _row(row: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """File name and captions in a row; ValueError saying what is wrong with it."""
+def _row(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return the captions in a row; ValueError when they are of a wrong type or empty."""
     key, captions = _captions(row)
     if key is not None and not captions:
-        value = row[key]
-        texts = value if isinstance(value, list) else [value]
+        texts = row[key] if isinstance(row[key], list) else [row[key]]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{key} of {row['file_name']} must be a string or a list of strings, got {value}")
+            raise ValueError(f"{key} of {row['file_name']} must be a string or a list of strings, got {row[key]}")
         raise ValueError(f"{key} of {row['file_name']} is empty")
-    return row["file_name"], captions
+    return captions
 
 
 def _captions(row: Any) -> tuple[str | None, tuple[str, ...]]:

@@ -72,8 +72,12 @@ class FileKind:
         return f"{self.channels}x {np.dtype(self.dtype).name}"
 
 
-def read_kind(path: str | Path, channels: int, content: Callable[[], BinaryIO] | None = None) -> FileKind:
-    """Of an image file that is to have so many channels. Its values are not read, so damage there goes unnoticed.
+Content = Callable[[], BinaryIO]
+Read = tuple[np.ndarray | None, FileKind]
+
+
+def read_kind(path: str | Path, channels: int, content: Content | None = None) -> FileKind:
+    """Return how an image file of `channels` channels holds its values; they are not read, so damage goes unnoticed.
 
     Raises:
         ImportError: when the package is missing that reads such files.
@@ -82,19 +86,17 @@ def read_kind(path: str | Path, channels: int, content: Callable[[], BinaryIO] |
     return _read(path, channels, content, False)[1]
 
 
-def read_values(
-    path: str | Path, channels: int, content: Callable[[], BinaryIO] | None = None
-) -> tuple[np.ndarray, FileKind]:
-    """Values (C, H, W) of an image file in its own dtype, turned upright and otherwise as they are: neither colours nor
-    depth are converted, no profile and no transparent colour is applied; and how it holds them.
+def read_values(path: str | Path, channels: int, content: Content | None = None) -> tuple[np.ndarray, FileKind]:
+    """Return values (C, H, W) of an image file in its own dtype, turned upright and otherwise as they are: neither
+    colours nor depth are converted, no profile and no transparent colour is applied; and how it holds them.
 
     NPY: (H, W) or, told apart by `channels`, (C, H, W) or (H, W, C). TIFF: channels interleaved, in planes or in pages.
     PNG of 8 or 16 bits. BMP, JPEG and WebP, grey or RGB.
 
     Args:
-        path: of the file.
+        path: of the file, or its name if `content` opens it.
         channels: how many it is to have.
-        content: opens a file that lies in an archive, `path` being its name then.
+        content: opens a file that lies in an archive.
 
     Raises:
         ImportError: when the package is missing that reads such files.
@@ -111,48 +113,37 @@ def as_they_are(channels: int | None, value_range: ValueRange | None) -> bool:
     return value_range is not None or channels not in (None, 1, 3)
 
 
-def raw_header(
-    path: str | Path, channels: int, value_range: ValueRange | None, content: Callable[[], BinaryIO] | None = None
-) -> Header:
-    """What an image file says of itself that is read as it is; its mode is 5x uint16, say.
+def raw_header(path: str | Path, channels: int, value_range: ValueRange | None, content: Content | None) -> Header:
+    """Return the header of an image file whose values are read as they are; its mode is 5x uint16, say.
 
     Raises:
-        ValueError: naming the file, when that tells that it cannot be read so.
+        ValueError: naming the file, when it cannot be read so.
     """
     kind = read_kind(path, channels, content)
-    _check_depth(path, kind, value_range)
-    return Header(kind.format, kind.mode, kind.height, kind.width, kind.pages)
-
-
-def read_raw(
-    path: str | Path,
-    channels: int,
-    value_range: ValueRange | None,
-    fit: Fit,
-    content: Callable[[], BinaryIO] | None = None,
-) -> torch.Tensor:
-    """The pixels of an image file, its values as they are, through `fit`, (B, C, height, width): uint8 or, with a
-    value_range, float32 in [0, 1]. Threads that read large images do so one after the other.
-
-    Raises:
-        ValueError: naming the file, when it cannot be read so, or holds values outside of the range.
-    """
-    kind = read_kind(path, channels, content)
-    _check_depth(path, kind, value_range)
-    with one_large(kind.height, kind.width):
-        values, _ = read_values(path, channels, content)
-        try:
-            return fit(torch.from_numpy(values) if value_range is None else value_range.to_unit(values))
-        except ValueError as error:
-            raise ValueError(f"cannot read the image {path}: {error}") from error
-
-
-def _check_depth(path: str | Path, kind: FileKind, value_range: ValueRange | None) -> None:
     if value_range is None and kind.dtype != np.dtype(np.uint8).str:
         raise ValueError(
             f"cannot read the image {path}: data.value_range, [low, high], must state what values mean that are not of "
             f"8 bits, got {np.dtype(kind.dtype).name}; `diffusers-vae data` says which there are"
         )
+    return Header(kind.format, kind.mode, kind.height, kind.width, kind.pages)
+
+
+def read_raw(
+    path: str | Path, channels: int, value_range: ValueRange | None, fit: Fit, content: Content | None
+) -> torch.Tensor:
+    """Return what `fit` makes of the values of an image file, (B, C, height, width): uint8 or, with a value_range,
+    float32 in [0, 1]. Threads that read large images do so one after the other.
+
+    Raises:
+        ValueError: naming the file, when it cannot be read so, or holds values outside of the range.
+    """
+    header = raw_header(path, channels, value_range, content)
+    with one_large(header.height, header.width):
+        values, _ = read_values(path, channels, content)
+        try:
+            return fit(torch.from_numpy(values) if value_range is None else value_range.to_unit(values))
+        except ValueError as error:
+            raise ValueError(f"cannot read the image {path}: {error}") from error
 
 
 def write_values(path: str | Path, values: np.ndarray, kind: FileKind) -> None:
@@ -212,18 +203,14 @@ def _package(name: str) -> ModuleType:
         ) from error
 
 
-def _read(
-    path: str | Path, channels: int, content: Callable[[], BinaryIO] | None, whole: bool
-) -> tuple[np.ndarray | None, FileKind]:
-    """Values and kind of a file; whatever is wrong with it is a ValueError that names it, or an OSError when its
+def _read(path: str | Path, channels: int, content: Content | None, whole: bool) -> Read:
+    """Return values and kind of a file; whatever is wrong with it is a ValueError that names it, or an OSError when its
     storage fails.
     """
     return read_without_text(partial(_read_once, path, channels, whole), content or partial(open_regular, path))
 
 
-def _read_once(
-    path: str | Path, channels: int, whole: bool, content: Callable[[], BinaryIO]
-) -> tuple[np.ndarray | None, FileKind]:
+def _read_once(path: str | Path, channels: int, whole: bool, content: Content) -> Read:
     try:
         with content() as file:
             start = file.read(4)
@@ -238,7 +225,6 @@ def _read_once(
 
 
 def _check(kind: FileKind, channels: int) -> None:
-    """Raise ValueError for a file that is not to be read, before it is."""
     check_pixels(kind.width, kind.height)
     if not kind.height * kind.width:
         raise ValueError("it has no pixels")
@@ -248,7 +234,7 @@ def _check(kind: FileKind, channels: int) -> None:
         )
 
 
-def _read_npy(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray | None, FileKind]:
+def _read_npy(file: BinaryIO, channels: int, whole: bool) -> Read:
     shape, _, dtype = read_npy_header(file)
     if dtype.kind not in "biuf":
         raise ValueError(f"values must be real numbers, got {dtype}")
@@ -279,7 +265,7 @@ def _channels_first(values: np.ndarray, layout: str) -> np.ndarray:
     return values[None] if layout == "HW" else np.moveaxis(values, -1, 0) if layout == "HWC" else values
 
 
-def _read_tiff(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray | None, FileKind]:
+def _read_tiff(file: BinaryIO, channels: int, whole: bool) -> Read:
     with _package("tifffile").TiffFile(file) as tiff:
         if len(tiff.series) != 1:
             sizes = ", ".join("x".join(map(str, series.shape)) for series in tiff.series[:5])
@@ -343,7 +329,7 @@ def _unpacked(data: bytes, compression: int, limit: int) -> int:
     return count
 
 
-def _read_pillow(file: BinaryIO, channels: int, whole: bool) -> tuple[np.ndarray | None, FileKind]:
+def _read_pillow(file: BinaryIO, channels: int, whole: bool) -> Read:
     with open_image(file) as image:
         if image.format == "PNG":
             file.seek(24)
