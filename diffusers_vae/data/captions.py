@@ -39,16 +39,12 @@ MAX_METADATA = 2**28
 
 
 def read_captions(below: Files, paths: Sequence[Path]) -> tuple[list[tuple[str, ...]] | None, list[str]]:
-    """One or more captions of each of the image files `paths`, or None if there are none at all; and notes that name
-    files that look like captions and are not read.
+    """Return one or more captions of each image file, or None if there are none, and notes on what is not read.
 
-    They stand in a `metadata.jsonl` or `metadata.csv`, as Hugging Face's imagefolder has it, in the folder of the image
-    or one above it up to the root, or beside the archive of the image: a row per image, with `file_name` relative to
-    the file and one of `KEYS`, a string or, in JSON, several. Or in a file beside the image and named like it: a text,
-    NAME.txt or NAME.caption, a caption a line, or NAME.json with one of `KEYS`.
-
-    Raises:
-        ValueError: naming what is not as it should be, an image without a caption among others that have one too.
+    They stand in a `metadata.jsonl` or `metadata.csv` (Hugging Face's imagefolder) in the folder of the image, above it
+    or beside its archive: a row per image, with `file_name` relative to the file and one of `KEYS`, a string or, in
+    JSON, several. Or in NAME.txt or NAME.caption beside the image, a caption a line, or NAME.json with one of `KEYS`.
+    ValueError listing every problem, such as images without a caption among others that have one.
     """
     files = [str(path) for path in paths]
     root = "" if str(below.root) == "." else str(below.root)  # as the files' names begin
@@ -282,9 +278,7 @@ def _captions(row: Any) -> tuple[str | None, tuple[str, ...]]:
 
 
 def _others(below: Files, folders: Sequence[str], files: Sequence[str]) -> list[str]:
-    """Files that may hold captions by their names and are not read: beside the images, in the folders above, and in
-    folders there that are named so.
-    """
+    """Return files that may hold captions by their names, beside the images or above, and are not read."""
     found = []
     keys: dict[str, set[str]] = {}
     for file in files:

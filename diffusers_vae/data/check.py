@@ -37,8 +37,8 @@ T = TypeVar("T")
 def in_size(
     train: StoredImages, heldout: StoredImages, progress: bool, memory_limit: int, headers: bool = True
 ) -> tuple[ImageSet, ImageSet]:
-    """The sets in memory, if their pixels fit, else to be read on demand; without the images that cannot be read, of a
-    set to be read on demand as far as `headers` tell, where each has its own.
+    """Return the sets in memory if their pixels fit, else read on demand; without the images that cannot be read, in
+    the latter case by their `headers`, if each has its own.
     """
     asked = train.config
     train, heldout = looked_at(train, heldout)
@@ -74,9 +74,7 @@ def in_size(
 
 
 def looked_at(train: S, heldout: S, count: int = LOOKED_AT) -> tuple[S, S]:
-    """The parts with `data.channels`, where that is null, by the headers of the first `count` images of each, and with
-    what these say in words.
-    """
+    """Return the parts with a description of the first `count` headers of each, and with `data.channels` from them."""
     with ThreadPoolExecutor() as pool:
         found = [pool.map(partial(_header_of_any, part), range(min(count, len(part)))) for part in (train, heldout)]
     return _described(train, heldout, [header for part in found for header in part if header])
@@ -111,9 +109,7 @@ def _colours(mode: str) -> str:
 
 
 def size_in_words(config: DataConfig, count: int, colours: Mapping[str, int], sizes: Sequence[tuple[int, int]]) -> str:
-    """What `count` images are, of which these are the colours and the (height, width) of some, and what becomes of
-    them.
-    """
+    """Describe `count` images, with the colours and (height, width) of some, and how they are read."""
     of, channels = f"{count:,} images of {config.described}", config.channels or 0
     read_as = {1: "grey", 3: "RGB"}.get(channels, f"with {channels} channels")
     wanted = f"{'x'.join(map(str, config.size))} {read_as}"
@@ -177,10 +173,8 @@ def pages_of(name: str, header: Header) -> str:
 def _scan(
     parts: list[StoredImages], look: Callable[[StoredImages, int], T], title: str, progress: bool
 ) -> tuple[list[StoredImages], list[list[T]]]:
-    """The parts without the files at which `look` raises ValueError, and what it returns for the others.
-
-    Raises:
-        ValueError: naming all those files, unless they are to be skipped.
+    """Return the parts without the files at which `look` raises ValueError, and its results for the others; ValueError
+    naming those files unless they are to be skipped.
     """
 
     def attempt(place: tuple[StoredImages, int]) -> tuple[T | None, str | None]:

@@ -47,11 +47,11 @@ class Member:
     deflated: bool = False
 
     def open(self) -> BinaryIO:
-        """The content, of which no more is read than is asked for, unless it is compressed; nothing is checked."""
+        """Open the content, unchecked; unless it is compressed, no more is read than is asked for."""
         return io.BytesIO(self.read()) if self.deflated else Reader(_Part(self))
 
     def read(self) -> bytes:
-        """The content; ValueError when it is damaged."""
+        """Read the content; ValueError when it is damaged."""
         with Reader(_Part(self)) as part:
             content = part.read(self.stored)
         if self.deflated:
@@ -102,14 +102,10 @@ class _Part(io.RawIOBase):
 
 
 class Files:
-    """The files below `root`, a folder or an archive; those in an archive stand below it as below a folder.
+    """The files below `root`, a folder or an archive; archives are listed like folders, and not unpacked.
 
-    Hidden files and folders are left out, and so is what this package wrote: runs, evaluations, comparisons, caches of
-    latents and contact sheets, listed in `outputs`. Links are followed, but below one folder none is read twice.
-    Archives are listed when they are met, and not unpacked.
-
-    Raises:
-        FileNotFoundError: when `root` is neither a folder nor an archive.
+    Hidden files and what this package wrote, listed in `outputs`, are left out. Links are followed, but no folder is
+    read twice. FileNotFoundError when `root` is neither a folder nor an archive.
     """
 
     def __init__(self, root: Path):
@@ -127,7 +123,7 @@ class Files:
             )
 
     def inside(self, folder: Path) -> dict[Path, bool]:
-        """What lies in a folder, of an archive too, or in an archive, and whether it is a folder there."""
+        """Return what lies in a folder or an archive, and whether each is a folder."""
         if folder.is_dir():
             folders, names = [], []
             for path in folder.iterdir():
@@ -142,10 +138,8 @@ class Files:
         return found
 
     def below(self, folder: Path) -> list[Path]:
-        """All files below a folder, or in an archive or a folder of it, sorted.
-
-        Raises:
-            ValueError: naming an archive that cannot be read, or holds what also lies beside it.
+        """Return all files below a folder or in an archive, sorted; ValueError naming an archive that cannot be read,
+        or holds files that also lie unpacked beside it.
         """
         if folder.is_file():
             return sorted(map(Path, self._list(str(folder))))
@@ -176,7 +170,7 @@ class Files:
         return sorted(map(Path, paths + packed))
 
     def place(self, path: Path, folder: Path) -> tuple[str, ...]:
-        """The names on the way from the folder to a file below it, without that of an archive on it."""
+        """Return the names on the way from the folder to a file below it, without that of an archive."""
         member = self.members.get(str(path))
         archive = member and Path(member.archive)
         if archive is None or archive == folder or not archive.is_relative_to(folder):
@@ -184,9 +178,7 @@ class Files:
         return archive.parent.relative_to(folder).parts + path.relative_to(archive).parts
 
     def read(self, path: str, limit: int = MAX_TEXT) -> bytes:
-        """The content of a file of at most `limit` bytes; ValueError naming it when it is larger, no regular file, or
-        damaged in an archive.
-        """
+        """Read a file of at most `limit` bytes; ValueError naming it when it is larger, no regular file, or damaged."""
         member = self.members.get(path)
         if member is None:
             return read_bytes(path, limit)
@@ -202,19 +194,17 @@ class Files:
         return path in self.members or (os.path.exists(path) and not os.path.isdir(path))
 
     def beside(self, path: str) -> set[str]:
-        """The names of the files in the folder of a file, which may lie in an archive."""
+        """Return the names of the files in the folder of a file, which may lie in an archive."""
         folder = os.path.dirname(path)
         return self._names[folder] if path in self.members else set(os.listdir(folder or "."))
 
     def names_in(self, folder: str) -> Collection[str]:
-        """The names of the files in a folder, of an archive too, and of the folders there that are no archive's."""
+        """Return the names of the files in a folder, of an archive too, and of the folders in one on the disk."""
         return os.listdir(folder or ".") if os.path.isdir(folder or ".") else self._names.get(folder, set())
 
     @cached_property
     def unpacked(self) -> dict[str, list[str]]:
-        """The files in archives that are listed, by where they would lie if these were unpacked beside the archive, or
-        into a folder of its name.
-        """
+        """Files in archives by their paths if unpacked beside the archive, or into a folder of its name."""
         found: dict[str, list[str]] = {}
         for path, member in self.members.items():
             inside = os.path.relpath(path, member.archive)
@@ -224,14 +214,14 @@ class Files:
 
     @cached_property
     def _names(self) -> dict[str, set[str]]:
-        """Of the files in archives, by folder."""
+        """Names of the files in archives, by folder."""
         names: dict[str, set[str]] = {}
         for path in self.members:
             names.setdefault(os.path.dirname(path), set()).add(os.path.basename(path))
         return names
 
     def _list(self, archive: str) -> list[str]:
-        """The files in an archive, which join the members."""
+        """Return the files in an archive, and add them to the members."""
         archive = str(Path(archive))  # as the paths below it will be
         if archive not in self.archives:
             found = _members(archive)
@@ -246,8 +236,8 @@ class Files:
         return self.archives[archive]
 
     def _leave_out_outputs(self, parent: str, folders: list[str], names: list[str]) -> None:
-        """Remove what this package wrote from the folders and names in a folder. `root` itself may be the folder of a
-        run and hold images too: of it, only the folders of a run are removed.
+        """Remove this package's outputs from the names in a folder. If `root` itself is a run, it may also hold images:
+        only the folders of a run are removed.
         """
         written = is_output(parent, names, self.read)
         left_out = []
@@ -265,9 +255,7 @@ class Files:
 
 
 def is_output(folder: str, names: Collection[str], read: Callable[[str], bytes] = read_bytes) -> bool:
-    """Whether this package wrote a folder, by the names of its files: a run, an evaluation, a comparison or a cache of
-    latents.
-    """
+    """Whether a folder is a run, an evaluation, a comparison or a cache of latents, by the names of its files."""
     if "config.yaml" in names:
         with suppress(OSError, ValueError):
             if {*re.findall(rb"(?m)^(\w+):", read(os.path.join(folder, "config.yaml")))} >= SECTIONS:
@@ -296,12 +284,8 @@ def _refuse_compressed(path: str) -> None:
 
 
 def zip_entries(opened: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """The files in a zip archive, which unpack to no more than they say, and to little more than the archive holds
-    unless they are compressed.
-
-    Raises:
-        ValueError: naming a file that is encrypted, packed otherwise than by deflate, compressed and larger than
-            `MAX_UNPACKED`, or lies where another does.
+    """Return the files in a zip archive; ValueError naming one that is encrypted, packed otherwise than by deflate,
+    compressed and larger than `MAX_UNPACKED`, or overlaps another.
     """
     entries = sorted(opened.infolist(), key=lambda entry: entry.header_offset)
     starts = [entry.header_offset for entry in entries] + [opened.start_dir]
@@ -328,7 +312,7 @@ def _holds_a_header(content: bytes) -> bool:
 
 
 def _members(archive: str) -> dict[str, Member]:
-    """By the paths that they would have if the archive was a folder; ValueError naming it when it is damaged."""
+    """Return files of an archive by their paths below it; ValueError naming the archive when it is damaged."""
     listed: dict[str, Member] = {}
     try:
         end = os.path.getsize(archive)

@@ -55,9 +55,8 @@ class _Roles:
 def divide(files: Files) -> Division:
     """Find the image files of a set, those with one of `IMAGE_SUFFIXES`, and its parts.
 
-    Parts are sibling folders or archives, recognized by their names (`parts.split_of`). If the root has none, they are
-    searched further down: in a folder that has no siblings, and in sibling folders that are sets or classes with parts
-    of their own. Files outside of these parts are trained on.
+    Parts are sibling folders or archives with the names of parts (`parts.split_of`), in the root or further down: in a
+    folder without siblings, or in sibling folders that have parts of their own. Files outside of them are trained on.
 
     Raises:
         FileNotFoundError: when there is no image.
@@ -113,9 +112,7 @@ def divide(files: Files) -> Division:
 
 
 def class_names(division: Division) -> list[list[str | None]]:
-    """The class of each file of each part: the first folder on its way that is not the same for all and names no part;
-    None where there is none.
-    """
+    """Return the class of each file of each part: the first folder above it that differs and names no part, or None."""
     parts = []
     for part in division.parts:
         folders = {at: division.folders[at] for at in dict.fromkeys(os.path.dirname(path) for path in part)}
@@ -135,7 +132,7 @@ def class_names(division: Division) -> list[list[str | None]]:
 
 
 def _common(folders: Iterable[Names]) -> str | None:
-    """The first name, if all have the same."""
+    """Return the first name, if all have the same."""
     firsts = {names[0] if names else None for names in folders}
     return firsts.pop() if len(firsts) == 1 else None
 
@@ -145,8 +142,8 @@ def _is_image(path: Path) -> bool:
 
 
 def _first_with_several(files: Files) -> tuple[Path, dict[Path, bool], list[Path], list[Path]]:
-    """The root or, as long as nothing but one folder or archive lies in it, that; what lies there, and whether it is a
-    folder; the folders and archives, and the images.
+    """Return the first folder with more than one folder or archive in it; its entries, and whether each is a folder;
+    the folders and archives among them, and the images.
     """
     folder = files.root
     while True:
@@ -174,7 +171,7 @@ def _shows_images(files: Files, path: Path) -> bool:
 
 
 def _folders(files: Files, images: Sequence[Path], base: Path) -> dict[str, Names]:
-    """The folders of the images, each with the names on the way from `base`."""
+    """Return the folders of the images, each with the names on the way from `base`."""
     found: dict[str, Names] = {}
     for at in dict.fromkeys(os.path.dirname(image) for image in images):
         path, names = base, []
@@ -186,14 +183,12 @@ def _folders(files: Files, images: Sequence[Path], base: Path) -> dict[str, Name
 
 
 def _bare(names: Names) -> Names:
-    """The names without those of archives."""
+    """Return the names without those of archives."""
     return tuple(name for name in names if not name.endswith(PACKED))
 
 
 def _assign(folders: Sequence[tuple[str, Names, Names]], above: Names, roles: _Roles) -> None:
-    """Say what folders are for that lie below one, `above`: each with the names on the way that are left, and those so
-    far that count.
-    """
+    """Add the roles of folders below `above`; each comes with names left on its way and those so far that count."""
     inside: dict[str, list[tuple[str, Names, Names]]] = defaultdict(list)
     images = []
     for at, left, so_far in folders:
@@ -223,9 +218,7 @@ def _assign(folders: Sequence[tuple[str, Names, Names]], above: Names, roles: _R
 
 
 def _by_file_names(images: list[Path]) -> tuple[list[list[Path]], list[str]] | None:
-    """The images to train on and those held out, if the names of all files mean a part: train_001.png, test_001.png;
-    and the names of the others, without suffix.
-    """
+    """Split images whose file names all mean a part, such as train_001.png; also return the names of unused ones."""
     if not all(part_of(image.stem, True) for image in images[:LISTED]):
         return None  # as nearly always
     split = split_of({image.stem for image in images}, lambda name: True)
@@ -242,7 +235,7 @@ def _checked(found: list[Path], folders: Sequence[Path], beside: Sequence[Path],
 
 
 def no_image(files: Files, folders: Sequence[Path], found: Sequence[Path]) -> str:
-    """The error for folders without an image, with the files found there that look like some."""
+    """Return the error for folders without an image, with the files found there that look like some."""
     where = ", ".join(str(folder.resolve()) for folder in folders[:3])
     ignored = left_out(files, found)
     more = f". {len(ignored)} files look like images:\n{problem_list(ignored)}" if ignored else ""
@@ -270,9 +263,7 @@ def _refuse_unclear(
     images: Sequence[Path],
     holds_images: Callable[[Path], bool],
 ) -> None:
-    """Raise ValueError when held-out parts lie beside other images than a part to train on, or, in the root, `train`
-    lies beside others than a held-out part.
-    """
+    """Raise ValueError when a part lies beside images that are not its counterpart."""
     found = {path: part_of(path.name, not inner) for path, inner in holders.items()}
     parts = {path: part.word for path, part in found.items() if part and not part.rest}
     for path, word in list(parts.items()):
@@ -291,7 +282,7 @@ def _refuse_unclear(
 
 
 def _notes(files: Files, folder: Path, roles: _Roles, unused_files: Sequence[str]) -> list[str]:
-    """What people should know before a training."""
+    """Return notes on what is not used, or used in spite of its name."""
     notes = []
 
     def named(found: Sequence[Names]) -> str:

@@ -30,9 +30,7 @@ ARRAYS = (".npy", ".npz")
 
 
 def holds_arrays(path: Path) -> bool:
-    """Whether it is a file of arrays, or a folder with one that is named as a part to train on: of others, files may
-    hold an image each.
-    """
+    """Whether `path` is a file of arrays, or a folder with one named as a training part: others may be images."""
     if path.suffix.lower() in ARRAYS:
         return True
     names = [file.name for file in path.iterdir() if file.suffix.lower() in ARRAYS] if path.is_dir() else []
@@ -49,8 +47,8 @@ def kind_at(root: str) -> Literal["folder", "array", "datasets"]:
 
 
 def holds_rows(place: str) -> bool:
-    """Whether a place is one for data.name datasets: a set on the Hub, a Parquet file, what `save_to_disk` has written,
-    or a folder with Parquet files and with neither images nor archives.
+    """Whether data.name datasets reads it: a set on the Hub, a Parquet file, what `save_to_disk` has written, or a
+    folder with Parquet files and with neither images nor archives.
     """
     path = Path(place)
     if not path.is_dir():

@@ -45,15 +45,13 @@ Loaded = tuple["ImageSet", "ImageSet", "Layout"]
 def load_data(
     config: DataConfig, progress: bool = False, memory_limit: int | None = None, captions: bool = False
 ) -> tuple[ImageSet, ImageSet]:
-    """The training and the held-out images.
+    """Load the training and the held-out images.
 
     Args:
         config: which images.
         progress: show a bar while a folder is read, and say which files are skipped.
-        memory_limit: bytes of pixels up to which the images of a folder are read now and kept, and not on demand; by
-            default `MEMORY_LIMIT`.
-        captions: read those of a folder too, as `read_captions` says, or of rows; else there are none, whatever text
-            files mean.
+        memory_limit: bytes of pixels up to which images are read now and kept in memory; by default `MEMORY_LIMIT`.
+        captions: read those of a folder, as `read_captions` says, or of rows.
 
     Raises:
         FileNotFoundError: saying which files go where, when they are missing and cannot be downloaded.
@@ -90,9 +88,7 @@ def load_with_layout(
 
 
 def refuse_colours(images: ImageSet, config: DataConfig, source: str) -> None:
-    """Raise ValueError where `config` leaves data.channels to the images, and they are in colour, for a model `source`
-    of grey images: it would see photographs in grey.
-    """
+    """Raise ValueError if the images are in colour, data.channels is null and the model `source` takes grey images."""
     if config.channels is None and images.channels != 1:
         raise ValueError(
             f"{source} takes grey images, and {config.described} has some in colour: --data.channels 1 reads them as "
@@ -108,8 +104,8 @@ def load_split(
     default: Literal["held-out", "training"] = "held-out",
     memory_limit: int | None = None,
 ) -> tuple[ImageSet, str]:
-    """The images of `split`, held-out, training or all, and which that is: by default `default`, but all of a folder
-    or of arrays without parts. Progress, captions, memory_limit and errors are those of `load_data`.
+    """Load the images of `split`, held-out, training or all, and return which that is: by default `default`, but all
+    of a set without parts. The other arguments and errors are those of `load_data`.
     """
     if split not in (None, "held-out", "training", "all"):
         raise ValueError(f"split must be held-out, training or all, got {split}")
@@ -200,8 +196,8 @@ def _stored(
     classes: tuple[str, ...] | None,
     told: Captions | None,
 ) -> tuple[StoredImages, StoredImages]:
-    """The parts to train on and held out, each in a fixed random order, of the images of a store: cut at random, or so
-    many each. Labels are negative in a part that has none.
+    """Return the images of a store to train on and those held out, each in a fixed random order: of two parts of
+    `counts` images, or of one, cut at random. Labels are negative in a part that has none.
     """
     if len(counts) == 1:
         rows = heldout_indices(counts[0], config)
@@ -218,8 +214,8 @@ def _stored(
 
 
 def _labelled(files: Files, division: Division) -> tuple[list[torch.Tensor | None], tuple[str, ...] | None]:
-    """As labels the places of the folders in which all files of a part lie, or of what their `.cls` files say, and the
-    names of these when there are two or more, the same in all parts; else None.
+    """Return the labels of each part, by the folders of its files or by their `.cls` files, and the names of the
+    classes, the same in all parts; None if there are fewer than two.
     """
     of_folders = class_names(division)
     in_folders = [None not in own for own in of_folders]
@@ -237,7 +233,7 @@ def _labelled(files: Files, division: Division) -> tuple[list[torch.Tensor | Non
 
 
 def _told_beside(files: Files, part: Sequence[Path]) -> list[str] | None:
-    """What a `NAME.cls` beside each `NAME.png` says, as WebDataset has it; None where some have none."""
+    """Return the text of `NAME.cls` beside each `NAME.png`, as in WebDataset; None if some have none."""
     beside = [str(path.with_suffix(".cls")) for path in part]
     if not all(map(files.exists, beside)):
         return None

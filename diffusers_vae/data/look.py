@@ -87,10 +87,10 @@ class Look:
 
 
 def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
-    """What there is in the set that `config` says, whatever it says of crops and bad images.
+    """Measure a set of images, without crops and without files that cannot be read.
 
-    Of a folder, the headers of all files are read, and files of one size in bytes are compared. Pixels, and of a stream
-    headers too, are read of at most `max_images` training images, a fair sample.
+    All headers are read, and files of one size in bytes are compared; pixels, and the headers of a stream, only of the
+    first `max_images` training images.
 
     Raises:
         FileNotFoundError: when there is no such set.
@@ -157,8 +157,8 @@ def _bits(highest: int) -> int | None:
 
 
 def _depth(images: StoredImages) -> tuple[int, int, int, int] | None:
-    """Channels, least and largest value, and bits that suffice for them, of images whose files all have 16 bits and the
-    same channels; None where some have not, or 14 bits do not suffice.
+    """Return channels, lowest and highest value, and the bits that hold them, if all files have 16 bits and the same
+    channels and 14 bits suffice; else None.
     """
     found = []
     for index, row in enumerate(map(int, images.rows)):
@@ -179,9 +179,7 @@ def _depth(images: StoredImages) -> tuple[int, int, int, int] | None:
 
 
 def _range_to_state(config: DataConfig, max_images: int) -> str | None:
-    """Why data.value_range must be stated, and what it could be, from the values of at most `max_images` training
-    images; None where no other values than those of 8 bits can be read.
-    """
+    """Return why data.value_range must be stated, with proposals; None if only values of 8 bits can be read."""
     try:  # with a range that takes every value
         train, _ = load_data(replace(config, value_range=(-1e300, 1e300)), memory_limit=0)
     except ValueError:
@@ -291,9 +289,7 @@ def _digest(part: StoredImages, index: int) -> bytes | ValueError:
 
 
 def recommended(found: Look, config: DataConfig) -> tuple[str, dict[str, str]]:
-    """The preset to begin with, and the settings to give with it; of a folder or of rows, what `config` asks for
-    otherwise than by default stays.
-    """
+    """Return the preset to begin with, and the settings to give with it, those of `config` that differ included."""
     settings = {"data.name": str(config.name), "data.root": config.location}
     if config.name == "cifar10":
         return "rgb-small", settings | {"data.resolution": "32", "data.crops": "null"}

@@ -92,8 +92,8 @@ def streamed(
     epoch: int,
     start: int,
 ) -> Batches:
-    """Images of blocks of `counts` (K,) each, which lie side by side, in an order in which few blocks are needed at a
-    time, and nearly all by one worker of one process alone.
+    """Yield batches of images in blocks of `counts` (K,), which lie side by side, in an order in which few blocks are
+    needed at a time, and nearly all by one worker of one process alone.
 
     The blocks are put in random order and cut into `lanes[0]` times `lanes[1]` pieces of equal length. Each of
     `lanes[0]` parts of a batch comes from a piece of its own, and so does each of `lanes[1]` batches in a row: so a
@@ -166,11 +166,10 @@ def epoch_batches(
 def deal(
     batches: Batches, seed: int, epoch: int, rank: int = 0, processes: int = 1, micro_steps: int = 1
 ) -> Iterator[list[MicroBatch]]:
-    """One list of `micro_steps` micro-batches per optimiser step, for process `rank` of `processes`.
+    """Yield a list of `micro_steps` micro-batches per optimiser step, for process `rank` of `processes`.
 
-    The images of an optimiser step do not depend on `processes` or `micro_steps`, forwards per optimiser step on one
-    process (gradient accumulation). A process left without images in a small batch repeats one with share 0, since
-    every process must take part.
+    The images of an optimiser step do not depend on `processes` or `micro_steps`. A process left without images in a
+    small batch repeats one with share 0, since every process must take part.
     """
     for batch in batches:
         size, larger = divmod(len(batch), processes * micro_steps)  # the first parts have one image more
@@ -184,11 +183,10 @@ def deal(
 
 
 def step_generator(seed: int, epoch: int, start: int, device: torch.device) -> torch.Generator:
-    """For all that is random in one optimiser step's batch, drawn on `device`.
+    """Return the generator on `device` for one optimiser step's batch, which follows `start` images of its epoch.
 
-    A pure function of (seed, epoch, start), `start` being the images of the epoch before this batch: every process
-    draws for the whole batch and takes the rows of its images, so that an image's noise depends neither on how many
-    processes there are nor on where a run was interrupted.
+    Every process samples for the whole batch and takes the rows of its images, so that an image's noise depends neither
+    on the number of processes nor on where a run was interrupted.
     """
     state = np.random.SeedSequence([seed, epoch, start]).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(state[0]) >> 1)

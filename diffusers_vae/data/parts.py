@@ -50,15 +50,15 @@ class Split:
 
 
 def words(name: str, boundary: re.Pattern[str] = CAMEL) -> list[str]:
-    """The words of a name in lower case, split at digits, punctuation and changes of case."""
+    """Return the words of a name in lower case, split at digits, punctuation and changes of case."""
     found = " ".join(re.findall(r"[^\W\d_]+", boundary.sub(" ", name))).lower()
     found = re.sub(r"\bh(el|ol)d out\b", r"h\1dout", found)
     return [match[1] if (match := GLUED.fullmatch(word)) else word for word in found.split()]
 
 
 def part_of(name: str, is_file: bool = False) -> PartName | None:
-    """The part that a name means, by its whole words: test2017, imagenet-val-0003 and Test Set mean one, contest and
-    value do not. The words after it do not count if `is_file`: shards are named train-000 and train-extra-000.
+    """Return the part that the whole words of a name mean: of test2017 and imagenet-val-0003, not of contest. The words
+    after it do not count if `is_file`: shards are named train-000 and train-extra-000.
     """
     for boundary in (CAMEL, CAPITALS):
         found = words(name, boundary)
@@ -80,14 +80,13 @@ def part_of(name: str, is_file: bool = False) -> PartName | None:
 def split_of(
     names: Iterable[str], is_file: Callable[[str], bool] = lambda name: False, alone: Callable[[], bool] | None = None
 ) -> Split | None:
-    """The parts that names beside each other mean, if there is one to train on and one held out that are named alike:
-    train and test, train2017 and val2017, imagenet-train-000 and imagenet-val-000, but not training_shoes and
-    test_tube.
+    """Return the parts among names, if there is one to train on and one held out that are named alike: train2017 and
+    val2017, imagenet-train-000 and imagenet-val-000, but not training_shoes and test_tube.
 
     Args:
         names: of folders, archives, files of arrays or splits.
-        is_file: says of a name whether it is a file's, without the suffix.
-        alone: says whether nothing but names that mean a part holds images: then, train goes with test_stage_1 too.
+        is_file: whether a name is a file's, without the suffix.
+        alone: whether only names that mean a part hold images: then, train goes with test_stage_1 too.
     """
     parts = {name: part for name in sorted(names) if (part := part_of(name, is_file(name)))}
     plain = [name for name in parts if is_plain(name, is_file(name))]
@@ -119,9 +118,7 @@ def split_of(
 
 
 def refuse_folds(names: Sequence[str]) -> None:
-    """Raise ValueError when names mean several folds of a cross-validation: each fold holds out what others train
-    on.
-    """
+    """Raise ValueError when names mean several folds of a cross-validation, which hold out what others train on."""
     folds = [name for name in names if FOLDS.search(name)]
     if len(folds) > 1:
         raise ValueError(

@@ -29,14 +29,10 @@ def image_batches(
     rank: int = 0,
     processes: int = 1,
 ) -> Iterator[tuple[int, list[int], torch.Tensor]]:
-    """Part, indices and images (B, C, H, W) in [-1, 1] on `device`, in the set's own order, of the first `max_images`.
+    """Yield part, indices and images (B, C, H, W) in [-1, 1] on `device`, of the first `max_images` in the set's order.
 
-    A part is a run of whole batches that one process sees, whatever `processes`: figures of an image, and sums over a
-    part, are the same for any number of them. There are at most `PARTS`, so that one sum a part can be kept.
-
-    Raises:
-        ValueError: naming the file that cannot be read, unless the set skips such files; then they are left out, and
-            join its `errors`.
+    A part is a run of whole batches that one process sees: sums over one of the at most `PARTS` parts are the same for
+    any number of processes. Files that cannot be read are a ValueError, or join the set's `errors` if it skips them.
     """
     count = len(image_set) if max_images is None else min(max_images, len(image_set))
     starts = range(0, count, batch_size)
@@ -51,7 +47,7 @@ def image_batches(
 
 
 def read_ahead(image_set: ImageSet, batches: Sequence[range]) -> Iterator[tuple[range, ReadImages]]:
-    """Batch by batch, indices and what could be read, the next ones by threads while one is used."""
+    """Yield the indices of each batch and what could be read; threads read the next ones while one is used."""
     pool = ThreadPoolExecutor(AHEAD)
     later = iter(batches)
     reading = deque(pool.submit(image_set.read, batch) for batch in islice(later, AHEAD))
@@ -68,8 +64,8 @@ def read_ahead(image_set: ImageSet, batches: Sequence[range]) -> Iterator[tuple[
 def kept_images(
     image_set: ImageSet, indices: Sequence[int], read: ReadImages, device: torch.device
 ) -> tuple[list[int], torch.Tensor]:
-    """Those of the indices whose images could be read, and these, (B, C, H, W) in [-1, 1] on `device`; the others join
-    the set's `errors`, or are a ValueError, as the set has it.
+    """Return the indices whose images could be read, and these, (B, C, H, W) in [-1, 1] on `device`; the errors of
+    others join those of the set, or are raised.
     """
     read.checked()
     image_set.errors += tuple(error for error in read.errors if error not in image_set.errors)

@@ -37,11 +37,8 @@ class Columns:
 
 
 def find_columns(features: Features, config: DataConfig, captions: bool) -> Columns:
-    """The columns that `config` names, or else the only ones of type Image and of type ClassLabel, if there is one,
-    and, where `captions` are asked for, the one that is called text, caption or, without these, prompt.
-
-    Raises:
-        ValueError: listing all columns with their types, when one is missing, of another type, or not clear.
+    """Return the columns that `config` names, by default the only ones of type Image and ClassLabel and, with
+    `captions`, the one called text, caption or prompt; ValueError listing all columns when this is not clear.
     """
     images = [name for name, feature in features.items() if _type(feature) == "Image"]
     labels = [name for name, feature in features.items() if _type(feature) == "ClassLabel"]
@@ -116,11 +113,8 @@ def _is_text(feature: Any) -> bool:
 
 
 def find_parts(names: Sequence[str], root: str) -> tuple[str, ...]:
-    """Names of the training split and the held-out split (`parts.split_of`), or of the only split, which is then
-    divided.
-
-    Raises:
-        ValueError: listing them, when it is not clear.
+    """Return the names of the training and the held-out split (`parts.split_of`), or of the only split; ValueError
+    listing them when it is not clear.
     """
     if len(names) == 1:
         return (names[0],)
@@ -141,8 +135,7 @@ def unused_splits(names: Iterable[str], used: Iterable[str]) -> tuple[str, ...]:
 
 
 def open_rows(config: DataConfig, progress: bool = False) -> dict[str, Dataset]:
-    """All splits of a set, memory-mapped, after it was downloaded and prepared in the cache of `datasets`, unless it
-    is there already; of processes that share a cache, one does that and the others wait.
+    """Return all splits of a set, memory-mapped, downloaded and prepared in the cache of `datasets` by one process.
 
     Raises:
         OSError: when there is no such set, none that may be read, or it cannot be loaded.
@@ -173,8 +166,7 @@ def open_rows(config: DataConfig, progress: bool = False) -> dict[str, Dataset]:
 
 
 def rows_builder(config: DataConfig) -> DatasetBuilder:
-    """What reads a set that is Parquet or other files, here or on the Hub; of these, it has asked for no more than what
-    describes them.
+    """Return the builder of `datasets` for Parquet or other files, here or on the Hub, which are not downloaded yet.
 
     Raises:
         OSError: when there is no such set, none that may be read, or the Hub cannot be asked.
@@ -211,8 +203,8 @@ def rows_builder(config: DataConfig) -> DatasetBuilder:
 
 
 def _folder_builder(root: Path, subset: str | None) -> DatasetBuilder:
-    """What reads the files in a folder, without what this package wrote there. Where `datasets` sees one split, names
-    of Parquet files and of their folders may still mean parts, `parts.split_of`.
+    """Return the builder for a folder, without what this package wrote there. Where `datasets` sees one split, the
+    names of Parquet files and of their folders may still mean parts (`parts.split_of`).
     """
     import datasets
 
@@ -248,9 +240,7 @@ def _folder_builder(root: Path, subset: str | None) -> DatasetBuilder:
 
 
 def own_folders(root: str) -> tuple[str, ...]:
-    """The folders in which images lie that the rows of a set may name: its own, or that of its file, or, of a set on
-    the Hub, where it was downloaded to; and where `datasets` unpacks archives.
-    """
+    """Return the folders whose files the rows of a set may name: its own, its downloads, and unpacked archives."""
     from datasets import config as settings
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -270,9 +260,7 @@ def _refuse(config: DataConfig, *settings: str) -> None:
 
 @contextmanager
 def _explained(config: DataConfig) -> Generator[None]:
-    """Whatever goes wrong within is an error of one line that says what to do, without the errors that caused it and
-    without signed addresses.
-    """
+    """Turn any error into one of one line that says what to do, without its causes and without signed addresses."""
     from datasets import config as settings
     from datasets.exceptions import DatasetNotFoundError
 
@@ -311,12 +299,8 @@ def _explained(config: DataConfig) -> Generator[None]:
 def read_labels(
     root: str, parts: Mapping[str, Dataset], column: str
 ) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:
-    """(N,) int64 classes of the rows of the parts one after the other, -1 in a part that has none at all, as test parts
-    do, and the names of the classes: those of a ClassLabel, else what stands in the column; None and None if there are
-    fewer than two.
-
-    Raises:
-        ValueError: when some of a part have one and others do not.
+    """Return (N,) int64 classes of all rows, -1 in a part without any, and the names of the classes: those of a
+    ClassLabel, else the values; None and None if there are fewer than two. ValueError when a part lacks some labels.
     """
     names = getattr(next(iter(parts.values())).features[column], "names", None)
     found = {part: _column(table, column).to_pandas() for part, table in parts.items()}
@@ -341,11 +325,7 @@ def read_labels(
 
 
 def read_row_captions(root: str, parts: Mapping[str, Dataset], column: str) -> list[tuple[str, ...]]:
-    """One or more captions of each row of the parts, one after the other.
-
-    Raises:
-        ValueError: naming rows without one.
-    """
+    """Return one or more captions of each row of the parts; ValueError naming rows without one."""
     captions, problems = [], []
     for part, table in parts.items():
         for row, value in enumerate(_column(table, column).to_pylist()):

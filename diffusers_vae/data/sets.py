@@ -82,11 +82,8 @@ class Layout:
 
 
 class ImageSet(TrainingSet):
-    """Images of one size; any first part is a fair sample, of a stream one of row groups.
-
-    Args:
-        records: of the images.
-        errors: why files were left out so far, with their names.
+    """Images of one size; any first part is a fair sample, of a stream one of row groups. `errors` are why files were
+    left out so far, with their names.
     """
 
     augmentation: Augmentation | None = None
@@ -144,23 +141,16 @@ class ImageSet(TrainingSet):
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Return a hash that is the same for the same images in the same order, and another for others as far as that
-        can be seen without reading them.
-        """
+        """Return a hash of the images and their order, as far as they differ without being read."""
         raise NotImplementedError
 
     def contents(self) -> str | None:
-        """Return a hash like the fingerprint by reading the files, in whole or in part; None where the fingerprint is
-        of all pixels.
-        """
+        """Return a hash of the files, read in whole or in part; None if the fingerprint is of all pixels."""
         raise NotImplementedError
 
 
 class ArrayImages(ImageSet):
-    """Images kept in memory: `pixels` (N, C, H, W), uint8 or float32 in [0, 1].
-
-    Only the pixels can be on another device than the CPU: `to`.
-    """
+    """Images in memory: `pixels` (N, C, H, W), uint8 or float32 in [0, 1], which can be on another device."""
 
     def __init__(self, pixels: torch.Tensor, records: Records | None = None, errors: tuple[str, ...] = ()):
         super().__init__(records, errors)
@@ -181,18 +171,18 @@ class ArrayImages(ImageSet):
         return ReadImages(self.pixels.index_select(0, rows), range(len(indices)))
 
     def to(self, device: torch.device | str) -> ArrayImages:
-        """The same images with their pixels on `device`."""
+        """Return the same images with their pixels on `device`."""
         return ArrayImages(self.pixels.to(device), self.records, self.errors)
 
     def first(self, count: int) -> ArrayImages:
         return ArrayImages(self.pixels[:count], self.records.select(slice(count)), self.errors)
 
     def fingerprint(self) -> str:
-        """Of all pixels."""
+        """Return the SHA-256 of all pixels."""
         return hashlib.sha256(self.pixels.cpu().contiguous().numpy().data).hexdigest()
 
     def contents(self) -> None:
-        """None: the fingerprint is of all pixels."""
+        """Return None: the fingerprint is of all pixels."""
 
 
 class StoredImages(ImageSet):
@@ -218,7 +208,7 @@ class StoredImages(ImageSet):
         return self._read_at(batch.indices, (batch.seed, batch.epoch))
 
     def _read_at(self, indices: Sequence[int], place: tuple[int, ...]) -> ReadImages:
-        """The images at the indices; random crops at the place of this number."""
+        """Read the images at the indices, with random crops of this seed."""
         config, pixels, kept, errors = self.config, [], [], []
         empty = torch.zeros(0, self.channels, *config.size, dtype=config.dtype)
         for number, index in enumerate(indices):
@@ -235,15 +225,13 @@ class StoredImages(ImageSet):
         return ReadImages(torch.stack(pixels) if pixels else empty, kept, tuple(errors), stop)
 
     def read_all(self, index: int) -> torch.Tensor:
-        """Pixels (B, C, H, W): all crops of an image, of which this is a set of whole ones, or the image, B = 1.
-        ValueError naming it when it cannot be read.
-        """
+        """Read all crops (B, C, H, W) of an image of a set of whole images, or the image, B = 1."""
         crops = self.config.crops
         count = crops if isinstance(crops, int) else int(crops == "random")
         return self._read_one(index, [(crop,) for crop in range(count)])
 
     def _read_one(self, index: int, crops: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        """Pixels (B, C, H, W): the crops of these numbers of an image or, without, the whole, B = 1."""
+        """Read the crops (B, C, H, W) of an image with these seeds or, without any, the whole, B = 1."""
         config, row, positions = self.config, int(self.rows[index]), []
         if crops:  # of the name alone, so that an image more or less moves no crop of the others
             name = hashlib.sha256(self.store.key(row).encode(errors="surrogateescape")).digest()
@@ -253,14 +241,14 @@ class StoredImages(ImageSet):
         return self.store.read(row, self.channels, config.stated_range, fit)
 
     def header(self, index: int) -> Header:
-        """Of an image; ValueError naming it when that tells that it cannot be read."""
+        """Read the header of an image; ValueError naming it when it cannot be read."""
         return self.store.header(int(self.rows[index]), self.channels, self.config.stated_range)
 
     def first(self: S, count: int) -> S:
         return type(self)(self.config, self.records.select(slice(count)), self.errors)
 
     def fingerprint(self) -> str:
-        """Of what the store tells without reading, which would take as long as an epoch, and of the crops."""
+        """Return the SHA-256 of the rows' identities and the crops."""
         digest, known, crops = hashlib.sha256(), {}, self.records.crops
         if self.config.stated_range:
             digest.update(f"{self.config.stated_range}\0".encode())
@@ -272,9 +260,7 @@ class StoredImages(ImageSet):
         return digest.hexdigest()
 
     def contents(self) -> str | None:
-        """SHA-256 of the fingerprint and the content of each image, or of samples of it in a set of more than
-        `store.WHOLE` bytes.
-        """
+        """Return the SHA-256 of the fingerprint and the images, or samples of them in a set of over `store.WHOLE` bytes."""
         digest = hashlib.sha256(self.fingerprint().encode())
         rows = list(dict.fromkeys(map(int, self.rows)))  # crops share a file
         for row in rows[:1]:
@@ -286,19 +272,18 @@ class StoredImages(ImageSet):
         return digest.hexdigest()
 
     def without(self, bad: dict[int, str]) -> StoredImages:
-        """The set without the images at the indices `bad`, which gives the reasons."""
+        """Return the set without the images at the indices `bad`, which gives the reasons."""
         good = np.array([index for index in range(len(self)) if index not in bad], dtype=np.int64)
         errors = (*self.errors, *(bad[index] for index in sorted(bad)))
         return StoredImages(self.config, self.records.select(good), errors)
 
     def seen_as(self: S, config: DataConfig, files: str) -> S:
-        """The set as `config` says, with what its files are in words."""
+        """Return the set read as `config` says, with a description of its files."""
         return type(self)(config, replace(self.records, files=files), self.errors)
 
     def cropped(self) -> StoredImages:
-        """Of a set of whole images, the set of their crops: the first of each, then the second of each, and so on, so
-        that a first part is a fair sample and neighbours are of different images. Without so many `config.crops`
-        the set itself.
+        """Return the set of `config.crops` crops of each image: the first of each, then the second of each, and so on,
+        so that a first part is a fair sample.
         """
         count = self.config.crops
         if not isinstance(count, int):

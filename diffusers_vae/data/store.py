@@ -44,9 +44,7 @@ MAX_SNIFFED = 1000
 
 
 def left_out(files: Files, paths: Sequence[Path]) -> tuple[str, ...]:
-    """Files among `paths` that look like images but are not read, by suffix, name or, without a suffix, content; each
-    with what to do about it.
-    """
+    """Return the files that look like images, by suffix, name or content, but are not read; each with what to do."""
     found, sniffed = [], 0
     for path in paths:
         name, suffix = path.name.lower(), path.suffix.lower()
@@ -66,7 +64,7 @@ def left_out(files: Files, paths: Sequence[Path]) -> tuple[str, ...]:
 
 
 def _beginning(files: Files, path: Path) -> bytes:
-    """The first bytes of a file, or none where it cannot be read."""
+    """Return the first bytes of a file, or none if it cannot be read."""
     member = files.members.get(str(path))
     with suppress(OSError, ValueError), member.open() if member else open_beside_others(path) as file:
         return file.read(132)
@@ -74,19 +72,15 @@ def _beginning(files: Files, path: Path) -> bytes:
 
 
 WHOLE = 2**32
-"""Bytes of a set up to which all of them are hashed to tell it from others. Of a larger set of files, `SAMPLED` bytes
-of each are, so that a start need not read what takes an epoch. A small change between the samples of an uncompressed
-file then goes unnoticed. Changed pixels of a PNG or JPEG change nearly all bytes behind them, and thus the last
-sample. Times do not count, since a copied or downloaded set has others.
+"""Bytes of a set up to which all of them are hashed. Of each file of a larger set, `SAMPLED` bytes are: a small change
+of an uncompressed file may then go unnoticed, but changed pixels of a PNG or JPEG change the last sample, too.
 """
 SAMPLED, SAMPLE = 2**14, 2**12
 """Bytes of a file, and of each of the samples of it, which are spread evenly from its beginning to its end."""
 
 
 def content_digest(file: BinaryIO, size: int, limit: int, sample: int) -> bytes:
-    """128 bits of the SHA-256 of an open file of `size` bytes: of all of it or, if it is larger than `limit` bytes, of
-    that many in samples of `sample`. The same wherever the file lies, and whenever it was written.
-    """
+    """Return 128 bits of the SHA-256 of an open file: of its `size` bytes, or of `limit` in samples of `sample`."""
     digest = hashlib.sha256(f"{size}\0".encode())
     if size <= limit:
         while content := file.read(2**20):
@@ -122,31 +116,31 @@ class Store:
     """
 
     def name(self, row: int) -> str:
-        """For people: its file, or where else it lies."""
+        """Return the name of an image for people: its file, or where else it lies."""
         raise NotImplementedError
 
     def key(self, row: int) -> str:
-        """The same wherever the set lies, and another for every row: places of crops depend on it."""
+        """Return a text that identifies a row wherever the set lies; positions of crops depend on it."""
         raise NotImplementedError
 
     def identity(self, row: int) -> bytes:
-        """The same for the same image, as far as can be told without reading it."""
+        """Return what identifies an image as far as possible without reading it."""
         raise NotImplementedError
 
     def size(self, row: int) -> int:
-        """Bytes, as stored."""
+        """Return the number of stored bytes."""
         raise NotImplementedError
 
     def total(self) -> int:
-        """Bytes of all images."""
+        """Return the bytes of all images."""
         raise NotImplementedError
 
     def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
-        """What opens the bytes of an image, to be read whole or at their beginning."""
+        """Return what opens the bytes of an image, to be read whole or at their beginning."""
         raise NotImplementedError
 
     def content(self, row: int) -> bytes:
-        """As stored; ValueError naming it when it is damaged."""
+        """Return the stored bytes; ValueError naming the image when it is damaged."""
         try:
             with self.opener(row, True)() as file:
                 return file.read()
@@ -154,7 +148,7 @@ class Store:
             raise unreadable(self.name(row), error) from error
 
     def digest(self, row: int) -> bytes:
-        """16 bytes that depend on its content, by `content_digest`; the same wherever the set lies."""
+        """Return 16 bytes that depend on the content alone, by `content_digest`."""
         limit = WHOLE if self.total() <= WHOLE else SAMPLED
         try:
             with self.opener(row, False)() as file:
@@ -167,28 +161,26 @@ class Store:
         return as_they_are(channels, value_range)
 
     def header(self, row: int, channels: int, value_range: ValueRange | None) -> Header:
-        """What it says of itself; ValueError naming it when that tells that it cannot be read."""
+        """Read the header; ValueError naming the image when it cannot be read."""
         opener = self.opener(row, False)
         if self.is_raw(row, channels, value_range):
             return raw_header(self.name(row), channels, value_range, opener)
         return read_header(self.name(row), opener)
 
     def read(self, row: int, channels: int, value_range: ValueRange | None, fit: Fit) -> torch.Tensor:
-        """Its pixels through `fit`, (B, C, height, width), by `read_raw` or `read_image`."""
+        """Return what `fit` makes of the pixels, (B, C, height, width), by `read_raw` or `read_image`."""
         opener = self.opener(row, True)
         if self.is_raw(row, channels, value_range):
             return read_raw(self.name(row), channels, value_range, fit, opener)
         return read_image(self.name(row), channels, fit, opener)
 
     def values(self, row: int, channels: int) -> np.ndarray:
-        """Those of an image as they are in its file, (C, H, W); ValueError naming it when it cannot be read so."""
+        """Return the values as stored, (C, H, W); ValueError naming the image when it cannot be read so."""
         return read_values(self.name(row), channels, self.opener(row, True))[0]
 
 
 class FileStore(Store):
-    """Image files below `root`, those of `members` in archives. `left_out` lists the files there that look like images
-    and are not read.
-    """
+    """Image files below `root`, those of `members` in archives; `left_out` lists files that look like images."""
 
     def __init__(
         self, root: Path, paths: Sequence[Path], members: Mapping[str, Member], left_out: tuple[str, ...] = ()
@@ -208,9 +200,7 @@ class FileStore(Store):
         return f"{self.key(row)}\0{self.size(row)}\0".encode(errors="surrogateescape")
 
     def size(self, row: int) -> int:
-        """Bytes, as stored when they were first asked for, so that the set keeps its fingerprint when a file is deleted
-        later; 0 of one that was missing then.
-        """
+        """Return the bytes when first asked, so that the fingerprint survives a deletion; 0 if missing then."""
         member = self._member(row)
         if member is not None:
             return member.size
@@ -229,7 +219,7 @@ class FileStore(Store):
         return self._total
 
     def digest(self, row: int) -> bytes:
-        """As it was when it was first asked for, like the size."""
+        """Return the digest when first asked, like the size."""
         if not self.digested[row]:
             self.digests[row] = np.frombuffer(super().digest(row), np.uint8)
             self.digested[row] = True

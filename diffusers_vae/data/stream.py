@@ -27,15 +27,10 @@ LOOKED_AT = 16
 
 
 class StreamedImages(StoredImages):
-    """The first images of a `ParquetStore`, or the others, trained on in an order in which few row groups are needed at
-    a time: `order.streamed`.
-
-    Attributes:
-        lanes: into how many parts an epoch is cut: by forwards of a step, and by workers. They decide the order, so
-            that a run that continues keeps those that it was begun with.
-    """
+    """The first images of a `ParquetStore`, or the others, trained on in the order of `order.streamed`."""
 
     lanes: tuple[int, int] = 1, 1
+    """Parts into which an epoch is cut, by forwards of a step and by workers; a run that continues keeps them."""
 
     def __init__(self, config: DataConfig, records: Records, errors: tuple[str, ...] = ()):
         super().__init__(config, records, errors)
@@ -48,16 +43,14 @@ class StreamedImages(StoredImages):
         return streamed(counts[counts > 0], self.lanes, self.config.shuffle_buffer, batch_size, seed, epoch, start)
 
     def fingerprint(self) -> str:
-        """Of what the files' footers tell of the row groups."""
+        """Return the SHA-256 of the row groups in the files' footers."""
         digest = hashlib.sha256(f"{self.span}\0".encode())
         for group in self.parquet.groups.tolist():
             digest.update(f"{self.parquet.names[group[0]]}\0{group[1:]}\0".encode())
         return digest.hexdigest()
 
     def contents(self) -> str | None:
-        """SHA-256 of the fingerprint and the bytes of the files, by `file_digests`; None if some are not on this
-        machine, where `data.revision` names a version.
-        """
+        """Return the SHA-256 of fingerprint and files, by `file_digests`; None if some are not on this machine."""
         files, digest = self.parquet.files, hashlib.sha256(self.fingerprint().encode())
         if not all(map(os.path.isfile, files)):
             return None
@@ -67,12 +60,9 @@ class StreamedImages(StoredImages):
 
 
 def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, StreamedImages, Layout]:
-    """The training and the held-out images of a set of Parquet files, of which the footers alone are read now, and how
-    they were read. Of a set with one split, the held-out ones are those of row groups at random.
-
-    Raises:
-        OSError: when there is no such set, or none that may be read.
-        ValueError: when its files are of another kind, it is not clear what is in them, or one is damaged.
+    """Return the training and the held-out images of a set of Parquet files, by their footers, and how they were read.
+    In a set with one split, row groups are held out at random. OSError when there is no such set or none that may be
+    read, ValueError when its files are of another kind, unclear or damaged.
     """
     builder, root = rows_builder(config), config.described
     if builder.name != "parquet":
@@ -116,7 +106,7 @@ def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, Str
 
 
 def _footer(path: str) -> tuple[FileMetaData, Any]:
-    """Of a Parquet file: what is in it, and its schema."""
+    """Return the metadata and the schema of a Parquet file."""
     import fsspec
     from pyarrow.parquet import ParquetFile
 
@@ -125,7 +115,7 @@ def _footer(path: str) -> tuple[FileMetaData, Any]:
 
 
 def _column(config: DataConfig, schemas: Sequence[Any], files: Sequence[str]) -> str:
-    """The one with the images, the same in all files."""
+    """Return the column with the images, the same in all files."""
     from datasets import Features
 
     found = []

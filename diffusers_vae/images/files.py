@@ -53,11 +53,8 @@ class Header:
 
 
 def read_header(path: str | Path, content: Callable[[], BinaryIO] | None = None) -> Header:
-    """Of the first frame of an image file. The pixels are not decoded, so damage there goes unnoticed.
-
-    Raises:
-        ValueError: what `read_image` would for a file whose header tells: one that is no image, too large, or of pixels
-            without a stated range.
+    """Read the header of the first frame of an image file; damaged pixels go unnoticed. ValueError naming a file that
+    is no image, too large, or of pixels without a stated range.
     """
     return read_without_text(partial(_read_header, path), content or partial(open_regular, path))
 
@@ -85,8 +82,8 @@ def read_image(
     fit: Fit | None = None,
     content: Callable[[], BinaryIO] | None = None,
 ) -> torch.Tensor:
-    """uint8 pixels (channels, H, W) of the first frame of an image file, turned upright; with `fit`, what it makes of
-    them, (B, channels, height, width).
+    """Read the first frame of an image file upright: uint8 (channels, H, W) or, through `fit`, (B, channels, height,
+    width).
 
     Transparency is composited over white; palette, CMYK and Lab are converted by colour; 16 bits are scaled to 8.
 
@@ -146,8 +143,8 @@ def one_large(height: int, width: int) -> Generator[None]:
 
 
 def _reduce(image: Image.Image, fit: Fit) -> tuple[tuple[int, int], tuple[float, float, float, float]] | None:
-    """Have a JPEG decoded at a reduced scale if it is large enough: to which width and height it is to be scaled then,
-    and which part of the decoded pixels is the image: the last row and column may lie beyond it in part.
+    """Have a JPEG decoded at a reduced scale if it is large enough; return the width and height to scale it to, and the
+    box of the image in the decoded pixels: the last row and column may lie beyond it in part.
     """
     if image.format not in ("JPEG", "MPO"):
         return None
@@ -166,9 +163,7 @@ def _reduce(image: Image.Image, fit: Fit) -> tuple[tuple[int, int], tuple[float,
 
 @contextmanager
 def _opened(path: str | Path, content: Callable[[], BinaryIO]) -> Generator[Image.Image]:
-    """The image in a file; whatever is wrong with it, within too, is a ValueError that names the file, or an OSError
-    when its storage fails.
-    """
+    """Open an image; whatever goes wrong, within too, is a ValueError naming the file, or an OSError of its storage."""
     try:
         # by its path, Pillow would wait for a pipe, and map the file of some formats: if cut, that ends the process
         with content() as file, open_image(file) as image:

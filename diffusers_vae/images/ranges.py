@@ -1,8 +1,7 @@
 """Value ranges: the only place that rescales pixels.
 
-Three ranges are in use: uint8 in [0, 255] in files and data sets, the model range [-1, 1] that models and diffusion
-pipelines take and give, and the unit range [0, 1] inside likelihoods and pictures. `ValueRange` is that of files of
-any other depth.
+Files and data sets hold uint8 in [0, 255], models and pipelines take and give the model range [-1, 1], likelihoods and
+pictures use [0, 1]. `ValueRange` is that of files of any other depth.
 """
 
 from __future__ import annotations
@@ -20,10 +19,8 @@ from ..untrusted import read_json
 
 
 def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1], float, from uint8 pixels in [0, 255] or float pixels in [0, 1]; any shape.
-
-    Raises:
-        ValueError: for pixels of another dtype, whose range nothing states.
+    """Return images in [-1, 1] from uint8 pixels in [0, 255] or float pixels in [0, 1] of any shape; ValueError for
+    other dtypes.
     """
     if pixels.dtype == torch.uint8:
         if not pixels.is_cpu or torch.compiler.is_compiling():
@@ -50,18 +47,12 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 RANGE_FILE = "value_range.json"
 EXACT = 2**24
-"""Width of a range of integers up to which float32 tells all of them apart in [-1, 1]: it has 2^23 + 1 values from 0.5
-to 1, to which the upper half of the range is mapped on its way.
-"""
+"""Width of a range of integers up to which float32 tells all apart: it has 2^23 + 1 values from 0.5 to 1."""
 
 
 @dataclass(frozen=True)
 class ValueRange:
-    """What the values of images mean: `low` is -1 and `high` is 1 in model range.
-
-    Raises:
-        ValueError: unless both are finite and increase.
-    """
+    """The values of images that are -1 and 1 in model range; ValueError unless both are finite and increase."""
 
     low: float
     high: float
@@ -74,10 +65,8 @@ class ValueRange:
         return f"[{self.low:.15g}, {self.high:.15g}]"
 
     def to_unit(self, values: np.ndarray) -> torch.Tensor:
-        """float32 in [0, 1] from values of any shape and real dtype; of integers, `from_model_range` gives them back.
-
-        Raises:
-            ValueError: for values outside of the range or not finite, and for integers in a range wider than `EXACT`.
+        """Return float32 in [0, 1] from real values of any shape; `from_model_range` gives integers back exactly.
+        ValueError for values outside of the range or not finite, and for integers in a range wider than `EXACT`.
         """
         self._check(values.dtype)
         lowest, highest = values.min(), values.max()  # of both, not a number is neither more nor less
@@ -89,11 +78,8 @@ class ValueRange:
         return torch.from_numpy(unit.astype(np.float32)).clamp(0, 1)  # by rounding alone could it be outside
 
     def from_model_range(self, images: torch.Tensor, dtype: np.dtype | str) -> np.ndarray:
-        """Values of `dtype`, rounded if it is one of integers, from images in [-1, 1] of any shape, clamped to that and
-        to what `dtype` holds.
-
-        Raises:
-            ValueError: for images that are not finite, and for integers in a range wider than `EXACT`.
+        """Return values of `dtype`, rounded for integers, from images in [-1, 1] of any shape, clamped to that and to
+        what `dtype` holds. ValueError for images that are not finite, and integers in a range wider than `EXACT`.
         """
         dtype = np.dtype(dtype)
         self._check(dtype)
@@ -112,7 +98,7 @@ class ValueRange:
 
     @classmethod
     def load(cls, folder: Path) -> ValueRange | None:
-        """That in the folder of a model, or None; ValueError naming the file when it holds none."""
+        """Read the range in the folder of a model, if any; ValueError naming the file when it holds none."""
         file = folder / RANGE_FILE
         if not file.exists():
             return None
@@ -131,7 +117,7 @@ class ValueRange:
             )
 
     def _bounds(self, dtype: np.dtype) -> tuple[float, float]:
-        """The least and the largest value of `dtype` in the range."""
+        """Return the least and the largest value of `dtype` in the range."""
         if dtype.kind == "f":  # the numbers next to the stated ones that a file can hold
             with np.errstate(over="ignore"):
                 return dtype.type(self.low), dtype.type(self.high)

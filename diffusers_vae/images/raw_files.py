@@ -114,10 +114,8 @@ def as_they_are(channels: int | None, value_range: ValueRange | None) -> bool:
 
 
 def raw_header(path: str | Path, channels: int, value_range: ValueRange | None, content: Content | None) -> Header:
-    """Return the header of an image file whose values are read as they are; its mode is 5x uint16, say.
-
-    Raises:
-        ValueError: naming the file, when it cannot be read so.
+    """Read the header of an image file whose values are read as they are, with a mode such as 5x uint16; ValueError
+    naming the file when it cannot be read so.
     """
     kind = read_kind(path, channels, content)
     if value_range is None and kind.dtype != np.dtype(np.uint8).str:
@@ -132,10 +130,7 @@ def read_raw(
     path: str | Path, channels: int, value_range: ValueRange | None, fit: Fit, content: Content | None
 ) -> torch.Tensor:
     """Return what `fit` makes of the values of an image file, (B, C, height, width): uint8 or, with a value_range,
-    float32 in [0, 1]. Threads that read large images do so one after the other.
-
-    Raises:
-        ValueError: naming the file, when it cannot be read so, or holds values outside of the range.
+    float32 in [0, 1]. ValueError naming the file, when it cannot be read so or holds values outside of the range.
     """
     header = raw_header(path, channels, value_range, content)
     with one_large(header.height, header.width):
@@ -148,9 +143,7 @@ def read_raw(
 
 def write_values(path: str | Path, values: np.ndarray, kind: FileKind) -> None:
     """Write values (C, H, W) to a file of that kind: dtype, layout and format, PNG where that is none of `WRITTEN`.
-
-    Raises:
-        ImportError: when the package is missing that writes such files.
+    ImportError when the package for such files is missing.
     """
     values = values.astype(np.dtype(kind.dtype), casting="equiv")
     laid = values[0] if kind.layout == "HW" else np.moveaxis(values, 0, -1) if kind.layout == "HWC" else values
@@ -174,11 +167,7 @@ def write_values(path: str | Path, values: np.ndarray, kind: FileKind) -> None:
 
 
 def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Of an NPY its shape, whether it is in Fortran's order, and its dtype; `file` is where its values begin then.
-
-    Raises:
-        ValueError: when it is damaged.
-    """
+    """Read the header of an NPY, up to where its values begin: shape, whether in Fortran's order, and dtype."""
     start = file.tell()
     beginning = io.BytesIO(file.read(NPY_HEADER))  # its length is read from it, and could be any
     try:
@@ -204,9 +193,7 @@ def _package(name: str) -> ModuleType:
 
 
 def _read(path: str | Path, channels: int, content: Content | None, whole: bool) -> Read:
-    """Return values and kind of a file; whatever is wrong with it is a ValueError that names it, or an OSError when its
-    storage fails.
-    """
+    """Return values and kind of a file; whatever is wrong is a ValueError naming it, or an OSError of its storage."""
     return read_without_text(partial(_read_once, path, channels, whole), content or partial(open_regular, path))
 
 
@@ -299,8 +286,8 @@ def _read_tiff(file: BinaryIO, channels: int, whole: bool) -> Read:
 
 
 def _check_unpacked(file: Any, page: Any) -> None:
-    """Raise ValueError when a strip or tile of a page of a TIFF unpacks to more than its size says: tifffile itself
-    unpacks all that is there. Other methods than these need imagecodecs, which stops where the size says.
+    """Raise ValueError when a strip or tile of a TIFF unpacks to more than its size: tifffile unpacks all that is
+    there. Other methods than these need imagecodecs, which stops at the size.
     """
     keyframe = page.keyframe
     stated = math.prod(keyframe.chunks) * keyframe.dtype.itemsize
@@ -314,7 +301,7 @@ def _check_unpacked(file: Any, page: Any) -> None:
 
 
 def _unpacked(data: bytes, compression: int, limit: int) -> int:
-    """Number of bytes that a strip of a TIFF unpacks to, or `limit` if there are as many or more."""
+    """Return the number of bytes that a strip of a TIFF unpacks to, at most `limit`."""
     if compression in (8, 32946, 50013):  # deflate
         return len(zlib.decompressobj().decompress(data, limit))
     if compression == 34925:
@@ -360,8 +347,8 @@ def _read_pillow(file: BinaryIO, channels: int, whole: bool) -> Read:
 
 
 def _decode_deep_png(content: bytes, size: tuple[int, int], channels: int) -> np.ndarray:
-    """Values (H, W, C) of a PNG of 16 bits. Pillow keeps one byte of each, and so decodes it once as it is, and once
-    as if the byte behind was the upper one; grey with transparency has as many bytes as RGBA of 8 bits.
+    """Return values (H, W, C) of a PNG of 16 bits. Pillow keeps one byte of each, so that it is decoded once for the
+    upper and once for the lower bytes; grey with transparency has as many bytes as RGBA of 8 bits.
     """
     interlaced, data = content[28], _png_data(content)
     if channels == 2:
@@ -375,7 +362,7 @@ def _decode_deep_png(content: bytes, size: tuple[int, int], channels: int) -> np
 
 
 def _png_data(content: bytes) -> bytes:
-    """The compressed values in a PNG; ValueError when a checksum is wrong."""
+    """Return the compressed values in a PNG; ValueError when a checksum is wrong."""
     parts, at, name = [], 8, b""
     while name != b"IEND":
         length, name = struct.unpack_from(">I4s", content, at)
