@@ -260,7 +260,7 @@ class StoredImages(ImageSet):
         return digest.hexdigest()
 
     def contents(self) -> str | None:
-        """Return the SHA-256 of the fingerprint and the images, or samples of them in a set of over `store.WHOLE` bytes."""
+        """Return the SHA-256 of the fingerprint and the images, or samples of them in a set of over `WHOLE` bytes."""
         digest = hashlib.sha256(self.fingerprint().encode())
         rows = list(dict.fromkeys(map(int, self.rows)))  # crops share a file
         for row in rows[:1]:

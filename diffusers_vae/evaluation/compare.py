@@ -44,7 +44,7 @@ class Comparison:
         values = {
             "format": FORMAT,
             "differences": {name: asdict(difference) for name, difference in self.differences.items()},
-            "most_different": [self.first.per_image.names[place] for place in self.most_different],
+            "most_different": [self.first.measured.names[place] for place in self.most_different],
             "first": json.loads(self.first.to_json()),
             "second": json.loads(self.second.to_json()),
         }
@@ -64,14 +64,14 @@ def compare(first: EvaluationReport, second: EvaluationReport, show: int = 8) ->
     if differing:
         listed = ", ".join(f"{name}: {protocols[0][name]} and {protocols[1][name]}" for name in differing)
         raise ValueError(f"models are compared under one protocol, got two: {listed}")
-    differences = {}
-    for name in (name for name in first.per_image.figures if name in second.per_image.figures):
-        values = second.per_image.figures[name] - first.per_image.figures[name]
+    differences: dict[str, Difference] = {}
+    before, after = first.measured.figures, second.measured.figures
+    for name in (name for name in before if name in after):
+        values = after[name] - before[name]
         better = None
         if name in HIGHER_IS_BETTER:
             better = float(np.mean(values > 0 if HIGHER_IS_BETTER[name] else values < 0))
         interval = list(mean_interval(values)) if len(values) > 1 else []
         differences[name] = Difference(float(values.mean()), interval, better)
-    psnr_difference = np.abs(second.per_image.figures["psnr"] - first.per_image.figures["psnr"])
-    order = np.argsort(-psnr_difference, kind="stable")[:show]
+    order = np.argsort(-np.abs(after["psnr"] - before["psnr"]), kind="stable")[:show]
     return Comparison(first, second, differences, order.tolist())

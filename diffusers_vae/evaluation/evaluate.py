@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -66,6 +66,10 @@ class EvaluationConfig:
 
 
 Judges = tuple[dict[str, LPIPS], InceptionFeatures | None]
+
+
+MEASURED_SOMETIMES = ("importance_weighted_bound", "lpips_alex", "lpips_vgg", "lpips_squeeze")
+"""Figures of a report that are None unless settings ask for them."""
 
 
 def load_judges(config: EvaluationConfig, channels: int, size: tuple[int, int]) -> Judges:
@@ -156,10 +160,10 @@ def evaluate(
             image_set, config.batch_size, config.max_images, model.device, rank, processes
         ):
             if judges is None:
-                judges = load_judges(config, images.shape[1], tuple(images.shape[2:]))
+                judges = load_judges(config, images.shape[1], (images.shape[2], images.shape[3]))
                 named = judges[0] | ({"inception": judges[1]} if judges[1] else {})
                 networks = {name: weights_hash(network.to(model.device)) for name, network in named.items()}
-            measured = in_parts(model, partial(_measure, model, objective, config, judges), images, indices)
+            measured: list[Any] = in_parts(model, partial(_measure, model, objective, config, judges), images, indices)
             for counted, *_ in measured:
                 statistics.setdefault(part, LatentStatistics()).add(counted)
             figures = {name: torch.cat([each[1][name] for each in measured]) for name in measured[0][1]}
@@ -195,7 +199,7 @@ def evaluate(
         bits_per_dim=means["elbo"] * per_dim + per_unit,
         density=objective.likelihood.density + unit,
         kl_weight=objective.kl_weight,
-        scale=objective.scale,
+        scale=cast(float | None, objective.scale),
         rfid=rfid,
         intervals=intervals,
         latents=LatentSummary(
@@ -209,7 +213,7 @@ def evaluate(
             name=name,
             class_name=type(model).__qualname__,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            latent_shape=list(statistics.sums.shape[1:]),
+            latent_shape=statistics.latent_shape(),
             scaling_factor=None if unmeasured(described) else described["scaling_factor"],
             shift_factor=None if unmeasured(described) else described.get("shift_factor"),
             weights_sha256=weights_hash(model),
@@ -235,7 +239,7 @@ def evaluate(
         ),
         fp16=precision,
         per_image=PerImage(indices, [image_set.name(index) for index in indices], figures),
-        **dict.fromkeys(("importance_weighted_bound", "lpips_alex", "lpips_vgg", "lpips_squeeze")) | means,
+        **cast(dict[str, Any], dict.fromkeys(MEASURED_SOMETIMES) | means),
     )
 
 
@@ -261,7 +265,7 @@ def _measure(
     """
     posterior, statistics = encode(model, images), LatentStatistics()
     statistics.update(posterior)
-    distortions, log_weights, reconstructions = [], [], None
+    distortions, log_weights, rate, reconstructions = [], [], None, None
     for latents in draw(posterior, indices, config.seed, config.draws):
         if isinstance(objective.likelihood, Bernoulli):
             logits = decode_logits(model, latents)
@@ -271,13 +275,15 @@ def _measure(
             decoded = decode(model, latents)
             terms = objective(images, decoded, posterior)
         distortions.append(terms.distortion)
+        rate = terms.rate
         log_weights.append(log_prior_ratio(posterior, latents).cpu().double() - terms.distortion.cpu().double())
         if reconstructions is None and config.reconstruction == "sample":
             reconstructions = decoded
     if reconstructions is None:
         reconstructions = decode(model, posterior.mode())
     reconstructions = _as_compared(reconstructions, config)
-    distortion, rate = torch.stack(distortions).mean(0), terms.rate
+    assert rate is not None, "at least one sample"
+    distortion = torch.stack(distortions).mean(0)
     left_out = objective.left_out() * images[0].numel()
     figures = {
         "loss": distortion - left_out + objective.kl_weight * rate,

@@ -66,7 +66,7 @@ def source_name(fine_tuning: Mapping[str, Any]) -> str:
     return (source.parent if source.name in ("model", "vae") else source).name or source.name or given
 
 
-def changed_figures(differences: Mapping[str, Sequence[float]]) -> list[tuple[Figure, str, str, str]]:
+def changed_figures(differences: Mapping[str, Sequence[float]]) -> list[tuple[Any, ...]]:
     """Of `FineTuning.differences`, each figure with mean and ends of the interval, with their signs, as people read
     them; without those that are 0: a rate that no weight has changed is no news.
     """

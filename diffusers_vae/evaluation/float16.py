@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,13 +57,13 @@ class PrecisionReport:
 def _verdict(blocks: dict[str, float], overflow: str | None, fp16_psnr: float | None) -> tuple[str, str]:
     if overflow:
         return "overflows", f"Float16 overflows in {overflow}: keep force_upcast true."
-    highest = max(blocks, key=blocks.get)
+    highest = max(blocks, key=blocks.__getitem__)
     if blocks[highest] * MARGIN > LARGEST:
         return "close", (
             f"Float16 is close to overflow: {highest} reaches {blocks[highest]:,.0f}, more than 1/{MARGIN} of the "
             f"{LARGEST:,.0f} at which float16 ends, and other images may reach more. Keep force_upcast true."
         )
-    if fp16_psnr < EXACT:
+    if fp16_psnr is not None and fp16_psnr < EXACT:
         return "inexact", (
             f"Float16 is inexact: nothing overflows, but its reconstruction of an image has a PSNR of {fp16_psnr:.2f} "
             f"dB against float32's, and an error of one step of 8 bits has {EXACT:.2f} dB. Keep force_upcast true."
@@ -107,7 +108,7 @@ def measure_precision(
             closeness += psnr(reconstructions.clamp(-1, 1), of_half).tolist()
             bar.update(min(len(indices) * processes, count - bar.n))
     largest = [{name: value.item() for name, value in watched.items()} for watched in (in_exact, in_half)]
-    parts = [part for part in gather_parts([(rank, *largest, closeness)]) if part[3]]
+    parts: list[Any] = [part for part in gather_parts([(rank, *largest, closeness)]) if part[3]]
     if not parts:
         raise ValueError("no image to measure the activations of can be read")
     blocks = {name: max(part[1][name] for part in parts) for name in parts[0][1]}

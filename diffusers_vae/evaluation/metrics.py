@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 
@@ -34,7 +36,7 @@ def ssim(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
 
     pixels, reconstructed = to_unit_range(images), to_unit_range(reconstructions.clamp(-1, 1))
     similarity = structural_similarity_index_measure(reconstructed, pixels, data_range=1.0, reduction="none")
-    return similarity.view(len(images))
+    return cast(torch.Tensor, similarity).view(len(images))
 
 
 def frechet_distance(of_images: torch.Tensor, of_reconstructions: torch.Tensor) -> float:

@@ -195,6 +195,12 @@ class EvaluationReport:
     per_image: PerImage | None = field(default=None, compare=False, repr=False)
     """Not in evaluation.json but in evaluation.csv."""
 
+    @property
+    def measured(self) -> PerImage:
+        """`per_image` of a report that was just made."""
+        assert self.per_image is not None, "a report that was read has no figures per image"
+        return self.per_image
+
     def to_json(self) -> str:
         """The report as evaluation.json holds it; ValueError when a number in it is not finite."""
         values = asdict(replace(self, per_image=None))

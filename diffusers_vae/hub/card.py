@@ -85,8 +85,8 @@ def render(run: FinishedRun, config: HubConfig) -> str:
         EvalResult(
             task_type="image-to-image",
             task_name="Image reconstruction",
-            dataset_type=HUB_DATA.get(protocol["data"], protocol["data"]),
-            dataset_name=measured_on,
+            dataset_type=str(HUB_DATA.get(protocol["data"], protocol["data"])),
+            dataset_name=str(measured_on),
             dataset_split=protocol["split"],
             metric_type=key,
             metric_name=figure.label,

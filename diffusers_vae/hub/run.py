@@ -8,7 +8,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -65,7 +65,7 @@ class FinishedRun:
             evaluation = json.loads(read_report(path / "evaluation.json").to_json())
         return cls(
             path,
-            evaluation,
+            cast(dict[str, Any], evaluation),
             read_settings(path / "config.yaml", "evaluation", *RECIPE),
             read_json(folder / "config.json"),
             weights,

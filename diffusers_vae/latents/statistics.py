@@ -69,6 +69,10 @@ class LatentStatistics:
         assert self.sums is not None, "statistics of at least one image"
         return self.sums / self.images
 
+    def latent_shape(self) -> list[int]:
+        """Channels, height and width."""
+        return list(self._means().shape[1:])
+
     def _moments(self, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and std of the latents, over images and the dimensions `dims` of (channels, height, width)."""
         mean, square, variance, _ = self._means()

@@ -156,7 +156,7 @@ def rate_distortion_picture(metrics: Path) -> Image.Image:
     axes = figure.add_subplot()
     records = [record for record in _records(metrics) if record.get("rate") is not None]
     train, heldout = ([r for r in records if r["kind"] == kind] for kind in ("train", "evaluation"))
-    scale = {"vmin": 0, "vmax": max((record["images_seen"] for record in train + heldout), default=1)}
+    scale: dict[str, Any] = {"vmin": 0, "vmax": max((record["images_seen"] for record in train + heldout), default=1)}
     left_out = len(train) // 10
     points = None
     for chosen, label in ((train, "training"), (heldout, "held-out")):
@@ -165,7 +165,7 @@ def rate_distortion_picture(metrics: Path) -> Image.Image:
         seen, rates, distortions = ([record[key] for record in chosen] for key in ("images_seen", "rate", "distortion"))
         if label == "training":
             axes.plot(rates, distortions, color="0.75", linewidth=1, zorder=1)
-            style = {"s": 22, "linewidths": 0, "zorder": 2}
+            style: dict[str, Any] = {"s": 22, "linewidths": 0, "zorder": 2}
         else:
             style = {"s": 90, "marker": "D", "edgecolors": "black", "linewidths": 1.2, "zorder": 3}
         points = axes.scatter(rates, distortions, c=seen, cmap="viridis", label=label, **style, **scale)
@@ -188,7 +188,7 @@ def rate_distortion_picture(metrics: Path) -> Image.Image:
     return render(figure)
 
 
-def _elbo_lines(axes) -> None:
+def _elbo_lines(axes: Any) -> None:
     """Dashed lines of the same rate + distortion through the part of the plane that is shown."""
     from matplotlib.ticker import MaxNLocator
 
@@ -208,7 +208,7 @@ def rate_distortion_curve(points: Sequence[tuple[str, float, float, str]]) -> Im
     points = sorted(points, key=lambda point: point[1])
     figure = new_figure(7.5, 5)
     axes = figure.add_subplot()
-    rates, distortions = ([point[place] for point in points] for place in (1, 2))
+    rates, distortions = [point[1] for point in points], [point[2] for point in points]
     axes.plot(rates, distortions, color="0.75", linewidth=1.2, zorder=1)
     for verdict in dict.fromkeys(point[3] for point in points):
         chosen = [point for point in points if point[3] == verdict]
@@ -229,7 +229,7 @@ def rate_distortion_curve(points: Sequence[tuple[str, float, float, str]]) -> Im
     return render(figure)
 
 
-def _label_points(axes, points: Sequence[tuple[str, float, float]]) -> None:
+def _label_points(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
     """A text beside each point, at the first of some places where it covers no point and no text."""
     from matplotlib.transforms import Bbox
 

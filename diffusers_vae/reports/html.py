@@ -78,10 +78,11 @@ def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], 
 @cache
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "value": value_text, "words": words}
-    environment.filters |= {"precision": precision_note, "origin": origin, "weight": weight_text}
-    environment.filters["compatibility"] = compatibility
-    text = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    filters: dict[str, Any] = environment.filters
+    filters |= {"number": number, "value": value_text, "words": words}
+    filters |= {"precision": precision_note, "origin": origin, "weight": weight_text}
+    filters["compatibility"] = compatibility
+    text = resources.files("diffusers_vae.reports").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(text)
 
 
@@ -104,6 +105,7 @@ def _data_uri(picture: Image.Image) -> str:
     buffer, kind = io.BytesIO(), "png"
     picture.save(buffer, "PNG")
     if buffer.tell() > PNG_BYTES:
+        smaller = io.BytesIO()
         for quality in JPEG_QUALITIES:
             smaller = io.BytesIO()
             picture.convert("RGB").save(smaller, "JPEG", quality=quality, subsampling=0)

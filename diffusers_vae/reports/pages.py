@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,15 +31,17 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches
+    layout: Any = figure.get_layout_engine()
+    layout.set(w_pad=0.12, h_pad=0.12)  # inches
     FigureCanvasAgg(figure)
     return figure
 
 
 def render(figure: Figure) -> Image.Image:
     """Draw a matplotlib figure as an RGB picture."""
-    figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    canvas: Any = figure.canvas
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def titled(

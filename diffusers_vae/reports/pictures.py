@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -135,7 +136,8 @@ def interpolation_picture(model: ModelMixin, first: torch.Tensor, second: torch.
     steps = steps_for(first.shape[-1])
     ends = _posterior(model, torch.cat([first, second]), batch_size).mode()
     centre = model.config.get("shift_factor") or 0.0
-    latents = slerp(*(ends - centre).chunk(2), steps) + centre
+    start, end = (ends - centre).chunk(2)
+    latents = slerp(start, end, steps) + centre
     title = (
         "Spherical interpolation between the latents of two images, whose reconstructions are the first and the last "
         "of a row"
@@ -168,7 +170,7 @@ def traversal_picture(
             row = latents.repeat(steps, 1, 1, 1)
             row[:, channel] = values[:, None, None] if unit else row[:, channel] + values[:, None, None] * std[channel]
             rows.append(row)
-            labels.append(f"{'unit' if unit else 'channel'} {channel}\n{nats(rate[channel])} nats")
+            labels.append(f"{'unit' if unit else 'channel'} {channel}\n{nats(rate[channel].item())} nats")
     change = "unit set to the values above" if unit else "channel shifted by so many of its standard deviations"
     left_out = f", for the {len(channels)} of {len(rate)} with the largest rate" if len(channels) < len(rate) else ""
     title = f"Latents of an image decoded with one {change} and the others kept{left_out}"
@@ -221,7 +223,8 @@ def latent_picture(
         from matplotlib import colormaps
 
         labels = image_set.labels[indices].numpy()
-        colours = colormaps["tab10" if labels.max() < 10 else "tab20"].colors
+        palette: Any = colormaps["tab10" if labels.max() < 10 else "tab20"]
+        colours = palette.colors
         for label in sorted(set(labels.tolist())):
             chosen, colour = points[labels == label], colours[label % len(colours)]
             axes.scatter(*chosen.T, s=size, alpha=0.6, color=colour, label=str(label), linewidths=0)
@@ -263,9 +266,7 @@ def comparison_picture(
     return page(cells.flatten(0, 1), 5, title, captions, headings, min(side, 128))
 
 
-def _window(
-    size: tuple[int, int], image: torch.Tensor, a: torch.Tensor, b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _window(size: tuple[int, int], image: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """That part of three images (C, H, W), (height, width) in size, in which a and b differ most."""
     sums = torch.nn.functional.avg_pool2d((a - b).abs().mean(0)[None, None], size, stride=8)[0, 0]
     top, left = (8 * place for place in divmod(sums.argmax().item(), sums.shape[1]))

@@ -106,7 +106,9 @@ def precision_table(precision: Mapping[str, Any]) -> str:
 def comparison_table(comparison: Mapping[str, Any]) -> str:
     """The differences of `comparison`, which is what comparison.json holds, as text for a terminal."""
     first, second = comparison["first"], comparison["second"]
-    rows = [("", "first", "second", "second - first", "95 % interval", "unit", "second is better")]
+    rows: list[tuple[str, ...]] = [
+        ("", "first", "second", "second - first", "95 % interval", "unit", "second is better")
+    ]
     for name, difference in comparison["differences"].items():
         interval = f"[{', '.join(map(number, difference['interval']))}]" if difference["interval"] else ""
         share = difference["second_is_better"]

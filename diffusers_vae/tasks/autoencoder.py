@@ -259,8 +259,7 @@ def finish_run(
 
     def write() -> None:
         evaluation = report.to_json()
-        assert report.per_image is not None
-        write_file(output_dir / "evaluation.csv", report.per_image.to_csv())
+        write_file(output_dir / "evaluation.csv", report.measured.to_csv())
         write_file(output_dir / "report.html", report_html(json.loads(evaluation), pictures, report.model.name))
         write_card(output_dir, config.hub, json.loads(evaluation))
         write_file(output_dir / "evaluation.json", evaluation)
