@@ -66,18 +66,6 @@ def to_yaml(settings: dict[str, dict[str, Any]]) -> str:
     return yaml.safe_dump(settings, sort_keys=False)
 
 
-class _Quoting(yaml.SafeDumper):
-    """Writes texts in quotes, so that no reader takes one for a number or a date."""
-
-
-_Quoting.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
-
-
-def to_plain_yaml(settings: dict[str, dict[str, Any]]) -> str:
-    """Sections of settings as YAML that every reader takes alike."""
-    return yaml.dump(settings, Dumper=_Quoting)
-
-
 MAX_NODES = 100_000
 """Values in a YAML file."""
 MAX_DEPTH = 100

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from ..data import IMAGE_SUFFIXES, DataConfig
-from ..evaluation.evaluate import EvaluationConfig
-from ..losses.objective import ObjectiveConfig
+from ..data import IMAGE_SUFFIXES
 from ..messages import message
 from ..models import Source, encode
 from ..models.stock import ModelMixin
-from .parser import data_flags, new_parser, refuse_null
-
-logger = logging.getLogger(__name__)
+from .parser import Parser, data_settings
 
 
 def size_of(model: ModelMixin) -> tuple[int, int]:
@@ -29,37 +25,45 @@ def size_of(model: ModelMixin) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-IMAGES = "A set, as in data.name, a folder or archive of images, an array (.npy, .npz), Parquet, or a set on the Hub."
 MODEL = "Folder of a model, of a run or of a pipeline, or a repository on the Hub."
 
 
-def command_parser(command: str, usage: str, description: str, example: str) -> ArgumentParser:
-    """Return the parser of the command `diffusers-vae COMMAND`, without flags yet."""
-    return new_parser(usage, description, example, f"diffusers-vae {command}")
-
-
-def parse(parser: ArgumentParser, arguments: Sequence[str], file: Path | None = None) -> Namespace:
-    """The settings; a wrong one ends the process. `file` holds those that are not given as flags."""
+@contextmanager
+def refusing(parser: ArgumentParser, note: str = "") -> Iterator[None]:
+    """End the process with an error's message, and `note`, where a setting is wrong."""
     try:
-        parsed = parser.parse_args(arguments)
-        for section, kind in (("data", DataConfig), ("objective", ObjectiveConfig), ("evaluation", EvaluationConfig)):
-            if section in parsed:
-                refuse_null(parsed[section], section, kind)
-        return parser.instantiate(parsed)
+        yield
     except (ArgumentError, ValueError) as error:
-        source = f"\nSettings that are not given as flags are those of {file}." if file else ""
-        parser.exit(2, message(f"error: {error}{source}") + "\n")
+        parser.exit(2, message(f"error: {error}{note}") + "\n")
 
 
-def parse_data(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """The settings, and what DATA adds to them."""
-    try:
-        images = parser.parse_args([*ANY_DATA, *arguments]).images
-    except (ArgumentError, ValueError) as error:
-        parser.exit(2, message(f"error: {error}") + "\n")
-    named = any(argument.partition("=")[0] == "--data.name" for argument in arguments)
-    place = ["--data.root", images] if named else data_flags(images)
-    return parse(parser, [*arguments, *place]), place
+def read_flags(parser: Parser, arguments: Sequence[str]) -> Namespace:
+    """The settings that `arguments` state, without defaults; a wrong one ends the process."""
+    with refusing(parser):
+        return parser.parse_args(arguments, defaults=False)
+
+
+def complete(
+    parser: Parser, given: Namespace, known: Mapping[str, Any] | None = None, file: Path | None = None
+) -> Namespace:
+    """The settings: as `given` by flags, else as `known` by their full names, from `file`, else their defaults; a wrong
+    one ends the process.
+    """
+    with refusing(parser, f"\nSettings that are not given as flags are those of {file}." if file else ""):
+        return parser.complete(given, known)
+
+
+def parse(parser: Parser, arguments: Sequence[str]) -> Namespace:
+    """The settings; a wrong one ends the process."""
+    return complete(parser, read_flags(parser, arguments))
+
+
+def read_data_flags(parser: Parser, arguments: Sequence[str]) -> Namespace:
+    """The settings that `arguments` state, DATA among them as settings of the data; a wrong one ends the process."""
+    given = read_flags(parser, arguments)
+    stated = {"root": given.images} if "data.name" in given else data_settings(given.images)
+    given.update(Namespace(**stated), "data")
+    return given
 
 
 def picture_path(parsed: Namespace) -> Path:
@@ -106,10 +110,6 @@ def load(parsed: Namespace, source: str) -> ModelMixin:
     device = device_of(parsed)
     dtype = getattr(torch, parsed.get("dtype", "float32"))
     return Source(source, parsed.subfolder, parsed.revision).model(dtype).to(device)
-
-
-ANY_DATA = ["--data.name", "folder"]
-"""Before a first look at the arguments: of a folder, anything may be asked for."""
 
 
 @torch.no_grad()

@@ -15,8 +15,9 @@ from ..messages import showable
 from ..reports.pages import contact_sheet, save_signed
 from ..reports.tables import look_table
 from ..storage import whole_file
-from .arguments import IMAGES, command_parser, parse_data, picture_path
+from .arguments import complete, picture_path, read_data_flags
 from .measuring import NOT_MEASURED
+from .parser import IMAGES, command_parser
 
 
 def run_data(arguments: Sequence[str]) -> int:
@@ -34,8 +35,8 @@ def run_data(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--max_images", type=PositiveInt, default=2000, help="So many training images, at most, are decoded."
     )
-    parser.add_class_arguments(DataConfig, "data", skip={"crops", "on_bad_image", "num_workers", *NOT_MEASURED})
-    parsed, _ = parse_data(parser, arguments)
+    parser.add_section("data", DataConfig, skip={"crops", "on_bad_image", "num_workers", *NOT_MEASURED})
+    parsed = complete(parser, read_data_flags(parser, arguments))
     path = picture_path(parsed)
     root = Path(parsed.data.root).resolve()
     known = path.name in OWN_PICTURES  # which are left out of a set

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from accelerate import PartialState
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
 from ..data import IN_MEMORY, PLACED, DataConfig
@@ -19,9 +17,10 @@ from ..models import Source
 from ..processes import one_first
 from ..settings import config_of_run
 from ..silence import PATIENCE, Patience
-from .arguments import IMAGES, MODEL, add_device, add_source, command_parser, device_of, parse, parse_data
+from .arguments import MODEL, add_device, add_source, complete, device_of, read_data_flags
 from .launched import launched
 from .measuring import NOT_MEASURED, data_for, load_images, of_another_set, settings_of_run
+from .parser import IMAGES, Parser, command_parser
 
 
 def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
@@ -76,25 +75,27 @@ def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
         help="Images per forward on one process; by default as many as keep a CPU's caches or a GPU busy.",
     )
     parser.add_argument("--shard_images", type=PositiveInt, default=4096, help="Images per file.")
-    parser.add_class_arguments(DataConfig, "data", skip=NOT_MEASURED)
+    parser.add_section("data", DataConfig, skip=NOT_MEASURED)
     with launched("encoding", patience, "The same command continues after the last whole shards") as state:
         _encode(parser, arguments, state)
     return 0
 
 
-def _encode(parser: ArgumentParser, arguments: Sequence[str], state: PartialState) -> None:
-    parsed, place = parse_data(parser, arguments)  # wrong ones are told before a model is loaded
-    if "--data.root" in place and "datasets" not in place and not Path(parsed.images).exists():
+def _encode(parser: Parser, arguments: Sequence[str], state: PartialState) -> None:
+    given = read_data_flags(parser, arguments)
+    parsed = complete(parser, given)  # wrong ones are told before a model is loaded
+    if "root" in given.data and parsed.data.name != "datasets" and not Path(parsed.images).exists():
         raise FileNotFoundError(
             f"DATA must be {', '.join(IN_MEMORY)}, a folder or archive of images, an array of them, Parquet, or "
             f"NAMESPACE/NAME on the Hub, got {parsed.images}"
         )
     vae = Source(parsed.vae, parsed.subfolder, parsed.revision).model().to(device_of(parsed))
     known = settings_of_run(parsed.vae).get("data") or data_for(vae, parsed, parsed.vae)
-    known = of_another_set(known, parsed.data, place)
+    known = of_another_set(known, parsed.data)
     if known.get("name") in PLACED:  # whose root is no place for other sets
         known.pop("root", None)
-    parsed = parse(parser, [f"--data={json.dumps(known)}", *arguments, *place], config_of_run(parsed.vae))
+    known = {f"data.{name}": value for name, value in known.items()}
+    parsed = complete(parser, given, known, config_of_run(parsed.vae))
     with one_first(state.is_local_main_process, "reading the data set"):
         images, split = load_images(
             parsed, [parsed.vae], state.is_local_main_process, parsed.captions, default="training"

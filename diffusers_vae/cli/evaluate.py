@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
 from ..data import ImageSet
@@ -28,9 +27,10 @@ from ..reports.tables import comparison_table, precision_table, report_table
 from ..silence import PATIENCE, Patience
 from ..storage import whole_files, write_file, write_text
 from ..untrusted import read_json
-from .arguments import MODEL, add_device, add_source, command_parser
+from .arguments import MODEL, add_device, add_source
 from .launched import launched
 from .measuring import add_images, add_measuring, load_images, name_of, objective_of, parse_measuring
+from .parser import Parser, command_parser
 
 
 def run_evaluate(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
@@ -51,7 +51,7 @@ def run_evaluate(arguments: Sequence[str], patience: Patience = PATIENCE) -> int
     return 0
 
 
-def _evaluate(parser: ArgumentParser, arguments: Sequence[str], state: PartialState) -> None:
+def _evaluate(parser: Parser, arguments: Sequence[str], state: PartialState) -> None:
     parsed, (model,) = parse_measuring(parser, arguments, ["model"])
     with one_first(state.is_local_main_process, "reading the data set"):
         images, split = load_images(parsed, [parsed.model], state.is_local_main_process)

@@ -25,7 +25,8 @@ from ..models.stock import ModelMixin
 from ..reports.pages import save_signed
 from ..reports.pictures import sample_picture
 from ..storage import whole_file
-from .arguments import MODEL, add_loading, command_parser, latent_shape, load, parse, picture_path
+from .arguments import MODEL, add_loading, latent_shape, load, parse, picture_path
+from .parser import command_parser
 
 logger = logging.getLogger(__name__)
 

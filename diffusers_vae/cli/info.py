@@ -14,7 +14,8 @@ from ..models import VAE, LatentScaling, Source, unmeasured, weights_hash
 from ..models.stock import ModelMixin
 from ..pipelines import latent_scaling
 from ..reports.tables import report_table
-from .arguments import MODEL, add_source, command_parser, latent_shape, parse, size_of
+from .arguments import MODEL, add_source, latent_shape, parse, size_of
+from .parser import command_parser
 
 
 def run_info(arguments: Sequence[str]) -> int:

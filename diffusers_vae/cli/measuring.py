@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from ..data import IN_MEMORY, PLACED, DataConfig, ImageSet, is_hub_id, load_split, refuse_colours
 from ..evaluation.evaluate import EvaluationConfig
@@ -21,8 +21,8 @@ from ..models.stock import ModelMixin
 from ..processes import process_share
 from ..settings import config_of_run, read_settings
 from ..untrusted import check_type
-from .arguments import ANY_DATA, add_loading, load, parse, size_of
-from .parser import with_data
+from .arguments import add_loading, complete, load, read_flags, size_of
+from .parser import Parser
 
 NOT_MEASURED = {*with_traits(DataConfig, "training")}
 """Settings of the data that only a training reads."""
@@ -35,16 +35,16 @@ NEEDED = {
 """What the config.yaml of a run must hold to be measured on its images."""
 
 
-def add_measuring(parser: ArgumentParser) -> None:
+def add_measuring(parser: Parser) -> None:
     """Add the flags of a command that measures a model on images."""
     add_loading(parser)
     parser.add_argument("--out", type=str | None, default=None, help="Folder for the results.")
     add_images(parser)
     for name, kind in (("objective", ObjectiveConfig), ("evaluation", EvaluationConfig)):
-        parser.add_class_arguments(kind, name, skip={*with_traits(kind, "training")})
+        parser.add_section(name, kind, skip=with_traits(kind, "training"))
 
 
-def add_images(parser: ArgumentParser) -> None:
+def add_images(parser: Parser) -> None:
     """Add the flags that choose the images."""
     parser.add_argument(
         "--split",
@@ -53,39 +53,44 @@ def add_images(parser: ArgumentParser) -> None:
         help="Which images; by default the held-out ones, but all of a folder that has no part for them and that the "
         "model was not trained on.",
     )
-    parser.add_class_arguments(DataConfig, "data", skip=NOT_MEASURED)
+    parser.add_section("data", DataConfig, skip=NOT_MEASURED)
 
 
-def parse_measuring(
-    parser: ArgumentParser, arguments: Sequence[str], models: list[str]
-) -> tuple[Namespace, list[ModelMixin]]:
+def parse_measuring(parser: Parser, arguments: Sequence[str], models: list[str]) -> tuple[Namespace, list[ModelMixin]]:
     """The settings and the models. Settings that are not given come from the models' runs or, if there are none, from
     the models' configs. The order of the models does not matter.
     """
-    arguments = with_data(arguments)
-    parsed = parse(parser, [*ANY_DATA, *arguments])  # wrong ones are told before a model is loaded
+    given = read_flags(parser, arguments)
+    parsed = complete(parser, given, {"data.name": "folder"})  # wrong ones are told before a model is loaded
     sources = [parsed[name] for name in models]
     for source in sources:
         if is_local(source):
             Source(source, parsed.subfolder, parsed.revision).config()
-    if not any(argument.startswith("--data.") for argument in arguments) and not any(map(config_of_run, sources)):
+    if "data" not in given and not any(map(config_of_run, sources)):
         first = sources[0]
         why = f"{first} belongs to no run that does" if is_local(first) else f"{no_such_path(first)} whose run does"
         parser.exit(2, message(f"error: name the images with --data: {why}") + "\n")
     loaded = [load(parsed, source) for source in sources]
-    runs = {source: run for source in sources if (run := settings_of_run(source, arguments))}
-    known = {source: run | {"data": _data_of_run(run, runs, parsed.data, arguments)} for source, run in runs.items()}
+    runs = {source: run for source in sources if (run := settings_of_run(source, given))}
+    other_set = "data.name" in given or "data.root" in given
+    known = runs
+    if other_set:
+        known = {source: run | {"data": _data_of_run(run, runs, parsed.data)} for source, run in runs.items()}
     if not known:
         known = {
             source: {"data": data_for(model, parsed, source)} for source, model in zip(sources, loaded, strict=True)
         }
     found = {}
     for source, sections in known.items():
-        flags = [f"--{name}={json.dumps(values)}" for name, values in sections.items() if name in parsed]
-        found[source] = parse(parser, [*flags, *arguments], config_of_run(source))
+        stated = {
+            f"{section}.{name}": value
+            for section in parser.sections
+            for name, value in sections.get(section, {}).items()
+        }
+        found[source] = complete(parser, given, stated, config_of_run(source))
     _refuse_differences(found)
     chosen, parsed = next(iter(found.items()))
-    if runs and not _names_images(arguments) and process_share()[0] == 0:  # somebody else may have chosen them
+    if runs and not other_set and process_share()[0] == 0:  # somebody else may have chosen them
         place = parsed.data.root if parsed.data.name in PLACED else parsed.data.name
         place += f" in {parsed.data.root}" if parsed.data.name not in (*PLACED, "digits") else ""
         print(showable(f"images      {place}, as {config_of_run(chosen)} says"), flush=True)
@@ -111,11 +116,11 @@ def load_images(parsed: Namespace, sources: Sequence[str], *arguments: Any, **op
     return images, split
 
 
-def _data_of_run(run: dict[str, Any], runs: dict[str, Any], asked: DataConfig, flags: Sequence[str]) -> dict[str, Any]:
-    """Settings of a run's data. If `flags` ask for another set, only those that the run's model needs, and the rest
-    from the run that was trained on that set, if there is one.
+def _data_of_run(run: dict[str, Any], runs: dict[str, Any], asked: DataConfig) -> dict[str, Any]:
+    """Settings of a run's data. If `asked` is another set, only those that the run's model needs, and the rest from the
+    run that was trained on that set, if there is one.
     """
-    if not _names_images(flags) or _same_set(run["data"], vars(asked)):
+    if _same_set(run["data"], vars(asked)):
         return run["data"]
     of_model = with_traits(DataConfig, "any_set")
     owner = next((other["data"] for other in runs.values() if _same_set(other["data"], vars(asked))), {})
@@ -183,21 +188,17 @@ def _place(data: dict[str, Any]) -> tuple[str, Path]:
     return data["name"], Path(data["root"]) if on_hub else Path(data["root"]).resolve()
 
 
-def of_another_set(known: dict[str, Any], asked: DataConfig, flags: Sequence[str]) -> dict[str, Any]:
-    """Settings of a run's data, without what is of its own set alone where `flags` ask for another."""
-    if not _names_images(flags) or "name" not in known or _place(known) == _place(vars(asked)):
+def of_another_set(known: dict[str, Any], asked: DataConfig) -> dict[str, Any]:
+    """Settings of a run's data, without what is of its own set alone where `asked` is another."""
+    if "name" not in known or _place(known) == _place(vars(asked)):
         return known
     of_set = ["streaming", *with_traits(asked, "of_rows")]
     return _read_of(asked, {name: value for name, value in known.items() if name not in of_set})
 
 
-def _names_images(flags: Sequence[str]) -> bool:
-    return any(flag.startswith(("--data.name", "--data.root")) for flag in flags)
-
-
-def settings_of_run(source: str, flags: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+def settings_of_run(source: str, given: Namespace | None = None) -> dict[str, dict[str, Any]]:
     """Data, objective and evaluation of the run that a folder, or its model/, is of; empty if there is none. The weight
-    to which a target_rate has moved is read from its evaluation.json, unless `flags` state one.
+    to which a target_rate has moved is read from its evaluation.json, unless `given` states one.
     """
     file = config_of_run(source)
     if file is None:
@@ -209,7 +210,7 @@ def settings_of_run(source: str, flags: Sequence[str] = ()) -> dict[str, dict[st
         for section, kind in (("data", DataConfig), ("evaluation", EvaluationConfig))
     )
     objective = {name: settings["objective"][name] for name in MEASURED}
-    stated = any(flag.startswith("--objective.kl_weight") for flag in flags)
+    stated = given is not None and "objective.kl_weight" in given
     moved = settings["objective"].get("target_rate") is not None and not stated
     if moved and (report := report_of_run(source)):
         objective["kl_weight"] = report.kl_weight

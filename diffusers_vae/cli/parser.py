@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import (
+    SUPPRESS,
+    ActionConfigFile,  # type: ignore[reportPrivateImportUsage]
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    set_parsing_settings,
+)
 
-from ..data import IN_MEMORY, kind_at
+from ..data import IN_MEMORY, DataConfig, kind_at
 from ..engine.step import RunResult
 from ..fields import alternatives, example_of, in_words, is_whole, shown
 from ..messages import message
-from ..settings import REMOVED, Settings, read_settings, refuse_removed, to_plain_yaml
+from ..settings import REMOVED, Settings, read_settings, refuse_removed
 from ..tasks import autoencoder, text_to_image
 from ..tasks.autoencoder_config import TrainConfig
 from ..tasks.text_to_image_config import TextToImageConfig
+
+
+class SettingsFile(ActionConfigFile):
+    """`--config FILE.yaml`, read without YAML's traps."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for section, settings in read_settings(Path(values)).items():
+            for name, value in settings.items():
+                namespace[f"{section}.{name}"] = as_meant(parser.kind(f"{section}.{name}"), value)
 
 
 class Parser(ArgumentParser):
@@ -30,35 +46,72 @@ class Parser(ArgumentParser):
     what a setting must be, with an example.
     """
 
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.sections: dict[str, type] = {}
+
+    def add_section(self, name: str, kind: type, skip: Iterable[str] = (), default: Any = None) -> None:
+        """Add a flag for each setting of the dataclass `kind`, and `--data` beside those of the data."""
+        self.sections[name] = kind
+        self.add_class_arguments(kind, name, default=default, skip={*skip})
+        for action in self._actions:  # (as in jsonargparse 4.53, whose own --data is a path of settings)
+            if action.dest == name and kind is DataConfig:
+                action.metavar, action.help = "NAME|FOLDER", IMAGES
+
     def kind(self, name: str) -> Any:
         """Return the type of a flag or setting, a text where there is none. (Names seen in jsonargparse 4.53.)"""
         kinds = (getattr(action, "_typehint", action.type) for action in self._actions if action.dest == name)
         return next(kinds, None) or str
 
     def parse_args(self, args: Sequence[str] = (), *arguments: Any, **options: Any) -> Namespace:
-        words = list(args)
+        words = [part for word in args for part in (["--data", word[7:]] if word.startswith("--data=") else [word])]
+        for place in range(len(words) - 1, 0, -1):
+            if words[place - 1] == "--data" and "data" in self.sections and not words[place].startswith("{"):
+                stated = data_settings(words[place])
+                words[place - 1 : place + 1] = [f"--data.{name}={value}" for name, value in stated.items()]
         for place, word in enumerate(words):
             name, equals, value = word.partition("=")
             if equals and word.startswith("--"):
                 words[place] = f"{name}={self._written(name, value)}"
             elif place and words[place - 1].startswith("--"):
                 words[place] = self._written(words[place - 1], word)
-        try:
-            return super().parse_args(words, *arguments, **options)
-        except ArgumentError as error:
-            raise self._in_words(error) from error
+        return super().parse_args(words, *arguments, **options)
+
+    def complete(self, given: Namespace, known: Mapping[str, Any] | None = None) -> Namespace:
+        """The settings: as `given` by flags, else as `known` by their full names, else their defaults. Each section is
+        an object.
+
+        Raises:
+            ValueError: naming a setting with a wrong value.
+        """
+        parsed = self.parse_object(given, Namespace(known or {}))
+        for section, kind in self.sections.items():
+            if not isinstance(parsed[section], Namespace):
+                raise ValueError(f"{section} must hold settings, KEY: VALUE, got {parsed[section]}")
+            kinds = get_type_hints(kind)
+            for name, value in vars(parsed[section]).items():
+                if value is None and name in kinds and NoneType not in get_args(kinds[name]):
+                    raise ValueError(f"{section}.{name} must have a value, got null: leave it out for its default")
+        for name in REMOVED:
+            if name in parsed:
+                refuse_removed(name, parsed.pop(name))
+        for section, kind in self.sections.items():
+            parsed[section] = kind(**vars(parsed[section]))
+        return parsed
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise self._in_words(message) from ex
 
     def _written(self, flag: str, text: str) -> str:
         value = as_meant(self.kind(flag.removeprefix("--")), text)
         return text if value is text else json.dumps(value)
 
-    def _in_words(self, error: ArgumentError) -> Exception:
+    def _in_words(self, text: str) -> Exception:
         """The error without types of Python, where it is about a value."""
-        text = str(error)
         keys = re.findall(r'Parser key "(.*?)"', text)
         given = re.findall(r"(?:Given|Got) value: (.*)", text) or re.findall(r"Not of type .*: .*?(-?\d+|'.*')", text)
         if not (keys and given):
-            return error
+            return ArgumentError(None, text)
         key = keys[-1]  # the innermost, of a section in JSON
         kind, default = self.kind(key), self.get_defaults().get(key)
         name = key if "." in key else f"--{key}"
@@ -92,31 +145,21 @@ def as_meant(kind: Any, value: Any) -> Any:
     return value
 
 
-def with_data(arguments: Sequence[str]) -> list[str]:
-    """`--data NAME` and `--data FOLDER` written out; settings in JSON or in a YAML file stay."""
-    words = [part for argument in arguments for part in _halves(argument, "--data")]
-    for place in [place for place, word in enumerate(words[:-1]) if word == "--data"][::-1]:
-        if not words[place + 1].startswith("{"):
-            words[place : place + 2] = data_flags(words[place + 1])
-    return words
+IMAGES = "A set, as in data.name, a folder or archive of images, an array (.npy, .npz), Parquet, or a set on the Hub."
 
 
-def data_flags(value: str) -> list[str]:
+def data_settings(value: str) -> dict[str, str]:
     """What the name of a set, a place on this machine or one on the Hub stands for."""
-    if value in IN_MEMORY:
-        return ["--data.name", value]
-    return ["--data.name", kind_at(value), "--data.root", value]
+    return {"name": value} if value in IN_MEMORY else {"name": kind_at(value), "root": value}
 
 
-def _halves(argument: str, flag: str) -> list[str]:
-    return [flag, argument.removeprefix(f"{flag}=")] if argument.startswith(f"{flag}=") else [argument]
-
-
-def new_parser(usage: str, description: str, example: str, prog: str | None = None) -> Parser:
-    """Without flags yet; it describes those of a dataclass by the texts under its fields."""
+def command_parser(command: str, usage: str, description: str, example: str) -> Parser:
+    """Return the parser of `diffusers-vae COMMAND`, without flags yet. It describes those of a dataclass by the texts
+    under its fields.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return Parser(
-        prog=prog,
+        prog=f"diffusers-vae {command}",
         usage=f"%(prog)s {usage} [--debug]",
         description=description,
         epilog=f"example: {example}",
@@ -165,28 +208,24 @@ TRAININGS = {
 @cache  # it takes a third of a second to read the texts under the fields
 def training_parser(training: Training) -> Parser:
     """The flags of a training run: `--config FILE.yaml`, one per setting, and `--dry_run`."""
-    parser = new_parser(
+    parser = command_parser(
+        training.command,
         "[--config FILE.yaml] [--data NAME|FOLDER] [--SECTION.KEY VALUE ...] [--dry_run]",
         f"{training.description} Later flags and files override earlier ones.",
         training.example,
-        f"diffusers-vae {training.command}",
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with settings.")
+    parser.add_argument("--config", action=SettingsFile, help="YAML file with settings.")
     parser.add_argument(
         "--dry_run", action="store_true", help="Read the images, run every other phase once in seconds, keep nothing."
     )
-    parser.add_class_arguments(training.settings, as_group=False, fail_untyped=True)
-    for name in _removed(training):  # not shown in --help
-        parser.add_argument(f"--{name}", type=Any, default=REMOVED[name][0], help=SUPPRESS)
+    kinds = get_type_hints(training.settings)
+    for section in fields(training.settings):
+        made = None if section.default_factory is MISSING else section.default_factory()
+        parser.add_section(section.name, kinds[section.name], default=made)
+    for name, (default, advice) in REMOVED.items():
+        if advice and name.partition(".")[0] in kinds:
+            parser.add_argument(f"--{name}", type=Any, default=default, help=SUPPRESS)
     return parser
-
-
-def _removed(training: Training) -> list[str]:
-    """Names of the removed settings in the sections of this training that are refused at another value than the old
-    default.
-    """
-    sections = get_type_hints(training.settings)
-    return [name for name, (_, advice) in REMOVED.items() if advice and name.partition(".")[0] in sections]
 
 
 def parse_settings(training: Training, arguments: Sequence[str]) -> tuple[Settings, bool]:
@@ -197,9 +236,13 @@ def parse_settings(training: Training, arguments: Sequence[str]) -> tuple[Settin
         return _parse(training, arguments)
     except WRONG as error:
         text = f"error: {error}"
-        for path in _config_files(arguments):
-            if str(path) not in text and _error_of(training, path) == str(error):
-                text += f"\nThis is in {path}."
+        for word, value in pairwise([*arguments, ""]):
+            path = value if word == "--config" else word.removeprefix("--config=")
+            if word.partition("=")[0] == "--config" and path not in text:
+                try:
+                    _parse(training, ["--config", path])
+                except WRONG as of_file:
+                    text += f"\nThis is in {path}." if str(of_file) == str(error) else ""
         if "got False" in text:
             text += '\nYAML reads a bare no or off as false: write "no" in quotes.'
         training_parser(training).exit(2, message(text) + "\n")
@@ -211,54 +254,5 @@ WRONG = (ArgumentError, OSError, ValueError)
 
 def _parse(training: Training, arguments: Sequence[str]) -> tuple[Settings, bool]:
     parser = training_parser(training)
-    parsed = parser.parse_args(_with_files(with_data(arguments), parser))
-    for section, kind in get_type_hints(training.settings).items():
-        if not isinstance(parsed[section], Namespace):
-            raise ValueError(f"{section} must hold settings, KEY: VALUE, got {parsed[section]}")
-        refuse_null(parsed[section], section, kind)
-    for name in _removed(training):
-        refuse_removed(name, parsed.pop(name))
-    settings = parser.instantiate(parsed).as_dict()
-    settings.pop("config")
-    dry = settings.pop("dry_run")
-    return training.settings(**settings), dry
-
-
-def refuse_null(settings: Namespace, section: str, kind: type) -> None:
-    """Raise ValueError naming a setting of the dataclass `kind` that is null and must not be, which jsonargparse
-    accepts.
-    """
-    kinds = get_type_hints(kind)
-    for option in fields(kind):
-        if option.name in settings and settings[option.name] is None and NoneType not in get_args(kinds[option.name]):
-            raise ValueError(f"{section}.{option.name} must have a value, got null: leave it out for its default")
-
-
-def _error_of(training: Training, path: Path) -> str | None:
-    """What is wrong with the settings in one file, without flags and other files."""
-    try:
-        _parse(training, ["--config", str(path)])
-    except WRONG as error:
-        return str(error)
-    return None
-
-
-def _with_files(arguments: Sequence[str], parser: Parser) -> list[str]:
-    """The arguments with what the files hold that `--config` names: jsonargparse would read them with YAML's traps, and
-    any amount of it.
-    """
-    words = [part for argument in arguments for part in _halves(argument, "--config")]
-    for place in [place for place, word in enumerate(words[:-1]) if word == "--config"]:
-        sections = read_settings(Path(words[place + 1]))
-        for name, section in sections.items():
-            for key, value in section.items():
-                section[key] = as_meant(parser.kind(f"{name}.{key}"), value)
-        words[place + 1] = to_plain_yaml(sections)
-    return words
-
-
-def _config_files(arguments: Sequence[str]) -> list[Path]:
-    """Those that `--config` names, in either form."""
-    named = [following for argument, following in pairwise(arguments) if argument == "--config"]
-    joined = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
-    return [Path(name) for name in named + joined]
+    parsed = parser.complete(parser.parse_args(arguments))  # with defaults, for --print_config
+    return training.settings(**{name: parsed[name] for name in parser.sections}), parsed.dry_run

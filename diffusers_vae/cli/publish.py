@@ -7,9 +7,13 @@ from pathlib import Path
 
 from ..hub.config import HubConfig
 from ..hub.push import push
-from ..messages import message, showable
+from ..messages import showable
 from ..settings import read_settings
-from .arguments import command_parser, parse
+from .arguments import complete, read_flags, refusing
+from .parser import command_parser
+
+OF_COMMAND = ("push", "repo_id")
+"""Settings of the hub that this command is."""
 
 
 def run_push(arguments: Sequence[str]) -> int:
@@ -24,20 +28,16 @@ def run_push(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=str, help="Folder of a finished run.")
     parser.add_argument("target", metavar="REPO_ID", type=str, help="NAMESPACE/NAME of the repository.")
-    parser.add_class_arguments(HubConfig, skip={"push", "repo_id"}, as_group=False)
-    parsed = parse(parser, arguments)
-    if (file := Path(parsed.run) / "config.yaml").is_file():  # licence and the rest, as the run was told
-        known = [
-            f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
-            for name, value in read_settings(file).get("hub", {}).items()
-            if name not in ("push", "repo_id") and value is not None
-        ]
-        parsed = parse(parser, [*known, *arguments])
+    parser.add_class_arguments(HubConfig, skip={*OF_COMMAND}, as_group=False)
+    given = read_flags(parser, arguments)
+    file, known = Path(given.run) / "config.yaml", {}
+    if file.is_file():  # licence and the rest, as the run was told
+        stated = read_settings(file).get("hub", {})
+        known = {name: value for name, value in stated.items() if name not in OF_COMMAND and value is not None}
+    parsed = complete(parser, given, known)
     settings = parsed.as_dict()
     run, repo_id = Path(settings.pop("run")), settings.pop("target")
-    try:
+    with refusing(parser):
         config = HubConfig(push=True, repo_id=repo_id, **settings)
-    except ValueError as error:
-        parser.exit(2, message(f"error: {error}") + "\n")
     print(showable(f"published   {push(run, config)}"))
     return 0
