@@ -24,9 +24,12 @@ from support.runs import TINY_VAE, tiny
 
 from diffusers_vae import MLPVAE, VAE, LatentDataset, cli
 from diffusers_vae.data import DataConfig, load_data, load_split
+from diffusers_vae.evaluation.metrics import psnr
+from diffusers_vae.evaluation.reconstruct import image_files, reconstruct_files
 from diffusers_vae.evaluation.report import EvaluationReport
+from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.losses.objective import ObjectiveConfig
-from diffusers_vae.models import fast_dtype, weights_hash
+from diffusers_vae.models import fast_dtype, load_autoencoder, weights_hash
 from diffusers_vae.processes import out_of_memory
 
 ROOT = Path(__file__).parents[1]
@@ -794,6 +797,21 @@ class TestOthers:
         assert out.count("PSNR") == 2
         code, _, error = call(capsys, "reconstruct", run, tmp_path / "none.png")
         assert code == 1 and error == f"error: there is no image {tmp_path / 'none.png'}\n"
+
+    def test_reconstruct_from_python_is_the_command(self, run, capsys, tmp_path):
+        pixels = np.random.default_rng(0).integers(0, 256, (9, 13), dtype=np.uint8)
+        (tmp_path / "images").mkdir()
+        Image.fromarray(pixels).save(tmp_path / "images" / "a.png")
+        (tmp_path / "images" / "b.png").write_bytes(b"no image")
+        call(capsys, "reconstruct", run, tmp_path / "images", "--out", tmp_path / "command")
+        found = reconstruct_files(load_autoencoder(str(run)), image_files([tmp_path / "images"]), tmp_path / "python")
+        path, figure = next(found)
+        with pytest.raises(ValueError, match=r"1 of 2 images could not be reconstructed:\n.*b\.png"):
+            next(found)
+        assert path.read_bytes() == (tmp_path / "command" / "a.png").read_bytes()
+        images, written = (to_model_range(torch.from_numpy(np.array(Image.open(file)))[None, None]) for file in (
+            tmp_path / "images" / "a.png", path))  # fmt: skip
+        assert figure == pytest.approx(psnr(images, written).item(), abs=1e-4)
 
     def test_reconstruct_is_what_the_model_gives(self, run, capsys, tmp_path):
         pixels = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ MODEL = "Folder of a model, of a run or of a pipeline, or a repository on the Hu
 
 
 @contextmanager
-def refusing(parser: ArgumentParser, note: str = "") -> Iterator[None]:
+def refusing(parser: ArgumentParser, note: str = "") -> Generator[None]:
     """End the process with an error's message, and `note`, where a setting is wrong."""
     try:
         yield
@@ -97,7 +97,8 @@ def add_device(parser: ArgumentParser) -> None:
 
 def device_of(parsed: Namespace) -> torch.device | str:
     """Return the device that was asked for, by default a GPU if there is one; ValueError if torch cannot use it."""
-    device = parsed.device or PartialState(cpu=not torch.accelerator.is_available()).device
+    default: Any = PartialState(cpu=not torch.accelerator.is_available())
+    device = parsed.device or default.device
     try:
         torch.zeros(1, device=device)
     except (AssertionError, RuntimeError) as error:

@@ -10,9 +10,10 @@ from pathlib import Path
 from jsonargparse.typing import PositiveInt
 
 from ..data import OWN_PICTURES, PLACED, DataConfig, look, recommended
+from ..images.grid import save_signed
 from ..images.ranges import to_model_range
 from ..messages import showable
-from ..reports.pages import contact_sheet, save_signed
+from ..reports.pages import contact_sheet
 from ..reports.tables import look_table
 from ..storage import whole_file
 from .arguments import complete, picture_path, read_data_flags

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from accelerate import PartialState
 from jsonargparse.typing import PositiveInt
@@ -21,6 +21,9 @@ from .arguments import MODEL, add_device, add_source, complete, device_of, read_
 from .launched import launched
 from .measuring import NOT_MEASURED, data_for, load_images, of_another_set, settings_of_run
 from .parser import IMAGES, Parser, command_parser
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+AnySplit = Literal["held-out", "training", "all", None]
 
 
 def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
@@ -45,19 +48,17 @@ def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
         default="posterior",
         help="posterior: mean and logvar, from which each epoch can draw anew. sample: one draw. mode: the mean.",
     )
-    parser.add_argument(
-        "--dtype", type=Literal[tuple(DTYPES)], default="float32", help="Of the stored values; the weights are float32."
-    )
+    parser.add_argument("--dtype", type=Dtype, default="float32", help="Of the stored values; the weights are float32.")
     parser.add_argument(
         "--compute_dtype",
-        type=Literal[tuple(DTYPES)] | None,
+        type=Literal["float32", "bfloat16", "float16", None],
         default=None,
         help="In which the encoder runs, as the result says. By default as FOLDER was begun, if it was; else bfloat16 "
         "where the device multiplies it in hardware, and float32 elsewhere. How far apart they are: docs/pipeline.md.",
     )
     parser.add_argument(
         "--split",
-        type=Literal["held-out", "training", "all"] | None,
+        type=AnySplit,
         default=None,
         help="Which images; by default the training ones, but all of a folder that has no parts.",
     )
@@ -70,7 +71,7 @@ def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
     parser.add_argument("--seed", type=int, default=0, help="Of the draws of --kind sample.")
     parser.add_argument(
         "--batch_size",
-        type=PositiveInt | None,
+        type=cast(Any, PositiveInt) | None,
         default=None,
         help="Images per forward on one process; by default as many as keep a CPU's caches or a GPU busy.",
     )

@@ -73,7 +73,7 @@ def _write_evaluation(
     print(report_table(json.loads(text)))
     with whole_files(out) as partial:
         write_text(partial / "evaluation.json", text)
-        write_text(partial / "evaluation.csv", report.per_image.to_csv())
+        write_text(partial / "evaluation.csv", report.measured.to_csv())
         pictures = draw_report(model, images, None, config, report)
         (partial / "pictures").mkdir()
         for name, picture in pictures.items():
@@ -110,18 +110,18 @@ def run_compare(arguments: Sequence[str]) -> int:
         evaluate(model, images, objective, parsed.evaluation, parsed.data, split, name, True)
         for model, name in zip(models, names, strict=True)
     ]
-    comparison = compare(*reports)
+    comparison = compare(reports[0], reports[1])
     text = comparison.to_json()
     print(comparison_table(json.loads(text)))
-    shown = [reports[0].per_image.indices[place] for place in comparison.most_different]
+    shown = [reports[0].measured.indices[place] for place in comparison.most_different]
     originals = to_model_range(images.read(shown).checked().pixels.to(models[0].device))
     with torch.no_grad():
         first, second = (reconstruct(model, originals, shown, parsed.evaluation) for model in models)
     captions = [
-        ", ".join(f"{report.per_image.figures['psnr'][place]:.2f}" for report in reports) + " dB"
+        ", ".join(f"{report.measured.figures['psnr'][place]:.2f}" for report in reports) + " dB"
         for place in comparison.most_different
     ]
-    picture = comparison_picture(originals.cpu(), first.cpu(), second.cpu(), names, captions)
+    picture = comparison_picture(originals.cpu(), first.cpu(), second.cpu(), (names[0], names[1]), captions)
     with whole_files(out) as partial:
         write_text(partial / "comparison.json", text)
         picture.save(partial / "comparison.png")
@@ -168,13 +168,13 @@ def run_fp16(arguments: Sequence[str]) -> int:
     file = _config_file(Source(parsed.model, parsed.subfolder))
     if parsed.write and "force_upcast" not in model.config:
         raise ValueError(f"--write sets force_upcast, which {type(model).__name__} does not have")
-    if parsed.write and file is None:
+    if parsed.write and not file:
         kind = "a single file, without one" if Path(parsed.model).is_file() else "a repository"
         raise ValueError(f"--write changes a config.json on this machine, and {parsed.model} is {kind}")
     images, _ = load_images(parsed, [parsed.model], True)
     report = measure_precision(model, images, parsed.batch_size, parsed.max_images, True)
     print(precision_table(asdict(report)))
-    if not parsed.write:
+    if not parsed.write or not file:
         return 0
     if not report.safe:
         raise ValueError(f"{file} is left as it is. {report.advice}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from diffusers import AutoencoderKLFlux2
 
@@ -80,7 +81,7 @@ def _scaled_latents(model: ModelMixin) -> dict[str, str]:
     others: dict[str, list[str]] = {}
     for name, pipeline in PIPELINES.items():
         try:
-            own = _formula(latent_scaling(pipeline, model))
+            own = _formula(latent_scaling(pipeline, cast(VAE, model)))
         except (TypeError, ValueError):  # it cannot compute with this config
             continue
         if own != formula:
@@ -100,7 +101,7 @@ PIPELINES = {
 
 
 def _formula(scaling: LatentScaling) -> str:
-    if scaling.mean is None:
+    if scaling.mean is None or scaling.std is None:
         shifted = f"(latents {-scaling.shift:+.6g})" if scaling.shift else "latents"
         return f"{shifted} * {scaling.factor:.6g}"
     mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (scaling.mean, scaling.std))

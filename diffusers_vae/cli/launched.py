@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from ..silence import GROUP_TIMEOUT, Patience, report_progress, watched
 
 
 @contextmanager
-def launched(doing: str, patience: Patience, again: str) -> Iterator[PartialState]:
+def launched(doing: str, patience: Patience, again: str) -> Generator[PartialState]:
     """Watch the processes that `accelerate launch` started while they work. An error names what was `doing`, and
     ends with the sentence `again`, which says what the same command does. A single process is not watched.
     """

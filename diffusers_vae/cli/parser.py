@@ -15,9 +15,10 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from jsonargparse import (
     SUPPRESS,
-    ActionConfigFile,  # type: ignore[reportPrivateImportUsage]
+    ActionConfigFile,
     ArgumentError,
     ArgumentParser,
+    DefaultHelpFormatter,
     Namespace,
     set_parsing_settings,
 )
@@ -41,6 +42,31 @@ class SettingsFile(ActionConfigFile):
                 namespace[f"{section}.{name}"] = as_meant(parser.kind(f"{section}.{name}"), value)
 
 
+class HelpFormatter(DefaultHelpFormatter):
+    """Each flag on a line of its own, with its choices, and its text below; a default where it is not null. (As in
+    jsonargparse 4.53, which adds types of Python.)
+    """
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, **options | {"max_help_position": 8})
+
+    def _get_type_str(self, action: Any) -> None:
+        return None
+
+    def _expand_help(self, action: Any) -> str:
+        text = super()._expand_help(action).replace(" (default: null)", "")
+        return re.sub(r"\(default: (True|False)\)", lambda found: found[0].lower(), text)
+
+    def _get_default_metavar_for_optional(self, action: Any) -> str:
+        kinds = [kind for kind in alternatives(getattr(action, "_typehint", None)) if kind is not NoneType]
+        choices = [
+            str(one) for kind in kinds if get_origin(kind) is Literal for one in get_args(kind) if one is not None
+        ]
+        if choices and len(kinds) == 1:
+            return f"{{{','.join(choices)}}}"
+        return super()._get_default_metavar_for_optional(action)
+
+
 class Parser(ArgumentParser):
     """Takes values as people write them: 1e4 for a whole number, 64x64 and 0,255 for [64, 64] and [0, 255]. Errors say
     what a setting must be, with an example.
@@ -55,8 +81,9 @@ class Parser(ArgumentParser):
         self.sections[name] = kind
         self.add_class_arguments(kind, name, default=default, skip={*skip})
         for action in self._actions:  # (as in jsonargparse 4.53, whose own --data is a path of settings)
-            if action.dest == name and kind is DataConfig:
-                action.metavar, action.help = "NAME|FOLDER", IMAGES
+            if action.dest == name:
+                metavar, text = ("NAME|FOLDER", IMAGES) if kind is DataConfig else (None, SUPPRESS)
+                action.metavar, action.help = metavar, text
 
     def kind(self, name: str) -> Any:
         """Return the type of a flag or setting, a text where there is none. (Names seen in jsonargparse 4.53.)"""
@@ -163,6 +190,7 @@ def command_parser(command: str, usage: str, description: str, example: str) -> 
         usage=f"%(prog)s {usage} [--debug]",
         description=description,
         epilog=f"example: {example}",
+        formatter_class=HelpFormatter,
         exit_on_error=False,
         allow_abbrev=False,
     )

@@ -15,6 +15,7 @@ from ..messages import message, showable
 from ..processes import Interrupted, lossy_output
 from ..reports.tables import report_table
 from ..tasks.autoencoder import TrainResult
+from ..tasks.text_to_image import TextToImageResult
 from .launched import leave_group
 from .parser import TRAININGS, Training, parse_settings
 
@@ -83,7 +84,7 @@ def _describe(result: RunResult) -> None:
     if isinstance(result, TrainResult):
         print(report_table(asdict(replace(result.report, per_image=None))))
         print(showable(f"report      {result.output_dir / 'report.html'}"))
-    else:
+    elif isinstance(result, TextToImageResult):
         print(f"held-out squared error of the prediction {result.heldout_error:.4f}")
     print(showable(f"pictures    {result.output_dir / 'pictures'}"))
     print(showable(f"evaluation  {result.output_dir / 'evaluation.json'}"))

@@ -3,7 +3,7 @@
 from .arrays import ArrayStore
 from .batch import ReadImages
 from .config import IN_MEMORY, PLACED, DataConfig
-from .files import ARCHIVES, OWN_PICTURES, SIGNATURE, Files
+from .files import ARCHIVES, OWN_PICTURES, Files
 from .folders import no_image
 from .kinds import IMAGE_SUFFIXES, holds_rows, is_hub_id, kind_at
 from .load import load_data, load_split, refuse_colours
@@ -20,7 +20,6 @@ __all__ = [
     "IN_MEMORY",
     "OWN_PICTURES",
     "PLACED",
-    "SIGNATURE",
     "ArrayImages",
     "ArrayStore",
     "DataConfig",

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..images.grid import SIGNATURE
 from ..untrusted import MAX_TEXT, MAX_UNPACKED, Reader, Unreachable, open_regular, read_bytes
 
 ARCHIVES = (".tar", ".zip")
@@ -25,8 +26,6 @@ OF_RUN = ("checkpoints", "lora", "model", "nonfinite", "pictures", "pipeline", "
 """Folders of a run or an evaluation."""
 OWN_PICTURES, OWN_FOLDER = ("contact-sheet.png", "samples.png"), "reconstructions"
 """Where commands write pictures unless they are given another place."""
-SIGNATURE = "diffusers_vae"
-"""What these pictures have in their first bytes."""
 LOCAL_HEADER = 30
 """Bytes of a zip archive before the name of a file (PKWARE, APPNOTE.TXT, 4.3.7)."""
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
-from ..data import SIGNATURE
 from ..images.grid import shown_channels, to_pil
 
 if TYPE_CHECKING:
@@ -105,13 +102,6 @@ def rows_for(height: int) -> int:
 def steps_for(width: int) -> int:
     """How many images show a way through the latents: an odd number, so that one is in the middle."""
     return max(5, min(11, (columns_for(width) - 1) // 2 * 2 + 1))
-
-
-def save_signed(picture: Image.Image, path: Path) -> None:
-    """Save a picture as a PNG file that is not taken for an image of a set."""
-    signature = PngInfo()
-    signature.add_text("Software", SIGNATURE)
-    picture.save(path, "PNG", pnginfo=signature)
 
 
 def contact_sheet(images: torch.Tensor, name: str) -> Image.Image:
