@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from diffusers_vae.data import IMAGE_SUFFIXES, ArrayImages, DataConfig, epoch_batches, load_data
+from diffusers_vae.data import IMAGE_SUFFIXES, ArrayImages, DataConfig, deal, load_data, shuffled
 from diffusers_vae.evaluation.metrics import frechet_distance
 from diffusers_vae.images.grid import to_pil
 from diffusers_vae.images.ranges import to_model_range, to_uint8
@@ -63,7 +63,9 @@ def train_classifier(real: ArrayImages, epochs: int, seed: int, device: torch.de
     torch.manual_seed(seed)
     classifier = Classifier(real.pixels.shape[1]).to(device)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=2e-3)
-    batches = [batch for epoch in range(epochs) for (batch,) in epoch_batches(len(real), 64, seed, epoch)]
+    batches = [
+        batch for epoch in range(epochs) for (batch,) in deal(shuffled(len(real), 64, seed, epoch, 0), seed, epoch)
+    ]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
     for batch in tqdm(batches, "classifier"):
         logits = classifier(to_model_range(real.pixels[batch.indices].to(device)))

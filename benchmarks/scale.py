@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from diffusers_vae.data import DataConfig, epoch_batches, load_data
+from diffusers_vae.data import DataConfig, deal, load_data, shuffled
 from diffusers_vae.engine.checkpoint import find_checkpoint
 from diffusers_vae.engine.state import TrainState
 from diffusers_vae.engine.step import Discriminator
@@ -361,7 +361,7 @@ def measure(folder: Path, scratch: Path, rounds: int) -> tuple[Measured, dict[st
     write, read = checkpoint_rates(scratch / "checkpoints", rounds)
     found |= {"checkpoint_write": write, "checkpoint_read": read}
     for count in (1_281_167, 100_000_000):
-        took = [processor(lambda count=count: next(epoch_batches(count, 512, 0, 0))) for _ in range(rounds)]
+        took = [processor(lambda count=count: next(deal(shuffled(count, 512, 0, 0, 0), 0, 0))) for _ in range(rounds)]
         found[f"permutation of {count}"] = [value / count for value in took]
     for name, values in found.items():
         logging.info("%-28s%s", name, "  ".join(f"{value:.4g}" for value in values))

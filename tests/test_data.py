@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.batches import epoch_batches
 from support.files import ByIndex, paths_of
 from support.launches import run_forked
 from torchvision import datasets
@@ -26,14 +27,13 @@ from diffusers_vae.data import (
     FileStore,
     Records,
     StoredImages,
-    epoch_batches,
     image_batches,
     load_data,
     load_split,
     step_generator,
 )
-from diffusers_vae.data.batch import ReadImages
 from diffusers_vae.data.reading import AHEAD, PARTS
+from diffusers_vae.data.sets import ReadImages
 from diffusers_vae.images.files import read_image
 
 

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_torch_version
 from safetensors.torch import load_file
+from support.batches import epoch_batches
 from support.files import paths_of
 from support.launches import Launch, command, run_forked
 from support.runs import (
@@ -41,7 +42,7 @@ from support.runs import (
     whole,
 )
 
-from diffusers_vae.data import DataConfig, epoch_batches, load_data
+from diffusers_vae.data import DataConfig, load_data
 from diffusers_vae.engine.config import OptimizerConfig
 from diffusers_vae.engine.launch import FSDP2_TORCH
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate

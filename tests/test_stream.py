@@ -19,11 +19,12 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Picture
 from pyarrow import parquet
+from support.batches import epoch_batches
 from support.files import ByIndex
 from support.runs import ROOT, fit, tiny
 from torch.utils.data import DataLoader
 
-from diffusers_vae.data import DataConfig, epoch_batches, image_batches, load_data
+from diffusers_vae.data import DataConfig, image_batches, load_data
 from diffusers_vae.data.order import MicroBatch, deal
 from diffusers_vae.images.files import read_image
 

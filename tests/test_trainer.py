@@ -18,6 +18,7 @@ import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
+from support.batches import epoch_batches
 from support.files import paths_of, tarred
 from support.launches import Launch, command, run_forked
 from support.runs import (
@@ -36,7 +37,7 @@ from support.runs import (
 )
 
 from diffusers_vae import MLPVAE, VAE, cli
-from diffusers_vae.data import ArrayImages, DataConfig, epoch_batches, load_data
+from diffusers_vae.data import ArrayImages, DataConfig, load_data
 from diffusers_vae.engine.checkpoint import find_checkpoint
 from diffusers_vae.engine.config import OptimizerConfig
 from diffusers_vae.engine.dry_run import dry_run as try_out

@@ -11,11 +11,12 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file
+from support.batches import epoch_batches
 from support.runs import TINY_MLP, TINY_VAE, assert_same_gradient, fit, records, tiny, use_random_networks
 
 from diffusers_vae import VAE, cli
-from diffusers_vae.data import DataConfig, epoch_batches, load_data, step_generator
-from diffusers_vae.data.batch import ReadImages
+from diffusers_vae.data import DataConfig, load_data, step_generator
+from diffusers_vae.data.sets import ReadImages
 from diffusers_vae.engine.config import OptimizerConfig
 from diffusers_vae.evaluation.evaluate import EvaluationConfig, evaluate
 from diffusers_vae.images.ranges import to_model_range

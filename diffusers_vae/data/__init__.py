@@ -1,18 +1,15 @@
 """Where images come from, and in which order."""
 
-from .arrays import ArrayStore
-from .batch import ReadImages
 from .config import IN_MEMORY, PLACED, DataConfig
 from .files import ARCHIVES, OWN_PICTURES, Files
 from .folders import no_image
 from .kinds import IMAGE_SUFFIXES, holds_rows, is_hub_id, kind_at
 from .load import load_data, load_split, refuse_colours
 from .look import Look, look, recommended
-from .order import MicroBatch, Read, TrainingSet, deal, epoch_batches, step_generator
+from .order import MicroBatch, Read, TrainingSet, deal, shuffled, step_generator
 from .reading import image_batches, kept_images, read_ahead
-from .sets import ArrayImages, ImageSet, Records, StoredImages
-from .store import FileStore, Store, left_out
-from .tables import RowStore
+from .sets import ArrayImages, ImageSet, ReadImages, Records, StoredImages
+from .store import FileStore, left_out
 
 __all__ = [
     "ARCHIVES",
@@ -21,7 +18,6 @@ __all__ = [
     "OWN_PICTURES",
     "PLACED",
     "ArrayImages",
-    "ArrayStore",
     "DataConfig",
     "FileStore",
     "Files",
@@ -31,12 +27,9 @@ __all__ = [
     "Read",
     "ReadImages",
     "Records",
-    "RowStore",
-    "Store",
     "StoredImages",
     "TrainingSet",
     "deal",
-    "epoch_batches",
     "holds_rows",
     "image_batches",
     "is_hub_id",
@@ -50,5 +43,6 @@ __all__ = [
     "read_ahead",
     "recommended",
     "refuse_colours",
+    "shuffled",
     "step_generator",
 ]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torchvision.transforms import v2
 
-from .batch import ReadImages
 from .config import DataConfig
-from .order import MicroBatch
 
 
 class Augmentation:
-    """What `data.horizontal_flip`, `data.vertical_flip` and `data.color_jitter` ask for, of every image in every epoch
-    something else: a pure function of (seed, epoch, index).
+    """The transforms of `data.horizontal_flip`, `data.vertical_flip` and `data.color_jitter`, applied to each image in
+    each epoch anew: a pure function of (seed, epoch, index).
     """
 
     def __init__(self, config: DataConfig):
@@ -25,22 +23,18 @@ class Augmentation:
 
     @staticmethod
     def of(config: DataConfig) -> Augmentation | None:
-        """None where nothing is asked for."""
+        """Return None where no transform is asked for."""
         asked = config.horizontal_flip or config.vertical_flip or config.color_jitter
         return Augmentation(config) if asked else None
 
-    def __call__(self, read: ReadImages, batch: MicroBatch) -> ReadImages:
-        """The images of the batch that could be read, each changed."""
-        before = torch.get_rng_state()  # of which torchvision draws, and others may, too
+    def __call__(self, pixels: torch.Tensor, seed: int, epoch: int, indices: Sequence[int]) -> torch.Tensor:
+        """Return the images (B, C, H, W) at these indices, each changed."""
+        before, changed = torch.get_rng_state(), []  # torchvision uses the global generator, and others may, too
         try:
-            changed = [
-                self._changed(pixels, np.random.SeedSequence([batch.seed, batch.epoch, batch.indices[place]]))
-                for place, pixels in zip(read.kept, read.pixels, strict=True)
-            ]
+            for image, index in zip(pixels, indices, strict=True):
+                state = np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)
+                torch.default_generator.manual_seed(int(state[0]) >> 1)
+                changed.append(self.transform(image))
         finally:
             torch.set_rng_state(before)
-        return replace(read, pixels=torch.stack(changed)) if changed else read
-
-    def _changed(self, pixels: torch.Tensor, seed: np.random.SeedSequence) -> torch.Tensor:
-        torch.default_generator.manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
-        return self.transform(pixels)
+        return torch.stack(changed)

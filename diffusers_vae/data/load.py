@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from ..images.fit import Fit
 from ..messages import problem_list, showable
+from . import rows
 from .arrays import ArrayStore, ImageArray, array_classes, array_files
 from .augmentation import Augmentation
 from .captions import read_captions
@@ -22,15 +23,6 @@ from .config import IN_MEMORY, PLACED, DataConfig
 from .files import Files
 from .folders import Division, class_names, divide
 from .named import heldout_indices, load_cifar10, load_digits, load_mnist
-from .rows import (
-    find_columns,
-    find_parts,
-    open_rows,
-    own_folders,
-    read_labels,
-    read_row_captions,
-    unused_splits,
-)
 from .sets import ArrayImages, Captions, ImageSet, Layout, Records, StoredImages
 from .store import FileStore, Store, left_out
 from .stream import load_stream
@@ -174,17 +166,17 @@ def _load_arrays(config: DataConfig, progress: bool, memory_limit: int, captions
 
 
 def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> Loaded:
-    found, root = open_rows(config, progress), config.described
-    parts = {name: found[name] for name in find_parts(list(found), root)}
-    of_each = [find_columns(part.features, config, captions) for part in parts.values()]
+    found, root = rows.open_rows(config, progress), config.described
+    parts = {name: found[name] for name in rows.find_parts(list(found), root)}
+    of_each = [rows.find_columns(part.features, config, captions) for part in parts.values()]
     columns = of_each[0]
     if any(own != columns for own in of_each):
         raise ValueError(f"the columns of {' and '.join(parts)} in {root} must be the same")
-    store = RowStore(root, parts, columns.image, own_folders(config.location))
-    labels, classes = read_labels(root, parts, columns.label) if columns.label else (None, None)
-    told = read_row_captions(root, parts, columns.caption) if captions and columns.caption else None
+    store = RowStore(root, parts, columns.image, rows.own_folders(config.location))
+    labels, classes = rows.read_labels(root, parts, columns.label) if columns.label else (None, None)
+    told = rows.read_row_captions(root, parts, columns.caption) if captions and columns.caption else None
     counts = [len(part) for part in parts.values()]
-    layout = Layout(len(parts) == 2, unused_splits(found, parts))
+    layout = Layout(len(parts) == 2, rows.unused_splits(found, parts))
     return *in_size(*_stored(config, store, counts, labels, classes, told), progress, memory_limit), layout
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from ..fields import with_traits
-from ..images.files import Header
 from ..images.ranges import EXACT, ValueRange, to_uint8
 from .check import GREY, pages_of
 from .config import PLACED, DataConfig
@@ -23,6 +23,7 @@ from .reading import image_batches
 from .sets import ImageSet, StoredImages
 from .store import FileStore
 
+T = TypeVar("T")
 DEPTHS = (8, 10, 12, 14)
 """Bits of a value that are common in files of 16 bits."""
 NEARLY_CONSTANT = 2 / 255
@@ -239,49 +240,41 @@ def _classes(parts: Sequence[ImageSet]) -> dict[str, int]:
 
 
 def _files(parts: Mapping[str, StoredImages], bad: list[str], progress: bool) -> FileFigures:
-    """What cannot be read joins `bad`."""
-    places = [(name, part, index) for name, part in parts.items() for index in range(len(part))]
+    """Measure the files; why some cannot be read joins `bad`."""
+
+    def shown(values: Iterable[T], title: str, count: int) -> Iterable[T]:
+        return tqdm(values, title, count, unit="img", disable=not progress, leave=False)
+
+    images = [(name, part, index) for name, part in parts.items() for index in range(len(part))]
     with ThreadPoolExecutor() as pool:
-        read = pool.map(lambda place: place[1].header(place[2]), places)
-        headers: list[Header] = list(tqdm(read, "headers", len(places), unit="img", disable=not progress, leave=False))
-        of_size = defaultdict(list)
-        for name, part, index in places:
+        read = pool.map(lambda image: image[1].header(image[2]), images)
+        headers = list(shown(read, "headers", len(images)))
+        of_size: dict[int, list[tuple[str, StoredImages, int]]] = defaultdict(list)
+        for name, part, index in images:
             of_size[part.store.size(int(part.rows[index]))].append((name, part, index))
-        alike = [place for group in of_size.values() if len(group) > 1 for place in group]
-        hashed = pool.map(lambda place: _digest(*place[1:]), alike)
-        groups = defaultdict(list)
-        for (name, part, index), digest in zip(
-            alike, tqdm(hashed, "duplicates", len(alike), unit="img", disable=not progress, leave=False), strict=True
-        ):
+        alike = [image for group in of_size.values() if len(group) > 1 for image in group]
+        hashed = shown(pool.map(lambda image: _digest(*image[1:]), alike), "duplicates", len(alike))
+        groups: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
+        for (name, part, index), digest in zip(alike, hashed, strict=True):
             if isinstance(digest, ValueError):
                 bad.append(str(digest))
             else:
                 groups[digest].append((name, part.name(index)))
     same = [group for group in groups.values() if len(group) > 1]
     sides = sorted(min(header.height, header.width) for header in headers)
-
-    def counted(values: Sequence[str]) -> dict[str, int]:
-        return dict(Counter(values).most_common())
-
+    named = [(part.name(index), header) for (_, part, index), header in zip(images, headers, strict=True)]
     return FileFigures(
-        formats=counted([header.format for header in headers]),
-        modes=counted([header.mode for header in headers]),
-        sizes=counted([f"{header.height}x{header.width}" for header in headers]),
+        formats=dict(Counter(header.format for header in headers).most_common()),
+        modes=dict(Counter(header.mode for header in headers).most_common()),
+        sizes=dict(Counter(f"{header.height}x{header.width}" for header in headers).most_common()),
         sides=(sides[0], sides[len(sides) // 2], sides[-1]),
         duplicates=tuple(sorted(tuple(sorted(file for _, file in group)) for group in same)),
-        paged=tuple(
-            sorted(
-                pages_of(part.name(index), header)
-                for (_, part, index), header in zip(places, headers, strict=True)
-                if header.pages > 1
-            )
-        ),
+        paged=tuple(sorted(pages_of(name, header) for name, header in named if header.pages > 1)),
         leaks=sum(len([name for name, _ in group if name == "held-out"]) for group in same if len({*dict(group)}) > 1),
     )
 
 
 def _digest(part: StoredImages, index: int) -> bytes | ValueError:
-    """Of the file of an image."""
     try:
         return hashlib.sha256(part.store.content(int(part.rows[index]))).digest()
     except ValueError as error:

@@ -149,20 +149,6 @@ def streamed(
         yield firsts[blocks] + places - (ends[blocks] - counts[order[blocks]])
 
 
-def epoch_batches(
-    length: int,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    rank: int = 0,
-    processes: int = 1,
-    micro_steps: int = 1,
-    start: int = 0,
-) -> Iterator[list[MicroBatch]]:
-    """`deal` of `shuffled`: every image once per epoch."""
-    return deal(shuffled(length, batch_size, seed, epoch, start), seed, epoch, rank, processes, micro_steps)
-
-
 def deal(
     batches: Batches, seed: int, epoch: int, rank: int = 0, processes: int = 1, micro_steps: int = 1
 ) -> Iterator[list[MicroBatch]]:

@@ -12,8 +12,7 @@ import torch
 
 from ..images.ranges import to_model_range
 from ..silence import alone, report_progress
-from .batch import ReadImages
-from .sets import ImageSet
+from .sets import ImageSet, ReadImages
 
 PARTS = 64
 """Into which a data set is cut to be measured: enough for as many processes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +15,6 @@ from ..images.files import Header
 from ..images.fit import Fit
 from ..silence import report_progress
 from .augmentation import Augmentation
-from .batch import ReadImages
 from .config import DataConfig
 from .order import MicroBatch, TrainingSet
 from .store import Store
@@ -69,6 +68,48 @@ class Records:
             rows=None if self.rows is None or other.rows is None else np.concatenate([self.rows, other.rows]),
             crops=None if self.crops is None or other.crops is None else np.concatenate([self.crops, other.crops]),
         )
+
+
+@dataclass(frozen=True)
+class ReadImages:
+    """What was asked for and could be read."""
+
+    pixels: torch.Tensor
+    """(B, C, H, W), uint8 in [0, 255] or float32 in [0, 1]."""
+    kept: Sequence[int]
+    """Places, in the indices asked for, of the B images."""
+    errors: tuple[str, ...] = ()
+    """Why the others could not be read, with their names."""
+    stop: bool = False
+    """Whether that is to stop the run."""
+    unreachable: str = ""
+    """Why nothing could be read, if that is no fault of the images."""
+
+    def checked(self) -> ReadImages:
+        """Return these images; ValueError naming a file that stops the run, OSError when storage could not be reached.
+        A worker does not raise it itself, since there it would arrive wrapped in a traceback.
+        """
+        if self.unreachable:
+            raise OSError(f"{self.unreachable}. When it can be read again, the same command continues")
+        if self.errors and self.stop:
+            raise ValueError(
+                f"{self.errors[0]}. Mend or remove it, or leave such files out with data.on_bad_image skip"
+            )
+        return self
+
+    def blank(self) -> ReadImages:
+        """Return one black image, for a process that is left without any and must take part all the same."""
+        return ReadImages(self.pixels.new_zeros(1, *self.pixels.shape[1:]), [0])
+
+    def pin_memory(self) -> ReadImages:
+        """Return the same in page-locked memory, from which a device copies without waiting; for `DataLoader`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        pinned = {name: value.pin_memory() for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **pinned)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return what was read, by name."""
+        return {"pixels": self.pixels}
 
 
 @dataclass(frozen=True)
@@ -131,7 +172,10 @@ class ImageSet(TrainingSet):
 
     def read_batch(self, batch: MicroBatch) -> ReadImages:
         read = self._read_batch(batch)
-        return self.augmentation(read, batch) if self.augmentation else read
+        if not self.augmentation or not read.kept:
+            return read
+        indices = [batch.indices[place] for place in read.kept]
+        return replace(read, pixels=self.augmentation(read.pixels, batch.seed, batch.epoch, indices))
 
     def _read_batch(self, batch: MicroBatch) -> ReadImages:
         return self.read(batch.indices)
@@ -260,7 +304,7 @@ class StoredImages(ImageSet):
         return digest.hexdigest()
 
     def contents(self) -> str | None:
-        """Return the SHA-256 of the fingerprint and the images, or samples of them in a set of over `WHOLE` bytes."""
+        """Return the SHA-256 of the fingerprint and the images, or samples of these if they are over `WHOLE` bytes."""
         digest = hashlib.sha256(self.fingerprint().encode())
         rows = list(dict.fromkeys(map(int, self.rows)))  # crops share a file
         for row in rows[:1]:
