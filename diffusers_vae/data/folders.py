@@ -64,9 +64,16 @@ def divide(files: Files) -> Division:
     """
     folder, entries, holders, images = _first_with_several(files)
     unused_files: list[str] = []
+    beside: list[Path] = []
+
+    def images_below(path: Path) -> list[Path]:
+        """Return the images; all other files join `beside`."""
+        below = files.below(path)
+        beside.extend(found for found in below if not _is_image(found))
+        return [found for found in below if _is_image(found)]
 
     def holds_images(path: Path) -> bool:
-        return any(_is_image(found) for found in files.below(path))
+        return any(map(_is_image, files.below(path)))
 
     def alone() -> bool:
         others = [path for path in holders if part_of(path.name, not entries[path]) is None]
@@ -82,22 +89,18 @@ def divide(files: Files) -> Division:
             path for path in others if path.name in split.unused or not entries[path] or _shows_images(files, path)
         ]
         roles = _Roles(unused=[(path.name,) for path in unused], beside=[()] if images else [])
-        parts, beside = [], []
+        parts = []
         for role, group in ((roles.training, split.training), (roles.heldout, split.heldout)):
             found = []
             for path in (names[name] for name in group):
-                below = [*files.below(path)]
-                inside = [image for image in below if _is_image(image)]
-                beside += [other for other in below if not _is_image(other)]
+                inside = images_below(path)
                 role |= {at: _bare(left) for at, left in _folders(files, inside, path).items()}
                 found += inside
             parts.append(_checked(found, [names[name] for name in group], beside, files))
     else:
         inner = {path: entries[path] for path in holders}
         _refuse_unclear(folder, folder == files.root, inner, images, holds_images)
-        below = [*files.below(folder)]
-        found = [image for image in below if _is_image(image)]
-        beside = [other for other in below if not _is_image(other)]
+        found = images_below(folder)
         roles = _Roles()
         _assign([(at, left, ()) for at, left in _folders(files, found, folder).items()], (), roles)
         refuse_folds(["/".join(names) for names in roles.splits])

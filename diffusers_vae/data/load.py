@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +24,8 @@ from .config import IN_MEMORY, PLACED, DataConfig
 from .files import Files
 from .folders import Division, class_names, divide
 from .named import heldout_indices, load_cifar10, load_digits, load_mnist
-from .sets import ArrayImages, Captions, ImageSet, Layout, Records, StoredImages
-from .store import FileStore, Store, left_out
+from .sets import ArrayImages, ImageSet, Layout, Records, StoredImages
+from .store import FileStore, left_out
 from .stream import load_stream
 from .tables import RowStore
 
@@ -57,7 +58,7 @@ def load_data(
 def load_with_layout(
     config: DataConfig, progress: bool = False, memory_limit: int | None = None, captions: bool = False
 ) -> Loaded:
-    """The images as `load_data` returns them, and how their files were read; with `progress`, its notes are logged."""
+    """Load the images like `load_data`, and return how their files were read; with `progress`, its notes are logged."""
     limit = MEMORY_LIMIT if memory_limit is None else memory_limit
     if config.streaming:
         train, heldout, layout = load_stream(config, progress)
@@ -131,25 +132,19 @@ def _load_folder(config: DataConfig, progress: bool, memory_limit: int, captions
     for part in division.parts:
         part[:] = [part[i] for i in np.random.default_rng(0).permutation(len(part))]
     labels, classes = _labelled(files, division)
-    parts, split = division.parts, len(division.parts) == 2
+    paths, count, split = [*chain(*division.parts)], len(division.parts[0]), len(division.parts) == 2
     if not split:
-        ((found,), (of_all,)) = parts, labels
-        indices = heldout_indices(len(found), config)
-        parts = [[found[i] for i in part] for part in indices]
-        labels = [None if of_all is None else of_all[torch.from_numpy(part)] for part in indices]
-    paths = [path for part in parts for path in part]
+        train, heldout = heldout_indices(count, config)
+        order, count = np.concatenate([train, heldout]), len(train)
+        paths, labels = [paths[i] for i in order], None if labels is None else labels[order]
     told, notes = read_captions(files, paths) if captions else (None, [])
     ignored = left_out(files, division.others)
     if ignored and progress:
         logger.warning("%d files look like images and are left out:\n%s", len(ignored), problem_list(ignored))
-    store, count = FileStore(files.root, paths, files.members, ignored), len(parts[0])
-    records = Records(None, None, told, store, np.arange(len(paths)))
-    train, heldout = (
-        StoredImages(config, replace(records.select(part), labels=own, classes=None if own is None else classes))
-        for part, own in zip((slice(count), slice(count, None)), labels, strict=True)
-    )
-    layout = Layout(split, (*division.notes, *notes))
-    return *in_size(train, heldout, progress, memory_limit), layout
+    store = FileStore(files.root, paths, files.members, ignored)
+    records = Records(labels, classes, told, store, np.arange(len(paths)))
+    parts = _part(config, records, slice(count)), _part(config, records, slice(count, None))
+    return *in_size(*parts, progress, memory_limit), Layout(split, (*division.notes, *notes))
 
 
 def _load_arrays(config: DataConfig, progress: bool, memory_limit: int, captions: bool) -> Loaded:
@@ -159,7 +154,7 @@ def _load_arrays(config: DataConfig, progress: bool, memory_limit: int, captions
     store = ArrayStore([array for arrays in parts for array in arrays])
     labels, classes = array_classes(parts, config.label_column)
     counts = [sum(map(len, arrays)) for arrays in parts]
-    loaded = in_size(*_stored(config, store, counts, labels, classes, None), progress, memory_limit, headers=False)
+    loaded = in_size(*_parts(config, Records(labels, classes, None, store), counts), progress, memory_limit, False)
     if isinstance(loaded[0], ArrayImages):
         store.forget()
     return *loaded, Layout(len(groups) == 2, notes)
@@ -175,58 +170,53 @@ def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: 
     store = RowStore(root, parts, columns.image, rows.own_folders(config.location))
     labels, classes = rows.read_labels(root, parts, columns.label) if columns.label else (None, None)
     told = rows.read_row_captions(root, parts, columns.caption) if captions and columns.caption else None
-    counts = [len(part) for part in parts.values()]
-    layout = Layout(len(parts) == 2, rows.unused_splits(found, parts))
-    return *in_size(*_stored(config, store, counts, labels, classes, told), progress, memory_limit), layout
+    loaded = _parts(config, Records(labels, classes, told, store), [len(part) for part in parts.values()])
+    return *in_size(*loaded, progress, memory_limit), Layout(len(parts) == 2, rows.unused_splits(found, parts))
 
 
-def _stored(
-    config: DataConfig,
-    store: Store,
-    counts: Sequence[int],
-    labels: torch.Tensor | None,
-    classes: tuple[str, ...] | None,
-    told: Captions | None,
-) -> tuple[StoredImages, StoredImages]:
+def _parts(config: DataConfig, records: Records, counts: Sequence[int]) -> tuple[StoredImages, StoredImages]:
     """Return the images of a store to train on and those held out, each in a fixed random order: of two parts of
-    `counts` images, or of one, cut at random. Labels are negative in a part that has none.
+    `counts` images, or of one, cut at random.
     """
     if len(counts) == 1:
-        rows = heldout_indices(counts[0], config)
+        train, heldout = heldout_indices(counts[0], config)
     else:
-        rows = [np.random.default_rng(0).permutation(count) for count in counts]
-        rows[1] += counts[0]
-    every = Records(labels, classes, told, store, np.arange(sum(counts)))
-    parts = [every.select(own) for own in rows]
-    parts = [
-        replace(own, labels=None, classes=None) if own.labels is None or own.labels[0] < 0 else own for own in parts
-    ]
-    train, heldout = (StoredImages(config, own) for own in parts)
-    return train, heldout
+        train, heldout = (np.random.default_rng(0).permutation(count) for count in counts)
+        heldout += counts[0]
+    records = replace(records, rows=np.arange(sum(counts)))
+    return _part(config, records, train), _part(config, records, heldout)
 
 
-def _labelled(files: Files, division: Division) -> tuple[list[torch.Tensor | None], tuple[str, ...] | None]:
-    """Return the labels of each part, by the folders of its files or by their `.cls` files, and the names of the
-    classes, the same in all parts; None if there are fewer than two.
+def _part(config: DataConfig, records: Records, indices: slice | np.ndarray) -> StoredImages:
+    """Return the images at the indices; a part without labels has negative ones in `records`."""
+    own = records.select(indices)
+    if own.labels is None or own.labels[0] < 0:
+        own = replace(own, labels=None, classes=None)
+    return StoredImages(config, own)
+
+
+def _labelled(files: Files, division: Division) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:
+    """Return (N,) labels by the folders of the files or by their `.cls` files, -1 in a part without, and the names of
+    the classes; None if there are fewer than two.
     """
     of_folders = class_names(division)
     in_folders = [None not in own for own in of_folders]
     names = [
-        [str(name) for name in own] if inside else _told_beside(files, part)
+        own if inside else _told_beside(files, part)
         for own, inside, part in zip(of_folders, in_folders, division.parts, strict=True)
     ]
-    known = {name for own in names for name in own or ()}
+    known = {name for name in chain(*names) if name is not None}
     if len(known) < 2:
-        return [None] * len(names), None
+        return None, None
     numbers = not any(in_folders) and all(name.isdecimal() for name in known)
     classes = sorted(known, key=int) if numbers else sorted(known)
-    place_of = {name: place for place, name in enumerate(classes)}
-    return [None if own is None else torch.tensor([place_of[name] for name in own]) for own in names], tuple(classes)
+    class_of: dict[str | None, int] = {None: -1} | {name: number for number, name in enumerate(classes)}
+    return torch.tensor([class_of[name] for name in chain(*names)]), tuple(classes)
 
 
-def _told_beside(files: Files, part: Sequence[Path]) -> list[str] | None:
-    """Return the text of `NAME.cls` beside each `NAME.png`, as in WebDataset; None if some have none."""
+def _told_beside(files: Files, part: Sequence[Path]) -> Sequence[str | None]:
+    """Return the text of `NAME.cls` beside each `NAME.png`, as in WebDataset, or None for each if some have none."""
     beside = [str(path.with_suffix(".cls")) for path in part]
     if not all(map(files.exists, beside)):
-        return None
+        return [None] * len(part)
     return [files.read(path).decode(errors="replace").strip() for path in beside]
