@@ -131,8 +131,9 @@ class Store:
         """Return the number of stored bytes."""
         raise NotImplementedError
 
+    @cached_property
     def total(self) -> int:
-        """Return the bytes of all images."""
+        """Bytes of all images."""
         raise NotImplementedError
 
     def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
@@ -149,7 +150,7 @@ class Store:
 
     def digest(self, row: int) -> bytes:
         """Return 16 bytes that depend on the content alone, by `content_digest`."""
-        limit = WHOLE if self.total() <= WHOLE else SAMPLED
+        limit = WHOLE if self.total <= WHOLE else SAMPLED
         try:
             with self.opener(row, False)() as file:
                 return content_digest(file, self.size(row), limit, SAMPLE)
@@ -212,11 +213,8 @@ class FileStore(Store):
         return int(self.sizes[row])
 
     @cached_property
-    def _total(self) -> int:
-        return sum(map(self.size, range(len(self.paths))))
-
     def total(self) -> int:
-        return self._total
+        return sum(map(self.size, range(len(self.paths))))
 
     def digest(self, row: int) -> bytes:
         """Return the digest when first asked, like the size."""

@@ -55,14 +55,11 @@ class RowStore(Store):
         return f"{self.key(row)}\0{Path(path or '').name}\0{self.size(row)}\0".encode() + ending
 
     @cached_property
-    def _total(self) -> int:
+    def total(self) -> int:
         stored = sum(table.data.nbytes for table in self.tables)
         if stored > WHOLE:
             return stored
         return sum(map(self.size, range(int(self.ends[-1]))))  # of the files that rows name, too
-
-    def total(self) -> int:
-        return self._total
 
     def size(self, row: int) -> int:
         content, path = self._value(row)
@@ -113,31 +110,20 @@ class RowStore(Store):
 
 
 @dataclass
-class _Open:
-    """A row group in memory."""
-
-    values: Array
-    left: int
-    """Rows that were not asked for yet."""
-    asked: int
-    """When one was, last, in rows that this process has read."""
-
-
-@dataclass
 class _Kept:
     """The row groups that this process has in memory, and the lock on them: neither outlives a fork."""
 
     process: int
-    groups: dict[int, _Open] = field(default_factory=dict)
+    groups: dict[int, tuple[Array, int, int]] = field(default_factory=dict)
+    """Values, number of rows not asked for yet, and the count of `rows` when one was asked for last."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     rows: int = 0
+    """Rows asked for."""
 
 
 class ParquetStore(Store):
-    """Images in a column of Parquet files, row group by row group, in the order of `groups`.
-
-    A row group is read when a row of it is asked for, and let go when all were, or when none was while `patience` rows
-    of others were read.
+    """Images in a column of Parquet files, in the order of `groups`. A row group is read when a row of it is asked for,
+    and let go when all were, or when none was while `patience` rows of others were read.
     """
 
     def __init__(self, root: str, files: Sequence[str], groups: np.ndarray, column: str, patience: int):
@@ -188,17 +174,16 @@ class ParquetStore(Store):
         with kept.lock:
             kept.rows += 1
             if number not in kept.groups:
-                for old in [old for old, group in kept.groups.items() if kept.rows - group.asked > self.patience]:
+                for old in [old for old, (*_, asked) in kept.groups.items() if kept.rows - asked > self.patience]:
                     del kept.groups[old]
-                kept.groups[number] = _Open(self._read_group(number), int(self.groups["rows"][number]), 0)
-            group = kept.groups[number]
-            group.left, group.asked = group.left - 1, kept.rows
-            if not group.left:
-                del kept.groups[number]
-        return group.values[index]
+                kept.groups[number] = self._read_group(number), int(self.groups["rows"][number]), 0
+            values, left, _ = kept.groups.pop(number)
+            if left > 1:
+                kept.groups[number] = values, left - 1, kept.rows
+        return values[index]
 
     def _read_group(self, number: int) -> Array:
-        """The images' bytes, of a row group."""
+        """Read the images' bytes of a row group."""
         import fsspec
         from pyarrow import types
         from pyarrow.parquet import ParquetFile

@@ -33,6 +33,8 @@ OVERSIZE = 3
 """A JPEG that is to be scaled down is decoded at least so many times as large as wanted. The least PSNR between 224
 photographs scaled so and those that were decoded whole was 43.2 dB; with 2, 39.8 dB, for little more speed.
 """
+Content = Callable[[], BinaryIO]
+"""What opens an image file that lies in an archive."""
 _ONE_LARGE = threading.Lock()
 
 
@@ -52,36 +54,31 @@ class Header:
     """Pages of a TIFF or frames of an animation, counted up to 100. Only the first is read."""
 
 
-def read_header(path: str | Path, content: Callable[[], BinaryIO] | None = None) -> Header:
+def read_header(path: str | Path, content: Content | None = None) -> Header:
     """Read the header of the first frame of an image file; damaged pixels go unnoticed. ValueError naming a file that
     is no image, too large, or of pixels without a stated range.
     """
-    return read_without_text(partial(_read_header, path), content or partial(open_regular, path))
 
+    def read(content: Content) -> Header:
+        with _opened(path, content) as image:
+            known = image.format != "PNG" or "exif" in image.info  # to look for more, Pillow decodes a PNG
+            turned = known and image.getexif().get(ExifTags.Base.Orientation) in TURNED
+            width, height = image.size[::-1] if turned else image.size
+            mode = image.mode + _deeper(image)
+            return Header(image.format or "?", mode, height, width, count_pages(image))
 
-def _read_header(path: str | Path, content: Callable[[], BinaryIO]) -> Header:
-    with _opened(path, content) as image:
-        known = image.format != "PNG" or "exif" in image.info  # to look for more, Pillow decodes a PNG
-        turned = known and image.getexif().get(ExifTags.Base.Orientation) in TURNED
-        width, height = image.size[::-1] if turned else image.size
-        mode = image.mode + _deeper(image)
-        return Header(image.format or "?", mode, height, width, count_pages(image))
+    return read_without_text(read, content or partial(open_regular, path))
 
 
 def _deeper(image: Image.Image) -> str:
-    """;16 of an image whose 16-bit values Pillow cuts to 8 bits."""
+    """Return ;16 for an image whose 16-bit values Pillow cuts to 8 bits."""
     assert isinstance(image, ImageFile.ImageFile)
     as_it_lies = next((tile.args for tile in image.tile), "")
     mode = as_it_lies if isinstance(as_it_lies, str) else str(next(iter(as_it_lies or ()), ""))
     return ";16" if ";16" in mode and ";16" not in image.mode else ""
 
 
-def read_image(
-    path: str | Path,
-    channels: int,
-    fit: Fit | None = None,
-    content: Callable[[], BinaryIO] | None = None,
-) -> torch.Tensor:
+def read_image(path: str | Path, channels: int, fit: Fit | None = None, content: Content | None = None) -> torch.Tensor:
     """Read the first frame of an image file upright: uint8 (channels, H, W) or, through `fit`, (B, channels, height,
     width).
 
@@ -102,27 +99,21 @@ def read_image(
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
-    read = partial(_read_image, path, channels, fit)
-    return read_without_text(read, content or partial(open_regular, path))
-
-
-def _read_image(
-    path: str | Path,
-    channels: int,
-    fit: Fit | None,
-    content: Callable[[], BinaryIO],
-) -> torch.Tensor:
     mode = "L" if channels == 1 else "RGB"
-    with _opened(path, content) as image:
-        reduced = None if fit is None or fit.crops else _reduce(image, fit)
-        with one_large(image.height, image.width):
-            if reduced:
-                size, box = reduced
-                image = _to_mode(image, mode).resize(size, Image.Resampling.BICUBIC, box)
-            ImageOps.exif_transpose(image, in_place=True)
-            values = np.array(_to_mode(image, mode))
-            pixels = torch.from_numpy(values).view(*values.shape[:2], channels).permute(2, 0, 1)
-            return pixels if fit is None else fit(pixels)
+
+    def read(content: Content) -> torch.Tensor:
+        with _opened(path, content) as image:
+            reduced = None if fit is None or fit.crops else _reduce(image, fit)
+            with one_large(image.height, image.width):
+                if reduced:
+                    size, box = reduced
+                    image = _to_mode(image, mode).resize(size, Image.Resampling.BICUBIC, box)
+                ImageOps.exif_transpose(image, in_place=True)
+                values = np.array(_to_mode(image, mode))
+                pixels = torch.from_numpy(values).view(*values.shape[:2], channels).permute(2, 0, 1)
+                return pixels if fit is None else fit(pixels)
+
+    return read_without_text(read, content or partial(open_regular, path))
 
 
 @contextmanager
@@ -162,7 +153,7 @@ def _reduce(image: Image.Image, fit: Fit) -> tuple[tuple[int, int], tuple[float,
 
 
 @contextmanager
-def _opened(path: str | Path, content: Callable[[], BinaryIO]) -> Generator[Image.Image]:
+def _opened(path: str | Path, content: Content) -> Generator[Image.Image]:
     """Open an image; whatever goes wrong, within too, is a ValueError naming the file, or an OSError of its storage."""
     try:
         # by its path, Pillow would wait for a pipe, and map the file of some formats: if cut, that ends the process

@@ -21,7 +21,7 @@ import torch
 from PIL import ExifTags, Image
 
 from ..untrusted import check_pixels, count_pages, open_image, open_regular, read_without_text, unreadable
-from .files import Header, one_large
+from .files import Content, Header, one_large
 from .fit import Fit
 from .ranges import ValueRange
 
@@ -72,7 +72,6 @@ class FileKind:
         return f"{self.channels}x {np.dtype(self.dtype).name}"
 
 
-Content = Callable[[], BinaryIO]
 Read = tuple[np.ndarray | None, FileKind]
 
 
@@ -194,21 +193,20 @@ def _package(name: str) -> ModuleType:
 
 def _read(path: str | Path, channels: int, content: Content | None, whole: bool) -> Read:
     """Return values and kind of a file; whatever is wrong is a ValueError naming it, or an OSError of its storage."""
-    return read_without_text(partial(_read_once, path, channels, whole), content or partial(open_regular, path))
 
+    def read(content: Content) -> Read:
+        try:
+            with content() as file:
+                start = file.read(4)
+                file.seek(0)
+                values, kind = _READERS.get(start, _read_pillow)(file, channels, whole)
+            return values if values is None else np.ascontiguousarray(values), kind
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:  # on a damaged file decoders raise nearly anything
+            raise unreadable(path, error) from error
 
-def _read_once(path: str | Path, channels: int, whole: bool, content: Content) -> Read:
-    try:
-        with content() as file:
-            start = file.read(4)
-            file.seek(0)
-            read = _READERS.get(start, _read_pillow)
-            values, kind = read(file, channels, whole)
-        return values if values is None else np.ascontiguousarray(values), kind
-    except (ImportError, MemoryError):
-        raise
-    except Exception as error:  # on a damaged file decoders raise nearly anything
-        raise unreadable(path, error) from error
+    return read_without_text(read, content or partial(open_regular, path))
 
 
 def _check(kind: FileKind, channels: int) -> None:
