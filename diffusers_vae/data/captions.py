@@ -225,7 +225,7 @@ class _Metadata:
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Number and object of each line that is not empty."""
+    """Yield number and object of each line that is not empty."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -241,7 +241,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
 
 
 def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Number of the last line and fields of each row, without those that are empty but file_name."""
+    """Yield last line and fields of each row, without empty ones but file_name."""
     header = text.partition("\n")[0]
     delimiter = next((mark for mark in ";\t" if mark in header and "," not in header), ",")
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
@@ -268,7 +268,7 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _captions(row: Any) -> tuple[str | None, tuple[str, ...]]:
-    """The first of `KEYS` in an object, and the captions there, none if they are empty or no text."""
+    """Return the first of `KEYS` in an object, and its captions, none if they are empty or no text."""
     key = next((key for key in KEYS if isinstance(row, dict) and key in row), None)
     value = None if key is None else row[key]
     captions = [value] if isinstance(value, str) else value
@@ -305,7 +305,7 @@ def _is_telling(name: str) -> bool:
 
 
 def _counted(paths: Sequence[str]) -> str:
-    """The number of files of each suffix, with one of them."""
+    """Return the number of files of each suffix, with one of them."""
     kinds: dict[str, list[str]] = {}
     for path in dict.fromkeys(paths):
         kinds.setdefault(os.path.splitext(path)[1], []).append(path)

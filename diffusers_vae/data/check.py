@@ -81,7 +81,7 @@ def looked_at(train: S, heldout: S, count: int = LOOKED_AT) -> tuple[S, S]:
 
 
 def _described(train: S, heldout: S, headers: Sequence[Header]) -> tuple[S, S]:
-    """The parts as `looked_at` returns them, by these headers."""
+    """Return the parts like `looked_at`, by these headers."""
     colours = Counter(_colours(header.mode) for header in headers)
     config = train.config
     if config.channels is None:
@@ -92,7 +92,7 @@ def _described(train: S, heldout: S, headers: Sequence[Header]) -> tuple[S, S]:
 
 
 def _header_of_any(images: StoredImages, index: int) -> Header | None:
-    """The header of an image of 1 or of 3 channels, if none are asked for; None where it cannot be read."""
+    """Return the header of an image of 1 or 3 channels if none are asked for, or None if it cannot be read."""
     for channels in (1, 3) if images.config.channels is None else (images.config.channels,):
         with suppress(ValueError):
             return images.store.header(int(images.rows[index]), channels, images.config.stated_range)
@@ -100,7 +100,7 @@ def _header_of_any(images: StoredImages, index: int) -> Header | None:
 
 
 def _colours(mode: str) -> str:
-    """Description of a header's mode: grey, RGB, RGBA, 5 channels."""
+    """Describe a header's mode: grey, RGB, RGBA, 5 channels."""
     count, _, dtype = mode.partition("x ")
     if dtype:
         return {"1": "grey", "3": "RGB"}.get(count, f"{count} channels")
@@ -126,7 +126,7 @@ def size_in_words(config: DataConfig, count: int, colours: Mapping[str, int], si
 
 
 def _warn_of_pages(parts: Sequence[StoredImages]) -> None:
-    """Log a warning that names the files of which the first page or frame alone is read."""
+    """Log a warning that names the files with more than one page or frame."""
     rows = sorted({int(row) for part in parts for row in part.rows})
     store, channels, value_range = parts[0].store, parts[0].channels, parts[0].config.stated_range
     # the name of a row of a table ends in that of its file, in parentheses
@@ -166,7 +166,7 @@ def _warn_of_depth(images: ImageSet, config: DataConfig) -> None:
 
 
 def pages_of(name: str, header: Header) -> str:
-    """A file and its number of pages, as text."""
+    """Return a file and its number of pages as text."""
     return f"{name}: {header.pages}{' or more' * (header.pages == MAX_PAGES)}"
 
 

@@ -36,9 +36,9 @@ class Member:
 
     archive: str
     offset: int
-    """Of the content in a tar, of the local header in a zip."""
+    """Offset of the content in a tar, of the local header in a zip."""
     stored: int
-    """Bytes of the content as it lies there."""
+    """Bytes of the content as stored."""
     size: int
     """Bytes of the content."""
     crc: int | None = None

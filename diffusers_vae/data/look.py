@@ -27,14 +27,14 @@ T = TypeVar("T")
 DEPTHS = (8, 10, 12, 14)
 """Bits of a value that are common in files of 16 bits."""
 NEARLY_CONSTANT = 2 / 255
-"""Std of the values of an image in [0, 1] up to which there is hardly anything to see in it."""
+"""Std of the values of an image in [0, 1] up to which it counts as constant."""
 SHOWN = 64
 """Images on a contact sheet, and read at a time."""
 
 
 @dataclass(frozen=True)
 class FileFigures:
-    """What the files of a set are."""
+    """Figures of the files of a set."""
 
     formats: dict[str, int]
     """Files of each, most first."""
@@ -49,12 +49,12 @@ class FileFigures:
     paged: tuple[str, ...]
     """Files with several pages or frames, with their number; only the first page is read."""
     leaks: int
-    """Held-out files that are to train on, too."""
+    """Held-out files that are training files, too."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What there is in a set of images."""
+    """Figures of a set of images."""
 
     parts: dict[str, int]
     """Images in each, without those whose headers tell that they cannot be read."""
@@ -71,16 +71,16 @@ class Look:
     left_out: tuple[str, ...]
     """Files that look like images and are not read, each with what to do about it."""
     measured: int
-    """Training images, brought to the resolution asked for, of which the rest is."""
+    """Number of training images that the rest describes, at the resolution asked for."""
     mean: tuple[float, ...]
-    """Of each channel, of values in [0, 1]: 0 is black or the lowest value, 1 white or the highest."""
+    """Mean per channel in [0, 1], from black or the lowest value to white or the highest."""
     std: tuple[float, ...]
     constant: tuple[str, ...]
-    """Images in which hardly anything is to be seen."""
+    """Images that are nearly constant."""
     shown: torch.Tensor
     """The first of them, uint8 (B, C, H, W)."""
     files: FileFigures | None
-    """None for sets that are no files of images."""
+    """None for sets without image files."""
     value_range: ValueRange | None = None
     """What the values in the files mean, where that is stated or proposed."""
     proposed: tuple[int, int] | None = None
@@ -153,7 +153,7 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
 
 
 def _bits(highest: int) -> int | None:
-    """The least of `DEPTHS` that holds a value; None where it needs more."""
+    """Return the least of `DEPTHS` that holds a value, or None."""
     return next((bits for bits in DEPTHS if highest < 2**bits), None)
 
 
@@ -204,7 +204,7 @@ def _range_to_state(config: DataConfig, max_images: int) -> str | None:
 
 
 def _ranges(dtypes: set[np.dtype], lowest: float, highest: float) -> str:
-    """What a range of such values may be, for people to choose from."""
+    """Propose ranges for such values."""
     if not math.isfinite(highest - lowest):
         return "Values that are not finite cannot be trained on: mend or remove these files"
     if all(dtype.kind == "f" for dtype in dtypes):

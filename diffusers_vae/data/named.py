@@ -24,7 +24,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def heldout_indices(length: int, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Train and held-out indices, shuffled; the same for every seed of a run, so that runs can be compared."""
+    """Return train and held-out indices, shuffled; the same for every seed of a run, so that runs can be compared."""
     heldout = max(1, round(length * config.heldout_fraction))
     if heldout >= length:
         raise ValueError(f"no image is left to train on: {length} images, {heldout} of them held out")
@@ -76,7 +76,7 @@ def load_mnist(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, tup
 
 
 def _read_idx(path: Path, rank: int) -> torch.Tensor:
-    """The array in a file of MNIST's format (LeCun et al. 1998), uint8 or int32, packed as `path`.gz if not there."""
+    """Read the array in a file of MNIST's format (LeCun et al. 1998), uint8 or int32, or in `path`.gz."""
     file = path if path.exists() else path.with_name(f"{path.name}.gz")
     try:
         with open_regular(file) as opened, opened if file == path else gzip.open(opened) as stored:

@@ -13,16 +13,16 @@ import torch
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one process puts through the model in one forward."""
+    """Images that one process puts through the model in one forward."""
 
     indices: list[int]
-    """Into the data set; never empty."""
+    """Indices into the data set; never empty."""
     first: int
-    """Place of the first of these images in its optimiser step's batch, in which they lie side by side."""
+    """Position of the first of these images in its optimiser step's batch, where they lie side by side."""
     count: int
     """Images in the optimiser step's batch, over all processes and micro-steps."""
     share: float
-    """What these images are of their optimiser step's batch. The shares of all processes and micro-steps sum to 1."""
+    """Share of these images in their optimiser step's batch; all shares of a step sum to 1."""
     seed: int = 0
     """Seed of the run."""
     epoch: int = 0
@@ -34,11 +34,11 @@ Batches = Iterator[np.ndarray]
 
 
 class Read(Protocol):
-    """What was asked for of a training set and could be read."""
+    """Images or latents of a training set that could be read."""
 
     @property
     def kept(self) -> Sequence[int]:
-        """Positions, in the indices asked for, of what was read."""
+        """Positions of what was read in the indices asked for."""
         ...
 
     @property
@@ -47,20 +47,20 @@ class Read(Protocol):
         ...
 
     def checked(self) -> Read:
-        """This; ValueError when `errors` are to stop the run."""
+        """Return this; ValueError when `errors` are to stop the run."""
         ...
 
     def blank(self) -> Read:
-        """One image in place of none."""
+        """Return one image in place of none."""
         ...
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What was read, by name."""
+        """Return what was read, by name."""
         ...
 
 
 class TrainingSet(Protocol):
-    """What is trained on, read by the batch, every image once per epoch."""
+    """A training set, read by the batch, every image once per epoch."""
 
     def __len__(self) -> int: ...
 
@@ -69,16 +69,16 @@ class TrainingSet(Protocol):
     def name(self, index: int) -> str: ...
 
     def batches(self, batch_size: int, seed: int, epoch: int, start: int) -> Batches:
-        """Those of an epoch, after the first `start` images of it: a pure function of the arguments."""
+        """Return the batches of an epoch after its first `start` images: a pure function of the arguments."""
         return shuffled(len(self), batch_size, seed, epoch, start)
 
     def read_batch(self, batch: MicroBatch) -> Read:
-        """Its images, as they are to be trained on in its epoch."""
+        """Read the images of a micro-batch as they are trained on in its epoch."""
         return self.read(batch.indices)
 
 
 def shuffled(length: int, batch_size: int, seed: int, epoch: int, start: int) -> Batches:
-    """`length` images in random order; the last batch of an epoch holds what remains."""
+    """Return batches of `length` images in random order; the last one holds what remains."""
     order = np.random.default_rng([seed, epoch]).permutation(length)
     return (order[begin : begin + batch_size] for begin in range(start, length, batch_size))
 

@@ -15,7 +15,7 @@ from ..silence import alone, report_progress
 from .sets import ImageSet, ReadImages
 
 PARTS = 64
-"""Into which a data set is cut to be measured: enough for as many processes."""
+"""Parts into which a data set is cut to be measured: enough for as many processes."""
 AHEAD = 4
 """Batches that are read while one is used."""
 

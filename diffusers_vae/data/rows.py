@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where in a table what is."""
+    """Names of the columns of a table."""
 
     image: str
     label: str | None
@@ -78,7 +78,7 @@ def _type(feature: Any) -> str:
 
 
 def _kind(feature: Any) -> str:
-    """Of a column, in words."""
+    """Return the type of a column in words."""
     if isinstance(feature, dict):
         return "{" + ", ".join(f"{name}: {_kind(inner)}" for name, inner in feature.items()) + "}"
     if _type(feature) == "ClassLabel":
@@ -89,7 +89,7 @@ def _kind(feature: Any) -> str:
 
 
 def _inner(feature: Any) -> Any:
-    """What a column of lists has lists of."""
+    """Return the type of the items of a column of lists."""
     if isinstance(feature, list):
         return feature[0]
     return getattr(feature, "feature", None)
@@ -129,7 +129,7 @@ def find_parts(names: Sequence[str], root: str) -> tuple[str, ...]:
 
 
 def unused_splits(names: Iterable[str], used: Iterable[str]) -> tuple[str, ...]:
-    """A note that lists the splits that are not used, if there are any."""
+    """Return a note that lists the splits that are not used, if any."""
     others = sorted({*map(str, names)} - {*used})
     return (f"not used, since other parts are: {', '.join(others)}",) if others else ()
 

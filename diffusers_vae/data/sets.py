@@ -25,7 +25,7 @@ S = TypeVar("S", bound="StoredImages")
 
 @dataclass(frozen=True)
 class Records:
-    """What is known of the images of a set besides their pixels; None where it is not known."""
+    """Labels, captions and rows of the images of a set; None where there are none."""
 
     labels: torch.Tensor | None = None
     """(N,) int64 classes."""
@@ -34,7 +34,7 @@ class Records:
     captions: Captions | None = None
     """One or more captions per image."""
     store: Store | None = None
-    """Where the images lie."""
+    """Store of the images."""
     rows: np.ndarray | range | None = None
     """(N,) rows of the store."""
     crops: np.ndarray | None = None
@@ -72,16 +72,16 @@ class Records:
 
 @dataclass(frozen=True)
 class ReadImages:
-    """What was asked for and could be read."""
+    """Images that were asked for and could be read."""
 
     pixels: torch.Tensor
     """(B, C, H, W), uint8 in [0, 255] or float32 in [0, 1]."""
     kept: Sequence[int]
-    """Places, in the indices asked for, of the B images."""
+    """Positions of the B images in the indices asked for."""
     errors: tuple[str, ...] = ()
     """Why the others could not be read, with their names."""
     stop: bool = False
-    """Whether that is to stop the run."""
+    """Whether errors stop the run."""
     unreachable: str = ""
     """Why nothing could be read, if that is no fault of the images."""
 
@@ -128,7 +128,7 @@ class ImageSet(TrainingSet):
     """
 
     augmentation: Augmentation | None = None
-    """Of the images when they are trained on."""
+    """Transforms of training images."""
 
     def __init__(self, records: Records | None = None, errors: tuple[str, ...] = ()):
         self.records, self.errors = records or Records(), errors
@@ -251,12 +251,12 @@ class StoredImages(ImageSet):
     def _read_batch(self, batch: MicroBatch) -> ReadImages:
         return self._read_at(batch.indices, (batch.seed, batch.epoch))
 
-    def _read_at(self, indices: Sequence[int], place: tuple[int, ...]) -> ReadImages:
+    def _read_at(self, indices: Sequence[int], seed: tuple[int, ...]) -> ReadImages:
         """Read the images at the indices, with random crops of this seed."""
         config, pixels, kept, errors = self.config, [], [], []
         empty = torch.zeros(0, self.channels, *config.size, dtype=config.dtype)
         for number, index in enumerate(indices):
-            crops = [place] if config.crops == "random" else []
+            crops = [seed] if config.crops == "random" else []
             crops = crops if self.records.crops is None else [(int(self.records.crops[index]),)]
             try:
                 pixels.append(self._read_one(index, crops)[0])

@@ -74,7 +74,7 @@ def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, Str
     found = {str(split): [*map(str, files)] for split, files in (builder.config.data_files or {}).items()}
     parts = find_parts(list(found), root)
     files = [file for part in parts for file in found[part]]
-    with ThreadPoolExecutor(16) as pool:  # of which each waits for its file
+    with ThreadPoolExecutor(16) as pool:  # each waits for its file
         footers = pool.map(_footer, files)
         bar = tqdm(footers, "reading footers", len(files), unit="file", disable=not progress, leave=False)
         metadata, schemas = zip(*bar, strict=True)

@@ -74,7 +74,7 @@ class RowStore(Store):
 
         def opened() -> BinaryIO:
             with self._open(row) as file:
-                return io.BytesIO(file.read())  # of which Pillow reads faster
+                return io.BytesIO(file.read())  # from which Pillow reads faster
 
         return opened
 

@@ -30,7 +30,7 @@ BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 TURNED = (5, 6, 7, 8)  # orientations by which height and width change places
 LARGE = 2**24  # pixels; what is larger takes up to a gigabyte or two
 OVERSIZE = 3
-"""A JPEG that is to be scaled down is decoded at least so many times as large as wanted. The least PSNR between 224
+"""A JPEG that is scaled down is decoded at least this many times as large as wanted. The least PSNR between 224
 photographs scaled so and those that were decoded whole was 43.2 dB; with 2, 39.8 dB, for little more speed.
 """
 Content = Callable[[], BinaryIO]
@@ -40,12 +40,12 @@ _ONE_LARGE = threading.Lock()
 
 @dataclass(frozen=True)
 class Header:
-    """What an image file says of itself before a pixel is decoded."""
+    """Header of an image file, known before a pixel is decoded."""
 
     format: str
-    """As Pillow names it: JPEG, PNG, ..."""
+    """Pillow's name of the format: JPEG, PNG, ..."""
     mode: str
-    """Of its pixels, as Pillow names it: L is 8-bit grey, RGB, RGBA, P a palette, I;16 16-bit grey, ...; with ;16 where
+    """Pillow's mode of the pixels: L is 8-bit grey, RGB, RGBA, P a palette, I;16 16-bit grey, ...; with ;16 where
     Pillow decodes the upper 8 of 16 bits."""
     height: int
     width: int

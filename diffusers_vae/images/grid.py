@@ -16,17 +16,14 @@ SIGNATURE = "diffusers_vae"
 
 
 def shown_channels(channels: int) -> str:
-    """What `to_pil` shows of images of so many channels, for titles: nothing to say for 1 (grey) and 3 (RGB)."""
+    """Return what `to_pil` shows of `channels` channels, for titles; empty for 1 (grey) and 3 (RGB)."""
     if channels in (1, 3):
         return ""
     return "channel 1 of 2 as grey" if channels == 2 else f"channels 1-3 of {channels} as red, green, blue"
 
 
 def to_pil(images: torch.Tensor, columns: int, scale: int = 1) -> Image.Image:
-    """One picture of a batch of images (B, C, H, W) in [-1, 1], row by row in `columns`, with thin white lines.
-
-    `scale` enlarges every pixel, for small images. Which channels it shows, and as what, `shown_channels` says.
-    """
+    """Return one picture of images (B, C, H, W) in [-1, 1] in `columns` with white lines; `scale` enlarges pixels."""
     channels = images.shape[1]
     pixels = to_uint8(images[:, : 3 if channels >= 3 else 1])
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)

@@ -32,7 +32,7 @@ TILE = 2**26
 WRITTEN = ("NPY", "PNG", "TIFF")
 """Formats that `write_values` writes; files of others come back as PNG."""
 PHOTOMETRICS = ("MINISBLACK", "MINISWHITE", "RGB", "SEPARATED")
-"""What the values of a TIFF may stand for; of others, they are a code for something else."""
+"""Photometric interpretations of a TIFF that are read; the values of others are a code for something else."""
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda values: values[:, :, ::-1],
     3: lambda values: values[:, ::-1, ::-1],
@@ -42,7 +42,7 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda values: values[:, ::-1, ::-1].swapaxes(1, 2),
     8: lambda values: np.rot90(values, 1, (1, 2)),
 }
-"""By orientation in EXIF 2.32, 4.6.5: what turns an image (C, H, W) upright."""
+"""Functions that turn an image (C, H, W) upright, by orientation in EXIF 2.32, 4.6.5."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class FileKind:
     format: str
     """NPY, PNG, TIFF or, of others, as Pillow names it."""
     dtype: str
-    """As numpy names it, with the order of its bytes: |u1, <u2, >f4, ..."""
+    """NumPy's name with the order of bytes: |u1, <u2, >f4, ..."""
     channels: int
     height: int
     width: int
@@ -60,9 +60,9 @@ class FileKind:
     layout: str
     """Where the channels lie: HW, of one, CHW or HWC; of a TIFF, each may have a page."""
     photometric: str | None = None
-    """Of a TIFF: what it says that its values stand for."""
+    """Meaning of the values that a TIFF states."""
     extrasamples: tuple[str, ...] = ()
-    """Of a TIFF: what it says that channels beyond these are."""
+    """Meaning of further channels that a TIFF states."""
     pages: int = 1
     """Frames of an animation, counted up to 100. Only the first is read."""
 
@@ -373,4 +373,4 @@ def _png_data(content: bytes) -> bytes:
 
 
 _READERS = {b"\x93NUM": _read_npy} | dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), _read_tiff)
-"""By the first four bytes of a file."""
+"""Readers by the first four bytes of a file."""
