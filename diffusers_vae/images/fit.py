@@ -22,8 +22,9 @@ class Fit:
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the crops (B, C, height, width) of an image (C, H, W) or, without crops, the whole image, B = 1."""
-        parts = [self.cut(pixels, *position) for position in self.crops] or [pixels]
-        return torch.stack([self.resize(part) for part in parts])
+        if not self.crops:
+            return self.resize(pixels)[None]
+        return torch.stack([self.resize(self.cut(pixels, *position)) for position in self.crops])
 
     def cut(self, pixels: torch.Tensor, down: float, right: float) -> torch.Tensor:
         """Return a part of an image (C, H, W) of the size or, of a smaller image, the part that fills it enlarged."""
