@@ -112,7 +112,7 @@ def train(
         with closing(fit(state, step, data.train_set, run, log, data.workers, config.evaluation.every)) as fitting:
             for progress in fitting:
                 model = state.averaged()
-                measure(autoencoder_of(model), step.measured(model), data, log, progress)
+                measure(_merged(autoencoder_of(model)), step.measured(model), data, log, progress)
         if not finish:
             return None
         result = finish_run(state.averaged(), step, data, log, state.progress())
