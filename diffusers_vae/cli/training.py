@@ -15,7 +15,6 @@ from ..messages import message, showable
 from ..processes import Interrupted, lossy_output
 from ..reports.tables import report_table
 from ..tasks.autoencoder import TrainResult
-from ..tasks.text_to_image import TextToImageResult
 from .launched import leave_group
 from .parser import TRAININGS, Training, parse_settings
 
@@ -84,8 +83,8 @@ def _describe(result: RunResult) -> None:
     if isinstance(result, TrainResult):
         print(report_table(asdict(replace(result.report, per_image=None))))
         print(showable(f"report      {result.output_dir / 'report.html'}"))
-    elif isinstance(result, TextToImageResult):
-        print(f"held-out squared error of the prediction {result.heldout_error:.4f}")
+    if (error := getattr(result, "heldout_error", None)) is not None:
+        print(f"held-out squared error of the prediction {error:.4f}")
     print(showable(f"pictures    {result.output_dir / 'pictures'}"))
     print(showable(f"evaluation  {result.output_dir / 'evaluation.json'}"))
     print(showable(f"{result.saved:<12}{result.output_dir / result.saved}"))
