@@ -22,8 +22,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 from ..fields import check, only_with, setting
 
 LECAM_DECAY = 0.99  # as in the code of Tseng et al. 2021
-
-
 BETAS = (0.5, 0.9)
 """Of the discriminator's AdamW, as in latent-diffusion: decay of the averages of gradient and squared gradient."""
 
@@ -132,8 +130,8 @@ class PatchDiscriminator(nn.Module):
 
     @torch.no_grad()
     def iterate(self) -> None:
-        """One power iteration for the largest singular value of every layer: to be called once per optimiser step, on
-        every process. Equal weights and buffers give equal ones.
+        """One power iteration for the largest singular value of every layer: called once per optimiser step, on every
+        process. Equal weights and buffers give equal ones.
         """
         for module in self._normalised():
             weight = module.parametrizations.weight.train()
@@ -142,7 +140,6 @@ class PatchDiscriminator(nn.Module):
             weight.eval()
 
     def _normalised(self) -> list[Any]:
-        """Layers with a spectral norm."""
         return [module for module in self.main if parametrize.is_parametrized(module)]
 
     @staticmethod
@@ -157,10 +154,7 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (B, 1, h, w), one per patch, of images (B, channels, H, W) in [-1, 1]; in the dtype of the parameters,
-        float32, under autocast too.
-
-        Raises:
-            ValueError: for images that leave no patch.
+        float32, under autocast too. ValueError for images that leave no patch.
         """
         self.check((images.shape[2], images.shape[3]), self.layers)
         device, dtype = images.device.type, next(self.parameters()).dtype
@@ -173,9 +167,7 @@ class PatchDiscriminator(nn.Module):
 
 @contextmanager
 def frozen(discriminator: PatchDiscriminator) -> Generator[None]:
-    """Within, a forward gives the discriminator's parameters no gradient, whenever its backward is; the images get
-    theirs.
-    """
+    """Keep forwards within from giving the discriminator's parameters a gradient; the images get theirs."""
     before = [(parameter, parameter.requires_grad) for parameter in discriminator.parameters()]
     try:
         discriminator.requires_grad_(False)
@@ -228,9 +220,8 @@ def lecam_penalty(
 
 def adaptive_weight(reconstruction_gradient: torch.Tensor, generator_gradient: torch.Tensor) -> torch.Tensor:
     """The factor, a scalar, that makes the generator's gradient at the last layer as large as that of the
-    reconstruction: Esser et al. 2021, equation 7, with the delta of their code. Their limit of 1e4 is
-    `AdversarialConfig.max_factor`; the factor can exceed it where the reconstruction loss is a sum over the values of
-    the image, as in latent-diffusion and here.
+    reconstruction: Esser et al. 2021, equation 7, with the delta of their code. Their limit is
+    `AdversarialConfig.max_factor`; a reconstruction loss that is a sum over the image, as here, can exceed it.
     """
     return reconstruction_gradient.norm() / (generator_gradient.norm() + 1e-4)
 
@@ -239,18 +230,16 @@ class Adversary:
     """A discriminator in training, and what it remembers from step to step.
 
     A step is `begin_step`; for each micro-batch `generator_loss`, `gradients` and `discriminator_loss`; `end_step` with
-    the statistics of the whole step. Its losses are per image and its statistics means over the images, so that both
-    are summed over micro-batches and processes with the share that each has in the step's images.
+    the statistics of the whole step. Losses are per image and statistics means over the images, so that both are summed
+    over micro-batches and processes with their share in the step's images. Only `discriminator_loss` gives the
+    discriminator's parameters gradients, local to the process.
 
     One deviation from the papers: the adaptive factor and LeCam's averages are those of the steps before, since a
-    micro-batch does not know the gradients and logits of the others. In the first step after the start, the factor and
-    the LeCam penalty are 0.
+    micro-batch does not know the gradients and logits of the others. In the first step, both are 0.
 
     The reconstruction's loss is a sum over an image's values and the generator's a mean over its patches, so the factor
-    is proportional to the size of the images. The stored factor is that for images at full size; `size` is the number
-    of values of a current image, divided by that of an image at full size.
-
-    Only `discriminator_loss` gives the discriminator's parameters gradients, local to the process.
+    is proportional to the number of values. The stored one is for images at full size; `size` is the number of values
+    of a current image, divided by that of an image at full size.
     """
 
     def __init__(self, config: AdversarialConfig, discriminator: PatchDiscriminator):
@@ -269,16 +258,11 @@ class Adversary:
 
     def weight_for(self, size: float = 1.0) -> float:
         """Weight of the generator's loss in this step, for images of this size."""
-        factor = 1.0
-        if self.config.adaptive:
-            limit = math.inf if self.config.max_factor is None else self.config.max_factor
-            factor = min(self._factor * size, limit)
+        factor = min(self._factor * size, self.config.max_factor or math.inf) if self.config.adaptive else 1.0
         return self.config.weight * self.rise * factor
 
     def begin_step(self, images_seen: int) -> dict[str, float]:
-        """Readings for the log, of the step that begins after `images_seen` images; the weight is that for images at
-        full size.
-        """
+        """Set the step that begins after `images_seen` images; returns its weight, for full-size images, to log."""
         self.rise = self.config.rise(images_seen)
         if self.active:
             self.discriminator.iterate()
@@ -296,9 +280,9 @@ class Adversary:
         last_layer: torch.Tensor,
         size: float = 1.0,
     ) -> dict[str, torch.Tensor]:
-        """Return as statistics the gradients at the decoder's last layer of the two losses, which may be per image (B,)
-        or means; that of the reconstruction is divided by `size`. Empty unless the weight is adaptive and the
-        discriminator is active. The graphs are kept for the backward.
+        """The gradients, as statistics, of the two losses (per image or means) at the decoder's last layer, that of the
+        reconstruction divided by `size`; empty unless the weight is adaptive and the discriminator active. Keeps the
+        graphs for the backward.
         """
         if not (self.active and self.config.adaptive):
             return {}
@@ -331,9 +315,8 @@ class Adversary:
         if not self.active:
             return
         if self.config.adaptive:
-            self._factor = adaptive_weight(
-                statistics["reconstruction_gradient"], statistics["generator_gradient"]
-            ).item()
+            gradients = statistics["reconstruction_gradient"], statistics["generator_gradient"]
+            self._factor = adaptive_weight(*gradients).item()
         if self.config.lecam_weight:
             # an exponential average without the bias towards its first value
             self._average_weight = LECAM_DECAY * self._average_weight + (1 - LECAM_DECAY)
@@ -342,7 +325,7 @@ class Adversary:
             self._fake_average += new * (statistics["fake_logits"].item() - self._fake_average)
 
     def state(self) -> dict[str, float]:
-        """What `restore` takes, numbers that JSON keeps exactly; the discriminator's own state is its state dict."""
+        """What `restore` takes, for JSON; the discriminator's weights are in its state dict."""
         return {
             "factor": self._factor,
             "real_average": self._real_average,
@@ -351,6 +334,5 @@ class Adversary:
         }
 
     def restore(self, state: dict[str, float]) -> None:
-        """Go on from `state`."""
         self._factor, self._average_weight = state["factor"], state["average_weight"]
         self._real_average, self._fake_average = state["real_average"], state["fake_average"]

@@ -32,14 +32,11 @@ class DiffusionConfig:
         check("diffusion", self)
 
     def build(self) -> DiffusionObjective:
-        """The objective that these settings describe."""
         return DiffusionObjective(self.prediction_type, self.min_snr_gamma)
 
 
 @dataclass(frozen=True)
 class DiffusionTerms:
-    """What is minimised, and the plain error."""
-
     loss: torch.Tensor
     """Scalar: the weighted squared error, mean over images and latent units."""
     error: torch.Tensor

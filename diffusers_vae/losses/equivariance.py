@@ -16,8 +16,8 @@ from torch.nn import functional
 SMALLEST = 0.25
 """Of the sides of the latents, as in the paper's experiments."""
 LOWER_RESOLUTION = 0.25
-"""Chance that a step which is not transformed sees its images scaled down, before the encoder, as in the published
-code (`p_prior_s`): so the decoder knows such latents from the encoder, too."""
+"""Chance that a step that is not transformed scales its images down before the encoder, as in the published code
+(`p_prior_s`), so that the decoder sees such latents from the encoder, too."""
 DRAWS = 4
 
 
@@ -32,11 +32,9 @@ class Transformation:
     ratio: int
 
     def latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """The transformed latents."""
         return self._apply(latents, self.size)
 
     def images(self, images: torch.Tensor) -> torch.Tensor:
-        """The transformed images, in the range that they have."""
         return self._apply(images, (self.size[0] * self.ratio, self.size[1] * self.ratio))
 
     def _apply(self, tensor: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -47,7 +45,7 @@ class Transformation:
 
 def smallest(latent_size: tuple[int, int]) -> tuple[int, int]:
     """Height and width of the smallest latents that a transformation makes of those of `latent_size`."""
-    return (math.ceil(latent_size[0] * SMALLEST), _width(latent_size, math.ceil(latent_size[0] * SMALLEST)))
+    return _with_height(math.ceil(latent_size[0] * SMALLEST), latent_size)
 
 
 def draw(
@@ -66,11 +64,11 @@ def draw(
     if (which >= probability and lower >= LOWER_RESOLUTION) or latent_size[0] <= least:
         return None, None
     height = least + int(side * (latent_size[0] - least))  # whole latents, so that images and latents agree
-    size = (height, _width(latent_size, height))
+    size = _with_height(height, latent_size)
     if which < probability:
         return None, Transformation(size, 1 + int(turns * 3), ratio)
     return Transformation(size, 0, ratio), None
 
 
-def _width(latent_size: tuple[int, int], height: int) -> int:
-    return max(1, round(latent_size[1] * height / latent_size[0]))
+def _with_height(height: int, latent_size: tuple[int, int]) -> tuple[int, int]:
+    return height, max(1, round(latent_size[1] * height / latent_size[0]))

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +37,7 @@ MEAN_LOSSES = {"gaussian": "F.mse_loss", "laplace": "F.l1_loss", "bernoulli": "F
 
 
 def kl_to_standard_normal(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
-    """The rate KL(q(z|x) || N(0, I)) per image (B,), nats: Kingma & Welling 2014, appendix B.
-
-    Computed in float32 at least.
-    """
+    """The rate KL(q(z|x) || N(0, I)) per image (B,), nats, float32 at least: Kingma & Welling 2014, appendix B."""
     return rate_per_unit(posterior).flatten(1).sum(1)
 
 
@@ -53,25 +50,6 @@ def rate_per_unit(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
 def rate_per_channel(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
     """What each latent channel adds to the rate, summed over its positions, (B, C), nats."""
     return rate_per_unit(posterior).flatten(2).sum(2)
-
-
-class Likelihood(Protocol):
-    """p(image | latents), independent per pixel. `error` is what training needs of -log p, `constant` the rest."""
-
-    def error(self, images: torch.Tensor, decoded: torch.Tensor, /) -> torch.Tensor:
-        """-log p(image | latents) per image (B,), nats, without the part that no parameter changes. `decoded` are the
-        reconstructions, for a `Bernoulli` likelihood their logits.
-        """
-        ...
-
-    def constant(self) -> float | torch.Tensor:
-        """What `error` leaves out of -log p, nats per value."""
-        ...
-
-    @property
-    def density(self) -> str:
-        """What p is a density over, in words."""
-        ...
 
 
 def _log(scale: float | torch.Tensor) -> float | torch.Tensor:
@@ -90,9 +68,6 @@ class Gaussian:
 
     def constant(self) -> float | torch.Tensor:
         return _log(self.std) + 0.5 * math.log(2 * math.pi)
-
-    def with_scale(self, scale: float | torch.Tensor) -> Gaussian:
-        return Gaussian(scale)
 
     def deviation(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         """The mean squared error per image (B,)."""
@@ -119,15 +94,12 @@ class Laplace:
     def constant(self) -> float | torch.Tensor:
         return _log(2 * self.scale)
 
-    def with_scale(self, scale: float | torch.Tensor) -> Laplace:
-        return Laplace(scale)
-
     def deviation(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         """The mean absolute error per image (B,)."""
         return (images - reconstructions).abs().flatten(1).mean(1)
 
     def optimal_scale(self, deviation: float) -> float:
-        """The mean absolute error, which is a Laplace density's maximum likelihood scale."""
+        """The mean absolute error, the maximum likelihood scale of a Laplace density."""
         return deviation
 
     @property
@@ -155,6 +127,12 @@ class Bernoulli:
         return "Bernoulli probability of pixels in [0, 1], exact for 0 and 1 only: no density for grey values"
 
 
+Likelihood = Gaussian | Laplace | Bernoulli
+"""p(image | latents), independent per pixel. `error` is -log p per image (B,), nats, without the part that no parameter
+changes, of images and reconstructions, for a Bernoulli likelihood their logits; `constant` is that part, nats per
+value; `density` says what p is a density over."""
+
+
 @dataclass(frozen=True)
 class ObjectiveTerms:
     """The terms of one batch, nats per image."""
@@ -164,11 +142,9 @@ class ObjectiveTerms:
     rate: torch.Tensor
     """KL to the prior, (B,)."""
     loss: torch.Tensor
-    """Scalar to differentiate: the mean of distortion, without its constant (`VAEObjective.left_out`), + kl_weight *
-    rate."""
+    """Scalar to differentiate: mean of distortion + kl_weight * rate, without `VAEObjective.left_out`."""
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Weighted means over these images, without gradient, that `TrainingObjective.end_step` needs, averaged over the
-    images of the step."""
+    """Means over these images, without gradient, whose average over a step `TrainingObjective.end_step` takes."""
 
     @property
     def elbo(self) -> torch.Tensor:
@@ -222,10 +198,9 @@ class VAEObjective:
             kl_weight: replaces the objective's in the loss.
             scale: replaces the likelihood's, a positive number or scalar tensor. As it is no constant then, the loss
                 holds its logarithm once per value, and its gradient flows to a tensor that requires one.
-            channel_rates: (latent channels,), nats: free bits keep the channels out of the loss that have no more than
-                `free_bits` here, by default the means of these images, with which the loss holds
-                max(free_bits, mean rate) per channel: Kingma 2016, equation 15. Given from outside, parts of a batch
-                decide as one.
+            channel_rates: (latent channels,), nats: free bits leave out of the loss the channels that have at most
+                `free_bits` here. By default the means of these images, as in Kingma 2016, equation 15:
+                max(free_bits, mean rate) per channel. Pass them so that parts of a batch decide as one.
 
         Raises:
             ValueError: when shapes or numbers of images differ, images are integers, logits are missing for a
@@ -238,31 +213,28 @@ class VAEObjective:
                 f"images and reconstructions must have one shape, got {tuple(images.shape)} and "
                 f"{tuple(reconstructions.shape)}"
             )
-        decoded = reconstructions
-        if isinstance(self.likelihood, Bernoulli) != (logits is not None):
+        likelihood = self.likelihood
+        if isinstance(likelihood, Bernoulli) and logits is None:
             raise ValueError(
-                f"logits must be None for the likelihood {self.likelihood}, got a tensor"
-                if logits is not None
-                else "a Bernoulli likelihood needs logits, got None: pass those that MLPVAE returns with "
-                "return_logits=True"
+                "a Bernoulli likelihood needs logits, got None: pass those that MLPVAE returns with return_logits=True"
             )
-        if logits is not None:
-            if logits.shape != images.shape:
-                raise ValueError(
-                    f"logits must have the shape of the images, {tuple(images.shape)}, got {tuple(logits.shape)}"
-                )
-            decoded = logits
+        if not isinstance(likelihood, Bernoulli) and logits is not None:
+            raise ValueError(f"logits must be None for the likelihood {likelihood}, got a tensor")
+        decoded = reconstructions if logits is None else logits
+        if decoded.shape != images.shape:
+            raise ValueError(
+                f"logits must have the shape of the images, {tuple(images.shape)}, got {tuple(decoded.shape)}"
+            )
         if decoded.dtype in (torch.float16, torch.bfloat16):
             decoded = decoded.float()
         images = images.to(decoded.dtype)
         values = images[0].numel()
-        likelihood: Any = self.likelihood
         if scale is not None:
             if isinstance(likelihood, Bernoulli):
                 raise ValueError(f"a Bernoulli likelihood has no scale: leave it out, got {scale}")
             if isinstance(scale, torch.Tensor):
                 scale = scale.to(decoded.dtype)
-            likelihood = likelihood.with_scale(scale)
+            likelihood = type(likelihood)(scale)
         elif self.scale_varies:
             scale = self.scale
         error = likelihood.error(images, decoded)
@@ -331,17 +303,13 @@ class ObjectiveConfig:
         check("objective", self)
         if self.scale is None and self.likelihood != "bernoulli":
             object.__setattr__(self, "scale", 0.05)
-        schedule = self.kl_schedule
-        if schedule in ("linear", "cosine") and self.kl_warmup_images < 1:
+        rule = f"a {self.kl_schedule} objective.kl_schedule"
+        if self.kl_schedule in ("linear", "cosine") and self.kl_warmup_images < 1:
             raise ValueError(
-                f"a {schedule} objective.kl_schedule rises over objective.kl_warmup_images, which must be at least 1, "
-                f"got {self.kl_warmup_images}"
+                f"{rule} rises over objective.kl_warmup_images, which must be at least 1, got {self.kl_warmup_images}"
             )
-        if self.target_rate is not None and schedule != "constant":
-            raise ValueError(
-                f"objective.target_rate moves the weight of the rate, and so does a {schedule} objective.kl_schedule: "
-                "leave one out"
-            )
+        if self.target_rate is not None and self.kl_schedule != "constant":
+            raise ValueError(f"objective.target_rate moves the weight of the rate, and so does {rule}: leave one out")
 
     def kl_weight_at(self, images_seen: int, total_images: int) -> float:
         """The schedule's weight of the rate in the step that begins after `images_seen` of `total_images` images."""
@@ -366,9 +334,8 @@ class ObjectiveConfig:
         ]
 
     def kl_weight_per_value(self, values: int) -> float | None:
-        """The weight w for which the likelihood's loss in `MEAN_LOSSES` + w * rate has the same minimum as this
-        objective: the loss is a mean over the `values` = C * H * W of an image in [-1, 1], the rate a sum over its
-        latents. None for a learned or optimal scale, with which w changes.
+        """The weight w for which the loss in `MEAN_LOSSES`, a mean over the `values` = C * H * W of an image, + w * the
+        rate has the minimum of this objective; None for a learned or optimal scale, with which w changes.
         """
         if isinstance(self.scale, str):
             return None
@@ -377,13 +344,8 @@ class ObjectiveConfig:
         return self.kl_weight * (2 * self.scale**2 if self.likelihood == "gaussian" else self.scale) / values
 
     def build(self, scale: float | None = None) -> VAEObjective:
-        """The objective that these settings describe where it is measured: at the full `kl_weight`, without free bits.
-
-        Args:
-            scale: the value of a learned or optimal scale.
-
-        Raises:
-            ValueError: when it is missing, or given although the settings hold it.
+        """The objective for evaluation: at the full `kl_weight`, without free bits. `scale` is the value of a learned
+        or optimal scale; ValueError when it is missing, or given although the settings hold it.
         """
         if isinstance(self.scale, str):
             if scale is None:

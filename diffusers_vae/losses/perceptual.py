@@ -31,8 +31,6 @@ SHA256 = {
     "inception": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
 }
 """Published SHA-256 of each of these files."""
-TORCHVISION = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
-"""torchvision's names of the networks."""
 SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}
 """Side in pixels below which nothing is left for the last layer."""
 
@@ -42,13 +40,9 @@ logger = logging.getLogger(__name__)
 class LPIPS(nn.Module):
     """Learned perceptual image patch similarity, 0 for a copy: Zhang et al. 2018, version 0.1, by torchmetrics.
 
-    Args:
-        net: whose features are compared. Its published weights, `FILES`, are taken from torch's cache,
-            `$TORCH_HOME/hub/checkpoints`, to which they are downloaded if they are not there.
-
-    Raises:
-        FileNotFoundError: saying which file goes where.
-        ValueError: for a file that does not hold these weights.
+    The published weights of `net`, in `FILES`, are taken from torch's cache, `$TORCH_HOME/hub/checkpoints`, to which
+    they are downloaded if they are missing; FileNotFoundError says which file goes where, and ValueError that a file
+    does not hold these weights.
     """
 
     def __init__(self, net: Literal["alex", "vgg", "squeeze"]):
@@ -86,9 +80,8 @@ class LPIPS(nn.Module):
 
 
 class PerceptualLoss(nn.Module):
-    """LPIPS to train by, of images of any number of channels: 3 as they are; 1 is repeated to 3; of any other number
-    each channel is seen by itself as a grey image, and the mean is taken. The reconstructions get gradient, the network
-    none. Arguments and errors are those of `LPIPS`.
+    """LPIPS as a loss, of images of any number of channels: 3, or 1 that is repeated to 3; of another number, the mean
+    over the channels as grey images. Arguments and errors are those of `LPIPS`.
     """
 
     def __init__(self, net: Literal["alex", "vgg", "squeeze"]):
@@ -96,7 +89,6 @@ class PerceptualLoss(nn.Module):
         self.lpips = LPIPS(net)
 
     def check(self, size: tuple[int, int]) -> None:
-        """Refuse images that the network cannot see."""
         self.lpips.check(3, size)
 
     def forward(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
@@ -146,11 +138,10 @@ def _lpips(net: str) -> Any:
 
 
 def _published(net: str) -> dict[str, torch.Tensor]:
-    """The published weights of a network from torch's cache, to which they are downloaded if they are not there. The
-    file is opened once, by a reader that runs no code; nothing else gets its name.
+    """The published weights of a network from torch's cache, downloaded if they are not there. The file is opened once,
+    by a reader that runs no code; nothing else gets its name.
     """
-    name = FILES[net]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = _path(net)
     if not path.exists():
         _download(net, path)
     with open_regular(path) as file:
@@ -166,16 +157,20 @@ def _published(net: str) -> dict[str, torch.Tensor]:
         return load_pickle(path, file)
 
 
+def _path(net: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / FILES[net]
+
+
 def _not_published(net: str, error: Exception) -> ValueError:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / FILES[net]
-    return ValueError(f"{path} does not hold the published weights of {net}: {type(error).__name__}: {error}")
+    return ValueError(f"{_path(net)} does not hold the published weights of {net}: {type(error).__name__}: {error}")
 
 
 def _download(net: str, path: Path) -> None:
     if net == "inception":
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as url
     else:
-        url = torchvision.models.get_model_weights(TORCHVISION[net])["IMAGENET1K_V1"].url
+        named = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}[net]
+        url = torchvision.models.get_model_weights(named)["IMAGENET1K_V1"].url
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), SHA256[net])

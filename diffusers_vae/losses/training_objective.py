@@ -23,10 +23,8 @@ class RateController:
     It follows ControlVAE (Shao 2020, section 3), where beta = Kp / (1 + exp(target - rate)) + Ki * sum(rate - target)
     + beta_min with the error turned round. At rates of hundreds of nats that exponential is 0 or infinite, the sum is
     proportional to the rate, so that every target needs its own gains, and a beta between 1e-6 and 1 would need steps
-    of 1e-7. Here both sides are logarithms: log(rate / target) moves the logarithm of the weight.
-
-    The gains count in steps, not images, because Adam moves parameters by about the learning rate per step, whatever
-    the batch size.
+    of 1e-7. Here both sides are logarithms: log(rate / target) moves the logarithm of the weight. The gains count in
+    steps, not images, because Adam moves parameters by about the learning rate per step, whatever the batch size.
     """
 
     GAIN = 1.0
@@ -53,7 +51,7 @@ class RateController:
         return self.start * math.exp(_clip(self.GAIN * self.error + self.integral, self.BOUND))
 
     def update(self, rate: float) -> None:
-        """Learn the mean rate of a step, nats per image."""
+        """Adjust the weight after a step with this mean rate, nats per image."""
         error = math.log(rate / self.target) if rate > 0 else -math.inf
         self.error = _clip(error, self.LARGEST_ERROR)
         # the integral itself is bounded, so that it leaves the bound as soon as the error changes its sign
@@ -67,18 +65,17 @@ def _clip(value: float, bound: float) -> float:
 class TrainingObjective:
     """The objective as it is trained: what depends on how far the run is, and on the steps before.
 
-    Every step is `begin_step`, one call per micro-batch, and `end_step` with the statistics of the whole step's batch,
-    share * statistics summed over its parts. All that is not linear in the images depends on the steps before only, so
-    that a step is the same however its batch is cut:
+    A step is `begin_step`, one call per micro-batch, and `end_step` with the statistics of its whole batch: the sum of
+    share * statistics over its parts. What is not linear in the images depends on the steps before only, so that a step
+    is the same however its batch is cut:
 
-    - free bits press the channels whose mean rate over the whole batch of the step before was above; in the first step,
-      all.
+    - free bits press the channels whose mean rate in the step before was above; in the first step, all.
     - an optimal scale comes from the steps before, half of it from the last 1,000 images. It is a constant of the step,
       as at the optimum the loss has no gradient to it: Rybkin 2021, optimal sigma-VAE.
     - the controller of a target rate sees whole steps.
 
-    Equivariance makes some images smaller. The rates of these are lower, so free bits and the controller use only
-    images that were encoded at full size; in an optimal scale, images count in proportion to their number of values.
+    Equivariance makes some images smaller, which lowers their rates: free bits and the controller use only images that
+    were encoded at full size. In an optimal scale, images count in proportion to their number of values.
     """
 
     def __init__(self, config: ObjectiveConfig):
@@ -114,22 +111,15 @@ class TrainingObjective:
         encoded_whole: bool = True,
         size: float = 1.0,
     ) -> ObjectiveTerms:
-        """The terms of a micro-batch, as `VAEObjective`, with the statistics that `end_step` needs.
+        """The terms of a micro-batch, as `VAEObjective` returns and refuses them, with the statistics for `end_step`.
 
         Args:
-            logits: for a Bernoulli likelihood, as `VAEObjective` takes them.
-            log_scale: the parameter of a learned scale, its natural logarithm, a scalar tensor.
+            log_scale: natural logarithm of a learned scale, a scalar tensor; ValueError where it does not belong.
             encoded_whole: whether the posterior is of images at their full size.
             size: number of values of one of these images, divided by that of an image at its full size.
-
-        Raises:
-            ValueError: as `VAEObjective`, and when log_scale is missing or of no use.
         """
         assert self._kl_weight is not None, "begin_step comes first"
-        self._check_log_scale(log_scale)
-        scale = log_scale.exp() if log_scale is not None else None
-        if self.config.scale == "optimal":
-            scale = self._optimal_scale()
+        scale = self._scale(log_scale)
         channel_rates = None
         if self.config.free_bits:
             known = self._channel_rates or [math.inf] * posterior.mean.shape[1]
@@ -143,7 +133,7 @@ class TrainingObjective:
             scale=scale,
             channel_rates=channel_rates,
         )
-        statistics = {}
+        statistics: dict[str, torch.Tensor] = {}
         if self._controller or self.config.free_bits:
             statistics["encoded_whole"] = torch.full_like(terms.loss.detach(), float(encoded_whole))
         if self._controller:
@@ -159,11 +149,7 @@ class TrainingObjective:
         return replace(terms, statistics=statistics)
 
     def end_step(self, statistics: dict[str, torch.Tensor], images: int) -> None:
-        """Learn of the means over the `images` images of the whole step's batch; for steps that were taken.
-
-        Raises:
-            ValueError: when they are not finite.
-        """
+        """Remember the means over the `images` images of a step that was taken; ValueError when one is not finite."""
         for name, value in statistics.items():
             if not value.isfinite().all():
                 raise ValueError(f"the statistics of a step that is taken must be finite, got {name} {value}")
@@ -202,23 +188,22 @@ class TrainingObjective:
         """The objective for evaluation: the full kl_weight, or the controller's present one, the present scale, and no
         free bits. `log_scale` is a learned scale's natural logarithm.
         """
-        self._check_log_scale(log_scale)
-        scale = math.exp(log_scale) if log_scale is not None else None
-        if self.config.scale == "optimal":
-            scale = self._optimal_scale()
-        objective = self.config.build(scale)
+        objective = self.config.build(self._scale(log_scale))
         return replace(objective, kl_weight=self._controller.kl_weight) if self._controller else objective
 
     def _optimal_scale(self) -> float:
         if not self._deviation_weight:
             return START_SCALE
         likelihood: Any = self._objective.likelihood
-        scale = likelihood.optimal_scale(self._deviation / self._deviation_weight)
-        return max(scale, SMALLEST_SCALE)
+        return max(likelihood.optimal_scale(self._deviation / self._deviation_weight), SMALLEST_SCALE)
 
-    def _check_log_scale(self, log_scale: float | torch.Tensor | None) -> None:
+    def _scale(self, log_scale: Any) -> Any:
+        """Value of a learned scale, as a tensor if its logarithm is one, or of an optimal one; else None."""
         if (log_scale is not None) != (self.config.scale == "learned"):
             raise ValueError(
                 f"log_scale is the parameter of objective.scale learned, got {log_scale} with objective.scale "
                 f"{self.config.scale}"
             )
+        if log_scale is not None:
+            return log_scale.exp() if isinstance(log_scale, torch.Tensor) else math.exp(log_scale)
+        return self._optimal_scale() if self.config.scale == "optimal" else None
