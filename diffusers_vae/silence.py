@@ -1,7 +1,7 @@
 """Processes and reading workers that fall silent: named in a warning after a minute, after minutes the end of the run.
 
-Silent is a process that is stopped or whose machine is unreachable, and one that does something on its own without
-reporting progress, using CPU time, reading or writing. Work that takes long is not.
+A process is silent that is stopped or whose machine is unreachable, or that works alone without reporting progress,
+using CPU time, reading or writing. Work that takes long is not silent.
 """
 
 from __future__ import annotations
@@ -25,23 +25,19 @@ import torch.distributed as dist
 from .messages import message
 
 T = TypeVar("T")
-
 logger = logging.getLogger(__name__)
 
 GROUP_TIMEOUT = timedelta(days=1)
-"""Timeout of a process group. It is long, since `watched` decides how long the others wait for a process."""
+"""Timeout of a process group: long, since `watched` decides how long processes wait for each other."""
 CONTINUES = "The same command continues from the newest checkpoint"
-"""What the same command does after such an end."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How many seconds of silence are waited through."""
+    """Seconds of silence before a warning names the process or worker, and before the run ends with an error."""
 
     warning: float = 60.0
-    """Seconds after which a warning names the process or worker."""
     end: float = 300.0
-    """Seconds after which the run ends with an error."""
 
     @property
     def tick(self) -> float:
@@ -54,13 +50,11 @@ PATIENCE = Patience()
 
 @dataclass
 class _Doing:
-    """What this process does."""
+    """What this process does, whether it waits for no other, and how often it reported progress."""
 
     what: str = "its start"
     alone: bool = False
-    """Whether it waits for no other process."""
     marks: int = 0
-    """How often it reported progress."""
 
 
 _doing = _Doing()
@@ -75,7 +69,7 @@ def report_progress(what: str | None = None) -> None:
 
 @contextmanager
 def alone(what: str | None = None) -> Generator[None]:
-    """Say that this process waits for no other within, so that silence is a fault of its own."""
+    """Report that this process waits for no other within, so that silence is a fault of its own."""
     before = _doing.what, _doing.alone
     report_progress(what)
     _doing.alone = True
@@ -87,9 +81,7 @@ def alone(what: str | None = None) -> Generator[None]:
 
 
 class _Clock:
-    """Seconds since the last look, at most two ticks: the time in which this process was stopped itself, with all
-    others by a scheduler say, is not counted as silence of another.
-    """
+    """Seconds since the last look, at most two ticks: while a scheduler stops all processes, none of them is silent."""
 
     def __init__(self, tick: float):
         self.tick, self.at = tick, time.monotonic()
@@ -101,9 +93,7 @@ class _Clock:
 
 
 class _Activity:
-    """Whether processes work: use more than a fiftieth of a core, or read and write more than 8 KiB a second. Threads
-    that only wait use less.
-    """
+    """Whether processes work: use over a fiftieth of a core, or read and write over 8 KiB a second."""
 
     def __init__(self, processes: Callable[[], list[psutil.Process]]):
         self.processes, self.level = processes, 0.0
@@ -114,10 +104,10 @@ class _Activity:
         used = self._used()
         self.level = max(0.0, self.level + max(0.0, used - self.before) - seconds)
         self.before = used
-        if self.level <= 1:
-            return False
-        self.level = 0.0
-        return True
+        worked = self.level > 1
+        if worked:
+            self.level = 0.0
+        return worked
 
     def _used(self) -> float:
         """Work so far, in seconds of the least that counts as work."""
@@ -169,18 +159,15 @@ class Meeting:
 
 
 def meet(patience: Patience, again: str = CONTINUES) -> Meeting | None:
-    """Wait until all processes of the launch have started; None if this is its only one.
-
-    Raises:
-        TimeoutError: naming the processes that did not start.
+    """Wait until all processes of the launch have started; None if this is its only one. TimeoutError names the
+    processes that did not start.
     """
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as launchers set them
-    if any(name not in os.environ for name in names) or int(os.environ["WORLD_SIZE"]) == 1:
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not launched or int(os.environ["WORLD_SIZE"]) == 1:
         return None
     rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = _connect(rank, patience, again)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    meeting = Meeting(store, rank, processes, address)
+    store = _connect(rank, patience, again)
     store.set(str(rank), json.dumps(vars(_Beat(0, 0.0, _doing.what))))
     clock, waited, warned, pause = _Clock(patience.tick), 0.0, False, 0.001
     everyone = [str(process) for process in range(processes)]
@@ -199,7 +186,7 @@ def meet(patience: Patience, again: str = CONTINUES) -> Meeting | None:
                 warned = True
     except dist.DistError as error:
         raise ConnectionError(f"process 0, at {address}, has ended before all had started") from error
-    return meeting
+    return Meeting(store, rank, processes, address)
 
 
 def _connect(rank: int, patience: Patience, again: str) -> dist.Store:
@@ -207,13 +194,9 @@ def _connect(rank: int, patience: Patience, again: str) -> dist.Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     for seconds in (patience.warning, patience.end - patience.warning):
         try:
+            # a second master at a port of this process, or of its launcher, joins the first
             store = dist.TCPStore(
-                host,
-                port,
-                is_master=rank == 0,  # a second one at a port of this process, or of its launcher, joins the first
-                timeout=timedelta(seconds=seconds),
-                wait_for_workers=False,
-                multi_tenant=True,
+                host, port, None, rank == 0, timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True
             )
             return dist.PrefixStore(f"diffusers_vae/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         except dist.DistError as error:
@@ -232,28 +215,22 @@ class _Beat:
     """What a process lets the others know, once a tick."""
 
     number: int
-    quiet: float
-    """Seconds without progress."""
+    quiet: float  # seconds without progress
     what: str
-    left: bool = False
-    """Whether it has come to the end."""
-    ends: bool = False
-    """Whether all are to end, since an error was found."""
+    left: bool = False  # whether it has come to the end
+    ends: bool = False  # whether all are to end, since an error was found
 
 
 @contextmanager
 def watched(patience: Patience, again: str = CONTINUES) -> Generator[None]:
-    """Wait until all processes of the launch have started; then end this process, with an error that names the culprit,
-    when one of them falls silent within. `again` is the sentence that says what the same command does after that.
+    """Wait until all processes of the launch have started, or raise a TimeoutError that names those that did not; then
+    end this process, with an error that names the culprit, when one of them falls silent within. `again` is the
+    sentence that says what the same command does after that.
 
-    A process that is waited for cannot be helped, and no exception reaches a thread that waits in a collective: the
-    process ends at once, with 1. Whatever is durable is whole on the disk at any time.
-
-    Raises:
-        TimeoutError: naming the processes that did not start.
+    No exception reaches a thread that waits in a collective, so the process ends at once, with 1. Whatever is durable
+    is whole on the disk at any time.
     """
-    meeting = meet(patience, again)
-    if meeting is None:
+    if (meeting := meet(patience, again)) is None:
         yield
         return
     watch = _Watch(meeting, patience, again)
@@ -277,8 +254,7 @@ class _Watch:
     patience: Patience
     again: str
     done: threading.Event = field(default_factory=threading.Event)
-    beats: dict[int, _Beat] = field(default_factory=dict)
-    """The last of each process that is watched."""
+    beats: dict[int, _Beat] = field(default_factory=dict)  # the last of each process that is watched
     exchanges: int = 0
     quiet: float = 0.0
     left: bool = False
@@ -303,8 +279,7 @@ class _Watch:
 
     def judge(self) -> None:
         patience, clock, own = self.patience, _Clock(self.patience.tick), _OwnWork(self.patience)
-        exchanges, unheard, warned = -1, 0.0, set()
-        numbers: dict[int, int] = {}
+        exchanges, unheard, warned, numbers = -1, 0.0, set[Any](), dict[int, int]()
         silent = dict.fromkeys(self.others, 0.0)
         while not self.done.wait(patience.tick):
             seconds = clock.seconds()
@@ -321,11 +296,11 @@ class _Watch:
             for key, lasted, text in self._silences(silent, unheard):
                 if lasted >= patience.end:
                     self._end(text)
-                if lasted >= patience.warning and key not in warned:
-                    logger.warning("%s; after %.0f s the run ends with an error", text, patience.end)
-                    warned.add(key)
                 if lasted < patience.warning:
                     warned.discard(key)
+                elif key not in warned:
+                    logger.warning("%s; after %.0f s the run ends with an error", text, patience.end)
+                    warned.add(key)
 
     def _silences(self, silent: dict[int, float], unheard: float) -> Iterator[tuple[Any, float, str]]:
         """Yield what can be silent, for how many seconds it was, and that in words."""
@@ -334,11 +309,10 @@ class _Watch:
             what = beats[process].what if process in beats else "its start"
             yield process, seconds, f"process {process} has not been heard from for {seconds:.0f} s, last in {what}"
         who = "the launcher" if rank == 0 else f"process 0, last in {beats[0].what if beats else 'its start'},"
-        where = f"the store at {self.meeting.address}"
-        yield "store", unheard, f"{who} has not been heard from for {unheard:.0f} s, nor has {where}"
+        text = f"has not been heard from for {unheard:.0f} s, nor has the store at {self.meeting.address}"
+        yield "store", unheard, f"{who} {text}"
         if _doing.alone:
-            text = f"process {rank} has made no progress for {self.quiet:.0f} s in {_doing.what}"
-            yield "alone", self.quiet, text
+            yield "alone", self.quiet, f"process {rank} has made no progress for {self.quiet:.0f} s in {_doing.what}"
         elif rank == 0 and len(beats) == len(self.others):
             quiet = min(self.quiet, *(beat.quiet for beat in beats.values()))
             doing = {0: _doing.what} | {process: beat.what for process, beat in beats.items()}
@@ -361,13 +335,8 @@ def _say_error(text: str) -> None:
 
 
 class WorkerWatch:
-    """Watches, by a thread, the worker that the main thread waits for. When it is silent, all are killed, which
-    ends the waiting.
-
-    Args:
-        workers: processes that read.
-        describe: what a batch is, in words.
-        patience: how long to wait.
+    """Watches, by a thread, which of the `workers` that read the main thread waits for. When it is silent, all are
+    killed, which ends the waiting. `describe` gives a batch in words.
     """
 
     def __init__(self, workers: Sequence[BaseProcess], describe: Callable[[Any], str], patience: Patience):
@@ -379,11 +348,7 @@ class WorkerWatch:
         self.thread.start()
 
     def wait(self, worker: int, batch: Any, take: Callable[[], T]) -> T:
-        """Return what `take` gives, which waits for `worker` to read the batch.
-
-        Raises:
-            TimeoutError: when the worker was silent.
-        """
+        """Return what `take` gives, which waits for `worker` to read the batch; TimeoutError when it was silent."""
         self.waiting = worker, batch
         try:
             return take()
@@ -417,10 +382,9 @@ class WorkerWatch:
                     self._end(f"reading has stood still for {silent:.0f} s: {self._words(*waiting)}")
 
     def _process(self, worker: int) -> list[psutil.Process]:
-        try:
+        with suppress(psutil.Error):  # it has ended, which torch reports
             return [psutil.Process(self.workers[worker].pid)]
-        except psutil.Error:  # it has ended, which torch reports
-            return []
+        return []
 
     def _words(self, worker: int, batch: Any) -> str:
         status = "".join(process.status() for process in self._process(worker))
