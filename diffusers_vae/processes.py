@@ -1,12 +1,10 @@
-"""The processes of a launch: their ranks, what one does for all, values gathered from all, and signals that stop them.
-
-All of it works without torch.distributed too, as one process.
-"""
+"""The processes of a launch, or this one alone: ranks, what one does for all, values gathered from all, signals."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -48,17 +46,14 @@ def gather(value: T) -> list[T]:
 
 
 def gather_parts(parts: list[P]) -> list[P]:
-    """The parts (index, ...) of all processes, sorted by index, on all of them: nothing is padded or counted twice, and
-    a sum over them does not depend on the number of processes.
+    """The parts (index, ...) of all processes, sorted by index, on all of them, without padding or repetition: a sum
+    over them does not depend on the number of processes.
     """
     return sorted((part for of_rank in gather(parts) for part in of_rank), key=lambda part: part[0])
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Run `work` on the main process and return its result on all processes.
-
-    An error there is raised on all: `sendable` names the types that keep theirs, others become a RuntimeError.
-    """
+    """Run `work` on the main process and return its result, or raise its error as `sendable` makes it, on all."""
     rank, processes = process_share()
     if processes == 1:
         return work()
@@ -86,20 +81,14 @@ def sendable(error: Exception) -> Exception:
     return RuntimeError(f"process {process_share()[0]}: {type(error).__name__}: {error}")
 
 
-NO_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "could not create a primitive",
-    "CUDNN_STATUS_NOT_SUPPORTED",
-    "bad_alloc",
-)
-"""How torch, oneDNN and cuDNN say that there is no memory left."""
+NO_MEMORY = r"out of memory|can't allocate memory|could not create a primitive|CUDNN_STATUS_NOT_SUPPORTED|bad_alloc"
+"""What torch, oneDNN and cuDNN write where there is no memory left."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error is that there is no memory left, on the CPU or another device."""
-    said = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
-    return said or isinstance(error, MemoryError)
+    """Whether an error means that there is no memory left, on the CPU or another device."""
+    said = isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error))
+    return bool(said) or isinstance(error, MemoryError)
 
 
 _FITTING: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
@@ -136,7 +125,7 @@ def largest_part(model: torch.nn.Module, batch_size: int) -> int:
 
 @contextmanager
 def one_first(first: bool, what: str) -> Generator[None]:
-    """Let those processes do `what` is within that are `first`, while the others wait; then the others."""
+    """Let the processes that are `first` do `what` is within while the others wait; then the others."""
     if not first:
         gather(None)
     with alone(what):
@@ -157,16 +146,13 @@ def only_user_of(folder: Path, doing: str, setting: str) -> Generator[None]:
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop: its state is on the disk, and the same command continues it. Like a
-    KeyboardInterrupt, it is no Exception, so that nobody takes it for an error in what was being done.
-    """
+    """A signal stopped the run. Like a KeyboardInterrupt, it is no Exception, so that nobody takes it for an error."""
 
 
 class Signals:
     """Handles SIGTERM, SIGINT and SIGUSR1, which clusters and spot machines send, and SIGHUP, which a terminal sends
-    when it is closed or its connection is lost, inside a `with` block.
-
-    The first is noted if `wait` is set, else raises Interrupted; the second ends the process at once.
+    when it is closed, inside a `with` block: the first is noted if `wait` is set, else raises Interrupted; the second
+    ends the process at once.
     """
 
     def __init__(self):
@@ -188,11 +174,10 @@ class Signals:
 
     @staticmethod
     def numbers() -> list[int]:
-        """The signals that this system has, without SIGHUP where `nohup` has set that it be ignored."""
-        names = ["SIGTERM", "SIGINT", "SIGUSR1"]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            names.append("SIGHUP")
-        return [getattr(signal, name) for name in names if hasattr(signal, name)]
+        """The signals that this system has, without SIGHUP where `nohup` has set it to be ignored."""
+        names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+        found = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        return [number for number in found if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         for number, handler in self.previous.items():
@@ -244,9 +229,7 @@ class _Lossy:
 
 @contextmanager
 def lossy_output() -> Generator[None]:
-    """Within, a write to the terminal never fails: a full disk under a log, or a reader that has ended, must not end a
-    training.
-    """
+    """Keep writes to the terminal from failing within: a full disk under a log must not end a training."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream and _Lossy(stream) for stream in before)  # None in a program without a console
     try:
@@ -256,8 +239,8 @@ def lossy_output() -> Generator[None]:
 
 
 def ignore_signals(worker: int) -> None:
-    """Let a worker that reads images live on when all processes of a job get a signal: those that train answer it, and
-    need its images to end their step.
+    """Keep a reading worker alive when all processes of a job get a signal: those that train need its images to end
+    their step.
     """
     for number in Signals.numbers():
         signal.signal(number, signal.SIG_IGN)

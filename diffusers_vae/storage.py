@@ -35,9 +35,7 @@ _watcher: Watcher | None = None
 
 
 def watch(watcher: Watcher | None) -> None:
-    """Call `watcher(operation, path, new path of a rename)` in this process before each durable operation from now on;
-    None ends it.
-    """
+    """Call `watcher(operation, path, new path of a rename)` in this process before each durable operation."""
     global _watcher
     _watcher = watcher
 
@@ -59,26 +57,21 @@ def naming(path: Path) -> Generator[None]:
 
 @contextmanager
 def scratch_folder() -> Generator[Path]:
-    """Yield a folder for files that are needed for a moment, which is deleted. An error because there is no space names
-    it.
-    """
+    """Yield a temporary folder, which is deleted. An error because there is no space left names it."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             yield Path(folder)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise OSError(
-                f"cannot write {folder}: {error.strerror}. Set TMPDIR to a folder where there is more space"
-            ) from error
+            advice = "Set TMPDIR to a folder where there is more space"
+            raise OSError(f"cannot write {folder}: {error.strerror}. {advice}") from error
 
 
 def acquire(lock: FileLock, doing: str, setting: str) -> None:
-    """Take the lock of the folder that it lies in, which is made if it is missing. Wait some seconds if it is taken, in
-    case it is held by what is left of a killed process.
-
-    Raises:
-        OSError: when another process is `doing` something there, or `setting`, which names the folder, is no folder.
+    """Take the lock of the folder that it lies in, which is made if missing. If it is taken, wait some seconds for what
+    may be left of a killed process, then raise an OSError that another process is `doing` something there. `setting` is
+    what names the folder.
     """
     folder = Path(lock.lock_file).parent
     if folder.exists() and not folder.is_dir():
@@ -100,7 +93,7 @@ def acquire(lock: FileLock, doing: str, setting: str) -> None:
 
 
 ODD = "backslashreplace"
-"""What becomes of characters that are none, as of file names that are not UTF-8: no text may fail by them."""
+"""How to write what is no character, as in file names that are not UTF-8: no text may fail by it."""
 
 
 def write_file(path: Path, text: str) -> None:
@@ -112,8 +105,8 @@ def write_file(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Generator[Path]:
-    """Yield a path to write a file to, which replaces `path` at the end, on the disk. After an error there is no trace
-    of it; OSErrors name `path`.
+    """Yield a path to write to, which replaces `path` at the end, on the disk. An error leaves no trace of it; OSErrors
+    name `path`.
     """
     partial = partial_of(path)
     with naming(path):
@@ -139,7 +132,7 @@ def whole_files(folder: Path) -> Generator[Path]:
         try:
             begin_folder(partial)
             yield partial
-            written = sorted(path for path in partial.rglob("*") if path.is_file())
+            written = sorted(filter(Path.is_file, partial.rglob("*")))
             for path in written:
                 _announce("write", path)
                 sync(path)
@@ -154,8 +147,8 @@ def whole_files(folder: Path) -> Generator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Generator[Path]:
-    """Yield an empty folder to write to, which replaces `path` at the end, its files on the disk. After an error there
-    is no trace of it; OSErrors name `path`. A file is announced to the watcher once it is written.
+    """Yield an empty folder to write to, which replaces `path` at the end, its files on the disk. An error leaves no
+    trace of it; OSErrors name `path`. A file is announced to the watcher once it is written.
     """
     partial = partial_of(path)
     with naming(path):
@@ -163,9 +156,8 @@ def whole_folder(path: Path) -> Generator[Path]:
             begin_folder(partial)
             yield partial
             written = sorted(partial.rglob("*"))
-            for entry in written:
-                if entry.is_file():
-                    _announce("write", entry)
+            for entry in filter(Path.is_file, written):
+                _announce("write", entry)
             for entry in written:
                 sync(entry)
             finish_folder(partial, path)
@@ -184,7 +176,7 @@ def begin_folder(partial: Path) -> None:
 def finish_folder(partial: Path, path: Path) -> None:
     """Replace `path` by the folder `partial`, whose files are on the disk."""
     sync(partial)
-    old = _old_of(path)
+    old = path.with_name(f".{path.name}.old")
     delete_folder(old)
     if path.exists():
         _rename(path, old)
@@ -196,31 +188,26 @@ def finish_folder(partial: Path, path: Path) -> None:
 
 def discard_folder(path: Path) -> None:
     """Delete a folder that others look for: it is renamed first, so that half of it never looks like a damaged one."""
-    old = _old_of(path)
+    old = path.with_name(f".{path.name}.old")
     _rename(path, old)
     delete_folder(old)
 
 
 def delete_leftovers(folder: Path, pattern: str) -> None:
-    """Delete the partial and replaced folders that interrupted processes left in `folder`, for names that match
-    `pattern`.
-    """
-    for kind in ("partial", "old"):
-        for path in sorted(folder.glob(f".{pattern}.{kind}")):
-            with suppress(OSError):
-                delete_folder(path)
+    """Delete partial and replaced folders in `folder` that interrupted processes left of names that match `pattern`."""
+    for path in (path for kind in ("partial", "old") for path in sorted(folder.glob(f".{pattern}.{kind}"))):
+        with suppress(OSError):
+            delete_folder(path)
 
 
 def delete_folder(path: Path) -> None:
-    """Delete a folder with all that it holds, if it is there. A link is deleted, not what it leads to."""
+    """Delete a folder with its content, if it is there. Of links, not the targets are deleted."""
     if path.is_symlink():
         return delete_file(path)
     for parent, folders, files in os.walk(path, topdown=False):
-        for name in sorted(files):
-            delete_file(Path(parent) / name)
-        for name in sorted(folders):
-            if (Path(parent) / name).is_symlink():
-                delete_file(Path(parent) / name)
+        links = [name for name in sorted(folders) if Path(parent, name).is_symlink()]
+        for name in (*sorted(files), *links):
+            delete_file(Path(parent, name))
         _announce("rmdir", Path(parent))
         os.rmdir(parent)
 
@@ -248,7 +235,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add to a file, or begin it; `sync` makes it durable. OSErrors name `path`."""
+    """Append to a file, or begin it; `sync` makes it durable. OSErrors name `path`."""
     _announce("write", path)
     with naming(path), path.open("a", encoding="utf-8", errors=ODD) as file:
         file.write(text)
@@ -271,9 +258,7 @@ os.umask(UMASK)
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to the disk. Safetensors files, which are created readable by the owner only, get the
-    usual permissions.
-    """
+    """Flush a file or folder to the disk, and give safetensors files, which only the owner may read, the usual mode."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot sync folders
     if path.suffix == ".safetensors" or path.name.endswith(".safetensors.partial"):
@@ -295,10 +280,6 @@ def _rename(path: Path, to: Path) -> None:
 def partial_of(path: Path) -> Path:
     """Where `path` is written before it is complete."""
     return path.with_name(f".{path.name}.partial")
-
-
-def _old_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
 
 
 def described(path: Path) -> dict[str, Any]:
