@@ -27,7 +27,7 @@ from PIL import Image, UnidentifiedImageError
 T = TypeVar("T")
 
 MAX_TEXT = 2**24
-"""Bytes of a text that is read at once: settings, an index, a report, a caption."""
+"""Largest size in bytes of a text: settings, an index, a report, a caption."""
 for _plugin in ("Avif", "Bmp", "Gif", "Ico", "Jpeg", "Jpeg2K", "Mpo", "Png", "Ppm", "Tga", "Tiff", "WebP"):
     importlib.import_module(f"PIL.{_plugin}ImagePlugin")  # `Image.init` would import all of Pillow's
 with suppress(ImportError):
@@ -37,26 +37,24 @@ FORMATS = tuple(
     for name in ("BMP", "GIF", "JPEG", "PPM", "PNG", "AVIF", "DIB", "HEIF", "ICO", "JPEG2000", "TGA", "TIFF", "WEBP")
     if name in Image.OPEN
 )
-"""Pillow's names of the formats that are read, whatever a file's name says; HEIF if pillow-heif is installed. Pillow
-reads more, some of them by starting other programs: Ghostscript runs what an EPS holds.
-"""
+"""Pillow's names of the formats that are read, whatever a file's name says; HEIF if pillow-heif is installed. For
+others Pillow starts programs: Ghostscript runs what an EPS holds."""
 SUFFIXES = tuple(
     sorted(suffix for suffix, name in Image.EXTENSION.items() if name in (*FORMATS, "MPO") and suffix != ".pfm")
 )
 """Lower-case suffixes of these formats. A PFM holds floats, whose range nothing states."""
 MAX_PIXELS = 500_000_000
-"""Pixels of an image, at most."""
 PILLOWS_LIMIT = 2**30 // 4 // 3
-"""What `PIL.Image.MAX_IMAGE_PIXELS` is, unless somebody has changed it."""
+"""Default of `PIL.Image.MAX_IMAGE_PIXELS`."""
 MAX_PAGES = 100
-"""Pages of a file up to which they are counted."""
+"""Number up to which the pages of a file are counted."""
 NEW_SUBFILE_TYPE = 254
 """Tag of a TIFF page whose lowest bit marks a thumbnail of another page (TIFF 6.0, section 8)."""
 OF_ONE_FILE = (
     errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EOVERFLOW
 )  # fmt: skip
-"""What the system says of one file that is missing or damaged (EINVAL: a damaged offset leads to before its beginning).
-All else, as EIO, ESTALE, ENOTCONN or EACCES, is of its storage."""
+"""Errors of one file that is missing or damaged (EINVAL: a damaged offset leads to before its beginning). All others,
+as EIO, ESTALE, ENOTCONN or EACCES, are of its storage."""
 ADDRESS = re.compile(r" ?<(?:_io\.|Reader )[^>]*>| ?<[^<>]* at 0x[0-9a-fA-F]+>")
 """Objects in the text of an error, which differ from start to start."""
 
@@ -66,8 +64,8 @@ class Unreachable(OSError):
 
 
 def unreadable(path: str | Path, error: Exception) -> Unreachable | ValueError:
-    """The error to raise, naming the image at `path`, for one that came up as it was read: `Unreachable` when its
-    storage failed, ValueError when it is missing or damaged. The same fault gives the same text at every start.
+    """The error to raise for one from reading the image at `path`: `Unreachable` when its storage failed, ValueError
+    when it is missing or damaged. The same fault gives the same text at every start.
     """
     reason = ADDRESS.sub("", str(error).replace(repr(str(path)), "")).rstrip(" :") or type(error).__name__
     number = error.errno if isinstance(error, OSError) else None  # that of a decoder has none
@@ -78,11 +76,8 @@ def unreadable(path: str | Path, error: Exception) -> Unreachable | ValueError:
 
 
 def open_beside_others(path: str | Path) -> BinaryIO:
-    """The file at `path`, to read from.
-
-    Raises:
-        FileNotFoundError: when it alone is missing.
-        Unreachable: when its folder is not there or is empty, as where a disk is not mounted.
+    """The file at `path`, to read from; `Unreachable`, and not FileNotFoundError, when its folder is not there or is
+    empty, as where a disk is not mounted.
     """
     try:
         return open_regular(path)
@@ -98,9 +93,7 @@ MAX_UNPACKED = 2**30
 
 
 class Reader(io.BufferedReader):
-    """Reads what `raw`, which can seek, still holds, and never allocates more, whatever length is asked for: damaged
-    files claim to be of any.
-    """
+    """Reads what `raw`, which can seek, still holds, and never allocates more: damaged files claim any length."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > 2**20:
@@ -111,24 +104,19 @@ class Reader(io.BufferedReader):
 
 
 def open_regular(path: str | Path) -> Reader:
-    """The file at `path` to read from. A pipe, socket or device, which could block or never end, is refused.
+    """The file at `path` to read from; ValueError for a pipe, socket or device, which could block or never end."""
 
-    Raises:
-        OSError: when it cannot be opened.
-        ValueError: when it is no regular file.
-    """
-    return Reader(io.FileIO(os.fspath(path), "r", opener=_open_regular))
+    def regular(path: str, flags: int) -> int:
+        number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+        mode = os.fstat(number).st_mode
+        if stat.S_ISREG(mode):
+            return number
+        os.close(number)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(f"{path} must be a file, got a folder")
+        raise ValueError(f"{path} must be a regular file, got a pipe, socket or device")
 
-
-def _open_regular(path: str, flags: int) -> int:
-    number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    mode = os.fstat(number).st_mode
-    if stat.S_ISREG(mode):
-        return number
-    os.close(number)
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(f"{path} must be a file, got a folder")
-    raise ValueError(f"{path} must be a regular file, got a pipe, socket or device")
+    return Reader(io.FileIO(os.fspath(path), "r", opener=regular))
 
 
 def open_image(file: BinaryIO) -> Image.Image:
@@ -162,19 +150,15 @@ def read_without_text(read: Callable[[Callable[[], BinaryIO]], T], content: Call
     try:
         return read(content)
     except TooMuchText:
-        return read(lambda: io.BytesIO(_without_text(content)))
-
-
-def _without_text(content: Callable[[], BinaryIO]) -> bytes:
-    with content() as file:
-        data = file.read()
-    kept, at = [data[:8]], 8
-    while at + 8 <= len(data):  # PNG, third edition, 5.3
-        length, name = struct.unpack_from(">I4s", data, at)
-        if name not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
-            kept.append(data[at : at + 12 + length])
-        at += 12 + length
-    return b"".join(kept)
+        with content() as file:
+            data = file.read()
+        kept, at = [data[:8]], 8
+        while at + 8 <= len(data):  # PNG, third edition, 5.3
+            length, name = struct.unpack_from(">I4s", data, at)
+            if name not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+                kept.append(data[at : at + 12 + length])
+            at += 12 + length
+        return read(lambda: io.BytesIO(b"".join(kept)))
 
 
 def count_pages(image: Image.Image) -> int:
@@ -201,9 +185,7 @@ def refuse_irregular(folder: Path) -> None:
 
 
 def refuse_odd_name(path: str | Path, name: str) -> None:
-    """Raise ValueError when `path`, which `name` gives, is not UTF-8: safetensors writes to such a path, but cannot
-    read from it.
-    """
+    """Raise ValueError when `path`, given as `name`, is not UTF-8: safetensors can write there, but not read."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -211,12 +193,7 @@ def refuse_odd_name(path: str | Path, name: str) -> None:
 
 
 def read_bytes(path: str | Path, limit: int = MAX_TEXT) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
-
-    Raises:
-        OSError: when it cannot be read.
-        ValueError: naming the file, when it is larger or no regular file.
-    """
+    """The content of a regular file; ValueError naming it when it has more than `limit` bytes."""
     with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -225,11 +202,8 @@ def read_bytes(path: str | Path, limit: int = MAX_TEXT) -> bytes:
 
 
 def read_text(path: Path, limit: int = MAX_TEXT) -> str:
-    """The UTF-8 text of a regular file of at most `limit` bytes; a byte order mark is left out.
-
-    Raises:
-        OSError: when it cannot be read.
-        ValueError: naming the file, when it is larger, other than UTF-8, or no regular file.
+    """The text of a regular file without its byte order mark; ValueError naming it when it is not UTF-8, or has more
+    than `limit` bytes.
     """
     content = read_bytes(path, limit)
     try:
@@ -240,12 +214,7 @@ def read_text(path: Path, limit: int = MAX_TEXT) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What the JSON file at `path` holds.
-
-    Raises:
-        OSError: when it cannot be read.
-        ValueError: naming the file, when it is damaged.
-    """
+    """The content of the JSON file at `path`; ValueError naming it when it is damaged."""
     text = read_text(path)
     try:
         return json.loads(text)
@@ -259,11 +228,8 @@ def check_type(value: Any, kind: Any, name: str) -> None:
     """Raise ValueError when a value from JSON, called `name`, is not of the type `kind`, or is not finite.
 
     Args:
-        value: as `read_json` gives it.
         kind: a type as in annotations (`list[int]`, `str | None`, ...), a dataclass, a dict with the type of
-            each key, or a list of the type of all items. Fields without a default, and keys, must be there; others
-            may be.
-        name: of the value, for the error.
+            each key, or a list of the type of all items. Keys, and fields without a default, must be there.
     """
     origin: Any
     origin, parts = (list, kind) if isinstance(kind, list) else (get_origin(kind), get_args(kind))
@@ -301,20 +267,19 @@ def _has_default(field: Field[Any]) -> bool:
 
 
 NAMES = {dict: "object", list: "array", str: "string", float: "number", int: "integer", bool: "boolean"}
-"""What JSON calls types of Python."""
+"""JSON's names of types of Python."""
 CODE = r"GLOBAL (\S+)|call reduce|Can only (?:create|build)"
 """What torch says of a pickle that does more than to put tensors together."""
 
 
 def load_pickle(path: Path, file: BinaryIO | None = None, mmap: bool = False, foreign: bool = False) -> Any:
-    """What torch saved at `path`, on the CPU: tensors in lists and dicts. `file` is the same, if it is open already;
-    with `mmap`, tensors are read from the disk when they are used. With `foreign`, objects of other classes may lie
-    beside the tensors, as in the checkpoints of PyTorch Lightning: a placeholder is put in their place. Nothing that
-    the file names is imported or called.
+    """What torch saved at `path`, on the CPU: tensors in lists and dicts. Nothing that the file names is imported or
+    called; ValueError names a file that holds code, is damaged or is something else.
 
-    Raises:
-        OSError: when it cannot be read.
-        ValueError: naming the file, when it holds code, is damaged or is something else.
+    Args:
+        file: the same, if it is open already.
+        mmap: read tensors from the disk when they are used.
+        foreign: put placeholders for objects of other classes, such as in checkpoints of PyTorch Lightning.
     """
     source = path if file is None else file
     try:
@@ -340,10 +305,14 @@ def load_pickle(path: Path, file: BinaryIO | None = None, mmap: bool = False, fo
 
 
 class _Placeholder:
-    """Stands for a class or function that a pickle names: may be called and set up, and does nothing."""
+    """Stands for a class or function that a pickle names: may be called and set up, and does nothing. `made` is what a
+    call gives where torch appends or sets items.
+    """
+
+    made: Callable[[], Any] | None = None
 
     def __new__(cls, *args: Any, **settings: Any) -> Any:
-        return object.__new__(cls)
+        return cls.made() if cls.made else object.__new__(cls)
 
     def __init__(self, *args: Any, **settings: Any):
         pass
@@ -352,31 +321,20 @@ class _Placeholder:
         pass
 
 
-class _Mapping(_Placeholder):
-    """Stands for a class of which torch has to set items."""
-
-    def __new__(cls, *args: Any, **settings: Any) -> Any:
-        return OrderedDict()
-
-
-class _Sequence(_Placeholder):
-    """Stands for a class to which torch has to append items."""
-
-    def __new__(cls, *args: Any, **settings: Any) -> Any:
-        return []
-
-
 MOST_FOREIGN = 64
-"""Different classes and functions that a checkpoint may name beside those of tensors."""
+"""Largest number of classes and functions that a checkpoint may name beside those of tensors."""
 
 
 def _load_with_placeholders(source: Path | BinaryIO, mmap: bool) -> Any:
-    """What `torch.load(weights_only=True)` loads if each name that it does not allow stands for a placeholder. It says
+    """What `torch.load(weights_only=True)` loads with a placeholder for each name that it does not allow. It reports
     one such name at a time, before it reads tensors; those of modules that it never allows (os, sys) stay an error.
     """
-    kinds: dict[str, type[_Placeholder]] = {}
+    kinds: dict[str, Callable[[], Any] | None] = {}
     while True:
-        classes = {name: type(f"Placeholder{number}", (kinds[name],), {}) for number, name in enumerate(kinds)}
+        classes = {
+            name: type(f"Placeholder{number}", (_Placeholder,), {"made": made})
+            for number, (name, made) in enumerate(kinds.items())
+        }
         if not isinstance(source, Path):
             source.seek(0)
         try:
@@ -387,8 +345,8 @@ def _load_with_placeholders(source: Path | BinaryIO, mmap: bool) -> Any:
                 name = named[1] if "." in named[1] else f"builtins.{named[1]}"  # which torch leaves out
                 if name in kinds or len(kinds) == MOST_FOREIGN:
                     raise
-                kinds[name] = _Placeholder
+                kinds[name] = None
             elif wrong := re.search(r"Can only (append|SETITEM).*\.Placeholder(\d+)'", str(error)):
-                kinds[[*kinds][int(wrong[2])]] = _Sequence if wrong[1] == "append" else _Mapping
+                kinds[[*kinds][int(wrong[2])]] = list if wrong[1] == "append" else OrderedDict
             else:
                 raise
