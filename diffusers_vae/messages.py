@@ -10,9 +10,8 @@ from contextlib import contextmanager
 
 
 def showable(text: object, lines: bool = False) -> str:
-    """`text` in one line of printable characters. All others, which could command a terminal or hide what follows, are
-    escaped as in a Python string. With `lines`, its lines are kept and those after the first are indented, so that none
-    can pass for another message.
+    """`text` in one line of printable characters; others, which could command a terminal, are escaped as in Python.
+    With `lines`, its lines are kept, and indented after the first, so that none can pass for another message.
     """
     if lines:
         return "\n  ".join(map(showable, str(text).split("\n")))
@@ -31,7 +30,7 @@ def quoted(text: object) -> str:
 
 
 def without_passwords(text: str) -> str:
-    """`text` with what stands before the host in its addresses, https://USER:PASSWORD@HOST, blotted out."""
+    """`text` with USER:PASSWORD in its addresses, https://USER:PASSWORD@HOST, blotted out."""
     return re.sub(r"(?<=://)[^\s/]*@", "***@", text)
 
 
@@ -64,9 +63,7 @@ def changed_logs(change: Callable[[str], str]) -> Generator[None]:
 
 @contextmanager
 def hiding_passwords() -> Generator[None]:
-    """Raise an OSError from within that shows a password, as clients of the Hub do, without it; log what they log as it
-    is shown to people.
-    """
+    """Remove passwords from OSErrors raised within and from what is logged, where clients of the Hub put them."""
     try:
         with changed_logs(message):
             yield

@@ -21,16 +21,11 @@ from .models.stock import AutoencoderKL
 class _Stock:
     """What a stock pipeline reads of its VAE's config beside scaling_factor, and how its denoiser takes latents."""
 
-    denoiser: str
-    """The component: unet or transformer."""
-    use_shift: bool = False
-    """shift_factor counts; None is an error in the pipeline."""
-    per_channel: bool = False
-    """latents_mean and latents_std count, and must be of 4 channels."""
-    packing: int = 1
-    """Side of the square of latents that the denoiser takes as one position."""
-    task: str = ""
-    """Img2Img or Inpaint, or nothing: from noise."""
+    denoiser: str  # unet or transformer
+    use_shift: bool = False  # shift_factor counts; None is an error in the pipeline
+    per_channel: bool = False  # latents_mean and latents_std count, and must be of 4 channels
+    packing: int = 1  # side of the square of latents that the denoiser takes as one position
+    task: str = ""  # Img2Img or Inpaint, or nothing: from noise
 
     def inputs(self, latent_channels: int) -> list[int]:
         """What the denoiser's `in_channels` may be: an inpainting one may take mask and masked latents too."""
@@ -57,20 +52,19 @@ StableDiffusion3InpaintPipeline shift_factor where it decodes. Here stands what 
 def latent_scaling(
     pipeline: DiffusionPipeline | type[DiffusionPipeline] | str, vae: VAE | AutoencoderKL
 ) -> LatentScaling:
-    """The scaling that a stock pipeline applies to the latents of `vae`, which its denoiser must be trained with.
+    """The scaling that a stock pipeline applies to the latents of `vae`, with which its denoiser must be trained.
 
-    Stable Diffusion and DiT multiply by scaling_factor and ignore shift_factor; so does Stable Diffusion XL, unless the
-    config has latents_mean and latents_std, which it then applies; Stable Diffusion 3 and FLUX subtract shift_factor
-    and multiply by scaling_factor.
+    Stable Diffusion and DiT multiply by scaling_factor; so does Stable Diffusion XL, unless the config has latents_mean
+    and latents_std, which it then applies; Stable Diffusion 3 and FLUX subtract shift_factor first.
 
     Args:
         pipeline: an object, a class (a stock one or one derived from it), or a stock class's name.
         vae: whose config is read.
 
     Raises:
-        TypeError: when `vae` is no `VAE` and no stock `AutoencoderKL`.
-        ValueError: when it is not known how the pipeline scales latents, it cannot compute with this config, or
-            the scaling_factor was neither measured nor published.
+        TypeError: when `vae` is neither a `VAE` nor a stock `AutoencoderKL`.
+        ValueError: for an unknown pipeline, one that cannot compute with this config, or a scaling_factor that was
+            neither measured nor published.
     """
     _check_class(vae)
     name, stock = _look_up(pipeline)
@@ -80,26 +74,25 @@ def latent_scaling(
 
 
 def swap_vae(pipeline: DiffusionPipeline, vae: VAE | AutoencoderKL) -> DiffusionPipeline:
-    """The same pipeline with a copy of `vae` in it, as a stock `AutoencoderKL`: saved, it loads without this package.
+    """Put a copy of `vae` into the pipeline, as a stock `AutoencoderKL`: saved, it loads without this package.
 
-    First it is checked that the VAE fits: that its latents have the channels which the denoiser takes and, compared
-    with the old VAE, the same size, image channels and scaling, as far as this pipeline applies it (`latent_scaling`).
-    Whether the latents mean the same as the old ones no check can tell: a VAE that was not fine-tuned from the old one
-    needs a denoiser that was trained on its latents. For such a denoiser load the pipeline with `vae=None`: without an
-    old VAE, or with one that is no `AutoencoderKL`, only the denoiser's channels are checked.
+    The latents must have the channels that the denoiser takes and, compared with the old VAE, the same size, image
+    channels and scaling as this pipeline applies it (`latent_scaling`). No check can tell whether they mean the same: a
+    VAE that was not fine-tuned from the old one needs a denoiser that was trained on its latents. Load the pipeline of
+    such a denoiser with `vae=None`: without an old `AutoencoderKL`, only the denoiser's channels are checked.
 
     The copy takes the old VAE's device and dtype (without one, the denoiser's), eval mode, and slicing, tiling and
-    fused projections where they were on. Its config, with force_upcast, stays its own, but for a sample_size below 256,
-    which becomes 256: stock takes it for the side of tiles. `vae` itself is left as it is.
+    fused projections where they were on. It keeps its config, with force_upcast, but for a sample_size below 256, which
+    becomes 256: stock takes it for the side of tiles. `vae` itself is not changed.
 
     Args:
         pipeline: Stable Diffusion, Stable Diffusion XL, Stable Diffusion 3 or FLUX, each for text, image to image or
-            inpainting, or DiT; also of a class derived from one of these.
+            inpainting, or DiT, or of a class derived from one of these.
         vae: trained with this package or without.
 
     Raises:
-        TypeError: when `pipeline` is no pipeline, or `vae` no `VAE` and no stock `AutoencoderKL`.
-        ValueError: when the pipeline is not known, or with a list of everything that does not fit. Nothing is changed.
+        TypeError: when `pipeline` is no pipeline, or `vae` neither a `VAE` nor a stock `AutoencoderKL`.
+        ValueError: for an unknown pipeline, or with a list of everything that does not fit. Nothing is changed.
     """
     if not isinstance(pipeline, DiffusionPipeline):
         raise TypeError(f"swap_vae takes a pipeline object of diffusers, got {pipeline!r}")
@@ -125,13 +118,14 @@ def swap_vae(pipeline: DiffusionPipeline, vae: VAE | AutoencoderKL) -> Diffusion
         new.fuse_qkv_projections()
     pipeline.register_modules(vae=new)
     # what the constructors derive from the VAE; another than before only where there was none
-    derived = {"vae_scale_factor": _ratio(new), "latent_channels": new.config.latent_channels}
+    ratio = compression_ratio(new.config.block_out_channels)
+    derived = {"vae_scale_factor": ratio, "latent_channels": new.config.latent_channels}
     for attribute, value in derived.items():
         if hasattr(pipeline, attribute):
             setattr(pipeline, attribute, value)
     for processor in (getattr(pipeline, name, None) for name in ("image_processor", "mask_processor")):
         if processor is not None:
-            processor.register_to_config(vae_scale_factor=_ratio(new) * stock.packing)
+            processor.register_to_config(vae_scale_factor=ratio * stock.packing)
             if stock.use_shift and stock.task:  # the others leave it at 4
                 processor.register_to_config(vae_latent_channels=new.config.latent_channels)
     return pipeline
@@ -154,18 +148,12 @@ def _check_class(vae: VAE | AutoencoderKL) -> None:
 
 def _look_up(pipeline: DiffusionPipeline | type[DiffusionPipeline] | str) -> tuple[str, _Stock]:
     """The name of the stock class, and what is known of it."""
-    if isinstance(pipeline, str):
-        names = [pipeline]
-    else:
-        names = [each.__name__ for each in (pipeline if isinstance(pipeline, type) else type(pipeline)).__mro__]
+    kind = pipeline if isinstance(pipeline, (str, type)) else type(pipeline)
+    names = [kind] if isinstance(kind, str) else [each.__name__ for each in kind.__mro__]
     for name in names:
         if name in STOCK:
             return name, STOCK[name]
     raise ValueError(f"it is not known how {names[0]} scales latents; known are {', '.join(STOCK)}")
-
-
-def _ratio(vae: VAE | AutoencoderKL) -> int:
-    return compression_ratio(vae.config.block_out_channels)
 
 
 def _not_computable(
@@ -196,7 +184,7 @@ def _not_computable(
 
 
 def _offloaded(pipeline: DiffusionPipeline, old: nn.Module | None, vae: nn.Module) -> Iterator[str]:
-    """Hooks move weights about, and a VAE that comes later is in none of them."""
+    """Find hooks that move weights between devices, of which a VAE that comes later has none."""
 
     def hooked(module: nn.Module) -> bool:
         return any(hasattr(each, "_hf_hook") or hasattr(each, "_diffusers_hook") for each in module.modules())
@@ -213,7 +201,7 @@ def _offloaded(pipeline: DiffusionPipeline, old: nn.Module | None, vae: nn.Modul
 def _misfits(
     name: str, stock: _Stock, vae: VAE | AutoencoderKL, old: nn.Module | None, denoiser: nn.Module | None
 ) -> Iterator[str]:
-    """What of the VAE is other than the denoiser takes or, in the old VAE's words, was trained with."""
+    """Find where the VAE differs from what the denoiser takes or, by the old VAE, was trained with."""
     channels = vae.config.latent_channels
     compared = isinstance(old, (VAE, AutoencoderKL))
     taken: Any = None if denoiser is None else cast(Any, denoiser).config.in_channels
@@ -232,9 +220,10 @@ def _misfits(
         )
     if not compared:
         return
-    if _ratio(vae) != _ratio(old):
+    ratio, old_ratio = (compression_ratio(each.config.block_out_channels) for each in (vae, old))
+    if ratio != old_ratio:
         yield (
-            f"spatial compression ratio: the VAE has {_ratio(vae)}, the old one {_ratio(old)}; train the VAE with "
+            f"spatial compression ratio: the VAE has {ratio}, the old one {old_ratio}; train the VAE with "
             f"{len(old.config.block_out_channels)} widths in model.block_out_channels"
         )
     for key in ("in_channels", "out_channels"):

@@ -16,6 +16,7 @@ from .fields import with_traits
 from .storage import write_file
 from .untrusted import read_text
 
+_ENCODE = "run diffusers-vae encode --{}, and set latents.folder to what it writes"
 REMOVED: dict[str, tuple[Any, str]] = {
     "adversarial.betas": ([0.5, 0.9], "the discriminator's optimizer always has 0.5 and 0.9"),
     "data.buckets": (None, "train on data.crops, or on whole images at one data.resolution"),
@@ -24,15 +25,9 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "evaluation.projection": ("pca", "the picture of latents always shows their principal components"),
     "evaluation.weights": (None, ""),
     "latents.batch_size": (64, "the number of images per forward follows from their size"),
-    "latents.compute_dtype": (
-        None,
-        "run diffusers-vae encode --compute_dtype, and set latents.folder to what it writes",
-    ),
-    "latents.dtype": ("float32", "run diffusers-vae encode --dtype, and set latents.folder to what it writes"),
-    "latents.sample_posterior": (
-        True,
-        "run diffusers-vae encode --kind mode, and set latents.folder to what it writes",
-    ),
+    "latents.compute_dtype": (None, _ENCODE.format("compute_dtype")),
+    "latents.dtype": ("float32", _ENCODE.format("dtype")),
+    "latents.sample_posterior": (True, _ENCODE.format("kind mode")),
     "model.text_heads": (4, "the text encoder has 4 heads, or fewer where model.text_width is less than 32"),
     "objective.perceptual_weights": (None, ""),
     "optimizer.weight_decay": (0.0, "weights never decay"),
@@ -43,9 +38,8 @@ REMOVED: dict[str, tuple[Any, str]] = {
     ),
     "sampling.batch_size": (64, "pictures are made 64 at a time"),
 }
-"""Removed settings, each with its old default and what to do instead. In a config.yaml, the old default is ignored. Any
-other value is an error or, if the advice is empty because the setting changed no result, ignored too.
-"""
+"""Removed settings: old default, which is ignored in a config.yaml, and what to do instead of another value, which is
+an error, or ignored too if the advice is empty because the setting changed no result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +47,7 @@ class Settings:
     """All settings of a run: sections, each a dataclass, one of them `run`."""
 
     def plain(self) -> dict[str, dict[str, Any]]:
-        """All settings as YAML and JSON know them."""
+        """All settings in the types of YAML and JSON."""
         return _plain(asdict(self))
 
     def save(self, path: Path) -> None:
@@ -66,20 +60,13 @@ def to_yaml(settings: dict[str, dict[str, Any]]) -> str:
     return yaml.safe_dump(settings, sort_keys=False)
 
 
-MAX_NODES = 100_000
-"""Values in a YAML file."""
-MAX_DEPTH = 100
-"""Lists and sections in each other, in a YAML file."""
+MAX_NODES, MAX_DEPTH = 100_000, 100
+"""Limits of a YAML file: number of values, and of lists and sections in each other."""
 
 
 def read_yaml(path: Path) -> Any:
-    """What the YAML file at `path` holds. Values that YAML 1.1 reads in an unexpected way are refused: `020` (16),
-    `1:30` (90), and a key that is given twice. Aliases are refused, too, since they let a short file expand without
-    bound.
-
-    Raises:
-        OSError: when it cannot be read.
-        ValueError: naming the file and the line.
+    """The content of the YAML file at `path`. ValueError, with the line, for what YAML 1.1 reads in an unexpected way,
+    `020` (16), `1:30` (90) and a repeated key, and for aliases, which let a short file expand without bound.
     """
     text = read_text(path)
     try:
@@ -168,8 +155,8 @@ def refuse_removed(name: str, value: Any) -> None:
 
 
 def config_of_run(source: str) -> Path | None:
-    """The config.yaml of the run that the folder `source`, or its model/, belongs to; None if it belongs to none. A run
-    that was published has it beside the model.
+    """The config.yaml of the run whose folder, or model/, is `source`; None if there is none. A published run has it
+    beside the model.
     """
     for folder in (Path(source), Path(source).resolve().parent):
         file = folder / "config.yaml"
@@ -179,8 +166,8 @@ def config_of_run(source: str) -> Path | None:
 
 
 def begun_with(output_dir: str, section: str, name: str) -> Any:
-    """The setting `name` of the run that output_dir holds; None if it holds none. Where its config.yaml cannot be read,
-    that of a checkpoint counts.
+    """The setting `name` of the run in output_dir, by its config.yaml or, where that cannot be read, a checkpoint's;
+    None if there is no run.
     """
     folder = Path(output_dir)
     for path in (folder, *sorted(folder.glob("checkpoints/images-*"), reverse=True)):
@@ -190,23 +177,17 @@ def begun_with(output_dir: str, section: str, name: str) -> Any:
 
 
 def other_sections(path: Path, config: Settings) -> tuple[list[str], list[str]]:
-    """Sections of the config.yaml at `path` that `config` does not have, and the other way round; none if it cannot be
-    read, which is reported when the settings are compared.
-    """
+    """Sections of the config.yaml at `path` that `config` does not have, and the other way round."""
     sections = {part.name for part in fields(config)}
     try:
         stated = read_settings(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # reported when the settings are compared
         return [], []
     return [name for name in stated if name not in sections], sorted(sections - stated.keys())
 
 
 def differences(path: Path, config: Settings) -> list[str]:
-    """A line for each setting of the config.yaml at `path` whose value is not that of `config` and changes the result.
-
-    Raises:
-        ValueError: when the file is damaged.
-    """
+    """A line for each setting that differs between the config.yaml at `path` and `config` and changes the result."""
     stated = _by_full_name(read_settings(path))
     wanted = _by_full_name(config.plain())
     # defaults of settings that an older version did not have
