@@ -140,18 +140,22 @@ def read_settings(path: Path, *needed: str) -> dict[str, dict[str, Any]]:
         section, _, option = name.partition(".")
         try:
             refuse_removed(name, settings.get(section, {}).pop(option, default))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        except RemovedSetting as error:
+            raise RemovedSetting(f"{path}: {error}") from error
     if missing := sorted(set(needed) - settings.keys()):
         raise ValueError(f"{path} is damaged: it has no section {', '.join(missing)}")
     return settings
 
 
+class RemovedSetting(ValueError):
+    """A setting that was removed has a value that must not be ignored."""
+
+
 def refuse_removed(name: str, value: Any) -> None:
-    """Raise ValueError if `value` of the removed setting `name` is one that must not be ignored."""
+    """Raise RemovedSetting if `value` of the removed setting `name` is one that must not be ignored."""
     default, advice = REMOVED[name]
     if advice and value != default:
-        raise ValueError(f"{name} was removed, got {value}: {advice}")
+        raise RemovedSetting(f"{name} was removed, got {value}: {advice}")
 
 
 def config_of_run(source: str) -> Path | None:

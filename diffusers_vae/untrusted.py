@@ -309,7 +309,7 @@ class _Placeholder:
     call gives where torch appends or sets items.
     """
 
-    made: Callable[[], Any] | None = None
+    made: Any = None
 
     def __new__(cls, *args: Any, **settings: Any) -> Any:
         return cls.made() if cls.made else object.__new__(cls)

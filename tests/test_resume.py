@@ -513,6 +513,20 @@ class TestSignals:
         launch.send(signal.SIGHUP)
         assert launch.wait() == [75]
 
+    def test_a_signal_while_the_last_checkpoint_is_saved_ends_the_run(self, tmp_path):
+        def kill(operation, path, *_):
+            if "images-000000000060" in str(path):
+                watch(None)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        watch(kill)
+        try:
+            with pytest.raises(Interrupted, match=r"asked to stop \(SIGTERM\) after 60 of 60 images; saved as"):
+                train(tiny(tmp_path / "run", max_images=60))
+        finally:
+            watch(None)
+        assert not (tmp_path / "run" / "model").exists()
+
     def test_step_that_a_signal_came_in_is_saved_before_the_next_checkpoint_is_due(self, tmp_path):
         class Signalled(AutoencoderStep):
             def begin(self, images_seen, total_images, learning_rate):

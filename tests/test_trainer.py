@@ -316,11 +316,17 @@ class TestExactness:
 
     @pytest.mark.slow
     def test_deterministic_algorithms_are_used_when_asked_for(self, tmp_path):
-        try:
-            fit(tiny(tmp_path / "run", TINY_VAE, deterministic=True, max_images=60))
-            assert torch.are_deterministic_algorithms_enabled()
-        finally:
-            torch.use_deterministic_algorithms(False)
+        """And by this run alone."""
+        enabled = []
+
+        class Noting(AutoencoderStep):
+            def begin(self, *arguments):
+                enabled.append(torch.are_deterministic_algorithms_enabled())
+                return super().begin(*arguments)
+
+        for asked in (True, False):
+            fit_with(tiny(tmp_path / str(asked), TINY_VAE, deterministic=asked, max_images=30), step=Noting)
+        assert enabled == [True, False] and not torch.are_deterministic_algorithms_enabled()
 
     @pytest.mark.slow
     def test_bfloat16_autocast_keeps_float32_weights(self, tmp_path):
@@ -495,7 +501,7 @@ class TestFaults:
         for path in paths_of(images)[::4]:
             path.write_bytes(path.read_bytes()[:700])
         config = tiny(tmp_path / "run", TINY_VAE, batch_size=20, max_images=None, epochs=4, checkpoint_every=1)
-        with pytest.raises(ValueError, match=r"at most 10% of the images .*, got \d+ of the 2\d\d read last, .*\.png"):
+        with pytest.raises(ValueError, match=r"at most 10% of the images .*, got \d+ of the 2\d\d read so far, .*\.png"):
             fit(dataclasses.replace(config, data=ships), memory_limit=0)
         newest, damaged = find_checkpoint(tmp_path / "run" / "checkpoints")
         assert newest and not damaged

@@ -224,9 +224,10 @@ def check_fits(path: Path, model: nn.Module, what: str = "model") -> None:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
-    """Restore what `optimizer_tensors` gave."""
+    """Restore what `optimizer_tensors` gave, of the parameters that are still trained."""
     parameters = dict(model.named_parameters())
     index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    saved = {key: tensor for key, tensor in saved.items() if id(parameters[key.partition(".")[2]]) in index}
     states: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in saved.items():
         kind, _, name = key.partition(".")

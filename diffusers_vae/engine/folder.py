@@ -20,8 +20,8 @@ from torch import nn
 
 from ..data import Read
 from ..messages import showable
-from ..processes import on_main, only_user_of
-from ..settings import differences, other_sections
+from ..processes import gather, on_main, only_user_of
+from ..settings import RemovedSetting, differences, other_sections
 from ..storage import ODD, append_text, delete_file, make_folder, naming, sync, whole_file, write_file
 from ..untrusted import open_regular, read_json
 from .checkpoint import check_fits, find_checkpoint, tidy
@@ -41,6 +41,8 @@ FILES = (
     "evaluation.csv",
     "report.html",
     "metrics.jsonl",
+    "latents",
+    "lora",
     "nonfinite",
     "pictures",
     "tensorboard",
@@ -86,6 +88,8 @@ def find_run(
             check_whole(output_dir, ["config.yaml"])
             if not differences(config_file, config):
                 return checkpoint, finished()
+        except RemovedSetting:
+            raise
         except ValueError as error:
             if not checkpoint:
                 raise FileExistsError(
@@ -147,7 +151,7 @@ def _refuse_changes(config: RunSettings, what: str, differing: list[str]) -> Non
 def begin(
     config: RunSettings, checkpoint: Path | None, data: dict[str, dict[str, Any]], build: Callable[[], nn.Module]
 ) -> None:
-    """Bring the files in output_dir to where the run begins or goes on, with `data`: the number of `images`, the
+    """Prepare the files in output_dir for a run that begins or continues, with `data`: the number of `images`, the
     `fingerprint` and, if they are known, the `contents` of each part of the data set, and the `fingerprint` of whatever
     else decides what is trained on. `build` makes the model that is trained.
 
@@ -225,9 +229,10 @@ class Run(Generic[S, R]):
 
     def complete(self, result: R, skipped: int, train_images: int, image_errors: Iterable[str]) -> R | None:
         """Report skipped steps and unreadable images; return the result with memory and speed on the main process."""
-        self.bad_images.add(image_errors, warn=False)
+        errors = gather([*image_errors, *self.bad_images.listed])
         if not self.main:
             return None
+        self.bad_images.add((line for lines in errors for line in lines), warn=False)
         if skipped:
             logger.warning("%d steps were skipped, since loss or gradient were not finite", skipped)
         if listed := self.bad_images.listed:
@@ -249,13 +254,13 @@ def opened(
     `find_run` and `only_user_of`.
     """
     accelerator = launch.accelerator
-    run = replace(config.run, mixed_precision=accelerator.mixed_precision)
-    config = kept_channels(replace(config, run=run))
-    with only_user_of(Path(run.output_dir), "training in", "run.output_dir"):
+    settings = replace(config.run, mixed_precision=accelerator.mixed_precision)
+    config = kept_channels(replace(config, run=settings))
+    with only_user_of(Path(settings.output_dir), "training in", "run.output_dir"):
         try:
             checkpoint, result = on_main(partial(find_run, config, finished, build))
             if result:
-                logger.info("%s holds this run, finished", showable(run.output_dir))
+                logger.info("%s holds this run, finished", showable(settings.output_dir))
             elif checkpoint and accelerator.is_main_process:
                 logger.info("continuing from %s", showable(checkpoint))
             yield Run(config, launch, checkpoint, result)
@@ -349,6 +354,7 @@ class BadImages:
     def __init__(self, path: Path):
         self.path = path
         self.asked = self.bad = 0
+        self.last = ""
         text = ""
         if path.exists():
             with open_regular(path) as file:
@@ -367,10 +373,11 @@ class BadImages:
         """
         self.add(read.checked().errors)
         self.asked, self.bad = self.asked + asked, self.bad + len(read.errors)
+        self.last = [self.last, *read.errors][-1]
         if self.asked >= JUDGED_FROM and self.bad > MOST_BAD * self.asked:
             raise ValueError(
                 f"training stopped: at most {MOST_BAD:.0%} of the images may be left out since they cannot be read, "
-                f"got {self.bad} of the {self.asked} read last, {read.errors[-1]} among them. {self.advice}"
+                f"got {self.bad} of the {self.asked} read so far, {self.last} among them. {self.advice}"
             )
 
     @property

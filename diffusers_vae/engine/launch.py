@@ -42,7 +42,7 @@ def launched(
     Args:
         run: settings of the run.
         fast_in_bfloat16: whether autocast makes its steps faster on a device that multiplies bfloat16 in hardware.
-        patience: with a process that falls silent; then all end with an error, as `silence.watched` says.
+        patience: how long a process may be silent before all end with an error, as `silence.watched` says.
 
     Raises:
         Interrupted: after SIGTERM, SIGINT, SIGUSR1 or SIGHUP.
@@ -52,11 +52,15 @@ def launched(
     # Averages of gradients that have become 0 fade into denormal numbers, by which a CPU takes twice as long for a step
     # of the optimizer. Threads inherit this from the one that starts them, so it comes first.
     torch.set_flush_denormal(True)
+    before = torch.are_deterministic_algorithms_enabled()
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    with lossy_output(), Signals() as signals, watched(patience):
-        yield Launch(_new_accelerator(run, _precision(run, fast_in_bfloat16)), signals, patience)
+    try:
+        with lossy_output(), Signals() as signals, watched(patience):
+            yield Launch(_new_accelerator(run, _precision(run, fast_in_bfloat16)), signals, patience)
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _new_accelerator(run: RunConfig, precision: str) -> Accelerator:

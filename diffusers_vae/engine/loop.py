@@ -12,7 +12,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data import TrainingSet, step_generator
-from ..processes import Interrupted
+from ..processes import Interrupted, gather
 from ..silence import alone, report_progress
 from .folder import Log, Run
 from .reading import reader, rows_of, steps_from
@@ -119,8 +119,8 @@ def fit(
             judged = terms.discriminator_loss is not None
             norms = state.clip(config.optimizer.max_grad_norm, judged)
             asked = run.launch.signals.asked()
-            # Whether a step is finite is known when the device has done it. Where nothing here depends on that, it is
-            # asked a step later, so that the device does not wait for its next step, and before anything is written.
+            # The check of a step is read one step later, so that the device does not wait; only a step that writes
+            # something, or on which the next depends, is checked at once.
             at_once = reached >= min(logging_due.next, measuring_due.next, saving_due.next, epoch_end) or (
                 settings.on_nonfinite == "skip" or statistics.sums or state.discriminator or accelerator.scaler
             )
@@ -132,7 +132,7 @@ def fit(
                 raise ValueError(
                     f"training stopped: no image of step {flags.step} can be read. {run.bad_images.advice}"
                 )
-            if bad and not state.overflowed(bad):
+            if bad and not state.is_float16_overflow(bad):
                 message = report_not_finite(train_set, run.output_dir, flags, state.skipped, bad)
                 if settings.on_nonfinite == "stop" or state.skipped_in_a_row + 1 >= SKIPS_IN_A_ROW:
                     message += f". The newest checkpoint is {checkpoint}" if checkpoint else ""
@@ -165,20 +165,28 @@ def fit(
                 report_progress(f"the evaluation after step {state.step}")
                 yield state.progress()
                 measuring_due.advance(reached)
+                stop = stop or (accelerator.num_processes == 1 and run.launch.signals.asked())
             if reached >= saving_due.next or reached >= total_images or stop:
                 checkpoint = _save(state, step, run, log)
                 saving_due.advance(reached)
             if stop:
-                raise Interrupted(
-                    f"asked to stop ({run.launch.signals.reason or 'as another process was'}) after {reached:,} of "
-                    f"{total_images:,} images; saved as {checkpoint}. The same command continues"
-                )
+                raise _interrupted(run, reached, total_images, checkpoint)
+    if any(gather(run.launch.signals.asked())):
+        raise _interrupted(run, state.images_seen, total_images, checkpoint)
     run.launch.signals.wait = False  # all that follows can be done again from the checkpoint
     report_progress("the end of the run")
     if state.images_seen >= total_images + settings.batch_size and run.main:
         logger.warning(
             "%d images were seen already, more than the %d that are asked for", state.images_seen, total_images
         )
+
+
+def _interrupted(run: Run[Any, Any], images_seen: int, total_images: int, checkpoint: Path | None) -> Interrupted:
+    reason = run.launch.signals.reason or "as another process was"
+    return Interrupted(
+        f"asked to stop ({reason}) after {images_seen:,} of {total_images:,} images; saved as {checkpoint}. The same "
+        "command continues"
+    )
 
 
 def _log_epoch(epoch: int, counts: dict[str, int], means: dict[str, float | None], log: Log, main: bool) -> None:

@@ -76,9 +76,13 @@ class TrainState:
             # The decay rises as step / (step + 20): the average reaches back over a twentieth of the steps so far, as
             # with the power functions of Karras et al. 2024. A longer one holds weights from a phase of higher
             # learning rates.
-            apart = accelerator.is_fsdp2
             self.ema = EMAModel(
-                self.parameters, run.ema_decay, use_ema_warmup=True, inv_gamma=20, power=1, foreach=not apart
+                self.parameters,
+                run.ema_decay,
+                use_ema_warmup=True,
+                inv_gamma=20,
+                power=1,
+                foreach=not accelerator.is_fsdp2,
             )
         if accelerator.num_processes > 1:
             # DistributedDataParallel orders its buckets by its first backward. Without this one, which leaves no trace,
@@ -119,9 +123,9 @@ class TrainState:
         """Scale gradients down to `max_norm`, that of the discriminator too if the step `judged`; return the norms
         before.
         """
-        accelerator, unlimited = self.accelerator, max_norm or float("inf")
+        accelerator, limit = self.accelerator, max_norm or float("inf")
         if accelerator.is_fsdp2:
-            norm = accelerator.clip_grad_norm_(self.plain_model.parameters(), unlimited)
+            norm = accelerator.clip_grad_norm_(self.plain_model.parameters(), limit)
         else:
             accelerator.unscale_gradients()
             norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
@@ -131,13 +135,11 @@ class TrainState:
         if judged and self.discriminator:
             module = self.discriminator.module
             sum_gradients(accelerator, module)
-            norms["discriminator's gradient"] = nn.utils.clip_grad_norm_(module.parameters(), unlimited)
+            norms["discriminator's gradient"] = nn.utils.clip_grad_norm_(module.parameters(), limit)
         return norms
 
-    def overflowed(self, bad: list[str]) -> bool:
-        """Whether the terms that are not finite are no more than float16 in a gradient: the scaler then skips the step
-        and lowers its scale; below 1 it will not recover.
-        """
+    def is_float16_overflow(self, bad: list[str]) -> bool:
+        """Return whether only the gradient is not finite and the scaler of float16 can still lower its scale."""
         scaler = self.accelerator.scaler
         return bad == ["gradient"] and scaler is not None and scaler.get_scale() >= 1
 
@@ -215,8 +217,8 @@ class TrainState:
         for key, tensor in model.state_dict().items():
             tensor.copy_(like(saved[key], tensor))
         if self.ema:
-            self.ema.optimization_step = progress["ema_steps"]
-            averages = load_file(path / "ema.safetensors")
+            self.ema.optimization_step = progress["ema_steps"] or 0
+            averages = load_file(path / "ema.safetensors") if (path / "ema.safetensors").exists() else saved
             for (key, _), tensor in zip(model.named_parameters(), self.ema.shadow_params, strict=True):
                 tensor.copy_(like(averages[key], tensor))
         restore_optimizer(self.optimizer.optimizer, model, load_file(path / "optimizer.safetensors"))

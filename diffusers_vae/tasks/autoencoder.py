@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 IMAGES_FOR_BFLOAT16 = 256
-"""In a forward, from which an MLP gains by autocast: on two cores 1.3 times the images/s, with 128 none."""
+"""Smallest number of images per forward for which autocast speeds up an MLP: 1.3 times on two cores; with 128, not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def train(
         config: settings of the run.
         memory_limit: that of `load_data`.
         finish: whether to evaluate and save the model; otherwise the run ends with its last checkpoint.
-        patience: with a process that falls silent; then all end with an error, as `silence.watched` says.
+        patience: how long a process may be silent before all end with an error, as `silence.watched` says.
         planned: settings of the whole run, if this is a dry run of it.
 
     Returns:
@@ -163,7 +163,7 @@ def fast_in_bfloat16(config: TrainConfig, device: torch.device) -> bool:
     """Return whether autocast makes steps faster, if `device` multiplies bfloat16 in hardware."""
     if config.model.architecture == "vae":
         return True
-    run = config.run  # whose weights are cast at every forward, which takes as long as small ones gain
+    run = config.run  # an MLP casts its weights in every forward, which costs as much as a small batch gains
     forwards = run.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", 1))
     return device.type == "cpu" and run.batch_size >= IMAGES_FOR_BFLOAT16 * forwards
 
