@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -294,6 +294,16 @@ def digest_of_file(file: BinaryIO) -> str:
     digest = hashlib.sha256()
     while chunk := file.read(2**20):
         digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of tensors with their names, dtypes and shapes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        if tensor.numel():
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ from ..models import VAE, encode, fast_dtype, for_inference, several_at_once, un
 from ..models.stock import ModelMixin
 from ..processes import gather_parts, on_main, only_user_of, process_share, sendable
 from ..silence import alone
-from ..storage import delete_file, naming, save_tensors, whole_file, write_file
+from ..storage import delete_file, digest_of_tensors, naming, save_tensors, whole_file, write_file
 from ..untrusted import refuse_odd_name
 from .dataset import LatentDataset
 from .shards import (
@@ -32,7 +32,6 @@ from .shards import (
     INDEX,
     Kind,
     changed_shards,
-    checksum,
     data_identity,
     read_header,
     read_index,
@@ -362,7 +361,7 @@ def _encode_shard(
         encoded = [json.dumps(image_set.captions[index]).encode() for index in kept]
         tensors["captions"] = torch.from_numpy(np.array(bytearray(b"".join(encoded)), np.uint8))
         tensors["caption_ends"] = torch.tensor(np.cumsum([len(text) for text in encoded]), dtype=torch.long)
-    header = {HEADER: json.dumps({"cache": cache, "sha256": checksum(tensors)})}
+    header = {HEADER: json.dumps({"cache": cache, "sha256": digest_of_tensors(tensors)})}
     with alone(f"writing {path.name}"), whole_file(path) as partial:
         save_tensors(partial, {name: tensor.contiguous() for name, tensor in tensors.items()}, header)
     yield len(batches[-1])

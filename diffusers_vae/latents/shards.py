@@ -6,7 +6,6 @@ and what they were computed from in its header; and index.json, which is written
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..data import ImageSet, StoredImages
-from ..storage import described, digest_of
+from ..storage import described, digest_of, digest_of_tensors
 from ..untrusted import check_type, read_json
 
 FORMAT = 1
@@ -73,16 +72,6 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def checksum(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of all tensors with their names, dtypes and shapes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        if tensor.numel():
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def read_header(path: Path) -> dict[str, Any] | None:
     """What a shard says of itself; None if it is torn or no shard."""
     if not path.is_file():  # a pipe would be waited for
@@ -101,7 +90,7 @@ def whole_shard(path: Path, cache: dict[str, Any]) -> dict[str, Any] | None:
     if header is None or header["cache"] != cache:
         return None
     tensors = read_tensors(path)
-    if checksum(tensors) != header.get("sha256"):
+    if digest_of_tensors(tensors) != header.get("sha256"):
         return None
     latents = tensors["mean" if cache["kind"] == "posterior" else "latents"]
     return {"rows": len(latents), "latent_shape": list(latents.shape[1:])} | described(path)

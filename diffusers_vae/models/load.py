@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -24,6 +23,7 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntr
 from ..images.ranges import RANGE_FILE, ValueRange
 from ..messages import hiding_passwords, in_a_line, showable
 from ..processes import in_parts
+from ..storage import digest_of_tensors
 from ..untrusted import check_type, read_json, refuse_irregular, refuse_odd_name
 from .mlp import MLPVAE
 from .scaling import is_local
@@ -383,15 +383,10 @@ LATENT_PARTS = ("encoder", "quant_conv")
 
 
 def weights_hash(model: torch.nn.Module, parts: Collection[str] | None = None) -> str:
-    """SHA-256 of all weights with their names, shapes and dtypes, the same however they were saved.
-
-    With `parts`, of those of these submodules: ("encoder", "quant_conv") decide the latents of a `VAE`. One that the
-    model has not is passed over.
+    """Return the SHA-256 of all weights with their names, shapes and dtypes, however they were saved; with `parts`, of
+    those of these submodules, as far as the model has them.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if parts is not None and name.partition(".")[0] not in parts:
-            continue
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    weights = model.state_dict().items()
+    return digest_of_tensors(
+        {name: tensor for name, tensor in weights if parts is None or name.partition(".")[0] in parts}
+    )
