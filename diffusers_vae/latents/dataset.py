@@ -30,20 +30,20 @@ from .shards import COMPUTED, DTYPES, STORED, Kind, changed_shards, data_identit
 
 logger = logging.getLogger(__name__)
 VERIFIED_AT_ONCE = 2**30
-"""Bytes of a cache that is verified before it is trained on; a larger one is while it is."""
+"""Bytes of the largest cache that is verified before training on it; larger ones are verified meanwhile."""
 LISTED = 20
 CHECKED = 256
-"""Rows that are looked at together, for values that are not finite."""
+"""Rows per check for values that are not finite."""
 
 
 def matching_latents(vae: ModelMixin, image_set: ImageSet, folder: str | Path, data: str) -> LatentDataset:
-    """The latents in `folder`, of whatever kind and dtype, if they are those of these images under this VAE.
+    """Return the latents in `folder`, of any kind and dtype, if they are those of these images under this VAE.
 
     Args:
-        vae: whose weights count.
-        image_set: whose images count, and not their labels and captions.
-        folder: that `encode_images` wrote.
-        data: which images these are, in words.
+        vae: autoencoder whose weights must match.
+        image_set: set whose images must match, but not labels and captions.
+        folder: folder that `encode_images` wrote.
+        data: description of the images.
 
     Raises:
         FileNotFoundError: when there is no cache that is complete.
@@ -59,25 +59,25 @@ def matching_latents(vae: ModelMixin, image_set: ImageSet, folder: str | Path, d
         raise ValueError(
             f"{Path(folder).resolve()} holds latents of other images: {found['images']:,}, "
             f"{latents.index['data']}, where {wanted['images']:,}, {data}, are wanted{f' ({what})' if what else ''}. "
-            "`diffusers-vae encode DATA "
-            "--split training`, with the same settings of the data, encodes those that are trained on"
+            "`diffusers-vae encode DATA --split training`, with the same settings of the data, encodes those that are "
+            "trained on"
         )
     return latents
 
 
 class LatentDataset(Dataset[dict[str, Any]]):
-    """The latents that `encode_images` wrote to `folder`, in float32, with labels and captions if the images had them.
+    """Latents that `encode_images` wrote to `folder`, in float32, with labels and captions if the images had them.
 
     A row is a dict of `mean` and `logvar`, or of `latents`, each (C, h, w), and of `label`, int64, and `captions`, a
-    list of one or more, so that batches need a `collate_fn` where their numbers differ. Files are mapped into memory,
-    not loaded: the system can drop what was read at any time.
+    list of one or more: where their numbers differ, batches need a `collate_fn`. Files are mapped into memory, not
+    loaded.
 
     Args:
-        folder: of the cache.
-        weights_hash: of the VAE that the latents must be of.
+        folder: folder of the cache.
+        weights_hash: hash of the VAE that the latents must be of, as `models.weights_hash` returns it.
 
     Raises:
-        FileNotFoundError: when there is no cache that is complete.
+        FileNotFoundError: when there is no complete cache.
         ValueError: when a shard is missing or changed, or the latents are of another VAE.
     """
 
@@ -98,9 +98,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self._open: dict[int, dict[str, torch.Tensor]] = {}
 
     def _other_shapes(self, numbers: Iterable[int]) -> list[str]:
-        """Names of those shards that lack a tensor, or have one of another shape or dtype than the index says, by their
-        headers.
-        """
+        """Return the names of shards whose header lacks a tensor, or has another shape or dtype than the index."""
         columns = ["indices"] + ["labels"] * (self.cache["data"]["labels"] is not None)
         texts = ["captions"] * (self.cache["data"]["captions"] is not None)
         columns += ["caption_ends"] * len(texts)
@@ -135,22 +133,22 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
     @property
     def kind(self) -> Kind:
-        """posterior, sample or mode."""
+        """What is stored: posterior, sample or mode."""
         return self.cache["kind"]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored values."""
+        """Dtype of the stored values."""
         return DTYPES[self.cache["dtype"]]
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """In which the encoder ran."""
+        """Dtype in which the encoder ran."""
         return getattr(torch, self.cache.get(*COMPUTED))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """(C, h, w)."""
+        """Shape (C, h, w) of the latents of an image."""
         return tuple(self.index["latent_shape"])
 
     @property
@@ -160,37 +158,37 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
     @property
     def weights_hash(self) -> str:
-        """Of the VAE, as `models.weights_hash` has it."""
+        """Hash of the VAE's weights."""
         return self.cache["vae"]["weights_hash"]
 
     @property
     def vae_config(self) -> dict[str, Any]:
-        """Of the VAE: scaling_factor, shift_factor and the rest; the latents are not scaled."""
+        """Config of the VAE, with its scaling_factor and shift_factor, by which the latents are not scaled."""
         return self.cache["vae"]["config"]
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same latents, labels and captions in the same order, and for others another."""
+        """Hash of latents, labels and captions in their order."""
         return digest_of([self.cache, self.index["shards"]])
 
     @property
     def bytes(self) -> int:
-        """Of all shards."""
+        """Size of all shards."""
         return sum(shard["bytes"] for shard in self.index["shards"])
 
     @cached_property
     def labels(self) -> torch.Tensor | None:
-        """(N,) int64 classes."""
+        """Classes (N,), int64."""
         return None if self.cache["data"]["labels"] is None else self._column("labels")
 
     @cached_property
     def indices(self) -> torch.Tensor:
-        """(N,) places in the image set; images that could not be read are missing."""
+        """Indices (N,) into the image set, without images that could not be read."""
         return self._column("indices")
 
     @cached_property
     def captions(self) -> list[tuple[str, ...]] | None:
-        """One or more of each image."""
+        """One or more captions per image."""
         if self.cache["data"]["captions"] is None:
             return None
         return [tuple(self._captions(*self._place(row))) for row in range(len(self))]
@@ -199,8 +197,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return torch.cat([self._shard(number)[name] for number in range(len(self.index["shards"]))])
 
     def _shard(self, number: int) -> dict[str, torch.Tensor]:
-        """The tensors of a shard, mapped; ValueError when the file was cut short, since reading what is no longer there
-        would end the process.
+        """Return the mapped tensors of a shard; ValueError for a truncated file, since reading it would end the
+        process.
         """
         path, shard = shard_path(self.folder, number), self.index["shards"][number]
         try:
@@ -219,7 +217,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return ("mean", "logvar") if self.kind == "posterior" else ("latents",)
 
     def _place(self, row: int) -> tuple[int, int]:
-        """Shard of a row, and its place there."""
+        """Return the shard of a row and its index there."""
         if not -len(self) <= row < len(self):
             raise IndexError(f"there are {len(self)} images, got index {row}")
         row %= len(self)
@@ -251,14 +249,11 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return item
 
     def latents(self, indices: Sequence[int] | torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Latents (B, C, h, w) of the rows `indices`, unscaled, float32, on the device of `noise`.
-
-        Args:
-            indices: of rows, any number of times.
-            noise: standard normal (B, C, h, w), for mean + std * noise; without it, the mean or what is stored.
+        """Return the unscaled latents (B, C, h, w) of the rows `indices`, float32, on the device of `noise`: with
+        `noise`, standard normal (B, C, h, w), mean + std * noise; without, the mean or what is stored.
 
         Raises:
-            ValueError: when there is noise and the cache holds no posterior, or it is of another shape.
+            ValueError: when noise has another shape, or is given for a cache without posteriors.
         """
         rows = [int(row) for row in indices]
         if noise is None:
@@ -271,7 +266,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return mean + torch.exp(0.5 * logvar) * noise.float()
 
     def moments(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """Mean and logvar stacked, (B, 2 C, h, w) in float32, of the rows `indices`; of a cache of kind posterior."""
+        """Return the moments (B, 2 C, h, w), float32, of the rows `indices` of a cache of kind posterior."""
         rows = [int(row) for row in indices]
         return torch.cat([self._rows(name, rows) for name in ("mean", "logvar")], 1)
 
@@ -288,8 +283,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
         Raises:
             OSError: when one cannot be read.
-            ValueError: naming those that are missing or whose SHA-256 is not that of the index, or the first with a
-                value that is not finite.
+            ValueError: naming those that are missing or do not have the SHA-256 of the index, or the first with a value
+                that is not finite.
         """
         numbers = range(len(self.index["shards"])) if shards is None else list(shards)
         changed = []
@@ -307,8 +302,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
                     )
 
     def to_datasets(self) -> datasets.Dataset:
-        """The same rows as a Hugging Face `datasets.Dataset`: `mean` and `logvar`, or `latents`, as Array3D of float32,
-        `label` as ClassLabel, `captions`. It is written to the cache of `datasets` row by row, never whole in memory.
+        """Return the rows as a Hugging Face `datasets.Dataset`: `mean` and `logvar`, or `latents`, as Array3D of
+        float32, `label` as ClassLabel, `captions`. They are written to the cache of `datasets` row by row.
 
         Raises:
             ImportError: when `datasets` is not installed.
@@ -331,11 +326,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
 
 class Verification:
-    """The verification of latents that are trained on, by the main process: of up to `VERIFIED_AT_ONCE` bytes before
-    the first step, of more while training goes on. All processes must make one together.
-
-    Raises:
-        OSError, ValueError: on all processes, what `LatentDataset.verify` raises.
+    """Verification of the latents to train on, by the main process: of up to `VERIFIED_AT_ONCE` bytes before the first
+    step, of more during training. All processes must create it together; it raises as `LatentDataset.verify`, on all.
     """
 
     def __init__(self, latents: LatentDataset):
@@ -356,7 +348,7 @@ class Verification:
             self._error = error
 
     def check(self) -> None:
-        """Raise what was found so far, on the main process."""
+        """Raise what the main process has found so far."""
         if self._error:
             raise self._error
 
@@ -373,7 +365,7 @@ class Verification:
 
 
 def _generate(folder: str, fingerprint: str) -> Iterator[dict[str, Any]]:
-    """The rows for `datasets`, which keeps what it has written under the name of these arguments."""
+    """Yield the rows for `datasets`, which caches them under the name of these arguments."""
     latents = LatentDataset(folder)
     if latents.fingerprint != fingerprint:
         raise ValueError(f"the latents in {folder} were changed while they were read")

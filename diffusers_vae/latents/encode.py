@@ -1,4 +1,4 @@
-"""Latents of a data set on disk, computed once: written shard by shard, continued after any interruption."""
+"""Latents of a data set, computed once and written shard by shard, resumable after any interruption."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from .statistics import draw
 
 logger = logging.getLogger(__name__)
 CPU_VALUES, DEVICE_VALUES = 2**21, 2**29
-"""Of the first feature map of a forward: such as stay in a CPU's caches, and such as fill a GPU within its memory."""
+"""Values in the first feature map of a forward that stay in a CPU's caches, and that fill a GPU."""
 AT_ONCE = 8 * CPU_VALUES
-"""Of those of all forwards that a CPU does at a time."""
+"""The same of all concurrent forwards on a CPU."""
 GATHERED = 16
-"""Batches after which latents leave the device, and after which processes hear of each other: both make it wait."""
+"""Batches between transfers from the device, and between exchanges of processes, since both stall the device."""
 
 
 @torch.no_grad()
@@ -64,35 +64,33 @@ def encode_images(
     data: str = "",
     progress: bool = False,
 ) -> LatentDataset:
-    """The latents of all images under `vae`, in eval mode, written to `folder`.
+    """Write the latents of all images under `vae`, in eval mode, to `folder`.
 
-    The same call continues one that was interrupted, and returns at once when all is there. Under torch.distributed
-    all processes must call it, with the same model; they share the shards, and the files are those of one process, byte
-    by byte on one kind of device.
+    The same call continues an interrupted one, and returns at once when all latents are there. Under torch.distributed,
+    all processes must call it with the same model; they share the shards, and the files equal those of one process,
+    byte for byte on one kind of device.
 
     Args:
-        vae: on the device where it is to run.
-        image_set: the images; those that cannot be read are left out if the set says so.
-        folder: to write to, on storage that every process sees.
-        kind: posterior: mean and logvar. sample: one draw per image, which depends on seed and index alone. mode: the
-            posterior's.
-        dtype: of the stored values: torch.float32, bfloat16 or float16.
-        compute_dtype: in which the encoder runs: torch.float32, bfloat16 or float16. By default that in which the
-            folder was begun, if it was; else for a float32 `vae` bfloat16 on devices that multiply it in hardware
-            (`models.fast_dtype`), for others their own. How far bfloat16 is from float32: docs/pipeline.md.
-        batch_size: images per forward, of which a CPU does several at a time where they are small; by default as many
-            as have 2^21 values in the first feature map on a CPU (128 of 32x32 with 16 channels), 2^29 on another
-            device (64 of 256x256 with 128).
-        seed: of the draws.
+        vae: the autoencoder, on the device to use.
+        image_set: the images; unreadable ones are left out if the set says so.
+        folder: where to write, on storage that every process sees.
+        kind: posterior: mean and logvar; sample: one sample per image, a function of seed and index; mode: the mode.
+        dtype: dtype of the stored values: torch.float32, bfloat16 or float16.
+        compute_dtype: dtype in which the encoder runs. By default the one that `folder` was begun with; for a new one,
+            bfloat16 for a float32 `vae` on devices with hardware support (`models.fast_dtype`, docs/pipeline.md), else
+            that of `vae`.
+        batch_size: images per forward. By default, their first feature map has 2^21 values on a CPU (128 images of
+            32x32 with 16 channels), which runs small ones concurrently, and 2^29 elsewhere (64 of 256x256 with 128).
+        seed: seed of the samples.
         shard_images: images per file.
-        data: which images these are, in words, for the index.
-        progress: show a bar.
+        data: description of the images, for the index.
+        progress: whether to show a progress bar.
 
     Raises:
         ArithmeticError: naming the image, when its latents are not finite or too large for `dtype`.
-        OSError: naming the file, when it cannot be written; the shards before it are kept. And when another process
+        OSError: naming the file, when it cannot be written, which keeps the shards before it; and when another process
             writes to the folder.
-        ValueError: when the folder holds latents of something else, with the differences; when an image cannot be read.
+        ValueError: when the folder holds other latents, with the differences; when an image cannot be read.
     """
     folder = Path(os.path.expanduser(folder))
     refuse_odd_name(folder, "the folder of latents")
@@ -100,12 +98,11 @@ def encode_images(
         logger.warning("the latents are stored with a scaling_factor that was not measured: %s", reason)
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind}")
+    known = ", ".join(map(str, DTYPES.values()))
     if dtype not in DTYPES.values():
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype}")
+        raise ValueError(f"dtype must be one of {known}, got {dtype}")
     if compute_dtype not in (None, *DTYPES.values()):
-        raise ValueError(
-            f"compute_dtype must be one of {', '.join(map(str, DTYPES.values()))} or None, got {compute_dtype}"
-        )
+        raise ValueError(f"compute_dtype must be one of {known} or None, got {compute_dtype}")
     if shard_images < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"batch_size and shard_images must be at least 1, got {batch_size} and {shard_images}")
     if not len(image_set):
@@ -132,11 +129,10 @@ def encode_images(
         def finish() -> None:
             if not any(shard["rows"] for shard in shards):
                 raise ValueError("no image to encode can be read")
+            shape, *_ = [shard.pop("latent_shape") for shard in shards]
             index = {"cache": cache, "data": data, "images": sum(shard["rows"] for shard in shards)}
-            index |= {"latent_shape": shards[0].pop("latent_shape")}
-            for shard in shards[1:]:
-                del shard["latent_shape"]
-            index |= {"classes": None if image_set.classes is None else list(image_set.classes), "shards": shards}
+            classes = None if image_set.classes is None else list(image_set.classes)
+            index |= {"latent_shape": shape, "classes": classes, "shards": shards}
             write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
         on_main(finish)
@@ -144,7 +140,7 @@ def encode_images(
 
 
 def _compute_dtype(vae: ModelMixin, folder: Path) -> torch.dtype:
-    """In which the latents in `folder` were begun, or, if none were, in which they are to be computed by default."""
+    """Return the dtype in which the latents in `folder` were begun, or the default for new ones."""
     for path in sorted(folder.glob("shard-*.safetensors")):
         if (header := read_header(path)) and (dtype := DTYPES.get(str(header["cache"].get(*COMPUTED)))):
             return dtype
@@ -160,7 +156,7 @@ def _identity(
     seed: int,
     shard_images: int,
 ) -> dict[str, Any]:
-    """All that decides what is in a cache."""
+    """Return what determines the contents of a cache."""
     identity = {
         "format": FORMAT,
         "kind": kind,
@@ -180,23 +176,19 @@ def _identity(
 
 
 def _as_begun(folder: Path, cache: dict[str, Any]) -> dict[str, Any]:
-    """All that decides what is in a cache; without the contents of the images if the folder holds all latents of an
-    earlier version, which did not record them.
-    """
+    """Return `cache`, without the contents of the images if an earlier version wrote `folder` without them."""
     if not (folder / INDEX).exists() or "contents" in read_index(folder)["cache"].get("data", {}):
         return cache
     return _of_shards(cache)
 
 
 def _of_shards(cache: dict[str, Any]) -> dict[str, Any]:
-    """What each shard says of the cache: all but the contents of the images, so that a mended file does not cost the
-    shards of others.
-    """
+    """Return what each shard records: all but the contents of the images, so that a repaired file keeps the others."""
     return cache | {"data": {name: value for name, value in cache["data"].items() if name != "contents"}}
 
 
 def _is_complete(folder: Path, cache: dict[str, Any]) -> bool:
-    """Whether all that `cache` says is there; ValueError when the folder holds something else."""
+    """Return whether `folder` holds all of `cache`; ValueError when it holds something else."""
     if not (folder / INDEX).exists():
         return False
     index = read_index(folder)
@@ -205,7 +197,7 @@ def _is_complete(folder: Path, cache: dict[str, Any]) -> bool:
 
 
 def _clear(folder: Path, cache: dict[str, Any]) -> None:
-    """Leaves nothing that is half-written or would pass for complete; ValueError when shards are of something else."""
+    """Delete the index and incomplete files; ValueError when the shards are of something else."""
     for path in sorted(folder.glob("shard-*.safetensors")):
         header = read_header(path)
         if header is not None:
@@ -232,7 +224,7 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of nested dicts by dotted name."""
+    """Return the values of nested dicts by dotted name."""
     flat = {}
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -248,7 +240,7 @@ def _encode_shards(
     at_once: int,
     progress: bool,
 ) -> list[dict[str, Any]]:
-    """What each shard holds, after those that were not whole are written, on a CPU by `at_once` forwards at a time."""
+    """Write the shards that are not complete, on a CPU by `at_once` concurrent forwards, and describe all of them."""
     rank, processes = process_share()
     length = cache["shard_images"]
     count = math.ceil(len(image_set) / length)
@@ -290,8 +282,8 @@ def _encode_shards(
 
 
 def _together(work: Iterator[int], steps: int) -> Iterator[int]:
-    """What `work` yields, step by step, of several processes summed over all and some steps; an error in one is raised
-    on all after these, so that none waits for another for longer. After `steps`, all have come to their end.
+    """Yield what `work` yields, summed over all processes and `GATHERED` steps, until all have done their `steps`. An
+    error on one process is raised on all after these, so that none waits for another.
     """
     each = 1 if process_share()[1] == 1 else GATHERED
     for _ in range(0, steps + 1, each):
@@ -318,7 +310,7 @@ def _encode_shard(
     batch_size: int,
     at_once: int,
 ) -> Iterator[int]:
-    """Writes the shard of `images` after its last batch, and yields after each batch how many were done."""
+    """Write the shard of `images` after its last batch, and yield the number of images after each batch."""
     kept: list[int] = []
     names = ("mean", "logvar") if cache["kind"] == "posterior" else ("latents",)
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in names}
@@ -370,7 +362,7 @@ def _encode_shard(
 def _stored(
     values: torch.Tensor, dtype: torch.dtype, name: str, indices: list[int], image_set: ImageSet
 ) -> torch.Tensor:
-    """The values as they are kept; ArithmeticError naming the first image whose values cannot be."""
+    """Return the values in `dtype` on the CPU; ArithmeticError naming the first image whose values do not fit."""
     stored = values.to(dtype).cpu()
     bad = ~stored.flatten(1).isfinite().all(1)
     if bad.any():

@@ -73,7 +73,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """What a shard says of itself; None if it is torn or no shard."""
+    """Return what a shard records of itself; None if it is damaged or no shard."""
     if not path.is_file():  # a pipe would be waited for
         return None
     try:
@@ -85,7 +85,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
 
 
 def whole_shard(path: Path, cache: dict[str, Any]) -> dict[str, Any] | None:
-    """What the index says of a shard of `cache`; None if it is not there or not whole."""
+    """Return what the index holds on a shard of `cache`; None if the shard is missing or incomplete."""
     header = read_header(path)
     if header is None or header["cache"] != cache:
         return None
@@ -97,17 +97,14 @@ def whole_shard(path: Path, cache: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Of a shard, mapped: what is not used is not read."""
+    """Return the tensors of a shard, mapped into memory."""
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Return the content of index.json.
-
-    Raises:
-        FileNotFoundError: when the latents are not complete, or there is no such folder.
-        ValueError: when it is damaged or of a newer version.
+    """Return the content of index.json; FileNotFoundError when the latents are incomplete or the folder is missing,
+    ValueError when it is damaged or of a newer version.
     """
     path = folder / INDEX
     try:

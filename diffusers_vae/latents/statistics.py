@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,18 +31,17 @@ POOR = 3.0
 POOR_COLOUR = 1.0
 """The same for the error of the colours alone, in dB."""
 EXPLODED = 20.0
-"""Std of a channel's latents above which the prior no longer constrains them. Published models: 0.65 (Stable Diffusion
-3) to 7.7 (Stable Diffusion XL)."""
+"""Largest std of a channel's latents that the prior still constrains. Published models: 0.65 (SD 3) to 7.7 (SDXL)."""
 SLACK = 1e-3
 """Tolerance for rounding: values of images may exceed [-1, 1] by this much."""
 
 
 class LatentStatistics:
-    """Sums over images of what describes the latents, unit by unit, streamed in float64.
+    """Per-unit sums over images, streamed in float64.
 
-    The latents are draws from the posterior, but nothing is drawn: by the law of total variance, their variance is that
-    of the posteriors' means plus the mean of their variances. (Rombach et al. 2022, appendix G, estimate it from the
-    draws of one batch.)
+    The statistics are those of samples from the posterior, without sampling: by the law of total variance, their
+    variance is that of the posteriors' means plus the mean of their variances. (Rombach et al. 2022, appendix G,
+    estimate it from one batch.)
     """
 
     def __init__(self):
@@ -51,13 +49,14 @@ class LatentStatistics:
         self.sums: torch.Tensor | None = None
         """Of mean, mean squared, variance and rate, (4, channels, height, width)."""
 
-    def update(self, posterior: DiagonalGaussianDistribution) -> None:
-        """Count in the posterior of a batch of images."""
+    def update(self, posterior: DiagonalGaussianDistribution) -> LatentStatistics:
+        """Count in the posterior of a batch of images, and return these statistics."""
         exact = torch.float32 if posterior.mean.device.type == "mps" else torch.float64
         mean, variance, rate = (t.to(exact) for t in (posterior.mean, posterior.var, rate_per_unit(posterior)))
         sums = torch.stack([mean.sum(0), (mean**2).sum(0), variance.sum(0), rate.sum(0)]).cpu().double()
         self.images += len(mean)
         self.sums = sums if self.sums is None else self.sums + sums
+        return self
 
     def add(self, other: LatentStatistics) -> None:
         """Count in what `other` has counted."""
@@ -138,8 +137,8 @@ class LatentStatistics:
 
 @dataclass(frozen=True)
 class SwapCosts:
-    """PSNR in dB that reconstructions lose when latents are taken from another image, as means over the images, with
-    the mode of the posterior as latents. It measures what the decoder uses, whatever the scale of the latents.
+    """Mean PSNR in dB that reconstructions from the posterior's mode lose with latents of another image: what the
+    decoder uses, whatever the scale of the latents.
     """
 
     images: int
@@ -147,8 +146,8 @@ class SwapCosts:
     all: float
     """PSNR lost, in dB, with all latents of another image."""
     colour: float | None
-    """Growth in dB of the error of the colours, each image channel minus the mean of the channels, with all latents of
-    another image; None for images without colour."""
+    """Growth in dB of the colour error (image channels minus their mean) with all latents of another image; None for
+    grey images."""
     channels: list[float]
     """PSNR lost, in dB, with one latent channel of another image, for each channel."""
 
@@ -173,9 +172,9 @@ class PosteriorHealth:
     rate_per_position: list[list[float]]
     """Nats per image, summed over the channels, height by width; their sum is the rate."""
     aggregate_distance: float
-    """Distance of the aggregate posterior, the mean of all images' posteriors, from N(0, I): the 2-Wasserstein distance
-    between normals of each unit's mean m and std s and N(0, 1), sqrt(m^2 + (s - 1)^2), as root mean square over the
-    units; 0 is best. What units have in common does not show in it."""
+    """Distance of the aggregate posterior, the mean of all images' posteriors, from N(0, I): root mean square over the
+    units of the 2-Wasserstein distance sqrt(m^2 + (s - 1)^2) of N(m, s^2) from N(0, 1). It ignores dependence between
+    units."""
     swaps: SwapCosts | None
     """PSNR lost with latents of another image; None where no decoder was run."""
     verdict: str
@@ -306,12 +305,9 @@ def _sums(vae: ModelMixin, batches: Iterable[torch.Tensor]) -> dict[int, LatentS
 
 
 def describe_latents(model: ModelMixin, statistics: LatentStatistics | None) -> None:
-    """Write the values that describe the latents into the model's config; with None, set all of them to None.
-
-    latents_mean and latents_std always become None, because stock pipelines apply them on top of scaling_factor.
-
-    Raises:
-        FloatingPointError: when mean or std is not finite, or std is 0.
+    """Write scaling_factor and shift_factor into the model's config, or None without statistics. latents_mean and
+    latents_std become None, since stock pipelines apply them on top of scaling_factor. Raises FloatingPointError
+    when mean or std is not finite, or std is 0.
     """
     values = dict.fromkeys(("scaling_factor", "shift_factor", "latents_mean", "latents_std"))
     if statistics is not None:
@@ -327,25 +323,18 @@ def describe_latents(model: ModelMixin, statistics: LatentStatistics | None) -> 
 def image_set_statistics(
     model: ModelMixin, image_set: ImageSet, batch_size: int, max_images: int | None = None, progress: bool = False
 ) -> LatentStatistics:
-    """Statistics of the latents of the first `max_images` images, by default all, under `model` in eval mode.
-
-    Under torch.distributed all processes must call it, with the same model; they share the work, and the statistics
-    are those of one process.
+    """Statistics of the latents of the first `max_images` images, by default all, under `model` in eval mode. Under
+    torch.distributed, all processes must call it with the same model; they share the work and get the result of one
+    process.
     """
     count = len(image_set) if max_images is None else min(max_images, len(image_set))
     parts: dict[int, LatentStatistics] = {}
     with tqdm(total=count, desc="latents", unit="img", disable=not progress, leave=False) as bar:
         for part, indices, images in image_batches(image_set, batch_size, max_images, model.device, *process_share()):
-            for counted in in_parts(model, partial(_counted, model), images):
+            for counted in in_parts(model, lambda batch: LatentStatistics().update(encode(model, batch)), images):
                 parts.setdefault(part, LatentStatistics()).add(counted)
             bar.update(len(indices) * process_share()[1])
     return total(parts)
-
-
-def _counted(model: ModelMixin, images: torch.Tensor) -> LatentStatistics:
-    statistics = LatentStatistics()
-    statistics.update(encode(model, images))
-    return statistics
 
 
 def total(parts: dict[int, LatentStatistics]) -> LatentStatistics:
