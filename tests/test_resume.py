@@ -46,6 +46,7 @@ from diffusers_vae.evaluation.evaluate import EvaluationConfig
 from diffusers_vae.evaluation.report import read_report
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.processes import Interrupted
+from diffusers_vae.storage import watch
 from diffusers_vae.tasks.autoencoder import train
 from diffusers_vae.tasks.autoencoder_step import AutoencoderStep
 

@@ -37,7 +37,7 @@ from support.runs import (
 )
 
 from diffusers_vae import MLPVAE, VAE, cli
-from diffusers_vae.data import ArrayImages, DataConfig, load_data
+from diffusers_vae.data import ArrayImages, DataConfig, ReadImages, load_data
 from diffusers_vae.engine.checkpoint import find_checkpoint
 from diffusers_vae.engine.config import OptimizerConfig
 from diffusers_vae.engine.dry_run import dry_run as try_out
@@ -560,6 +560,20 @@ class TestFaults:
             fit(dataclasses.replace(config, data=dataclasses.replace(ships, root=str(archive))))
         (line,) = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
         assert line.endswith(".png: cannot identify image file")
+
+    def test_the_share_of_bad_images_is_judged_by_all_that_were_read(self, tmp_path):
+        """Where the last batch has none, too."""
+        bad, good = (ReadImages(torch.zeros(0, 1, 8, 8), [], errors) for errors in (("a.png: no image",) * 30, ()))
+        found = BadImages(tmp_path / "bad_images.txt")
+        found.judge(bad, 180)
+        with pytest.raises(ValueError, match=r"got 30 of the 212 read so far, a\.png: no image among them"):
+            found.judge(good, 32)
+
+    @pytest.mark.slow
+    def test_a_run_may_begin_to_average_its_weights(self, tmp_path):
+        fit(tiny(tmp_path / "run", ema_decay=None, max_images=60))
+        fit(tiny(tmp_path / "run", ema_decay=0.9, max_images=120, allow_config_change=True))
+        assert tensors(tmp_path / "run", 120, "ema").keys() <= tensors(tmp_path / "run", 120, "model").keys()
 
     @pytest.mark.slow
     @pytest.mark.parametrize("log_every", [30, 1000])

@@ -14,9 +14,10 @@ from .load import (
     weights_hash,
 )
 from .mlp import MLPVAE
+from .posterior import VAEOutput, check_batch
 from .scaling import LatentScaling, compression_ratio, unmeasured
 from .speed import fast_dtype, for_inference, several_at_once, speed_up_norms
-from .vae import VAE, VAEOutput, check_batch, with_whole_tiles, without_adapters
+from .vae import VAE, with_whole_tiles, without_adapters
 
 __all__ = [
     "LATENT_PARTS",

@@ -111,10 +111,8 @@ class ModelConfig:
 
     @cached_property
     def trains_encoder(self) -> bool:
-        """Whether weights that decide the latents are trained.
-
-        Raises:
-            ValueError: when there is no AutoencoderKL in `pretrained`.
+        """Whether weights that determine the latents are trained; ValueError when there is no AutoencoderKL in
+        `pretrained`.
         """
         if self.train in ("all", "decoder"):
             return self.train == "all"
@@ -154,20 +152,14 @@ class ModelConfig:
 
     @property
     def spatial_compression_ratio(self) -> int:
-        """By what the sides of the images must be divisible.
-
-        Raises:
-            ValueError: when there is no AutoencoderKL in `pretrained`.
-        """
+        """Ratio of the sides of images and latents; ValueError when there is no AutoencoderKL in `pretrained`."""
         if self.architecture == "mlp":
             return 1
         return compression_ratio(self.block_out_channels or self._source["block_out_channels"])
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """Channels, height and width of the latents of one image of `size`.
-
-        Raises:
-            ValueError: when there is no AutoencoderKL in `pretrained`.
+        """Return the shape (C, h, w) of the latents of an image of `size`; ValueError when there is no AutoencoderKL in
+        `pretrained`.
         """
         if self.architecture == "mlp":
             return (self.latent_dim or 0, 1, 1)

@@ -26,10 +26,11 @@ from ..processes import in_parts
 from ..storage import digest_of_tensors
 from ..untrusted import check_type, read_json, refuse_irregular, refuse_odd_name
 from .mlp import MLPVAE
+from .posterior import posterior_from_moments
 from .scaling import is_local
 from .single_file import load_single_file, read_single_file
 from .stock import ModelMixin
-from .vae import VAE, posterior_from_moments
+from .vae import VAE
 
 logger = logging.getLogger(__name__)
 
@@ -225,8 +226,8 @@ CONFIG = {
 
 
 def _hub_answers() -> bool:
-    """Whether the Hub accepts connections, within seconds: its client tries for half a minute. Behind a proxy, which
-    only the client knows how to use, it is taken to.
+    """Return within seconds whether the Hub accepts connections, for which its client tries half a minute. True behind
+    a proxy, which only the client can use.
     """
     if constants.HF_HUB_OFFLINE:
         return False
@@ -285,9 +286,7 @@ def filled_in(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
 
 
 def _checked(config: Any, source: str, classes: Collection[str]) -> dict[str, Any]:
-    """The config of the autoencoder in `source`; ValueError naming a class other than `classes`, or the key whose value
-    no model has, and which might fill any memory.
-    """
+    """Return the config; ValueError naming a class other than `classes`, or a key whose value no model has."""
     where = f"{source}: config.json"
     check_type(config, dict, where)
     if config.get("_class_name") == "FlaxAutoencoderKL":  # the same weights, and removed from diffusers
@@ -330,11 +329,9 @@ def cached_repository(path: str) -> tuple[str, str] | None:
 
 
 def encode(model: ModelMixin, images: torch.Tensor) -> DiagonalGaussianDistribution:
-    """The posterior, in float32, of images (B, C, H, W) in [-1, 1] under any autoencoder of diffusers. This function,
-    `decode` and `decode_logits` run parts of the batch where memory does not suffice for all of it.
-
-    Raises:
-        ValueError: when the model has none, or takes images of other channels.
+    """Return the posterior, in float32, of images (B, C, H, W) in [-1, 1] under any autoencoder; ValueError when the
+    model has none, or takes other channels. Like `decode` and `decode_logits`, it runs parts of the batch where memory
+    is short.
     """
     if isinstance(model, OTHERS):
         raise ValueError(f"the model must be {_supported(type(model).__name__, CLASSES)}")
@@ -360,10 +357,8 @@ def decode(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
 
 
 def decode_logits(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """Logits, float32, of the probabilities that pixels are on, for latents of any floating dtype.
-
-    Raises:
-        ValueError: when the model has no logits.
+    """Return the logits, float32, of the probabilities that pixels are on, for latents of any floating dtype;
+    ValueError when the model has no logits.
     """
     logits: Any = getattr(model, "decode_logits", None)
     if logits is None:
@@ -383,9 +378,7 @@ LATENT_PARTS = ("encoder", "quant_conv")
 
 
 def weights_hash(model: torch.nn.Module, parts: Collection[str] | None = None) -> str:
-    """Return the SHA-256 of all weights with their names, shapes and dtypes, however they were saved; with `parts`, of
-    those of these submodules, as far as the model has them.
-    """
+    """Return the SHA-256 of all weights, or of those in the submodules `parts`, with names, shapes and dtypes."""
     weights = model.state_dict().items()
     return digest_of_tensors(
         {name: tensor for name, tensor in weights if parts is None or name.partition(".")[0] in parts}

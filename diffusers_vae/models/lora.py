@@ -9,13 +9,10 @@ from .vae import VAE
 
 def add_lora(vae: VAE, rank: int) -> None:
     """Freeze `vae` and add adapters of this rank to the convolutions and attention of its decoder: LoRA, Hu et al.
-    2021, W + B A with B = 0 at first, so that nothing changes before training.
+    2021, W + B A with B = 0 at first, so that nothing changes before training. ImportError without peft.
 
-    `vae.save_lora_adapter(folder)` saves them alone, for `load_lora_adapter(folder, prefix=None,
-    use_safetensors=True)` of a stock `AutoencoderKL`.
-
-    Raises:
-        ImportError: without peft.
+    `vae.save_lora_adapter(folder)` saves them alone, for `load_lora_adapter(folder, prefix=None, use_safetensors=True)`
+    of a stock `AutoencoderKL`.
     """
     try:
         from peft import LoraConfig

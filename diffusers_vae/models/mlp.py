@@ -13,9 +13,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..images.ranges import to_model_range, to_unit_range
+from .posterior import VAEOutput, check_batch, check_dtype, in_dtype_of, posterior_from_moments, take_latents
 from .scaling import KeepsScaling
 from .stock import ConfigMixin, ModelMixin
-from .vae import VAEOutput, check_batch, check_dtype, in_dtype_of, posterior_from_moments, take_latents
 
 
 @dataclass
@@ -65,10 +65,8 @@ class MLPVAE(KeepsScaling, ModelMixin, ConfigMixin):
     def encode(
         self, x: torch.Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """`latent_dist`: the posterior over latents (B, latent_dim, 1, 1), float32, of images `x` in [-1, 1].
-
-        Raises:
-            ValueError: for images that are not floating point of the shape (B, in_channels, height, width).
+        """`latent_dist`: the posterior over latents (B, latent_dim, 1, 1), float32, of images `x` in [-1, 1];
+        ValueError for images that are not floating point of the shape (B, in_channels, height, width).
         """
         check_batch(x, self.config.in_channels, "images")
         if tuple(x.shape[1:]) != self.image_shape:
@@ -92,11 +90,8 @@ class MLPVAE(KeepsScaling, ModelMixin, ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def decode_logits(self, z: torch.Tensor) -> torch.Tensor:
-        """Logits (B, in_channels, height, width) of the probability that a pixel is on, for latents
-        (B, latent_dim, 1, 1); float32 at least.
-
-        Raises:
-            ValueError: for latents of another shape.
+        """Logits (B, in_channels, height, width) of the probability that a pixel is on, for latents (B, latent_dim, 1,
+        1); float32 at least. ValueError for latents of another shape.
         """
         check_batch(z, self.config.latent_dim, "latents")
         if z.shape[2:] != (1, 1):

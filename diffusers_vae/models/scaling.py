@@ -89,9 +89,8 @@ class KeepsScaling(Mixin):
 
 @dataclass(frozen=True)
 class LatentScaling:
-    """How latents (B, C, h, w) become scaled latents, about mean 0 and std 1, of the same shape, dtype and device.
-
-    `scale` and `unscale` are inverses up to rounding. They compute in the order of stock pipelines, so that bits agree.
+    """Scaling of latents (B, C, h, w) to about mean 0 and std 1, in shape, dtype and device of the input. `scale` and
+    `unscale` are inverses up to rounding, and compute in the order of stock pipelines, so that bits agree.
     """
 
     factor: float = 1.0
@@ -116,16 +115,9 @@ class LatentScaling:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], use_shift: bool = True, per_channel: bool = True) -> LatentScaling:
-        """That of an autoencoder's `config`: latents_mean and latents_std where it has both, else shift_factor (None
-        is 0), and scaling_factor.
-
-        Args:
-            config: of an `AutoencoderKL`.
-            use_shift: whether shift_factor counts.
-            per_channel: whether latents_mean and latents_std count.
-
-        Raises:
-            ValueError: when the scaling_factor is None, or a default that was neither measured nor published.
+        """Return the scaling of an autoencoder's `config`: scaling_factor with latents_mean and latents_std where it
+        has both and `per_channel` is set, else with shift_factor (None is 0) where `use_shift` is set. ValueError when
+        the scaling_factor is None, or a default that was neither measured nor published.
         """
         if reason := unmeasured(config):
             raise ValueError(reason)

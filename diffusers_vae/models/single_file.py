@@ -56,17 +56,14 @@ _ARCHITECTURES = (
     (r"stable-diffusion-v?3\b", 16, _SD3),
     (r"flux[.-]1\b", 16, _FLUX),
 )
-"""What `modelspec.architecture` in the metadata of a .safetensors begins with (github.com/Stability-AI/ModelSpec), the
-channels of the latents, and the values."""
+"""Prefix of `modelspec.architecture` in the metadata (github.com/Stability-AI/ModelSpec), latent channels, and values.
+"""
 
 
 def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> VAE:
-    """The VAE in an original checkpoint, with weights of `dtype`, in eval mode.
-
-    Its scaling_factor is None, with a warning, where neither the file nor NAME.json beside it states one.
-
-    Raises:
-        ValueError: when the file cannot be read, or holds no KL autoencoder of images.
+    """Load the VAE of an original checkpoint with weights of `dtype`, in eval mode. Its scaling_factor is None, with a
+    warning, where neither the file nor NAME.json beside it states one. ValueError when the file cannot be read, or
+    holds no KL autoencoder of images.
     """
     config, weights = read_single_file(path)
     with torch.device("meta"):
@@ -94,11 +91,8 @@ def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> VAE:
 
 
 def read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Config and weights, in diffusers' names, of the VAE in `path`. The config's scaling_factor is None where nothing
-    states it.
-
-    Raises:
-        ValueError: when the file cannot be read, or holds no KL autoencoder of images.
+    """Return config and weights, in diffusers' names, of the VAE in `path`; scaling_factor is None where nothing states
+    it. ValueError when the file cannot be read, or holds no KL autoencoder of images.
     """
     tensors, metadata = _read(path)
     prefix = _prefix(path, tensors)
@@ -163,11 +157,7 @@ def _of_its_model(
 
 
 def _stated(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """What NAME.json beside NAME.safetensors states of the scaling.
-
-    Raises:
-        ValueError: when it has a wrong type, or is of a model of another shape.
-    """
+    """Return the scaling that NAME.json beside NAME.safetensors states; ValueError for another type or model."""
     file = path.with_suffix(".json")
     if not file.is_file():
         return {}
@@ -187,8 +177,8 @@ def _stated(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of the file by their names, those in nested dicts by names joined with dots, and its metadata; of
-    .safetensors, tensors without their content where they are not of an autoencoder.
+    """Return all tensors of the file by name, dotted for nested dicts, and its metadata; of .safetensors, those that
+    are not of an autoencoder without their content.
     """
     if path.suffix.lower() in SAFE:
         try:

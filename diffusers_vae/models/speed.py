@@ -1,5 +1,4 @@
-"""What makes a convolutional autoencoder fast on a device: the precision, the memory layout of its group norms, and how
-a CPU's threads are used."""
+"""Speed of convolutional autoencoders by device: precision, memory layout of group norms, and CPU threads."""
 
 from __future__ import annotations
 
@@ -22,10 +21,8 @@ SMALL = 1024
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """torch.bfloat16 where `device` multiplies it in hardware, else torch.float32.
-
-    That is a GPU of NVIDIA's from compute capability 8.0 on, any of AMD's that torch's ROCm build knows as such, and a
-    CPU with AVX512-BF16, which every CPU with AMX has, too.
+    """Return torch.bfloat16 where `device` multiplies it in hardware, else torch.float32: on NVIDIA GPUs from compute
+    capability 8.0 on, AMD GPUs by torch's ROCm build, and CPUs with AVX512-BF16, as all with AMX.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -45,10 +42,9 @@ def _has_hook(module: Any) -> bool:
 
 
 def speed_up_norms(model: nn.Module) -> nn.Module:
-    """The same `model`, whose group norms make their input contiguous on a CPU where it is not float32.
-
-    Convolutions of one channel and attention give channels-last tensors, for which torch's group norm in bfloat16 takes
-    up to twenty times as long: benchmarks/RESULTS.md.
+    """Make the group norms of `model` copy non-float32 input on a CPU to contiguous memory, and return it: for
+    channels-last input, as after one-channel convolutions and attention, torch's bfloat16 group norm takes up to twenty
+    times as long (benchmarks/RESULTS.md).
     """
     for module in model.modules():
         if isinstance(module, nn.GroupNorm) and not _has_hook(module):
@@ -64,11 +60,10 @@ def _contiguous(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[to
 def several_at_once(
     function: Callable[[T], U], items: Iterable[T], device: torch.device, most: int
 ) -> Iterator[tuple[T, U]]:
-    """Each of the items with `function` of it, in their order; without gradients.
+    """Yield each item with `function` of it, in order, without gradients.
 
-    On a CPU, at most `most` at a time, which share torch's threads: several threads in one convolution of a small
-    feature map wait for each other. An error comes in its item's turn; like an interruption, it waits for those in
-    work.
+    On a CPU, up to `most` run concurrently and share torch's threads, since several threads in one convolution of a
+    small feature map wait for each other. An error is raised in its item's turn, after those that are running.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     each = math.ceil(threads / most)
@@ -98,11 +93,9 @@ def several_at_once(
 
 
 def for_inference(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
-    """`model` as it encodes and decodes fast in `dtype`: itself, or a copy whose weights are cast once, where autocast
-    would cast them at every call.
-
-    In bfloat16 on a CPU, convolutions of the copy are channels-last, which spares each two copies of its output, and
-    group norms of small feature maps are not.
+    """Return `model` for fast encoding and decoding in `dtype`: itself, or a copy whose weights are cast once instead
+    of at every call by autocast. In bfloat16 on a CPU, the copy's convolutions are channels-last, which saves two
+    copies of each output, and group norms of small feature maps are not.
     """
     channels_last = model.device.type == "cpu" and dtype == torch.bfloat16
     if model.dtype == dtype and not channels_last:

@@ -5,23 +5,17 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypeVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import (
-    Decoder,
-    DecoderOutput,
-    DiagonalGaussianDistribution,
-    Encoder,
-)
+from diffusers.models.autoencoders.vae import Decoder, DecoderOutput, DiagonalGaussianDistribution, Encoder
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .posterior import VAEOutput, check_batch, check_dtype, in_dtype_of, posterior_from_moments, take_latents
 from .scaling import DEFAULTED, KeepsScaling, LatentScaling, compression_ratio, is_local, unmeasured
 from .stock import (
     AttentionMixin,
@@ -38,59 +32,6 @@ from .stock import (
 M = TypeVar("M", bound=ModelMixin)
 LEAST_TILE = 256
 """Side in pixels below which no tiles are made unless asked for: borders and group norms of smaller ones show."""
-
-
-@dataclass
-class VAEOutput(BaseOutput):
-    """Reconstructions (B, C, H, W) in [-1, 1] and the posterior that they were decoded from."""
-
-    sample: torch.Tensor
-    latent_dist: DiagonalGaussianDistribution
-
-
-def posterior_from_moments(moments: torch.Tensor) -> DiagonalGaussianDistribution:
-    """q(z|x) in at least float32: in bfloat16 the rate loses digits, in float16 exp(logvar) overflows above 11.1."""
-    if moments.dtype in (torch.float16, torch.bfloat16):
-        moments = moments.float()
-    return DiagonalGaussianDistribution(moments)
-
-
-def check_batch(tensor: torch.Tensor, channels: int, what: str) -> None:
-    """Refuse what is not a floating-point (B, `channels`, H, W) batch, with a ValueError that names the rule."""
-    if not tensor.is_floating_point():
-        hint = "; diffusers_vae.images.ranges.to_model_range converts uint8 pixels" if what == "images" else ""
-        raise ValueError(f"{what} must be floating point, got {tensor.dtype}{hint}")
-    if tensor.ndim != 4:
-        raise ValueError(f"{what} must have the shape (batch, channels, height, width), got {tuple(tensor.shape)}")
-    if tensor.shape[1] != channels:
-        raise ValueError(f"{what} must have {channels} channels as in the model's config, got {tensor.shape[1]}")
-
-
-def check_dtype(model: ModelMixin, images: torch.Tensor) -> None:
-    """Refuse images of another floating dtype than the model's, with a ValueError, unless autocast takes care of it."""
-    if images.dtype == next(model.parameters()).dtype:  # asking for model.dtype goes through all modules
-        return
-    device = images.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if images.dtype != model.dtype and (not autocast or images.dtype == torch.float64):  # which it leaves alone
-        raise ValueError(f"images must have the model's dtype, {model.dtype}, got {images.dtype}")
-
-
-def in_dtype_of(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """The latents in the dtype in which the model computes."""
-    return latents if latents.dtype == next(model.parameters()).dtype else latents.to(model.dtype)
-
-
-def take_latents(
-    posterior: DiagonalGaussianDistribution,
-    sample_posterior: bool,
-    generator: torch.Generator | None,
-    noise: torch.Tensor | None,
-) -> torch.Tensor:
-    """Latents (B, C, h, w) for `VAE.forward` to decode: from the given noise, a random sample, or the mode."""
-    if noise is not None:
-        return posterior.mean + posterior.std * noise
-    return posterior.sample(generator=generator) if sample_posterior else posterior.mode()
 
 
 class VAE(
@@ -203,11 +144,8 @@ class VAE(
 
         Args:
             x: images (B, in_channels, H, W) in [-1, 1], H and W divisible by `spatial_compression_ratio`, in the
-                model's dtype (under autocast, in any that it casts). Named as in stock.
+                model's dtype (under autocast, in any that it casts); ValueError for others.
             return_dict: whether to return an `AutoencoderKLOutput` rather than a tuple.
-
-        Raises:
-            ValueError: for another shape, channel count or dtype.
         """
         check_batch(x, self.config.in_channels, "images")
         height, width = x.shape[-2:]
@@ -227,13 +165,9 @@ class VAE(
         """`sample`: reconstructions (B, out_channels, H, W), about [-1, 1], of the unscaled latents `z`.
 
         Args:
-            z: latents (B, latent_channels, h, w) of any floating dtype: the posterior is float32 in a model of
-                lower precision too. Named as in stock.
+            z: latents (B, latent_channels, h, w) of any floating dtype; ValueError for another shape or dtype.
             return_dict: whether to return a `DecoderOutput` rather than a tuple.
-            generator: accepted because pipelines pass it; decoding draws nothing.
-
-        Raises:
-            ValueError: for another shape, channel count or dtype.
+            generator: unused, but pipelines pass it.
         """
         check_batch(z, self.config.latent_channels, "latents")
         z = in_dtype_of(self, z)
@@ -261,20 +195,19 @@ class VAE(
     ) -> DecoderOutput | VAEOutput | tuple[Any, ...]:
         """`sample`: reconstructions (B, out_channels, H, W) of the images `sample`.
 
-        With `return_posterior`, the posterior too: that is how training calls the model, since gradients are
-        synchronised between processes, and autocast applied, only by the wrapped module's `forward`.
+        Training calls the model with `return_posterior`, since only the wrapped module's `forward` synchronises
+        gradients between processes and applies autocast.
 
         Args:
-            sample: images, as for `encode`; may be None where `moments` are given.
-            sample_posterior: decode a draw from the posterior instead of its mode.
+            sample: images, as for `encode`; may be None with `moments`.
+            sample_posterior: decode a sample from the posterior instead of its mode.
             return_dict: whether to return an output class rather than a tuple.
-            generator: for the draw.
+            generator: generator for the sample.
             return_posterior: return a `VAEOutput` (or a tuple of two) with the posterior.
-            noise: standard normal, of the shape of the latents: decode mean + std * noise instead of a draw. So
-                training decides which noise an image gets, however a batch is cut.
-            moments: of the images, (B, 2 * latent_channels, h, w), as `encode(...).latent_dist.parameters` gives them:
-                the encoder is not run.
-            transform: of the latents, before they are decoded.
+            noise: standard normal, of the shape of the latents: decode mean + std * noise instead of a sample, so that
+                an image's noise does not depend on how a batch is split.
+            moments: moments (B, 2 * latent_channels, h, w), as `encode(...).latent_dist.parameters`, instead of images.
+            transform: transformation of the latents before they are decoded.
         """
         if moments is None:
             assert sample is not None, "images or moments"
@@ -299,38 +232,36 @@ class VAE(
         return self
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """What a diffusion model sees, (B, latent_channels, h, w): (latents - shift_factor) * scaling_factor, or, where
-        the config has both, (latents - latents_mean) * scaling_factor / latents_std by channel.
+        """Return scaled latents (B, latent_channels, h, w): (latents - shift_factor) * scaling_factor or, where the
+        config has both, (latents - latents_mean) * scaling_factor / latents_std by channel.
 
-        Not every stock pipeline does the same: Stable Diffusion's ignore shift_factor. For the denoiser of one, take
+        Not every stock pipeline does the same: Stable Diffusion's ignore shift_factor. For the denoiser of one, use
         `diffusers_vae.pipelines.latent_scaling`.
 
         Raises:
-            ValueError: for latents of another shape or channel count, and if the scaling_factor is None or still the
-                constructor's default, which was not measured: see `diffusers_vae.measure_latents`.
+            ValueError: for latents of another shape, and when the scaling_factor is None or the constructor's default,
+                which was not measured: see `diffusers_vae.measure_latents`.
         """
         check_batch(latents, self.config.latent_channels, "latents")
         return LatentScaling.from_config(self.config).scale(latents)
 
     def unscale_latents(self, scaled_latents: torch.Tensor) -> torch.Tensor:
-        """The latents (B, latent_channels, h, w), ready for `decode`, that `scale_latents` made into `scaled_latents`.
-
-        Raises:
-            ValueError: as `scale_latents`.
+        """Return the latents (B, latent_channels, h, w) for `decode`: the inverse of `scale_latents`, with the same
+        errors.
         """
         check_batch(scaled_latents, self.config.latent_channels, "scaled_latents")
         return LatentScaling.from_config(self.config).unscale(scaled_latents)
 
     def to_diffusers(self) -> AutoencoderKL:
         """The stock class around the same modules: parameters are shared, not copied. This is what a pipeline takes."""
-        return _move_parts(self, _with_config_of(self, AutoencoderKL))
+        return _around_parts_of(self, AutoencoderKL)
 
     @classmethod
     def from_diffusers(cls, stock: AutoencoderKL) -> VAE:
         """This class around the modules of a stock `AutoencoderKL`: parameters are shared, not copied."""
         if not isinstance(stock, AutoencoderKL):
             raise TypeError(f"from_diffusers takes a diffusers AutoencoderKL, got {type(stock).__qualname__}")
-        return _move_parts(stock, _with_config_of(stock, cls))
+        return _around_parts_of(stock, cls)
 
     @classmethod
     def from_single_file(cls, *args: Any, **kwargs: Any) -> VAE:
@@ -377,9 +308,9 @@ def without_adapters(vae: M) -> M:
 VAE.__name__ = AutoencoderKL.__name__
 
 
-def _with_config_of(source: ModelMixin, kind: type[M]) -> M:
-    """A model of the class `kind` without weights, with the current config of the source. `from_config` alone resets
-    values that were registered in place of a default.
+def _around_parts_of(source: ModelMixin, kind: type[M]) -> M:
+    """Return a `kind` around the modules of `source`, with its current config: `from_config` alone resets values that
+    were registered in place of a default.
     """
     of_class = [DEFAULTED, "_class_name", "_diffusers_version"]
     if is_local(source.config.get("_name_or_path", "")):  # a stock class would save the path
@@ -388,22 +319,11 @@ def _with_config_of(source: ModelMixin, kind: type[M]) -> M:
         target = kind.from_config({name: value for name, value in source.config.items() if name not in of_class})
     if unmeasured(source.config):
         target.register_to_config(**{DEFAULTED: ["scaling_factor"]})
-    return target
-
-
-def _move_parts(source: ModelMixin, target: M) -> M:
-    for part in ("encoder", "decoder", "quant_conv", "post_quant_conv"):
-        setattr(target, part, getattr(source, part))
-    for setting in (
-        "use_slicing",
-        "use_tiling",
-        "tile_sample_min_size",
-        "tile_latent_min_size",
-        "tile_overlap_factor",
-        "training",
-        "peft_config",  # while an adapter is loaded
-        "_hf_peft_config_loaded",
+    for name in (
+        *("encoder", "decoder", "quant_conv", "post_quant_conv", "training"),
+        *("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor"),
+        *("peft_config", "_hf_peft_config_loaded"),  # while an adapter is loaded; private in diffusers 0.36 to 0.42
     ):
-        if hasattr(source, setting):
-            setattr(target, setting, getattr(source, setting))
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
     return target
