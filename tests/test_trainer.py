@@ -501,7 +501,9 @@ class TestFaults:
         for path in paths_of(images)[::4]:
             path.write_bytes(path.read_bytes()[:700])
         config = tiny(tmp_path / "run", TINY_VAE, batch_size=20, max_images=None, epochs=4, checkpoint_every=1)
-        with pytest.raises(ValueError, match=r"at most 10% of the images .*, got \d+ of the 2\d\d read so far, .*\.png"):
+        with pytest.raises(
+            ValueError, match=r"at most 10% of the images .*, got \d+ of the 2\d\d read so far, .*\.png"
+        ):
             fit(dataclasses.replace(config, data=ships), memory_limit=0)
         newest, damaged = find_checkpoint(tmp_path / "run" / "checkpoints")
         assert newest and not damaged

@@ -41,7 +41,6 @@ FILES = (
     "evaluation.csv",
     "report.html",
     "metrics.jsonl",
-    "latents",
     "lora",
     "nonfinite",
     "pictures",
