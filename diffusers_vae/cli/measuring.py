@@ -73,13 +73,10 @@ def parse_measuring(parser: Parser, arguments: Sequence[str], models: list[str])
     loaded = [load(parsed, source) for source in sources]
     runs = {source: run for source in sources if (run := settings_of_run(source, given))}
     other_set = "data.name" in given or "data.root" in given
-    known = runs
-    if other_set:
-        known = {source: run | {"data": _data_of_run(run, runs, parsed.data)} for source, run in runs.items()}
-    if not known:
-        known = {
-            source: {"data": data_for(model, parsed, source)} for source, model in zip(sources, loaded, strict=True)
-        }
+    known = {
+        source: run | ({"data": _data_of_run(run, runs, parsed.data)} if other_set else {})
+        for source, run in runs.items()
+    } or {source: {"data": data_for(model, parsed, source)} for source, model in zip(sources, loaded, strict=True)}
     found = {}
     for source, sections in known.items():
         stated = {

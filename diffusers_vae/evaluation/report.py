@@ -226,13 +226,13 @@ class EvaluationReport:
             pairs = values["model"]["latent_shape"], values["protocol"]["resolution"], *values["intervals"].values()
             if any(len(pair) != (3 if place == 0 else 2) for place, pair in enumerate(pairs)):
                 raise ValueError("a latent_shape must have 3 entries, a resolution and intervals 2 each")
-            kinds = (LatentSummary, PosteriorHealth, ModelSummary, Protocol)
-            parts = dict(zip(("latents", "posterior", "model", "protocol"), kinds, strict=True))
+            parts = {"latents": LatentSummary, "posterior": PosteriorHealth, "model": ModelSummary}
+            parts |= {"protocol": Protocol, "fp16": PrecisionReport, "fine_tuning": FineTuning}
             if swaps := values["posterior"]["swaps"]:
                 values["posterior"] |= {"swaps": SwapCosts(**swaps)}
-            optional = {"fp16": PrecisionReport, "fine_tuning": FineTuning}
-            parts |= {name: kind for name, kind in optional.items() if values[name] is not None}
-            return cls(**values | {name: kind(**values[name]) for name, kind in parts.items()})
+            return cls(
+                **values | {name: kind(**values[name]) for name, kind in parts.items() if values[name] is not None}
+            )
         except (AttributeError, KeyError, RecursionError, TypeError) as error:
             raise ValueError(f"no evaluation report: {error}") from error
 

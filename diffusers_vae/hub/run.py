@@ -217,9 +217,5 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-HUB_DATA = {
-    "mnist": "ylecun/mnist",
-    "fashion-mnist": "zalando-datasets/fashion_mnist",
-    "cifar10": "uoft-cs/cifar10",
-}
+HUB_DATA = {"mnist": "ylecun/mnist", "fashion-mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10"}
 RECIPE = ("data", "model", "objective", "optimizer", "run")

@@ -51,19 +51,11 @@ def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], 
     """A page that needs no other file and no network: the figures of `report`, which is what evaluation.json holds,
     and the pictures by name.
     """
-    shown = []
+    shown: list[dict[str, str | int]] = []
     for name, picture in pictures.items():
         heading, caption = CAPTIONS.get(name, (words(name).capitalize(), ""))
-        shown.append(
-            {
-                "name": name,
-                "heading": heading,
-                "caption": caption,
-                "source": _data_uri(picture),
-                "width": picture.width,
-                "height": picture.height,
-            }
-        )
+        named = {"name": name, "heading": heading, "caption": caption}
+        shown.append({**named, "source": _data_uri(picture), "width": picture.width, "height": picture.height})
     return _template().render(
         title=title,
         report=report,
@@ -79,9 +71,8 @@ def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], 
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     filters: dict[str, Any] = environment.filters
-    filters |= {"number": number, "value": value_text, "words": words}
+    filters |= {"number": number, "value": value_text, "words": words, "compatibility": compatibility}
     filters |= {"precision": precision_note, "origin": origin, "weight": weight_text}
-    filters["compatibility"] = compatibility
     text = resources.files("diffusers_vae.reports").joinpath("report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(text)
 
@@ -89,13 +80,9 @@ def _template() -> Template:
 def _channels(report: Mapping[str, Any]) -> list[tuple[int | float | None, ...]]:
     """Number, mean, std, rate, information and cost of a swap of each channel of the latents."""
     latents, posterior = (report.get(name, {}) for name in ("latents", "posterior"))
-    columns = [
-        latents.get("mean"),
-        latents.get("std"),
-        posterior.get("rate_per_channel"),
-        posterior.get("information_per_channel"),
-        (posterior.get("swaps") or {}).get("channels"),
-    ]
+    columns = [latents.get("mean"), latents.get("std")]
+    columns += [posterior.get(f"{name}_per_channel") for name in ("rate", "information")]
+    columns.append((posterior.get("swaps") or {}).get("channels"))
     count = max((len(column) for column in columns if isinstance(column, list)), default=0)
     columns = [column if isinstance(column, list) else [None] * count for column in columns]
     return [(number, *values) for number, values in enumerate(zip(*columns, strict=True))]

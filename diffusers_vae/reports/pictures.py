@@ -39,10 +39,7 @@ CAPTIONS = {
         "One channel of an image's latents changes from left to right, the others are kept. A row in which nothing "
         "changes is of a channel that the decoder ignores.",
     ),
-    "interpolations": (
-        "Interpolations",
-        "From left to right on the sphere between the latents of two images.",
-    ),
+    "interpolations": ("Interpolations", "From left to right on the sphere between the latents of two images."),
     "manifold": ("Manifold", "The decoded plane of the two latent units, evenly spaced in the prior's probability."),
     "latents": ("Latents", "Posterior means of images in a plane, coloured by label where there are labels."),
     "rates": (
@@ -190,12 +187,7 @@ def manifold_picture(model: ModelMixin, batch_size: int, side: int = 20) -> Imag
 
 
 @torch.no_grad()
-def latent_picture(
-    model: ModelMixin,
-    image_set: ImageSet,
-    batch_size: int,
-    max_images: int | None,
-) -> Image.Image:
+def latent_picture(model: ModelMixin, image_set: ImageSet, batch_size: int, max_images: int | None) -> Image.Image:
     """Posterior means of the first `max_images` images, coloured by label: 2-D latents as they are, others by their
     first two principal components.
     """
