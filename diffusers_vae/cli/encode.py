@@ -11,7 +11,7 @@ from jsonargparse.typing import PositiveInt
 
 from ..data import IN_MEMORY, PLACED, DataConfig
 from ..latents.encode import encode_images
-from ..latents.shards import DTYPES, Kind
+from ..latents.shards import DTYPES, Dtype, Kind
 from ..messages import quoted, showable
 from ..models import Source
 from ..processes import one_first
@@ -22,7 +22,7 @@ from .launched import launched
 from .measuring import NOT_MEASURED, data_for, load_images, of_another_set, settings_of_run
 from .parser import IMAGES, Parser, command_parser
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+AnyDtype = Dtype | None
 AnySplit = Literal["held-out", "training", "all", None]
 
 
@@ -51,7 +51,7 @@ def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
     parser.add_argument("--dtype", type=Dtype, default="float32", help="Of the stored values; the weights are float32.")
     parser.add_argument(
         "--compute_dtype",
-        type=Literal["float32", "bfloat16", "float16", None],
+        type=AnyDtype,
         default=None,
         help="In which the encoder runs, as the result says. By default as FOLDER was begun, if it was; else bfloat16 "
         "where the device multiplies it in hardware, and float32 elsewhere. How far apart they are: docs/pipeline.md.",

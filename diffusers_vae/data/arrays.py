@@ -39,7 +39,7 @@ class ImageArray:
     Args:
         path: of the file.
         column: key of the array in an `.npz`, by default its only one with the shape of images.
-        channels: number of channels, by which their axis is found.
+        channels: number of channels, which identifies their axis.
         value_range: of the values.
 
     Raises:

@@ -12,8 +12,8 @@ from .config import DataConfig
 
 
 class Augmentation:
-    """The transforms of `data.horizontal_flip`, `data.vertical_flip` and `data.color_jitter`, applied to each image in
-    each epoch anew: a pure function of (seed, epoch, index).
+    """The transforms of `data.horizontal_flip`, `data.vertical_flip` and `data.color_jitter`, sampled for each
+    image and epoch: a pure function of (seed, epoch, index).
     """
 
     def __init__(self, config: DataConfig):

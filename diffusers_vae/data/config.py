@@ -151,7 +151,7 @@ class DataConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of pixels as they are read: uint8 in [0, 255] or float32 in [0, 1]."""
+        """Dtype of pixels after reading: uint8 in [0, 255] or float32 in [0, 1]."""
         return torch.uint8 if self.value_range is None else torch.float32
 
     @property

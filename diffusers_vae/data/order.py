@@ -73,7 +73,7 @@ class TrainingSet(Protocol):
         return shuffled(len(self), batch_size, seed, epoch, start)
 
     def read_batch(self, batch: MicroBatch) -> Read:
-        """Read the images of a micro-batch as they are trained on in its epoch."""
+        """Read the images of a micro-batch, with the random changes of its epoch."""
         return self.read(batch.indices)
 
 

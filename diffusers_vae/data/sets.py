@@ -155,7 +155,7 @@ class ImageSet(TrainingSet):
 
     @property
     def channels(self) -> int:
-        """Number of channels of the images as they are read."""
+        """Number of channels of the images after reading."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:

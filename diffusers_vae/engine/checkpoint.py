@@ -68,7 +68,7 @@ def write_checkpoint(
         tensors: named tensors of each file; those of model.safetensors and discriminator.safetensors must be finite.
         progress: JSON, the same on all processes; with `images_seen` and `step`.
         own: JSON of this process; its random states are added.
-        copies: files of which copies are kept with it.
+        copies: files to copy into the checkpoint.
         keep: how many checkpoints are kept.
 
     Raises:

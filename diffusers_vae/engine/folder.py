@@ -49,7 +49,7 @@ FILES = (
 
 
 def find_run(
-    config: RunSettings, finished: Callable[[], T], build: Callable[[], nn.Module] | None
+    config: S, finished: Callable[[S], T], build: Callable[[S], nn.Module] | None
 ) -> tuple[Path | None, T | None]:
     """The newest whole checkpoint in the output_dir, and the result of the run if it is finished. Nothing is changed.
 
@@ -86,7 +86,7 @@ def find_run(
         try:
             check_whole(output_dir, ["config.yaml"])
             if not differences(config_file, config):
-                return checkpoint, finished()
+                return checkpoint, finished(config)
         except RemovedSetting:
             raise
         except ValueError as error:
@@ -101,7 +101,7 @@ def find_run(
     if checkpoint:
         if build is not None:
             with torch.device("meta"):
-                check_fits(checkpoint, build())
+                check_fits(checkpoint, build(config))
         return checkpoint, None
     if found := [name for name in RESULTS if (output_dir / name).exists()]:
         raise FileExistsError(
@@ -247,7 +247,7 @@ class Run(Generic[S, R]):
 
 @contextmanager
 def opened(
-    config: S, launch: Launch, finished: Callable[[], R], build: Callable[[], nn.Module] | None = None
+    config: S, launch: Launch, finished: Callable[[S], R], build: Callable[[S], nn.Module] | None = None
 ) -> Generator[Run[S, R]]:
     """Lock the folder `run.output_dir` within, and find the run that it holds: arguments and errors are those of
     `find_run` and `only_user_of`.

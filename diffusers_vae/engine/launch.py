@@ -49,8 +49,8 @@ def launched(
         TimeoutError: when other processes have not started.
         ValueError: when settings and launcher do not fit each other.
     """
-    # Averages of gradients that have become 0 fade into denormal numbers, by which a CPU takes twice as long for a step
-    # of the optimizer. Threads inherit this from the one that starts them, so it comes first.
+    # Averages of gradients that have become 0 decay to denormal numbers, which double the time of an optimizer step on
+    # a CPU. Threads inherit this from the one that starts them, so it comes first.
     torch.set_flush_denormal(True)
     before = torch.are_deterministic_algorithms_enabled()
     if run.deterministic:

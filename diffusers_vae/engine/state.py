@@ -158,7 +158,7 @@ class TrainState:
         return True
 
     def skip_step(self) -> None:
-        """Count a step that is not finite, of which nothing is kept."""
+        """Count a step that is not finite and was dropped."""
         if self.accelerator.scaler:
             self.accelerator.scaler.update()
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1

@@ -63,8 +63,8 @@ def reconstruct_files(
     seed: int | None = None,
 ) -> Iterator[tuple[Path, float]]:
     """Encode and decode image files at their own size, and write the reconstructions into the folder `out`: as PNG, or
-    in the kind, depth and range of the file if the model reads files as they are (with a `value_range`, or with other
-    channels than 1 and 3). Sides that the model cannot take are padded with the pixels of the border, and cropped
+    in the kind, depth and range of the file if the model reads files without conversion (with a `value_range`, or with
+    other channels than 1 and 3). Sides that the model cannot take are padded with the pixels of the border, and cropped
     again.
 
     Args:

@@ -35,7 +35,7 @@ class Fit:
         return pixels[:, top : top + rows, left : left + columns]
 
     def scale(self, height: int, width: int) -> float:
-        """Return the factor by which an image of that size is scaled before it is cropped or padded."""
+        """Return the scale factor of an image of that size, applied before cropping or padding."""
         scales = (self.size[0] / height, self.size[1] / width)
         return min(1.0, *scales) if self.pad else max(scales)
 

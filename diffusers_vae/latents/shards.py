@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,13 +24,14 @@ INDEX = "index.json"
 HEADER = "latent_cache"
 """Key in a shard's header; one alone, since safetensors writes several in a random order."""
 Kind = Literal["posterior", "sample", "mode"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What safetensors calls them."""
 IDENTITY = {
     "format": int,
     "kind": Kind,
-    "dtype": Literal[tuple(DTYPES)],
+    "dtype": Dtype,
     "shard_images": int,
     "vae": {"weights_hash": str, "config": dict},
     "data": {

@@ -92,7 +92,7 @@ def train(
     """
     with (
         launched(config.run, partial(fast_in_bfloat16, config), patience) as launch,
-        opened(config, launch, partial(finished, config), partial(build_model, kept_channels(config))) as run,
+        opened(config, launch, finished, build_model) as run,
     ):
         accelerator = launch.accelerator
         if run.result:
@@ -125,8 +125,7 @@ def dry_run(config: TrainConfig) -> tuple[RunResult, bool, float | None] | None:
     def try_out(folder: Path, finish: bool) -> TrainResult | None:
         return train(few(config, folder), 0, finish=finish, planned=config.run)
 
-    kept = kept_channels(config)
-    find = partial(find_run, kept, partial(finished, kept), partial(build_model, kept))
+    find = partial(find_run, kept_channels(config), finished, build_model)
     return trial.dry_run(config.run, find, try_out)
 
 

@@ -68,7 +68,7 @@ def train(
     """Train, evaluate and save as `config` says, as `autoencoder.train` does, on at most `max_images`."""
     with (
         launched(config.run, lambda device: False, patience) as launch,
-        opened(config, launch, partial(finished, config)) as run,
+        opened(config, launch, finished) as run,
     ):
         accelerator = launch.accelerator
         if run.result:
@@ -100,8 +100,7 @@ def dry_run(config: TextToImageConfig) -> tuple[RunResult, bool, float | None] |
     def try_out(folder: Path, finish: bool) -> TextToImageResult | None:
         return train(few(config, folder), 2 * config.run.batch_size, finish=finish, planned=config.run)
 
-    kept = kept_channels(config)
-    return trial.dry_run(config.run, partial(find_run, kept, partial(finished, kept), None), try_out)
+    return trial.dry_run(config.run, partial(find_run, kept_channels(config), finished, None), try_out)
 
 
 def few(config: TextToImageConfig, folder: Path) -> TextToImageConfig:

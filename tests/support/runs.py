@@ -85,7 +85,7 @@ def fit_with(
     """
     with (
         launched(config.run, partial(fast_in_bfloat16, config), patience) as launch,
-        opened(config, launch, partial(finished, config)) as run,
+        opened(config, launch, finished) as run,
     ):
         accelerator = launch.accelerator
         data = change(load_run_data(run.config, accelerator, memory_limit, run.checkpoint))
