@@ -1,8 +1,7 @@
 """A patch discriminator, its losses and penalties, and what training remembers of them from step to step.
 
-Every loss and penalty is a mean over patches, one value per image, and what is remembered is a pure function of the
-whole step's batch: with the spectral norm, training gives the same result however a batch is cut into micro-batches and
-over processes.
+Every loss and penalty is a mean over patches, one value per image. What is remembered is a function of the whole step's
+batch: with the spectral norm, the result does not depend on how the batch is cut.
 """
 
 from __future__ import annotations
@@ -96,9 +95,8 @@ class PatchDiscriminator(nn.Module):
     """Judges overlapping patches of images, positive for real ones: pix2pix (Isola et al. 2017) as in
     taming-transformers (Esser et al. 2021), by default with the spectral norm (Miyato et al. 2018) instead.
 
-    The spectral norm makes one power iteration per `iterate` and none in a forward, so that a result does not depend on
-    the number of forwards. The batch norm normalises by the statistics of the images of one forward, in eval mode too,
-    and keeps none: two processes, or two micro-batches, are then not equal to one.
+    The spectral norm makes one power iteration per `iterate` and none in a forward. The batch norm normalises by the
+    images of one forward, in eval mode too: two processes, or two micro-batches, are then not equal to one.
     """
 
     def __init__(
@@ -144,7 +142,7 @@ class PatchDiscriminator(nn.Module):
 
     @staticmethod
     def check(size: tuple[int, int], layers: int) -> None:
-        """Refuse images that leave no patch."""
+        """Raise ValueError for images that leave no patch."""
         smallest = 3 * 2**layers
         if min(size) < smallest:
             raise ValueError(
@@ -158,8 +156,8 @@ class PatchDiscriminator(nn.Module):
         """
         self.check((images.shape[2], images.shape[3]), self.layers)
         device, dtype = images.device.type, next(self.parameters()).dtype
-        # float16 rounds the small gradients of a mean over patches to 0: the loss scale is the model's, found for its
-        # gradients, and those that the adaptive weight compares have none.
+        # float16 rounds the small gradients of a mean over patches to 0: the loss scale is found for the model's
+        # gradients, and those that the adaptive weight compares have none
         float16 = torch.get_autocast_dtype(device) == torch.float16
         with torch.autocast(device, enabled=False) if float16 else nullcontext():
             return self.main(images.to(dtype)).to(dtype)
@@ -167,18 +165,18 @@ class PatchDiscriminator(nn.Module):
 
 @contextmanager
 def frozen(discriminator: PatchDiscriminator) -> Generator[None]:
-    """Keep forwards within from giving the discriminator's parameters a gradient; the images get theirs."""
-    before = [(parameter, parameter.requires_grad) for parameter in discriminator.parameters()]
+    """Give parameters no gradient from forwards within, even if backward runs later; the images get theirs."""
+    trained = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
     try:
         discriminator.requires_grad_(False)
         yield
     finally:
-        for parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
+        for parameter in trained:
+            parameter.requires_grad_()
 
 
 def generator_loss(kind: Literal["hinge", "non-saturating"], fake_logits: torch.Tensor) -> torch.Tensor:
-    """Per image (B,), from the logits of reconstructions: how little they are taken for images."""
+    """Loss per image (B,) from the logits of reconstructions."""
     values = -fake_logits if kind == "hinge" else F.softplus(-fake_logits)
     return values.flatten(1).mean(1)
 
@@ -186,8 +184,8 @@ def generator_loss(kind: Literal["hinge", "non-saturating"], fake_logits: torch.
 def discriminator_loss(
     kind: Literal["hinge", "non-saturating"], real_logits: torch.Tensor, fake_logits: torch.Tensor
 ) -> torch.Tensor:
-    """Per image (B,), from the logits of images and of their reconstructions: how little they are told apart, the mean
-    of both halves, as in taming-transformers. Hinge: Lim & Ye 2017; non-saturating: Goodfellow 2014, equation 1.
+    """Loss per image (B,) from the logits of images and of their reconstructions, the mean of both as in
+    taming-transformers. Hinge: Lim & Ye 2017; non-saturating: Goodfellow 2014, equation 1.
     """
     if kind == "hinge":
         real, fake = F.relu(1 - real_logits), F.relu(1 + fake_logits)
@@ -210,8 +208,8 @@ def r1_penalty(discriminator: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def lecam_penalty(
     real_logits: torch.Tensor, fake_logits: torch.Tensor, real_average: float, fake_average: float
 ) -> torch.Tensor:
-    """Per image (B,), how far images are rated above the average reconstruction, and reconstructions below the average
-    image, squared: Tseng et al. 2021, rectified as in their code. The averages are of the logits of earlier steps.
+    """Penalty per image (B,): how far images are rated above the average reconstruction, and reconstructions below the
+    average image, squared: Tseng et al. 2021, rectified as in their code.
     """
     real = F.relu(real_logits - fake_average).square()
     fake = F.relu(real_average - fake_logits).square()
@@ -243,10 +241,8 @@ class Adversary:
     """
 
     def __init__(self, config: AdversarialConfig, discriminator: PatchDiscriminator):
-        self.config = config
-        self.discriminator = discriminator
-        self.rise = 0.0
-        """Of this step: the factor on weight and learning rate, 0 before the start."""
+        self.config, self.discriminator = config, discriminator
+        self.rise = 0.0  # factor on weight and learning rate in this step, 0 before the start
         self._factor = 0.0
         self._real_average = self._fake_average = 0.0
         self._average_weight = 0.0  # what the averages rest on: 0 none, 1 many steps
@@ -295,8 +291,8 @@ class Adversary:
     def discriminator_loss(
         self, images: torch.Tensor, reconstructions: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The discriminator's loss per image (B,) with its penalties, and statistics, for images and reconstructions
-        (B, C, H, W) in [-1, 1]. No gradient reaches the reconstructions.
+        """Loss per image (B,) with its penalties, and statistics, for images and reconstructions (B, C, H, W) in model
+        range. No gradient reaches the reconstructions.
         """
         config = self.config
         real_logits, fake_logits = self.discriminator(images), self.discriminator(reconstructions.detach())

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-SMALLEST = 0.25
-"""Of the sides of the latents, as in the paper's experiments."""
+SMALLEST = 0.25  # smallest factor on the sides of the latents, as in the paper's experiments
 LOWER_RESOLUTION = 0.25
 """Chance that a step that is not transformed scales its images down before the encoder, as in the published code
 (`p_prior_s`), so that the decoder sees such latents from the encoder, too."""
@@ -51,13 +50,9 @@ def smallest(latent_size: tuple[int, int]) -> tuple[int, int]:
 def draw(
     chances: torch.Tensor, probability: float, latent_size: tuple[int, int], ratio: int
 ) -> tuple[Transformation | None, Transformation | None]:
-    """What a step does to its images before the encoder, and to its latents before the decoder.
-
-    Args:
-        chances: `DRAWS` numbers in [0, 1), which decide it.
-        probability: of a transformation of the latents; 0.5 in the paper.
-        latent_size: height and width of the latents.
-        ratio: height of the images over height of the latents.
+    """Transformations, by `DRAWS` numbers `chances` in [0, 1), of a step's images before the encoder and of its latents
+    of `latent_size` before the decoder. `probability` is that of the second, 0.5 in the paper; `ratio` is height of the
+    images over height of the latents.
     """
     which, side, turns, lower = chances.tolist()
     least = smallest(latent_size)[0]

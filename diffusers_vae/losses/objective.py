@@ -1,10 +1,9 @@
 """Rate, distortion and their sum, the negative evidence lower bound: Kingma & Welling 2014, equation 3.
 
-Both terms are sums over the image, in nats, one value per image. Images and reconstructions are in model range
-[-1, 1]: a unit-weight squared error on [0, 1] pixels is a Gaussian with std sqrt(2) here, a unit-weight L1 in model
-range a Laplace with scale 1.
-
-What others write, in these words. V is the number of values of an image, U that of its latent units:
+Both terms are sums over the image, in nats, one value per image. Images and reconstructions are in model range [-1, 1]:
+a unit-weight squared error on [0, 1] pixels is a Gaussian with std sqrt(2) here, a unit-weight L1 in model range a
+Laplace with scale 1. Equivalents of other objectives follow, where V is the number of values of an image, U that of its
+latent units:
 
 - latent-diffusion: `sum |error| / exp(logvar) + logvar` and `1e-6 * sum KL` is likelihood laplace with kl_weight 1e-6.
   Its logvar is log(scale) here, but is in none of its optimisers and stays 0: that is scale 1. "learned" trains it.
@@ -42,13 +41,13 @@ def kl_to_standard_normal(posterior: DiagonalGaussianDistribution) -> torch.Tens
 
 
 def rate_per_unit(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
-    """What each latent unit adds to the rate, of the shape of the latents, nats."""
+    """Rate of each latent unit, of the shape of the latents, nats."""
     mean, logvar = (t if t.dtype == torch.float64 else t.float() for t in (posterior.mean, posterior.logvar))
     return 0.5 * (mean**2 + logvar.expm1() - logvar)
 
 
 def rate_per_channel(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
-    """What each latent channel adds to the rate, summed over its positions, (B, C), nats."""
+    """Rate of each latent channel, summed over its positions, (B, C), nats."""
     return rate_per_unit(posterior).flatten(2).sum(2)
 
 
@@ -109,10 +108,8 @@ class Laplace:
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Each value is 1 with probability sigmoid(logit); grey values count as probabilities.
-
-    Computed from the decoder's logits (B, C, H, W) instead of the reconstructions: in float32, reconstructions round to
-    -1 or 1 for logits beyond about ±16, where the error would stop growing and the gradient would vanish.
+    """Each value is 1 with probability sigmoid(logit); grey values count as probabilities. Computed from the decoder's
+    logits (B, C, H, W): reconstructions in float32 round to -1 or 1 beyond about ±16, where the gradient would vanish.
     """
 
     def error(self, images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -154,9 +151,7 @@ class ObjectiveTerms:
 
 @dataclass(frozen=True)
 class VAEObjective:
-    """Distortion plus `kl_weight` times rate. A `kl_weight` of 1 is the negative ELBO, others a beta-VAE's objective
-    (Higgins 2017, equation 4).
-    """
+    """Distortion plus `kl_weight` times rate: the negative ELBO for 1, else a beta-VAE (Higgins 2017, equation 4)."""
 
     likelihood: Likelihood
     kl_weight: float = 1.0
@@ -176,7 +171,7 @@ class VAEObjective:
 
     @property
     def scale(self) -> float | torch.Tensor | None:
-        """Of the likelihood: std of a Gaussian, scale of a Laplace; a Bernoulli has none."""
+        """Scale of the likelihood: std of a Gaussian, scale of a Laplace; a Bernoulli has none."""
         return getattr(self.likelihood, "std", getattr(self.likelihood, "scale", None))
 
     def __call__(
@@ -312,7 +307,7 @@ class ObjectiveConfig:
             raise ValueError(f"objective.target_rate moves the weight of the rate, and so does {rule}: leave one out")
 
     def kl_weight_at(self, images_seen: int, total_images: int) -> float:
-        """The schedule's weight of the rate in the step that begins after `images_seen` of `total_images` images."""
+        """Weight of the rate by the schedule, in the step that begins after `images_seen` of `total_images` images."""
         if self.kl_schedule == "constant" or images_seen >= total_images:
             return self.kl_weight
         if self.kl_schedule == "cyclical":

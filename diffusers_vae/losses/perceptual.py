@@ -31,8 +31,7 @@ SHA256 = {
     "inception": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
 }
 """Published SHA-256 of each of these files."""
-SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}
-"""Side in pixels below which nothing is left for the last layer."""
+SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}  # side in pixels below which nothing is left for the last layer
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +47,11 @@ class LPIPS(nn.Module):
     def __init__(self, net: Literal["alex", "vgg", "squeeze"]):
         super().__init__()
         self.name, published = net, _published(net)
+        from torchmetrics.functional.image import lpips
+
+        networks: Any = lpips  # names of torchmetrics 1.9, whose public class downloads weights
         with torch.random.fork_rng(devices=[]):  # of weights that are replaced
-            self.net = _lpips(net)
+            self.net: Any = networks._NoTrainLpips(net=net, pnet_rand=True)
         features = self.net.net
         # torchmetrics 1.9 cuts torchvision's `features` into slices, where the layers keep their numbers
         names = {name: re.sub(r"^slices?\.?\d+\.", "features.", name) for name in features.state_dict()}
@@ -59,7 +61,7 @@ class LPIPS(nn.Module):
             raise _not_published(net, error) from error
 
     def check(self, channels: int, size: tuple[int, int]) -> None:
-        """Refuse images that the network cannot see."""
+        """Raise ValueError for images that the network cannot see."""
         if channels not in (1, 3):
             raise ValueError(f"LPIPS is defined for 3 channels, and 1 is repeated to 3, got {channels}")
         if min(size) < SMALLEST[self.name]:
@@ -101,8 +103,8 @@ class PerceptualLoss(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """The 2,048 features of which the FID compares mean and covariance: Heusel et al. 2017, with the network that
-    they published, as torch-fidelity and torchmetrics run it. Where its weights lie, and errors, are as for `LPIPS`.
+    """The 2,048 features whose mean and covariance the FID compares: Heusel et al. 2017, with their network, as
+    torch-fidelity and torchmetrics run it. Weights and errors are as for `LPIPS`.
     """
 
     def __init__(self):
@@ -119,7 +121,7 @@ class InceptionFeatures(nn.Module):
 
     @staticmethod
     def check(channels: int, size: tuple[int, int]) -> None:
-        """Refuse images that the network cannot see."""
+        """Raise ValueError for images that the network cannot see."""
         if channels not in (1, 3):
             raise ValueError(f"the FID is defined for 3 channels, and 1 is repeated to 3, got {channels}")
 
@@ -127,14 +129,6 @@ class InceptionFeatures(nn.Module):
         """(B, 2048) of (B, 1 or 3, H, W) in [-1, 1], which are rounded to 8 bits and scaled to 299x299."""
         self.check(images.shape[1], (images.shape[2], images.shape[3]))
         return self.net(to_uint8(images).expand(-1, 3, -1, -1))
-
-
-def _lpips(net: str) -> Any:
-    """LPIPS with random weights, as torchmetrics 1.9 names it: its public class downloads weights."""
-    from torchmetrics.functional.image import lpips
-
-    module: Any = lpips
-    return module._NoTrainLpips(net=net, pnet_rand=True)
 
 
 def _published(net: str) -> dict[str, torch.Tensor]:
@@ -147,12 +141,8 @@ def _published(net: str) -> dict[str, torch.Tensor]:
     with open_regular(path) as file:
         digest = digest_of_file(file)
         if digest != SHA256[net]:
-            logger.warning(
-                "%s is not the published file of %s: its SHA-256 is %s. Figures that it gives compare with no others",
-                showable(path),
-                net,
-                digest,
-            )
+            said = "%s is not the published file of %s: its SHA-256 is %s. Figures that it gives compare with no others"
+            logger.warning(said, showable(path), net, digest)
         file.seek(0)
         return load_pickle(path, file)
 

@@ -13,8 +13,7 @@ from .objective import START_SCALE, ObjectiveConfig, ObjectiveTerms, VAEObjectiv
 
 SMALLEST_SCALE = 2 / 65535 / math.sqrt(12)
 """Of an optimal scale: the std of rounding to 16 bits. No file is more exact, and below it the loss has no bound."""
-DEVIATION_HALF_LIFE = 1_000
-"""Images after which a step counts half in the mean that an optimal scale is computed from."""
+DEVIATION_HALF_LIFE = 1_000  # images after which a step counts half in the mean that an optimal scale is computed from
 
 
 class RateController:
@@ -28,16 +27,16 @@ class RateController:
     """
 
     GAIN = 1.0
-    """Change of log(weight) per log(rate / target). Adam's momentum delays the answer of the rate by about ten steps:
-    with 2, the rate of an MLP on MNIST swings by 7 % within 16 steps, and with 4 by 13 %, against 4 % with 1."""
+    """Change of log(weight) per log(rate / target). Adam's momentum delays the rate by about ten steps: that of an MLP
+    on MNIST swings by 4 % within 16 steps, with 2 by 7 %, with 4 by 13 %."""
     INTEGRAL_STEPS = 5
     """Steps in which a constant error moves log(weight) through the integral by as much as through `GAIN`. The weight
-    of a rate rises for as long as the model learns, 500 times within 750 steps of a small network on the digits: with
-    `GAIN` / 8, a target of 60 nats with equivariance ended 5 % too high."""
+    rises while the model learns, 500 times within 750 steps of a small network on the digits: with `GAIN` / 8, a target
+    of 60 nats with equivariance ended 5 % too high."""
     LARGEST_ERROR = 0.25
-    """Largest log(rate / target) that counts. It limits the change of the weight per step to a factor of 1.05 by the
-    integral. A rate that is farther away is still on its way, as at the start of every run: with 1 and a `GAIN` of 6,
-    the weight of an MLP on MNIST fell to 1e-8 before its units came into use, and its ELBO ended 8 nats lower."""
+    """Largest log(rate / target) that counts: one farther away, as at the start of a run, moves the weight by a factor
+    of at most 1.05 per step by the integral. With 1 and a `GAIN` of 6, the weight of an MLP on MNIST fell to 1e-8
+    before its units came into use, and its ELBO ended 8 nats lower."""
     BOUND = math.log(1e8)
     """Largest change of log(weight) from its start."""
 
@@ -88,14 +87,12 @@ class TrainingObjective:
         self._deviation = self._deviation_weight = 0.0
 
     def begin_step(self, images_seen: int, total_images: int) -> dict[str, float]:
-        """Set the step that begins after `images_seen` of `total_images` images; returns of what moves the values."""
-        readings = {}
-        if self._controller:
-            readings["kl_weight"] = self._kl_weight = self._controller.kl_weight
-        else:
-            self._kl_weight = self.config.kl_weight_at(images_seen, total_images)
-            if self.config.kl_schedule != "constant":
-                readings["kl_weight"] = self._kl_weight
+        """Set the step after `images_seen` of `total_images` images; return the values that vary, to log."""
+        readings: dict[str, float] = {}
+        scheduled = self.config.kl_weight_at(images_seen, total_images)
+        self._kl_weight = self._controller.kl_weight if self._controller else scheduled
+        if self._controller or self.config.kl_schedule != "constant":
+            readings["kl_weight"] = self._kl_weight
         if self.config.scale == "optimal":
             readings["scale"] = self._optimal_scale()
         return readings
@@ -165,7 +162,7 @@ class TrainingObjective:
             self._deviation_weight = decay * self._deviation_weight + (1 - decay)
 
     def state(self) -> dict[str, Any]:
-        """What the next step depends on, for JSON, of the parts that are in use."""
+        """What the next step depends on, for JSON."""
         state = {}
         if self._controller:
             state |= {"rate_error": self._controller.error, "rate_integral": self._controller.integral}
@@ -185,9 +182,7 @@ class TrainingObjective:
             self._deviation, self._deviation_weight = state["deviation"], state["deviation_weight"]
 
     def measured(self, log_scale: float | None = None) -> VAEObjective:
-        """The objective for evaluation: the full kl_weight, or the controller's present one, the present scale, and no
-        free bits. `log_scale` is a learned scale's natural logarithm.
-        """
+        """The objective to measure by: the full or controlled kl_weight, the present scale, no free bits."""
         objective = self.config.build(self._scale(log_scale))
         return replace(objective, kl_weight=self._controller.kl_weight) if self._controller else objective
 
