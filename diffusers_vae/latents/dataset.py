@@ -32,22 +32,13 @@ logger = logging.getLogger(__name__)
 VERIFIED_AT_ONCE = 2**30
 """Bytes of the largest cache that is verified before training on it; larger ones are verified meanwhile."""
 LISTED = 20
-CHECKED = 256
-"""Rows per check for values that are not finite."""
+CHECKED = 256  # rows per check for values that are not finite
 
 
 def matching_latents(vae: ModelMixin, image_set: ImageSet, folder: str | Path, data: str) -> LatentDataset:
-    """Return the latents in `folder`, of any kind and dtype, if they are those of these images under this VAE.
-
-    Args:
-        vae: autoencoder whose weights must match.
-        image_set: set whose images must match, but not labels and captions.
-        folder: folder that `encode_images` wrote.
-        data: description of the images.
-
-    Raises:
-        FileNotFoundError: when there is no cache that is complete.
-        ValueError: when the latents are of other images or of another VAE.
+    """Return the latents that `encode_images` wrote to `folder`, of any kind and dtype. FileNotFoundError when there is
+    no complete cache; ValueError when its VAE has other weights, or its images are not those of `image_set`, whose
+    labels and captions may differ; `data` describes them.
     """
     latents = LatentDataset(folder, weights_hash(vae))
     found, wanted = latents.cache["data"], json.loads(json.dumps(data_identity(image_set)))
@@ -85,8 +76,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self.folder = Path(os.path.expanduser(folder))
         refuse_odd_name(folder, "the folder of latents")
         self.index = read_index(self.folder)
-        self.cache: dict[str, Any] = self.index["cache"]
-        """What the latents were computed from."""
+        self.cache: dict[str, Any] = self.index["cache"]  # what the latents were computed from
         if weights_hash is not None and weights_hash != self.weights_hash:
             raise ValueError(
                 f"{self.folder.resolve()} holds latents of another VAE, whose weights_hash is {self.weights_hash}, and "
@@ -116,20 +106,16 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
     def _refuse(self, changed: list[str]) -> None:
         if changed:
-            raise self._changed(changed)
-
-    def _changed(self, names: list[str]) -> ValueError:
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        return ValueError(
-            f"{', '.join(names[:LISTED])}{more} in {self.folder.resolve()} missing or not as written: delete what is "
-            "there of these, and the same encode command writes them again"
-        )
+            more = f" and {len(changed) - LISTED} more" if len(changed) > LISTED else ""
+            raise ValueError(
+                f"{', '.join(changed[:LISTED])}{more} in {self.folder.resolve()} missing or not as written: delete "
+                "what is there of these, and the same encode command writes them again"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was read, so that workers map the files themselves."""
-        return {name: value for name, value in vars(self).items() if name not in ("labels", "captions", "indices")} | {
-            "_open": {}
-        }
+        """Leave out what was read, so that workers map the files themselves."""
+        read = ("labels", "captions", "indices")
+        return {name: value for name, value in vars(self).items() if name not in read} | {"_open": {}}
 
     @property
     def kind(self) -> Kind:
@@ -213,7 +199,6 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
     @property
     def _names(self) -> tuple[str, ...]:
-        """Names of the tensors of latents in a shard."""
         return ("mean", "logvar") if self.kind == "posterior" else ("latents",)
 
     def _place(self, row: int) -> tuple[int, int]:
@@ -228,12 +213,12 @@ class LatentDataset(Dataset[dict[str, Any]]):
         shard = self._shard(number)
         ends = shard["caption_ends"]
         start = int(ends[place - 1]) if place else 0
-        try:
+        with suppress(KeyError, ValueError):
             captions = json.loads(shard["captions"][start : int(ends[place])].numpy().tobytes())
             check_type(captions, list[str], "captions")
-        except (KeyError, ValueError):
-            raise self._changed([shard_path(self.folder, number).name]) from None
-        return captions
+            return captions
+        self._refuse([shard_path(self.folder, number).name])
+        return []
 
     def __len__(self) -> int:
         return self.index["images"]
@@ -250,10 +235,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
     def latents(self, indices: Sequence[int] | torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Return the unscaled latents (B, C, h, w) of the rows `indices`, float32, on the device of `noise`: with
-        `noise`, standard normal (B, C, h, w), mean + std * noise; without, the mean or what is stored.
-
-        Raises:
-            ValueError: when noise has another shape, or is given for a cache without posteriors.
+        `noise`, standard normal (B, C, h, w), mean + std * noise; without, the mean or what is stored. ValueError when
+        noise has another shape, or is given for a cache without posteriors.
         """
         rows = [int(row) for row in indices]
         if noise is None:
@@ -279,12 +262,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return found
 
     def verify(self, shards: Iterable[int] | None = None) -> None:
-        """Read these shards again, by default all.
-
-        Raises:
-            OSError: when one cannot be read.
-            ValueError: naming those that are missing or do not have the SHA-256 of the index, or the first with a value
-                that is not finite.
+        """Read these shards again, by default all; ValueError names those that are missing or do not have the SHA-256
+        of the index, or the first with a value that is not finite.
         """
         numbers = range(len(self.index["shards"])) if shards is None else list(shards)
         changed = []
@@ -304,9 +283,6 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def to_datasets(self) -> datasets.Dataset:
         """Return the rows as a Hugging Face `datasets.Dataset`: `mean` and `logvar`, or `latents`, as Array3D of
         float32, `label` as ClassLabel, `captions`. They are written to the cache of `datasets` row by row.
-
-        Raises:
-            ImportError: when `datasets` is not installed.
         """
         try:
             import datasets
@@ -314,8 +290,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
             raise ImportError("this needs Hugging Face datasets: pip install datasets") from error
         features: dict[str, Any] = {name: datasets.Array3D(self.latent_shape, "float32") for name in self._names}
         if self.cache["data"]["labels"] is not None:
-            known = self.classes
-            features["label"] = datasets.ClassLabel(names=list(known)) if known else datasets.Value("int64")
+            names = self.index["classes"]
+            features["label"] = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
         if self.cache["data"]["captions"] is not None:
             features["captions"] = [datasets.Value("string")]
         return datasets.Dataset.from_generator(

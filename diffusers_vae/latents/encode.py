@@ -43,8 +43,7 @@ from .statistics import draw
 logger = logging.getLogger(__name__)
 CPU_VALUES, DEVICE_VALUES = 2**21, 2**29
 """Values in the first feature map of a forward that stay in a CPU's caches, and that fill a GPU."""
-AT_ONCE = 8 * CPU_VALUES
-"""The same of all concurrent forwards on a CPU."""
+AT_ONCE = 8 * CPU_VALUES  # the same of all concurrent forwards on a CPU
 GATHERED = 16
 """Batches between transfers from the device, and between exchanges of processes, since both stall the device."""
 
@@ -107,12 +106,30 @@ def encode_images(
         raise ValueError(f"batch_size and shard_images must be at least 1, got {batch_size} and {shard_images}")
     if not len(image_set):
         raise ValueError("there must be at least one image to encode, got none")
-    cache = on_main(
-        lambda: _as_begun(
-            folder,
-            _identity(vae, image_set, kind, dtype, compute_dtype or _compute_dtype(vae, folder), seed, shard_images),
-        )
-    )
+
+    def identity() -> dict[str, Any]:
+        computed = compute_dtype or _compute_dtype(vae, folder)
+        cache: dict[str, Any] = {
+            "format": FORMAT,
+            "kind": kind,
+            "dtype": str(dtype).removeprefix("torch."),
+            "seed": seed if kind == "sample" else None,
+            "shard_images": shard_images,
+            "vae": {
+                "class": "AutoencoderKL" if isinstance(vae, VAE) else type(vae).__name__,
+                "weights_hash": weights_hash(vae),
+                "config": {name: value for name, value in vae.config.items() if not name.startswith("_")},
+            },
+            "data": data_identity(image_set),
+        }
+        if computed != torch.float32:
+            cache["compute_dtype"] = str(computed).removeprefix("torch.")
+        cache = json.loads(json.dumps(cache))  # as it is read again, without tuples
+        if not (folder / INDEX).exists() or "contents" in read_index(folder)["cache"].get("data", {}):
+            return cache
+        return _of_shards(cache)  # an earlier version did not record the contents of the images
+
+    cache = on_main(identity)
     if on_main(lambda: _is_complete(folder, cache)):
         return LatentDataset(folder)
     with only_user_of(folder, "writing latents to", "folder for the latents"):
@@ -147,41 +164,6 @@ def _compute_dtype(vae: ModelMixin, folder: Path) -> torch.dtype:
     return fast_dtype(vae.device) if vae.dtype == torch.float32 else vae.dtype
 
 
-def _identity(
-    vae: ModelMixin,
-    image_set: ImageSet,
-    kind: Kind,
-    dtype: torch.dtype,
-    compute_dtype: torch.dtype,
-    seed: int,
-    shard_images: int,
-) -> dict[str, Any]:
-    """Return what determines the contents of a cache."""
-    identity = {
-        "format": FORMAT,
-        "kind": kind,
-        "dtype": str(dtype).removeprefix("torch."),
-        "seed": seed if kind == "sample" else None,
-        "shard_images": shard_images,
-        "vae": {
-            "class": "AutoencoderKL" if isinstance(vae, VAE) else type(vae).__name__,
-            "weights_hash": weights_hash(vae),
-            "config": {name: value for name, value in vae.config.items() if not name.startswith("_")},
-        },
-        "data": data_identity(image_set),
-    }
-    if compute_dtype != torch.float32:
-        identity["compute_dtype"] = str(compute_dtype).removeprefix("torch.")
-    return json.loads(json.dumps(identity))  # as it is read again, without tuples
-
-
-def _as_begun(folder: Path, cache: dict[str, Any]) -> dict[str, Any]:
-    """Return `cache`, without the contents of the images if an earlier version wrote `folder` without them."""
-    if not (folder / INDEX).exists() or "contents" in read_index(folder)["cache"].get("data", {}):
-        return cache
-    return _of_shards(cache)
-
-
 def _of_shards(cache: dict[str, Any]) -> dict[str, Any]:
     """Return what each shard records: all but the contents of the images, so that a repaired file keeps the others."""
     return cache | {"data": {name: value for name, value in cache["data"].items() if name != "contents"}}
@@ -206,8 +188,7 @@ def _clear(folder: Path, cache: dict[str, Any]) -> None:
         delete_file(folder / INDEX)
     for partial in (*folder.glob(".shard-*.partial"), *folder.glob(f".{INDEX}.partial")):
         delete_file(partial)
-    own = ("shard-", ".lock", ".tmp")
-    if all(path.name.startswith(own) for path in folder.iterdir()):
+    if all(path.name.startswith(("shard-", ".lock", ".tmp")) for path in folder.iterdir()):
         for partial in folder.glob(".tmp??????"):  # of safetensors itself
             delete_file(partial)
 

@@ -19,15 +19,13 @@ from ..untrusted import check_type, read_json
 
 FORMAT = 1
 COMPUTED = ("compute_dtype", "float32")
-"""Key in what a cache was computed from, and what one without it was computed in, as older ones are."""
+"""Key in what a cache was computed from, and the value for older caches, which lack it."""
 INDEX = "index.json"
-HEADER = "latent_cache"
-"""Key in a shard's header; one alone, since safetensors writes several in a random order."""
+HEADER = "latent_cache"  # key in a shard's header; one alone, since safetensors writes several in a random order
 Kind = Literal["posterior", "sample", "mode"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
-STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""What safetensors calls them."""
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # the names in safetensors
 IDENTITY = {
     "format": int,
     "kind": Kind,
@@ -69,7 +67,6 @@ def data_identity(image_set: ImageSet) -> dict[str, Any]:
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Return the file of a shard."""
     return folder / f"shard-{number:05d}.safetensors"
 
 
@@ -135,9 +132,5 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def changed_shards(folder: Path, index: dict[str, Any]) -> list[str]:
     """Names of the shards that are missing or of another size than they were written with."""
-    changed = []
-    for number, shard in enumerate(index["shards"]):
-        path = shard_path(folder, number)
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
-            changed.append(path.name)
-    return changed
+    shards = [(shard_path(folder, number), shard["bytes"]) for number, shard in enumerate(index["shards"])]
+    return [path.name for path, size in shards if not path.is_file() or path.stat().st_size != size]

@@ -18,22 +18,14 @@ from ..models import check_batch, encode
 from ..models.stock import ModelMixin
 from ..processes import gather_parts, in_parts, process_share
 
-ACTIVE = 0.01
-"""Variance of a unit's posterior mean over the data above which Burda et al. 2016, section 5.2, call it active."""
-EMPTY = 0.01
-"""Rate in nats below which a unit's posterior counts as equal to the prior."""
-UNUSED = 0.05
-"""A channel is unused if taking it from another image lowers the PSNR by less than this, in dB."""
-UNUSED_INFORMATION = 0.1
-"""Where no decoder was run, a channel is unused if it holds less information than this, in nats per image."""
-POOR = 3.0
-"""Reconstructions are poor if taking all latents from another image lowers the PSNR by less than this, in dB."""
-POOR_COLOUR = 1.0
-"""The same for the error of the colours alone, in dB."""
-EXPLODED = 20.0
-"""Largest std of a channel's latents that the prior still constrains. Published models: 0.65 (SD 3) to 7.7 (SDXL)."""
-SLACK = 1e-3
-"""Tolerance for rounding: values of images may exceed [-1, 1] by this much."""
+ACTIVE = 0.01  # variance of a unit's posterior mean above which it is active: Burda et al. 2016, section 5.2
+EMPTY = 0.01  # rate in nats below which a unit's posterior counts as equal to the prior
+UNUSED = 0.05  # dB of PSNR: a channel is unused if taking it from another image costs less
+UNUSED_INFORMATION = 0.1  # nats per image: where no decoder was run, a channel is unused if it holds less
+POOR = 3.0  # dB of PSNR: reconstructions are poor if taking all latents from another image costs less
+POOR_COLOUR = 1.0  # dB, the same for the error of the colours alone
+EXPLODED = 20.0  # std of a channel's latents that the prior does not constrain; published models: 0.65 to 7.7
+SLACK = 1e-3  # tolerated excess of images over [-1, 1], for rounding
 
 
 class LatentStatistics:
@@ -80,12 +72,12 @@ class LatentStatistics:
 
     @property
     def mean(self) -> float:
-        """Of the latents over all channels and positions: the `shift_factor`."""
+        """Mean of the latents over all channels and positions: the `shift_factor`."""
         return self._moments((0, 1, 2))[0].item()
 
     @property
     def std(self) -> float:
-        """Of the latents over all channels and positions."""
+        """Std of the latents over all channels and positions."""
         return self._moments((0, 1, 2))[1].item()
 
     @property
@@ -95,20 +87,20 @@ class LatentStatistics:
 
     @property
     def latents_mean(self) -> list[float]:
-        """Of each channel."""
+        """Mean of each channel."""
         return self._moments((1, 2))[0].tolist()
 
     @property
     def latents_std(self) -> list[float]:
-        """Of each channel: (latents - latents_mean) / latents_std has mean 0 and std 1 in every channel."""
+        """Std of each channel: (latents - latents_mean) / latents_std has mean 0 and std 1 in every channel."""
         return self._moments((1, 2))[1].tolist()
 
     def health(self, swaps: SwapCosts | None = None) -> PosteriorHealth:
         """Summarise how the posterior and, given `swaps`, the decoder use the latents.
 
-        A channel's information is its rate minus the KL divergence of the aggregate posterior from the prior, with each
-        unit taken as normal: 0.5 * (log variance over the images - mean log variance of the posteriors). It is an upper
-        bound of the information that distinguishes images. Like `swaps`, it is independent of the scale of the latents.
+        A channel's information, an upper bound of what distinguishes images, is its rate minus the KL divergence of the
+        aggregate posterior from the prior, with each unit taken as normal: 0.5 * (log variance over the images - mean
+        log variance of the posteriors). Like `swaps`, it is independent of the scale of the latents.
         """
         mean, square, variance, rate = self._means()
         unit_mean, unit_std = self._moments(())
@@ -161,10 +153,10 @@ class PosteriorHealth:
     active_units: int
     """Units whose posterior mean varies over the images with a variance above 0.01: Burda et al. 2016, section 5.2."""
     empty_share: float
-    """Share of the units with a rate below 0.01 nats: their posterior is the prior, whatever the image."""
+    """Share of the units with a rate below 0.01 nats, whose posterior is the prior."""
     unused_channels: list[int]
-    """Channels, from 0, for which using those of another image costs less than 0.05 dB; without `swaps`, channels that
-    hold less than 0.1 nats of information. Empty for one image."""
+    """Channels, from 0, for which using those of another image costs less than 0.05 dB or, without `swaps`, that hold
+    less than 0.1 nats of information. Empty for one image."""
     rate_per_channel: list[float]
     """Nats per image, summed over the channel's positions; their sum is the rate."""
     information_per_channel: list[float]
@@ -239,12 +231,10 @@ def _verdict(measured: dict[str, Any], largest_std: float, images: int) -> tuple
 def measure_latents(
     vae: ModelMixin, images: torch.Tensor | Iterable[torch.Tensor] | ImageSet, batch_size: int = 64
 ) -> LatentStatistics:
-    """Measure the latents of `images` and write scaling_factor and shift_factor into the config of `vae`, as
-    `diffusers-vae train` does at the end of a run. latents_mean and latents_std become None. Save the model afterwards.
-
-    The model is measured in eval mode, without gradients, and then returned to its previous mode. Under
-    torch.distributed, all processes must call it with the same model, each with its own part of the images or all with
-    the same images.
+    """Measure the latents of `images` in eval mode and write scaling_factor and shift_factor into the config of `vae`,
+    as `diffusers-vae train` does at the end of a run. latents_mean and latents_std become None. The mode is restored
+    afterwards; save the model then. Under torch.distributed, all processes must call it with the same model, each with
+    its own part of the images or all with the same images.
 
     Args:
         vae: a `VAE`, an `MLPVAE`, or a stock autoencoder whose config has a scaling_factor, on the device to use.
@@ -252,12 +242,8 @@ def measure_latents(
             DataLoader, or an image set of this package.
         batch_size: images per forward; ignored if `images` is an iterable of batches.
 
-    Returns:
-        Statistics of the latents: `mean`, `std` and `scaling_factor` over all of them, `latents_mean` and `latents_std`
-        by channel, and `health()`.
-
     Raises:
-        FloatingPointError: when mean or std of the latents is not finite, or std is 0. The config is left as it was.
+        FloatingPointError: when mean or std of the latents is not finite, or std is 0. The config stays as it was.
         TypeError: when `vae` is not an autoencoder with a scaling_factor, or a batch is not a tensor.
         ValueError: when there are no images, or some are outside [-1, 1] or have a wrong shape or dtype.
     """
@@ -283,7 +269,7 @@ def measure_latents(
 
 @torch.no_grad()
 def _sums(vae: ModelMixin, batches: Iterable[torch.Tensor]) -> dict[int, LatentStatistics]:
-    """Return the statistics of this process's batches by its rank; an empty dict where it has none."""
+    """The statistics of this process's batches by its rank; empty where it has none."""
     statistics, size = LatentStatistics(), None
     for images in batches:
         if not isinstance(images, torch.Tensor):
@@ -339,19 +325,18 @@ def image_set_statistics(
 
 def total(parts: dict[int, LatentStatistics]) -> LatentStatistics:
     """The statistics of the parts of all processes, summed in one order whatever their number."""
-    gathered = gather_parts(list(parts.items()))
-    if not gathered:
-        raise ValueError("there is no image to measure the latents of, or none that can be read")
     statistics = LatentStatistics()
-    for _, part in gathered:
+    for _, part in gather_parts(list(parts.items())):
         statistics.add(part)
+    if not statistics.images:
+        raise ValueError("there is no image to measure the latents of, or none that can be read")
     return statistics
 
 
 def draw(
     posterior: DiagonalGaussianDistribution, indices: Sequence[int], seed: int, draws: int
 ) -> Iterator[torch.Tensor]:
-    """Latents (B, C, h, w) of the images `indices`, `draws` times: pure functions of seed, index and draw."""
+    """Yield samples (B, C, h, w) for the images `indices`, `draws` times: functions of seed, index and draw only."""
     seeds = [int(np.random.SeedSequence([seed, index]).generate_state(1)[0]) for index in indices]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for _ in range(draws):
