@@ -39,7 +39,7 @@ from diffusers_vae.hub.push import check_can_push, push
 from diffusers_vae.losses.adversarial import AdversarialConfig
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig, load_autoencoder
-from diffusers_vae.models.lora import add_lora
+from diffusers_vae.models.config import add_lora
 from diffusers_vae.tasks.autoencoder_config import TrainConfig
 
 ROOT = Path(__file__).parents[1]

@@ -20,28 +20,8 @@ from .speed import fast_dtype, for_inference, several_at_once, speed_up_norms
 from .vae import VAE, with_whole_tiles, without_adapters
 
 __all__ = [
-    "LATENT_PARTS",
-    "MLPVAE",
-    "VAE",
-    "LatentScaling",
-    "ModelConfig",
-    "Source",
-    "VAEOutput",
-    "cached_repository",
-    "check_batch",
-    "compression_ratio",
-    "decode",
-    "decode_logits",
-    "encode",
-    "fast_dtype",
-    "for_inference",
-    "is_local",
-    "load_autoencoder",
-    "no_such_path",
-    "several_at_once",
-    "speed_up_norms",
-    "unmeasured",
-    "weights_hash",
-    "with_whole_tiles",
-    "without_adapters",
-]
+    "LATENT_PARTS", "MLPVAE", "VAE", "LatentScaling", "ModelConfig", "Source", "VAEOutput", "cached_repository",
+    "check_batch", "compression_ratio", "decode", "decode_logits", "encode", "fast_dtype", "for_inference",
+    "is_local", "load_autoencoder", "no_such_path", "several_at_once", "speed_up_norms", "unmeasured",
+    "weights_hash", "with_whole_tiles", "without_adapters",
+]  # fmt: skip

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from ..fields import at_home, check, only_with
 from .load import LATENT_PARTS, Source, filled_in
-from .lora import add_lora
 from .mlp import MLPVAE
 from .scaling import compression_ratio
 from .vae import VAE
@@ -36,8 +36,7 @@ class ModelConfig:
     """Architecture of a new model, or the published one to train further.
 
     Fields of the other architecture must be null. Those of the chosen one that are null get the value in their
-    description, which the run's config.yaml then states. With `pretrained`, the architecture is that of the source, and
-    the fields of both must be null.
+    description, which the run's config.yaml then states. With `pretrained`, the fields of both must be null.
     """
 
     architecture: Literal["vae", "mlp"] = "vae"
@@ -81,7 +80,13 @@ class ModelConfig:
             raise ValueError("model.pretrained must name a folder, a repository or a file, got an empty name")
         check("model", self)
         if self.pretrained is not None:
-            self._check_pretrained()
+            if not self.train:
+                raise ValueError("model.train must hold at least one pattern, got an empty list")
+            if self.latents is not None and self.trains_encoder:
+                raise ValueError(
+                    "model.latents are those of an encoder that is not trained: set model.train to decoder, got "
+                    f"{self.train}"
+                )
             return
         for name, default in _DEFAULTS[self.architecture].items():
             if getattr(self, name) is None:
@@ -93,18 +98,9 @@ class ModelConfig:
                     f"{self.norm_num_groups}"
                 )
 
-    def _check_pretrained(self) -> None:
-        if not self.train:
-            raise ValueError("model.train must hold at least one pattern, got an empty list")
-        if self.latents is not None and self.trains_encoder:
-            raise ValueError(
-                "model.latents are those of an encoder that is not trained: set model.train to decoder, got "
-                f"{self.train}"
-            )
-
     @property
     def _patterns(self) -> tuple[str, ...]:
-        """Of the names of the parameters that are trained."""
+        """Patterns of the names of the parameters to train."""
         if isinstance(self.train, str):
             return {"all": ("*",), "decoder": ("decoder.*", "post_quant_conv.*")}[self.train]
         return tuple(self.train)
@@ -118,18 +114,17 @@ class ModelConfig:
             return self.train == "all"
         with torch.device("meta"):
             names = VAE.from_config(self._source).state_dict()
-        own = [name for name in names if name.startswith(LATENT_PARTS)]
-        return any(fnmatchcase(name, pattern) for name in own for pattern in self._patterns)
+        of_encoder = [name for name in names if name.startswith(LATENT_PARTS)]
+        return any(fnmatchcase(name, pattern) for name in of_encoder for pattern in self._patterns)
 
     @property
     def source(self) -> Source:
-        """Location of `pretrained`."""
         assert self.pretrained is not None
         return Source(self.pretrained, self.subfolder, self.revision)
 
     @cached_property
     def _source(self) -> Mapping[str, Any]:
-        """The whole config of `pretrained`, which is read once."""
+        """The config of `pretrained`, read once; ValueError when it holds no AutoencoderKL."""
         try:
             assert self.pretrained is not None
             return filled_in(self.source.config(["AutoencoderKL"]), self.pretrained)
@@ -137,7 +132,7 @@ class ModelConfig:
             raise ValueError(f"model.pretrained: {error}") from error
 
     def made(self, folder: Path) -> None:
-        """Where `pretrained` is gone, take its config from `folder`, which holds what was made of it."""
+        """If `pretrained` is gone, take its config from `folder`, which holds the model that was made of it."""
         try:
             _ = self._source
         except ValueError:
@@ -147,7 +142,7 @@ class ModelConfig:
 
     @property
     def image_channels(self) -> set[int]:
-        """Channels of the images that `pretrained` takes and gives."""
+        """Numbers of channels of the images that `pretrained` takes and gives."""
         return {self._source["in_channels"], self._source["out_channels"]}
 
     @property
@@ -171,51 +166,56 @@ class ModelConfig:
         what `train` and `lora_rank` say requires a gradient. Under `torch.device("meta")` weights are not read.
 
         Raises:
-            ImportError: when `lora_rank` needs peft.
             ValueError: when `pretrained` holds no AutoencoderKL, one of images with other channels, or no parameter
                 that a pattern of `train` matches.
-            OSError: when its weights cannot be read.
         """
         if self.pretrained is not None:
             return self._build_pretrained(channels)
-        filled: Any = self  # __post_init__ has set what an architecture needs
+        options: dict[str, Any] = {name: getattr(self, name) for name in _DEFAULTS[self.architecture]}
         if self.architecture == "mlp":
-            return MLPVAE(size, channels, filled.hidden_dim, filled.latent_dim)
-        blocks = len(filled.block_out_channels)
+            return MLPVAE(size, channels, **options)
+        widths = options["block_out_channels"] = tuple(options["block_out_channels"])
         return VAE(
             in_channels=channels,
             out_channels=channels,
-            down_block_types=("DownEncoderBlock2D",) * blocks,
-            up_block_types=("UpDecoderBlock2D",) * blocks,
-            block_out_channels=tuple(filled.block_out_channels),
-            layers_per_block=filled.layers_per_block,
-            latent_channels=filled.latent_channels,
-            norm_num_groups=filled.norm_num_groups,
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
             sample_size=max(size),
-            use_quant_conv=filled.use_quant_conv,
-            use_post_quant_conv=filled.use_quant_conv,
-            mid_block_add_attention=filled.mid_block_add_attention,
+            use_post_quant_conv=options["use_quant_conv"],
+            **options,
         )
 
     def _build_pretrained(self, channels: int) -> VAE:
         if self.image_channels != {channels}:
             wanted = " and ".join(map(str, self.image_channels))
             raise ValueError(f"data.channels must be {wanted}, as the images of {self.pretrained} have, got {channels}")
-        if torch.empty(0).device.type == "meta":  # get_default_device of torch 2.7 does not see `with torch.device`
-            vae = VAE.from_config(self._source)
-        else:
-            loaded = self.source.model()
-            assert isinstance(loaded, VAE)
-            vae = loaded
-        patterns = self._patterns
+        on_meta = torch.empty(0).device.type == "meta"  # get_default_device of torch 2.7 ignores `with torch.device`
+        vae = VAE.from_config(self._source) if on_meta else self.source.model()
+        assert isinstance(vae, VAE)
         names = [name for name, _ in vae.named_parameters()]
-        for pattern in patterns:
+        for pattern in self._patterns:
             if not isinstance(self.train, str) and not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
                     f"model.train: {pattern} matches no parameter; some of their names: {', '.join(names[::24])}"
                 )
         for name, parameter in vae.named_parameters():
-            parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
+            parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in self._patterns))
         if self.lora_rank is not None:
             add_lora(vae, self.lora_rank)
         return vae.train()
+
+
+def add_lora(vae: VAE, rank: int) -> None:
+    """Freeze `vae` and add low-rank adapters to the convolutions and attention of its decoder, to be trained instead of
+    its weights: LoRA, Hu et al. 2021, W + B A with B = 0 at first, so that nothing changes before training.
+
+    `vae.save_lora_adapter(folder)` saves them alone, for `load_lora_adapter(folder, prefix=None,
+    use_safetensors=True)` of a stock `AutoencoderKL`. Without peft, raise an ImportError.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("model.lora_rank needs PEFT: pip install peft") from error
+    layers = vae.decoder.named_modules(prefix="decoder")
+    adapted = [name for name, layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    vae.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=adapted))  # which freezes all else

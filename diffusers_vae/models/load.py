@@ -34,11 +34,9 @@ from .vae import VAE
 
 logger = logging.getLogger(__name__)
 
-MOST = {"layers": 64, "channels": 2**13, "dim": 2**16, "size": 2**14}
+MOST = {"layers": 64, "channels": 2**13, "dim": 2**16, "size": 2**14, "": 2**20}
 """The largest number in a model's config.json under a key with this in its name."""
-MOST_OTHERWISE = 2**20
-MOST_BLOCKS = 64
-"""Entries of a list in a config.json with one for each block."""
+MOST_BLOCKS = 64  # the largest number of entries in a list with one for each block
 
 
 @dataclass(frozen=True)
@@ -63,24 +61,18 @@ class Source:
         """
         if self._is_file():
             return load_single_file(Path(self.name), dtype).requires_grad_(False)
-        config, source = self.config(), self.name
-        name = config["_class_name"]
-        kind: Any = CLASSES[name]
-        place = self.inside
+        name, source = self.config()["_class_name"], self.name
         cached = not Path(source).exists() and not _hub_answers()
-        arguments = {
-            "revision": self.revision,
-            "torch_dtype": dtype,
-            "output_loading_info": True,
-            "local_files_only": cached,
-        }
+        kind: Any = CLASSES[name]
+        arguments = {"subfolder": self.inside, "revision": self.revision, "torch_dtype": dtype}
+        arguments |= {"output_loading_info": True, "local_files_only": cached}
         try:
             with hiding_passwords():
                 try:
-                    model, report = kind.from_pretrained(source, subfolder=place, **arguments)
+                    model, report = kind.from_pretrained(source, **arguments)
                 except OSError as error:
                     try:  # some repositories hold no other weights
-                        model, report = kind.from_pretrained(source, subfolder=place, variant="fp16", **arguments)
+                        model, report = kind.from_pretrained(source, variant="fp16", **arguments)
                     except OSError:
                         raise (_unreachable(error, source, cached) or error) from error
                     logger.warning("%s holds its weights in float16 only", showable(source))
@@ -95,11 +87,8 @@ class Source:
         return model.eval().requires_grad_(False)
 
     def config(self, classes: Collection[str] | None = None) -> dict[str, Any]:
-        """Read the config of the autoencoder, with its class as `_class_name`.
-
-        Raises:
-            OSError: when there is no model.
-            ValueError: when it is of none of the `classes`, by default all that `model` loads, or has wrong values.
+        """Read the config of the autoencoder, with its class as `_class_name`; OSError when there is no model,
+        ValueError when it is of none of the `classes`, by default all that `model` loads, or has wrong values.
         """
         classes = tuple(CLASSES) if classes is None else classes
         source, folder, place = self.name, Path(self.name), self.inside
@@ -107,14 +96,15 @@ class Source:
             return read_single_file(folder)[0]
         if not folder.exists() and is_local(source):
             raise FileNotFoundError(f"{no_such_path(source)}, and {source} is no repository's NAMESPACE/NAME")
-        if folder.is_dir() and not (folder / (place or "") / "config.json").exists():
-            raise FileNotFoundError(
-                f"{folder.resolve()} holds no model: neither config.json nor model/config.json (of a run) nor "
-                "vae/config.json (of a pipeline) is there"
-            )
         if folder.is_dir():
-            refuse_irregular(folder / (place or ""))
-            return _checked(read_json(folder / (place or "") / "config.json"), source, classes)
+            file = folder / (place or "") / "config.json"
+            if not file.exists():
+                raise FileNotFoundError(
+                    f"{folder.resolve()} holds no model: neither config.json nor model/config.json (of a run) nor "
+                    "vae/config.json (of a pipeline) is there"
+                )
+            refuse_irregular(file.parent)
+            return _checked(read_json(file), source, classes)
         cached = not _hub_answers()
         try:
             with hiding_passwords():
@@ -135,12 +125,7 @@ class Source:
         return _checked(config, source, classes)
 
     def value_range(self) -> ValueRange | None:
-        """Return the value range that the model was trained with; None for 8-bit images.
-
-        Raises:
-            OSError: when the Hub does not answer as it should.
-            ValueError: when what it states is no range.
-        """
+        """Return the value range that the model was trained with; None for 8-bit images."""
         if Path(self.name).exists():
             return ValueRange.load(Path(self.name, self.inside or ""))
         with hiding_passwords():
@@ -163,9 +148,7 @@ class Source:
             )
 
     def repository(self) -> tuple[str | None, str | None]:
-        """Return repository on the Hub and revision: as given or, where `name` is a folder or file of the Hub's cache,
-        as its path states; (None, None) for any other folder or file.
-        """
+        """Return repository on the Hub and revision, as given or by the path in the Hub's cache; else (None, None)."""
         path = Path(self.name)
         if not path.exists():
             return self.name, self.revision
@@ -173,25 +156,22 @@ class Source:
 
     @property
     def inside(self) -> str | None:
-        """Subfolder that holds the model, in the folder of a run or a pipeline too."""
+        """Subfolder that holds the model, also of a run or a pipeline."""
         folder = Path(self.name)
         if self.subfolder is not None or (folder / "config.json").exists():
             return self.subfolder
         return next((name for name in ("model", "vae") if (folder / name / "config.json").exists()), None)
 
     def _is_file(self) -> bool:
-        """Whether the model is a single file; ValueError when it is, and has to have a subfolder or a revision."""
+        """Whether the model is a single file; ValueError when it is one with a subfolder or a revision."""
         path = Path(self.name)
         refuse_odd_name(path, "a model")
-        if not path.is_file():
-            if path.exists() and not path.is_dir():
-                raise ValueError(f"{self.name} must be a regular file, got a pipe, socket or device")
-            return False
-        if self.subfolder or self.revision:
-            raise ValueError(
-                f"{self.name} is a file, which has no subfolder or revision, got {self.subfolder or self.revision}"
-            )
-        return True
+        is_file = path.is_file()
+        if path.exists() and not path.is_dir() and not is_file:
+            raise ValueError(f"{self.name} must be a regular file, got a pipe, socket or device")
+        if is_file and (given := self.subfolder or self.revision):
+            raise ValueError(f"{self.name} is a file, which has no subfolder or revision, got {given}")
+        return is_file
 
 
 def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> ModelMixin:
@@ -243,7 +223,7 @@ def _hub_answers() -> bool:
 
 
 def _unreachable(error: BaseException, source: str, cached: bool) -> OSError | None:
-    """What to say where diffusers misses a file because the Hub did not answer; `cached` when it was not asked."""
+    """The error to raise where diffusers lacks a file because the Hub did not answer or, if `cached`, was not asked."""
     if not cached and not _caused_by(error, LocalEntryNotFoundError):
         return None
     offline = " HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else " Check the connection"
@@ -259,7 +239,7 @@ def _caused_by(error: BaseException | None, kind: type[Exception]) -> bool:
 
 
 def no_such_path(source: str) -> str:
-    """That there is no such path, with the paths there are whose names are close to it."""
+    """Text that there is no such path, with the paths of similar names."""
     path = gone = Path(source)
     while not gone.parent.is_dir():
         gone = gone.parent
@@ -273,9 +253,7 @@ def no_such_path(source: str) -> str:
 
 
 def filled_in(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """The config of an AutoencoderKL in `source`, with what a config.json may leave out; ValueError when none can be
-    made of it.
-    """
+    """The config of an AutoencoderKL in `source`, with what a config.json may leave out; ValueError for a wrong one."""
     try:
         with torch.device("meta"):
             return VAE.from_config(config).config
@@ -302,7 +280,7 @@ def _checked(config: Any, source: str, classes: Collection[str]) -> dict[str, An
         several = value if isinstance(value, (list, tuple)) else [value]
         if len(several) > (most := MOST_BLOCKS if "block" in key else MOST["channels"]):
             raise ValueError(f"{where}: {key} must have at most {most:,} entries, got {len(several):,}")
-        most = next((most for part, most in MOST.items() if part in key), MOST_OTHERWISE)
+        most = next(most for part, most in MOST.items() if part in key)
         for number in several:
             if isinstance(number, (int, float)) and abs(number) > most:
                 raise ValueError(f"{where}: {key} must be at most {most:,}, got {number:,}")
@@ -373,8 +351,7 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-LATENT_PARTS = ("encoder", "quant_conv")
-"""The parts of a `VAE` that decide its latents."""
+LATENT_PARTS = ("encoder", "quant_conv")  # the parts of a `VAE` that decide its latents
 
 
 def weights_hash(model: torch.nn.Module, parts: Collection[str] | None = None) -> str:

@@ -74,17 +74,15 @@ class MLPVAE(KeepsScaling, ModelMixin, ConfigMixin):
             raise ValueError(f"a perceptron takes images of its own size only: image_size is {size}, got {got}")
         check_dtype(self, x)
         hidden = self.encoder(to_unit_range(x).flatten(1))
-        moments = torch.cat([self.mean(hidden), self.logvar(hidden)], 1)[:, :, None, None]
-        posterior = posterior_from_moments(moments)
+        posterior = posterior_from_moments(torch.cat([self.mean(hidden), self.logvar(hidden)], 1)[:, :, None, None])
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
     def decode(
         self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[torch.Tensor]:
-        """`sample`: reconstructions (B, in_channels, height, width) in [-1, 1] of latents (B, latent_dim, 1, 1).
-
-        (sample + 1) / 2 is the probability that a pixel is on. `generator` is accepted as in `VAE.decode`.
+        """`sample`: reconstructions (B, in_channels, height, width) in [-1, 1] of latents (B, latent_dim, 1, 1), with
+        the probability (sample + 1) / 2 that a pixel is on. `generator` is ignored.
         """
         sample = to_model_range(torch.sigmoid(self.decode_logits(z)))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
@@ -110,9 +108,8 @@ class MLPVAE(KeepsScaling, ModelMixin, ConfigMixin):
         noise: torch.Tensor | None = None,
         return_logits: bool = False,
     ) -> DecoderOutput | MLPVAEOutput | tuple[Any, ...]:
-        """Reconstructions (B, in_channels, height, width) of the images `sample`. Arguments are those of `VAE.forward`,
-        and `return_logits`: return an `MLPVAEOutput` (or a tuple of three) with the posterior and the logits, which a
-        `Bernoulli` likelihood needs.
+        """Reconstructions (B, in_channels, height, width) of the images `sample`, as `VAE.forward` gives them. With
+        `return_logits`, an `MLPVAEOutput` (or a tuple of three) with the logits that a `Bernoulli` likelihood needs.
         """
         posterior = self.encode(sample, return_dict=False)[0]
         latents = take_latents(posterior, sample_posterior, generator, noise)

@@ -27,7 +27,7 @@ def posterior_from_moments(moments: torch.Tensor) -> DiagonalGaussianDistributio
 
 
 def check_batch(tensor: torch.Tensor, channels: int, what: str) -> None:
-    """Refuse what is not a floating-point (B, `channels`, H, W) batch, with a ValueError that names the rule."""
+    """Raise ValueError when the batch is not floating point of the shape (B, `channels`, H, W)."""
     if not tensor.is_floating_point():
         hint = "; diffusers_vae.images.ranges.to_model_range converts uint8 pixels" if what == "images" else ""
         raise ValueError(f"{what} must be floating point, got {tensor.dtype}{hint}")
@@ -38,7 +38,7 @@ def check_batch(tensor: torch.Tensor, channels: int, what: str) -> None:
 
 
 def check_dtype(model: ModelMixin, images: torch.Tensor) -> None:
-    """Refuse images of another floating dtype than the model's, with a ValueError, unless autocast takes care of it."""
+    """Raise ValueError when images have another floating dtype than the model and autocast does not cast them."""
     if images.dtype == next(model.parameters()).dtype:  # asking for model.dtype goes through all modules
         return
     device = images.device.type
@@ -48,7 +48,6 @@ def check_dtype(model: ModelMixin, images: torch.Tensor) -> None:
 
 
 def in_dtype_of(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """The latents in the dtype in which the model computes."""
     return latents if latents.dtype == next(model.parameters()).dtype else latents.to(model.dtype)
 
 

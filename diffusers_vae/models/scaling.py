@@ -16,8 +16,7 @@ from .stock import ModelMixin, signature_of
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = (0.18215, 1.0)
-"""Default scaling_factor of a `VAE` or stock `AutoencoderKL`, and of an `MLPVAE`."""
+DEFAULTS = (0.18215, 1.0)  # default scaling_factor of a `VAE` or stock `AutoencoderKL`, and of an `MLPVAE`
 DEFAULTED = "_use_default_values"
 """Key under which diffusers (checked with 0.36 and 0.42) keeps the names of arguments that were not passed to the
 constructor. It is not saved, and `from_config` ignores the values under these names."""
@@ -26,9 +25,9 @@ constructor. It is not saved, and `from_config` ignores the values under these n
 def unmeasured(config: Mapping[str, Any]) -> str | None:
     """Return why the scaling_factor in an autoencoder's `config` does not describe its latents, or None if it does.
 
-    A constructor's default was neither measured nor published for the model. It does apply to a published config.json
-    that lacks the key, as in the first Stable Diffusion repositories: `from_pretrained` records its source, and a stock
-    `from_single_file` keeps the class name of the published config.
+    A constructor's default was not measured. It does apply to a published config.json that lacks the key, as in the
+    first Stable Diffusion repositories: `from_pretrained` records its source, and a stock `from_single_file` keeps the
+    class name of the published config.
     """
     factor = config.get("scaling_factor")
     published = "_name_or_path" in config or config.get("_class_name") == "AutoencoderKL"
@@ -50,21 +49,12 @@ def is_local(source: str | PathLike[str]) -> bool:
 
 
 def compression_ratio(block_out_channels: Sequence[int]) -> int:
-    """Return height of the images over height of the latents for blocks of these widths, each but the last of which
-    halves it.
-    """
+    """Return height of the images over height of the latents: each block but the last halves it."""
     return 2 ** (len(block_out_channels) - 1)
 
 
-if TYPE_CHECKING:
-    Mixin = ModelMixin
-else:
-    Mixin = object
-
-
-class KeepsScaling(Mixin):
-    """Handling of scaling_factor and of the source's path that `VAE` and `MLPVAE` add to diffusers' `ModelMixin` and
-    `ConfigMixin`."""
+class KeepsScaling(ModelMixin if TYPE_CHECKING else object):
+    """Handling of scaling_factor and of the source's path that `VAE` and `MLPVAE` add to diffusers' mixins."""
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Set values of the config, as if they had been passed to the constructor."""
@@ -98,9 +88,8 @@ class LatentScaling:
     shift: float = 0.0
     """Mean of the latents over the data set."""
     mean: tuple[float, ...] | None = None
-    """Of each channel, instead of `shift`."""
     std: tuple[float, ...] | None = None
-    """Of each channel, beside `mean`."""
+    """Mean and std of each channel, instead of `shift`."""
 
     def __post_init__(self):
         if (self.mean is None) != (self.std is None):

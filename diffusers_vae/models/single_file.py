@@ -37,7 +37,7 @@ STATED = {
     "latents_mean": list[float] | None,
     "latents_std": list[float] | None,
 }
-"""Keys that are read from NAME.json beside NAME.safetensors: no file of weights has a place for all of them."""
+"""Keys that are read from NAME.json beside NAME.safetensors."""
 
 # From the config.json of the VAE of each model on the Hub, as diffusers names the models.
 _SD = {"scaling_factor": 0.18215, "sample_size": 512}
@@ -80,12 +80,11 @@ def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> VAE:
             16: '{"scaling_factor": 1.5305, "shift_factor": 0.0609} for Stable Diffusion 3, {"scaling_factor": 0.3611, '
             '"shift_factor": 0.1159} for FLUX.1',
         }
+        example = f": {examples[channels]}" if channels in examples else ""
         logger.warning(
-            "%s does not state the scaling_factor of its model, which is null from here on. Encoding and decoding do "
-            "not need it, but diffusion pipelines do. If you know it, write it to %s%s",
-            showable(path),
-            showable(path.with_suffix(".json")),
-            f": {examples[channels]}" if channels in examples else "",
+            f"{showable(path)} does not state the scaling_factor of its model, which is null from here on. Encoding "
+            "and decoding do not need it, but diffusion pipelines do. If you know it, write it to "
+            f"{showable(path.with_suffix('.json'))}{example}"
         )
     return vae.eval()
 
@@ -105,14 +104,10 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
         raise ValueError(f"{path} holds no KL autoencoder under the names of latent-diffusion: {complaint}")
 
     levels = len({name.split(".")[2] for name in weights if name.startswith("encoder.down.")})
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-    }
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
     weights = convert_ldm_vae_checkpoint(weights, blocks)
-    first = "encoder.down_blocks.{}.resnets.0.conv1.weight"
     layers = {name.split(".")[4] for name in weights if name.startswith("encoder.down_blocks.0.resnets.")}
-    widths = tuple(weights[first.format(level)].shape[0] for level in range(levels))
+    widths = tuple(weights[f"encoder.down_blocks.{n}.resnets.0.conv1.weight"].shape[0] for n in range(levels))
     config: dict[str, Any] = {
         **blocks,
         "_class_name": "AutoencoderKL",
@@ -137,7 +132,7 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
 def _of_its_model(
     tensors: dict[str, torch.Tensor], prefix: str, metadata: dict[str, str], channels: int
 ) -> dict[str, Any]:
-    """Values of the config that the other tensors or the metadata of a file tell; empty where they tell none."""
+    """Values of the config that other tensors or the metadata imply; empty where these name no known model."""
     root = prefix
     for part in WHOLE:
         root = root.removesuffix(part)
@@ -213,7 +208,7 @@ def _flat(content: Any, start: str = "", depth: int = 5) -> dict[str, torch.Tens
 
 
 def _starts(names: Iterable[str]) -> list[str]:
-    """What stands before the names of each autoencoder among `names`, the one to be taken first."""
+    """Prefixes of the names of each autoencoder among `names`, the one to be taken first."""
 
     def rank(start: str) -> tuple[bool, bool, int, str]:
         return (not re.search(r"(^|[._])ema[._]", start), not start.endswith(WHOLE), len(start), start)
@@ -222,14 +217,12 @@ def _starts(names: Iterable[str]) -> list[str]:
 
 
 def _prefix(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-    """What stands before the names of the autoencoder in a file."""
+    """Prefix of the names of the autoencoder in a file."""
     starts = _starts(tensors)
     if len(starts) > 1:
-        logger.warning(
-            "%s holds several autoencoders: %s is taken, not %s",
-            showable(path),
-            *(showable(", ".join(f"{start}{PARTS[0]}*" for start in some)) for some in (starts[:1], starts[1:])),
-        )
+        taken, *others = (showable(f"{start}{PARTS[0]}*") for start in starts)
+        said = "%s holds several autoencoders: %s is taken, not %s"
+        logger.warning(said, showable(path), taken, ", ".join(others))
     if starts:
         return starts[0]
     return next((start for start in WHOLE if any(name.startswith(start) for name in tensors)), "")
@@ -251,13 +244,8 @@ def _complaint(tensors: dict[str, torch.Tensor], prefix: str, weights: dict[str,
             "its names are those of diffusers, which need the config.json beside them (group norms cannot be told from "
             "the weights); give the folder that holds both"
         )
-    needed = [
-        FIRST,
-        "encoder.down.0.block.0.conv1.weight",
-        "encoder.conv_out.weight",
-        "decoder.conv_in.weight",
-        "decoder.conv_out.weight",
-    ]
+    parts = ("encoder.down.0.block.0.conv1", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out")
+    needed = [FIRST, *(f"{part}.weight" for part in parts)]
     missing = [name for name in needed if name not in weights]
     if missing and any("lora_" in name or ".lora" in name for name in tensors):
         return "it is a LoRA file, which changes the weights of another model"

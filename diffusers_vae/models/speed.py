@@ -28,17 +28,9 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         with torch.cuda.device(device):
             supported = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        supported = device.type == "cpu" and _has_avx512_bf16()
+        cpu: Any = torch.cpu
+        supported = device.type == "cpu" and cpu._is_avx512_bf16_supported()  # as torch 2.7 to 2.14 name it
     return torch.bfloat16 if supported else torch.float32
-
-
-def _has_avx512_bf16() -> bool:
-    cpu: Any = torch.cpu
-    return cpu._is_avx512_bf16_supported()  # as torch 2.7 to 2.14 name it
-
-
-def _has_hook(module: Any) -> bool:
-    return _contiguous in module._forward_pre_hooks.values()  # as torch 2.7 to 2.14 name them
 
 
 def speed_up_norms(model: nn.Module) -> nn.Module:
@@ -46,8 +38,9 @@ def speed_up_norms(model: nn.Module) -> nn.Module:
     channels-last input, as after one-channel convolutions and attention, torch's bfloat16 group norm takes up to twenty
     times as long (benchmarks/RESULTS.md).
     """
-    for module in model.modules():
-        if isinstance(module, nn.GroupNorm) and not _has_hook(module):
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    for module in modules:
+        if _contiguous not in module._forward_pre_hooks.values():  # as torch 2.7 to 2.14 name them
             module.register_forward_pre_hook(_contiguous)
     return model
 

@@ -1,6 +1,4 @@
-"""diffusers' model classes as this package uses them: at run time they are diffusers' own, which have hardly any types;
-a type checker sees what is declared here (diffusers 0.36 to 0.42).
-"""
+"""diffusers' model classes, which have hardly any types: a type checker sees those declared here (0.36 to 0.42)."""
 
 from __future__ import annotations
 
@@ -71,23 +69,12 @@ if TYPE_CHECKING:
         def from_single_file(cls, *args: Any, **kwargs: Any) -> Self: ...
 else:
     from diffusers import AutoencoderKL
-    from diffusers.configuration_utils import ConfigMixin
-    from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
-    from diffusers.models.attention import AttentionMixin
-    from diffusers.models.autoencoders.vae import AutoencoderMixin
-    from diffusers.models.modeling_utils import ModelMixin
-
-__all__ = [
-    "AttentionMixin",
-    "AutoencoderKL",
-    "AutoencoderMixin",
-    "ConfigMixin",
-    "FromOriginalModelMixin",
-    "ModelMixin",
-    "PeftAdapterMixin",
-    "borrow",
-    "signature_of",
-]
+    from diffusers.configuration_utils import ConfigMixin as ConfigMixin
+    from diffusers.loaders import FromOriginalModelMixin as FromOriginalModelMixin
+    from diffusers.loaders import PeftAdapterMixin as PeftAdapterMixin
+    from diffusers.models.attention import AttentionMixin as AttentionMixin
+    from diffusers.models.autoencoders.vae import AutoencoderMixin as AutoencoderMixin
+    from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 
 
 def signature_of(reference: Any) -> Callable[[F], F]:

@@ -39,10 +39,9 @@ class VAE(
 ):
     """A KL autoencoder with the constructor, config keys and weights of diffusers' `AutoencoderKL`.
 
-    It saves itself under that name, alone and in a pipeline, so a saved `VAE` loads in stock diffusers and a stock
-    `AutoencoderKL` loads here.
-    What differs: moments become float32 before the posterior is built, wrong input is refused with a `ValueError`,
-    and `forward` can return the posterior, so that training is one call of the (wrapped) module.
+    It saves itself under that name, so a saved `VAE` loads in stock diffusers and a stock `AutoencoderKL` loads here.
+    What differs: the posterior is float32, wrong input raises a ValueError, and `forward` can return the posterior, so
+    that training is one call of the (wrapped) module.
 
     Args:
         in_channels: channels of the images.
@@ -54,10 +53,9 @@ class VAE(
         act_fn: activation function.
         latent_channels: channels of the latents.
         norm_num_groups: groups of the group norms; must divide every width.
-        sample_size: side in pixels that the model was trained on. When tiling is enabled, tiles have this side, or 256
-            pixels where it is smaller; stock `AutoencoderKL` always takes sample_size.
-        scaling_factor: 1 / std of the latents over the training set. The default is Stable Diffusion's, as in
-            `AutoencoderKL`; `diffusers_vae.measure_latents` sets the model's own.
+        sample_size: side in pixels that the model was trained on, and of tiles, which have at least 256.
+        scaling_factor: 1 / std of the latents over the training set. The default is Stable Diffusion's;
+            `diffusers_vae.measure_latents` sets the model's own.
         shift_factor: mean of the latents over the training set.
         latents_mean: per-channel mean, for pipelines that standardise by channel.
         latents_std: per-channel std, likewise.
@@ -195,15 +193,13 @@ class VAE(
     ) -> DecoderOutput | VAEOutput | tuple[Any, ...]:
         """`sample`: reconstructions (B, out_channels, H, W) of the images `sample`.
 
-        Training calls the model with `return_posterior`, since only the wrapped module's `forward` synchronises
-        gradients between processes and applies autocast.
-
         Args:
             sample: images, as for `encode`; may be None with `moments`.
             sample_posterior: decode a sample from the posterior instead of its mode.
             return_dict: whether to return an output class rather than a tuple.
             generator: generator for the sample.
-            return_posterior: return a `VAEOutput` (or a tuple of two) with the posterior.
+            return_posterior: return a `VAEOutput` (or a tuple of two) with the posterior, as training needs it: only
+                the wrapped module's `forward` synchronises gradients between processes and applies autocast.
             noise: standard normal, of the shape of the latents: decode mean + std * noise instead of a sample, so that
                 an image's noise does not depend on how a batch is split.
             moments: moments (B, 2 * latent_channels, h, w), as `encode(...).latent_dist.parameters`, instead of images.
@@ -224,7 +220,7 @@ class VAE(
         return DecoderOutput(sample=reconstructions) if return_dict else (reconstructions,)
 
     def train(self, mode: bool = True) -> VAE:
-        """This model in training mode, except for the parts that are frozen: these stay in eval mode."""
+        """Set the mode of all parts but those that are frozen, which stay in eval mode."""
         super().train(mode)
         for part in (self.encoder, self.quant_conv, self.decoder, self.post_quant_conv):
             if part is not None and not any(parameter.requires_grad for parameter in part.parameters()):
@@ -233,10 +229,8 @@ class VAE(
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Return scaled latents (B, latent_channels, h, w): (latents - shift_factor) * scaling_factor or, where the
-        config has both, (latents - latents_mean) * scaling_factor / latents_std by channel.
-
-        Not every stock pipeline does the same: Stable Diffusion's ignore shift_factor. For the denoiser of one, use
-        `diffusers_vae.pipelines.latent_scaling`.
+        config has both, (latents - latents_mean) * scaling_factor / latents_std by channel. Stock pipelines differ: for
+        the denoiser of one, use `diffusers_vae.pipelines.latent_scaling`.
 
         Raises:
             ValueError: for latents of another shape, and when the scaling_factor is None or the constructor's default,
@@ -246,14 +240,12 @@ class VAE(
         return LatentScaling.from_config(self.config).scale(latents)
 
     def unscale_latents(self, scaled_latents: torch.Tensor) -> torch.Tensor:
-        """Return the latents (B, latent_channels, h, w) for `decode`: the inverse of `scale_latents`, with the same
-        errors.
-        """
+        """Return latents (B, latent_channels, h, w) for `decode`: the inverse of `scale_latents`, with its errors."""
         check_batch(scaled_latents, self.config.latent_channels, "scaled_latents")
         return LatentScaling.from_config(self.config).unscale(scaled_latents)
 
     def to_diffusers(self) -> AutoencoderKL:
-        """The stock class around the same modules: parameters are shared, not copied. This is what a pipeline takes."""
+        """The stock class, which a pipeline takes, around the same modules: parameters are shared, not copied."""
         return _around_parts_of(self, AutoencoderKL)
 
     @classmethod
@@ -283,7 +275,7 @@ class VAE(
 
 
 def with_whole_tiles(stock: AutoencoderKL) -> AutoencoderKL:
-    """The same `stock`, to be saved in a pipeline, where sample_size is nothing but the side of tiles: at least 256."""
+    """The same `stock` with a sample_size of at least 256: in a pipeline, it is only the side of tiles."""
     size = stock.config.sample_size
     if isinstance(size, int) and size < LEAST_TILE:
         if stock.tile_sample_min_size == size:  # and was not set by hand
@@ -294,7 +286,7 @@ def with_whole_tiles(stock: AutoencoderKL) -> AutoencoderKL:
 
 
 def without_adapters(vae: M) -> M:
-    """A copy with the adapters merged into the weights, so that it saves as stock; `vae` itself where it has none."""
+    """A copy with the adapters merged into the weights, which saves as stock; `vae` itself where it has none."""
     if not getattr(vae, "peft_config", None):
         return vae
     merged = copy.deepcopy(vae)
