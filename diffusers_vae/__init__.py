@@ -13,39 +13,26 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "MLPVAE",
-    "VAE",
-    "Bernoulli",
-    "Gaussian",
-    "Laplace",
-    "LatentDataset",
-    "VAEObjective",
-    "encode_images",
-    "kl_to_standard_normal",
-    "measure_latents",
-    "swap_vae",
-]
+    "MLPVAE", "VAE", "Bernoulli", "Gaussian", "Laplace", "LatentDataset", "VAEObjective", "encode_images",
+    "kl_to_standard_normal", "measure_latents", "swap_vae",
+]  # fmt: skip
 
 _MODULES = {
-    "Bernoulli": "losses.objective",
-    "Gaussian": "losses.objective",
-    "Laplace": "losses.objective",
-    "LatentDataset": "latents.dataset",
-    "MLPVAE": "models",
-    "VAE": "models",
-    "VAEObjective": "losses.objective",
-    "encode_images": "latents.encode",
-    "kl_to_standard_normal": "losses.objective",
-    "measure_latents": "latents.statistics",
-    "swap_vae": "pipelines",
+    "latents.dataset": ["LatentDataset"],
+    "latents.encode": ["encode_images"],
+    "latents.statistics": ["measure_latents"],
+    "losses.objective": ["Bernoulli", "Gaussian", "Laplace", "VAEObjective", "kl_to_standard_normal"],
+    "models": ["MLPVAE", "VAE"],
+    "pipelines": ["swap_vae"],
 }
 
 
 def __getattr__(name: str):
-    """Public names when they are asked for, so that `diffusers-vae --help` need not wait for torch."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    """Import public names when they are used, so that `diffusers-vae --help` need not wait for torch."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -22,10 +22,10 @@ def at_home(config: Any, *names: str) -> None:
 
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 Trait = Literal["free", "kept", "training", "of_rows", "any_set", "local"]
-"""What a setting is. free: a run may be continued with another value, since it changes no result (of an autoencoder the
-weights count, not their location) or only the rounding. kept: where it is null, a run that is continued keeps its
-value. training: no measurement reads it. of_rows: it belongs to one data set of rows. any_set: a model needs it on
-other data sets too, or it says how files are read. local: it is no part of a recipe, such as a path."""
+"""What a setting is. free: a run may continue with another value, which changes no result (of an autoencoder the
+weights count, not their location) or only the rounding. kept: where it is null, a continued run keeps its value.
+training: no measurement reads it. of_rows: it belongs to one data set of rows. any_set: a model needs it on other data
+sets too, or it says how files are read. local: it is no part of a recipe, such as a path."""
 
 
 def setting(default: Any, *traits: Trait, **bounds: float) -> Any:
@@ -34,9 +34,8 @@ def setting(default: Any, *traits: Trait, **bounds: float) -> Any:
 
 
 def only_with(default: Any, *traits: Trait, **others: Any) -> Any:
-    """Return a dataclass field that is read only where `others`, settings of the same section, have certain values: one
-    of a tuple, or, for True, any that switches something on (not None, 0 or false), and for False none that does.
-    Names in `BOUNDS` are not settings but bounds of its numbers.
+    """Return a dataclass field that is read only where `others`, settings of the same section, have a value in a tuple
+    or, for True, one that is not None, 0 or false, or, for False, one that is. Names in `BOUNDS` bound its numbers.
     """
     bounds = {name: others.pop(name) for name in BOUNDS if name in others}
     return field(default=default, metadata={"traits": traits, "bounds": bounds, "only_with": others})
@@ -63,12 +62,11 @@ def unread(kind: type, values: Mapping[str, Any]) -> dict[str, tuple[str, bool |
     return found
 
 
-def refuse_unread(section: str, config: Any) -> None:
-    """Raise ValueError naming the settings of a section that are not read, and what switches them off."""
+def _refuse_unread(section: str, config: Any) -> None:
     found = unread(type(config), vars(config))
+    defaults = {option.name: option.default for option in fields(config)}
     for other, wanted in dict.fromkeys(found.values()):
         names = [name for name, reason in found.items() if reason == (other, wanted)]
-        defaults = {option.name: option.default for option in fields(config)}
         given = ", ".join(f"{section}.{name} {shown(getattr(config, name))}" for name in names)
         reset = " ".join(f"--{section}.{name} {shown(defaults[name])}" for name in names)
         if isinstance(wanted, bool):
@@ -93,17 +91,16 @@ def check(section: str, config: Any) -> None:
             right = not choices or value in choices
         else:
             numbers = value if isinstance(value, (tuple, list)) else [value]
-            right = not bounds or (numbers and all(_within(bounds, number) for number in numbers))
+            within = (
+                math.isfinite(n) and all(BOUNDS[name](n, bound) for name, bound in bounds.items()) for n in numbers
+            )
+            right = not bounds or (numbers and all(within))
         if not right:
             raise ValueError(f"{section}.{option.name} must be {in_words(kind, bounds)}, got {value}")
-    refuse_unread(section, config)
+    _refuse_unread(section, config)
 
 
 _kinds = cache(get_type_hints)
-
-
-def _within(bounds: Mapping[str, float], value: float) -> bool:
-    return math.isfinite(value) and all(BOUNDS[name](value, bound) for name, bound in bounds.items())
 
 
 def shown(value: Any) -> str:

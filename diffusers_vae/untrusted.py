@@ -19,15 +19,14 @@ from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, BinaryIO, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from PIL import Image, UnidentifiedImageError
 
 T = TypeVar("T")
 
-MAX_TEXT = 2**24
-"""Largest size in bytes of a text: settings, an index, a report, a caption."""
+MAX_TEXT = 2**24  # largest size in bytes of a text: settings, an index, a report, a caption
 for _plugin in ("Avif", "Bmp", "Gif", "Ico", "Jpeg", "Jpeg2K", "Mpo", "Png", "Ppm", "Tga", "Tiff", "WebP"):
     importlib.import_module(f"PIL.{_plugin}ImagePlugin")  # `Image.init` would import all of Pillow's
 with suppress(ImportError):
@@ -38,18 +37,15 @@ FORMATS = tuple(
     if name in Image.OPEN
 )
 """Pillow's names of the formats that are read, whatever a file's name says; HEIF if pillow-heif is installed. For
-others Pillow starts programs: Ghostscript runs what an EPS holds."""
+some others, Pillow starts programs: Ghostscript runs what an EPS holds."""
 SUFFIXES = tuple(
     sorted(suffix for suffix, name in Image.EXTENSION.items() if name in (*FORMATS, "MPO") and suffix != ".pfm")
 )
 """Lower-case suffixes of these formats. A PFM holds floats, whose range nothing states."""
 MAX_PIXELS = 500_000_000
-PILLOWS_LIMIT = 2**30 // 4 // 3
-"""Default of `PIL.Image.MAX_IMAGE_PIXELS`."""
-MAX_PAGES = 100
-"""Number up to which the pages of a file are counted."""
-NEW_SUBFILE_TYPE = 254
-"""Tag of a TIFF page whose lowest bit marks a thumbnail of another page (TIFF 6.0, section 8)."""
+PILLOWS_LIMIT = 2**30 // 4 // 3  # default of `PIL.Image.MAX_IMAGE_PIXELS`
+MAX_PAGES = 100  # number up to which the pages of a file are counted
+NEW_SUBFILE_TYPE = 254  # tag of a TIFF page whose lowest bit marks a thumbnail of another page (TIFF 6.0, section 8)
 OF_ONE_FILE = (
     errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EOVERFLOW
 )  # fmt: skip
@@ -232,12 +228,12 @@ def check_type(value: Any, kind: Any, name: str) -> None:
             each key, or a list of the type of all items. Keys, and fields without a default, must be there.
     """
     origin: Any
+    python_type: Any = kind  # which a type checker does not narrow
     origin, parts = (list, kind) if isinstance(kind, list) else (get_origin(kind), get_args(kind))
-    kind = cast(Any, kind)
     if isinstance(kind, dict) or is_dataclass(kind):
         check_type(value, dict, name)
-        kinds: dict[str, Any] = cast(Any, kind) if isinstance(kind, dict) else get_type_hints(kind)
-        optional = [] if kinds is kind else [field.name for field in fields(cast(Any, kind)) if _has_default(field)]
+        kinds: dict[str, Any] = kind if isinstance(kind, dict) else get_type_hints(kind)
+        optional = [] if kinds is kind else [field.name for field in fields(python_type) if _has_default(field)]
         for key, part in kinds.items():
             if key in value:
                 check_type(value[key], part, f"{name}.{key}")
@@ -253,10 +249,10 @@ def check_type(value: Any, kind: Any, name: str) -> None:
     elif origin is Literal:
         if value not in parts:
             raise ValueError(f"{name} must be one of {', '.join(map(str, parts))}, got {value!r:.60}")
-    elif (isinstance(value, bool) and kind is not bool) or not isinstance(
-        value, (int, float) if kind is float else cast(Any, kind)
+    elif not isinstance(value, (int, float) if kind is float else python_type) or (
+        isinstance(value, bool) and kind is not bool
     ):
-        wanted = NAMES.get(cast(Any, kind)) or cast(Any, kind).__name__
+        wanted = NAMES.get(python_type) or python_type.__name__
         raise ValueError(f"{name} must be of the type {wanted}, got {value!r:.60}")
     elif kind is float and not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} must be a finite number, got {value!r:.60}")
@@ -312,7 +308,7 @@ class _Placeholder:
     made: Any = None
 
     def __new__(cls, *args: Any, **settings: Any) -> Any:
-        return cls.made() if cls.made else object.__new__(cls)
+        return object.__new__(cls) if cls.made is None else cls.made()
 
     def __init__(self, *args: Any, **settings: Any):
         pass
@@ -321,15 +317,14 @@ class _Placeholder:
         pass
 
 
-MOST_FOREIGN = 64
-"""Largest number of classes and functions that a checkpoint may name beside those of tensors."""
+MOST_FOREIGN = 64  # largest number of classes and functions that a checkpoint may name beside those of tensors
 
 
 def _load_with_placeholders(source: Path | BinaryIO, mmap: bool) -> Any:
     """What `torch.load(weights_only=True)` loads with a placeholder for each name that it does not allow. It reports
     one such name at a time, before it reads tensors; those of modules that it never allows (os, sys) stay an error.
     """
-    kinds: dict[str, Callable[[], Any] | None] = {}
+    kinds: dict[str, type | None] = {}
     while True:
         classes = {
             name: type(f"Placeholder{number}", (_Placeholder,), {"made": made})
