@@ -39,8 +39,7 @@ def in_a_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
-CLIENTS = ("huggingface_hub", "datasets", "diffusers")
-"""Libraries that ask the Hub, and log by handlers of their own."""
+CLIENTS = ("huggingface_hub", "datasets", "diffusers")  # libraries that ask the Hub, and log by handlers of their own
 
 
 @contextmanager

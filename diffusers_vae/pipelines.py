@@ -100,11 +100,8 @@ def swap_vae(pipeline: DiffusionPipeline, vae: VAE | AutoencoderKL) -> Diffusion
     name, stock = _look_up(pipeline)
     old, denoiser = (getattr(pipeline, component, None) for component in ("vae", stock.denoiser))
     place = next(module for module in (old, denoiser, vae) if module is not None)
-    problems = [
-        *_offloaded(pipeline, old, vae),
-        *_misfits(name, stock, vae, old, denoiser),
-        *_not_computable(name, stock, vae, place.dtype),
-    ]
+    problems = [*_offloaded(pipeline, old, vae), *_misfits(name, stock, vae, old, denoiser)]
+    problems += _not_computable(name, stock, vae, place.dtype)
     if problems:
         raise ValueError("\n- ".join([f"the VAE does not fit this {name}:", *problems]))
 
@@ -135,9 +132,8 @@ def _check_class(vae: VAE | AutoencoderKL) -> None:
     if isinstance(vae, VAE) or type(vae) is AutoencoderKL:
         return
     reason = "what these pipelines read of the config, and what loads again without other code, is of those two"
-    if isinstance(vae, nn.Module) and any(
-        isinstance(each, (VAE, AutoencoderKL)) and each is not vae for each in vae.modules()
-    ):
+    inside = vae.modules() if isinstance(vae, nn.Module) else ()
+    if any(isinstance(each, (VAE, AutoencoderKL)) and each is not vae for each in inside):
         reason = "pass the model inside (compile it afterwards; of a PeftModel, pass merge_and_unload())"
     if isinstance(vae, MLPVAE):
         reason = "its latents are not spatial, and diffusers has no such class, so no stock pipeline can use or load it"

@@ -159,10 +159,9 @@ class Signals:
         self.wait, self.reason = False, ""
         self.interrupted: Interrupted | None = None
         self.parent = os.getppid()
-        try:
+        command = ""
+        with suppress(psutil.Error):
             command = " ".join(psutil.Process(self.parent).cmdline())
-        except psutil.Error:
-            command = ""
         # `accelerate launch` with one process exits without passing a signal on, and the run would go on without it
         self.launched = any(launcher in command for launcher in ("accelerate", "torchrun", "torch.distributed"))
 

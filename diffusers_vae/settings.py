@@ -60,8 +60,7 @@ def to_yaml(settings: dict[str, dict[str, Any]]) -> str:
     return yaml.safe_dump(settings, sort_keys=False)
 
 
-MAX_NODES, MAX_DEPTH = 100_000, 100
-"""Limits of a YAML file: number of values, and of lists and sections in each other."""
+MAX_NODES, MAX_DEPTH = 100_000, 100  # limits of a YAML file: number of values, and of lists and sections in each other
 
 
 def read_yaml(path: Path) -> Any:

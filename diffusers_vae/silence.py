@@ -335,8 +335,8 @@ def _say_error(text: str) -> None:
 
 
 class WorkerWatch:
-    """Watches, by a thread, which of the `workers` that read the main thread waits for. When it is silent, all are
-    killed, which ends the waiting. `describe` gives a batch in words.
+    """Watches, by a thread, the reading worker that the main thread waits for. When it is silent, all `workers` are
+    killed, which ends the waiting. `describe` puts a batch into words.
     """
 
     def __init__(self, workers: Sequence[BaseProcess], describe: Callable[[Any], str], patience: Patience):

@@ -194,14 +194,14 @@ def discard_folder(path: Path) -> None:
 
 
 def delete_leftovers(folder: Path, pattern: str) -> None:
-    """Delete partial and replaced folders in `folder` that interrupted processes left of names that match `pattern`."""
+    """Delete what interrupted processes left in `folder`, partial or replaced, of folders that match `pattern`."""
     for path in (path for kind in ("partial", "old") for path in sorted(folder.glob(f".{pattern}.{kind}"))):
         with suppress(OSError):
             delete_folder(path)
 
 
 def delete_folder(path: Path) -> None:
-    """Delete a folder with its content, if it is there. Of links, not the targets are deleted."""
+    """Delete a folder with its content, if it is there. A link is deleted, not its target."""
     if path.is_symlink():
         return delete_file(path)
     for parent, folders, files in os.walk(path, topdown=False):
