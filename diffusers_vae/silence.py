@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -192,22 +193,30 @@ def meet(patience: Patience, again: str = CONTINUES) -> Meeting | None:
 def _connect(rank: int, patience: Patience, again: str) -> dist.Store:
     """The store of the launch, which the launcher or process 0 holds."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    for seconds in (patience.warning, patience.end - patience.warning):
+    began, warned = time.monotonic(), False
+    while True:
         try:
+            if rank:  # no signal interrupts a store that waits for its master
+                socket.create_connection((host, port), timeout=1).close()
             # a second master at a port of this process, or of its launcher, joins the first
             store = dist.TCPStore(
-                host, port, None, rank == 0, timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True
+                host, port, None, rank == 0, timedelta(seconds=5), wait_for_workers=False, multi_tenant=True
             )
+            store.set_timeout(timedelta(seconds=patience.warning))
             return dist.PrefixStore(f"diffusers_vae/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        except dist.DistError as error:
+        except (OSError, dist.DistError) as error:
             if rank == 0:
                 raise
-            logger.warning("process %d waits for process 0, which does not answer at %s:%d", rank, host, port)
-            failure = error
-    raise TimeoutError(
-        f"process 0 must answer at {host}:{port} within {patience.end:.0f} s, and process {rank} was waiting in vain. "
-        f"Look at why it did not start. {again}"
-    ) from failure
+            waited = time.monotonic() - began
+            if waited > patience.end:
+                raise TimeoutError(
+                    f"process 0 must answer at {host}:{port} within {patience.end:.0f} s, and process {rank} was "
+                    f"waiting in vain. Look at why it did not start. {again}"
+                ) from error
+            if waited > patience.warning and not warned:
+                logger.warning("process %d waits for process 0, which does not answer at %s:%d", rank, host, port)
+                warned = True
+            time.sleep(min(0.05, patience.tick))
 
 
 @dataclass(frozen=True)
