@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from .latents.statistics import measure_latents
     from .losses.objective import Bernoulli, Gaussian, Laplace, VAEObjective, kl_to_standard_normal
     from .models import MLPVAE, VAE
+    from .models.fast import fast
     from .pipelines import swap_vae
 
 __version__ = "0.1.0"
 __all__ = [
-    "MLPVAE", "VAE", "Bernoulli", "Gaussian", "Laplace", "LatentDataset", "VAEObjective", "encode_images",
+    "MLPVAE", "VAE", "Bernoulli", "Gaussian", "Laplace", "LatentDataset", "VAEObjective", "encode_images", "fast",
     "kl_to_standard_normal", "measure_latents", "swap_vae",
 ]  # fmt: skip
 
@@ -23,6 +24,7 @@ _MODULES = {
     "latents.statistics": ["measure_latents"],
     "losses.objective": ["Bernoulli", "Gaussian", "Laplace", "VAEObjective", "kl_to_standard_normal"],
     "models": ["MLPVAE", "VAE"],
+    "models.fast": ["fast"],
     "pipelines": ["swap_vae"],
 }
 

@@ -136,7 +136,8 @@ def encode_images(
         if on_main(lambda: _is_complete(folder, cache)):  # by whom it was in use
             return LatentDataset(folder)
         on_main(lambda: _clear(folder, _of_shards(cache)))
-        fast = for_inference(vae, getattr(torch, cache.get(*COMPUTED)))
+        pixels = len(image_set) * math.prod(cache["data"]["image_shape"][1:])
+        fast = for_inference(vae, getattr(torch, cache.get(*COMPUTED)), pixels)
         values = math.prod(cache["data"]["image_shape"][1:]) * vae.config.get("block_out_channels", [1])[0]
         if batch_size is None:
             batch_size = max(1, (CPU_VALUES if vae.device.type == "cpu" else DEVICE_VALUES) // values)

@@ -141,6 +141,13 @@ class ModelConfig:
             self.__dict__["_source"] = filled_in(Source(str(folder)).config(), str(folder))
 
     @property
+    def width(self) -> int:
+        """Channels of the feature maps at full size; 1 of a perceptron, which has none."""
+        if self.architecture == "mlp":
+            return 1
+        return (self.block_out_channels or self._source["block_out_channels"])[0]
+
+    @property
     def image_channels(self) -> set[int]:
         """Numbers of channels of the images that `pretrained` takes and gives."""
         return {self._source["in_channels"], self._source["out_channels"]}

@@ -14,6 +14,10 @@ from torch import nn
 
 from .stock import ModelMixin
 
+COMPILED_VALUES = 2**32
+"""Pixels of the images to encode on a GPU from which compiling pays: it saves 0.25 ms of an image of 256x256, and takes
+12 s on an H100."""
+
 T = TypeVar("T")
 U = TypeVar("U")
 SMALL = 1024
@@ -85,22 +89,28 @@ def several_at_once(
             torch.set_num_threads(threads)  # of the threads that are yet to come, too
 
 
-def for_inference(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
+def for_inference(model: ModelMixin, dtype: torch.dtype, values: int = 0) -> ModelMixin:
     """Return `model` for fast encoding and decoding in `dtype`: itself, or a copy whose weights are cast once instead
-    of at every call by autocast. In bfloat16 on a CPU, the copy's convolutions are channels-last, which saves two
-    copies of each output, and group norms of small feature maps are not.
+    of at every call by autocast. On a CUDA GPU, the copy's blocks are those of `fast`, compiled if that saves time with
+    `values` pixels. In bfloat16 on a CPU, its convolutions are channels-last, which saves two copies of each output,
+    and group norms of small feature maps are not.
     """
+    on_gpu = model.device.type == "cuda" and hasattr(model.config, "block_out_channels")
     channels_last = model.device.type == "cpu" and dtype == torch.bfloat16
-    if model.dtype == dtype and not channels_last:
+    if model.dtype == dtype and not channels_last and not on_gpu:
         return model
-    fast = nn.Module.to(copy.deepcopy(model), dtype)  # that of diffusers warns, whatever the model
-    if channels_last:
-        for module in fast.modules():
+    copied = nn.Module.to(copy.deepcopy(model), dtype)  # that of diffusers warns, whatever the model
+    if on_gpu:
+        from .fast import fast
+
+        fast(copied, compiled=values >= COMPILED_VALUES)
+    elif channels_last:
+        for module in copied.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)
             elif isinstance(module, nn.GroupNorm):
                 module.register_forward_pre_hook(_small_contiguous)
-    return cast(ModelMixin, fast)
+    return cast(ModelMixin, copied)
 
 
 def _small_contiguous(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
