@@ -23,7 +23,8 @@ def at_home(config: Any, *names: str) -> None:
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 Trait = Literal["free", "kept", "training", "of_rows", "any_set", "local"]
 """What a setting is. free: a run may continue with another value, which changes no result (of an autoencoder the
-weights count, not their location) or only the rounding. kept: where it is null, a continued run keeps its value.
+weights count, not their location) or only the rounding. kept: where it is null or
+auto, a continued run keeps its value.
 training: no measurement reads it. of_rows: it belongs to one data set of rows. any_set: a model needs it on other data
 sets too, or it says how files are read. local: it is no part of a recipe, such as a path."""
 

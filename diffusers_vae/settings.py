@@ -31,6 +31,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "model.text_heads": (4, "the text encoder has 4 heads, or fewer where model.text_width is less than 32"),
     "objective.perceptual_weights": (None, ""),
     "optimizer.weight_decay": (0.0, "weights never decay"),
+    "run.compile": (None, "set run.step to compiled or eager"),
     "run.device_batch_size": (
         None,
         "set run.gradient_accumulation_steps instead, the number of forwards per optimizer step; a dry run prints the "
@@ -135,6 +136,8 @@ def read_settings(path: Path, *needed: str) -> dict[str, dict[str, Any]]:
     for name, section in settings.items():
         if not isinstance(section, dict):
             raise ValueError(f"{path}: {name} must hold settings, KEY: VALUE, got {str(section)[:60]}")
+    if "compile" in (run := settings.get("run", {})):
+        run.setdefault("step", {True: "compiled", False: "eager"}.get(run.pop("compile"), "auto"))
     for name, (default, _) in REMOVED.items():
         section, _, option = name.partition(".")
         try:
@@ -203,7 +206,7 @@ def differences(path: Path, config: Settings) -> list[str]:
         f"{name}.{option}"
         for name, section in sections.items()
         for option in with_traits(section, "free", "kept")
-        if option in with_traits(section, "free") or getattr(section, option) is None
+        if option in with_traits(section, "free") or getattr(section, option) in (None, "auto")
     }
     made = {part.name: asdict(part.default_factory()) for part in fields(config) if part.default_factory is not MISSING}
     defaults = wanted | _by_full_name(_plain(options | made))

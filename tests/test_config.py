@@ -214,6 +214,13 @@ REMOVED = [
 ]
 
 
+@pytest.mark.parametrize(("compiled", "step"), [("true", "compiled"), ("false", "eager"), ("null", "auto")])
+def test_config_that_says_whether_to_compile_is_read(compiled, step, tmp_path):
+    file = write(tmp_path / "config.yaml", f"run: {{compile: {compiled}}}\n")
+    config, _ = parse_settings(TRAIN, ["--config", file])
+    assert config.run.step == step and "compile" not in config.plain()["run"]
+
+
 @pytest.mark.parametrize(
     ("training", "setting", "default", "other", "advice"), REMOVED, ids=lambda value: getattr(value, "command", value)
 )
@@ -416,7 +423,7 @@ class TestForms:
             ),
             ("--data.resolution 64x64x64", "got [64, 64, 64]: for example, --data.resolution 32"),
             ("--run.epochs 1.5", "run.epochs must be a whole number, got 1.5: for example, --run.epochs 15"),
-            ("--run.compile maybe", "run.compile must be true or false or null, got maybe"),
+            ("--run.step maybe", "run.step must be auto, eager, compiled or graph, got maybe"),
             ("--objective.scale big", "objective.scale must be a number, learned, optimal or null, got big"),
             ("--evaluation.lpips alec", "evaluation.lpips must be a list such as '[alex]', got alec"),
             ("--data.name imagenet", "data.name must be digits, mnist, "),

@@ -185,7 +185,7 @@ class TestCompiling:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, heldout_fraction=0.95))  # 90 images
         fit(config)
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=aot_autograd(fw_compiler=keep)))
-        fit(at(config, tmp_path / "traced", compile=True))
+        fit(at(config, tmp_path / "traced", step="compiled"))
         assert len(programs) == 4 and all(isinstance(value, torch.Tensor) for inputs in programs for value in inputs)
         losses = [[record["loss"] for record in records(tmp_path / name, "train")] for name in ("eager", "traced")]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -193,7 +193,7 @@ class TestCompiling:
     def compared(self, config, images_seen):
         runs = [f"{config.run.output_dir}-{compiled}" for compiled in (False, True)]
         for compiled, run in enumerate(runs):
-            fit(at(config, run, compile=bool(compiled)))
+            fit(at(config, run, step=("eager", "compiled")[compiled]))
         losses = [[record["loss"] for record in records(run, "train")] for run in runs]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
         eager, compiled = (tensors(run, images_seen, "ema") for run in runs)
@@ -210,8 +210,8 @@ class TestCompiling:
         config = tiny(tmp_path / "run", max_images=300, checkpoint_every=30, keep_checkpoints=10)
         self.compared(config, 300)
         again = interrupted_at(120, tmp_path / "run-True", tmp_path / "again")
-        fit(at(config, again, compile=None))  # it keeps its own
-        assert run_settings(again)["compile"] is True
+        fit(at(config, again, step="auto"))  # it keeps its own
+        assert run_settings(again)["step"] == "compiled"
         for name in ("model", "ema", "optimizer"):
             assert same(tensors(again, 300, name), tensors(tmp_path / "run-True", 300, name))
 
@@ -225,6 +225,7 @@ class TestCompiling:
         ],
     )
     def test_needs_steps_that_are_the_same(self, objective, tmp_path):
-        config = tiny(tmp_path, compile=True)
-        with pytest.raises(ValueError, match=r"run.compile needs .* got objective\." + next(iter(objective))):
-            dataclasses.replace(config, objective=ObjectiveConfig(**({"scale": 0.5} | objective)))
+        config = tiny(tmp_path, step="compiled")
+        config = dataclasses.replace(config, objective=ObjectiveConfig(**({"scale": 0.5} | objective)))
+        with pytest.raises(ValueError, match=r"run.step compiled needs .* got objective\." + next(iter(objective))):
+            fit(config)

@@ -179,6 +179,17 @@ class TestSameCommand:
         fit(config)
         assert "device_batch_size" not in yaml.safe_load(file.read_text())["run"]
 
+    def test_a_run_that_said_whether_to_compile_is_continued(self, tmp_path):
+        config = tiny(tmp_path, max_images=60, checkpoint_every=30)
+        fit(config)
+        interrupted_at(30, tmp_path, tmp_path / "again")
+        settings = config.plain()
+        del settings["run"]["step"]
+        settings["run"]["compile"] = False
+        (tmp_path / "again" / "config.yaml").write_text(yaml.safe_dump(settings))
+        fit(at(config, tmp_path / "again"))
+        assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["run"]["step"] == "eager"
+
     @pytest.mark.slow
     def test_settings_that_change_no_result_may_differ(self, uninterrupted, tmp_path):
         config = uninterrupted("plain")
@@ -466,14 +477,14 @@ def fit_in_a_group(config):
 
 
 class Slow(AutoencoderStep):
-    """Takes minutes for each step but the first."""
+    """Takes minutes for each step except the first."""
 
-    def __call__(self, model, read, inputs):
+    def batch(self, read, inputs):
         if any((Path(self.config.run.output_dir) / "checkpoints").glob("images-*")):
             Path(self.config.run.output_dir, "in a step").touch()
             for _ in range(100):
                 time.sleep(1)
-        return super().__call__(model, read, inputs)
+        return super().batch(read, inputs)
 
 
 def fit_slowly(config):

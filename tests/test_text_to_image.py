@@ -612,10 +612,6 @@ class TestRefused:
             (lambda: SamplingConfig(prompts=()), "sampling.prompts must hold one prompt"),
             (lambda: SamplingConfig(steps=0), "sampling.steps must be in .1, 1000., got 0"),
             (lambda: SamplingConfig(steps=1001), "sampling.steps must be in .1, 1000., got 1001"),
-            (
-                lambda: TextToImageConfig(data=DATA, run=RunConfig(compile=True)),
-                "run.compile is for the training of autoencoders",
-            ),
         ],
     )
     def test_wrong_settings_are_named(self, make, named):

@@ -82,7 +82,7 @@ class Step:
         self.images = to_model_range(self.read.pixels)
 
     def __call__(self):
-        return self.step(self.model, self.read, self.draws)
+        return self.step(self.model, self.step.batch(self.read, self.draws))
 
     def along(self, parameters):
         """The derivative of the loss along a random direction of the parameters: by autograd, and by differences."""
@@ -208,9 +208,9 @@ class TestLoggedLoss:
             torch.nn.init.constant_(model.slow_log_scale, -0.2)
         read = ReadImages(heldout.pixels.float() / 255, list(range(6)))
         step.begin(0, 12, 1e-3)
-        step.end(step(model, read, draws).statistics, 6)  # from now on, an optimal scale is known
+        step.end(step(model, step.batch(read, draws)).statistics, 6)  # from now on, an optimal scale is known
         step.begin(6, 12, 1e-3)
-        terms = step(model, read, draws)
+        terms = step(model, step.batch(read, draws))
         measured = step.measured(model)
         autoencoder = model.autoencoder if scale == "learned" else model
         report = evaluate(autoencoder.eval(), heldout, measured, EvaluationConfig())

@@ -233,8 +233,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved:
         kind, _, name = key.partition(".")
         # load_state_dict keeps what it is given: a view of the mapped file, which may be deleted or replaced
         tensor = tensor.clone()
-        placed = like(tensor, parameters[name]) if tensor.shape == parameters[name].shape else tensor
-        states.setdefault(index[id(parameters[name])], {})[kind] = placed
+        if tensor.shape == parameters[name].shape:
+            tensor = torch.empty_like(parameters[name], dtype=tensor.dtype).copy_(like(tensor, parameters[name]))
+        states.setdefault(index[id(parameters[name])], {})[kind] = tensor
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

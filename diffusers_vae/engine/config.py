@@ -55,6 +55,7 @@ class OptimizerConfig:
 
 
 Precision = Literal["no", "fp16", "bf16"]
+StepMode = Literal["auto", "eager", "compiled", "graph"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class RunConfig:
     mixed_precision: Precision | None = setting(None, "kept")
     """Autocast dtype; null: as `accelerate launch` says, else bf16 where it is fast (docs/training.md); in YAML, write
     "no" in quotes."""
-    compile: bool | None = setting(None, "kept")
-    """Compile forward and objective with torch.compile; null: where it works and the run is long enough
+    step: StepMode = setting("auto", "kept")
+    """How a step runs; eager: kernel by kernel; compiled: by torch.compile; graph: as one CUDA graph; auto: by rule
     (docs/training.md)."""
     ema_decay: float | None = setting(0.99, above=0, below=1)
     """Highest decay per step of the averaged weights, which are evaluated and saved; null: no averaging

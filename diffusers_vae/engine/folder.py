@@ -27,7 +27,8 @@ from ..untrusted import open_regular, read_json
 from .checkpoint import check_fits, find_checkpoint, tidy
 from .config import RunSettings, S, kept_channels
 from .launch import Launch, Speed, launch_summary, peak_memory
-from .step import RunResult
+from .program import described
+from .step import Program, RunResult
 
 T = TypeVar("T")
 R = TypeVar("R", bound=RunResult)
@@ -218,11 +219,15 @@ class Run(Generic[S, R]):
         on_main(lambda: begin(config, self.checkpoint, data, build))
         self.bad_images = BadImages(self.output_dir / "bad_images.txt")
 
-    def announce(self, summary: str, warnings: Iterable[str], image_errors: Iterable[str]) -> None:
-        """Log on the main process what is trained, `warnings` of a run that begins, and unreadable images."""
+    def announce(self, summary: str, program: Program, warnings: Iterable[str], image_errors: Iterable[str]) -> None:
+        """Log on the main process what is trained and how its steps run, `warnings` of a run that begins, and
+        unreadable images.
+        """
         if self.main:
             self.bad_images.add(image_errors, warn=False)
-            logger.info("%s; %s", summary, launch_summary(self.launch.accelerator, self.config.run))
+            accelerator, run = self.launch.accelerator, self.config.run
+            launch = launch_summary(accelerator, run), described(run, program, accelerator)
+            logger.info("%s; %s, %s", summary, *launch)
             for sentence in () if self.checkpoint else warnings:
                 logger.warning("%s", sentence)
 

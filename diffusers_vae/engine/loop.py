@@ -15,6 +15,7 @@ from ..data import TrainingSet, step_generator
 from ..processes import Interrupted, gather
 from ..silence import alone, report_progress
 from .folder import Log, Run
+from .program import CapturedStep, captures
 from .reading import reader, rows_of, steps_from
 from .state import TrainState
 from .step import Step
@@ -75,6 +76,9 @@ def fit(
     logging_due, measuring_due, saving_due = (
         Every(images, state.images_seen) for images in (settings.log_every, measure_every, settings.checkpoint_every)
     )
+    captured = None
+    if captures(settings, step.program, accelerator):
+        captured = CapturedStep(state, step, config.optimizer.max_grad_norm, settings.batch_size)
     step_terms, pending = RunningTerms(accelerator, step.terms), PendingSteps()
     bar = tqdm(
         total=total_images,
@@ -95,11 +99,11 @@ def fit(
             run.speed.begin_step()
             epoch_end = min((epoch + 1) * len(train_set), total_images)
             learning_rate = config.optimizer.learning_rate_at(state.images_seen, total_images)
-            state.set_learning_rate(learning_rate)
+            state.begin_step(learning_rate)
             readings = step.begin(state.images_seen, total_images, learning_rate)
             inputs = step.random_inputs(count, step_generator(settings.seed, epoch, start, accelerator.device))
             seen: list[SeenBatch] = []
-            statistics, terms = StepStatistics(), None
+            statistics, terms, replayed = StepStatistics(), None, None
             for micro_step, micro_batch in enumerate(micro_batches, 1):
                 with alone(f"reading for step {state.step + 1}"):
                     read = read_next(micro_batch)
@@ -109,15 +113,21 @@ def fit(
                     read = read.blank()
                 rows = rows_of(micro_batch, read)
                 own_inputs = {name: values[rows] for name, values in inputs.items()}
-                with state.synchronised(micro_step == len(micro_batches)):
-                    terms = state.backward(step(state.model, read, own_inputs), share)
+                batch = step.batch(read, own_inputs)
+                if captured and captured.takes(len(read.kept)):
+                    replayed = captured(batch)
+                if replayed:
+                    terms = replayed[0]
+                else:
+                    with state.synchronised(micro_step == len(micro_batches)):
+                        terms = state.backward(step(state.model, batch), share)
                 statistics.add(terms.statistics, share)
                 if share:
                     step_terms.add(sums_of(terms, len(read.kept)))
                     seen.append(SeenBatch(micro_batch, read, own_inputs, terms))
             assert terms, "every process has a micro-batch of each step"
             judged = terms.discriminator_loss is not None
-            norms = state.clip(config.optimizer.max_grad_norm, judged)
+            norms = replayed[1] if replayed else state.clip(config.optimizer.max_grad_norm, judged)
             asked = run.launch.signals.asked()
             # The check of a step is read one step later, so that the device does not wait; only a step that writes
             # something, or on which the next depends, is checked at once.
@@ -141,7 +151,7 @@ def fit(
                     logger.warning("skipped step %s", message)
                 state.skip_step()
             else:
-                if state.take_step(judged):
+                if replayed or state.take_step(judged):
                     step.end(statistics.means(accelerator), count)
                 state.interval.add(step_terms.sums)
                 state.epoch_terms.add(step_terms.sums)

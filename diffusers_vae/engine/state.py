@@ -60,8 +60,13 @@ class TrainState:
         self.accelerator, self.build, self.discriminator = accelerator, build, discriminator
         set_seed(run.seed)
         model = build()
+        on_gpu = accelerator.device.type == "cuda"
+        capturable = on_gpu and not accelerator.scaler
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad],
+            # a tensor, which a captured step reads anew
+            lr=torch.zeros((), device=accelerator.device) if capturable else 1e-3,
+            capturable=capturable,
             betas=config.optimizer.betas,
             weight_decay=0.0,
             # with a scaler, a fused one hides from Accelerate which steps were skipped
@@ -72,6 +77,8 @@ class TrainState:
         self.parameters = list(self.plain_model.parameters())  # listing them takes as long as a small model's step
         self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self.ema: EMAModel | None = None
+        self.ema_share = torch.zeros((), device=accelerator.device)
+        """1 - decay of the next step."""
         if run.ema_decay:
             # The decay rises as step / (step + 20): the average reaches back over a twentieth of the steps so far, as
             # with the power functions of Karras et al. 2024. A longer one holds weights from a phase of higher
@@ -99,10 +106,17 @@ class TrainState:
         """Epochs begun, steps taken and images seen."""
         return {"epoch": self.epoch, "step": self.step, "images_seen": self.images_seen}
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Set the learning rate of the model; that of the discriminator is its step's."""
+    def begin_step(self, learning_rate: float) -> None:
+        """Set the learning rate of the model, and the decay of the moving average; the learning rate of the
+        discriminator is its step's.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
+        if self.ema and self.ema_share.is_cuda:
+            self.ema_share.fill_(1 - self.ema.get_decay(self.ema.optimization_step + 1))
 
     def synchronised(self, last: bool) -> AbstractContextManager[None]:
         """Average gradients over processes within only if this is the `last` micro-batch of the step."""
@@ -149,13 +163,38 @@ class TrainState:
             self.optimizer.step()
             if self.optimizer.step_was_skipped:
                 return False
+            self._average()
         else:
-            self.optimizer.optimizer.step()  # Accelerate's own looks for installed packages at every step
-        if self.ema:
-            self.ema.step(self.parameters)
+            self.update()
+        self.count_average()
         if judged and self.discriminator:
             self.discriminator.optimizer.step()
         return True
+
+    def update(self) -> None:
+        """Update weights and moving average on the device, and nothing that the CPU counts."""
+        self.optimizer.optimizer.step()  # Accelerate's own looks for installed packages at every step
+        self._average()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if not self.ema:
+            return
+        if not self.ema_share.is_cuda or self.accelerator.is_fsdp2:
+            self.ema.step(self.parameters)
+            self.ema.optimization_step -= 1  # which `count_average` counts
+            return
+        trained = [p for p in zip(self.ema.shadow_params, self.parameters, strict=True) if p[1].requires_grad]
+        averages, parameters = (list(column) for column in zip(*trained, strict=True))
+        lists: Any = torch  # whose operations on lists are named like private ones in torch 2.7 to 2.14
+        apart = lists._foreach_sub(averages, parameters)
+        lists._foreach_mul_(apart, self.ema_share)
+        lists._foreach_sub_(averages, apart)
+
+    def count_average(self) -> None:
+        """Count a step of the moving average."""
+        if self.ema:
+            self.ema.optimization_step += 1
 
     def skip_step(self) -> None:
         """Count a step that is not finite and was dropped."""

@@ -67,6 +67,18 @@ class StepTerms:
         return self.loss if self.network_loss is None else self.loss + self.network_loss
 
 
+@dataclass(frozen=True)
+class Program:
+    """What of a task decides how its steps can run."""
+
+    values: int
+    """Values of the widest feature map of a step: images times height times width times channels."""
+    changes: str = ""
+    """The settings by which a step is another program than the one before, or nothing."""
+    compiles: tuple[str, ...] = ()
+    """Types of devices on which compiling makes its steps faster."""
+
+
 class Step(Protocol):
     """What the loop asks of a task."""
 
@@ -74,6 +86,8 @@ class Step(Protocol):
     """Names of `StepTerms.per_image`."""
     advice: str
     """How to make training more stable."""
+    program: Program
+    """What decides how the step can run."""
 
     def begin(self, images_seen: int, total_images: int, learning_rate: float) -> dict[str, float]:
         """Set schedules for the step that begins after `images_seen` images; return what is logged of them."""
@@ -83,9 +97,15 @@ class Step(Protocol):
         """Sample all random inputs of a step of `count` images, (count, ...) each, on the generator's device."""
         ...
 
-    def __call__(self, model: Any, read: Any, inputs: dict[str, torch.Tensor]) -> StepTerms:
-        """Compute the losses of a micro-batch by one call of the model's `forward`. `read` is what the training set
-        gave, `inputs` are its rows of `random_inputs`.
+    def batch(self, read: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return all tensors that the losses of a micro-batch are computed from, on the device. `read` is what the
+        training set gave, `inputs` are its rows of `random_inputs`.
+        """
+        ...
+
+    def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> StepTerms:
+        """Compute the losses of a micro-batch by one call of the model's `forward`. Where steps are captured as a CUDA
+        graph, this is called for the capture alone.
         """
         ...
 

@@ -100,7 +100,7 @@ def train(
         data = load_run_data(run.config, accelerator, memory_limit, run.checkpoint)
         config = data.config
         step = AutoencoderStep(config, accelerator, data.verification)
-        build = partial(build_model, config)
+        build = partial(build_model, config, device=accelerator.device)
         run.begin(config, data.fingerprints(), build)
         blank = partial(blank_output, config=config, device=accelerator.device)
         state = TrainState(accelerator, build, config, step.terms, blank, step.discriminator)
@@ -108,7 +108,7 @@ def train(
             step.restore(state.load(run.checkpoint))
         log = Log(accelerator, run.output_dir, state.images_seen, run.checkpoint)
         length = (planned or config.run).total_images(data.images)
-        run.announce(summary(state.plain_model, data), config.unreached(length), data.image_errors())
+        run.announce(summary(state.plain_model, data), step.program, config.unreached(length), data.image_errors())
         with closing(fit(state, step, data.train_set, run, log, data.workers, config.evaluation.every)) as fitting:
             for progress in fitting:
                 model = state.averaged()
@@ -177,12 +177,11 @@ def summary(model: nn.Module, run_data: RunData) -> str:
     when = f", after {objective.kl_warmup_images:,} images" if objective.kl_warmup_images else ""
     judged = f"; a discriminator after {adversarial.start_images:,} images" if adversarial.weight else ""
     all_of_them, trained = (autoencoder.num_parameters(only_trainable=only) for only in (False, True))
-    compiled = ", compiled" if config.run.compile else ""
     per_value = objective.kl_weight_per_value(values)
     means = "" if per_value is None else f" (w = {per_value:.3g} in {MEAN_LOSSES[objective.likelihood]} + w * KL)"
     of = "" if trained == all_of_them else f" ({trained:,} are trained)"
     return (
-        f"{type(autoencoder).__qualname__} with {all_of_them:,} parameters{of}{compiled}, latents "
+        f"{type(autoencoder).__qualname__} with {all_of_them:,} parameters{of}, latents "
         f"{'x'.join(map(str, config.model.latent_shape(data.size)))}; {len(run_data.train_set):,} training and "
         f"{len(run_data.heldout):,} held-out images of {showable(data.described)} at "
         f"{'x'.join(map(str, data.size))}; kl_weight {objective.kl_weight:g}{means}{when}{judged}"

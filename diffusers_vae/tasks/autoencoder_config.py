@@ -73,11 +73,6 @@ class TrainConfig(RunSettings):
                 )
         if self.run.gradient_checkpointing and self.model.architecture == "mlp":
             raise ValueError("run.gradient_checkpointing needs the architecture vae: a perceptron keeps nearly nothing")
-        if self.run.compile and self.changes_by_step:
-            raise ValueError(
-                f"run.compile needs steps that are all the same program, got {self.changes_by_step}: leave "
-                "run.compile out"
-            )
         if self.data.caption_column is not None:
             raise ValueError(
                 f"data.caption_column {self.data.caption_column} would be ignored, since an autoencoder is trained "

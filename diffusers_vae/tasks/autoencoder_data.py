@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,19 @@ from accelerate import Accelerator
 
 from ..data import ArrayImages, ImageSet, StoredImages, load_data, refuse_colours
 from ..data.stream import StreamedImages
+from ..engine.program import settled
+from ..engine.step import Program
 from ..evaluation.evaluate import load_judges
 from ..latents.dataset import Verification, matching_latents
 from ..messages import showable
 from ..models import VAE, weights_hash
-from ..processes import on_main, one_first
+from ..processes import one_first
 from ..settings import begun_with, read_yaml
 from ..untrusted import read_json
 from .autoencoder_config import TrainConfig
 from .encoded import ImagesWithLatents
 
 logger = logging.getLogger(__name__)
-
-STEPS_TO_COMPILE = 10_000
-"""From which torch.compile, which takes some 10 to 30 seconds on two cores, saves more time than that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,7 @@ class RunData:
     """What an autoencoder is trained on and measured with."""
 
     config: TrainConfig
-    """With all that data and machine settle: data.channels and run.compile."""
+    """With all that data and machine settle: data.channels and run.step."""
     accelerator: Accelerator
     train_set: ImageSet | ImagesWithLatents
     heldout: ImageSet
@@ -127,11 +125,8 @@ def load_run_data(
         if config.model.latents:
             train_set = _with_latents(config, config.model.latents, pretrained.model, images)
             verification = Verification(train_set.latents)
-    if config.run.compile is None:
-        begun = begun_with(config.run.output_dir, "run", "compile")
-        settle = partial(compiles, config, len(train_set), accelerator.device)
-        compiled = on_main(lambda: settle() if begun is None else begun)
-        config = replace(config, run=replace(config.run, compile=compiled))
+    run = settled(config.run, program_of(config), len(train_set), accelerator)
+    config = replace(config, run=run)
     return RunData(
         config=config,
         accelerator=accelerator,
@@ -141,6 +136,14 @@ def load_run_data(
         pretrained=pretrained,
         verification=verification,
     )
+
+
+def program_of(config: TrainConfig) -> Program:
+    """Return what decides how the steps of a run run."""
+    height, width = config.data.size
+    values = config.run.batch_size * height * width * config.model.width
+    types = ("cuda", "cpu") if config.model.architecture == "mlp" else ("cuda",)
+    return Program(values, config.changes_by_step, types)
 
 
 def _lanes_of(checkpoint: Path | None) -> tuple[int, int] | None:
@@ -166,22 +169,6 @@ def _warn_of_another_order(config: TrainConfig) -> None:
                 begun,
                 value,
             )
-
-
-def compiles(config: TrainConfig, images: int, device: torch.device) -> bool:
-    """Return whether torch.compile pays for a run on `images` images, where `run.compile` leaves it open."""
-    run = config.run
-    steps = run.total_images(images) / run.batch_size
-    pays = device.type == "cuda" or (device.type == "cpu" and config.model.architecture == "mlp")
-    if not pays or steps < STEPS_TO_COMPILE or run.deterministic or config.changes_by_step:
-        return False
-    try:
-        torch.compile(lambda images: images.exp() + 1)(torch.ones(8, device=device))
-    except Exception as error:  # no compiler, no headers, no Triton, too old a GPU: each has an error of its own
-        reason = str(error).strip().partition("\n")[0]
-        logger.warning("torch.compile does not work here, so the run goes without: %s", reason)
-        return False
-    return True
 
 
 def _load_pretrained(config: TrainConfig) -> Pretrained:

@@ -15,6 +15,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from ..data import ReadImages
+from ..engine.program import compiled
 from ..engine.step import Discriminator, StepTerms
 from ..images.ranges import to_model_range
 from ..latents.dataset import Verification
@@ -25,6 +26,7 @@ from ..losses.perceptual import PerceptualLoss
 from ..losses.training_objective import TrainingObjective
 from ..models import MLPVAE, VAE, speed_up_norms
 from .autoencoder_config import TrainConfig
+from .autoencoder_data import program_of
 from .encoded import ReadEncoded
 
 logger = logging.getLogger(__name__)
@@ -60,11 +62,19 @@ class WithScale(nn.Module):
         return (*self.autoencoder(*args, **kwargs), self.log_scale)
 
 
-def build_model(config: TrainConfig) -> nn.Module:
-    """Return a new model for training: the autoencoder, with its scale if that is learned."""
+CPU = torch.device("cpu")
+
+
+def build_model(config: TrainConfig, device: torch.device = CPU) -> nn.Module:
+    """Return a new model for training on `device`: the autoencoder, with its scale if that is learned."""
     assert config.data.channels is not None
     model = config.model.build(config.data.channels, config.data.size)
-    speed_up_norms(model)
+    if device.type == "cuda" and isinstance(model, VAE):
+        from ..models.fast import fast  # and Triton
+
+        fast(model)
+    else:
+        speed_up_norms(model)
     if config.run.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return WithScale(model) if config.objective.scale == "learned" else model
@@ -104,6 +114,7 @@ class AutoencoderStep:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, verification: Verification | None = None):
         self.config, self.accelerator, self.verification = config, accelerator, verification
+        self.program = program_of(config)
         self.objective = TrainingObjective(config.objective)
         self.perceptual: PerceptualLoss | None = None
         self.adversary: Adversary | None = None
@@ -159,20 +170,24 @@ class AutoencoderStep:
             inputs["chances"] = chances.repeat_interleave(count // parts, 0)
         return inputs
 
-    def __call__(self, model: nn.Module, read: ReadImages, inputs: dict[str, torch.Tensor]) -> StepTerms:
-        noise = inputs["noise"]
-        keywords: dict[str, Any] = {}
-        pixels = read.pixels.to(noise.device, non_blocking=True)
+    def batch(self, read: ReadImages, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        device = inputs["noise"].device
+        batch = inputs | {"pixels": read.pixels.to(device, non_blocking=True)}
+        if isinstance(read, ReadEncoded) and read.moments is not None:
+            batch["moments"] = read.moments.to(device, non_blocking=True)
+        return batch
+
+    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> StepTerms:
+        pixels, noise = batch["pixels"], batch["noise"]
         before = after = None
-        if "chances" in inputs:
+        if "chances" in batch:
             ratio = self.config.model.spatial_compression_ratio
             probability = self.config.objective.equivariance
             size = noise.shape[-2], noise.shape[-1]
-            before, after = equivariance.draw(inputs["chances"][0], probability, size, ratio)
+            before, after = equivariance.draw(batch["chances"][0], probability, size, ratio)
         if before:
             noise = noise[..., : before.size[0], : before.size[1]]
-        if isinstance(read, ReadEncoded) and read.moments is not None:
-            keywords["moments"] = read.moments.to(noise.device, non_blocking=True)
+        keywords = {"moments": batch["moments"]} if "moments" in batch else {}
         images, reconstructions, terms, log_scale = self._program(model, pixels, noise, before, after, **keywords)
         step = StepTerms(
             terms.loss,
@@ -196,14 +211,7 @@ class AutoencoderStep:
     @cached_property
     def _program(self) -> Callable[..., tuple[Any, ...]]:
         """`_forward`, compiled if the run is."""
-        if not self.config.run.compile:
-            return self._forward
-        from torch import _dynamo  # which takes a second to import
-
-        # a program for each size of batch: one for all sizes would take over as soon as it is there, and round
-        # otherwise, so that a run would depend on where it was interrupted
-        _dynamo.config.recompile_limit = 64
-        return torch.compile(self._forward, dynamic=False)
+        return compiled(self._forward) if self.config.run.step == "compiled" else self._forward
 
     def _forward(
         self,

@@ -84,7 +84,7 @@ def train(
             state.load(run.checkpoint)
         log = Log(accelerator, run.output_dir, state.images_seen, run.checkpoint)
         length = (planned or config.run).total_images(len(data.images))
-        run.announce(summary(state.plain_model, data), config.unreached(length), data.image_errors())
+        run.announce(summary(state.plain_model, data), step.program, config.unreached(length), data.image_errors())
         with closing(fit(state, step, data.train_set, run, log, measure_every=config.sampling.every)) as fitting:
             for progress in fitting:
                 measure(state.averaged(), step, log, progress)

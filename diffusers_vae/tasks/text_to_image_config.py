@@ -152,8 +152,6 @@ class TextToImageConfig(RunSettings):
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self):
-        if self.run.compile:
-            raise ValueError("run.compile is for the training of autoencoders, got true: leave it out")
         if changing := self.data.changes_images or "data.streaming" * self.data.streaming:
             raise ValueError(f"latents are encoded once, of a set of images as they are: leave out {changing}")
 

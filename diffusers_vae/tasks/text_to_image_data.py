@@ -17,6 +17,8 @@ from accelerate import Accelerator
 from transformers import CLIPTokenizer
 
 from ..data import ImageSet, image_batches, load_data, refuse_colours
+from ..engine.program import settled
+from ..engine.step import Program
 from ..latents.dataset import LatentDataset, Verification, matching_latents
 from ..latents.encode import encode_images
 from ..latents.shards import INDEX
@@ -110,10 +112,7 @@ def load_run_data(config: TextToImageConfig, accelerator: Accelerator, max_image
                 refuse_colours(images, config.data, config.vae.source)
             config = replace(config, data=replace(config.data, channels=channels))
             images, heldout = load_data(config.data, first, limit, captions=True)
-    compiled = config.run.compile or False
-    config = replace(
-        config, data=replace(config.data, channels=images.channels), run=replace(config.run, compile=compiled)
-    )
+    config = replace(config, data=replace(config.data, channels=images.channels))
     if accelerator.is_main_process:
         logger.info("%s", showable(images.files))
     if first:
@@ -132,6 +131,7 @@ def load_run_data(config: TextToImageConfig, accelerator: Accelerator, max_image
     scaling = latent_scaling("StableDiffusionPipeline", vae)
     vae.to(accelerator.device)
     train_set = LatentsAlone(_latents(config, vae, images, max_images, accelerator.is_main_process), images)
+    config = replace(config, run=settled(config.run, program_of(config, train_set), len(train_set), accelerator))
     verification = Verification(train_set.latents)
     heldout_captions, means = [], []
     for _, indices, batch in image_batches(heldout, BATCH_SIZE, None, vae.device):
@@ -155,6 +155,12 @@ def load_run_data(config: TextToImageConfig, accelerator: Accelerator, max_image
         heldout_latents=scaling.scale(torch.cat(means)),
         heldout_tokens=_tokens(tokenizer, heldout_captions),
     )
+
+
+def program_of(config: TextToImageConfig, train_set: LatentsAlone) -> Program:
+    """Return what decides how the steps of a run run."""
+    _, height, width = train_set.latents.latent_shape
+    return Program(config.run.batch_size * height * width * config.model.block_out_channels[0])
 
 
 def _latents(

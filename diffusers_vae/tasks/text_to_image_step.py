@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -10,11 +12,12 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ..engine.program import compiled
 from ..engine.step import StepTerms
 from ..losses.diffusion import DiffusionTerms
 from .encoded import ReadLatents
 from .text_to_image_config import TextToImageConfig
-from .text_to_image_data import RunData
+from .text_to_image_data import RunData, program_of
 
 
 class TextToImage(nn.Module):
@@ -84,6 +87,7 @@ class TextToImageStep:
 
     def __init__(self, config: TextToImageConfig, data: RunData, accelerator: Accelerator):
         self.config, self.data = config, data
+        self.program = program_of(config, data.train_set)
         self.objective = config.diffusion.build()
         # on the device, which chooses captions without the CPU waiting for it
         self.captions, self.positions = (
@@ -107,14 +111,23 @@ class TextToImageStep:
             "dropped": torch.rand(count, generator=generator, device=device) < self.config.diffusion.caption_dropout,
         }
 
-    def __call__(self, model: nn.Module, read: ReadLatents, inputs: dict[str, torch.Tensor]) -> StepTerms:
+    def batch(self, read: ReadLatents, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         device = inputs["noise"].device
         noise = inputs["posterior_noise"] if self.data.latents.kind == "posterior" else None
         scaled_latents = self.data.scaling.scale(self.data.latents.latents(read.indices, noise).to(device))
         indices = self.positions[torch.as_tensor(read.indices, device=device)]
         tokens = self.tokens[self.captions.choose(indices, inputs["caption"])]
         tokens = torch.where(inputs["dropped"][:, None], self.no_prompt, tokens)
-        terms = self.compute(model, scaled_latents, inputs["noise"], inputs["timesteps"], tokens)
+        kept = {name: inputs[name] for name in ("noise", "timesteps")}
+        return kept | {"scaled_latents": scaled_latents, "tokens": tokens}
+
+    @cached_property
+    def _program(self) -> Callable[..., DiffusionTerms]:
+        """`compute`, compiled if the run is."""
+        return compiled(self.compute) if self.config.run.step == "compiled" else self.compute
+
+    def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> StepTerms:
+        terms = self._program(model, batch["scaled_latents"], batch["noise"], batch["timesteps"], batch["tokens"])
         return StepTerms(terms.loss, {"error": terms.error})
 
     def compute(

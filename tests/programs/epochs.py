@@ -34,10 +34,10 @@ class Noting(AutoencoderStep):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().begin(images_seen, total_images, learning_rate)
 
-    def __call__(self, model: torch.nn.Module, read: Read, inputs: dict[str, torch.Tensor]):
+    def batch(self, read: Read, inputs: dict[str, torch.Tensor]):
         with open(Path(self.config.run.output_dir).parent / f"seen-{self.accelerator.process_index}.txt", "a") as file:
             file.writelines(f"{self.images_seen} {checksum}\n" for checksum in checksums(read))
-        return super().__call__(model, read, inputs)
+        return super().batch(read, inputs)
 
 
 def train(config: TrainConfig, die_at: int | None = None) -> None:

@@ -15,7 +15,7 @@ STATE = (".safetensors", "metrics.jsonl", "progress.json", "data.json", "index.j
 RUN = [
     "--run.epochs=2", "--run.max_images=200", "--run.batch_size=20", "--run.gradient_accumulation_steps=2",
     "--run.seed=3", "--run.checkpoint_every=60", "--run.keep_checkpoints=2", "--run.log_every=40",
-    "--run.ema_decay=0.9", "--run.mixed_precision=no", "--run.compile=false", "--run.deterministic=true",
+    "--run.ema_decay=0.9", "--run.mixed_precision=no", "--run.step=eager", "--run.deterministic=true",
     "--run.tracker=null", "--run.on_nonfinite=stop", "--optimizer.learning_rate=2e-3", "--optimizer.warmup_images=50",
     "--optimizer.schedule=cosine", "--optimizer.max_grad_norm=1",
 ]  # fmt: skip

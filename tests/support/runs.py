@@ -98,7 +98,7 @@ def fit_with(
             step.restore(state.load(run.checkpoint))
         log = Log(accelerator, run.output_dir, state.images_seen, run.checkpoint)
         length = (planned or config.run).total_images(data.images)
-        run.announce(summary(state.plain_model, data), config.unreached(length), data.image_errors())
+        run.announce(summary(state.plain_model, data), step.program, config.unreached(length), data.image_errors())
         every = config.evaluation.every
         with closing(fit_steps(state, step, data.train_set, run, log, data.workers, every)) as fitting:
             for progress in fitting:
