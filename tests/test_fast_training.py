@@ -1,6 +1,7 @@
 """Precision by rule, steps that do not wait for the device, less memory, compiling: faster, with the same results."""
 
 import dataclasses
+import os
 import platform
 import tempfile
 from functools import partial
@@ -18,6 +19,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_vae import VAE
+from diffusers_vae.engine.launch import launched
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig, fast_dtype, speed_up_norms
 from diffusers_vae.tasks.autoencoder import fast_in_bfloat16
@@ -229,3 +231,22 @@ class TestCompiling:
         config = dataclasses.replace(config, objective=ObjectiveConfig(**({"scale": 0.5} | objective)))
         with pytest.raises(ValueError, match=r"run.step compiled needs .* got objective\." + next(iter(objective))):
             fit(config)
+
+
+class TestThreads:
+    @pytest.mark.parametrize("launcher", [None, "ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"])
+    def test_one_is_what_a_user_says_or_a_launcher_by_default(self, launcher, tmp_path, monkeypatch):
+        """Launchers set OMP_NUM_THREADS to 1 where nobody has; without one, it is somebody's wish."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        if launcher:
+            monkeypatch.setenv(launcher, {"LOCAL_WORLD_SIZE": "1"}.get(launcher, "no"))
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with launched(tiny(tmp_path).run, lambda device: False) as launch:
+                assert launch.accelerator.device.type != "cpu" or torch.get_num_threads() == (cores if launcher else 1)
+        finally:
+            torch.set_num_threads(before)

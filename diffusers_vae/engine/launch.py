@@ -97,8 +97,11 @@ def _precision(run: RunConfig, fast_in_bfloat16: Callable[[torch.device], bool])
 
 
 def _use_all_cores(accelerator: Accelerator) -> None:
-    """`accelerate launch` confines every process on a CPU to one thread unless told otherwise."""
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
+    """`accelerate launch` and torchrun confine every process on a CPU to one thread unless told otherwise. Without a
+    launcher, a user has said so.
+    """
+    launched = not {"ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"}.isdisjoint(os.environ)
+    if launched and accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
         torch.set_num_threads(max(1, (cores or 1) // sharing))
