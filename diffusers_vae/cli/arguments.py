@@ -110,7 +110,12 @@ def load(parsed: Namespace, source: str) -> ModelMixin:
     """Load the model `source`, in the dtype and on the device that were asked for."""
     device = device_of(parsed)
     dtype = getattr(torch, parsed.get("dtype", "float32"))
-    return Source(source, parsed.subfolder, parsed.revision).model(dtype).to(device)
+    model = Source(source, parsed.subfolder, parsed.revision).model(dtype).to(device)
+    if model.device.type == "cuda":
+        from ..models.fast import fast  # and Triton
+
+        fast(model)
+    return model
 
 
 @torch.no_grad()
