@@ -385,7 +385,7 @@ class TestLatents:
             for seed in range(10):
                 generator = torch.Generator().manual_seed(seed)
                 indices = torch.randperm(len(images), generator=generator)[:30].tolist()
-                terms = step(model, step.data.train_set.read(indices), step.random_inputs(30, generator))
+                terms = step(model, step.batch(step.data.train_set.read(indices), step.random_inputs(30, generator)))
                 terms.loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -407,7 +407,7 @@ class TestLatents:
                 seen.append(noisy_latents)
                 return torch.zeros_like(noisy_latents)
 
-        terms = step(Denoiser(), step.data.train_set.read(indices), draws)
+        terms = step(Denoiser(), step.batch(step.data.train_set.read(indices), draws))
         rows = [step.data.train_set.latents[index] for index in indices]
         latents = torch.stack([row["mean" if kind == "posterior" else "latents"] for row in rows])
         if kind == "posterior":
@@ -512,7 +512,7 @@ class TestCaptions:
 
         draws = step.random_inputs(1600, torch.Generator().manual_seed(0))
         indices = [place % IMAGES for place in range(1600)][::-1]
-        step(Denoiser(), step.data.train_set.read(indices), draws)
+        step(Denoiser(), step.batch(step.data.train_set.read(indices), draws))
         empty = (seen[0] == step.no_prompt).all(1)
         assert torch.equal(empty, draws["dropped"]) and 0.2 < empty.float().mean() < 0.3
         labels = step.data.train_set.latents.labels
