@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import yaml
-from side_by_side import follow, speed, write
+from side_by_side import LAUNCH, follow, speed, summary_of, write
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "training" / "configs"
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=1280, help="Trained on in a round of conv.")
     parser.add_argument("--reach", action="store_true", help="Train to the end, ours by the recommended recipe.")
-    parser.add_argument("--settings", default="", help="Flags for our run, in one string: '--run.compile false'.")
+    parser.add_argument("--settings", default="", help="Flags for our run, in one string: '--run.mixed_precision no'.")
     parser.add_argument("--out", help="JSON file for all figures.")
     arguments = parser.parse_args()
     if arguments.reach and not all(RUNS[name][1] for name in arguments.runs):
@@ -94,11 +94,11 @@ def article(name: str, root: str, *settings: str) -> list[dict]:
 def train(config: str, images: int, arguments: argparse.Namespace, *settings: str) -> dict:
     """Our run by `accelerate launch`: images/s from the first step's end, seconds from before it, and losses."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["accelerate", "launch", str(HERE.parent / "training" / "train_vae.py")]
+        command = [*LAUNCH, str(HERE.parent / "training" / "train_vae.py")]
         command += ["--config", str(CONFIGS / f"{config}.yaml"), "--data.name", "mnist", "--data.root", arguments.root]
         command += ["--run.output_dir", f"{folder}/run", "--run.tracker", "null", "--evaluation.draws", "1"]
         command += ["--evaluation.max_images", "500", *settings, *arguments.settings.split()]
-        marks, summary = follow(command, images)
+        marks, printed = follow(command, images)
         records = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
         heldout = json.loads(Path(folder, "run", "evaluation.json").read_text())["loss"]
     losses = [record["loss"] for record in records if record["kind"] == "epoch"]
@@ -108,7 +108,7 @@ def train(config: str, images: int, arguments: argparse.Namespace, *settings: st
         "images": marks[-1][1],
         "train_loss": losses[0],
         "heldout_loss": heldout,
-        "summary": summary,
+        "summary": summary_of(printed),
     }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,9 @@ import torch
 from diffusers import AutoencoderKL
 
 BAR = re.compile(rb"(\d+)/(\d+) \[[^\]]*img/s")
+MEMORY = re.compile(r"at most ([\d,]+) MiB of memory")
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+"""`accelerate launch`, also where it is not on the PATH."""
 
 
 def stock_vae(channels: int, block_out_channels: Sequence[int], **settings: Any) -> AutoencoderKL:
@@ -31,30 +36,49 @@ def stock_vae(channels: int, block_out_channels: Sequence[int], **settings: Any)
     )
 
 
-def follow(command: list[str], images: int) -> tuple[list[tuple[float, int]], str]:
-    """When the bar of training on so many images stood at which, and the line that says what is trained, and how."""
+def follow(command: list[str], images: int, stop: int | None = None) -> tuple[list[tuple[float, int]], str]:
+    """Run a program and return the seconds at which its bar of training on `images` images showed which count, and all
+    that it printed. A run that has come to `stop` images is asked to end there.
+    """
     marks: list[tuple[float, int]] = []
-    text = b""
+    text, stopped = b"", False
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         while chunk := process.stdout.read1():
             now = time.perf_counter()
             text += chunk
             for done, of in BAR.findall(chunk):
-                if int(of) == images and (not marks or int(done) > marks[-1][1]):
+                if int(of) == images and not stopped and (not marks or int(done) > marks[-1][1]):
                     marks.append((now, int(done)))
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{text.decode(errors='replace')[-2000:]}")
-    summaries = [line.strip() for line in text.decode(errors="replace").splitlines() if "parameters" in line]
-    return marks, summaries[0] if summaries else ""
+            if stop and not stopped and marks and marks[-1][1] >= stop:
+                stopped = True
+                process.send_signal(signal.SIGTERM)
+    printed = text.decode(errors="replace")
+    if process.returncode and not stopped:
+        raise SystemExit(f"{' '.join(command)} failed:\n{printed[-2000:]}")
+    if len(marks) < 2:
+        raise SystemExit(f"{' '.join(command)} showed too few steps of {images:,} images to time:\n{printed[-2000:]}")
+    return marks, printed
+
+
+def summary_of(printed: str) -> str:
+    """The line of a run that says what is trained, and how."""
+    return next((line.strip() for line in printed.splitlines() if "parameters" in line), "")
+
+
+def memory_of(printed: str) -> float:
+    """GiB that a program said it used at most."""
+    return float(MEMORY.findall(printed)[-1].replace(",", "")) / 1024
 
 
 def speed(marks: list[tuple[float, int]]) -> float:
     """Images/s without the first step, which sets much up."""
     (start, first), (end, last) = next(mark for mark in marks if mark[1] > 0), marks[-1]
-    return (last - first) / (end - start)
+    return (last - first) / max(end - start, 1e-3)
 
 
 def write(path: str, measured: dict) -> None:
     """All figures as JSON, with the command and what it ran on."""
     about = {"command": sys.argv, "python": platform.python_version(), "torch": torch.__version__}
-    Path(path).write_text(json.dumps(about | {"measured": measured}, indent=2) + "\n")
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(about | {"measured": measured}, indent=2) + "\n")
+    os.replace(partial, path)

@@ -20,10 +20,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from side_by_side import LAUNCH
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHON, LAUNCH = [sys.executable], [sys.executable, "-m", "accelerate.commands.launch"]
+PYTHON = [sys.executable]
 COMMAND_LINE, TRAINING = [*PYTHON, "-m", "diffusers_vae.cli"], [str(ROOT / "training" / "train_vae.py")]
 
 

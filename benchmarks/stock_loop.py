@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jsonargparse import ArgumentParser
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from diffusers_vae.data import DataConfig, load_data
+from diffusers_vae.engine.launch import peak_memory
 from diffusers_vae.images.ranges import to_model_range
 from diffusers_vae.losses.perceptual import LPIPS
 
@@ -35,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning_rate", type=float, default=4.5e-6)
     parser.add_argument("--kl_weight", type=float, default=1e-6)
     parser.add_argument("--lpips", metavar="FOLDER", help="Add 0.5 LPIPS (vgg), whose weights lie in this folder.")
+    parser.add_argument("--mixed_precision", type=Literal["no", "bf16"], default="no", help="Autocast dtype.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="Folder for the model.")
     settings = parser.parse_args(arguments)
@@ -60,13 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     while bar.n < settings.max_images:
         for (batch,) in loader:
             batch = batch.to(device)
-            posterior = vae.encode(batch).latent_dist
-            reconstructions = vae.decode(posterior.sample()).sample
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.mixed_precision == "bf16"):
+                posterior = vae.encode(batch).latent_dist
+                reconstructions = vae.decode(posterior.sample()).sample.float()
+                kl = posterior.kl().sum() / len(batch)
             error = mse_loss(reconstructions, batch, reduction="none")
             if lpips is not None:  # without gradient in the example, where it trains nothing
                 error = error + 0.5 * lpips(batch, reconstructions).view(-1, 1, 1, 1)
             error = error.sum() / len(batch)
-            kl = posterior.kl().sum() / len(batch)
             loss = error + settings.kl_weight * kl
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -77,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if bar.n >= settings.max_images:
                 break
     bar.close()
+    print(f"at most {peak_memory(device) / 2**20:,.0f} MiB of memory")
     vae.save_pretrained(settings.out)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
-from side_by_side import follow, speed, write
+from side_by_side import LAUNCH, follow, speed, write
 from tqdm import tqdm
 
 from diffusers_vae.data import DataConfig, load_data
@@ -45,7 +45,7 @@ def main() -> None:
             stock = [sys.executable, str(HERE / "stock_loop.py"), *data, "--max_images", str(arguments.images)]
             stock += ["--batch_size", str(BATCH), "--out", f"{folder}/stock"]
             stock += [text.replace("--model.", "--", 1) for text in model]
-            ours = ["accelerate", "launch", str(HERE.parent / "training" / "train_vae.py"), *data, *model]
+            ours = [*LAUNCH, str(HERE.parent / "training" / "train_vae.py"), *data, *model]
             ours += ["--run.max_images", str(arguments.images), "--run.batch_size", str(BATCH)]
             ours += ["--run.output_dir", f"{folder}/run", "--run.tracker", "null", "--evaluation.max_images", "32"]
             commands = {"stock": stock, "bare": [sys.executable, *sys.argv, "--bare"], "ours": ours}
