@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if DEVICE.type == "cpu" and not settings.rehearse:
         parser.error("torch finds no accelerator here; --rehearse runs every part on a CPU, with tiny models")
     if settings.rehearse:
-        os.environ["TQDM_MININTERVAL"] = "0"  # steps of tiny models are too short for bars that wait
+        os.environ["TQDM_MININTERVAL"] = "0"  # bars of tiny models must show every step
     sizes, here, out = TINY if settings.rehearse else Sizes(), machine(settings.rehearse), Path(settings.out)
     measured = json.loads(out.read_text())["measured"] if out.exists() else {}
     for part in measured.values():

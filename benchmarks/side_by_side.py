@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-BAR = re.compile(rb"(\d+)/(\d+) \[[^\]]*img/s")
+BAR = re.compile(rb"(\d+)/(\d+) \[[^\]]*(?:img/s|s/img)")
 MEMORY = re.compile(r"at most ([\d,]+) MiB of memory")
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 """`accelerate launch`, also where it is not on the PATH."""
@@ -49,15 +49,20 @@ def follow(command: list[str], images: int, stop: int | None = None) -> tuple[li
             for done, of in BAR.findall(chunk):
                 if int(of) == images and not stopped and (not marks or int(done) > marks[-1][1]):
                     marks.append((now, int(done)))
-            if stop and not stopped and marks and marks[-1][1] >= stop:
+            if stop and not stopped and len(moved(marks)) > 1 and marks[-1][1] >= stop:
                 stopped = True
                 process.send_signal(signal.SIGTERM)
     printed = text.decode(errors="replace")
     if process.returncode and not stopped:
         raise SystemExit(f"{' '.join(command)} failed:\n{printed[-2000:]}")
-    if len(marks) < 2:
+    if len(moved(marks)) < 2:
         raise SystemExit(f"{' '.join(command)} showed too few steps of {images:,} images to time:\n{printed[-2000:]}")
     return marks, printed
+
+
+def moved(marks: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """The marks after the first step."""
+    return [mark for mark in marks if mark[1] > 0]
 
 
 def summary_of(printed: str) -> str:
@@ -72,7 +77,7 @@ def memory_of(printed: str) -> float:
 
 def speed(marks: list[tuple[float, int]]) -> float:
     """Images/s without the first step, which sets much up."""
-    (start, first), (end, last) = next(mark for mark in marks if mark[1] > 0), marks[-1]
+    (start, first), *_, (end, last) = moved(marks)
     return (last - first) / max(end - start, 1e-3)
 
 

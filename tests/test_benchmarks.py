@@ -37,7 +37,7 @@ def load_script(name):
 
 script, stock_loop = load_script("judge_text_to_image"), load_script("stock_loop")
 startup, reading = load_script("startup"), load_script("reading")
-latent_cache = load_script("latent_cache")
+latent_cache, gpu = load_script("latent_cache"), load_script("gpu")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,16 @@ def call(capsys, *arguments):
 def write_idx(path, values):
     """Write an array of bytes in the format of MNIST's files."""
     path.write_bytes(struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes())
+
+
+def write_noise(root):
+    """Write images of noise below `root` in the format and the place of MNIST."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for part, count in (("train", 200), ("t10k", 100)):
+        write_idx(raw / f"{part}-images-idx3-ubyte", random.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 10)
 
 
 class TestFigures:
@@ -170,12 +180,7 @@ class TestRuns:
 
     def test_a_classifier_that_errs_is_no_judge(self, pipeline, tmp_path, capsys):
         """As on noise, of which nothing can be learned."""
-        raw = tmp_path / "MNIST" / "raw"
-        raw.mkdir(parents=True)
-        random = np.random.default_rng(0)
-        for part, count in (("train", 200), ("t10k", 100)):
-            write_idx(raw / f"{part}-images-idx3-ubyte", random.integers(0, 256, (count, 28, 28), dtype=np.uint8))
-            write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 10)
+        write_noise(tmp_path)
         code, _, err = call(capsys, pipeline, "--data.root", tmp_path, "--count", "20", "--steps", "1")
         assert code == 1 and "error: the classifier must be right on 98%" in err
 
@@ -324,3 +329,33 @@ def test_reading_of_a_folder_and_its_archive(cifar_folder, tmp_path, capsys):
     reading.main([str(folder), "--packed", str(archive), "--resolution", "16", "--workers", "0", "--rounds", "1"])
     told = capsys.readouterr().out
     assert "106 files to 16x16" in told and "images.zip" in told
+
+
+class TestGPU:
+    @pytest.mark.slow
+    def test_a_rehearsal_measures_every_part_and_the_same_command_none_again(self, tmp_path, capsys):
+        write_noise(tmp_path)
+        command = ["--rehearse", "--root", str(tmp_path), "--out", str(tmp_path / "out.json")]
+        assert gpu.main(command) == 0
+        printed = capsys.readouterr().out
+        measured = json.loads((tmp_path / "out.json").read_text())["measured"]
+        assert list(measured) == list(gpu.PARTS)
+        for name, part in measured.items():
+            assert f"part {name}\n" in printed and f"| {name} | {part['rows'][0]['what']} | " in printed
+        assert [row["value"] for row in measured["resume"]["rows"]] == ["bit-identical"] * 2
+        assert gpu.main(command) == 0
+        again = capsys.readouterr().out
+        assert printed.endswith(again) and "\npart " not in again
+
+    def test_parts_that_cannot_run_are_left_out_and_named(self, tmp_path, capsys):
+        command = ["--rehearse", "--only", "mlps", "--out", str(tmp_path / "out.json")]
+        assert gpu.main(command) == 0
+        assert "| mlps | | left out: it needs --root FOLDER" in capsys.readouterr().out
+        assert not (tmp_path / "out.json").exists()
+
+    def test_figures_of_another_machine_are_not_added_to(self, tmp_path, capsys):
+        part = {"device": "other", "torch": "2.0", "rehearsal": True, "date": "2026-01-01", "rows": []}
+        (tmp_path / "out.json").write_text(json.dumps({"measured": {"f8": part}}))
+        with pytest.raises(SystemExit):
+            gpu.main(["--rehearse", "--out", str(tmp_path / "out.json")])
+        assert "choose another --out" in capsys.readouterr().err
