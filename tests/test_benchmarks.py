@@ -333,7 +333,8 @@ def test_reading_of_a_folder_and_its_archive(cifar_folder, tmp_path, capsys):
 
 class TestGPU:
     @pytest.mark.slow
-    def test_a_rehearsal_measures_every_part_and_the_same_command_none_again(self, tmp_path, capsys):
+    def test_a_rehearsal_measures_every_part_and_the_same_command_none_again(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("TQDM_MININTERVAL", "0")  # which the script sets, and pytest then restores
         write_noise(tmp_path)
         command = ["--rehearse", "--root", str(tmp_path), "--out", str(tmp_path / "out.json")]
         assert gpu.main(command) == 0
