@@ -422,7 +422,7 @@ class TestForms:
                 "data.resolution must be a whole number or a list such as '[32, 64]', got big: for ",
             ),
             ("--data.resolution 64x64x64", "got [64, 64, 64]: for example, --data.resolution 32"),
-            ("--run.epochs 1.5", "run.epochs must be a whole number, got 1.5: for example, --run.epochs 15"),
+            ("--run.epochs 1.5", "run.epochs must be a whole number, got 1.5: for example, --run.epochs 8"),
             ("--run.step maybe", "run.step must be auto, eager, compiled or graph, got maybe"),
             ("--objective.scale big", "objective.scale must be a number, learned, optimal or null, got big"),
             ("--evaluation.lpips alec", "evaluation.lpips must be a list such as '[alex]', got alec"),

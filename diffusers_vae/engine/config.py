@@ -64,13 +64,13 @@ class RunConfig:
 
     output_dir: str = setting("runs/digits", "free", "local")
     """Folder of the run; a run that it already holds is continued, if the settings are the same."""
-    epochs: int = setting(15, at_least=1)
+    epochs: int = setting(8, at_least=1)
     """Number of passes over the training images."""
     max_images: int | None = setting(None, at_least=1)
     """Number of images after which to stop, at the end of the step, if the epochs are not over before."""
     seed: int = setting(0, at_least=0, below=2**31)
     """Seed of the weights, the order of images and the noise in the latents."""
-    batch_size: int = setting(32, at_least=1)
+    batch_size: int = setting(16, at_least=1)
     """Number of images per optimiser step, over all processes."""
     gradient_accumulation_steps: int = setting(1, "free", at_least=1)
     """Number of forwards per optimiser step on each process."""
