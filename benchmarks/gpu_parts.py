@@ -71,8 +71,9 @@ class Sizes:
 
 TINY = Sizes(
     rounds=1, epoch=200, loop_steps=2, images=64, loss=1e6, epochs=1,
-    digits=("--run.max_images=64", "--evaluation.max_images=8"), widths=(32, 32), side=32, batch=4, loop_images=12, large_images=12, planned_steps=5000,
-    perceptual="squeeze", matrix=64, sides=(16, 32), seconds=0.0, encoded=8, evaluated=8, resumed=64,
+    digits=("--run.max_images=64", "--evaluation.max_images=8"), widths=(32, 32), side=32,
+    batch=4, loop_images=12, large_images=12, planned_steps=5000, perceptual="squeeze", matrix=64,
+    sides=(16, 32), seconds=0.0, encoded=8, evaluated=8, resumed=64,
 )  # fmt: skip
 Row = dict[str, Any]
 """What was measured, its `value`, and what it is `beside`, in words; the `ratio`, and the raw `figures`."""
@@ -122,9 +123,7 @@ def article(sizes: Sizes, root: str, folder: str) -> list[Row]:
     epochs = sizes.epochs or yaml.safe_load(config.read_text())["run"]["epochs"]
     settings |= {"run.epochs": epochs, "evaluation.max_images": 64, "run.output_dir": f"{folder}/fast"}
     began = time.perf_counter()
-    marks, _ = follow(
-        [*LAUNCH, str(SCRIPT), *flags(settings | {"run.output_dir": f"{folder}/fast"})], epochs * sizes.epoch
-    )
+    marks, _ = follow([*LAUNCH, str(SCRIPT), *flags(settings)], epochs * sizes.epoch)
     whole = time.perf_counter() - began
     lines = map(json.loads, Path(folder, "fast", "metrics.jsonl").read_text().splitlines())
     losses = {record["images_seen"]: record["loss"] for record in lines if record["kind"] == "train"}
