@@ -332,18 +332,27 @@ def test_reading_of_a_folder_and_its_archive(cifar_folder, tmp_path, capsys):
 
 
 class TestGPU:
-    @pytest.mark.slow
-    def test_a_rehearsal_measures_every_part_and_the_same_command_none_again(self, tmp_path, capsys, monkeypatch):
+    @pytest.mark.parametrize(
+        "parts",
+        [
+            pytest.param(["step", "inference"], marks=pytest.mark.slow),
+            pytest.param(list(gpu.PARTS), marks=pytest.mark.soak),
+        ],
+    )
+    def test_a_rehearsal_measures_every_part_and_the_same_command_none_again(
+        self, parts, tmp_path, capsys, monkeypatch
+    ):
         monkeypatch.setenv("TQDM_MININTERVAL", "0")  # which the script sets, and pytest then restores
         write_noise(tmp_path)
-        command = ["--rehearse", "--root", str(tmp_path), "--out", str(tmp_path / "out.json")]
+        command = ["--rehearse", "--root", str(tmp_path), "--out", str(tmp_path / "out.json"), "--only", *parts]
         assert gpu.main(command) == 0
         printed = capsys.readouterr().out
         measured = json.loads((tmp_path / "out.json").read_text())["measured"]
-        assert list(measured) == list(gpu.PARTS)
+        assert list(measured) == parts
         for name, part in measured.items():
             assert f"part {name}\n" in printed and f"| {name} | {part['rows'][0]['what']} | " in printed
-        assert [row["value"] for row in measured["resume"]["rows"]] == ["bit-identical"] * 2
+        if "resume" in parts:
+            assert [row["value"] for row in measured["resume"]["rows"]] == ["bit-identical"] * 2
         assert gpu.main(command) == 0
         again = capsys.readouterr().out
         assert printed.endswith(again) and "\npart " not in again

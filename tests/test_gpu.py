@@ -31,7 +31,7 @@ def check_group_norm(device):
     from diffusers_vae.models.norms import group_norm
 
     torch.manual_seed(0)
-    for shape, groups in (((2, 8, 5, 7), 4), ((1, 96, 6, 6), 32), ((3, 64, 40), 32), ((2, 32, 70, 65), 32)):
+    for shape, groups in (((2, 8, 5, 7), 4), ((1, 96, 6, 6), 32), ((3, 64, 40), 32), ((1, 8, 33, 34), 4)):
         for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
             for layout in range(2):
                 x = (torch.randn(shape, device=device) * 2 + 30).to(dtype)  # whose square loses digits
