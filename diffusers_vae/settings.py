@@ -136,8 +136,9 @@ def read_settings(path: Path, *needed: str) -> dict[str, dict[str, Any]]:
     for name, section in settings.items():
         if not isinstance(section, dict):
             raise ValueError(f"{path}: {name} must hold settings, KEY: VALUE, got {str(section)[:60]}")
-    if "compile" in (run := settings.get("run", {})):
-        run.setdefault("step", {True: "compiled", False: "eager"}.get(run.pop("compile"), "auto"))
+    run = settings.get("run", {})
+    if isinstance(run.get("compile"), bool):  # earlier versions; another value is refused below
+        run.setdefault("step", "compiled" if run.pop("compile") else "eager")
     for name, (default, _) in REMOVED.items():
         section, _, option = name.partition(".")
         try:

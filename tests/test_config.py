@@ -201,6 +201,7 @@ REMOVED = [
     (TRAIN, "evaluation.fp16", "false", "true", "after the training, run diffusers-vae fp16 on it"),
     (TRAIN, "evaluation.projection", "pca", "tsne", "the picture of latents"),
     (TRAIN, "optimizer.weight_decay", "0.0", "0.01", "weights never decay"),
+    (TRAIN, "run.compile", "null", "maybe", "set run.step to compiled or eager"),
     (TRAIN, "run.device_batch_size", "null", "auto", "set run.gradient_accumulation_steps instead"),
     (TEXT_TO_IMAGE, "data.buckets", "null", "16", "train on data.crops"),
     (TEXT_TO_IMAGE, "latents.batch_size", "64", "8", "the number of images per forward follows from their size"),
