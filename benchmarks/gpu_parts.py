@@ -38,7 +38,7 @@ class Sizes:
     """How much is measured."""
 
     rounds: int = 3
-    """Of everything that has a ratio, in turn."""
+    """Number of rounds, in turn, of everything that has a ratio."""
     epoch: int = 60_000
     """Images of MNIST; runs on them are as long as the articles', and are stopped when their speed is known."""
     loop_steps: int = 600
@@ -47,7 +47,7 @@ class Sizes:
     loss: float = 37.0
     """Training loss of article 000 after its last epoch."""
     epochs: int | None = None
-    """Of the run to that loss, by default its preset's."""
+    """Epochs of the run to that loss; None: those of its preset."""
     digits: tuple[str, ...] = ()
     """Settings of the main job."""
     widths: tuple[int, ...] = (128, 256, 512, 512)
@@ -179,7 +179,7 @@ def write_images(path: Path, count: int, side: int) -> np.ndarray:
 
 
 def large(sizes: Sizes, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of data and of model for large images, of which half are held out."""
+    """Settings of data and model for large images, half of which are held out."""
     write_images(Path(folder, "images.npy"), 32 * sizes.batch, sizes.side)
     data = {"name": "array", "root": f"{folder}/images.npy", "channels": 3, "resolution": sizes.side}
     model = {"block_out_channels": list(sizes.widths), "layers_per_block": 2, "norm_num_groups": 32}
@@ -268,7 +268,8 @@ def matrix_peak(side: int) -> float:
 def step(sizes: Sizes, root: str | None, folder: str) -> list[Row]:
     """The trainer against its bare step, for the model of the main job."""
     settings = {"config": CONFIGS / "digits.yaml"}
-    return _against_bare("digits", settings, sizes.planned_steps * 32, sizes.images, sizes, folder)
+    batch = yaml.safe_load(settings["config"].read_text())["run"]["batch_size"]
+    return _against_bare("digits", settings, sizes.planned_steps * batch, sizes.images, sizes, folder)
 
 
 def step_f8(sizes: Sizes, root: str | None, folder: str) -> list[Row]:

@@ -127,7 +127,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    """Of what went wrong first: the end of a capture fails with an error of its own."""
+    """Return the first line of the error that came first: when a capture fails, its end raises another one."""
     while error.__context__ is not None:
         error = error.__context__
     return str(error).strip().partition("\n")[0]

@@ -60,11 +60,10 @@ class TrainState:
         self.accelerator, self.build, self.discriminator = accelerator, build, discriminator
         set_seed(run.seed)
         model = build()
-        on_gpu = accelerator.device.type == "cuda"
-        capturable = on_gpu and not accelerator.scaler
+        capturable = accelerator.device.type == "cuda" and not accelerator.scaler
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad],
-            # a tensor, which a captured step reads anew
+            # a tensor, since a captured step reads it at each replay
             lr=torch.zeros((), device=accelerator.device) if capturable else 1e-3,
             capturable=capturable,
             betas=config.optimizer.betas,

@@ -69,12 +69,12 @@ class StepTerms:
 
 @dataclass(frozen=True)
 class Program:
-    """What of a task decides how its steps can run."""
+    """The properties of a task that decide how its steps can run."""
 
     values: int
     """Values of the widest feature map of a step: images times height times width times channels."""
     changes: str = ""
-    """The settings by which a step is another program than the one before, or nothing."""
+    """Settings that make one step a different program than the step before; empty if there are none."""
     compiles: tuple[str, ...] = ()
     """Types of devices on which compiling makes its steps faster."""
 

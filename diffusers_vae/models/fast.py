@@ -28,14 +28,14 @@ group_norm: Any = _kernel()
 
 def fast(vae: M, on: bool = True, *, compiled: bool = False) -> M:
     """Make `vae` faster on a CUDA GPU, in place, and return it: an `AutoencoderKL` of stock diffusers, of a pipeline
-    too, or a `VAE`. Outputs agree within rounding; config, parameters and what is saved stay as they are.
+    too, or a `VAE`. Outputs agree within rounding; config, parameters and saved files do not change.
 
     Convolutions are channels-last, as cuDNN computes them, and keep that layout from block to block; group norm and
     SiLU are one Triton kernel with float32 inside; attention is computed in parts. On a CPU, and where Triton is not
     installed, all blocks compute as before.
 
     Args:
-        vae: the autoencoder; parts that are of other classes than `AutoencoderKL` has stay as they are.
+        vae: the autoencoder; modules of classes that are not in `AutoencoderKL` are left unchanged.
         on: False takes the speed away again.
         compiled: compile encoder and decoder with torch.compile as well, which takes some 15 s for each size of image
             and pays for thousands of images.
@@ -106,7 +106,7 @@ def _takes(x: torch.Tensor) -> bool:
 
 
 class _FirstConvolution(nn.Conv2d):
-    """Gives channels-last output of one-channel images, too, of which no layout can be told."""
+    """Returns channels-last output for one-channel images as well, whose layout is ambiguous."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         output = super().forward(input)

@@ -30,17 +30,24 @@ def sums(x, sums, channels, positions, x_n, x_c, x_p, each, BLOCK_C: tl.constexp
 
 
 @triton.jit
-def moments(x, sums, mean, rstd, eps, channels, positions, x_n, x_c, splits, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Mean and reciprocal deviation of a group from the sums of its channels."""
-    group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    c = group * GROUP + tl.arange(0, BLOCK)
-    inside = tl.arange(0, BLOCK) < GROUP
+def _totals(sums, n, splits, channels, c, inside, BLOCK: tl.constexpr):
+    """The two sums of each channel over all splits."""
     first = tl.zeros([BLOCK], tl.float32)
     second = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
         place = sums + (n * splits + split) * 2 * channels + c
         first += tl.load(place, mask=inside, other=0.0)
         second += tl.load(place + channels, mask=inside, other=0.0)
+    return first, second
+
+
+@triton.jit
+def moments(x, sums, mean, rstd, eps, channels, positions, x_n, x_c, splits, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Mean and reciprocal deviation of a group from the sums of its channels."""
+    group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c = group * GROUP + tl.arange(0, BLOCK)
+    inside = tl.arange(0, BLOCK) < GROUP
+    first, second = _totals(sums, n, splits, channels, c, inside, BLOCK)
     shift = tl.load(x + n * x_n + c.to(tl.int64) * x_c, mask=inside, other=0.0).to(tl.float32)
     own = tl.where(inside, shift + first / positions, 0.0)
     centre = tl.sum(own, 0) / GROUP
@@ -121,12 +128,7 @@ def gradient_means(sums, whole, means, weight, channels, positions, splits, GROU
     group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = group * GROUP + tl.arange(0, BLOCK)
     inside = tl.arange(0, BLOCK) < GROUP
-    first = tl.zeros([BLOCK], tl.float32)
-    second = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        place = sums + (n * splits + split) * 2 * channels + c
-        first += tl.load(place, mask=inside, other=0.0)
-        second += tl.load(place + channels, mask=inside, other=0.0)
+    first, second = _totals(sums, n, splits, channels, c, inside, BLOCK)
     tl.store(whole + n * 2 * channels + c, first, mask=inside)
     tl.store(whole + n * 2 * channels + channels + c, second, mask=inside)
     scale = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32) / (GROUP * positions)

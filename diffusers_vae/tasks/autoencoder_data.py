@@ -45,7 +45,7 @@ class RunData:
     """What an autoencoder is trained on and measured with."""
 
     config: TrainConfig
-    """With all that data and machine settle: data.channels and run.step."""
+    """Settings, with data.channels and run.step as the data and the machine determine them."""
     accelerator: Accelerator
     train_set: ImageSet | ImagesWithLatents
     heldout: ImageSet
@@ -139,7 +139,7 @@ def load_run_data(
 
 
 def program_of(config: TrainConfig) -> Program:
-    """Return what decides how the steps of a run run."""
+    """Return the properties that decide how the steps of a run are executed."""
     height, width = config.data.size
     values = config.run.batch_size * height * width * config.model.width
     types = ("cuda", "cpu") if config.model.architecture == "mlp" else ("cuda",)

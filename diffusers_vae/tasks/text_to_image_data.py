@@ -158,7 +158,7 @@ def load_run_data(config: TextToImageConfig, accelerator: Accelerator, max_image
 
 
 def program_of(config: TextToImageConfig, train_set: LatentsAlone) -> Program:
-    """Return what decides how the steps of a run run."""
+    """Return the properties that decide how the steps of a run are executed."""
     _, height, width = train_set.latents.latent_shape
     return Program(config.run.batch_size * height * width * config.model.block_out_channels[0])
 
