@@ -15,11 +15,11 @@ from ..data import TrainingSet, step_generator
 from ..processes import Interrupted, gather
 from ..silence import alone, report_progress
 from .folder import Log, Run
-from .program import CapturedStep, captures
 from .reading import reader, rows_of, steps_from
 from .state import TrainState
 from .step import Step
 from .terms import PendingSteps, RunningTerms, SeenBatch, StepFlags, StepStatistics, finite, report_not_finite, sums_of
+from .whole_step import whole_step
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +76,7 @@ def fit(
     logging_due, measuring_due, saving_due = (
         Every(images, state.images_seen) for images in (settings.log_every, measure_every, settings.checkpoint_every)
     )
-    captured = None
-    if captures(settings, step.program, accelerator):
-        captured = CapturedStep(state, step, config.optimizer.max_grad_norm, settings.batch_size)
+    whole = whole_step(settings, state, step, config.optimizer.max_grad_norm)
     step_terms, pending = RunningTerms(accelerator, step.terms), PendingSteps()
     bar = tqdm(
         total=total_images,
@@ -103,7 +101,7 @@ def fit(
             readings = step.begin(state.images_seen, total_images, learning_rate)
             inputs = step.random_inputs(count, step_generator(settings.seed, epoch, start, accelerator.device))
             seen: list[SeenBatch] = []
-            statistics, terms, replayed = StepStatistics(), None, None
+            statistics, terms, taken = StepStatistics(), None, None
             for micro_step, micro_batch in enumerate(micro_batches, 1):
                 with alone(f"reading for step {state.step + 1}"):
                     read = read_next(micro_batch)
@@ -114,10 +112,10 @@ def fit(
                 rows = rows_of(micro_batch, read)
                 own_inputs = {name: values[rows] for name, values in inputs.items()}
                 batch = step.batch(read, own_inputs)
-                if captured and captured.takes(len(read.kept)):
-                    replayed = captured(batch)
-                if replayed:
-                    terms = replayed[0]
+                if whole and whole.takes(len(read.kept)):
+                    taken = whole(batch)
+                if taken:
+                    terms = taken[0]
                 else:
                     with state.synchronised(micro_step == len(micro_batches)):
                         terms = state.backward(step(state.model, batch), share)
@@ -127,7 +125,7 @@ def fit(
                     seen.append(SeenBatch(micro_batch, read, own_inputs, terms))
             assert terms, "every process has a micro-batch of each step"
             judged = terms.discriminator_loss is not None
-            norms = replayed[1] if replayed else state.clip(config.optimizer.max_grad_norm, judged)
+            norms = taken[1] if taken else state.clip(config.optimizer.max_grad_norm, judged)
             asked = run.launch.signals.asked()
             # The check of a step is read one step later, so that the device does not wait; only a step that writes
             # something, or on which the next depends, is checked at once.
@@ -151,7 +149,7 @@ def fit(
                     logger.warning("skipped step %s", message)
                 state.skip_step()
             else:
-                if replayed or state.take_step(judged):
+                if taken or state.take_step(judged):
                     step.end(statistics.means(accelerator), count)
                 state.interval.add(step_terms.sums)
                 state.epoch_terms.add(step_terms.sums)

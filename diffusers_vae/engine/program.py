@@ -1,11 +1,11 @@
-"""How a step runs: eagerly, compiled, or captured as one CUDA graph; chosen by rules that were measured."""
+"""How a step runs: eagerly, compiled, or as one CUDA graph; chosen by rules that were measured."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
@@ -13,23 +13,28 @@ from accelerate import Accelerator
 from ..processes import on_main
 from ..settings import begun_with
 from .config import RunConfig, StepMode
-from .state import TrainState
-from .step import Program, Step, StepTerms
+from .step import Program
 
 logger = logging.getLogger(__name__)
 
 LAUNCH_BOUND = 2**25
 """Values of the widest feature maps of a step up to which a GPU waits for the CPU to launch its kernels."""
-STEPS_TO_COMPILE = {"cpu": 10_000, "cuda": 20_000}
-"""Steps from which torch.compile saves more time than it takes: 10 to 40 s."""
+STEPS_TO_COMPILE = {"cpu": 4_000, "cuda": 20_000}
+"""Steps from which torch.compile saves more time than it takes: on a CPU 6 s, or 3 s from its cache; on a GPU 10 to
+40 s."""
 LARGE_STEPS_TO_COMPILE = 3_000
 """The same on a GPU that need not wait for the CPU: an f8 step at 256x256 takes 22 ms less of 138."""
 
 
-def obstacle_to_capture(run: RunConfig, program: Program, accelerator: Accelerator) -> str:
+def obstacle_to_graph(run: RunConfig, program: Program, accelerator: Accelerator) -> str:
     """Return why steps cannot be captured as a CUDA graph, in words that follow "needs"; nothing if they can."""
     if accelerator.device.type != "cuda":
         return f"a CUDA GPU, got {accelerator.device.type}"
+    return _obstacle_to_one_program(run, program, accelerator)
+
+
+def _obstacle_to_one_program(run: RunConfig, program: Program, accelerator: Accelerator) -> str:
+    """Return likewise why losses, gradients and updates cannot be one program."""
     if program.changes:
         return f"steps that are all the same program, got {program.changes}"
     if accelerator.num_processes > 1:
@@ -50,7 +55,7 @@ def settled(run: RunConfig, program: Program, images: int, accelerator: Accelera
     Raises:
         ValueError: when `run.step` asks for what cannot be.
     """
-    obstacle = obstacle_to_capture(run, program, accelerator)
+    obstacle = obstacle_to_graph(run, program, accelerator)
     if run.step == "graph" and obstacle:
         raise ValueError(f"run.step graph needs {obstacle}: set run.step to auto")
     if run.step == "compiled" and program.changes:
@@ -64,7 +69,7 @@ def settled(run: RunConfig, program: Program, images: int, accelerator: Accelera
         begun = begun_with(run.output_dir, "run", "step")
         if begun in get_args(StepMode) and begun != "auto" and not (begun == "graph" and obstacle):
             return begun
-        if _compiling_pays(run, program, images, accelerator.device) and _compiler_works(accelerator.device):
+        if _compiling_pays(run, program, images, accelerator.device):
             return "compiled"
         return "eager" if obstacle or program.values > LAUNCH_BOUND else "graph"
 
@@ -79,17 +84,10 @@ def _compiling_pays(run: RunConfig, program: Program, images: int, device: torch
     return run.total_images(images) / run.batch_size >= needed
 
 
-def _compiler_works(device: torch.device) -> bool:
-    try:
-        torch.compile(lambda images: images.exp() + 1)(torch.ones(8, device=device))
-    except Exception as error:  # no compiler, no headers, no Triton, too old a GPU: each has an error of its own
-        logger.warning("torch.compile does not work here, so the run goes without: %s", _first_line(error))
-        return False
-    return True
-
-
 def described(run: RunConfig, program: Program, accelerator: Accelerator) -> str:
     """Say in a few words how steps run."""
+    if compiles_whole_steps(run, program, accelerator):
+        return "each step one compiled program"
     compiled = ["compiled"] * (run.step == "compiled")
     captured = ["one CUDA graph per step"] * captures(run, program, accelerator)
     return ", ".join(compiled + captured) or "eager steps"
@@ -98,7 +96,13 @@ def described(run: RunConfig, program: Program, accelerator: Accelerator) -> str
 def captures(run: RunConfig, program: Program, accelerator: Accelerator) -> bool:
     """Return whether steps are captured, where `run.step` is settled."""
     wanted = run.step == "graph" or (run.step == "compiled" and program.values <= LAUNCH_BOUND)
-    return wanted and not obstacle_to_capture(run, program, accelerator)
+    return wanted and not obstacle_to_graph(run, program, accelerator)
+
+
+def compiles_whole_steps(run: RunConfig, program: Program, accelerator: Accelerator) -> bool:
+    """Return whether gradients and updates are compiled with the losses, where `run.step` is settled."""
+    on_cpu = accelerator.device.type == "cpu" and "cpu" in program.compiles
+    return run.step == "compiled" and on_cpu and not _obstacle_to_one_program(run, program, accelerator)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,109 +123,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         except (exc.TorchDynamoException, RuntimeError) as error:
             if program is function:
                 raise
-            logger.warning("torch.compile failed, so the run goes on without: %s", _first_line(error))
+            logger.warning("torch.compile failed, so the run goes on without: %s", first_line(error))
             program = function
             return function(*args, **kwargs)
 
     return run
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of the error that came first: when a capture fails, its end raises another one."""
     while error.__context__ is not None:
         error = error.__context__
     return str(error).strip().partition("\n")[0]
-
-
-class CapturedStep:
-    """A whole training step of a full batch as one CUDA graph, which the CPU starts by one call: losses, gradients,
-    clipping, optimizer and moving average. It is captured at the first call.
-
-    Args:
-        state: of the run.
-        step: computes the losses.
-        max_norm: norm to which larger gradients are clipped; None: none.
-        count: images of a full batch.
-    """
-
-    WARM_UP = 3
-    """Steps before the capture, in which libraries choose algorithms and take memory."""
-
-    def __init__(self, state: TrainState, step: Step, max_norm: float | None, count: int):
-        self.state, self.step, self.max_norm, self.count = state, step, max_norm, count
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.works = True
-
-    def takes(self, count: int) -> bool:
-        """Whether a step on `count` images can be replayed."""
-        return self.works and count == self.count
-
-    def __call__(self, tensors: dict[str, torch.Tensor]) -> tuple[StepTerms, dict[str, torch.Tensor]] | None:
-        """Take the step on what `Step.batch` gave. Return its terms and the norms of its gradients, or None if nothing
-        was done, because it cannot be captured.
-        """
-        if self.graph is None and not self._capture(tensors):
-            return None
-        for name, value in tensors.items():
-            self.inputs[name].copy_(value, non_blocking=True)
-        cast(torch.cuda.CUDAGraph, self.graph).replay()
-        self.state.count_average()
-        # the next step takes the place of these before they are read
-        per_image = {name: value.clone() for name, value in self.terms.per_image.items()}
-        return replace(self.terms, per_image=per_image), {name: norm.clone() for name, norm in self.norms.items()}
-
-    def _capture(self, tensors: dict[str, torch.Tensor]) -> bool:
-        state = self.state
-        self.inputs = {name: value.clone() for name, value in tensors.items()}
-        # detached: a clone with a gradient would bind those of the capture to this stream
-        before = [tensor.detach().clone() for tensor in self._changed()]
-        slots = set(state.optimizer.optimizer.state)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.stream(stream):
-                for _ in range(self.WARM_UP):
-                    self._take()
-            torch.cuda.current_stream().wait_stream(stream)
-            self._restore(before, slots)
-            with torch.cuda.graph(graph):
-                self.terms, self.norms = self._take()
-        except Exception as error:
-            torch.cuda.synchronize()
-            self._restore(before, slots)
-            state.zero_grad()
-            self.works = False
-            logger.warning("the step cannot be captured as a CUDA graph, so it runs eagerly: %s", _first_line(error))
-            return False
-        self.graph = graph
-        return True
-
-    def _take(self) -> tuple[StepTerms, dict[str, torch.Tensor]]:
-        state = self.state
-        terms = state.backward(self.step(state.model, self.inputs), 1.0)
-        norms = state.clip(self.max_norm, judged=False)
-        state.update()
-        state.zero_grad()
-        terms = replace(terms, loss=terms.loss.detach(), per_image={k: v.detach() for k, v in terms.per_image.items()})
-        return replace(terms, network_loss=None), norms
-
-    def _changed(self) -> list[torch.Tensor]:
-        """All that a step changes, the optimizer's state last."""
-        state = self.state
-        average = state.ema.shadow_params if state.ema else []
-        own = [*state.trained, *average, *state.plain_model.buffers()]
-        states = state.optimizer.optimizer.state.values()
-        return own + [value for kept in states for value in kept.values() if isinstance(value, torch.Tensor)]
-
-    @torch.no_grad()
-    def _restore(self, before: list[torch.Tensor], slots: set[Any]) -> None:
-        """Undo the steps of the warm-up; the optimizer's state is 0 where there was none before."""
-        optimizer = self.state.optimizer.optimizer
-        if not slots:
-            for kept in optimizer.state.values():
-                for value in kept.values():
-                    value.zero_()
-        for tensor, value in zip(self._changed(), before, strict=False):
-            tensor.copy_(value)

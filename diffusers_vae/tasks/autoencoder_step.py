@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from ..data import ReadImages
-from ..engine.program import compiled
+from ..engine.program import compiled, compiles_whole_steps
 from ..engine.step import Discriminator, StepTerms
 from ..images.ranges import to_model_range
 from ..latents.dataset import Verification
@@ -188,7 +188,9 @@ class AutoencoderStep:
         if before:
             noise = noise[..., : before.size[0], : before.size[1]]
         keywords = {"moments": batch["moments"]} if "moments" in batch else {}
-        images, reconstructions, terms, log_scale = self._program(model, pixels, noise, before, after, **keywords)
+        # a whole step that is compiled traces this call too
+        forward = self._forward if torch.compiler.is_compiling() else self._program
+        images, reconstructions, terms, log_scale = forward(model, pixels, noise, before, after, **keywords)
         step = StepTerms(
             terms.loss,
             {"distortion": terms.distortion, "rate": terms.rate},
@@ -211,7 +213,9 @@ class AutoencoderStep:
     @cached_property
     def _program(self) -> Callable[..., tuple[Any, ...]]:
         """`_forward`, compiled if the run is."""
-        return compiled(self._forward) if self.config.run.step == "compiled" else self._forward
+        run = self.config.run
+        whole = compiles_whole_steps(run, self.program, self.accelerator)
+        return compiled(self._forward) if run.step == "compiled" and not whole else self._forward
 
     def _forward(
         self,
