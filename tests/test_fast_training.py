@@ -19,7 +19,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_vae import VAE
-from diffusers_vae.engine.launch import launched
+from diffusers_vae.engine.launch import SharedCores, launched
 from diffusers_vae.losses.objective import ObjectiveConfig
 from diffusers_vae.models import ModelConfig, fast_dtype, speed_up_norms
 from diffusers_vae.tasks.autoencoder import fast_in_bfloat16
@@ -255,3 +255,44 @@ class TestThreads:
                 assert launch.accelerator.device.type != "cpu" or torch.get_num_threads() == (cores if launcher else 1)
         finally:
             torch.set_num_threads(before)
+
+    @pytest.mark.parametrize(
+        ("before", "waited", "after"),
+        [
+            (4, (0, 0, 0, 0), 4),
+            (4, (2, 2, 3, 3), 4),
+            (4, (20, 20, 20, 20), 3),
+            (4, (60, 50, 50, 50), 2),
+            (2, (50, 50), 1),
+        ],
+    )
+    def test_fewer_where_others_take_the_cores(self, before, waited, after, tmp_path, caplog):
+        """By the percentages of the time for which the threads waited for a core, as Linux reports them."""
+        names = [os.getpid(), *range(1, len(waited))]  # the main thread's is that of the process
+
+        def write(run, share):
+            for name, part in zip(names, share, strict=True):
+                (tmp_path / str(name)).mkdir(exist_ok=True)
+                (tmp_path / str(name) / "schedstat").write_text(f"{10**9 + run * (100 - part)} {run * part} 7\n")
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(before)
+        try:
+            write(0, waited)
+            cores = SharedCores(True, window=0, tasks=tmp_path)
+            write(10**7, waited)
+            assert cores.adjusted() == ([] if after == before else [f"threads {before} -> {after}"])
+            assert torch.get_num_threads() == after and ("taskset" in caplog.text) == (after != before)
+            write(2 * 10**7, waited if after == before else [0] * len(waited))
+            assert cores.adjusted() == []  # from look to look
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_are_kept_where_nothing_may_change_the_result_or_is_known(self, tmp_path):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            for cores in (SharedCores(False, window=0), SharedCores(True, window=0, tasks=tmp_path), SharedCores(True)):
+                assert cores.adjusted() == [] and torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(threads)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import psutil
@@ -21,6 +24,8 @@ from ..processes import Signals, lossy_output
 from ..settings import begun_with
 from ..silence import GROUP_TIMEOUT, PATIENCE, Patience, watched
 from .config import Precision, RunConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,63 @@ def _use_all_cores(accelerator: Accelerator) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
         torch.set_num_threads(max(1, (cores or 1) // sharing))
+
+
+class SharedCores:
+    """Lowers the number of threads of this process where other processes use its cores.
+
+    A thread that waits for its core keeps all others of a convolution waiting, and what they wait in is a loop: two
+    runs at once on two cores, of two threads each, are 18 times as slow as one run alone, of one thread each 1.5 times.
+    The number is never raised again, since every change rounds the steps that follow differently.
+
+    Args:
+        wanted: whether to do anything; False where nothing may change what a run computes.
+        window: seconds of the main thread between two looks.
+        tasks: folder with the `schedstat` of each thread; another system than Linux has none, and nothing is done.
+    """
+
+    FREE = 0.25
+    """Cores that may be missing, on average: others use any machine now and then."""
+
+    def __init__(self, wanted: bool, window: float = 10.0, tasks: Path = Path("/proc/self/task")):
+        self.wanted, self.window, self.tasks = wanted, window, tasks
+        self.looked = time.monotonic()
+        self.times = self._read()
+
+    def adjusted(self) -> list[str]:
+        """Return the change in words, if there was one."""
+        threads = torch.get_num_threads()
+        if not self.wanted or threads == 1 or time.monotonic() - self.looked < self.window:
+            return []
+        before, self.times, self.looked = self.times, self._read(), time.monotonic()
+        took = {
+            task: [now - then for now, then in zip(times, before[task], strict=True)]
+            for task, times in self.times.items()
+            if task in before
+        }
+        main = sum(took.get(str(os.getpid()), ()))
+        missing = sum(waited for _, waited in took.values()) / main if main else 0.0
+        fewer = max(1, threads - math.ceil(missing - self.FREE))
+        if fewer >= threads:
+            return []
+        torch.set_num_threads(fewer)
+        logger.warning(
+            "other processes use %.1f of the cores of this one: it goes on with %d instead of %d threads, which rounds "
+            "sums differently. Give each of several runs its own cores, as `taskset -c 0 accelerate launch ...` does",
+            missing,
+            fewer,
+            threads,
+        )
+        return [f"threads {threads} -> {fewer}"]
+
+    def _read(self) -> dict[str, tuple[int, int]]:
+        """Nanoseconds that each thread has run, and waited for a core."""
+        times = {}
+        for file in self.tasks.glob("*/schedstat"):
+            with suppress(OSError, ValueError):  # the thread has ended
+                run, waited, _ = map(int, file.read_text().split())
+                times[file.parent.name] = run, waited
+        return times
 
 
 FSDP2_TORCH = "2.15"  # the first that was seen to give the gradients of one process

@@ -15,6 +15,7 @@ from ..data import TrainingSet, step_generator
 from ..processes import Interrupted, gather
 from ..silence import alone, report_progress
 from .folder import Log, Run
+from .launch import SharedCores
 from .reading import reader, rows_of, steps_from
 from .state import TrainState
 from .step import Step
@@ -77,6 +78,7 @@ def fit(
         Every(images, state.images_seen) for images in (settings.log_every, measure_every, settings.checkpoint_every)
     )
     whole = whole_step(settings, state, step, config.optimizer.max_grad_norm)
+    cores = SharedCores(accelerator.device.type == "cpu" and not settings.deterministic)
     step_terms, pending = RunningTerms(accelerator, step.terms), PendingSteps()
     bar = tqdm(
         total=total_images,
@@ -158,6 +160,7 @@ def fit(
             step_terms.sums.zero_()
 
             run.speed.end_step(count)
+            state.changes += cores.adjusted()
             state.epoch, state.step, state.images_seen = epoch + 1, state.step + 1, reached
             bar.update(min(reached, total_images) - bar.n)
             state.interval.show(bar)
