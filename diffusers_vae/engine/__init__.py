@@ -1,1 +1,1 @@
-"""How any run goes: its folder, its checkpoints, its loop."""
+"""The training engine: run folders, checkpoints and the training loop."""

@@ -1,4 +1,4 @@
-"""The state of a run on disk: written whole or not at all, checked before it is read, restored exactly.
+"""Checkpoints: written whole or not at all, verified before they are read, restored exactly.
 
 A checkpoint is a folder `images-NNN` of plain files: weights, EMA weights and optimiser state as safetensors; JSON for
 the rest; copies of config.yaml and metrics.jsonl; and a manifest with the size and SHA-256 of each.
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
 NAMES = f"images-{12 * '[0-9]'}"
-"""Pattern of a checkpoint's name. What is named otherwise belongs to the user."""
+"""Pattern of a checkpoint's name. Files with other names belong to the user."""
 
 
 def write_checkpoint(
@@ -60,20 +60,20 @@ def write_checkpoint(
 ) -> Path:
     """Write the state of the run as `folder/images-NNN`, delete all but the newest `keep`, and return its path.
 
-    All processes call it: each writes its own part, and the main process the rest.
+    All processes call it: each writes its own part, and the main process writes the rest.
 
     Args:
-        folder: of all checkpoints of the run, on storage that every process sees.
-        accelerator: of the run.
+        folder: folder of all checkpoints of the run, on storage that every process sees.
+        accelerator: accelerator of the run.
         tensors: named tensors of each file; those of model.safetensors and discriminator.safetensors must be finite.
         progress: JSON, the same on all processes; with `images_seen` and `step`.
         own: JSON of this process; its random states are added.
         copies: files to copy into the checkpoint.
-        keep: how many checkpoints are kept.
+        keep: number of checkpoints to keep.
 
     Raises:
-        FloatingPointError: when the weights are not finite, which would take the place of a good checkpoint.
-        OSError: on all processes, naming the checkpoint, when it cannot be written; those before are untouched.
+        FloatingPointError: if the weights are not finite, since they would replace a good checkpoint.
+        OSError: on all processes, naming the checkpoint, if it cannot be written; earlier ones stay untouched.
     """
     target = folder / f"images-{progress['images_seen']:012d}"
     partial = partial_of(target)
@@ -98,7 +98,7 @@ def write_checkpoint(
             begin_folder(partial)
 
     def write() -> dict[str, dict[str, Any]]:
-        """The part of this process, on the disk."""
+        """Write the part of this process to disk."""
         if not partial.exists():
             raise OSError("it is not there for all processes; run.output_dir must be on storage that they share")
         files: dict[str, Any] = {
@@ -147,10 +147,11 @@ def write_checkpoint(
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in `folder`, and what is wrong with each newer one, a save cut short among them.
+    """Return the newest whole checkpoint in `folder`, and what is wrong with each newer one, including interrupted
+    saves.
 
     Raises:
-        ValueError: when there are checkpoints but none is whole.
+        ValueError: if there are checkpoints but none is whole.
     """
     damaged = [f"{partial} is half-written" for partial in sorted(folder.glob(f".{NAMES}.partial"))]
     found = sorted(folder.glob(NAMES), reverse=True)
@@ -168,9 +169,7 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def tidy(folder: Path, newest: Path | None, keep: int) -> None:
-    """Delete what was left behind by processes that were killed as they saved or deleted, and of the checkpoints up to
-    `newest` all but the last `keep`.
-    """
+    """Delete what killed processes left behind, and all but the last `keep` of the checkpoints up to `newest`."""
     delete_leftovers(folder, NAMES)
     found = sorted(path for path in folder.glob(NAMES) if newest and path.name <= newest.name)
     for path in found[:-keep]:
@@ -205,13 +204,13 @@ def _problem(path: Path) -> str | None:
 
 
 def read_progress(path: Path, process: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The progress in the checkpoint `path`, and what process `process` wrote, or {} if it was not there then."""
+    """Return the progress in the checkpoint `path` and what `process` wrote; {} if that process did not exist then."""
     own = path / f"process-{process:05d}.json"
     return read_json(path / "progress.json"), read_json(own) if own.exists() else {}
 
 
 def check_fits(path: Path, model: nn.Module, what: str = "model") -> None:
-    """Raise ValueError, naming a tensor, when the checkpoint `path` is of another model, or another of `what`."""
+    """Raise ValueError, naming a tensor, if the checkpoint `path` holds a different model (or another `what`)."""
     with safe_open(path / f"{what}.safetensors", "pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -224,7 +223,7 @@ def check_fits(path: Path, model: nn.Module, what: str = "model") -> None:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict[str, torch.Tensor]) -> None:
-    """Restore what `optimizer_tensors` gave, of the parameters that are still trained."""
+    """Restore the result of `optimizer_tensors` for the parameters that are still trained."""
     parameters = dict(model.named_parameters())
     index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     saved = {key: tensor for key, tensor in saved.items() if id(parameters[key.partition(".")[2]]) in index}
@@ -240,8 +239,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, saved:
 
 
 def surroundings(accelerator: Accelerator) -> dict[str, Any]:
-    """What decides, besides the config, in which order numbers are summed: results are bit-identical where it is the
-    same.
+    """Return what decides, besides the config, in which order numbers are summed. Runs with the same surroundings are
+    bit-identical.
     """
     cuda = accelerator.device.type == "cuda"
     return {
@@ -265,7 +264,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> lis
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, whole on every process if it is sharded over them; then all must call this."""
+    """Return the tensor, gathered on every process if it is sharded; in that case, all processes must call this."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 

@@ -1,4 +1,4 @@
-"""Every phase of a run once, on two batches."""
+"""Dry runs: every phase of a run once, on two batches."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .step import RunResult
 def dry_run(
     run: RunConfig, find: Callable[[], object], train: Callable[[Path, bool], RunResult | None]
 ) -> tuple[RunResult, bool, float | None] | None:
-    """Go through every phase of a run on two batches, in a folder that is deleted again: training, a checkpoint,
-    evaluation, pictures, saving, and the second batch again from the checkpoint.
+    """Go through every phase of a run on two batches in a temporary folder: training, a checkpoint, evaluation,
+    pictures, saving, and the second batch again from the checkpoint.
 
     Args:
         run: settings of the whole run.
-        find: looks for the run in its folder, as `folder.find_run`, and refuses what the run would refuse.
+        find: looks for the run in its folder, like `folder.find_run`, and raises the same errors.
         train: trains on two batches in a folder, with a checkpoint after each, and returns the result on the main
             process; if the second argument is False, up to the last checkpoint.
 
-    Returns, on the main process, the result, whether the resumed run gave the same weights bit by bit, and the
-    seconds that all of the training would take, without evaluation.
+    Returns on the main process: the result, whether the resumed run gave bit-identical weights, and an estimate of
+    the training time in seconds, without evaluation.
     """
     PartialState(cpu=not torch.accelerator.is_available())
     find()

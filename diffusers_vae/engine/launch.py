@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` started: their Accelerator, precision, threads and signals."""
+"""Set-up of the processes of a run: Accelerator, precision, threads and signals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Launch:
-    """A process that `accelerate launch` started, with all of its group."""
+    """This process and its group, as `accelerate launch` started them."""
 
     accelerator: Accelerator
     signals: Signals
@@ -41,18 +41,18 @@ class Launch:
 def launched(
     run: RunConfig, fast_in_bfloat16: Callable[[torch.device], bool], patience: Patience = PATIENCE
 ) -> Generator[Launch]:
-    """Set up the processes that `accelerate launch` started, and watch them and signals within. From now on this
-    process computes with 0 in the place of denormal numbers.
+    """Set up the processes of a run, and watch them and their signals within the context. From now on, this process
+    flushes denormal numbers to 0.
 
     Args:
         run: settings of the run.
-        fast_in_bfloat16: whether autocast makes its steps faster on a device that multiplies bfloat16 in hardware.
-        patience: how long a process may be silent before all end with an error, as `silence.watched` says.
+        fast_in_bfloat16: returns whether autocast makes steps faster on a device that multiplies bfloat16 in hardware.
+        patience: time limits for silent processes, see `silence.watched`.
 
     Raises:
         Interrupted: after SIGTERM, SIGINT, SIGUSR1 or SIGHUP.
-        TimeoutError: when other processes have not started.
-        ValueError: when settings and launcher do not fit each other.
+        TimeoutError: if other processes have not started.
+        ValueError: if settings and launcher contradict each other.
     """
     # Averages of gradients that have become 0 decay to denormal numbers, which double the time of an optimizer step on
     # a CPU. Threads inherit this from the one that starts them, so it comes first.
@@ -83,17 +83,17 @@ def _new_accelerator(run: RunConfig, precision: str) -> Accelerator:
 
 
 def _forget_other_precision(precision: str) -> None:
-    """Let this process use another precision than the run before: Accelerate, as of 1.14, would refuse it."""
+    """Allow another precision than that of an earlier run in this process, which Accelerate (as of 1.14) refuses."""
     state: Any = AcceleratorState
     if state._shared_state.get("_mixed_precision") not in (None, precision):
         state._reset_state()
 
 
 def _precision(run: RunConfig, fast_in_bfloat16: Callable[[torch.device], bool]) -> str:
-    """What config or launcher ask for, or the run was begun with; else bf16 where that is fast."""
+    """Return the precision that the config or the launcher asks for, else that of the begun run, else bf16 if it is fast."""
     if run.mixed_precision:
         return run.mixed_precision
-    if (asked := parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # which is not told from nothing
+    if (asked := parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # the same as no request
         return asked
     if (begun := begun_with(run.output_dir, "run", "mixed_precision")) in get_args(Precision):
         return begun
@@ -102,8 +102,8 @@ def _precision(run: RunConfig, fast_in_bfloat16: Callable[[torch.device], bool])
 
 
 def _use_all_cores(accelerator: Accelerator) -> None:
-    """`accelerate launch` and torchrun confine every process on a CPU to one thread unless told otherwise. Without a
-    launcher, a user has said so.
+    """Use all cores where a launcher set OMP_NUM_THREADS to 1, as `accelerate launch` and torchrun do by default.
+    Without a launcher, the value is the user's and holds.
     """
     launched = not {"ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"}.isdisjoint(os.environ)
     if launched and accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
@@ -113,20 +113,20 @@ def _use_all_cores(accelerator: Accelerator) -> None:
 
 
 class SharedCores:
-    """Lowers the number of threads of this process where other processes use its cores.
+    """Lowers the number of threads of this process if other processes use its cores.
 
-    A thread that waits for its core keeps all others of a convolution waiting, and what they wait in is a loop: two
-    runs at once on two cores, of two threads each, are 18 times as slow as one run alone, of one thread each 1.5 times.
-    The number is never raised again, since every change rounds the steps that follow differently.
+    All threads of a convolution spin until the last one is done. Two runs at once on two cores are therefore 18 times
+    as slow as one run alone with two threads each, but only 1.5 times as slow with one thread each. The number is never
+    raised again, because every change alters the rounding of later steps.
 
     Args:
-        wanted: whether to do anything; False where nothing may change what a run computes.
-        window: seconds of the main thread between two looks.
-        tasks: folder with the `schedstat` of each thread; another system than Linux has none, and nothing is done.
+        wanted: whether to change the number of threads; False if nothing may alter the rounding.
+        window: seconds between two measurements.
+        tasks: folder with the `schedstat` of each thread; systems other than Linux have none, and nothing is changed.
     """
 
     FREE = 0.25
-    """Cores that may be missing, on average: others use any machine now and then."""
+    """Number of missing cores, on average, that is tolerated."""
 
     def __init__(self, wanted: bool, window: float = 10.0, tasks: Path = Path("/proc/self/task")):
         self.wanted, self.window, self.tasks = wanted, window, tasks
@@ -134,7 +134,7 @@ class SharedCores:
         self.times = self._read()
 
     def adjusted(self) -> list[str]:
-        """Return the change in words, if there was one."""
+        """Measure, and return the change in words; an empty list if there was none."""
         threads = torch.get_num_threads()
         if not self.wanted or threads == 1 or time.monotonic() - self.looked < self.window:
             return []
@@ -151,8 +151,8 @@ class SharedCores:
             return []
         torch.set_num_threads(fewer)
         logger.warning(
-            "other processes use %.1f of the cores of this one: it goes on with %d instead of %d threads, which rounds "
-            "sums differently. Give each of several runs its own cores, as `taskset -c 0 accelerate launch ...` does",
+            "other processes use %.1f of this run's cores: continuing with %d instead of %d threads, which changes "
+            "rounding. To run several trainings at once, give each its own cores: taskset -c 0 accelerate launch ...",
             missing,
             fewer,
             threads,
@@ -160,7 +160,7 @@ class SharedCores:
         return [f"threads {threads} -> {fewer}"]
 
     def _read(self) -> dict[str, tuple[int, int]]:
-        """Nanoseconds that each thread has run, and waited for a core."""
+        """Return the nanoseconds for which each thread has run and has waited for a core."""
         times = {}
         for file in self.tasks.glob("*/schedstat"):
             with suppress(OSError, ValueError):  # the thread has ended
@@ -209,7 +209,7 @@ def launch_summary(accelerator: Accelerator, run: RunConfig) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was held on the GPU, or by this process."""
+    """Return the peak memory in bytes: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
@@ -220,7 +220,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Speed:
-    """Time that training steps take, without the first, which sets much up."""
+    """Throughput of the training steps, without the first, which includes set-up."""
 
     def __init__(self):
         self.images, self.seconds, self.warm = 0, 0.0, False
@@ -236,5 +236,5 @@ class Speed:
         self.warm = True
 
     def images_per_second(self) -> float | None:
-        """Return the mean over the steps; None if there was only the first."""
+        """Return the mean over the steps; None after the first step only."""
         return self.images / self.seconds if self.images else None

@@ -1,4 +1,4 @@
-"""The loop of every run: images in a fixed order, one step after another, logs and checkpoints when they are due."""
+"""The training loop: images in a fixed order, logs and checkpoints when they are due."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from .whole_step import whole_step
 logger = logging.getLogger(__name__)
 
 SKIPS_IN_A_ROW = 20
-"""Steps that are not finite, one after another, after which a run that skips them stops."""
+"""Number of consecutive non-finite steps after which a run that skips them stops."""
 
 
 class Every:
-    """Something that is due whenever the images seen reach a multiple of `images`; never if that is None."""
+    """An event that is due whenever the images seen reach a multiple of `images`; never if that is None."""
 
     def __init__(self, images: int | None, images_seen: int):
         self.images = images or sys.maxsize
         self.advance(images_seen)
 
     def advance(self, images_seen: int) -> None:
-        """Note that it was done after `images_seen` images."""
+        """Record that the event took place after `images_seen` images."""
         self.next = (images_seen // self.images + 1) * self.images
 
 
@@ -49,26 +49,26 @@ def fit(
     workers: int = 0,
     measure_every: int | None = None,
 ) -> Generator[dict[str, int]]:
-    """Train from where `state` is to the end of the run, and save it on the way; pause whenever a measurement is due.
+    """Train from the progress of `state` to the end of the run, save checkpoints, and yield when a measurement is due.
 
     Args:
-        state: of the run; it is updated in place.
+        state: state of the run; it is updated in place.
         step: computes the losses.
         train_set: images in a fixed order.
-        run: its folder and settings.
+        run: folder and settings of the run.
         log: records of the training.
-        workers: processes that read images; 0 reads them here.
-        measure_every: images between two measurements.
+        workers: number of processes that read images; 0: this process reads them.
+        measure_every: number of images between two measurements.
 
     Yields:
-        Epochs begun, steps taken and images seen, where a measurement is due before the end. It must not change the
-        state. A caller that does not exhaust the iterator must close it.
+        Numbers of epochs begun, steps taken and images seen, whenever a measurement is due before the end. The caller
+        must not change the state, and must close the iterator if it does not exhaust it.
 
     Raises:
-        FloatingPointError: when loss, gradient or weights are not finite; before anything of such a step is written.
-        Interrupted: when a process was asked to stop, after a checkpoint.
+        FloatingPointError: if loss, gradient or weights are not finite, before any result of that step is written.
+        Interrupted: after a checkpoint, if a process was asked to stop.
         OSError: naming what cannot be read or written.
-        ValueError: when images cannot be read.
+        ValueError: if images cannot be read.
     """
     config, accelerator = run.config, state.accelerator
     settings = config.run

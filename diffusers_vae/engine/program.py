@@ -1,4 +1,4 @@
-"""How a step runs: eagerly, compiled, or as one CUDA graph; chosen by rules that were measured."""
+"""Execution modes of a step (eager, compiled, one CUDA graph) and the measured rules that choose between them."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from .step import Program
 logger = logging.getLogger(__name__)
 
 LAUNCH_BOUND = 2**25
-"""Values of the widest feature maps of a step up to which a GPU waits for the CPU to launch its kernels."""
+"""Largest number of values in the widest feature maps of a step for which a GPU waits for kernel launches."""
 STEPS_TO_COMPILE = {"cpu": 4_000, "cuda": 20_000}
-"""Steps from which torch.compile saves more time than it takes: on a CPU 6 s, or 3 s from its cache; on a GPU 10 to
-40 s."""
+"""Number of steps from which torch.compile saves more time than it takes: 6 s on a CPU, or 3 s with its cache; 10 to
+40 s on a GPU."""
 LARGE_STEPS_TO_COMPILE = 3_000
-"""The same on a GPU that need not wait for the CPU: an f8 step at 256x256 takes 22 ms less of 138."""
+"""The same for large steps on a GPU: a compiled f8 step at 256x256 takes 116 ms instead of 138."""
 
 
 def obstacle_to_graph(run: RunConfig, program: Program, accelerator: Accelerator) -> str:
-    """Return why steps cannot be captured as a CUDA graph, in words that follow "needs"; nothing if they can."""
+    """Return why steps cannot be captured as a CUDA graph, phrased to follow "needs"; an empty string if they can."""
     if accelerator.device.type != "cuda":
         return f"a CUDA GPU, got {accelerator.device.type}"
     return _obstacle_to_one_program(run, program, accelerator)
 
 
 def _obstacle_to_one_program(run: RunConfig, program: Program, accelerator: Accelerator) -> str:
-    """Return likewise why losses, gradients and updates cannot be one program."""
+    """Return why losses, gradients and updates cannot be one program, phrased to follow "needs"."""
     if program.changes:
         return f"steps that are all the same program, got {program.changes}"
     if accelerator.num_processes > 1:
@@ -49,11 +49,11 @@ def _obstacle_to_one_program(run: RunConfig, program: Program, accelerator: Acce
 
 
 def settled(run: RunConfig, program: Program, images: int, accelerator: Accelerator) -> RunConfig:
-    """The settings with `run.step` as it is on this machine: what they say, what the run was begun with, or by rule for
-    a run on `images` images.
+    """Return the settings with a definite `run.step`: the one that is set, else the one that the run was begun with,
+    else the one by rule for a training set of `images` images.
 
     Raises:
-        ValueError: when `run.step` asks for what cannot be.
+        ValueError: if the requested `run.step` is not possible.
     """
     obstacle = obstacle_to_graph(run, program, accelerator)
     if run.step == "graph" and obstacle:
@@ -85,7 +85,7 @@ def _compiling_pays(run: RunConfig, program: Program, images: int, device: torch
 
 
 def described(run: RunConfig, program: Program, accelerator: Accelerator) -> str:
-    """Say in a few words how steps run."""
+    """Describe in a few words how steps run."""
     if compiles_whole_steps(run, program, accelerator):
         return "each step one compiled program"
     compiled = ["compiled"] * (run.step == "compiled")
@@ -106,12 +106,12 @@ def compiles_whole_steps(run: RunConfig, program: Program, accelerator: Accelera
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled for each size of batch; where that fails, a warning, and `function` itself.
+    """Return `function` compiled for each batch size. If compilation fails, log a warning and call `function` itself.
 
-    One program for all sizes would take over as soon as it is there, and round otherwise, so that a run would depend on
-    where it was interrupted.
+    A program with a dynamic batch size would replace the first one during the run and round differently, so that the
+    result would depend on where a run was interrupted.
     """
-    from torch._dynamo import config, exc  # which takes a second to import
+    from torch._dynamo import config, exc  # takes a second to import
 
     config.recompile_limit = 64
     program = torch.compile(function, dynamic=False)
@@ -123,7 +123,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         except (exc.TorchDynamoException, RuntimeError) as error:
             if program is function:
                 raise
-            logger.warning("torch.compile failed, so the run goes on without: %s", first_line(error))
+            logger.warning("torch.compile failed, so the run continues with eager steps: %s", first_line(error))
             program = function
             return function(*args, **kwargs)
 
@@ -131,7 +131,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of the error that came first: when a capture fails, its end raises another one."""
+    """Return the first line of the original error: a failed capture raises a second one at its end."""
     while error.__context__ is not None:
         error = error.__context__
     return str(error).strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""The micro-batches of each step, read ahead by workers."""
+"""Micro-batches of each step, read ahead by workers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def steps_from(
 def reader(
     train_set: TrainingSet, steps: Steps, workers: int, seed: int, device: torch.device, patience: Patience
 ) -> Generator[tuple[Steps, Callable[[MicroBatch], Read]]]:
-    """Give the steps and a function that reads their micro-batches in turn; workers read ahead of its calls."""
+    """Yield the steps and a function that reads their micro-batches in turn, while workers read ahead."""
     if not workers:
         yield steps, train_set.read_batch
         return
@@ -67,7 +67,7 @@ def reader(
 
 
 def _processes(reads: Any) -> list[BaseProcess]:
-    """The workers of a `DataLoader`'s iterator, as torch 2.7 to 2.14 name them."""
+    """Return the worker processes of a `DataLoader`'s iterator, by the name that torch 2.7 to 2.15 gives them."""
     return reads._workers
 
 
@@ -82,7 +82,7 @@ def _names(train_set: TrainingSet, micro_batch: MicroBatch) -> str:
 
 @dataclass(frozen=True)
 class _ByMicroBatch(Dataset[Read]):
-    """A training set as torch's `DataLoader` reads one, which hands on what the sampler gives."""
+    """A training set for torch's `DataLoader` whose sampler yields micro-batches."""
 
     train_set: TrainingSet
 
@@ -94,7 +94,7 @@ class _ByMicroBatch(Dataset[Read]):
 
 
 def rows_of(micro_batch: MicroBatch, read: Read) -> slice | list[int]:
-    """Where in the step's batch the images lie that could be read."""
+    """Return the rows of the step's batch whose images could be read."""
     if len(read.kept) == len(micro_batch.indices):
         return slice(micro_batch.first, micro_batch.first + len(read.kept))
     return [micro_batch.first + place for place in read.kept]

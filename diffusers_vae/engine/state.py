@@ -1,4 +1,4 @@
-"""The state of a run between two steps: all that a checkpoint holds."""
+"""The state of a run between two steps, which is what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class TrainState:
     """Model, optimizer, moving average, discriminator, gradient scaler, random states and progress of a run.
 
     Args:
-        accelerator: of the launch.
-        build: returns a new model; called once with a seed, and on the meta device for copies.
+        accelerator: accelerator of the launch.
+        build: returns a new model; called once after seeding, and on the meta device for copies.
         config: settings with the sections `run` and `optimizer`.
         terms: names of the logged terms, `Step.terms`.
         blank: returns a scalar that depends on every parameter by one call of the model's `forward`.
-        discriminator: a second module that is trained with it.
+        discriminator: second module that is trained with the model.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class TrainState:
         self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self.ema: EMAModel | None = None
         self.ema_share = torch.zeros((), device=accelerator.device)
-        """1 - decay of the next step."""
+        """1 - decay of the moving average in the next step."""
         if run.ema_decay:
             # The decay rises as step / (step + 20): the average reaches back over a twentieth of the steps so far, as
             # with the power functions of Karras et al. 2024. A longer one holds weights from a phase of higher
@@ -98,16 +98,16 @@ class TrainState:
         set_seed(run.seed, device_specific=True)  # for whatever samples without a generator of its own
         self.epoch = self.step = self.images_seen = self.skipped = self.skipped_in_a_row = 0
         self.changes: list[str] = []
-        """Surroundings that changed between interruptions, in words."""
+        """Descriptions of changed surroundings, such as the number of threads."""
         self.interval, self.epoch_terms = (RunningTerms(accelerator, terms) for _ in range(2))
 
     def progress(self) -> dict[str, int]:
-        """Epochs begun, steps taken and images seen."""
+        """Return the numbers of epochs begun, steps taken and images seen."""
         return {"epoch": self.epoch, "step": self.step, "images_seen": self.images_seen}
 
     def begin_step(self, learning_rate: float) -> None:
-        """Set the learning rate of the model, and the decay of the moving average; the learning rate of the
-        discriminator is its step's.
+        """Set the learning rate of the model and the decay of the moving average. `Step.begin` sets the learning rate
+        of the discriminator.
         """
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
@@ -118,7 +118,7 @@ class TrainState:
             self.ema_share.fill_(1 - self.ema.get_decay(self.ema.optimization_step + 1))
 
     def synchronised(self, last: bool) -> AbstractContextManager[None]:
-        """Average gradients over processes within only if this is the `last` micro-batch of the step."""
+        """Return a context in which gradients are averaged over processes only for the `last` micro-batch of a step."""
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def backward(self, terms: StepTerms, share: float) -> StepTerms:
@@ -133,8 +133,8 @@ class TrainState:
         return terms
 
     def clip(self, max_norm: float | None, judged: bool) -> dict[str, torch.Tensor]:
-        """Scale gradients down to `max_norm`, that of the discriminator too if the step `judged`; return the norms
-        before.
+        """Clip the norm of the gradients to `max_norm`, also that of the discriminator if it was trained (`judged`).
+        Return the norms before clipping.
         """
         accelerator, limit = self.accelerator, max_norm or float("inf")
         if accelerator.is_fsdp2:
@@ -152,12 +152,12 @@ class TrainState:
         return norms
 
     def is_float16_overflow(self, bad: list[str]) -> bool:
-        """Return whether only the gradient is not finite and the scaler of float16 can still lower its scale."""
+        """Return whether only the gradient is not finite and the float16 scaler can still lower its scale."""
         scaler = self.accelerator.scaler
         return bad == ["gradient"] and scaler is not None and scaler.get_scale() >= 1
 
     def take_step(self, judged: bool) -> bool:
-        """Update weights and moving average; return False if the scaler of float16 skipped the step."""
+        """Update weights and moving average; return False if the float16 scaler skipped the step."""
         if self.accelerator.scaler:
             self.optimizer.step()
             if self.optimizer.step_was_skipped:
@@ -171,7 +171,7 @@ class TrainState:
         return True
 
     def update(self) -> None:
-        """Update weights and moving average on the device, and nothing that the CPU counts."""
+        """Update weights and moving average on the device, without the counters on the CPU."""
         self.optimizer.optimizer.step()  # Accelerate's own looks for installed packages at every step
         self._average()
 
@@ -196,13 +196,13 @@ class TrainState:
             self.ema.optimization_step += 1
 
     def skip_step(self) -> None:
-        """Count a step that is not finite and was dropped."""
+        """Count a non-finite step that was dropped."""
         if self.accelerator.scaler:
             self.accelerator.scaler.update()
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Discard the gradients."""
         for parameter in self.trained:
             parameter.grad = None
         if self.discriminator:
@@ -210,7 +210,9 @@ class TrainState:
 
     @torch.no_grad()
     def averaged(self) -> nn.Module:
-        """Return a whole copy of the model on every process, in eval mode and with the averaged weights, if any."""
+        """Return a complete copy of the model on every process, in eval mode, with the averaged weights if there are
+        any.
+        """
         with torch.device("meta"):
             kept = self.build()
         state = self.plain_model.state_dict()
@@ -225,7 +227,7 @@ class TrainState:
 
     def save(self, folder: Path, step_state: dict[str, Any], copies: list[Path], keep: int) -> Path:
         """Write the checkpoint `folder/images-NNN` with the state of the `Step` and `copies` of files, delete all but
-        the newest `keep`, and return its path. All processes call it. Errors are those of `write_checkpoint`.
+        the newest `keep`, and return its path. All processes call it. Raises the errors of `write_checkpoint`.
         """
         accelerator = self.accelerator
         progress = self.progress() | {
@@ -242,11 +244,11 @@ class TrainState:
 
     @torch.no_grad()
     def load(self, path: Path) -> dict[str, Any]:
-        """Restore all that the checkpoint at `path` holds, and return the state of the `Step`. A discriminator that it
-        does not hold stays as it is.
+        """Restore the checkpoint at `path`, and return the state of the `Step`. A discriminator that the checkpoint
+        does not hold keeps its weights.
 
         Raises:
-            ValueError: when it is of another model or discriminator.
+            ValueError: if it holds another model or discriminator.
         """
         accelerator, model = self.accelerator, self.plain_model
         check_fits(path, model)
@@ -287,7 +289,7 @@ class TrainState:
             )
 
     def _restore_sums(self, path: Path, own: dict[str, Any], processes: int) -> None:
-        """Restore this process's sums of terms; the main process adds those of processes that are gone."""
+        """Restore this process's sums of terms; the main process adds those of processes that no longer exist."""
         parts = [own]
         if self.accelerator.is_main_process:
             gone = range(self.accelerator.num_processes, processes)
@@ -299,7 +301,7 @@ class TrainState:
                 running.put(np.sum(kept, axis=0).tolist())
 
     def _tensors(self) -> dict[str, list[tuple[str, torch.Tensor]]]:
-        """The tensors of each file by name."""
+        """Return the tensors of each file by name."""
         files = {
             "model.safetensors": list(self.plain_model.state_dict().items()),
             "optimizer.safetensors": optimizer_tensors(self.optimizer.optimizer, self.plain_model),

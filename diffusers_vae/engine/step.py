@@ -1,4 +1,4 @@
-"""What the loop asks of a task, and what a step of it gives."""
+"""The interface between the training loop and a task."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run leaves behind."""
+    """Result of a finished run."""
 
     output_dir: Path
-    """With config.yaml, metrics.jsonl, checkpoints/, pictures/, evaluation.json and what was trained."""
+    """Folder with config.yaml, metrics.jsonl, checkpoints/, pictures/, evaluation.json and the trained model."""
     parameters: int
     """Number of trained values."""
     latent_shape: tuple[int, ...]
     """Channels, height and width of the latents of one image."""
     saved: str
-    """Folder below output_dir with what was trained: model or pipeline."""
+    """Subfolder of output_dir with the trained model or pipeline."""
     load_line: str
-    """Python that loads it."""
+    """Python code that loads the trained model."""
     memory: int | None = None
     """Peak memory of the GPU or the process in bytes; None if the run was already finished."""
     train_images: int | None = None
@@ -34,7 +34,7 @@ class RunResult:
 
 
 class Discriminator(NamedTuple):
-    """A second module, which learns to tell images from reconstructions: small, and whole on every process."""
+    """Discriminator and its optimizer. It is small, and complete on every process."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -45,52 +45,52 @@ class StepTerms:
     """The losses of a micro-batch."""
 
     loss: torch.Tensor
-    """Scalar, the mean over the images: the objective, as it is logged."""
+    """Objective, a scalar: the mean over the images, as it is logged."""
     per_image: dict[str, torch.Tensor]
-    """Logged terms, each (B,); they lead to the image when the loss is not finite."""
+    """Logged terms, each (B,). They identify the image if the loss is not finite."""
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Means over the images, of any shape, that `Step.end` gets as means over the whole step."""
+    """Means over the images, of any shape. `Step.end` receives their means over the whole step."""
     readings: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Scalars logged beside those of `Step.begin`, the same in all micro-batches of a step."""
+    """Scalars logged beside those of `Step.begin`; equal in all micro-batches of a step."""
     network_loss: torch.Tensor | None = None
-    """Scalar: the weighted perceptual and adversarial terms, which are differentiated with `loss`; without their
-    weights, they are logged in `per_image`."""
+    """Weighted perceptual and adversarial terms, a scalar that is differentiated with `loss`. `per_image` logs them
+    without their weights."""
     judge: Callable[[], StepTerms] | None = None
-    """Returns these terms with `discriminator_loss`; called after the backward of `total_loss`, whose graph it then
-    need not keep in memory."""
+    """Returns these terms with `discriminator_loss`. It is called after the backward pass of `total_loss`, so that
+    memory holds one graph at a time."""
     discriminator_loss: torch.Tensor | None = None
-    """Scalar, the mean over the images, with gradients of the discriminator alone."""
+    """Loss of the discriminator, a scalar: the mean over the images."""
 
     @property
     def total_loss(self) -> torch.Tensor:
-        """Scalar: what is differentiated."""
+        """Sum of the terms that are differentiated, a scalar."""
         return self.loss if self.network_loss is None else self.loss + self.network_loss
 
 
 @dataclass(frozen=True)
 class Program:
-    """The properties of a task that decide how its steps can run."""
+    """Properties of a task that decide how its steps can run."""
 
     values: int
-    """Values of the widest feature map of a step: images times height times width times channels."""
+    """Number of values in the widest feature map of a step: images x height x width x channels."""
     changes: str = ""
     """Settings that make one step a different program than the step before; empty if there are none."""
     compiles: tuple[str, ...] = ()
-    """Types of devices on which compiling makes its steps faster."""
+    """Device types on which compiled steps are faster."""
 
 
 class Step(Protocol):
-    """What the loop asks of a task."""
+    """Interface of a task to the training loop."""
 
     terms: tuple[str, ...]
     """Names of `StepTerms.per_image`."""
     advice: str
     """How to make training more stable."""
     program: Program
-    """What decides how the step can run."""
+    """Properties that decide how the step can run."""
 
     def begin(self, images_seen: int, total_images: int, learning_rate: float) -> dict[str, float]:
-        """Set schedules for the step that begins after `images_seen` images; return what is logged of them."""
+        """Set schedules for the step that begins after `images_seen` images; return the values to log."""
         ...
 
     def random_inputs(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -98,27 +98,27 @@ class Step(Protocol):
         ...
 
     def batch(self, read: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return all tensors that the losses of a micro-batch are computed from, on the device. `read` is what the
-        training set gave, `inputs` are its rows of `random_inputs`.
+        """Return all inputs of the losses of a micro-batch, on the device. `read` comes from the training set; `inputs`
+        are the rows of `random_inputs` for its images.
         """
         ...
 
     def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> StepTerms:
-        """Compute the losses of a micro-batch by one call of the model's `forward`. Where steps are captured as a CUDA
-        graph, this is called for the capture alone.
+        """Compute the losses of a micro-batch by one call of the model's `forward`. If a step is one program, this is
+        called only while the program is made.
         """
         ...
 
     def end(self, statistics: dict[str, torch.Tensor], images: int) -> None:
-        """Update what depends on earlier steps from the means of `StepTerms.statistics` over the step's `images`, the
-        same on all processes. Skipped steps are left out.
+        """Update what later steps depend on from the means of `StepTerms.statistics` over the step's `images`, which
+        are equal on all processes. It is not called for skipped steps.
         """
         ...
 
     def state(self) -> dict[str, Any]:
-        """Return as JSON what was learned from steps, besides weights."""
+        """Return, as JSON, what later steps depend on besides the weights."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore `state` from a checkpoint."""
+        """Restore the result of `state` from a checkpoint."""
         ...

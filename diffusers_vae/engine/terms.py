@@ -1,4 +1,4 @@
-"""Terms of steps: summed over micro-batches and processes, checked for what is not finite."""
+"""Terms of steps: summed over micro-batches and processes, and checked for non-finite values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SeenBatch:
 
 
 def sums_of(terms: StepTerms, count: int) -> torch.Tensor:
-    """Loss and other terms, each summed over the images, and their number."""
+    """Return the loss and the other terms, each summed over the images, and the number of images."""
     loss = terms.loss.detach() * count
     per_image = [values.detach().sum() for values in terms.per_image.values()]
     return torch.stack([loss, *per_image, torch.full_like(loss, count)])
@@ -49,7 +49,7 @@ def summed(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
 
 
 class RunningTerms:
-    """`sums_of` of this process since the last `take`."""
+    """Accumulated `sums_of` of this process since the last `take`."""
 
     def __init__(self, accelerator: Accelerator, terms: tuple[str, ...]):
         self.accelerator, self.names = accelerator, ("loss", *terms)
@@ -64,19 +64,21 @@ class RunningTerms:
         self.sums.copy_(torch.tensor(sums, dtype=torch.float64))
 
     def take(self) -> dict[str, float | None]:
-        """The means over all processes."""
+        """Return the means over all processes, and reset the sums."""
         sums = summed(self.accelerator, self.sums).cpu().double().numpy()
         self.sums.zero_()
         return self._means(sums)
 
     def show(self, bar: tqdm[Any]) -> None:
-        """Put this process's means beside the progress bar, once a second: reading them waits for the device."""
+        """Show this process's means beside the progress bar, at most once a second, because reading them waits for the
+        device.
+        """
         if not bar.disable and time.monotonic() - self.shown > 1 and self.sums[-1] > 0:
             self.shown = time.monotonic()
             bar.set_postfix({name: f"{value:.4g}" for name, value in self._means(self.sums.tolist()).items()})
 
     def _means(self, sums: Sequence[float] | np.ndarray) -> dict[str, float | None]:
-        """None when every step was skipped."""
+        """Return the means by name; None if every step was skipped."""
         return {
             name: float(total / sums[-1]) if sums[-1] else None
             for name, total in zip(self.names, sums[:-1], strict=True)
@@ -84,7 +86,7 @@ class RunningTerms:
 
 
 class StepStatistics:
-    """Sums of the statistics of a step's micro-batches, weighted by their share of it."""
+    """Sums of the statistics of a step's micro-batches, weighted by their shares."""
 
     def __init__(self):
         self.sums: dict[str, torch.Tensor] = {}
@@ -97,7 +99,7 @@ class StepStatistics:
         self.share += share
 
     def means(self, accelerator: Accelerator) -> dict[str, torch.Tensor]:
-        """Over the images of the step, on all processes."""
+        """Return the means over the images of the step, on all processes."""
         if not self.sums:
             return {}
         first = next(iter(self.sums.values()))
@@ -109,7 +111,7 @@ class StepStatistics:
 
 
 def sum_gradients(accelerator: Accelerator, module: nn.Module) -> None:
-    """Each process has the gradient of its images' share of the loss: their sum takes its place."""
+    """Replace the gradients of each process, which are of its share of the loss, by their sum over processes."""
     if accelerator.num_processes > 1:
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         flat = summed(accelerator, torch.cat([gradient.flatten() for gradient in gradients]))
@@ -118,8 +120,8 @@ def sum_gradients(accelerator: Accelerator, module: nn.Module) -> None:
 
 
 class StepFlags:
-    """Which terms of a step are not finite on any process, whether none has an image, and whether any was asked to
-    stop; on its way from the device, which goes on meanwhile.
+    """Flags of a step: which terms are not finite on any process, whether no process has an image, and whether any was
+    asked to stop. They are copied from the device without waiting for it.
     """
 
     def __init__(
@@ -145,8 +147,8 @@ class StepFlags:
         self.flags = flags
 
     def read(self) -> tuple[list[str], bool, bool]:
-        """The names of the terms, whether there is no image, and whether to stop; waits until the device has come so
-        far.
+        """Wait for the flags. Return the names of the terms that are not finite, whether there is no image, and whether
+        to stop.
         """
         if self.done:
             self.done.synchronize()
@@ -158,13 +160,13 @@ class StepFlags:
 
 @dataclass
 class PendingSteps:
-    """Steps whose flags are on their way from the device."""
+    """Steps whose flags have not been read yet."""
 
     flags: list[StepFlags] = field(default_factory=list)
 
     def check(self, newest: StepFlags, at_once: bool) -> tuple[StepFlags, list[str], bool, bool]:
-        """Add the newest step. Return the last one that was checked and its `StepFlags.read`: the first that is not
-        finite or has no image, else the newest or, unless `at_once`, the one before.
+        """Add the newest step. Return a step and its `StepFlags.read`: the first step that is not finite or has no
+        image, otherwise the newest one, or the one before unless `at_once`.
         """
         self.flags.append(newest)
         checked, bad, empty, stop = newest, [], False, False
@@ -179,14 +181,14 @@ MAX_DUMPS = 10
 
 
 def finite(value: torch.Tensor) -> float | None:
-    """Return the scalar as a number; None if it is not finite, as in a skipped step."""
+    """Return the scalar as a number; None if it is not finite."""
     return value.item() if value.isfinite() else None
 
 
 def report_not_finite(
     train_set: TrainingSet, output_dir: Path, checked: StepFlags, skipped: int, bad: list[str]
 ) -> str:
-    """Write the batch of the step to output_dir, by all processes, and return in words what is wrong with it."""
+    """Write the batch of the step to output_dir, on all processes, and return a description of the fault."""
     step, seen = checked.step, checked.seen
     rank, _ = process_share()
     culprits = [

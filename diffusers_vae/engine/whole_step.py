@@ -1,4 +1,4 @@
-"""A whole training step as one program: a CUDA graph on a GPU, a compiled function on a CPU."""
+"""Whole training steps as one program: a CUDA graph on a GPU, a compiled function on a CPU."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ logger = logging.getLogger(__name__)
 
 
 class WholeStep(Protocol):
-    """A whole training step of a full batch as one program, which it becomes at the first call: losses, gradients,
-    clipping, optimizer and moving average.
+    """A training step of a full batch as one program: losses, gradients, clipping, optimizer and moving average. The
+    program is made at the first call.
     """
 
     def takes(self, count: int) -> bool:
-        """Whether a step on `count` images is this program."""
+        """Return whether a step on `count` images can be this program."""
         ...
 
     def __call__(self, tensors: dict[str, torch.Tensor]) -> tuple[StepTerms, dict[str, torch.Tensor]] | None:
-        """Take the step on what `Step.batch` gave. Return its terms and the norms of its gradients, or None if nothing
-        was done, because it cannot be made one program.
+        """Take the step on the result of `Step.batch`. Return its terms and the norms of its gradients, or None if the
+        program could not be made; nothing has changed in that case.
         """
         ...
 
 
 def whole_step(run: RunConfig, state: TrainState, step: Step, max_norm: float | None) -> WholeStep | None:
-    """Return the full batches of a run as one program each, or None where they are not; `run.step` is settled."""
+    """Return the program of full batches, or None if their steps run part by part. `run.step` must be settled."""
     if captures(run, step.program, state.accelerator):
         return CapturedStep(state, step, max_norm, run.batch_size)
     if compiles_whole_steps(run, step.program, state.accelerator):
@@ -45,17 +45,17 @@ def whole_step(run: RunConfig, state: TrainState, step: Step, max_norm: float | 
 
 
 class CapturedStep:
-    """A `WholeStep` as one CUDA graph, which the CPU starts by one call.
+    """A `WholeStep` as one CUDA graph, which the CPU launches by one call.
 
     Args:
-        state: of the run.
+        state: state of the run.
         step: computes the losses.
-        max_norm: norm to which larger gradients are clipped; None: none.
-        count: images of a full batch.
+        max_norm: norm to which gradients are clipped; None: no clipping.
+        count: number of images of a full batch.
     """
 
     WARM_UP = 3
-    """Steps before the capture, in which libraries choose algorithms and take memory."""
+    """Number of steps before the capture, in which libraries choose algorithms and allocate memory."""
 
     def __init__(self, state: TrainState, step: Step, max_norm: float | None, count: int):
         self.state, self.step, self.max_norm, self.count = state, step, max_norm, count
@@ -73,7 +73,7 @@ class CapturedStep:
             self.inputs[name].copy_(value, non_blocking=True)
         cast(torch.cuda.CUDAGraph, self.graph).replay()
         self.state.count_average()
-        # the next step takes the place of these before they are read
+        # the next step overwrites these before they are read
         per_image = {name: value.clone() for name, value in self.terms.per_image.items()}
         return replace(self.terms, per_image=per_image), {name: norm.clone() for name, norm in self.norms.items()}
 
@@ -114,7 +114,7 @@ class CapturedStep:
         return replace(terms, network_loss=None), norms
 
     def _changed(self) -> list[torch.Tensor]:
-        """All that a step changes, the optimizer's state last."""
+        """Return all tensors that a step changes, those of the optimizer last."""
         state = self.state
         average = state.ema.shadow_params if state.ema else []
         own = [*state.trained, *average, *state.plain_model.buffers()]
@@ -123,7 +123,7 @@ class CapturedStep:
 
     @torch.no_grad()
     def _restore(self, before: list[torch.Tensor], slots: set[Any]) -> None:
-        """Undo the steps of the warm-up; the optimizer's state is 0 where there was none before."""
+        """Undo the warm-up steps. State that the optimizer did not have before them becomes 0."""
         optimizer = self.state.optimizer.optimizer
         if not slots:
             for kept in optimizer.state.values():
@@ -134,13 +134,13 @@ class CapturedStep:
 
 
 class CompiledStep:
-    """A `WholeStep` as one function of `torch.compile` on a CPU, where it makes a perceptron's step 1.4 times as fast.
+    """A `WholeStep` as one function of `torch.compile` on a CPU, which makes the step of an MLP 1.5 times as fast.
 
     Args:
-        state: of the run.
+        state: state of the run.
         step: computes the losses.
-        max_norm: norm to which larger gradients are clipped; None: none.
-        count: images of a full batch.
+        max_norm: norm to which gradients are clipped; None: no clipping.
+        count: number of images of a full batch.
     """
 
     def __init__(self, state: TrainState, step: Step, max_norm: float | None, count: int):
@@ -172,13 +172,13 @@ class CompiledStep:
                 terms, norm = self.program(tensors, *slots)
         except Exception as error:  # no compiler, no headers: each has an error of its own
             self.works = False
-            logger.warning("torch.compile failed, so the run goes on without: %s", first_line(error))
+            logger.warning("torch.compile failed, so the run continues with eager steps: %s", first_line(error))
             return None
         state.count_average()
         return StepTerms(**terms), {"gradient": norm}
 
     def _kept(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        """What AdamW keeps of the parameter's gradients: their count, mean and mean square; all 0 before a step."""
+        """Return AdamW's state of the parameter: number of steps, mean and mean square of the gradient; 0 at first."""
         kept = self.state.optimizer.optimizer.state[parameter]
         if not kept:
             kept["step"] = torch.zeros(())
