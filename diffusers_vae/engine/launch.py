@@ -90,7 +90,7 @@ def _forget_other_precision(precision: str) -> None:
 
 
 def _precision(run: RunConfig, fast_in_bfloat16: Callable[[torch.device], bool]) -> str:
-    """Return the precision that the config or the launcher asks for, else that of the begun run, else bf16 if it is fast."""
+    """Return the precision of the config or the launcher, else that of the begun run, else bf16 where it is fast."""
     if run.mixed_precision:
         return run.mixed_precision
     if (asked := parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # the same as no request
@@ -164,7 +164,7 @@ class SharedCores:
         times = {}
         for file in self.tasks.glob("*/schedstat"):
             with suppress(OSError, ValueError):  # the thread has ended
-                run, waited, _ = map(int, file.read_text().split())
+                run, waited, _ = map(int, file.read_text(encoding="utf-8").split())
                 times[file.parent.name] = run, waited
         return times
 
