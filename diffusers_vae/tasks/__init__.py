@@ -1,1 +1,1 @@
-"""What a run trains."""
+"""Tasks: what a run trains."""

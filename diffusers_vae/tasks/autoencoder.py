@@ -50,15 +50,15 @@ logger = logging.getLogger(__name__)
 
 
 IMAGES_FOR_BFLOAT16 = 256
-"""Smallest number of images per forward for which autocast speeds up an MLP: 1.3 times on two cores; with 128, not."""
+"""Smallest number of images per forward for which autocast speeds up an MLP (1.3 times on two cores)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult(RunResult):
-    """What the run of an autoencoder leaves behind: model/, report.html and README.md (the card), too."""
+    """Result of the run of an autoencoder, whose folder also has model/, report.html and README.md (the card)."""
 
     report: EvaluationReport
-    """Of the model in model/, on the held-out images."""
+    """Evaluation of the model in model/ on the held-out images."""
 
 
 def train(
@@ -69,14 +69,14 @@ def train(
     patience: Patience = PATIENCE,
     planned: RunConfig | None = None,
 ) -> TrainResult | None:
-    """Train, evaluate and save as `config` says, on the processes that `accelerate launch` started; continue the run
-    that `run.output_dir` holds.
+    """Train, evaluate and save an autoencoder on all processes of the launch. A run that `run.output_dir` already holds
+    is continued.
 
     Args:
         config: settings of the run.
-        memory_limit: that of `load_data`.
+        memory_limit: see `load_data`.
         finish: whether to evaluate and save the model; otherwise the run ends with its last checkpoint.
-        patience: how long a process may be silent before all end with an error, as `silence.watched` says.
+        patience: time limits for silent processes, see `silence.watched`.
         planned: settings of the whole run, if this is a dry run of it.
 
     Returns:
@@ -84,11 +84,11 @@ def train(
 
     Raises:
         Interrupted: after SIGTERM, SIGINT, SIGUSR1 or SIGHUP.
-        FileExistsError: when `run.output_dir` holds a run with other settings.
-        FloatingPointError: when loss, gradient or result are not finite; before anything of such a step is written.
-        OSError: naming what cannot be read or written; TimeoutError, when processes have not started or a worker that
-            reads is silent.
-        ValueError: when settings and launcher do not fit each other, or images cannot be read.
+        FileExistsError: if `run.output_dir` holds a run with other settings.
+        FloatingPointError: if loss, gradient or result are not finite, before any result of that step is written.
+        OSError: naming what cannot be read or written; TimeoutError if processes have not started or a worker is
+            silent.
+        ValueError: if settings and launcher contradict each other, or images cannot be read.
     """
     with (
         launched(config.run, partial(fast_in_bfloat16, config), patience) as launch,
@@ -130,7 +130,7 @@ def dry_run(config: TrainConfig) -> tuple[RunResult, bool, float | None] | None:
 
 
 def few(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Return settings for two batches in `folder`, with as little as possible around them."""
+    """Return settings for two batches in `folder`, with a minimal evaluation."""
     evaluation = replace(config.evaluation, max_images=config.evaluation.batch_size, every=None)
     return replace(config, run=few_steps(config.run, folder), evaluation=evaluation)
 
@@ -196,10 +196,10 @@ def measure(
     progress: dict[str, int],
     change: Callable[[EvaluationReport], FineTuning] | None = None,
 ) -> tuple[EvaluationReport, dict[str, Image.Image]]:
-    """Measure the model on the held-out images on all processes, and picture it on the main process.
+    """Evaluate the model on the held-out images on all processes, and draw its pictures on the main process.
 
     Raises:
-        FloatingPointError: when a figure is not finite.
+        FloatingPointError: if a figure is not finite.
     """
     config, settings = data.config, data.config.evaluation
     name, bar = Path(config.run.output_dir).resolve().name, data.accelerator.is_main_process
@@ -225,8 +225,8 @@ def measure(
 def finish_run(
     model: nn.Module, step: AutoencoderStep, data: RunData, log: Log, progress: dict[str, int]
 ) -> TrainResult:
-    """Save the model before anything that could fail, then measure: latents, which go into its config unless the
-    encoder is a published one, and images. evaluation.json comes last: it says that the run is finished.
+    """Save the model before anything can fail. Then measure the latents, whose scaling goes into the model's config
+    unless the encoder is a published one, and evaluate. evaluation.json is written last and marks the run as finished.
     """
     config, output_dir = data.config, Path(data.config.run.output_dir)
     objective, change = step.measured(model), None
@@ -270,7 +270,7 @@ def finish_run(
 
 
 def _merged(model: VAE | MLPVAE) -> VAE | MLPVAE:
-    """What the run leaves behind: adapters are merged into the weights."""
+    """Return the model with adapters merged into its weights."""
     return without_adapters(model) if isinstance(model, VAE) else model
 
 
@@ -280,7 +280,7 @@ def _save_adapter(model: VAE | MLPVAE, output_dir: Path) -> None:
 
 
 def _measure_latents(model: VAE | MLPVAE, data: RunData) -> None:
-    """Measure the latents of the training images and write what describes them into the model's config."""
+    """Measure the latents of the training images, and write their scaling into the model's config."""
     settings = data.config.evaluation
     bar = data.accelerator.is_main_process
     assert isinstance(data.train_set, ImageSet), "cached latents need a frozen encoder"
@@ -294,10 +294,10 @@ def _measure_latents(model: VAE | MLPVAE, data: RunData) -> None:
 def _fine_tuning(
     config: TrainConfig, pretrained: Pretrained, before: EvaluationReport, report: EvaluationReport
 ) -> FineTuning:
-    """What the saved model has in common with the published one, and by what it is better.
+    """Return what the saved model has in common with the published one, and its gain over it.
 
     Raises:
-        ValueError: when the encoder, which was not trained, is not what it was.
+        ValueError: if the encoder has changed although it was not trained.
     """
     saved = load_autoencoder(str(Path(config.run.output_dir) / "model"))
     hashes = [weights_hash(model, LATENT_PARTS) for model in (pretrained.model, saved)]

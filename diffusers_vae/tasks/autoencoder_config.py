@@ -1,4 +1,4 @@
-"""Settings of the training of an autoencoder, and which of them fit each other."""
+"""Settings for training an autoencoder, and the checks between them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..models import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunSettings):
-    """All settings of a run. Data, model and objective have no default here, since filled-in settings of one set,
+    """All settings of a run. Data, model and objective have no default, because the settings of one data set,
     architecture or likelihood do not fit another.
     """
 
@@ -89,7 +89,7 @@ class TrainConfig(RunSettings):
             self._check_pretrained()
 
     def _check_pretrained(self) -> None:
-        """Refuse what does not fit the source, before a run begins."""
+        """Raise ValueError for settings that contradict the pretrained source, before a run begins."""
         if self.data.channels is None and self.model.image_channels != {1}:  # a grey model must not hide colours
             object.__setattr__(self, "data", replace(self.data, channels=max(self.model.image_channels)))
         if self.data.name == "digits" and self.data.channels not in self.model.image_channels:
@@ -111,7 +111,7 @@ class TrainConfig(RunSettings):
 
     @property
     def changes_by_step(self) -> str:
-        """The settings by which a step is another program than the one before, or nothing."""
+        """Settings that make a step another program than the step before; an empty string if there are none."""
         constant = {"kl_schedule": "constant", "target_rate": None, "free_bits": 0, "equivariance": 0}
         changing = [name for name, value in constant.items() if getattr(self.objective, name) != value]
         changing += ["scale"] * (self.objective.scale == "optimal")
@@ -129,7 +129,7 @@ class TrainConfig(RunSettings):
 
     @property
     def smallest_size(self) -> tuple[int, int]:
-        """Height and width of the smallest images that the losses see."""
+        """Height and width of the smallest images that the losses receive."""
         if not self.objective.equivariance:
             return self.data.size
         ratio = self.model.spatial_compression_ratio

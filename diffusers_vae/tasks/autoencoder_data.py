@@ -1,4 +1,4 @@
-"""What an autoencoder is trained on: images, a published autoencoder, and the settings that both decide."""
+"""Inputs of an autoencoder's run: images, a pretrained autoencoder, and the settings that follow from them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """The published autoencoder that is fine-tuned, as it was when the run was started."""
+    """Published autoencoder to fine-tune, as it was when the run was started."""
 
     source: str
-    """As `model.pretrained` names it."""
+    """Source as in `model.pretrained`."""
     model: VAE
     weights_hash: str
     repository: str | None
@@ -42,15 +42,15 @@ class Pretrained:
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """What an autoencoder is trained on and measured with."""
+    """Inputs of a run: training and held-out images, and the pretrained autoencoder."""
 
     config: TrainConfig
-    """Settings, with data.channels and run.step as the data and the machine determine them."""
+    """Settings, with definite values of data.channels and run.step."""
     accelerator: Accelerator
     train_set: ImageSet | ImagesWithLatents
     heldout: ImageSet
     workers: int
-    """Processes that read images."""
+    """Number of processes that read images."""
     pretrained: Pretrained | None = None
     verification: Verification | None = None
 
@@ -60,8 +60,8 @@ class RunData:
         return len(self.train_set)
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
-        """Return what identifies each input: `images`, `fingerprint`, and `contents` where they are known; `lanes` of a
-        stream.
+        """Return what identifies the inputs: `images`, `fingerprint`, `contents` if they are known, and the `lanes` of
+        a stream.
         """
         parts: dict[str, dict[str, Any]] = {
             name: {"images": len(part), "fingerprint": part.fingerprint()}
@@ -75,7 +75,7 @@ class RunData:
         return parts
 
     def image_errors(self) -> Iterator[str]:
-        """Yield why images were left out so far."""
+        """Yield the reason for each image that was left out so far."""
         yield from self.train_set.errors
         yield from self.heldout.errors
 
@@ -86,13 +86,13 @@ def load_run_data(
     memory_limit: int | None = None,
     checkpoint: Path | None = None,
 ) -> RunData:
-    """Load images and a pretrained autoencoder, on all processes together, and settle the settings that depend on them.
+    """Load images and a pretrained autoencoder on all processes, and settle the settings that depend on them.
 
     Args:
         config: settings of the run.
-        accelerator: of the launch.
-        memory_limit: that of `load_data`.
-        checkpoint: from which the run continues.
+        accelerator: accelerator of the launch.
+        memory_limit: see `load_data`.
+        checkpoint: checkpoint from which the run continues.
     """
     forwards = accelerator.num_processes * config.run.gradient_accumulation_steps
     if forwards % config.objective.transformations:
@@ -147,7 +147,7 @@ def program_of(config: TrainConfig) -> Program:
 
 
 def _lanes_of(checkpoint: Path | None) -> tuple[int, int] | None:
-    """The lanes of the stream that a checkpoint was trained on; earlier versions kept them in config.yaml."""
+    """Return the lanes of the stream that a checkpoint was trained on; earlier versions kept them in config.yaml."""
     if not checkpoint:
         return None
     lanes = read_json(checkpoint / "data.json")["training"].get("lanes")
@@ -156,7 +156,7 @@ def _lanes_of(checkpoint: Path | None) -> tuple[int, int] | None:
 
 
 def _warn_of_another_order(config: TrainConfig) -> None:
-    """Where `run.allow_config_change` lets a stream go on with settings that decide its order."""
+    """Warn if a stream continues, by `run.allow_config_change`, with other settings that decide its order."""
     run = config.run
     now = {"data.shuffle_buffer": config.data.shuffle_buffer, "run.batch_size": run.batch_size}
     for name, value in now.items():

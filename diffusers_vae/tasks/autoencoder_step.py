@@ -1,4 +1,4 @@
-"""A training step of an autoencoder: its losses, its random inputs, and what it remembers from step to step."""
+"""Training step of an autoencoder: losses, random inputs, and state between steps."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ STABLER = (
 
 
 class WithScale(nn.Module):
-    """An autoencoder and the learned scale of its likelihood as one module: gradients are synchronised by one call of
-    `forward`.
+    """An autoencoder and the learned scale of its likelihood as one module, so that one call of `forward` synchronises
+    all gradients.
     """
 
     FASTER = 10.0
-    """Adam moves every parameter by about the learning rate a step: by that, a scale would need 700 steps to halve."""
+    """Factor on the learning rate of the scale. Adam moves a parameter by about the learning rate per step, so that a
+    scale would need 700 steps to halve without it."""
 
     autoencoder: VAE | MLPVAE
     slow_log_scale: nn.Parameter
@@ -54,11 +55,11 @@ class WithScale(nn.Module):
 
     @property
     def log_scale(self) -> torch.Tensor:
-        """The natural logarithm of the scale, a scalar."""
+        """Natural logarithm of the scale, a scalar."""
         return self.FASTER * self.slow_log_scale[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """What the autoencoder gives, and log_scale."""
+        """Return the outputs of the autoencoder, and log_scale."""
         return (*self.autoencoder(*args, **kwargs), self.log_scale)
 
 
@@ -81,7 +82,7 @@ def build_model(config: TrainConfig, device: torch.device = CPU) -> nn.Module:
 
 
 def autoencoder_of(model: nn.Module) -> VAE | MLPVAE:
-    """Return the autoencoder of what `build_model` gave."""
+    """Return the autoencoder in a result of `build_model`."""
     model = model.autoencoder if isinstance(model, WithScale) else model
     assert isinstance(model, (VAE, MLPVAE))
     return model
@@ -99,15 +100,15 @@ class AutoencoderStep:
 
     Args:
         config: settings, with data.channels set.
-        accelerator: of the launch.
-        verification: of the latents that are trained on, if any.
+        accelerator: accelerator of the launch.
+        verification: check of the latents that are trained on, if any.
 
     Attributes:
-        discriminator: a new one, on the accelerator's device, if `adversarial.weight` asks for one.
+        discriminator: new discriminator on the accelerator's device; None if `adversarial.weight` is 0.
 
     Raises:
-        FileNotFoundError: when the weights of the perceptual loss are neither there nor can be downloaded.
-        ValueError: when settings and processes do not fit each other.
+        FileNotFoundError: if the weights of the perceptual loss are missing and cannot be downloaded.
+        ValueError: if settings and processes contradict each other.
     """
 
     advice = STABLER
@@ -188,7 +189,7 @@ class AutoencoderStep:
         if before:
             noise = noise[..., : before.size[0], : before.size[1]]
         keywords = {"moments": batch["moments"]} if "moments" in batch else {}
-        # a whole step that is compiled traces this call too
+        # a compiled whole step traces this call
         forward = self._forward if torch.compiler.is_compiling() else self._program
         images, reconstructions, terms, log_scale = forward(model, pixels, noise, before, after, **keywords)
         step = StepTerms(
@@ -212,7 +213,7 @@ class AutoencoderStep:
 
     @cached_property
     def _program(self) -> Callable[..., tuple[Any, ...]]:
-        """`_forward`, compiled if the run is."""
+        """`_forward`, compiled if `run.step` says so."""
         run = self.config.run
         whole = compiles_whole_steps(run, self.program, self.accelerator)
         return compiled(self._forward) if run.step == "compiled" and not whole else self._forward
@@ -226,7 +227,7 @@ class AutoencoderStep:
         after: equivariance.Transformation | None,
         **keywords: Any,
     ) -> tuple[Any, ...]:
-        """Images, reconstructions, terms of the objective and log_scale (None unless it is learned)."""
+        """Return images, reconstructions, the terms of the objective and log_scale (None unless it is learned)."""
         images = to_model_range(pixels)
         if before:
             images = before.images(images)
@@ -253,7 +254,7 @@ class AutoencoderStep:
         last_layer: torch.Tensor,
         size: float,
     ) -> StepTerms:
-        """Add the generator's loss and, once its gradient is taken, the discriminator's."""
+        """Return the terms with the generator's loss, and with the discriminator's loss as `judge`."""
         with self.accelerator.autocast():
             judgement = adversary.generator_loss(reconstructions)
         terms.per_image["generator"] = judgement
@@ -296,8 +297,8 @@ class AutoencoderStep:
             keys = kept.keys() - known.keys(), known.keys() - kept.keys()
             new, gone = (", ".join(sorted(names)) or "nothing" for names in keys)
             logger.warning(
-                "the checkpoint is of other settings of the objective: of what it remembers from step to step, %s "
-                "begins anew, and %s is forgotten",
+                "the checkpoint was saved with other settings of the objective: the state of %s starts over, and the "
+                "state of %s is dropped",
                 new,
                 gone,
             )
@@ -305,5 +306,5 @@ class AutoencoderStep:
             self.adversary.restore(state["adversary"])
 
     def measured(self, model: nn.Module) -> VAEObjective:
-        """Return the likelihood and kl_weight that training has come to, with which `model` is measured."""
+        """Return the objective for evaluating `model`, with the current likelihood scale and kl_weight."""
         return self.objective.measured(model.log_scale.item() if isinstance(model, WithScale) else None)

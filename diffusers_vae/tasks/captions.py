@@ -1,4 +1,4 @@
-"""What is said about images: their captions, or their labels in phrases."""
+"""Captions of images, or their labels in phrases."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Captions:
         self.firsts = self.counts.cumsum(0) - self.counts
 
     def to(self, device: torch.device) -> Captions:
-        """Return the same with tensors on `device`."""
+        """Return the captions with tensors on `device`."""
         moved = copy(self)
         for name in ("rows", "counts", "firsts"):
             setattr(moved, name, getattr(self, name).to(device))
         return moved
 
     def choose(self, indices: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-        """Return for each image of `indices` (B,) a row of `distinct` (B,), decided by a number (B,) in [0, 1)."""
+        """Return a row of `distinct` (B,) for each image of `indices` (B,), chosen by numbers (B,) in [0, 1)."""
         counts = self.counts[indices]
         chosen = (chance * counts).long().minimum(counts - 1)  # a float32 product may round up
         return self.rows[self.firsts[indices] + chosen]
@@ -50,11 +50,11 @@ def captions_of(
     digits: bool,
     part: str = "training",
 ) -> Sequence[Sequence[str]]:
-    """One or more captions an image: those that it has, or else its label in every phrase. `part` of the data set is
-    what the images are, for errors.
+    """Return one or more captions per image: its captions, or otherwise its label in every phrase. `part` names the
+    images in errors.
 
     Raises:
-        ValueError: when there are neither, or both phrases and captions.
+        ValueError: if there are neither captions nor labels, or both captions and phrases.
     """
     if captions is not None:
         if phrases is not None:

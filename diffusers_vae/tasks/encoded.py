@@ -1,4 +1,4 @@
-"""Training sets of latents that were encoded before: beside their images, or alone."""
+"""Training sets of precomputed latents, with or without their images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ReadEncoded(ReadImages):
     moments: torch.Tensor | None = None
 
     def blank(self) -> ReadEncoded:
-        """Return one image with moments of 0."""
+        """Return one blank image with moments of 0."""
         assert self.moments is not None
         return ReadEncoded(**vars(super().blank()), moments=self.moments.new_zeros(1, *self.moments.shape[1:]))
 
@@ -29,7 +29,7 @@ class ReadEncoded(ReadImages):
 
 
 class ImagesWithLatents(TrainingSet):
-    """Images with the moments of their posteriors: what a decoder alone is trained on."""
+    """Images with the moments of their posteriors, for training a decoder alone."""
 
     def __init__(self, images: ImageSet, latents: LatentDataset):
         self.images, self.latents = images, latents
@@ -61,7 +61,7 @@ class ImagesWithLatents(TrainingSet):
 
 @dataclass(frozen=True)
 class ReadLatents:
-    """Rows of a latent cache, read when it is known with which noise they are sampled."""
+    """Rows of a latent cache, which are read once their noise is known."""
 
     indices: Sequence[int]
     latents: LatentDataset
@@ -83,7 +83,7 @@ class ReadLatents:
 
 
 class LatentsAlone(TrainingSet):
-    """Latents of a set of images, without those that could not be read: what a diffusion model is trained on."""
+    """Latents of a set of images, without unreadable ones, for training a diffusion model."""
 
     def __init__(self, latents: LatentDataset, images: ImageSet):
         self.latents, self.images = latents, images

@@ -51,10 +51,10 @@ PANELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImageResult(RunResult):
-    """What the run of a text-to-image model leaves behind: pipeline/, too."""
+    """Result of the run of a text-to-image model, whose folder also has pipeline/."""
 
     heldout_error: float
-    """Squared error of the prediction on held-out images, mean over latent units and timesteps."""
+    """Squared error of the prediction on held-out images, the mean over latent units and timesteps."""
 
 
 def train(
@@ -65,7 +65,7 @@ def train(
     patience: Patience = PATIENCE,
     planned: RunConfig | None = None,
 ) -> TextToImageResult | None:
-    """Train, evaluate and save as `config` says, as `autoencoder.train` does, on at most `max_images`."""
+    """Train, evaluate and save a text-to-image model on at most `max_images` images. See `autoencoder.train`."""
     with (
         launched(config.run, lambda device: False, patience) as launch,
         opened(config, launch, finished) as run,
@@ -104,7 +104,7 @@ def dry_run(config: TextToImageConfig) -> tuple[RunResult, bool, float | None] |
 
 
 def few(config: TextToImageConfig, folder: Path) -> TextToImageConfig:
-    """Return settings for two batches in `folder`, with as little as possible around them."""
+    """Return settings for two batches in `folder`, with a minimal evaluation."""
     sampling = replace(config.sampling, steps=2, seeds=1, heldout_images=8, every=None)
     latents = replace(config.latents, folder=None)
     return replace(config, run=few_steps(config.run, folder), sampling=sampling, latents=latents)
@@ -135,13 +135,13 @@ def finished(config: TextToImageConfig) -> TextToImageResult:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """All files in a folder by their path in it."""
+    """Return all files in a folder by their relative path."""
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _check_pipeline(folder: Path, written: dict[str, str]) -> None:
-    """Raise ValueError naming a file of the pipeline in `folder` that is missing or damaged: weights by the SHA-256 of
-    all files as they were written, which a run of an older version does not know; settings may be others.
+    """Raise ValueError naming a file of the pipeline in `folder` that is missing, or whose weights have another SHA-256
+    than when they were written. Runs of older versions have no record of it; settings may differ.
     """
     check_whole(folder, written or ["model_index.json", *_files(folder)])
     for name in (name for name in written if name.endswith(".safetensors")):
@@ -155,7 +155,7 @@ EVALUATION = {
     "latent_shape": list[int],
     "autoencoder": {"weights_sha256": str},
 }
-"""What is read of evaluation.json."""
+"""Keys that are read from evaluation.json."""
 
 
 def summary(model: nn.Module, data: RunData) -> str:
@@ -173,10 +173,10 @@ def summary(model: nn.Module, data: RunData) -> str:
 
 @torch.no_grad()
 def measure(model: nn.Module, step: TextToImageStep, log: Log, progress: dict[str, int]) -> dict[str, float]:
-    """Measure the loss on held-out images and draw the grid of pictures, both on the main process.
+    """Measure the loss on held-out images and save the grid of pictures, both on the main process.
 
     Raises:
-        FloatingPointError: when a figure is not finite.
+        FloatingPointError: if a figure is not finite.
     """
 
     def work() -> dict[str, float]:
@@ -194,7 +194,9 @@ def measure(model: nn.Module, step: TextToImageStep, log: Log, progress: dict[st
 
 
 def _heldout(model: nn.Module, step: TextToImageStep) -> dict[str, float]:
-    """Loss and error of posterior means with the first caption, at evenly spaced timesteps, noise of seed 0."""
+    """Return loss and error of posterior means with the first caption, at evenly spaced timesteps, with noise of seed
+    0.
+    """
     data, device = step.data, next(model.parameters()).device
     count = len(data.heldout_latents)
     noise = torch.randn(data.heldout_latents.shape, generator=torch.Generator().manual_seed(0))
@@ -255,7 +257,7 @@ def stock_pipeline(model: nn.Module, data: RunData) -> StableDiffusionPipeline:
 
 
 def finish_run(model: nn.Module, step: TextToImageStep, log: Log, progress: dict[str, int]) -> TextToImageResult:
-    """Save the pipeline before anything that could fail, then measure; evaluation.json comes last."""
+    """Save the pipeline before anything can fail, then evaluate. evaluation.json is written last."""
     data = step.data
     output_dir = Path(data.config.run.output_dir)
     saved = output_dir / "pipeline"
@@ -297,9 +299,8 @@ def _result(output_dir: Path, evaluation: dict[str, Any]) -> TextToImageResult:
 
 
 def for_transformers_4(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """Make what transformers 5 saved readable for transformers 4, too: it takes the tokenizer's words from vocab.json
-    and merges.txt alone, and leaves weights random whose names lack `text_model.`, as they do since version 5. That
-    reads both.
+    """Make files that transformers 5 saved readable for transformers 4 as well, which reads the tokenizer only from
+    vocab.json and merges.txt, and leaves weights random whose names lack `text_model.`. Transformers 5 reads both.
     """
     if not (folder / "tokenizer" / "vocab.json").exists():
         pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))

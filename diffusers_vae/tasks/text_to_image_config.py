@@ -1,4 +1,4 @@
-"""Settings of the training of a text-to-image model."""
+"""Settings for training a text-to-image model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AutoencoderConfig:
 
     @property
     def location(self) -> Source:
-        """The three settings in one."""
+        """Source, subfolder and revision as one object."""
         return Source(self.source, self.subfolder, self.revision)
 
 
@@ -49,8 +49,8 @@ class LatentsConfig:
 class CaptionConfig:
     """Captions of the images.
 
-    Those beside the images of a folder, in metadata.jsonl or .txt files, are used unchanged; else labels are put into
-    phrases.
+    Captions beside the images of a folder, in metadata.jsonl or .txt files, are used unchanged. Otherwise, labels are
+    put into phrases.
     """
 
     phrases: tuple[str, ...] | None = None
@@ -107,7 +107,7 @@ class DenoiserConfig:
 
     @property
     def text_heads(self) -> int:
-        """Heads per attention of the text encoder."""
+        """Number of attention heads of the text encoder."""
         return min(4, self.text_width // 8)
 
 

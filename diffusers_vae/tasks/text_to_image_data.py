@@ -1,4 +1,4 @@
-"""What a text-to-image model is trained on: latents of images, their captions as tokens, and the autoencoder."""
+"""Inputs of a text-to-image run: latents of images, their captions as tokens, and the autoencoder."""
 
 from __future__ import annotations
 
@@ -36,36 +36,36 @@ from .tokenizer import caption_tokenizer
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 BATCH_SIZE = 64
-"""Images per forward outside of training."""
+"""Number of images per forward outside of training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """What a text-to-image model is trained on and measured with."""
+    """Inputs of a run: images, latents, captions as tokens, and the autoencoder."""
 
     config: TextToImageConfig
-    """With data.channels, which the autoencoder decides."""
+    """Settings, with the data.channels of the autoencoder."""
     accelerator: Accelerator
     vae: VAE
     scaling: LatentScaling
     images: ImageSet
-    """Whose latents are trained on."""
+    """Training images."""
     heldout: ImageSet
     train_set: LatentsAlone
     verification: Verification
     captions: Captions
-    """Of the training images."""
+    """Captions of the training images."""
     tokenizer: CLIPTokenizer
     tokens: torch.Tensor
-    """(number of distinct captions, captions.max_length) int64."""
+    """Tokens of the distinct captions, (captions, captions.max_length) int64."""
     no_prompt: torch.Tensor
-    """(1, captions.max_length) int64: tokens of the empty prompt."""
+    """Tokens of the empty prompt, (1, captions.max_length) int64."""
     prompts: list[str]
-    """Of the pictures."""
+    """Prompts of the pictures."""
     heldout_latents: torch.Tensor
-    """(N, C, h, w): scaled means of the held-out images."""
+    """Scaled posterior means of the held-out images, (N, C, h, w)."""
     heldout_tokens: torch.Tensor
-    """(N, captions.max_length) int64: their first captions."""
+    """Tokens of the first captions of the held-out images, (N, captions.max_length) int64."""
 
     @property
     def latents(self) -> LatentDataset:
@@ -73,7 +73,7 @@ class RunData:
         return self.train_set.latents
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
-        """Return what identifies each input: latents and captions, the autoencoder, the kind of latents."""
+        """Return what identifies the inputs: latents and captions, the autoencoder, the kind of latents."""
         latents, captions = self.latents, self.captions
         known = latents.cache["data"]
         images = {name: known[name] for name in ("fingerprint", "contents", "image_shape", "resize") if name in known}
@@ -87,18 +87,18 @@ class RunData:
         }
 
     def image_errors(self) -> Iterator[str]:
-        """Yield why images were left out so far."""
+        """Yield the reason for each image that was left out so far."""
         yield from self.images.errors
         yield from self.heldout.errors
 
 
 def load_run_data(config: TextToImageConfig, accelerator: Accelerator, max_images: int | None = None) -> RunData:
-    """Load images, captions and autoencoder, and encode the images unless they are, on all processes together.
+    """Load images, captions and autoencoder on all processes, and encode the images if there is no cache yet.
 
     Args:
         config: settings of the run.
-        accelerator: of the launch.
-        max_images: number of images to encode; None for all.
+        accelerator: accelerator of the launch.
+        max_images: number of images to encode; None: all.
     """
     first = accelerator.is_local_main_process
     with one_first(first, "reading the data set"):
@@ -166,7 +166,7 @@ def program_of(config: TextToImageConfig, train_set: LatentsAlone) -> Program:
 def _latents(
     settings: TextToImageConfig, vae: VAE, images: ImageSet, max_images: int | None, progress: bool
 ) -> LatentDataset:
-    """Those that were encoded before, or are now; of a dry run, a few."""
+    """Return the cached latents, or encode them; a dry run encodes a few."""
     config, data = settings.latents, f"training images of {settings.data.described}"
     if config.folder and (Path(config.folder) / INDEX).exists():
         return matching_latents(vae, images, config.folder, data)
@@ -197,13 +197,13 @@ def _check_lengths(
 
 
 def _tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """(len(texts), max_length), as a pipeline tokenises prompts."""
+    """Return tokens (len(texts), max_length), as a pipeline tokenises prompts."""
     tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     return tokens.input_ids
 
 
 def _warn_of_another_fit(config: TextToImageConfig) -> None:
-    """Say so when the run of the autoencoder brought images to their size in another way."""
+    """Warn if the run of the autoencoder resized images in another way."""
     file = config_of_run(config.vae.source)
     fit = read_settings(file).get("data", {}).get("fit", config.data.fit) if file else config.data.fit
     if fit != config.data.fit:
@@ -218,14 +218,14 @@ def _warn_of_another_fit(config: TextToImageConfig) -> None:
 def _prompts(
     training: Sequence[Sequence[str]], heldout: Sequence[Sequence[str]], labels: torch.Tensor | None
 ) -> list[str]:
-    """The first phrase of up to ten labels or, without, captions of the first held-out images."""
+    """Return up to ten labels in the first phrase or, without labels, captions of the first held-out images."""
     if labels is None:
         return list(dict.fromkeys(texts[0] for texts in heldout))[:8]
     return [training[labels.tolist().index(label)][0] for label in labels.unique().tolist()[:10]]
 
 
 def _read_vae(read: Callable[[], T]) -> T:
-    """What `read` finds in vae.source."""
+    """Return the result of `read` for vae.source."""
     try:
         return read()
     except FileNotFoundError as error:
@@ -235,7 +235,7 @@ def _read_vae(read: Callable[[], T]) -> T:
 
 
 def load_vae(config: TextToImageConfig) -> VAE:
-    """The autoencoder; ValueError when it is none that the pipeline takes, or takes other images."""
+    """Return the autoencoder; ValueError if the pipeline does not accept it, or if it takes other images."""
     source, vae = config.vae.source, _read_vae(config.vae.location.model)
     if not isinstance(vae, VAE):
         raise ValueError(f"StableDiffusionPipeline takes an AutoencoderKL, got {type(vae).__name__} in {source}")

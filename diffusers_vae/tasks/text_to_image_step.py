@@ -1,4 +1,4 @@
-"""A training step of a text-to-image model: denoiser and text encoder on latents of images."""
+"""Training step of a text-to-image model: denoiser and text encoder on latents of images."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ from .text_to_image_data import RunData, program_of
 
 
 class TextToImage(nn.Module):
-    """Text encoder and denoiser as one module: gradients are synchronised by one call of `forward`."""
+    """Text encoder and denoiser as one module, so that one call of `forward` synchronises all gradients."""
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
     def forward(self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The prediction (B, C, h, w) for noisy scaled latents at timesteps (B,) under prompts of tokens (B, L)."""
+        """Return the prediction (B, C, h, w) for noisy scaled latents at timesteps (B,), given tokens (B, L) of
+        prompts.
+        """
         return self.unet(noisy_latents, timesteps, self.text_encoder(tokens)[0]).sample
 
 
@@ -78,8 +80,8 @@ class TextToImageStep:
 
     Args:
         config: settings.
-        data: what is trained on.
-        accelerator: of the launch.
+        data: inputs of the run.
+        accelerator: accelerator of the launch.
     """
 
     terms: tuple[str, ...] = ("error",)
@@ -123,7 +125,7 @@ class TextToImageStep:
 
     @cached_property
     def _program(self) -> Callable[..., DiffusionTerms]:
-        """`compute`, compiled if the run is."""
+        """`compute`, compiled if `run.step` says so."""
         return compiled(self.compute) if self.config.run.step == "compiled" else self.compute
 
     def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> StepTerms:
@@ -138,8 +140,8 @@ class TextToImageStep:
         timesteps: torch.Tensor,
         tokens: torch.Tensor,
     ) -> DiffusionTerms:
-        """Return the objective of scaled latents (B, C, h, w) with noise of this shape at timesteps (B,), under prompts
-        of tokens (B, L).
+        """Return the objective of scaled latents (B, C, h, w) with noise of the same shape at timesteps (B,), given
+        tokens (B, L) of prompts.
         """
         noisy_latents = self.objective.noisy(scaled_latents, noise, timesteps)
         return self.objective(model(noisy_latents, timesteps, tokens), scaled_latents, noise, timesteps)

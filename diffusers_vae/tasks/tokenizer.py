@@ -18,9 +18,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def caption_tokenizer(captions: Iterable[str], max_length: int) -> CLIPTokenizer:
-    """A tokenizer of at most `max_length` tokens, start and end among them, whose byte pairs (Sennrich et al. 2016) are
-    learned from the captions, in CLIP's form: any text can be tokenised, that of the captions with few tokens. It knows
-    at most as many as CLIP's.
+    """Return a tokenizer in CLIP's format whose byte pairs (Sennrich et al. 2016) are learned from the captions. It
+    tokenises any text, at most `max_length` tokens with start and end, and its vocabulary is no larger than CLIP's.
     """
     texts = list(captions)
     with scratch_folder() as folder:
@@ -37,7 +36,7 @@ def caption_tokenizer(captions: Iterable[str], max_length: int) -> CLIPTokenizer
 
 
 def write_tokenizer(folder: Path, merges: Iterable[tuple[str, str]]) -> None:
-    """vocab.json and merges.txt: all bytes, all bytes at a word's end, what the merges make of them, start and end."""
+    """Write vocab.json and merges.txt: all bytes, all bytes at a word's end, the results of merges, start and end."""
     letters, pairs = sorted(ByteLevel.alphabet()), list(merges)
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, pairs), START, END]
     (folder / "vocab.json").write_text(
