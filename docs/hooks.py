@@ -22,7 +22,9 @@ from diffusers_vae.tasks.text_to_image_config import TextToImageConfig
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-LINK = re.compile(r"\[((?:!\[[^\]]*\]\([^)]*\)|[^\]\[])*)\]\((?!\w+:|#)([^)#\s]+)(#[^)]*)?\)")
+ORDER = "presets fine_tuning images text_to_image evaluation objective kl_weight latents runs scale sharing pipeline"
+"""Guides in the order of the navigation; others follow."""
+LINK = re.compile(r"(\[[^\]\[]*)?\]\((?!\w+:|#)([^)#\s]+)(#[^)]*)?\)")
 """A link or picture with a relative path: its text, the path and the anchor."""
 
 
@@ -46,10 +48,19 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     }
     for uri, content in generated.items():
         files.append(File.generated(config, uri, content=content))
+    for section in config.nav or ():
+        if "Guides" in section:
+            section["Guides"] = guides({uri for entry in config.nav for uri in entry.values() if isinstance(uri, str)})
     for notebook in sorted((ROOT / "examples").glob("*.ipynb")):
         if uri_of(notebook) not in files.src_uris:
             files.append(outside(notebook, config))
     return files
+
+
+def guides(named: set[str]) -> list[str]:
+    """Return the pages of docs/ that the navigation does not name."""
+    names, order = [page.stem for page in sorted(DOCS.glob("*.md")) if page.name not in named], ORDER.split()
+    return [f"{name}.md" for name in sorted(names, key=lambda name: order.index(name) if name in order else len(order))]
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -62,15 +73,22 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return markdown
 
     def in_site(link: re.Match[str]) -> str:
-        text, path, anchor = link.groups()
+        text, path, anchor = link.groups(default="")
         target = target_of(Path(source), path)
         if target.is_dir():
-            return text
-        if not target.exists():
+            return text.removeprefix("[")
+        if not target.exists():  # which mkdocs reports
             return link[0]
-        return f"[{text}]({os.path.relpath(uri_of(target), Path(page.file.src_uri).parent)}{anchor or ''})"
+        return f"{text}]({os.path.relpath(uri_of(target), Path(page.file.src_uri).parent)}{anchor})"
 
-    return LINK.sub(in_site, markdown)
+    markdown = LINK.sub(in_site, markdown)
+    return markdown + preset_files() if page.file.src_uri == "presets.md" else markdown
+
+
+def preset_files() -> str:
+    """Return the presets as they are written, for the end of their page."""
+    presets = sorted((ROOT / "training" / "configs").glob("*.yaml"))
+    return "\n\n## Files\n\n" + "\n".join(f"### {path.stem}\n\n{fenced(path)}" for path in presets)
 
 
 def links(page: Path) -> Iterator[tuple[str, Path]]:
@@ -78,7 +96,7 @@ def links(page: Path) -> Iterator[tuple[str, Path]]:
     for text, path, _ in LINK.findall(page.read_text(encoding="utf-8")):
         target = target_of(page, path)
         if target.is_file():
-            yield text, target
+            yield text.removeprefix("["), target
 
 
 def target_of(page: Path, path: str) -> Path:
@@ -191,7 +209,7 @@ schema, and `sha256`, the checksum of the rest. [Evaluation](evaluation.md) defi
 def entries_of(name: str, kind: type) -> Iterator[str]:
     """Yield the keys of an object in evaluation.json, then those of the objects in it."""
     kinds, texts, inner = get_type_hints(kind), help_of(kind), []
-    yield f"## {f'`{name}`' if name else 'Figures'}\n\n{parse_from_object(kind).description}"
+    yield f"## {f'`{name}`' if name else 'Top level'}\n\n{parse_from_object(kind).description}"
     for field in fields(kind):
         full = f"{name}.{field.name}".lstrip(".")
         parts = [own for own in (kinds[field.name], *get_args(kinds[field.name])) if is_dataclass(own)]
