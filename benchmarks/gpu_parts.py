@@ -148,7 +148,7 @@ def against_article(name: str, sizes: Sizes, root: str, folder: str) -> list[Row
 
 
 def mlps(sizes: Sizes, root: str, folder: str) -> list[Row]:
-    """The perceptrons against the articles' loops."""
+    """The MLPs against the articles' loops."""
     return [line for name in ("mlp-z2", "mlp-z20") for line in against_article(name, sizes, root, folder)]
 
 
