@@ -18,7 +18,7 @@ from ..untrusted import check_type, read_text
 from .float16 import PrecisionReport
 
 FORMAT = 2
-"""Version of evaluation.json, which docs/evaluation.md describes. In 1, figures had other meanings: CHANGELOG.md."""
+"""Version of evaluation.json, which docs/evaluation.md describes. In 1, some figures had other meanings."""
 
 
 @dataclass(frozen=True)
