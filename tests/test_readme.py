@@ -22,6 +22,8 @@ from diffusers_vae.losses.objective import ObjectiveConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PRESETS = (ROOT / "docs" / "presets.md").read_text()
+TEXT_TO_IMAGE = (ROOT / "docs" / "text_to_image.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -82,14 +84,34 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-def test_links_presets_and_files_exist():
-    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / path).exists(), path
-    for preset in (ROOT / "training" / "configs").glob("*.yaml"):
-        assert f"`{preset.name}`" in README
+def test_readme_fits_on_a_few_screens():
+    assert len(README.splitlines()) <= 200
+    start, *chapters = re.findall(r"^## (.*)$", README, re.M)
+    assert start == "Start" and README.index("![") < README.index("## Start")
+    assert chapters == [
+        "Use it in diffusers",
+        "What it does that others do not",
+        "Train on your images",
+        "Fine-tune",
+        "Measure",
+        "Text to image",
+        "Interrupted runs and several processes",
+        "Files",
+        "Licence",
+    ]
+
+
+def test_files_lists_each_chapter_once():
     tree = re.search(r"## Files\n\n```\n(.*?)```", README, re.S).group(1)
-    for module in (ROOT / "diffusers_vae").rglob("*.py"):
-        assert module.name == "__init__.py" or module.name in tree, module
+    chapters = re.findall(r"^  (\w+)/ +\S", tree, re.M)
+    assert sorted(chapters) == sorted(file.parent.name for file in (ROOT / "diffusers_vae").glob("*/__init__.py"))
+    for line in tree.splitlines():
+        assert len(line) <= 120, line
+
+
+def test_each_preset_has_a_row():
+    for preset in (ROOT / "training" / "configs").glob("*.yaml"):
+        assert len(re.findall(rf"^\| `{preset.name}` \|", PRESETS, re.M)) == 1, preset
 
 
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
@@ -97,7 +119,7 @@ CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.parent.name)
 def test_cards_show_what_was_measured(card):
-    """Figures and links of the card of a preset, and those in the README, against its evaluation.json."""
+    """Figures and links of the card of a preset, and those in docs/presets.md, against its evaluation.json."""
     report = json.loads(EvaluationReport.from_json((card.parent / "evaluation.json").read_text()).to_json())
     text = card.read_text()
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", text):
@@ -107,7 +129,7 @@ def test_cards_show_what_was_measured(card):
     assert measured == {key: report[key] for key in FIGURES if report.get(key) is not None}
     assert f"**{report['posterior']['verdict'].capitalize()}:**" in text
     preset = f"`{card.parent.name}.yaml`"
-    row = next(line for line in README.splitlines() if line.startswith(f"| {preset}"))
+    row = next(line for line in PRESETS.splitlines() if line.startswith(f"| {preset}"))
     shown = {"PSNR": report["psnr"], "SSIM": report["ssim"], "loss": report["loss"], "rate": report["rate"]}
     found = re.findall(r"(PSNR|SSIM|loss|rate) ([\d.]+)", row)
     assert len(found) == 2
@@ -126,6 +148,11 @@ def test_cards_are_of_the_presets():
                 assert ran[section][name] == (float(value) if name == "learning_rate" else value), f"{section}.{name}"
 
 
+def test_readme_shows_the_figures_of_the_default_run():
+    report = json.loads((ROOT / "model_cards" / "digits" / "evaluation.json").read_text())
+    assert re.findall(r"PSNR ([\d.]+) dB", README) == [f"{report['psnr']:.1f}"]
+
+
 def test_text_to_image_is_shown_as_it_was_judged():
     record = json.loads((ROOT / "benchmarks" / "judged" / "mnist-t2i.json").read_text())
     names = {
@@ -139,8 +166,10 @@ def test_text_to_image_is_shown_as_it_was_judged():
     for label, name in names.items():
         judged = record["judged"][name]
         figures = f"{judged['right']:.1%}".replace("%", " %"), judged["frechet_distance"], judged["diversity"]
-        assert f"| {label} | {figures[0]} | {figures[1]:.1f} | {figures[2]:.2f} |" in README
-    assert f"right on {record['classifier']['accuracy']:.1%}".replace("%", " %") in README
+        assert f"| {label} | {figures[0]} | {figures[1]:.1f} | {figures[2]:.2f} |" in TEXT_TO_IMAGE
+    assert f"right on {record['classifier']['accuracy']:.1%}".replace("%", " %") in TEXT_TO_IMAGE
     digits = json.loads((ROOT / "benchmarks" / "judged" / "digits-t2i.json").read_text())
-    assert f"{digits['judged']['guidance 2']['right']:.1%}".replace("%", " %") + " at guidance 2" in README
+    right = f"{digits['judged']['guidance 2']['right']:.1%}".replace("%", " %")
+    assert f"{right} of the pictures show the digit asked for at guidance 2" in README
+    assert f"At guidance 2, {right} of its pictures" in TEXT_TO_IMAGE
     assert record["count"] == 1000 and record["judged"]["guidance 2"]["right"] >= 0.99

@@ -54,7 +54,7 @@ def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
         type=AnyDtype,
         default=None,
         help="In which the encoder runs, as the result says. By default as FOLDER was begun, if it was; else bfloat16 "
-        "where the device multiplies it in hardware, and float32 elsewhere. How far apart they are: docs/pipeline.md.",
+        "where the device multiplies it in hardware, and float32 elsewhere. How far apart they are: docs/latents.md.",
     )
     parser.add_argument(
         "--split",

@@ -77,11 +77,11 @@ class RunConfig:
     gradient_checkpointing: bool = setting(False, "free")
     """Recompute activations in the backward pass instead of storing them: less memory, slower, the same result."""
     mixed_precision: Precision | None = setting(None, "kept")
-    """Autocast dtype; null: as `accelerate launch` says, else bf16 where it is fast (docs/training.md); in YAML, write
+    """Autocast dtype; null: as `accelerate launch` says, else bf16 where it is fast (docs/runs.md); in YAML, write
     "no" in quotes."""
     step: StepMode = setting("auto", "kept")
     """How a step runs; eager: kernel by kernel; compiled: by torch.compile; graph: as one CUDA graph; auto: by rule
-    (docs/training.md)."""
+    (docs/runs.md)."""
     ema_decay: float | None = setting(0.99, above=0, below=1)
     """Highest decay per step of the averaged weights, which are evaluated and saved; null: no averaging
     (docs/objective.md)."""
@@ -93,9 +93,9 @@ class RunConfig:
     """Continue the run in output_dir even if its settings or images have changed."""
     on_nonfinite: Literal["stop", "skip"] = setting("stop", "free", "local")
     """What to do when loss or gradient are not finite; stop: raise an error; skip: leave out the step
-    (docs/training.md)."""
+    (docs/runs.md)."""
     deterministic: bool = False
-    """Use only algorithms that are reproducible bit by bit; slower, and of use only on a GPU (docs/training.md)."""
+    """Use only algorithms that are reproducible bit by bit; slower, and of use only on a GPU (docs/runs.md)."""
     log_every: int = setting(1000, "local", at_least=1)
     """Number of images between records in metrics.jsonl."""
     tracker: Literal["tensorboard"] | None = setting("tensorboard", "free", "local")

@@ -76,7 +76,7 @@ def encode_images(
         kind: posterior: mean and logvar; sample: one sample per image, a function of seed and index; mode: the mode.
         dtype: dtype of the stored values: torch.float32, bfloat16 or float16.
         compute_dtype: dtype in which the encoder runs. By default the one that `folder` was begun with; for a new one,
-            bfloat16 for a float32 `vae` on devices with hardware support (`models.fast_dtype`, docs/pipeline.md), else
+            bfloat16 for a float32 `vae` on devices with hardware support (`models.fast_dtype`, docs/latents.md), else
             that of `vae`.
         batch_size: images per forward. By default, their first feature map has 2^21 values on a CPU (128 images of
             32x32 with 16 channels), which runs small ones concurrently, and 2^29 elsewhere (64 of 256x256 with 128).
