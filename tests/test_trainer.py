@@ -618,7 +618,7 @@ class TestFaults:
 
         config = tiny(tmp_path / "run", batch_size=10, log_every=10, tracker="tensorboard")
         fit_with(config, step=Troubled)
-        assert caplog.text.count("the tracker failed and logs nothing from now on") == 1
+        assert caplog.text.count("the tracker tensorboard failed and logs nothing from now on") == 1
         assert len(records(tmp_path / "run", "train")) == 30
         assert find_checkpoint(tmp_path / "run" / "checkpoints")[0].name == "images-000000000300"
 

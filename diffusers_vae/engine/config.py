@@ -6,7 +6,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from ..data import DataConfig
 from ..fields import at_home, check, setting
@@ -56,6 +56,7 @@ class OptimizerConfig:
 
 Precision = Literal["no", "fp16", "bf16"]
 StepMode = Literal["auto", "eager", "compiled", "graph"]
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "swanlab"]
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,9 @@ class RunConfig:
     """Use only algorithms that are reproducible bit by bit; slower, and of use only on a GPU (docs/runs.md)."""
     log_every: int = setting(1000, "local", at_least=1)
     """Number of images between records in metrics.jsonl."""
-    tracker: Literal["tensorboard"] | None = setting("tensorboard", "free", "local")
-    """Tracker that logs metrics and pictures in addition to the files in output_dir; null: none."""
+    tracker: TrackerName | tuple[TrackerName, ...] | None = setting("tensorboard", "free", "local")
+    """Where to log metrics and pictures besides output_dir: tensorboard, wandb, trackio, mlflow, comet_ml, aim,
+    clearml, swanlab or a list of them; null: nowhere else (docs/runs.md)."""
 
     def __post_init__(self):
         at_home(self, "output_dir")
@@ -107,6 +109,14 @@ class RunConfig:
             raise ValueError("run.output_dir must name a folder, got an empty text")
         refuse_odd_name(self.output_dir, "run.output_dir")
         check("run", self)
+        if unknown := set(self.trackers) - {*get_args(TrackerName)}:
+            choices = ", ".join(get_args(TrackerName))
+            raise ValueError(f"run.tracker must be among {choices}, a list of them or null, got {min(unknown)}")
+
+    @property
+    def trackers(self) -> list[str]:
+        """Names of the trackers, each once."""
+        return list(dict.fromkeys([self.tracker] if isinstance(self.tracker, str) else self.tracker or ()))
 
     def total_images(self, train_images: int) -> int:
         """Number of images that the run trains on, with repetition, given a training set of `train_images` images."""
@@ -141,4 +151,5 @@ def few_steps(run: RunConfig, folder: Path) -> RunConfig:
         checkpoint_every=1,
         keep_checkpoints=2,
         allow_config_change=False,
+        tracker="tensorboard" if "tensorboard" in run.trackers else None,  # which logs to `folder` alone
     )

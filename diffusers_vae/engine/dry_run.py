@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from ..processes import Interrupted, on_main
 from .config import RunConfig
 from .step import RunResult
+from .trackers import check_installed
 
 
 def dry_run(
@@ -31,6 +32,7 @@ def dry_run(
     Returns on the main process: the result, whether the resumed run gave bit-identical weights, and an estimate of
     the training time in seconds, without evaluation.
     """
+    check_installed(run.trackers)
     PartialState(cpu=not torch.accelerator.is_available())
     find()
     with tempfile.TemporaryDirectory() as scratch:

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -29,6 +28,7 @@ from .config import RunSettings, S, kept_channels
 from .launch import Launch, Speed, launch_summary, peak_memory
 from .program import described
 from .step import Program, RunResult
+from .trackers import Trackers, finish_trackers
 
 T = TypeVar("T")
 R = TypeVar("R", bound=RunResult)
@@ -46,6 +46,8 @@ FILES = (
     "nonfinite",
     "pictures",
     "tensorboard",
+    "trackers.json",
+    "wandb",
 )
 
 
@@ -269,38 +271,19 @@ def opened(
                 logger.info("continuing from %s", showable(checkpoint))
             yield Run(config, launch, checkpoint, result)
         finally:
-            with leaving_out_the_tracker(accelerator):
-                for tracker in accelerator.trackers:
-                    tracker.finish()
-
-
-@contextmanager
-def leaving_out_the_tracker(accelerator: Accelerator) -> Generator[None]:
-    """Let a tracker that fails within, by whatever, log nothing from now on: it never ends a training."""
-    try:
-        yield
-    except Exception as error:
-        accelerator.trackers = []
-        logger.warning(
-            "the tracker failed and logs nothing from now on: %s: %s. The training goes on, with all records in "
-            "metrics.jsonl",
-            type(error).__name__,
-            error,
-        )
+            finish_trackers(accelerator)
 
 
 class Log:
-    """metrics.jsonl and the tracker, since `checkpoint`, at which `images_seen` images were seen. Records hold nothing
+    """metrics.jsonl and the trackers, since `checkpoint`, at which `images_seen` images were seen. Records hold nothing
     that a second run of the same config would not repeat.
     """
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, images_seen: int, checkpoint: Path | None = None):
         self.accelerator, self.path = accelerator, output_dir / "metrics.jsonl"
         self.saved(checkpoint)
-        if accelerator.log_with:
-            # what an interrupted run had logged after its checkpoint comes again
-            with leaving_out_the_tracker(accelerator):
-                accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": images_seen + 1}})
+        lines = (checkpoint / self.path.name).read_text(encoding="utf-8").splitlines() if checkpoint else []
+        self.trackers = Trackers(accelerator, output_dir, images_seen, list(map(json.loads, lines)))
 
     def saved(self, checkpoint: Path | None) -> None:
         """Note that `checkpoint` holds all records so far."""
@@ -320,28 +303,23 @@ class Log:
         write_file(self.path, before + "".join(self.since))
 
     def write(self, kind: str, values: Mapping[str, float | None]) -> None:
-        if self.accelerator.is_main_process:
-            self.restore()
-            self.since.append(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
-            append_text(self.path, self.since[-1])
-            if kind == "evaluation":  # the last record of a run that is finished
-                sync(self.path)
-        named = {
-            f"{kind}/{name}": value for name, value in values.items() if name != "images_seen" and value is not None
-        }
-        with leaving_out_the_tracker(self.accelerator):
-            self.accelerator.log(named, step=cast(int, values["images_seen"]))
+        if not self.accelerator.is_main_process:
+            return
+        self.restore()
+        record = {"kind": kind, **values}
+        self.since.append(json.dumps(record, allow_nan=False) + "\n")
+        append_text(self.path, self.since[-1])
+        if kind == "evaluation":  # the last record of a run that is finished
+            sync(self.path)
+        self.trackers.log(record)
 
     def show(self, pictures: dict[str, Image.Image], images_seen: int) -> None:
-        """Save the pictures, by the main process, and show them in the tracker."""
+        """Save the pictures, by the main process, and show them in the trackers."""
         for name, picture in pictures.items():
             path = self.path.parent / "pictures" / f"{name}.png"
             with whole_file(path) as partial:  # on the disk before the run counts as finished
                 picture.save(partial, "PNG")
-        with leaving_out_the_tracker(self.accelerator):
-            for tracker in self.accelerator.trackers:
-                arrays = {name: np.asarray(picture)[None] for name, picture in pictures.items()}
-                tracker.log_images(arrays, step=images_seen, dataformats="NHWC")
+        self.trackers.show(pictures, images_seen)
 
 
 MOST_BAD = 0.1

@@ -24,6 +24,7 @@ from ..processes import Signals, lossy_output
 from ..settings import begun_with
 from ..silence import GROUP_TIMEOUT, PATIENCE, Patience, watched
 from .config import Precision, RunConfig
+from .trackers import check_installed
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +70,12 @@ def launched(
 
 
 def _new_accelerator(run: RunConfig, precision: str) -> Accelerator:
+    check_installed(run.trackers)
     _forget_other_precision(precision)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # then several processes are told apart only when it is said
         mixed_precision=precision,
-        log_with=run.tracker,
+        log_with=[*run.trackers] or None,
         project_dir=run.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)],
     )
