@@ -113,13 +113,14 @@ def read_wandb(folder):
     metrics, pictures, steps = {}, {}, []
     for row in (row for file in files for row in wandb_rows(file)):
         steps.append(row.step.num)
-        values = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item}
-        for name, value in values.items():
-            if isinstance(value, dict):
-                assert value["_type"] == "images/separated" or value["_type"] == "image-file"
-                pictures.setdefault(name, []).append(values["images_seen"])
-            elif not name.startswith("_") and name != "images_seen":
-                metrics.setdefault(name, []).append([values["images_seen"], value])
+        values = {tuple(item.nested_key) or (item.key,): json.loads(item.value_json) for item in row.item}
+        images_seen = values.pop(("images_seen",))
+        for (name, *inner), value in values.items():
+            if inner == ["path"]:
+                assert any((folder / "run" / "wandb").glob(f"*/files/{value}"))
+                pictures.setdefault(name, []).append(images_seen)
+            elif not inner and not name.startswith("_"):
+                metrics.setdefault(name, []).append([images_seen, value])
     assert steps == sorted(set(steps)), "W&B drops what does not rise"
     return metrics, pictures
 
