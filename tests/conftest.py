@@ -156,10 +156,11 @@ def finished_vae_run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory) -> Path:
     """A folder, to be put on the module path, with what a wheel of this checkout installs."""
+    from support.files import copy_checkout
+
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("wheel")
-    ignored = (".git", "__pycache__", "*.egg-info", "build", "dist", "runs", "data.tar", "tests")
-    shutil.copytree(Path(__file__).parents[1], folder / "source", ignore=shutil.ignore_patterns(*ignored))
+    copy_checkout(folder / "source")
     build = f"from setuptools import build_meta; build_meta.build_wheel({str(folder)!r})"
     subprocess.run([sys.executable, "-c", build], cwd=folder / "source", check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["diffusers-vae[train]"]
+# ///
 """Train a text-to-image model: `accelerate launch training/train_text_to_image.py [--config FILE.yaml] [--vae MODEL]`.
 
 Without either, it trains on scikit-learn's digits with the autoencoder in runs/digits, as

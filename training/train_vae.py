@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["diffusers-vae[train]"]
+# ///
 """Train a KL autoencoder: `accelerate launch training/train_vae.py [--config FILE.yaml] [--SECTION.KEY VALUE ...]`.
 
 Without any, it trains on scikit-learn's digits, as training/configs/digits.yaml says. `--help` lists all settings. The

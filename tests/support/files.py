@@ -33,6 +33,12 @@ def pixels_of(read):
     return read.pixels
 
 
+def copy_checkout(folder: Path):
+    """Copy this checkout without what was built or trained in it, so that builds write elsewhere."""
+    left_out = (".git", "__pycache__", "*.egg-info", "build", "dist", "runs", "data.tar")
+    shutil.copytree(Path(__file__).parents[2], folder, ignore=shutil.ignore_patterns(*left_out))
+
+
 def files_of(folder):
     return [(path, path.relative_to(folder).as_posix()) for path in sorted(folder.rglob("*")) if path.is_file()]
 
