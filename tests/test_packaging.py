@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import site
 import subprocess
 import sys
 import tarfile
@@ -92,7 +91,8 @@ def links(released, tmp_path_factory) -> Path:
     """
     folder = tmp_path_factory.mktemp("links")
     shutil.copy(*released.glob("*.whl"), folder)
-    modules = {"environment.pth": "\n".join(site.getsitepackages()) + "\n"}
+    places = [path for path in sys.path if path.endswith("-packages")]
+    modules = {"environment.pth": "\n".join(places) + "\n"}
     for package in distributions():
         if package.name != "diffusers-vae":
             write_wheel(folder, package.name, package.version, modules if package.name == "torch" else {})
