@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 
 
@@ -22,6 +23,17 @@ def problem_list(problems: Sequence[str], most: int = 20) -> str:
     """The first `most` problems, a line each, and the number of the others."""
     more = [f"and {len(problems) - most} more"] * (len(problems) > most)
     return "\n".join([*map(showable, problems[:most]), *more])
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return " Did you mean X?" with the most similar of `names`, or with all that have the last part of a dotted name
+    that is like none of them; empty if nothing is similar.
+    """
+    names = [*names]
+    same_end = [one for one in names if one.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = difflib.get_close_matches
+    found = close(name, same_end, 1, 0.8) or same_end or close(name, names, 1, 0.7)
+    return f" Did you mean {' or '.join(found)}?" if found else ""
 
 
 def quoted(text: object) -> str:

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train a KL autoencoder, or continue a run",
     "train-text-to-image": "train a text-to-image model on an autoencoder's latents",
     "data": "look at a data set before a training: sizes, damage, duplicates, what to begin with",
+    "presets": "list the settings that ship with the package, with purpose, hardware and figures",
     "evaluate": "measure an autoencoder: figures, posterior health, pictures, a report to send",
     "compare": "measure two autoencoders on the same images, in pairs",
     "fp16": "say whether an autoencoder can run in float16",

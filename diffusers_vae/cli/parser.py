@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -26,7 +25,8 @@ from jsonargparse import (
 from ..data import IN_MEMORY, DataConfig, kind_at
 from ..engine.step import RunResult
 from ..fields import alternatives, example_of, in_words, is_whole, shown
-from ..messages import message
+from ..messages import message, nearest
+from ..presets import find_preset
 from ..settings import REMOVED, Settings, read_settings, refuse_removed
 from ..tasks import autoencoder, text_to_image
 from ..tasks.autoencoder_config import TrainConfig
@@ -135,6 +135,11 @@ class Parser(ArgumentParser):
 
     def _in_words(self, text: str) -> Exception:
         """The error without types of Python, where it is about a value."""
+        if unknown := re.search(r"(?i)unrecognized arguments: --([^\s=]+)|'(.*)' does not accept option '(.*?)'", text):
+            flag, section, option = unknown.groups()
+            names = [action.dest for action in self._actions if action.help != SUPPRESS]
+            similar = nearest((flag or f"{section}.{option}").replace("-", "_"), names)
+            return ArgumentError(None, text if text.endswith("?") else text + f".{similar}" * bool(similar))
         keys = re.findall(r'Parser key "(.*?)"', text)
         given = re.findall(r"(?:Given|Got) value: (.*)", text) or re.findall(r"Not of type .*: .*?(-?\d+|'.*')", text)
         if not (keys and given):
@@ -235,14 +240,29 @@ TRAININGS = {
 
 @cache  # it takes a third of a second to read the texts under the fields
 def training_parser(training: Training) -> Parser:
-    """The flags of a training run: `--config FILE.yaml`, one per setting, and `--dry_run`."""
+    """The flags of a training run: `--preset NAME`, `--config FILE.yaml`, one per setting, and `--dry_run`."""
+    looks = training.command == "train"
     parser = command_parser(
         training.command,
-        "[--config FILE.yaml] [--data NAME|FOLDER] [--SECTION.KEY VALUE ...] [--dry_run]",
-        f"{training.description} Later flags and files override earlier ones.",
+        "[DATA] " * looks + "[--preset NAME] [--config FILE.yaml] [--SECTION.KEY VALUE ...] [--dry_run]",
+        f"{training.description} Flags override --config, which overrides --preset, which overrides the defaults.",
         training.example,
     )
-    parser.add_argument("--config", action=SettingsFile, help="YAML file with settings.")
+    if looks:
+        parser.add_argument(
+            "images",
+            nargs="?",
+            default=SUPPRESS,
+            metavar="DATA",
+            help="Images to train on, as for --data; looks at them first and chooses preset, channels and resolution.",
+        )
+    parser.add_argument(
+        "--preset",
+        default=SUPPRESS,
+        metavar="NAME",
+        help="Settings that ship with the package; `diffusers-vae presets` lists them.",
+    )
+    parser.add_argument("--config", action=SettingsFile, metavar="FILE.yaml", help="YAML file with settings.")
     parser.add_argument(
         "--dry_run", action="store_true", help="Read the images, run every other phase once in seconds, keep nothing."
     )
@@ -256,19 +276,44 @@ def training_parser(training: Training) -> Parser:
     return parser
 
 
-def parse_settings(training: Training, arguments: Sequence[str]) -> tuple[Settings, bool]:
+class Words:
+    """The words of a training command: `images` for DATA, names of `presets`, paths of `files`, and all other `flags`."""
+
+    WITHOUT_VALUE = ("-h", "--help", "--print_config", "--dry_run")
+
+    def __init__(self, arguments: Sequence[str]):
+        self.images: list[str] = []
+        self.presets: list[str] = []
+        self.files: list[str] = []
+        self.flags: list[str] = []
+        words = [*arguments]
+        while words:
+            name, equals, value = words.pop(0).partition("=")
+            if not name.startswith("-"):
+                self.images.append(name + equals + value)
+                continue
+            if not equals and name not in self.WITHOUT_VALUE and words and not words[0].startswith("--"):
+                equals, value = "=", words.pop(0)
+            kind = {"--preset": self.presets, "--config": self.files}.get(name)
+            if kind is None or not equals:
+                self.flags.append(name + equals + value)
+            else:
+                kind.append(value)
+
+
+def parse_settings(training: Training, arguments: Sequence[str], chosen: Sequence[str] = ()) -> tuple[Settings, bool]:
     """The settings, and whether it is a dry run. A wrong key or value ends the process with a message that names it
-    and the file that it is in.
+    and the file that it is in. Flags that were `chosen` override presets only.
     """
+    words = Words(arguments)
     try:
-        return _parse(training, arguments)
+        return _parse(training, words, chosen)
     except WRONG as error:
         text = f"error: {error}"
-        for word, value in pairwise([*arguments, ""]):
-            path = value if word == "--config" else word.removeprefix("--config=")
-            if word.partition("=")[0] == "--config" and path not in text:
+        for path in words.files:
+            if path not in text:
                 try:
-                    _parse(training, ["--config", path])
+                    _parse(training, Words(["--config", path]))
                 except WRONG as of_file:
                     text += f"\nThis is in {path}." if str(of_file) == str(error) else ""
         if "got False" in text:
@@ -280,7 +325,27 @@ WRONG = (ArgumentError, OSError, ValueError)
 """Errors that wrong settings raise."""
 
 
-def _parse(training: Training, arguments: Sequence[str]) -> tuple[Settings, bool]:
+def flags_given(training: Training, words: Words, chosen: Sequence[str] = ()) -> list[str]:
+    """Return all that `words` state as flags of the parser, those that override others last."""
+    presets = {name: find_preset(name) for name in words.presets}
+    for name, preset in presets.items():
+        if preset.command != training.command:
+            raise ValueError(f"the preset {name} is for diffusers-vae {preset.command}")
+    if len(words.images) > (training.command == "train"):
+        raise ArgumentError(None, f"unrecognized arguments: {' '.join(words.images)}")
+    files = [*(str(preset.file) for preset in presets.values()), *words.files]
+    stated = [f"--config={file}" for file in files]
+    return [
+        *stated[: len(presets)],
+        *chosen,
+        *stated[len(presets) :],
+        *(f"--data={images}" for images in words.images),
+        *words.flags,
+    ]
+
+
+def _parse(training: Training, words: Words, chosen: Sequence[str] = ()) -> tuple[Settings, bool]:
     parser = training_parser(training)
-    parsed = parser.complete(parser.parse_args(arguments))  # with defaults, for --print_config
+    given = parser.parse_args(flags_given(training, words, chosen))  # with defaults, for --print_config
+    parsed = parser.complete(given)
     return training.settings(**{name: parsed[name] for name in parser.sections}), parsed.dry_run
