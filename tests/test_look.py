@@ -21,7 +21,6 @@ from diffusers_vae.data import DataConfig, load_data, look, recommended
 from diffusers_vae.images.ranges import ValueRange
 from diffusers_vae.reports.tables import look_table
 
-CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 
 
 @pytest.fixture
@@ -132,7 +131,7 @@ class TestDepth:
         found = look(config(x_rays(tmp_path / "set", bits, suffix), channels=1), 100)
         assert found.value_range == ValueRange(0, high) and found.proposed == (0, 2**bits - 1) and not found.constant
         assert f"[0, {high}], proposed since 16-bit files hold 0 to {2**bits - 1:,}" in look_table(found)
-        _, settings = recommended(found, config(tmp_path / "set", channels=3))
+        settings = recommended(found, config(tmp_path / "set", channels=3)).settings
         assert settings["data.value_range"] == f"[0, {high}]" and settings["data.channels"] == "1"
         stated = config(tmp_path / "set", channels=1, value_range=(0, high))
         assert found.mean == look(stated, 100).mean and look(stated, 100).proposed is None
@@ -140,7 +139,7 @@ class TestDepth:
     def test_colours_are_proposed_as_three_channels(self, tmp_path):
         found = look(config(x_rays(tmp_path / "set", 12, "tif", (20, 24, 3)), channels=1), 100)
         assert found.value_range == ValueRange(0, 4095) and len(found.mean) == 3
-        assert recommended(found, config(tmp_path / "set"))[1]["data.channels"] == "3"
+        assert recommended(found, config(tmp_path / "set")).settings["data.channels"] == "3"
 
     @pytest.mark.parametrize(("name", "high"), [("16bit.cropped.tif", 1023), ("i_trns.png", 255)])
     def test_awkward_files(self, name, high, shared_data, tmp_path):
@@ -213,13 +212,13 @@ class TestRecommended:
         found = look(data, 8)
         if kind == "stream":  # of which no more is read
             assert found.parts == {"training": 17, "held-out": 7} and sum(found.files.sizes.values()) == 8
-        preset, settings = recommended(found, data)
-        flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
-        parsed = parse_settings(TRAININGS["train"], ["--config", str(CONFIGS / f"{preset}.yaml"), *flags])[0]
+        choice = recommended(found, data)
+        flags = [part for name, value in choice.settings.items() for part in (f"--{name}", value)]
+        parsed = parse_settings(TRAININGS["train"], ["--preset", choice.preset, *flags])[0]
         expected = {"small": (32, 3, "rgb-small"), "grey": (32, 1, "mnist-vae"), "photographs": (64, 3, "rgb-small")}
         expected["stream"] = expected["photographs"]
         expected |= {"digits": (32, 1, "digits"), "mnist": (32, 1, "mnist-vae")}
-        assert (parsed.data.resolution, parsed.data.channels, preset) == expected[kind]
+        assert (parsed.data.resolution, parsed.data.channels, choice.preset) == expected[kind]
         assert parsed.data.on_bad_image == ("skip" if kind == "small" else "stop")
         assert parsed.data.crops == {"photographs": 100, "stream": "random"}.get(kind)
         assert parsed.data.horizontal_flip == (kind in ("photographs", "stream"))

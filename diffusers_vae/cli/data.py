@@ -48,11 +48,9 @@ def run_data(arguments: Sequence[str]) -> int:
     print(look_table(found))
     with whole_file(path) as partial:
         save_signed(contact_sheet(to_model_range(found.shown), parsed.data.described), partial)
-    preset, settings = recommended(found, replace(parsed.data, channels=len(found.mean)))
-    flags = [f"--{name} {shlex.quote(value)}" for name, value in settings.items()]
+    choice = recommended(found, replace(parsed.data, channels=len(found.mean)))
+    flags = [f"--{name} {shlex.quote(value)}" for name, value in choice.settings.items()]
     print(showable(f"picture       {path}"))
-    print(f"begin with    training/configs/{preset}.yaml:\n")
-    print(
-        showable(f"accelerate launch training/train_vae.py --config training/configs/{preset}.yaml {' '.join(flags)}")
-    )
+    print("begin with:\n")
+    print(showable(f"diffusers-vae train --preset {choice.preset} {' '.join(flags)}".rstrip()))
     return 0

@@ -15,6 +15,7 @@ from ..messages import message, showable
 from ..processes import Interrupted, lossy_output
 from ..reports.tables import report_table
 from ..tasks.autoencoder import TrainResult
+from .chosen import choose
 from .launched import leave_group
 from .parser import TRAININGS, Training, parse_settings
 
@@ -41,8 +42,11 @@ def run_train_text_to_image(arguments: Sequence[str]) -> int:
 def _run_training(training: Training, arguments: Sequence[str]) -> int:
     for client in ("httpx", "httpx2"):
         logging.getLogger(client).setLevel(logging.WARNING)
-    config, dry = parse_settings(training, arguments)
     first = os.environ.get("RANK", "0") == "0"
+    chosen, stated = choose(training, arguments)
+    if first and stated:
+        print(stated, flush=True)
+    config, dry = parse_settings(training, arguments, chosen)
     hub = getattr(config, "hub", HubConfig())
     if hub.push and first:
         check_can_push(hub)  # before days of training, not after

@@ -5,7 +5,7 @@ from .files import ARCHIVES, OWN_PICTURES, Files
 from .folders import no_image
 from .kinds import IMAGE_SUFFIXES, holds_rows, is_hub_id, kind_at
 from .load import load_data, load_split, refuse_colours
-from .look import Look, look, recommended
+from .look import Look, Recommended, look, recommended
 from .order import MicroBatch, Read, TrainingSet, deal, shuffled, step_generator
 from .reading import image_batches, kept_images, read_ahead
 from .sets import ArrayImages, ImageSet, ReadImages, Records, StoredImages
@@ -26,6 +26,7 @@ __all__ = [
     "MicroBatch",
     "Read",
     "ReadImages",
+    "Recommended",
     "Records",
     "StoredImages",
     "TrainingSet",

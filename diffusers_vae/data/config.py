@@ -140,6 +140,12 @@ class DataConfig:
         return self.location if self.name == "datasets" else str(self.name)
 
     @property
+    def run_folder(self) -> str:
+        """Folder of a run on these images that is named after them."""
+        file = Path(self.location) if self.name in PLACED else Path()
+        return f"runs/{file.stem if file.is_file() else Path(self.described).name or 'images'}"
+
+    @property
     def as_they_are(self) -> bool:
         """Whether the values in files are not converted to grey or RGB of 8 bits."""
         return as_they_are(self.channels, self.stated_range)

@@ -87,10 +87,10 @@ class Look:
     """Where the range is proposed, the least and the largest value in the files, all of 16 bits."""
 
 
-def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
+def look(config: DataConfig, max_images: int, progress: bool = False, duplicates: bool = True) -> Look:
     """Measure a set of images, without crops and without files that cannot be read.
 
-    All headers are read, and files of one size in bytes are compared; pixels, and the headers of a stream, only of the
+    All headers are read, and for `duplicates` files of one size in bytes are compared; pixels, and the headers of a stream, only of the
     first `max_images` training images.
 
     Raises:
@@ -113,7 +113,7 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
     if not config.as_they_are and isinstance(train, StoredImages) and (depth := _depth(train.first(count))):
         channels, lowest, highest, bits = depth
         stated = replace(config, channels=channels, value_range=(0, 2**bits - 1))
-        return replace(look(stated, max_images, progress), proposed=(lowest, highest))
+        return replace(look(stated, max_images, progress, duplicates), proposed=(lowest, highest))
     sums, squares = torch.zeros(2, channels, dtype=torch.float64)
     shown, constant, measured = torch.zeros(0), [], 0
     with tqdm(total=count, desc="reading images", unit="img", disable=not progress, leave=False) as bar:
@@ -133,7 +133,7 @@ def look(config: DataConfig, max_images: int, progress: bool = False) -> Look:
         ignored = train.store.left_out if isinstance(train.store, FileStore) else ()
         # of a stream those alone that were read already
         looked = {"training": train.first(count)} if config.streaming else {"training": train, "held-out": heldout}
-        files = _files(looked, bad, progress)
+        files = _files(looked, bad, progress, duplicates)
     return Look(
         parts={"training": len(train), "held-out": len(heldout)},
         split=layout.split,
@@ -239,7 +239,7 @@ def _classes(parts: Sequence[ImageSet]) -> dict[str, int]:
     return {name: counts[label] for label, name in enumerate(names)}
 
 
-def _files(parts: Mapping[str, StoredImages], bad: list[str], progress: bool) -> FileFigures:
+def _files(parts: Mapping[str, StoredImages], bad: list[str], progress: bool, duplicates: bool) -> FileFigures:
     """Measure the files; why some cannot be read joins `bad`."""
 
     def shown(values: Iterable[T], title: str, count: int) -> Iterable[T]:
@@ -250,7 +250,7 @@ def _files(parts: Mapping[str, StoredImages], bad: list[str], progress: bool) ->
         read = pool.map(lambda image: image[1].header(image[2]), images)
         headers = list(shown(read, "headers", len(images)))
         of_size: dict[int, list[tuple[str, StoredImages, int]]] = defaultdict(list)
-        for name, part, index in images:
+        for name, part, index in images if duplicates else []:
             of_size[part.store.size(int(part.rows[index]))].append((name, part, index))
         alike = [image for group in of_size.values() if len(group) > 1 for image in group]
         hashed = shown(pool.map(lambda image: _digest(*image[1:]), alike), "duplicates", len(alike))
@@ -281,31 +281,67 @@ def _digest(part: StoredImages, index: int) -> bytes | ValueError:
         return error
 
 
-def recommended(found: Look, config: DataConfig) -> tuple[str, dict[str, str]]:
-    """Return the preset to begin with, and the settings to give with it, those of `config` that differ included."""
-    settings = {"data.name": str(config.name), "data.root": config.location}
+@dataclass(frozen=True)
+class Recommended:
+    """The preset to begin with for a set of images, and the settings to give with it."""
+
+    preset: str
+    settings: dict[str, str]
+    """By full name, as flags state them."""
+    reasons: dict[str, str]
+    """For `preset` and those settings that follow from the images."""
+
+
+EPOCH = 20_000
+"""Training images, or crops of them, of an epoch that is long enough."""
+
+
+def recommended(found: Look, config: DataConfig) -> Recommended:
+    """Return what to begin with, the settings of `config` that differ from their defaults included.
+
+    Grey images get mnist-vae, others rgb-small. Large photographs are cropped to the preset's resolution; other images
+    are resized to 64 pixels a side, or to 32 if they are smaller than 64. A run sees about 40,000 images or crops.
+    """
+    settings = {"data.name": str(config.name), "data.root": config.location, "run.output_dir": config.run_folder}
     if config.name == "cifar10":
-        return "rgb-small", settings | {"data.resolution": "32", "data.crops": "null"}
+        reasons = {"preset": "colour images", "data.resolution": "size of the images", "data.crops": "small images"}
+        return Recommended("rgb-small", settings | {"data.resolution": "32", "data.crops": "null"}, reasons)
     if not found.files:
-        return ("digits", {}) if config.name == "digits" else ("mnist-vae", settings)
+        preset, settings = ("digits", {}) if config.name == "digits" else ("mnist-vae", settings)
+        return Recommended(preset, settings, {"preset": f"made for {config.name if preset == 'digits' else 'MNIST'}"})
     side, grey = found.files.sides[1], set(found.files.modes) <= set(GREY)
+    reasons = {"data.channels": "all images are grey" if grey else f"modes {', '.join([*found.files.modes][:4])}"}
     settings["data.channels"] = "1" if grey else "3"
     if config.as_they_are or found.proposed:
         settings["data.channels"] = str(len(found.mean))
         grey = len(found.mean) == 1
+        reasons["data.channels"] = "as in the files"
+    reasons["preset"] = "one channel" if grey else "several channels"
     if found.value_range:
         settings["data.value_range"] = str(found.value_range)
+    if found.proposed:
+        reasons["data.value_range"] = f"16-bit files hold {found.proposed[0]:,} to {found.proposed[1]:,}"
     if found.unreadable:
         settings["data.on_bad_image"] = "skip"
+        reasons["data.on_bad_image"] = f"{len(found.unreadable):,} files cannot be read"
     names = ("resolution", "fit", "heldout_fraction", "streaming", *with_traits(config, "of_rows"))
     asked = {name: getattr(config, name) for name in names}
     kept = {f"data.{name}": str(value) for name, value in asked.items() if value != getattr(DataConfig(), name)}
+    images, typical = found.parts["training"], f"median of the shorter sides: {side:,} pixels"
+    epochs = str(math.ceil(2 * EPOCH / images))
     if side >= 128 and "data.fit" not in kept and not grey:
-        crops = min(100, math.ceil(20_000 / found.parts["training"]))
-        settings |= {"data.crops": str(crops), "data.horizontal_flip": "true"}
+        crops = str(min(100, math.ceil(EPOCH / images)))
+        settings |= {"data.resolution": "64", "data.crops": crops, "data.horizontal_flip": "true"}
+        reasons |= {"data.resolution": "size of the crops", "data.crops": typical}
+        reasons["data.horizontal_flip"] = "photographs may be mirrored"
         if config.streaming:
-            settings |= {"data.crops": "random", "run.epochs": str(math.ceil(40_000 / found.parts["training"]))}
-        return "rgb-small", settings | kept
+            settings |= {"data.crops": "random", "run.epochs": epochs}
+        reasons = {name: reason for name, reason in reasons.items() if name not in kept}
+        return Recommended("rgb-small", settings | kept, reasons)
     settings |= {"data.resolution": "32" if side < 64 else "64", "data.fit": "pad" if side < 32 else "crop"}
-    settings |= kept | {"run.epochs": str(math.ceil(40_000 / found.parts["training"]))}
-    return ("mnist-vae", settings) if grey else ("rgb-small", settings | {"data.crops": "null"})
+    reasons |= {"data.resolution": typical, "run.epochs": f"{images:,} training images"}
+    if settings["data.fit"] == "pad":
+        reasons["data.fit"] = "smaller images keep their pixels"
+    settings |= kept | {"run.epochs": epochs} | ({} if grey else {"data.crops": "null"})
+    reasons = {name: reason for name, reason in reasons.items() if name not in kept}
+    return Recommended("mnist-vae" if grey else "rgb-small", settings, reasons)

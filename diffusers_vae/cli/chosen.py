@@ -1,0 +1,87 @@
+"""`train DATA`: the preset and the settings that suit the images."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from jsonargparse import Namespace
+
+from ..data import DataConfig, look, recommended
+from ..messages import showable
+from ..presets import find_preset
+from ..processes import on_main
+from ..settings import read_settings
+from ..silence import GROUP_TIMEOUT
+from .parser import WRONG, Training, Words, flags_given, training_parser
+
+LOOKED_AT = 500
+"""Number of training images that are decoded before a choice."""
+FINE_TUNING_RATE = "1e-4"
+"""Learning rate for a model that is trained already, as in the presets that fine-tune."""
+
+
+def choose(training: Training, arguments: Sequence[str]) -> tuple[list[str], str]:
+    """Return flags that suit the images which `arguments` name without a flag, and lines that state them with reasons;
+    nothing if no images are named like that, or if settings are wrong. Flags that are in `arguments` are left out.
+
+    The run in the folder that is due is continued with its settings instead, and with `--preset` only the folder is
+    chosen. All processes call this; only the main process looks at the images.
+
+    Raises:
+        FileNotFoundError: when there are no such images.
+        ValueError: when they cannot be read.
+    """
+    words = Words(arguments)
+    looks_up = any(flag.startswith(("-h", "--help", "--print_config")) for flag in words.flags)
+    if training.command != "train" or len(words.images) != 1 or looks_up:
+        return [], ""
+    parser, presets, words.presets = training_parser(training), words.presets, []
+    try:
+        stated = parser.parse_args(flags_given(training, words), defaults=False)
+        data = parser.complete(stated).data
+    except WRONG:  # reported when all settings are read
+        return [], ""
+    PartialState(cpu=not torch.accelerator.is_available(), timeout=GROUP_TIMEOUT)
+    return on_main(lambda: _decide(stated, data, words.images[0], bool(presets)))
+
+
+def _decide(stated: Namespace, data: DataConfig, images: str, has_preset: bool) -> tuple[list[str], str]:
+    folder = data.run_folder + "-fine-tuned" * bool(stated.get("model.pretrained"))
+    folder = stated.get("run.output_dir") or folder
+    with suppress(OSError, ValueError):  # what is wrong with its settings is reported when the run is looked for
+        begun = Path(folder) / "config.yaml"
+        read_settings(begun)
+        return [f"--config={begun}"], showable(f"settings are those of the run in {folder}, where no flag differs")
+    if has_preset:
+        return [f"--run.output_dir={folder}"], ""
+    found = look(data, LOOKED_AT, True, duplicates=False)
+    choice = recommended(found, data)
+    settings = choice.settings | {"run.output_dir": folder} | _instead(stated, choice.preset)
+    if stated.get("data.crops") is not None:
+        settings.pop("data.fit", None)
+    settings = {name: value for name, value in settings.items() if name not in stated}
+    rows = [("preset", choice.preset), ("data", images), *settings.items()]
+    reasons = choice.reasons | {"run.output_dir": "named after the images", "data": "the images"}
+    lines = [f"chosen for {found.parts['training']:,} training images; each flag that you give overrides its own:"]
+    lines += [f"  {f'--{name} {shlex.quote(value)}':<42} {reasons.get(name, '')}".rstrip() for name, value in rows]
+    preset = find_preset(choice.preset).file
+    flags = [f"--config={preset}", *(f"--{name}={value}" for name, value in settings.items())]
+    return flags, "\n".join(map(showable, lines))
+
+
+def _instead(stated: Namespace, preset: str) -> dict[str, str]:
+    """Return settings that `stated` ones need in the place of those of a preset."""
+    instead = {}
+    if "data.fit" in stated:
+        instead["data.crops"] = "null"
+    if stated.get("model.pretrained"):
+        instead["optimizer.learning_rate"] = FINE_TUNING_RATE
+    if stated.get("model.pretrained") or stated.get("model.architecture") == "mlp":
+        shape = read_settings(find_preset(preset).file)["model"]
+        instead |= {f"model.{name}": "null" for name in shape if name != "architecture"}
+    return instead
