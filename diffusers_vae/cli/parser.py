@@ -43,7 +43,7 @@ class SettingsFile(ActionConfigFile):
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Each flag on a line of its own, with its choices, and its text below; a default where it is not null. (As in
+    """Each flag on a line of its own, with its type and its default, unless that is null, and its text below. (As in
     jsonargparse 4.53, which adds types of Python.)
     """
 
@@ -53,18 +53,26 @@ class HelpFormatter(DefaultHelpFormatter):
     def _get_type_str(self, action: Any) -> None:
         return None
 
-    def _expand_help(self, action: Any) -> str:
-        text = super()._expand_help(action).replace(" (default: null)", "")
-        return re.sub(r"\(default: (True|False)\)", lambda found: found[0].lower(), text)
+    def _get_help_string(self, action: Any) -> str:
+        return super()._get_help_string(action).replace(" (default: %(default)s)", "")
+
+    def _format_action_invocation(self, action: Any) -> str:
+        text = super()._format_action_invocation(action)
+        stated = action.option_strings and action.nargs != 0 and action.default not in (None, SUPPRESS)
+        return f"{text} (default: {shown(action.default)})" if stated else text
 
     def _get_default_metavar_for_optional(self, action: Any) -> str:
-        kinds = [kind for kind in alternatives(getattr(action, "_typehint", None)) if kind is not NoneType]
-        choices = [
-            str(one) for kind in kinds if get_origin(kind) is Literal for one in get_args(kind) if one is not None
-        ]
-        if choices and len(kinds) == 1:
-            return f"{{{','.join(choices)}}}"
-        return super()._get_default_metavar_for_optional(action)
+        kinds = alternatives(getattr(action, "_typehint", None) or action.type)
+        return "|".join(_metavar(kind) for kind in kinds) if kinds != (None,) else "VALUE"
+
+
+def _metavar(kind: Any) -> str:
+    """Return the kind of value of a flag in its help."""
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(map(str, get_args(kind))) + "}"
+    if get_origin(kind) is tuple:
+        return "LIST"
+    return {float: "NUMBER", bool: "{true,false}", NoneType: "null"}.get(kind, "INTEGER" if is_whole(kind) else "TEXT")
 
 
 class Parser(ArgumentParser):

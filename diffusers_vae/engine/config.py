@@ -74,7 +74,7 @@ class RunConfig:
     batch_size: int = setting(16, at_least=1)
     """Number of images per optimiser step, over all processes."""
     gradient_accumulation_steps: int = setting(1, "free", at_least=1)
-    """Number of forwards per optimiser step on each process."""
+    """Number of forwards per optimiser step on each process; more take less memory."""
     gradient_checkpointing: bool = setting(False, "free")
     """Recompute activations in the backward pass instead of storing them: less memory, slower, the same result."""
     mixed_precision: Precision | None = setting(None, "kept")
@@ -83,8 +83,8 @@ class RunConfig:
     step: StepMode = setting("auto", "kept")
     """How a step runs; eager: kernel by kernel; compiled: by torch.compile; graph: as one CUDA graph; auto: by rule
     (docs/runs.md)."""
-    ema_decay: float | None = setting(0.99, above=0, below=1)
-    """Highest decay per step of the averaged weights, which are evaluated and saved; null: no averaging
+    ema_decay: float | None = setting(0.99, at_least=0, below=1)
+    """Highest decay per step of the averaged weights, which are evaluated and saved; 0 or null: no averaging
     (docs/objective.md)."""
     checkpoint_every: int = setting(10_000, "free", "local", at_least=1)
     """Number of images between checkpoints, from which the same command continues; the end of the run has one, too."""
