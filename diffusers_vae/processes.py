@@ -145,6 +145,13 @@ def only_user_of(folder: Path, doing: str, setting: str) -> Generator[None]:
         lock.release()
 
 
+def launched_alone() -> bool:
+    """Whether `accelerate launch` started this process without others: it then ends with a traceback of its own at
+    SIGINT, for which it does not wait, and at any exit code but 0. (As in Accelerate 1.14.)
+    """
+    return "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ
+
+
 class Interrupted(BaseException):
     """A signal stopped the run. Like a KeyboardInterrupt, it is no Exception, so that nobody takes it for an error."""
 
@@ -191,8 +198,11 @@ class Signals:
         if not self.wait:
             self.interrupted = Interrupted(f"asked to stop ({self.reason}). The same command continues")
             raise self.interrupted
+        said = f"\n{self.reason}: finishing the step and saving; a second signal stops at once\n"
+        if launched_alone():
+            said += "`accelerate launch` does not wait for this; `diffusers-vae train` does\n"
         with suppress(OSError):  # the terminal may be gone
-            os.write(2, f"\n{self.reason}: finishing the step and saving; a second signal stops at once\n".encode())
+            os.write(2, said.encode())
 
     def asked(self) -> bool:
         """Whether this process is to stop, for the `reason` that is then set."""

@@ -356,6 +356,7 @@ def test_dry_run_of_two_processes_runs_every_phase_and_keeps_nothing(tmp_path):
     launch = Launch(partial(command, "train", "--dry_run", *run), tmp_path / "log", processes=2)
     assert launch.wait() == [0, 0], launch.output()
     assert launch.output().count("resumed from a checkpoint: bit-identical") == 1
+    assert "continuing from its first checkpoint" in launch.output()  # and from no folder that is gone afterwards
     assert not (tmp_path / "run").exists()
 
 

@@ -17,7 +17,7 @@ PACKAGE = "diffusers_vae"
 # Files and chapters of one row never see each other.
 ROWS = [
     {"messages", "fields"},
-    {"storage", "untrusted", "silence"},
+    {"storage", "untrusted", "silence", "presets"},
     {"processes", "settings", "images"},
     {"models", "losses", "data"},
     {"latents", "engine", "pipelines"},

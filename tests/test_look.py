@@ -5,7 +5,6 @@ import io
 import logging
 import shutil
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from diffusers_vae.cli.parser import TRAININGS, parse_settings
 from diffusers_vae.data import DataConfig, load_data, look, recommended
 from diffusers_vae.images.ranges import ValueRange
 from diffusers_vae.reports.tables import look_table
-
 
 
 @pytest.fixture
@@ -233,7 +231,7 @@ def test_command(folder, tmp_path, capsys):
     assert cli.main(["data", str(folder), "--data.channels", "3", "--out", str(picture)]) == 0
     told = capsys.readouterr().out
     assert "27 training, 2 held-out (the set's own parts)" in told and "again.png" in told
-    assert f"--data.root {folder} --data.channels 3 --data.on_bad_image skip" in told
+    assert f"--data.root {folder} --run.output_dir runs/set --data.channels 3 --data.on_bad_image skip" in told
     with Image.open(picture) as sheet:
         assert sheet.width > 16 * 32
     assert cli.main(["data", str(folder), "--out", str(folder / "sheet.png")]) == 1

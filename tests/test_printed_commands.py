@@ -28,7 +28,8 @@ commands = [
     ["encode", "digits", "--vae=runs/a b", "--out=latents"],
     ["evaluate", "runs/mlp", "--evaluation.max_images=20"],
     ["push", "runs/a b", "me/a"], ["push", "runs/text", "me/a"],
-    ["train", "--help"], ["train-text-to-image", "--help"],
+    ["train", "--help"], ["train-text-to-image", "--help"], ["presets"], ["data", "digits"],
+    ["train", "digits", "--preset", "mnist-vae", "--data.fit=crop", *run, "--run.output_dir=runs/preset"],
 ]
 printed = []
 for arguments in commands:
@@ -50,6 +51,10 @@ for line in json.load(open({lines!r})):
     names = {{}}
     if not line.startswith("diffusers-vae "):
         exec(line, names)
+        continue
+    if line.startswith("diffusers-vae train "):
+        small = ["--data.resolution=8", "--run.max_images=32", "--run.tracker=null", "--evaluation.max_images=8"]
+        assert cli.main([*shlex.split(line)[1:], *small]) == 0
         continue
     sys.stderr = open("error.txt", "w+")
     cli.main(shlex.split(line)[1:])
@@ -78,7 +83,8 @@ def test_it_runs_from_an_empty_folder(installed, tmp_path):
         lines += [line.split("it ", 1)[1].strip() for line in text.splitlines() if line[:8] in ("load it ", "open it ")]
         lines += [text.partition("Repeat: ")[2].strip()] if "Repeat: " in text else []
         assert "training/" not in text
-    assert len(lines) == 3 + 4 + 1 + 1 and sum(line.startswith("diffusers-vae ") for line in lines) == 1
+        lines += [line for line in text.splitlines() if line.startswith("diffusers-vae train --preset digits")]
+    assert len(lines) == 4 + 4 + 1 + 1 + 1 and sum(line.startswith("diffusers-vae ") for line in lines) == 2
     (uploaded,) = [text for text in printed if "hf upload" in text]
     assert os.path.isdir(shlex.split(uploaded.split("`")[1])[3])
     (tmp_path / "lines.json").write_text(json.dumps(lines))

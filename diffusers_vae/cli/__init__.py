@@ -58,6 +58,19 @@ Exit codes: 0 done, 1 an error, 2 wrong arguments, 75 interrupted, and the same 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that `arguments`, by default those of the process, name; the exit code."""
+    code = 0
+    try:
+        code = _main(arguments)
+    except SystemExit as ended:
+        code = ended.code
+        raise
+    finally:
+        if code in (1, 2) and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            _explain_launcher()
+    return code
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end a command
             with suppress(OSError):  # a log that cannot be written ends no training
@@ -94,6 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = str(error) if expected else " ".join(str(error).split())
         print(message(f"error: {kind}{text}{'' if expected else ' (--debug shows where)'}"), file=sys.stderr)
         return 1
+
+
+def _explain_launcher() -> None:
+    """Say whose traceback follows an error below `accelerate launch` of one process, which has no other way to end."""
+    from ..processes import launched_alone
+
+    if launched_alone():
+        said = "(what follows is of `accelerate launch` and says no more; `diffusers-vae train` ends without it)"
+        print(said, file=sys.stderr, flush=True)
 
 
 def _at_home(argument: str) -> str:

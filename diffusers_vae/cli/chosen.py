@@ -29,8 +29,8 @@ def choose(training: Training, arguments: Sequence[str]) -> tuple[list[str], str
     """Return flags that suit the images which `arguments` name without a flag, and lines that state them with reasons;
     nothing if no images are named like that, or if settings are wrong. Flags that are in `arguments` are left out.
 
-    The run in the folder that is due is continued with its settings instead, and with `--preset` only the folder is
-    chosen. All processes call this; only the main process looks at the images.
+    With `--preset`, only the folder of the run is chosen. Without, if that folder holds a run, it is continued with its
+    settings. All processes call this; only the main process looks at the images.
 
     Raises:
         FileNotFoundError: when there are no such images.
@@ -53,12 +53,12 @@ def choose(training: Training, arguments: Sequence[str]) -> tuple[list[str], str
 def _decide(stated: Namespace, data: DataConfig, images: str, has_preset: bool) -> tuple[list[str], str]:
     folder = data.run_folder + "-fine-tuned" * bool(stated.get("model.pretrained"))
     folder = stated.get("run.output_dir") or folder
+    if has_preset:
+        return [f"--run.output_dir={folder}"], ""
     with suppress(OSError, ValueError):  # what is wrong with its settings is reported when the run is looked for
         begun = Path(folder) / "config.yaml"
         read_settings(begun)
-        return [f"--config={begun}"], showable(f"settings are those of the run in {folder}, where no flag differs")
-    if has_preset:
-        return [f"--run.output_dir={folder}"], ""
+        return [f"--config={begun}"], showable(f"{folder} holds a run, whose settings apply where no flag differs")
     found = look(data, LOOKED_AT, True, duplicates=False)
     choice = recommended(found, data)
     settings = choice.settings | {"run.output_dir": folder} | _instead(stated, choice.preset)

@@ -285,7 +285,7 @@ def training_parser(training: Training) -> Parser:
 
 
 class Words:
-    """The words of a training command: `images` for DATA, names of `presets`, paths of `files`, and all other `flags`."""
+    """Words of a training command by kind: DATA, names of presets, paths of settings files, and all other flags."""
 
     WITHOUT_VALUE = ("-h", "--help", "--print_config", "--dry_run")
 

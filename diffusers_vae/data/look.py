@@ -90,8 +90,8 @@ class Look:
 def look(config: DataConfig, max_images: int, progress: bool = False, duplicates: bool = True) -> Look:
     """Measure a set of images, without crops and without files that cannot be read.
 
-    All headers are read, and for `duplicates` files of one size in bytes are compared; pixels, and the headers of a stream, only of the
-    first `max_images` training images.
+    All headers are read, and for `duplicates` files of one size in bytes are compared. Pixels, and the headers of a
+    stream, are read only of the first `max_images` training images.
 
     Raises:
         FileNotFoundError: when there is no such set.

@@ -254,7 +254,12 @@ class Run(Generic[S, R]):
 
 @contextmanager
 def opened(
-    config: S, launch: Launch, finished: Callable[[S], R], build: Callable[[S], nn.Module] | None = None
+    config: S,
+    launch: Launch,
+    finished: Callable[[S], R],
+    build: Callable[[S], nn.Module] | None = None,
+    *,
+    temporary: bool = False,
 ) -> Generator[Run[S, R]]:
     """Lock the folder `run.output_dir` within, and find the run that it holds: arguments and errors are those of
     `find_run` and `only_user_of`.
@@ -268,7 +273,8 @@ def opened(
             if result:
                 logger.info("%s holds this run, finished", showable(settings.output_dir))
             elif checkpoint and accelerator.is_main_process:
-                logger.info("continuing from %s", showable(checkpoint))
+                shown = "its first checkpoint, to compare the results" if temporary else showable(checkpoint)
+                logger.info("continuing from %s", shown)
             yield Run(config, launch, checkpoint, result)
         finally:
             finish_trackers(accelerator)

@@ -30,7 +30,8 @@ class AdversarialConfig:
     """Discriminator that judges reconstructions by patches: Isola et al. 2017, Esser et al. 2021."""
 
     weight: float = setting(0.0, at_least=0)
-    """Weight of the generator's loss, a mean over patches; 0: no discriminator; 0.5 in latent-diffusion."""
+    """Weight of the generator's loss, a mean over patches, for sharper images; 0: no discriminator; 0.5 in
+    latent-diffusion."""
     loss: Literal["hinge", "non-saturating"] = only_with("hinge", weight=True)
     """Loss of the discriminator: hinge (Lim & Ye 2017) or non-saturating (Goodfellow 2014)."""
     start_images: int = only_with(0, at_least=0, weight=True)

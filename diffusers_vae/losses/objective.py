@@ -284,7 +284,7 @@ class ObjectiveConfig:
     """Rate in nats per image that a controller reaches by adjusting the weight, which starts at kl_weight (as
     ControlVAE, Shao 2020)."""
     perceptual: Literal["alex", "vgg", "squeeze"] | None = setting(None, "training")
-    """Network of an LPIPS term in the loss (Zhang 2018); null: none."""
+    """Network of an LPIPS term in the loss (Zhang 2018), for sharper images; null: none."""
     perceptual_weight: float = only_with(1.0, "training", above=0, perceptual=True)
     """Weight of LPIPS, which is also multiplied by the number of values of the image (docs/objective.md)."""
     equivariance: float = setting(0.0, "training", at_least=0, at_most=1)

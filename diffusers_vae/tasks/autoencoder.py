@@ -92,7 +92,7 @@ def train(
     """
     with (
         launched(config.run, partial(fast_in_bfloat16, config), patience) as launch,
-        opened(config, launch, finished, build_model) as run,
+        opened(config, launch, finished, build_model, temporary=planned is not None) as run,
     ):
         accelerator = launch.accelerator
         if run.result:

@@ -68,7 +68,7 @@ def train(
     """Train, evaluate and save a text-to-image model on at most `max_images` images. See `autoencoder.train`."""
     with (
         launched(config.run, lambda device: False, patience) as launch,
-        opened(config, launch, finished) as run,
+        opened(config, launch, finished, temporary=planned is not None) as run,
     ):
         accelerator = launch.accelerator
         if run.result:
