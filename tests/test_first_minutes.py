@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from support.launches import command, run_forked
 from support.runs import fit, tensors, tiny
 
 from diffusers_vae import VAE, cli
@@ -162,10 +163,10 @@ class TestImages:
         monkeypatch.chdir(tmp_path)
         save_images(tmp_path / "my photos", (70, 90), "RGB")
         assert cli.main(["data", "my photos"]) == 0
-        command = shlex.split(capsys.readouterr().out.splitlines()[-1])
-        assert command[:2] == ["diffusers-vae", "train"] and "--run.output_dir" in command
+        words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+        assert words[:2] == ["diffusers-vae", "train"] and "--run.output_dir" in words
         flags, _ = choose(TRAIN, ["my photos"])
-        assert parse_settings(TRAIN, command[2:]) == parse_settings(TRAIN, ["my photos"], flags)
+        assert parse_settings(TRAIN, words[2:]) == parse_settings(TRAIN, ["my photos"], flags)
 
     @pytest.mark.slow
     def test_flags_and_files_win(self, tmp_path, monkeypatch):
@@ -221,6 +222,14 @@ class TestImages:
         Image.new("RGB", (130, 130)).save(tmp_path / "photos" / "12.png")  # for which another choice would be made
         code, out, error = call(capsys, "train", "photos", *SMALL)
         assert code == 0 and out.startswith("runs/photos holds a run, whose settings apply") and "chosen" not in out
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_choice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = save_images(tmp_path / "photos")
+    told = run_forked(command, "train", folder, *SMALL, "--dry_run", log=tmp_path / "log", processes=2)
+    assert told.count("chosen for 11 training images") == 1 and "dry run: every phase ran" in told
 
 
 @pytest.mark.slow

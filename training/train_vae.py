@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["diffusers-vae[train]"]
 # ///
-"""Train a KL autoencoder: `accelerate launch training/train_vae.py [--config FILE.yaml] [--SECTION.KEY VALUE ...]`.
+"""Train a KL autoencoder: `accelerate launch training/train_vae.py [DATA] [--preset NAME] [--SECTION.KEY VALUE ...]`.
 
 Without any, it trains on scikit-learn's digits, as training/configs/digits.yaml says. `--help` lists all settings. The
 same command continues a run that was interrupted. Exit codes: 0 finished, 75 interrupted by a signal, 2 wrong settings,

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = _main(arguments)
     except SystemExit as ended:
-        code = ended.code
+        code = ended.code if isinstance(ended.code, int) else 1
         raise
     finally:
         if code in (1, 2) and "ACCELERATE_MIXED_PRECISION" in os.environ:

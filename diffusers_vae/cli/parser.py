@@ -228,7 +228,7 @@ TRAININGS = {
         Training(
             "train",
             "Train a KL autoencoder.",
-            "accelerate launch -m diffusers_vae.cli train --run.output_dir runs/digits",
+            "diffusers-vae train photos/ --run.epochs 4",
             TrainConfig,
             autoencoder.train,
             autoencoder.dry_run,
@@ -237,7 +237,7 @@ TRAININGS = {
             "train-text-to-image",
             "Train a text-to-image model on the latents of a trained autoencoder (--vae MODEL), and save it as a stock "
             "StableDiffusionPipeline.",
-            "accelerate launch -m diffusers_vae.cli train-text-to-image --vae runs/digits",
+            "diffusers-vae train-text-to-image --vae runs/digits",
             TextToImageConfig,
             text_to_image.train,
             text_to_image.dry_run,
