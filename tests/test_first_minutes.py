@@ -199,6 +199,23 @@ class TestImages:
         assert config.model == preset.model and config.data.resolution == preset.data.resolution
         assert (config.data.root, config.run.output_dir) == ("photos", "runs/photos")
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("arguments", "folder"),
+        [
+            (["--data", "photos"], "runs/photos"),
+            (["--data.name", "mnist"], "runs/mnist"),
+            (["--data", "photos", "--run.output_dir", "runs/own"], "runs/own"),
+            (["--data", "photos", "--preset", "rgb-small"], "runs/rgb-small"),
+            ([], "runs/digits"),
+        ],
+    )
+    def test_runs_are_named_after_their_images_unless_stated(self, arguments, folder, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        save_images(tmp_path / "photos")
+        config, _ = parse_settings(TRAIN, arguments, choose(TRAIN, arguments)[0])
+        assert config.run.output_dir == folder
+
     def test_missing_images_are_named(self, capsys):
         code, _, error = call(capsys, "train", "nowhere")
         assert code == 1 and "nowhere, which is not there" in error

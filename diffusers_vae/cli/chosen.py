@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from jsonargparse import Namespace
 
-from ..data import DataConfig, look, recommended
+from ..data import IN_MEMORY, DataConfig, look, recommended
 from ..messages import showable
 from ..presets import find_preset
 from ..processes import on_main
@@ -26,8 +26,9 @@ FINE_TUNING_RATE = "1e-4"
 
 
 def choose(training: Training, arguments: Sequence[str]) -> tuple[list[str], str]:
-    """Return flags that suit the images which `arguments` name without a flag, and lines that state them with reasons;
-    nothing if no images are named like that, or if settings are wrong. Flags that are in `arguments` are left out.
+    """Return flags that suit the images which `arguments` name without a flag, and lines that state them with reasons.
+    Flags that are in `arguments` are left out. For other images, only the folder of the run is named after them, unless
+    a preset states it.
 
     With `--preset`, only the folder of the run is chosen. Without, if that folder holds a run, it is continued with its
     settings. All processes call this; only the main process looks at the images.
@@ -38,7 +39,7 @@ def choose(training: Training, arguments: Sequence[str]) -> tuple[list[str], str
     """
     words = Words(arguments)
     looks_up = any(flag.startswith(("-h", "--help", "--print_config")) for flag in words.flags)
-    if training.command != "train" or len(words.images) != 1 or looks_up:
+    if training.command != "train" or len(words.images) > 1 or looks_up:
         return [], ""
     parser, presets, words.presets = training_parser(training), words.presets, []
     try:
@@ -46,13 +47,15 @@ def choose(training: Training, arguments: Sequence[str]) -> tuple[list[str], str
         data = parser.complete(stated).data
     except WRONG:  # reported when all settings are read
         return [], ""
-    PartialState(cpu=not torch.accelerator.is_available(), timeout=GROUP_TIMEOUT)
-    return on_main(lambda: _decide(stated, data, words.images[0], bool(presets)))
-
-
-def _decide(stated: Namespace, data: DataConfig, images: str, has_preset: bool) -> tuple[list[str], str]:
     folder = data.run_folder + "-fine-tuned" * bool(stated.get("model.pretrained"))
+    if not words.images:
+        return ([] if presets else [f"--run.output_dir={folder}"]), ""
     folder = stated.get("run.output_dir") or folder
+    PartialState(cpu=not torch.accelerator.is_available(), timeout=GROUP_TIMEOUT)
+    return on_main(lambda: _decide(stated, data, folder, bool(presets)))
+
+
+def _decide(stated: Namespace, data: DataConfig, folder: str, has_preset: bool) -> tuple[list[str], str]:
     if has_preset:
         return [f"--run.output_dir={folder}"], ""
     with suppress(OSError, ValueError):  # what is wrong with its settings is reported when the run is looked for
@@ -65,6 +68,7 @@ def _decide(stated: Namespace, data: DataConfig, images: str, has_preset: bool) 
     if stated.get("data.crops") is not None:
         settings.pop("data.fit", None)
     settings = {name: value for name, value in settings.items() if name not in stated}
+    images = str(data.name) if data.name in IN_MEMORY else data.location
     rows = [("preset", choice.preset), ("data", images), *settings.items()]
     reasons = choice.reasons | {"run.output_dir": "named after the images", "data": "the images"}
     lines = [f"chosen for {found.parts['training']:,} training images; each flag that you give overrides its own:"]
