@@ -199,3 +199,9 @@ def test_missing_package_is_an_error_before_training(tmp_path, monkeypatch):
 def test_unknown_tracker_is_an_error():
     with pytest.raises(ValueError, match=r"run\.tracker must be among tensorboard, .*, a list of them or null, got tb"):
         RunConfig(tracker=["tensorboard", "tb"])
+
+
+def test_list_of_one_tracker_and_its_name_are_the_same():
+    assert RunConfig(tracker=["wandb"]) == RunConfig(tracker="wandb")
+    assert RunConfig(tracker=[]) == RunConfig(tracker=None)
+    assert RunConfig(tracker=["wandb", "mlflow", "wandb"]).trackers == ["wandb", "mlflow"]

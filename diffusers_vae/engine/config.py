@@ -100,8 +100,8 @@ class RunConfig:
     log_every: int = setting(1000, "local", at_least=1)
     """Number of images between records in metrics.jsonl."""
     tracker: TrackerName | tuple[TrackerName, ...] | None = setting("tensorboard", "free", "local")
-    """Where to log metrics and pictures besides output_dir: tensorboard, wandb, trackio, mlflow, comet_ml, aim,
-    clearml, swanlab or a list of them; null: nowhere else (docs/runs.md)."""
+    """Trackers of metrics and pictures: tensorboard, wandb, trackio, mlflow, comet_ml, aim, clearml, swanlab or a list
+    of them; null: none (docs/runs.md)."""
 
     def __post_init__(self):
         at_home(self, "output_dir")
@@ -112,6 +112,9 @@ class RunConfig:
         if unknown := set(self.trackers) - {*get_args(TrackerName)}:
             choices = ", ".join(get_args(TrackerName))
             raise ValueError(f"run.tracker must be among {choices}, a list of them or null, got {min(unknown)}")
+        # the parser may return a list of one for a name
+        alone = self.trackers[0] if len(self.trackers) == 1 else None
+        object.__setattr__(self, "tracker", alone or tuple(self.trackers) or None)
 
     @property
     def trackers(self) -> list[str]:
