@@ -101,7 +101,7 @@ class RunConfig:
     """Number of images between records in metrics.jsonl."""
     tracker: TrackerName | tuple[TrackerName, ...] | None = setting("tensorboard", "free", "local")
     """Trackers of metrics and pictures: tensorboard, wandb, trackio, mlflow, comet_ml, aim, clearml, swanlab or a list
-    of them; null: none (docs/runs.md)."""
+    of them; null: none."""
 
     def __post_init__(self):
         at_home(self, "output_dir")
