@@ -26,6 +26,7 @@ COMMANDS = {
     "fp16": "say whether an autoencoder can run in float16",
     "reconstruct": "encode and decode image files",
     "sample": "decode draws from the prior",
+    "demo": "try autoencoders on your own images in the browser",
     "encode": "precompute the latents of a data set",
     "push": "publish a run on the Hugging Face Hub",
     "info": "say what a model or a run is",
@@ -181,6 +182,6 @@ def _run(arguments: list[str], debug: bool) -> int:
             raise
         raise ImportError(
             f"diffusers-vae {arguments[0]} needs {error.name}, which is not installed: "
-            'pip install "diffusers-vae[train]"'
+            f'pip install "diffusers-vae[{"demo" if arguments[0] == "demo" else "train"}]"'
         ) from error
     return getattr(commands, f"run_{arguments[0].replace('-', '_')}")(arguments[1:])

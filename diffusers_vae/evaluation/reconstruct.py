@@ -90,10 +90,7 @@ def reconstruct_files(
     for index, (file, content) in enumerate(files):
         kind = values = None
         try:
-            if value_range or channels not in (1, 3) or file.suffix.lower() == ".npy":
-                pixels, kind = _as_it_is(file, content, channels, value_range)
-            else:
-                pixels = read_image(file, channels, content=content)
+            pixels, kind = read_pixels(model, file, value_range, content)
             images = to_model_range(pixels[None].to(model.device))
             reconstruction = _at_any_size(model, images, index, config)
             if kind:
@@ -116,6 +113,21 @@ def reconstruct_files(
         raise ValueError(f"{len(failed)} of {len(files)} images could not be reconstructed:\n{listed}")
 
 
+def read_pixels(
+    model: ModelMixin, file: Path, value_range: ValueRange | None, content: Callable[[], BinaryIO] | None = None
+) -> tuple[torch.Tensor, FileKind | None]:
+    """Read an image file for `model`: uint8 pixels (C, H, W), or float pixels in [0, 1] and the file's kind where the
+    model reads files without conversion, as in `reconstruct_files`.
+
+    Raises:
+        ValueError: naming the file, when it cannot be read or its values are outside of the range.
+    """
+    channels = model.config.in_channels
+    if value_range or channels not in (1, 3) or file.suffix.lower() == ".npy":
+        return _as_it_is(file, content, channels, value_range)
+    return read_image(file, channels, content=content), None
+
+
 def _as_it_is(
     file: Path, content: Callable[[], BinaryIO] | None, channels: int, value_range: ValueRange | None
 ) -> tuple[torch.Tensor, FileKind]:
@@ -129,9 +141,16 @@ def _as_it_is(
         raise ValueError(f"cannot read the image {file}: {error}") from error
 
 
-def _at_any_size(model: ModelMixin, images: torch.Tensor, index: int, config: EvaluationConfig) -> torch.Tensor:
+def padded(model: ModelMixin, images: torch.Tensor) -> torch.Tensor:
+    """Pad images (B, C, H, W) at the bottom and the right with the pixels of the border, to the next sides that the
+    model can halve as often as it does.
+    """
     height, width = images.shape[-2:]
     names = ("block_out_channels", "down_block_out_channels", "ch_mult")
     ratio = compression_ratio(next((model.config[name] for name in names if name in model.config), (1,)))
-    padded = torch.nn.functional.pad(images, (0, -width % ratio, 0, -height % ratio), mode="replicate")
-    return reconstruct(model, padded, [index], config)[..., :height, :width]
+    return torch.nn.functional.pad(images, (0, -width % ratio, 0, -height % ratio), mode="replicate")
+
+
+def _at_any_size(model: ModelMixin, images: torch.Tensor, index: int, config: EvaluationConfig) -> torch.Tensor:
+    height, width = images.shape[-2:]
+    return reconstruct(model, padded(model, images), [index], config)[..., :height, :width]

@@ -1,4 +1,4 @@
-"""A finished run to the Hugging Face Hub, in one commit."""
+"""A finished run to the Hugging Face Hub, in one commit, and a Space that shows it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .card import render
 from .config import HubConfig
 from .run import WEIGHTS, FinishedRun
 from .secrets import refuse_secrets, without_token
+from .space import space_files
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -110,6 +111,27 @@ def push(run: Path, config: HubConfig) -> str:
         f" The run is whole, and what has arrived is not sent again. Repeat: {config.command(run)}",
     )
     return without_passwords(url)
+
+
+def push_space(run: Path, config: HubConfig) -> str:
+    """Upload a Space that shows the model of `run`, which `push` has uploaded to `config.repo_id`, under the same name,
+    and return its URL. Files of a Space that is there are replaced.
+
+    Raises:
+        OSError: when the Hub refuses, or the connection breaks, with the command that repeats the upload.
+    """
+    repo_id, api = _repo_id(config), HfApi()
+    additions = [CommitOperationAdd(name, content) for name, content in space_files(config).items()]
+
+    def upload() -> str:
+        private = config.private or None
+        url = str(api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True))
+        message = f"Show {repo_id}"
+        api.create_commit(repo_id, additions, commit_message=message, repo_type="space")
+        return url
+
+    advice = f" The model was uploaded. Repeat: {config.command(run)} --space"
+    return without_passwords(_ask(upload, f"the Space {repo_id} was not uploaded", advice))
 
 
 class _Refused(Exception):

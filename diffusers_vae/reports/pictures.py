@@ -123,23 +123,30 @@ def slerp(first: torch.Tensor, second: torch.Tensor, steps: int) -> torch.Tensor
     return torch.where(singled_out, turned, straight).view(len(first), steps, *first.shape[1:]).to(first.dtype)
 
 
-def interpolation_picture(model: ModelMixin, first: torch.Tensor, second: torch.Tensor, batch_size: int) -> Image.Image:
-    """One row per pair of images, (B, C, H, W) in [-1, 1] each: from the reconstruction of the first, through the
-    decoded latents on the great circle between the posterior means, to that of the second.
+def interpolate(
+    model: ModelMixin, first: torch.Tensor, second: torch.Tensor, steps: int, batch_size: int
+) -> torch.Tensor:
+    """Decoded latents (B * steps, C, H, W), in [-1, 1], on the great circle between the posterior means of each pair of
+    images (B, C, H, W) in [-1, 1]. The ends are the reconstructions.
 
     The circle is around `config.shift_factor`, the mean of the latents, where there is one: the way is that between
     scaled latents, since a common factor changes neither angles nor ratios of norms.
     """
-    steps = steps_for(first.shape[-1])
     ends = _posterior(model, torch.cat([first, second]), batch_size).mode()
     centre = model.config.get("shift_factor") or 0.0
     start, end = (ends - centre).chunk(2)
     latents = slerp(start, end, steps) + centre
+    return _decode(model, latents.flatten(0, 1), batch_size)
+
+
+def interpolation_picture(model: ModelMixin, first: torch.Tensor, second: torch.Tensor, batch_size: int) -> Image.Image:
+    """One row of `interpolate` per pair of images, (B, C, H, W) in [-1, 1] each."""
+    steps = steps_for(first.shape[-1])
     title = (
         "Spherical interpolation between the latents of two images, whose reconstructions are the first and the last "
         "of a row"
     )
-    return page(_decode(model, latents.flatten(0, 1), batch_size), steps, title)
+    return page(interpolate(model, first, second, steps, batch_size), steps, title)
 
 
 def traversal_picture(

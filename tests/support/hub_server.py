@@ -26,7 +26,7 @@ import yaml
 LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "openrail", "other"}
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".zip", ".parquet", ".tar")
 MAX_REGULAR = 10 * 2**20
-KIND = r"((?:models|datasets)/[^/]+/[^/]+)"
+KIND = r"((?:models|datasets|spaces)/[^/]+/[^/]+)"
 NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
 
 
@@ -270,8 +270,8 @@ class _Hub(_Handler):
             ("GET", r"/api/whoami-v2", self.whoami),
             ("POST", r"/api/repos/create", self.create),
             ("POST", r"/api/validate-yaml", self.validate_yaml),
-            ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", self.preupload),
-            ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", self.commit),
+            ("POST", r"/api/((?:models|spaces)/[^/]+/[^/]+)/preupload/([^/]+)", self.preupload),
+            ("POST", r"/api/((?:models|spaces)/[^/]+/[^/]+)/commit/([^/]+)", self.commit),
             ("POST", r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", self.branch),
             ("GET", rf"/api/{KIND}/refs", self.refs),
             ("GET", rf"/api/{KIND}/tree/([^/]+)(?:/(.+))?", self.tree),
@@ -302,7 +302,7 @@ class _Hub(_Handler):
     def _repo(self, name: str, write: bool = False, for_request: bool = False) -> Repo:
         """The repository if the user may see it, or write to it; a pull request may come from everybody."""
         repo = self.hub.repos.get(name)
-        owns = self._owns(name.removeprefix("datasets/").partition("/")[0])
+        owns = self._owns(name.removeprefix("datasets/").removeprefix("spaces/").partition("/")[0])
         if repo is None or (repo.private and not owns):
             if self.user is None:
                 raise _Error(401, "Invalid username or password.", "RepoNotFound")
@@ -344,15 +344,18 @@ class _Hub(_Handler):
             raise _Error(401, "Invalid username or password.")
         values = json.loads(self.body)
         namespace, name = values.get("organization") or self.user.name, values["name"]
-        if values.get("type", "model") != "model":
-            raise _Error(400, "this server has models only")
+        kind = values.get("type", "model")
+        if kind not in ("model", "space"):
+            raise _Error(400, "this server has models and Spaces only")
+        if kind == "space" and values.get("sdk") not in ("gradio", "docker", "static"):
+            raise _Error(400, f'"sdk" must be one of gradio, docker, static, got {values.get("sdk")}')
         if not NAME.fullmatch(name):
             raise _Error(400, f"Invalid repo name: {name}")
         if self.user.role == "read" or not self._owns(namespace):
             raise _Error(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
-        full = f"{namespace}/{name}"
+        full = f"{'spaces/' if kind == 'space' else ''}{namespace}/{name}"
         if full in self.hub.repos:
-            raise _Error(409, "You already created this model repo", url=f"{self.hub.url}/{full}")
+            raise _Error(409, f"You already created this {kind} repo", url=f"{self.hub.url}/{full}")
         private = values.get("visibility") == "private" or values.get("private") is True  # before 1.0: private
         self.hub.create(full, private)
         return _json({"url": f"{self.hub.url}/{full}", "name": full, "id": secrets.token_hex(12)})
