@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-
 from ..models import Source
 from ..reports.demo import MOST_MODELS, serve
 from ..reports.explore import Explored
@@ -27,9 +26,7 @@ def run_demo(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--host", type=str, default="127.0.0.1", help="Address to listen on; 0.0.0.0 lets other machines in."
     )
-    parser.add_argument(
-        "--port", type=int | None, default=None, help="Port; by default the first free one from 7860."
-    )
+    parser.add_argument("--port", type=int | None, default=None, help="Port; by default the first free one from 7860.")
     parsed = parse(parser, arguments)
     if len(parsed.models) > MOST_MODELS:
         parser.exit(2, f"error: the demo shows up to {MOST_MODELS} models side by side, got {len(parsed.models)}\n")

@@ -94,7 +94,7 @@ class Answers:
         )
 
     def find_directions(self, seen: Seen | None, index: int) -> list[Any]:
-        """Return the directions of a model, the picture at their origin, and the sliders and their button."""
+        """Return a model's index and directions, the picture at their origin, the button and the sliders."""
         if seen is None:
             return [None, EMPTY, gr.Button(visible=False), *[gr.Slider(visible=False)] * SLIDERS]
         model, made = self.models[index].model, seen.made[index]
@@ -102,12 +102,13 @@ class Answers:
         words = [markup.slider_words(model, found, k) for k in range(len(found.vectors))]
         sliders = [gr.Slider(value=0, visible=True, label=label, info=info) for label, info in words]
         sliders += [gr.Slider(value=0, visible=False)] * (SLIDERS - len(sliders))
-        return [found, markup.shifted(made, made.reconstruction), gr.Button(visible=True), *sliders]
+        return [(index, found), markup.shifted(made, made.reconstruction), gr.Button(visible=True), *sliders]
 
-    def shift(self, seen: Seen | None, found: Directions | None, index: int, *amounts: float) -> str:
+    def shift(self, seen: Seen | None, directions: tuple[int, Directions] | None, *amounts: float) -> str:
         """Return the picture with the latents shifted as the sliders say."""
-        if seen is None or found is None:
+        if seen is None or directions is None:
             return EMPTY
+        index, found = directions
         made = seen.made[index]
         return markup.shifted(made, moved(self.models[index].model, made, found, [*amounts]))
 
@@ -171,7 +172,7 @@ def build(models: Sequence[Explored]) -> gr.Blocks:
         gr.on(
             [slider.change for slider in sliders],
             answers.shift,
-            [seen, directions, chosen, *sliders],
+            [seen, directions, *sliders],
             picture,
             trigger_mode="always_last",  # while one slides, positions between may be left out
             show_progress="hidden",

@@ -134,13 +134,15 @@ def telling_directions(model: ModelMixin, posterior: DiagonalGaussianDistributio
 
 
 def channel_std(model: ModelMixin, posterior: DiagonalGaussianDistribution) -> torch.Tensor:
-    """Standard deviation (C,) of each latent channel: over the data set, as the model's config states it, or over the
-    positions of this posterior where the config states none.
+    """Standard deviation (C,) of each latent channel: over the data set, as the model's config states it. Where the
+    config states none, over the positions of this posterior or, with one position, that of the prior.
     """
     mean = posterior.mean
     if unmeasured(model.config) is None:
         scaling, one = LatentScaling.from_config(model.config), torch.ones_like(mean[:1, :, :1, :1])
         return (scaling.unscale(one) - scaling.unscale(0 * one)).flatten()
+    if mean[0, 0].numel() == 1:
+        return torch.ones_like(mean[0, :, 0, 0])
     return (mean.var((0, 2, 3), correction=0) + posterior.var.mean((0, 2, 3))).sqrt()
 
 
@@ -148,7 +150,7 @@ def channel_std(model: ModelMixin, posterior: DiagonalGaussianDistribution) -> t
 def moved(model: ModelMixin, made: Reconstruction, directions: Directions, amounts: list[float]) -> torch.Tensor:
     """Decode the latents of an image, shifted by so many standard deviations along the first directions."""
     vectors = directions.vectors[: len(amounts)]
-    shift = torch.tensor(amounts[: len(vectors)]) @ vectors
+    shift = torch.tensor(amounts[: len(vectors)], dtype=torch.float32) @ vectors
     latents = made.posterior.mode()
     return _cropped(decode(model, latents + shift.to(latents)[:, None, None]), made.image)
 

@@ -49,7 +49,6 @@ def note(text: str) -> str:
 
 def reconstructions(models: Sequence[Explored], made: Sequence[Reconstruction]) -> str:
     """Return the original beside each model's reconstruction and the amplified difference."""
-    several_originals = len({one.image.shape for one in made}) > 1
     largest = max((one.image[0] for one in made), key=torch.Tensor.numel)
     cells = [figure(largest, "Original", shown_channels(len(largest)))]
     for explored, one in zip(models, made, strict=True):
@@ -58,7 +57,7 @@ def reconstructions(models: Sequence[Explored], made: Sequence[Reconstruction]) 
             figure(one.reconstruction[0], explored.name, f"PSNR {one.psnr:.2f} dB, {one.seconds:.2g} s", one.note),
             figure(difference[0], f"{AMPLIFICATION} times the difference"),
         ]
-        if several_originals:
+        if one.image[0].shape != largest.shape:
             own.append(figure(one.image[0], "Original as this model sees it"))
         cells += own if len(made) == 1 else [f"<div>{''.join(own)}</div>"]
     device = models[0].model.device.type
