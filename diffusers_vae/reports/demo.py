@@ -39,7 +39,7 @@ def show(sources: Sequence[str], revision: str | None = None) -> None:
     """Load models from repositories or folders, on a GPU if there is one, and serve the page until the process ends:
     the app.py of a Space.
     """
-    device = torch.accelerator.current_accelerator() or "cpu"
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     found = [Source(source, revision=revision) for source in sources]
     models = [Explored(one.name, one.model().to(device), one.value_range()) for one in found]
     serve(models)[0].block_thread()

@@ -13,7 +13,7 @@ from ..images.grid import shown_channels, to_pil
 from ..losses.objective import rate_per_channel
 from ..models import MLPVAE
 from ..models.stock import ModelMixin
-from .explore import INTERPOLATED, WINDOW, Directions, Explored, Reconstruction, channel_std
+from .explore import INTERPOLATED, WINDOW, Directions, Explored, Reconstruction
 from .pictures import AMPLIFICATION, DIFFERENCE
 
 REACH = 3.0  # standard deviations, of sliders and of what is black and white
@@ -77,14 +77,14 @@ def latent_channels(models: Sequence[Explored], made: Sequence[Reconstruction]) 
             parts.append(_bars(mean.flatten(), one.posterior.std.flatten().cpu(), rates, shown))
             how = f"Bars reach from mean - std to mean + std of the posterior, on a scale from -{REACH:g} to {REACH:g}."
         else:
-            spread = REACH * channel_std(explored.model, one.posterior).cpu()
-            deviations = (mean - mean.mean((1, 2), keepdim=True)) / spread[:, None, None]
+            centred = mean - mean.mean((1, 2), keepdim=True)
+            deviations = centred / (REACH * mean.std((1, 2), correction=0, keepdim=True)).clamp_min(1e-6)
             nats = [f"{rates[k].item():,.1f} nats" for k in shown]
             cells = [figure(deviations[k][None], f"Channel {k}", rate) for k, rate in zip(shown, nats, strict=True)]
             parts.append(figures(cells, "tight"))
             how = (
                 "Means of the posterior: grey is a channel's mean over this image, black and white are "
-                f"{REACH:g} standard deviations away."
+                f"{REACH:g} standard deviations over this image away."
             )
         parts.append(note(f"{how} Nats: the rate of this image.{left_out}"))
     return "".join(parts)
