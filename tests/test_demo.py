@@ -6,14 +6,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
 from PIL import Image
-from support.hub import CONFIG, REPO, make_run
+from support.hub import CONFIG, REPO, connect, make_run
 from support.hub_server import Fault
 from support.models import make_vae, tiny_vae
 
@@ -37,6 +41,11 @@ def write_image(path: Path, height: int, width: int, channels: int = 3) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, channels), np.uint8)
     Image.fromarray(pixels.squeeze()).save(path)
     return path
+
+
+def listening() -> set[int]:
+    """Ports that this process listens on."""
+    return {one.laddr.port for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN}
 
 
 def make_mlp() -> MLPVAE:
@@ -126,6 +135,25 @@ class TestSpace:
         assert f"show(['{REPO}'])" in files["app.py"].decode()
         assert "config.json" in hub.files(REPO) and not hub.repos[f"spaces/{REPO}"].private
 
+    @pytest.mark.slow
+    def test_app_serves_the_published_model(self, hub, run, monkeypatch, tmp_path):
+        gradio = pytest.importorskip("gradio")
+        assert cli.main(["push", str(run), REPO, "--space"]) == 0
+        connect(monkeypatch, hub.url, tmp_path)
+        before, app = listening(), hub.files(f"spaces/{REPO}")["app.py"]
+        thread = threading.Thread(target=exec, args=(app, {}), daemon=True)
+        thread.start()
+        try:
+            while not (ports := listening() - before):
+                assert thread.is_alive()
+                time.sleep(0.1)
+            with urlopen(f"http://127.0.0.1:{min(ports)}/config") as answer:
+                assert REPO in answer.read().decode()
+        finally:
+            gradio.close_all()
+        thread.join(30)
+        assert not thread.is_alive()
+
     def test_of_a_private_model_is_private_and_asks_for_a_token(self, hub, run):
         assert cli.main(["push", str(run), REPO, "--private", "true", "--revision", "dev", "--space"]) == 0
         files = hub.files(f"spaces/{REPO}")
@@ -146,10 +174,15 @@ class TestSpace:
 
 class TestCommand:
     def test_more_than_four_models_are_refused(self, capsys):
-        pytest.importorskip("gradio")
         with pytest.raises(SystemExit) as ended:
             cli.main(["demo", *"abcde"])
         assert ended.value.code == 2 and "up to 4 models" in capsys.readouterr().err
+
+    def test_missing_gradio_is_named_with_the_extra(self, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "gradio", None)
+        monkeypatch.delitem(sys.modules, "diffusers_vae.reports.demo", raising=False)
+        assert cli.main(["demo", "me/model"]) == 1
+        assert 'demo needs gradio, which is not installed: pip install "diffusers-vae[demo]"' in capsys.readouterr().err
 
     def test_missing_model_is_named(self, capsys, tmp_path):
         pytest.importorskip("gradio")

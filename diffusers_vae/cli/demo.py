@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..models import Source
-from ..reports.demo import MOST_MODELS, serve
-from ..reports.explore import Explored
+from ..reports.explore import MOST_MODELS, Explored
 from .arguments import MODEL, add_loading, load, parse
 from .measuring import name_of
 from .parser import command_parser
@@ -30,6 +29,12 @@ def run_demo(arguments: Sequence[str]) -> int:
     parsed = parse(parser, arguments)
     if len(parsed.models) > MOST_MODELS:
         parser.exit(2, f"error: the demo shows up to {MOST_MODELS} models side by side, got {len(parsed.models)}\n")
+    try:
+        from ..reports.demo import serve  # here, since gradio takes seconds
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'diffusers-vae demo needs {error.name}, which is not installed: pip install "diffusers-vae[demo]"'
+        ) from error
     models = [
         Explored(name, load(parsed, source), Source(source, parsed.subfolder, parsed.revision).value_range())
         for name, source in zip(_names(parsed.models), parsed.models, strict=True)

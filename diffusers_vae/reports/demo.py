@@ -14,6 +14,7 @@ import torch
 from ..models import MLPVAE, Source
 from . import markup
 from .explore import (
+    MOST_MODELS,
     Directions,
     Explored,
     Reconstruction,
@@ -26,7 +27,6 @@ from .explore import (
 
 T = TypeVar("T")
 
-MOST_MODELS = 4
 SLIDERS = 6
 SAMPLES = 32
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]

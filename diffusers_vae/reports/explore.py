@@ -18,6 +18,7 @@ from ..models.scaling import LatentScaling, unmeasured
 from ..models.stock import ModelMixin
 from .pictures import interpolate
 
+MOST_MODELS = 4  # side by side
 LARGEST = 768  # pixels of the longer side: on a CPU, an f8 model takes seconds for it
 INTERPOLATED = 256  # the same of images between which is interpolated: there are several steps
 WINDOW = 16  # positions of the latents at which directions are looked for
