@@ -1,4 +1,4 @@
-"""Fields of settings, which state what a setting is: its bounds, what reads it, whether it may change on resume."""
+"""Dataclass fields of settings: their bounds, which setting enables them, and whether they may change on resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def at_home(config: Any, *names: str) -> None:
-    """Replace a leading ~ of the paths in these fields of a section by the user's home directory."""
+    """Expand a leading ~ in these path settings of a section to the user's home directory."""
     for name in names:
         if isinstance(path := getattr(config, name), str):
             object.__setattr__(config, name, os.path.expanduser(path))
@@ -22,11 +22,11 @@ def at_home(config: Any, *names: str) -> None:
 
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 Trait = Literal["free", "kept", "training", "of_rows", "any_set", "local"]
-"""What a setting is. free: a run may continue with another value, which changes no result (of an autoencoder the
-weights count, not their location) or only the rounding. kept: where it is null or
-auto, a continued run keeps its value.
-training: no measurement reads it. of_rows: it belongs to one data set of rows. any_set: a model needs it on other data
-sets too, or it says how files are read. local: it is no part of a recipe, such as a path."""
+"""Kinds of settings. free: a resumed run may use another value, because it changes at most the rounding (for an
+autoencoder, its weights count and not their path). kept: a resumed run keeps its earlier value where the new one is
+null or auto. training: no measurement reads it. of_rows: it applies to one data set of rows. any_set: a model needs it
+on other data sets too, or it controls how files are read. local: it is not part of a recipe, such as a path.
+"""
 
 
 def setting(default: Any, *traits: Trait, **bounds: float) -> Any:
@@ -35,8 +35,8 @@ def setting(default: Any, *traits: Trait, **bounds: float) -> Any:
 
 
 def only_with(default: Any, *traits: Trait, **others: Any) -> Any:
-    """Return a dataclass field that is read only where `others`, settings of the same section, have a value in a tuple
-    or, for True, one that is not None, 0 or false, or, for False, one that is. Names in `BOUNDS` bound its numbers.
+    """Return a dataclass field that is read only when `others`, settings of the same section, have certain values: one
+    of a tuple, for True anything but None, 0 or false, for False one of these. Names in `BOUNDS` bound its numbers.
     """
     bounds = {name: others.pop(name) for name in BOUNDS if name in others}
     return field(default=default, metadata={"traits": traits, "bounds": bounds, "only_with": others})
@@ -48,13 +48,13 @@ def with_traits(section: Any, *traits: Trait) -> list[str]:
 
 
 def unread(kind: type, values: Mapping[str, Any]) -> dict[str, tuple[str, bool | tuple[Any, ...]]]:
-    """Return the settings in `values`, of the section `kind`, that differ from their defaults and are not read: for
-    each, the setting that switches it off, and the values of that one with which it is read.
+    """Return the settings in `values`, of the section `kind`, that differ from their defaults but are not read. Each
+    maps to the setting that switches it off and the values of that setting with which it is read.
     """
     found = {}
     for option in fields(kind):
         value = values[option.name]
-        if value == option.default or shown(value) == shown(option.default):  # a list for a tuple
+        if value == option.default or shown(value) == shown(option.default):  # a list may stand for a tuple
             continue
         for other, wanted in option.metadata.get("only_with", {}).items():
             value = values[other]
@@ -81,14 +81,16 @@ def _refuse_unread(section: str, config: Any) -> None:
 
 
 def check(section: str, config: Any) -> None:
-    """Raise ValueError naming a setting of a section that is none of its choices, out of its bounds, or not read."""
+    """Raise ValueError naming a setting of a section that is not a valid choice, is out of bounds or is not read."""
     kinds = _kinds(type(config))
     for option in fields(config):
         value, kind, bounds = getattr(config, option.name), kinds[option.name], option.metadata.get("bounds", {})
         if value is None:
             right = NoneType in alternatives(kind)
         elif isinstance(value, str):
-            choices = [choice for own in alternatives(kind) if get_origin(own) is Literal for choice in get_args(own)]
+            choices = [
+                choice for part in alternatives(kind) if get_origin(part) is Literal for choice in get_args(part)
+            ]
             right = not choices or value in choices
         else:
             numbers = value if isinstance(value, (tuple, list)) else [value]
@@ -105,7 +107,7 @@ _kinds = cache(get_type_hints)
 
 
 def shown(value: Any) -> str:
-    """Return a value as it is written in YAML and flags."""
+    """Return a value as YAML and flags write it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -120,8 +122,8 @@ def is_whole(kind: Any) -> bool:
 
 
 def in_words(kind: Any, bounds: Mapping[str, float] = MappingProxyType({})) -> str:
-    """Return in words what values of a type are, if their numbers lie within `bounds`."""
-    *words, last = [word for own in alternatives(kind) for word in _words(own, bounds)]
+    """Return a description of the values of a type, such as "a positive number", with numbers within `bounds`."""
+    *words, last = [word for part in alternatives(kind) for word in _words(part, bounds)]
     return f"{', '.join(words)} or {last}" if words else last
 
 
@@ -142,7 +144,7 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 
 
 def example_of(kind: Any) -> str:
-    """Return a value of a type as it is written in a shell."""
+    """Return an example value of a type as written in a shell."""
     kind = alternatives(kind)[0]
     if get_origin(kind) is Literal:
         return str(get_args(kind)[0])

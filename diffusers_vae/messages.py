@@ -1,4 +1,4 @@
-"""What people are shown: names of unknown origin without control characters, addresses without passwords."""
+"""Text for people: names of unknown origin without control characters, addresses without passwords."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from contextlib import contextmanager
 
 
 def showable(text: object, lines: bool = False) -> str:
-    """`text` in one line of printable characters; others, which could command a terminal, are escaped as in Python.
-    With `lines`, its lines are kept, and indented after the first, so that none can pass for another message.
+    """Return `text` as one line of printable characters. Other characters, which could control a terminal, are escaped
+    as in Python. With `lines`, line breaks are kept, and lines after the first are indented so that none can pass for
+    another message.
     """
     if lines:
         return "\n  ".join(map(showable, str(text).split("\n")))
@@ -20,7 +21,7 @@ def showable(text: object, lines: bool = False) -> str:
 
 
 def problem_list(problems: Sequence[str], most: int = 20) -> str:
-    """The first `most` problems, a line each, and the number of the others."""
+    """Return the first `most` problems, one per line, and the number of the others."""
     more = [f"and {len(problems) - most} more"] * (len(problems) > most)
     return "\n".join([*map(showable, problems[:most]), *more])
 
@@ -37,26 +38,26 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def quoted(text: object) -> str:
-    """`text` as a string of Python in double quotes."""
+    """Return `text` as a Python string in double quotes."""
     return showable(json.dumps(str(text), ensure_ascii=False))
 
 
 def without_passwords(text: str) -> str:
-    """`text` with USER:PASSWORD in its addresses, https://USER:PASSWORD@HOST, blotted out."""
+    """Return `text` with USER:PASSWORD in addresses such as https://USER:PASSWORD@HOST masked."""
     return re.sub(r"(?<=://)[^\s/]*@", "***@", text)
 
 
 def in_a_line(error: Exception) -> str:
-    """Return class and message of an error in one line of at most 500 characters."""
+    """Return the class and message of an error as one line of at most 500 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
-CLIENTS = ("huggingface_hub", "datasets", "diffusers")  # libraries that ask the Hub, and log by handlers of their own
+CLIENTS = ("huggingface_hub", "datasets", "diffusers")  # libraries that query the Hub and have their own log handlers
 
 
 @contextmanager
 def changed_logs(change: Callable[[str], str]) -> Generator[None]:
-    """Apply `change` to each message that is logged meanwhile, by the clients of the Hub too."""
+    """Apply `change` to every message logged in this context, including those of Hub clients."""
 
     def apply(record: logging.LogRecord) -> bool:
         record.msg, record.args = change(record.getMessage()), ()
@@ -74,7 +75,7 @@ def changed_logs(change: Callable[[str], str]) -> Generator[None]:
 
 @contextmanager
 def hiding_passwords() -> Generator[None]:
-    """Remove passwords from OSErrors raised within and from what is logged, where clients of the Hub put them."""
+    """Remove passwords, which Hub clients include, from OSErrors and log messages in this context."""
     try:
         with changed_logs(message):
             yield
@@ -86,12 +87,12 @@ def hiding_passwords() -> Generator[None]:
 
 
 def message(text: object) -> str:
-    """An error or a warning as the terminal gets it."""
+    """Return an error or a warning as text for the terminal."""
     return showable(without_passwords(str(text)), lines=True)
 
 
 def log_to_terminal(level: int) -> None:
-    """Print what is logged from `level` on."""
+    """Print log messages of `level` and above."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter("%(message)s"))
     logging.basicConfig(level=level, handlers=[handler])

@@ -19,16 +19,16 @@ from .models.stock import AutoencoderKL
 
 @dataclass(frozen=True)
 class _Stock:
-    """What a stock pipeline reads of its VAE's config beside scaling_factor, and how its denoiser takes latents."""
+    """What a stock pipeline reads from its VAE's config besides scaling_factor, and how its denoiser takes latents."""
 
     denoiser: str  # unet or transformer
     use_shift: bool = False  # shift_factor counts; None is an error in the pipeline
-    per_channel: bool = False  # latents_mean and latents_std count, and must be of 4 channels
+    per_channel: bool = False  # latents_mean and latents_std count, and must have 4 channels
     packing: int = 1  # side of the square of latents that the denoiser takes as one position
-    task: str = ""  # Img2Img or Inpaint, or nothing: from noise
+    task: str = ""  # Img2Img, Inpaint, or empty: generates from noise
 
     def inputs(self, latent_channels: int) -> list[int]:
-        """What the denoiser's `in_channels` may be: an inpainting one may take mask and masked latents too."""
+        """Return the possible `in_channels` of the denoiser. Inpainting may add a mask and masked latents."""
         masked = self.task == "Inpaint" and self.packing == 1
         return [latent_channels * self.packing**2] + [2 * latent_channels + 1] * masked
 
@@ -44,27 +44,29 @@ STOCK = {
     **_tasks("Flux", denoiser="transformer", use_shift=True, packing=2),
     "DiTPipeline": _Stock("transformer"),
 }
-"""Read in the sources of diffusers 0.36 and 0.42, and held against the installed one by the tests. Two disagree with
-themselves: StableDiffusionXLInpaintPipeline leaves latents_mean and latents_std out where it encodes,
-StableDiffusion3InpaintPipeline shift_factor where it decodes. Here stands what their denoisers are trained with."""
+"""Taken from the sources of diffusers 0.36 and 0.42; the tests compare it with the installed version. Two pipelines are
+inconsistent: StableDiffusionXLInpaintPipeline ignores latents_mean and latents_std when it encodes, and
+StableDiffusion3InpaintPipeline ignores shift_factor when it decodes. The values are those that their denoisers are
+trained with.
+"""
 
 
 def latent_scaling(
     pipeline: DiffusionPipeline | type[DiffusionPipeline] | str, vae: VAE | AutoencoderKL
 ) -> LatentScaling:
-    """The scaling that a stock pipeline applies to the latents of `vae`, with which its denoiser must be trained.
+    """Return the scaling that a stock pipeline applies to the latents of `vae`. Its denoiser must be trained with it.
 
-    Stable Diffusion and DiT multiply by scaling_factor; so does Stable Diffusion XL, unless the config has latents_mean
-    and latents_std, which it then applies; Stable Diffusion 3 and FLUX subtract shift_factor first.
+    Stable Diffusion and DiT multiply by scaling_factor. So does Stable Diffusion XL, unless the config has latents_mean
+    and latents_std, which it applies instead. Stable Diffusion 3 and FLUX subtract shift_factor first.
 
     Args:
-        pipeline: an object, a class (a stock one or one derived from it), or a stock class's name.
-        vae: whose config is read.
+        pipeline: A pipeline, a stock class or one derived from it, or the name of a stock class.
+        vae: The VAE whose config is read.
 
     Raises:
-        TypeError: when `vae` is neither a `VAE` nor a stock `AutoencoderKL`.
-        ValueError: for an unknown pipeline, one that cannot compute with this config, or a scaling_factor that was
-            neither measured nor published.
+        TypeError: If `vae` is neither a `VAE` nor a stock `AutoencoderKL`.
+        ValueError: If the pipeline is unknown or cannot run with this config, or the scaling_factor was neither
+            measured nor published.
     """
     _check_class(vae)
     name, stock = _look_up(pipeline)
@@ -74,25 +76,27 @@ def latent_scaling(
 
 
 def swap_vae(pipeline: DiffusionPipeline, vae: VAE | AutoencoderKL) -> DiffusionPipeline:
-    """Put a copy of `vae` into the pipeline, as a stock `AutoencoderKL`: saved, it loads without this package.
+    """Replace the VAE of a pipeline with a copy of `vae` as a stock `AutoencoderKL`. The saved pipeline loads without
+    this package.
 
-    The latents must have the channels that the denoiser takes and, compared with the old VAE, the same size, image
-    channels and scaling as this pipeline applies it (`latent_scaling`). No check can tell whether they mean the same: a
-    VAE that was not fine-tuned from the old one needs a denoiser that was trained on its latents. Load the pipeline of
-    such a denoiser with `vae=None`: without an old `AutoencoderKL`, only the denoiser's channels are checked.
+    The latents must have the number of channels that the denoiser expects. They must also match the old VAE in size,
+    image channels and the scaling that this pipeline applies (`latent_scaling`). No check can detect whether the
+    latents mean the same: a VAE that was not fine-tuned from the old one needs a denoiser trained on its latents. Load
+    the pipeline of such a denoiser with `vae=None`: without an old `AutoencoderKL`, only the denoiser's channels are
+    checked.
 
-    The copy takes the old VAE's device and dtype (without one, the denoiser's), eval mode, and slicing, tiling and
-    fused projections where they were on. It keeps its config, with force_upcast, but for a sample_size below 256, which
-    becomes 256: stock takes it for the side of tiles. `vae` itself is not changed.
+    The copy takes the device and dtype of the old VAE (or else of the denoiser), eval mode, and the old VAE's slicing,
+    tiling and fused projections. It keeps its config, including force_upcast, except that a sample_size below 256
+    becomes 256, because stock uses it as the tile size. `vae` itself does not change.
 
     Args:
-        pipeline: Stable Diffusion, Stable Diffusion XL, Stable Diffusion 3 or FLUX, each for text, image to image or
-            inpainting, or DiT, or of a class derived from one of these.
-        vae: trained with this package or without.
+        pipeline: A Stable Diffusion, Stable Diffusion XL, Stable Diffusion 3 or FLUX pipeline (text to image, image to
+            image or inpainting), a DiT pipeline, or an instance of a derived class.
+        vae: A VAE trained with or without this package.
 
     Raises:
-        TypeError: when `pipeline` is no pipeline, or `vae` neither a `VAE` nor a stock `AutoencoderKL`.
-        ValueError: for an unknown pipeline, or with a list of everything that does not fit. Nothing is changed.
+        TypeError: If `pipeline` is not a pipeline, or `vae` neither a `VAE` nor a stock `AutoencoderKL`.
+        ValueError: If the pipeline is unknown, or with a list of every mismatch. The pipeline is then unchanged.
     """
     if not isinstance(pipeline, DiffusionPipeline):
         raise TypeError(f"swap_vae takes a pipeline object of diffusers, got {pipeline!r}")
@@ -114,7 +118,7 @@ def swap_vae(pipeline: DiffusionPipeline, vae: VAE | AutoencoderKL) -> Diffusion
     if getattr(pipeline, "fusing_vae", False):
         new.fuse_qkv_projections()
     pipeline.register_modules(vae=new)
-    # what the constructors derive from the VAE; another than before only where there was none
+    # the constructors derive these from the VAE; they change only if there was none before
     ratio = compression_ratio(new.config.block_out_channels)
     derived = {"vae_scale_factor": ratio, "latent_channels": new.config.latent_channels}
     for attribute, value in derived.items():
@@ -131,7 +135,7 @@ def swap_vae(pipeline: DiffusionPipeline, vae: VAE | AutoencoderKL) -> Diffusion
 def _check_class(vae: VAE | AutoencoderKL) -> None:
     if isinstance(vae, VAE) or type(vae) is AutoencoderKL:
         return
-    reason = "what these pipelines read of the config, and what loads again without other code, is of those two"
+    reason = "stock pipelines read the config of these two classes only, and load them without other code"
     inside = vae.modules() if isinstance(vae, nn.Module) else ()
     if any(isinstance(each, (VAE, AutoencoderKL)) and each is not vae for each in inside):
         reason = "pass the model inside (compile it afterwards; of a PeftModel, pass merge_and_unload())"
@@ -143,19 +147,19 @@ def _check_class(vae: VAE | AutoencoderKL) -> None:
 
 
 def _look_up(pipeline: DiffusionPipeline | type[DiffusionPipeline] | str) -> tuple[str, _Stock]:
-    """The name of the stock class, and what is known of it."""
+    """Return the name of the stock class and its entry in `STOCK`."""
     kind = pipeline if isinstance(pipeline, (str, type)) else type(pipeline)
     names = [kind] if isinstance(kind, str) else [each.__name__ for each in kind.__mro__]
     for name in names:
         if name in STOCK:
             return name, STOCK[name]
-    raise ValueError(f"it is not known how {names[0]} scales latents; known are {', '.join(STOCK)}")
+    raise ValueError(f"cannot determine how {names[0]} scales latents; supported are {', '.join(STOCK)}")
 
 
 def _not_computable(
     name: str, stock: _Stock, vae: VAE | AutoencoderKL, dtype: torch.dtype | None = None
 ) -> Iterator[str]:
-    """Where the pipeline would fail with this VAE in `dtype`, or in any without one."""
+    """Yield why the pipeline would fail with this VAE in `dtype`, or in any dtype if None."""
     config: Any = vae.config
     if reason := unmeasured(config):
         yield reason
@@ -180,7 +184,7 @@ def _not_computable(
 
 
 def _offloaded(pipeline: DiffusionPipeline, old: nn.Module | None, vae: nn.Module) -> Iterator[str]:
-    """Find hooks that move weights between devices, of which a VAE that comes later has none."""
+    """Yield the offloading hooks of the pipeline: a VAE that is added later would have none."""
 
     def hooked(module: nn.Module) -> bool:
         return any(hasattr(each, "_hf_hook") or hasattr(each, "_diffusers_hook") for each in module.modules())
@@ -191,13 +195,13 @@ def _offloaded(pipeline: DiffusionPipeline, old: nn.Module | None, vae: nn.Modul
             "the like); swap the VAE first, in a pipeline that was just loaded, and enable it then"
         )
     if hooked(vae) or any(weight.is_meta for weight in vae.parameters()):
-        yield "offloading: the weights of the VAE are elsewhere; load it without device_map or offloading"
+        yield "offloading: the weights of the VAE are not in memory; load it without device_map or offloading"
 
 
 def _misfits(
     name: str, stock: _Stock, vae: VAE | AutoencoderKL, old: nn.Module | None, denoiser: nn.Module | None
 ) -> Iterator[str]:
-    """Find where the VAE differs from what the denoiser takes or, by the old VAE, was trained with."""
+    """Yield each mismatch between the VAE and the denoiser, or the old VAE that the denoiser was trained with."""
     channels = vae.config.latent_channels
     compared = isinstance(old, (VAE, AutoencoderKL))
     taken: Any = None if denoiser is None else cast(Any, denoiser).config.in_channels
@@ -239,7 +243,7 @@ def _misfits(
 
 
 def _applied(stock: _Stock, vae: VAE | AutoencoderKL) -> dict[str, float | list[float] | None]:
-    """The keys of the config that the pipeline applies to the latents, with their values."""
+    """Return the config keys that the pipeline applies to the latents, with their values."""
     config = vae.config
     applied: dict[str, float | list[float] | None] = {"scaling_factor": config.scaling_factor}
     if stock.use_shift:
@@ -251,7 +255,7 @@ def _applied(stock: _Stock, vae: VAE | AutoencoderKL) -> dict[str, float | list[
 
 
 def _close(a: float | list[float] | None, b: float | list[float] | None) -> bool:
-    """Whether two values of a config are one, up to float32."""
+    """Return whether two config values are equal in float32 precision."""
     if a is None or b is None:
         return a is b
     first, second = (each if isinstance(each, list) else [each] for each in (a, b))

@@ -1,4 +1,4 @@
-"""The processes of a launch, or this one alone: ranks, what one does for all, values gathered from all, signals."""
+"""Processes of a launch, or a single process: ranks, work done once for all, gathered values, signals."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 
 
 def process_share() -> tuple[int, int]:
-    """The rank of this process and the number of processes: (0, 1) unless torch.distributed was started."""
+    """Return the rank of this process and the number of processes: (0, 1) unless torch.distributed is running."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes in the order of their ranks, on all of them; each must be picklable."""
+    """Return the values of all processes in rank order, on every process. Values must be picklable."""
     processes = process_share()[1]
     if processes == 1:
         return [value]
@@ -46,14 +46,14 @@ def gather(value: T) -> list[T]:
 
 
 def gather_parts(parts: list[P]) -> list[P]:
-    """The parts (index, ...) of all processes, sorted by index, on all of them, without padding or repetition: a sum
-    over them does not depend on the number of processes.
+    """Return the parts (index, ...) of all processes, sorted by index, on every process, without padding or repetition:
+    a sum over them does not depend on the number of processes.
     """
     return sorted((part for of_rank in gather(parts) for part in of_rank), key=lambda part: part[0])
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Run `work` on the main process and return its result, or raise its error as `sendable` makes it, on all."""
+    """Run `work` on the main process. Return its result, or raise its error as converted by `sendable`, on all."""
     rank, processes = process_share()
     if processes == 1:
         return work()
@@ -73,8 +73,8 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def sendable(error: Exception) -> Exception:
-    """Return the error in a form that can be sent to other processes: FloatingPointError, OverflowError, ValueError
-    and OSErrors unchanged, any other as a RuntimeError with its type and text.
+    """Return an error in a form that can be sent to other processes: FloatingPointError, OverflowError, ValueError and
+    OSErrors unchanged, any other as a RuntimeError with its type and text.
     """
     if type(error) in (FloatingPointError, OverflowError, ValueError) or isinstance(error, OSError):
         return error
@@ -82,22 +82,23 @@ def sendable(error: Exception) -> Exception:
 
 
 NO_MEMORY = r"out of memory|can't allocate memory|could not create a primitive|CUDNN_STATUS_NOT_SUPPORTED|bad_alloc"
-"""What torch, oneDNN and cuDNN write where there is no memory left."""
+"""Error messages of torch, oneDNN and cuDNN when memory runs out."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that there is no memory left, on the CPU or another device."""
+    """Return whether an error means that memory ran out, on the CPU or another device."""
     said = isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error))
     return bool(said) or isinstance(error, MemoryError)
 
 
 _FITTING: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
-"""Largest number of images for which there was enough memory, by model, where there was not enough for more."""
+"""Largest number of images per forward that fits into memory, for models that once ran out of it."""
 
 
 def in_parts(model: torch.nn.Module, function: Callable[..., T], *batches: Any) -> list[T]:
-    """Results of `function`, which runs `model`, for consecutive parts of equally long `batches`: one part or, where
-    memory runs out, parts half as large, down to one image. Later calls for the same model start with that size.
+    """Return the results of `function`, which runs `model`, for consecutive parts of equally long `batches`. The whole
+    batch is one part unless memory runs out: then parts are halved, down to one image. Later calls for the same model
+    start with that size.
     """
     results: list[T] = []
     count, start = len(batches[0]), 0
@@ -110,7 +111,7 @@ def in_parts(model: torch.nn.Module, function: Callable[..., T], *batches: Any) 
         except (MemoryError, RuntimeError) as error:
             if size < 2 or not out_of_memory(error):
                 raise
-        # here, where the traceback no longer holds tensors
+        # outside of the except block, where the traceback no longer holds tensors
         smaller = _FITTING[model] = min(size // 2, _FITTING.get(model, size))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -119,13 +120,13 @@ def in_parts(model: torch.nn.Module, function: Callable[..., T], *batches: Any) 
 
 
 def largest_part(model: torch.nn.Module, batch_size: int) -> int:
-    """Images per forward of `model` for batches of `batch_size`, after what `in_parts` has found on any process."""
+    """Return the images per forward of `model` for batches of `batch_size`, as `in_parts` found on any process."""
     return min(gather(min(_FITTING.get(model, batch_size), batch_size)))
 
 
 @contextmanager
 def one_first(first: bool, what: str) -> Generator[None]:
-    """Let the processes that are `first` do `what` is within while the others wait; then the others."""
+    """Run the body on the processes that are `first` while the others wait, then on the others."""
     if not first:
         gather(None)
     with alone(what):
@@ -136,7 +137,7 @@ def one_first(first: bool, what: str) -> Generator[None]:
 
 @contextmanager
 def only_user_of(folder: Path, doing: str, setting: str) -> Generator[None]:
-    """Lock the folder within: no other launch can be `doing` something there. Errors are those of `storage.acquire`."""
+    """Lock the folder in this context: no other launch can be `doing` something there. Raises as `storage.acquire`."""
     lock = FileLock(folder / ".lock")
     on_main(partial(acquire, lock, doing, setting))
     try:
@@ -153,13 +154,13 @@ def launched_alone() -> bool:
 
 
 class Interrupted(BaseException):
-    """A signal stopped the run. Like a KeyboardInterrupt, it is no Exception, so that nobody takes it for an error."""
+    """A signal stopped the run. Not an Exception, like KeyboardInterrupt, so that nothing handles it as an error."""
 
 
 class Signals:
-    """Handles SIGTERM, SIGINT and SIGUSR1, which clusters and spot machines send, and SIGHUP, which a terminal sends
-    when it is closed, inside a `with` block: the first is noted if `wait` is set, else raises Interrupted; the second
-    ends the process at once.
+    """Handles SIGTERM, SIGINT and SIGUSR1, which clusters and spot machines send, and SIGHUP, which a closing terminal
+    sends, inside a `with` block. The first signal is recorded if `wait` is set and raises Interrupted otherwise; the
+    second ends the process at once.
     """
 
     def __init__(self):
@@ -174,13 +175,13 @@ class Signals:
 
     def __enter__(self) -> Signals:
         self.previous = {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
             self.previous = {number: signal.signal(number, self._note) for number in self.numbers()}
         return self
 
     @staticmethod
     def numbers() -> list[int]:
-        """The signals that this system has, without SIGHUP where `nohup` has set it to be ignored."""
+        """Return the signals that this system has, without SIGHUP where `nohup` ignores it."""
         names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
         found = [getattr(signal, name) for name in names if hasattr(signal, name)]
         return [number for number in found if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
@@ -188,7 +189,7 @@ class Signals:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if self.interrupted and isinstance(error, Exception):  # code in C, such as an import, may make another of it
+        if self.interrupted and isinstance(error, Exception):  # C code, as in an import, may replace the error
             raise self.interrupted from error
 
     def _note(self, number: int, frame: object) -> None:
@@ -205,7 +206,7 @@ class Signals:
             os.write(2, said.encode())
 
     def asked(self) -> bool:
-        """Whether this process is to stop, for the `reason` that is then set."""
+        """Return whether this process is to stop. `reason` then holds why."""
         if self.launched and os.getppid() != self.parent:
             self.reason = "the launcher has ended"
         return bool(self.reason)
@@ -238,7 +239,7 @@ class _Lossy:
 
 @contextmanager
 def lossy_output() -> Generator[None]:
-    """Keep writes to the terminal from failing within: a full disk under a log must not end a training."""
+    """Ignore failed writes to the terminal in this context: a full disk under a log must not end training."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream and _Lossy(stream) for stream in before)  # None in a program without a console
     try:
@@ -248,8 +249,6 @@ def lossy_output() -> Generator[None]:
 
 
 def ignore_signals(worker: int) -> None:
-    """Keep a reading worker alive when all processes of a job get a signal: those that train need its images to end
-    their step.
-    """
+    """Ignore signals in a reading worker: a training process needs its images to finish the step."""
     for number in Signals.numbers():
         signal.signal(number, signal.SIG_IGN)

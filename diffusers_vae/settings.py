@@ -1,4 +1,4 @@
-"""The settings of a run as YAML: written, read, compared."""
+"""Settings of a run as YAML: written, read and compared."""
 
 from __future__ import annotations
 
@@ -37,61 +37,65 @@ REMOVED: dict[str, tuple[Any, str]] = {
         "set run.gradient_accumulation_steps instead, the number of forwards per optimizer step; a dry run prints the "
         "peak memory of a step",
     ),
-    "sampling.batch_size": (64, "pictures are made 64 at a time"),
+    "sampling.batch_size": (64, "pictures are generated 64 at a time"),
 }
-"""Removed settings: old default, which is ignored in a config.yaml, and what to do instead of another value, which is
-an error, or ignored too if the advice is empty because the setting changed no result."""
+"""Removed settings with their old default, which is ignored in a config.yaml, and advice. Another value is an error,
+unless the advice is empty because the setting never changed a result.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All settings of a run: sections, each a dataclass, one of them `run`."""
+    """Settings of a run: sections, each a dataclass, one of them `run`."""
 
     def plain(self) -> dict[str, dict[str, Any]]:
-        """All settings in the types of YAML and JSON."""
+        """Return all settings in types of YAML and JSON."""
         return _plain(asdict(self))
 
     def save(self, path: Path) -> None:
-        """Write all settings as YAML, which gives the same run again."""
+        """Write all settings as YAML, from which the run can be repeated."""
         write_file(path, to_yaml(self.plain()))
 
 
 def to_yaml(settings: dict[str, dict[str, Any]]) -> str:
-    """Sections of settings as the text of a config.yaml."""
+    """Return sections of settings as the text of a config.yaml."""
     return yaml.safe_dump(settings, sort_keys=False)
 
 
-MAX_NODES, MAX_DEPTH = 100_000, 100  # limits of a YAML file: number of values, and of lists and sections in each other
+MAX_NODES, MAX_DEPTH = 100_000, 100  # limits of a YAML file: number of values, nesting depth
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of the YAML file at `path`. ValueError, with the line, for what YAML 1.1 reads in an unexpected way,
-    `020` (16), `1:30` (90) and a repeated key, and for aliases, which let a short file expand without bound.
+    """Return the content of a YAML file.
+
+    Raises:
+        ValueError: With the line, for values that YAML 1.1 reads in an unexpected way, such as `020` (16) and `1:30`
+            (90), for repeated keys, and for aliases, which let a short file expand without bound.
     """
     text = read_text(path)
     try:
-        if hasattr(yaml, "CSafeLoader"):  # of libyaml, in a tenth of the time
-            with suppress(yaml.YAMLError):  # it cannot read names that are no UTF-8, and its lines may be off by one
+        if hasattr(yaml, "CSafeLoader"):  # libyaml takes a tenth of the time
+            with suppress(yaml.YAMLError):  # it cannot read paths that are not UTF-8, and its lines may be off by one
                 return _load(text, yaml.CSafeLoader)
         return _load(text, yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{path}{line}: {' '.join(str(error.problem or error.context).split())}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is damaged, no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is damaged, not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _load(text: str, loader: type) -> Any:
     depth = nodes = 0
-    for event in yaml.parse(text, Loader=loader):  # before anything is built of them
+    for event in yaml.parse(text, Loader=loader):  # before any value is built
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         nodes += isinstance(event, yaml.NodeEvent)
         if nodes > MAX_NODES:
             _refuse(f"must hold at most {MAX_NODES:,} values, got more", event)
         if depth > MAX_DEPTH:
-            _refuse(f"nested too deeply: more than {MAX_DEPTH} lists and sections in each other", event)
+            _refuse(f"nested too deeply: more than {MAX_DEPTH} levels of lists and sections", event)
         if isinstance(event, yaml.AliasEvent):
-            _refuse("aliases (*name) are not taken: write the value itself", event)
+            _refuse("aliases (*name) are not allowed: write the value itself", event)
     return yaml.load(text, Loader=_strict(loader))
 
 
@@ -116,9 +120,9 @@ def _strict(loader: Any) -> type:
             return super().construct_yaml_int(node)
 
     Strict.add_constructor("tag:yaml.org,2002:int", Strict.construct_yaml_int)
-    for tag in ("binary", "omap", "pairs", "set", "timestamp"):  # what they make is no setting, and JSON has no such
+    for tag in ("binary", "omap", "pairs", "set", "timestamp"):  # no setting has these types, and JSON has none of them
         del Strict.yaml_constructors[f"tag:yaml.org,2002:{tag}"]
-    # dates stay texts, and 1e-4 is a number
+    # dates stay text, and 1e-4 is a number
     Strict.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "float")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -129,7 +133,11 @@ def _strict(loader: Any) -> type:
 
 
 def read_settings(path: Path, *needed: str) -> dict[str, dict[str, Any]]:
-    """The sections of a config.yaml; ValueError naming it when it is none, or lacks one that is `needed`."""
+    """Return the sections of a config.yaml.
+
+    Raises:
+        ValueError: Naming the file, if it is invalid or lacks a section in `needed`.
+    """
     settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold sections of settings, got {str(settings)[:60]!r}")
@@ -155,15 +163,15 @@ class RemovedSetting(ValueError):
 
 
 def refuse_removed(name: str, value: Any) -> None:
-    """Raise RemovedSetting if `value` of the removed setting `name` is one that must not be ignored."""
+    """Raise RemovedSetting if `value` of the removed setting `name` must not be ignored."""
     default, advice = REMOVED[name]
     if advice and value != default:
         raise RemovedSetting(f"{name} was removed, got {value}: {advice}")
 
 
 def config_of_run(source: str) -> Path | None:
-    """The config.yaml of the run whose folder, or model/, is `source`; None if there is none. A published run has it
-    beside the model.
+    """Return the config.yaml of the run whose folder or model/ is `source`, or None if there is none. A published run
+    has it beside the model.
     """
     for folder in (Path(source), Path(source).resolve().parent):
         file = folder / "config.yaml"
@@ -173,18 +181,18 @@ def config_of_run(source: str) -> Path | None:
 
 
 def begun_with(output_dir: str, section: str, name: str) -> Any:
-    """The setting `name` of the run in output_dir, by its config.yaml or, where that cannot be read, a checkpoint's;
-    None if there is no run.
+    """Return the setting `name` of the run in output_dir from its config.yaml or, if that is unreadable, from a
+    checkpoint's. None if there is no run.
     """
     folder = Path(output_dir)
     for path in (folder, *sorted(folder.glob("checkpoints/images-*"), reverse=True)):
-        with suppress(OSError, ValueError):  # what is wrong with it is reported when the run is looked for
+        with suppress(OSError, ValueError):  # the error is reported when the run is opened
             return read_settings(path / "config.yaml", section)[section].get(name)
     return None
 
 
 def other_sections(path: Path, config: Settings) -> tuple[list[str], list[str]]:
-    """Sections of the config.yaml at `path` that `config` does not have, and the other way round."""
+    """Return the sections that only the config.yaml at `path` has, and those that only `config` has."""
     sections = {part.name for part in fields(config)}
     try:
         stated = read_settings(path)
@@ -194,7 +202,7 @@ def other_sections(path: Path, config: Settings) -> tuple[list[str], list[str]]:
 
 
 def differences(path: Path, config: Settings) -> list[str]:
-    """A line for each setting that differs between the config.yaml at `path` and `config` and changes the result."""
+    """Return a line for each setting that changes the result and differs between the file at `path` and `config`."""
     stated = _by_full_name(read_settings(path))
     wanted = _by_full_name(config.plain())
     # defaults of settings that an older version did not have

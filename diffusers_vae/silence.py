@@ -1,7 +1,7 @@
-"""Processes and reading workers that fall silent: named in a warning after a minute, after minutes the end of the run.
+"""Detection of silent processes and reading workers: a warning after a minute, an error after five.
 
-A process is silent that is stopped or whose machine is unreachable, or that works alone without reporting progress,
-using CPU time, reading or writing. Work that takes long is not silent.
+A process is silent if it is stopped, if its machine is unreachable, or if it works alone without reporting progress,
+using CPU time, reading or writing. Slow work is not silence.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 GROUP_TIMEOUT = timedelta(days=1)
-"""Timeout of a process group: long, since `watched` decides how long processes wait for each other."""
+"""Timeout of a process group. It is long because `watched` limits how long processes wait for each other."""
 CONTINUES = "The same command continues from the newest checkpoint"
 
 
@@ -42,7 +42,7 @@ class Patience:
 
     @property
     def tick(self) -> float:
-        """Seconds between two looks."""
+        """Seconds between two checks."""
         return min(1.0, self.warning / 4)
 
 
@@ -51,7 +51,7 @@ PATIENCE = Patience()
 
 @dataclass
 class _Doing:
-    """What this process does, whether it waits for no other, and how often it reported progress."""
+    """What this process does, whether it works without waiting for others, and how often it reported progress."""
 
     what: str = "its start"
     alone: bool = False
@@ -62,7 +62,7 @@ _doing = _Doing()
 
 
 def report_progress(what: str | None = None) -> None:
-    """Report that this process makes progress, and `what` it does from now on."""
+    """Report that this process makes progress, and that it does `what` from now on."""
     _doing.marks += 1
     if what is not None:
         _doing.what = what
@@ -70,7 +70,7 @@ def report_progress(what: str | None = None) -> None:
 
 @contextmanager
 def alone(what: str | None = None) -> Generator[None]:
-    """Report that this process waits for no other within, so that silence is a fault of its own."""
+    """Report that this process waits for no other in this context, so that silence is its own fault."""
     before = _doing.what, _doing.alone
     report_progress(what)
     _doing.alone = True
@@ -82,7 +82,7 @@ def alone(what: str | None = None) -> Generator[None]:
 
 
 class _Clock:
-    """Seconds since the last look, at most two ticks: while a scheduler stops all processes, none of them is silent."""
+    """Seconds since the last check, at most two ticks: if a scheduler stops all processes, none of them is silent."""
 
     def __init__(self, tick: float):
         self.tick, self.at = tick, time.monotonic()
@@ -94,14 +94,14 @@ class _Clock:
 
 
 class _Activity:
-    """Whether processes work: use over a fiftieth of a core, or read and write over 8 KiB a second."""
+    """Whether processes work: use more than 2 % of a core, or read and write more than 8 KiB per second."""
 
     def __init__(self, processes: Callable[[], list[psutil.Process]]):
         self.processes, self.level = processes, 0.0
         self.before = self._used()
 
     def seen(self, seconds: float) -> bool:
-        """Whether there was work in the `seconds` since the last call."""
+        """Return whether there was work in the `seconds` since the last call."""
         used = self._used()
         self.level = max(0.0, self.level + max(0.0, used - self.before) - seconds)
         self.before = used
@@ -111,15 +111,15 @@ class _Activity:
         return worked
 
     def _used(self) -> float:
-        """Work so far, in seconds of the least that counts as work."""
-        used = -time.thread_time() / 0.02  # of looking itself, if it is this process
+        """Return the work so far, in seconds of the least activity that counts as work."""
+        used = -time.thread_time() / 0.02  # exclude the check itself, if this process runs it
         for process in self.processes():
             try:
                 cpu = process.cpu_times()
                 used += (cpu.user + cpu.system) / 0.02
                 if hasattr(process, "io_counters"):  # not on macOS
                     io = process.io_counters()
-                    # not read_chars, which looking at processes raises
+                    # not read_chars, which inspecting processes increases
                     used += (io.read_bytes + getattr(io, "write_chars", io.write_bytes)) / 8192
             except psutil.Error:  # it has ended
                 continue
@@ -127,7 +127,7 @@ class _Activity:
 
 
 class _OwnWork:
-    """Whether this process makes progress: reports it, or works, or has children that do."""
+    """Whether this process makes progress: it reports progress, it works, or a child process works."""
 
     def __init__(self, patience: Patience):
         self.patience, self.marks = patience, _doing.marks
@@ -136,10 +136,10 @@ class _OwnWork:
         self.quiet = 0.0
 
     def look(self, seconds: float) -> float:
-        """Return for how many seconds there was no progress; the last look was `seconds` ago."""
+        """Return the number of seconds without progress. The last check was `seconds` ago."""
         worked = self.own.seen(seconds) or self.marks != _doing.marks
         self.marks = _doing.marks
-        if self.quiet < self.patience.warning / 2:  # looking for children takes long where there are many processes
+        if self.quiet < self.patience.warning / 2:  # listing children is slow where there are many processes
             self.children = None
         elif self.children is None:
             self.children = _Activity(lambda: psutil.Process().children(recursive=True))
@@ -151,7 +151,7 @@ class _OwnWork:
 
 @dataclass(frozen=True)
 class Meeting:
-    """The processes of a launch, and the store through which they know of each other."""
+    """Processes of a launch, and the store through which they communicate."""
 
     store: dist.Store
     rank: int
@@ -160,8 +160,10 @@ class Meeting:
 
 
 def meet(patience: Patience, again: str = CONTINUES) -> Meeting | None:
-    """Wait until all processes of the launch have started; None if this is its only one. TimeoutError names the
-    processes that did not start.
+    """Wait until all processes of the launch have started. Return None if there is only one.
+
+    Raises:
+        TimeoutError: Naming the processes that did not start.
     """
     launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if not launched or int(os.environ["WORLD_SIZE"]) == 1:
@@ -180,9 +182,9 @@ def meet(patience: Patience, again: str = CONTINUES) -> Meeting | None:
             if waited > patience.end or (waited > patience.warning and not warned):
                 missing = [process for process in everyone if not store.check([process])]
                 text = f"{processes - len(missing)} of {processes} processes have started within {waited:.0f} s"
-                text += f", missing is process {', '.join(missing[:8])}{', ...' * (len(missing) > 8)}"
+                text += f", missing: process {', '.join(missing[:8])}{', ...' * (len(missing) > 8)}"
                 if waited > patience.end:
-                    raise TimeoutError(f"only {text}. Look at why it did not start. {again}")
+                    raise TimeoutError(f"only {text}. Find out why it did not start. {again}")
                 logger.warning("waiting: %s", text)
                 warned = True
     except dist.DistError as error:
@@ -191,7 +193,7 @@ def meet(patience: Patience, again: str = CONTINUES) -> Meeting | None:
 
 
 def _connect(rank: int, patience: Patience, again: str) -> dist.Store:
-    """The store of the launch, which the launcher or process 0 holds."""
+    """Return the store of the launch, which the launcher or process 0 holds."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     began, warned = time.monotonic(), False
     while True:
@@ -210,8 +212,8 @@ def _connect(rank: int, patience: Patience, again: str) -> dist.Store:
             waited = time.monotonic() - began
             if waited > patience.end:
                 raise TimeoutError(
-                    f"process 0 must answer at {host}:{port} within {patience.end:.0f} s, and process {rank} was "
-                    f"waiting in vain. Look at why it did not start. {again}"
+                    f"process 0 must answer at {host}:{port} within {patience.end:.0f} s, and process {rank} "
+                    f"waited without an answer. Find out why it did not start. {again}"
                 ) from error
             if waited > patience.warning and not warned:
                 logger.warning("process %d waits for process 0, which does not answer at %s:%d", rank, host, port)
@@ -221,23 +223,28 @@ def _connect(rank: int, patience: Patience, again: str) -> dist.Store:
 
 @dataclass(frozen=True)
 class _Beat:
-    """What a process lets the others know, once a tick."""
+    """What a process reports to the others every tick."""
 
     number: int
     quiet: float  # seconds without progress
     what: str
-    left: bool = False  # whether it has come to the end
-    ends: bool = False  # whether all are to end, since an error was found
+    left: bool = False  # whether it has finished
+    ends: bool = False  # whether all processes must end because of an error
 
 
 @contextmanager
 def watched(patience: Patience, again: str = CONTINUES) -> Generator[None]:
-    """Wait until all processes of the launch have started, or raise a TimeoutError that names those that did not; then
-    end this process, with an error that names the culprit, when one of them falls silent within. `again` is the
-    sentence that says what the same command does after that.
+    """Wait until all processes of the launch have started. Then end this process, with an error that names the culprit,
+    if one of them falls silent in this context.
 
-    No exception reaches a thread that waits in a collective, so the process ends at once, with 1. Whatever is durable
-    is whole on the disk at any time.
+    No exception reaches a thread that waits in a collective, so the process exits at once with status 1. Durable files
+    are complete on the disk at any time.
+
+    Args:
+        again: Sentence that describes what the same command does afterwards.
+
+    Raises:
+        TimeoutError: Naming the processes that did not start.
     """
     if (meeting := meet(patience, again)) is None:
         yield
@@ -251,26 +258,26 @@ def watched(patience: Patience, again: str = CONTINUES) -> Generator[None]:
         watch.left = True
     finally:
         watch.done.set()
-        for thread in threads:  # a thread that lives on while Python ends may abort the process
+        for thread in threads:  # a thread that is alive while Python exits may abort the process
             thread.join(5)
 
 
 @dataclass
 class _Watch:
-    """Two threads, since the one that talks to the store hangs if that is stopped."""
+    """Two threads, because the one that talks to the store hangs if the store is stopped."""
 
     meeting: Meeting
     patience: Patience
     again: str
     done: threading.Event = field(default_factory=threading.Event)
-    beats: dict[int, _Beat] = field(default_factory=dict)  # the last of each process that is watched
+    beats: dict[int, _Beat] = field(default_factory=dict)  # the last one of each watched process
     exchanges: int = 0
     quiet: float = 0.0
     left: bool = False
     ends: bool = False
 
     def __post_init__(self):
-        # the main process watches all, and the others watch it, so that the store has little to do
+        # the main process watches all and the others watch it, which keeps the store's load low
         self.others = list(range(1, self.meeting.processes)) if self.meeting.rank == 0 else [0]
 
     def talk(self) -> None:
@@ -281,18 +288,18 @@ class _Watch:
             try:
                 store.set(str(self.meeting.rank), json.dumps(vars(beat)))
                 found = store.multi_get([str(process) for process in self.others])
-            except dist.DistError:  # the others hear nothing, and judge
+            except dist.DistError:  # the others hear nothing and report it
                 continue
             self.beats = {process: _Beat(**json.loads(text)) for process, text in zip(self.others, found, strict=True)}
             self.exchanges += 1
 
     def judge(self) -> None:
-        patience, clock, own = self.patience, _Clock(self.patience.tick), _OwnWork(self.patience)
+        patience, clock, work = self.patience, _Clock(self.patience.tick), _OwnWork(self.patience)
         exchanges, unheard, warned, numbers = -1, 0.0, set[Any](), dict[int, int]()
         silent = dict.fromkeys(self.others, 0.0)
         while not self.done.wait(patience.tick):
             seconds = clock.seconds()
-            self.quiet = own.look(seconds)
+            self.quiet = work.look(seconds)
             unheard += seconds
             if exchanges != self.exchanges:
                 for process, beat in self.beats.items():
@@ -308,11 +315,11 @@ class _Watch:
                 if lasted < patience.warning:
                     warned.discard(key)
                 elif key not in warned:
-                    logger.warning("%s; after %.0f s the run ends with an error", text, patience.end)
+                    logger.warning("%s; the run ends with an error after %.0f s", text, patience.end)
                     warned.add(key)
 
     def _silences(self, silent: dict[int, float], unheard: float) -> Iterator[tuple[Any, float, str]]:
-        """Yield what can be silent, for how many seconds it was, and that in words."""
+        """Yield (key, seconds of silence, description) for everything that can be silent."""
         rank, beats = self.meeting.rank, self.beats
         for process, seconds in silent.items():
             what = beats[process].what if process in beats else "its start"
@@ -325,27 +332,27 @@ class _Watch:
         elif rank == 0 and len(beats) == len(self.others):
             quiet = min(self.quiet, *(beat.quiet for beat in beats.values()))
             doing = {0: _doing.what} | {process: beat.what for process, beat in beats.items()}
-            places = "; ".join(f"process {process} in {what}" for process, what in doing.items())
-            yield "all", quiet, f"no process has made progress for {quiet:.0f} s: {places}"
+            parts = "; ".join(f"process {process} in {what}" for process, what in doing.items())
+            yield "all", quiet, f"no process has made progress for {quiet:.0f} s: {parts}"
 
     def _end(self, text: str | None = None) -> None:
-        """End this process, after the others had the time to hear of it: then they do not report a lost connection."""
+        """End this process, after giving the others time to notice, so that they do not report a lost connection."""
         if text:
             _say_error(f"{text}. {self.again}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # lost connections of this one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hide this process's lost connections
         self.ends = True
         time.sleep(6 * self.patience.tick)
         os._exit(1)
 
 
 def _say_error(text: str) -> None:
-    with suppress(OSError):  # the terminal may be gone, and the process ends all the same
-        os.write(2, f"\n{message(f'error: {text}')}\n".encode())  # not by sys.stderr, which the main thread may hold
+    with suppress(OSError):  # the terminal may be gone; the process ends anyway
+        os.write(2, f"\n{message(f'error: {text}')}\n".encode())  # the main thread may hold sys.stderr
 
 
 class WorkerWatch:
-    """Watches, by a thread, the reading worker that the main thread waits for. When it is silent, all `workers` are
-    killed, which ends the waiting. `describe` puts a batch into words.
+    """Watches, in a thread, the reading worker that the main thread waits for. If it is silent, all `workers` are
+    killed, which ends the wait. `describe` formats a batch for messages.
     """
 
     def __init__(self, workers: Sequence[BaseProcess], describe: Callable[[Any], str], patience: Patience):
@@ -357,7 +364,7 @@ class WorkerWatch:
         self.thread.start()
 
     def wait(self, worker: int, batch: Any, take: Callable[[], T]) -> T:
-        """Return what `take` gives, which waits for `worker` to read the batch; TimeoutError when it was silent."""
+        """Return the result of `take`, which waits for `worker` to read the batch; TimeoutError if it was silent."""
         self.waiting = worker, batch
         try:
             return take()
@@ -381,17 +388,17 @@ class WorkerWatch:
                 waiting, waited, silent, warned = self.waiting, 0.0, 0.0, False
                 activity = _Activity(partial(self._process, waiting[0])) if waiting else None
             elif waiting and activity:
-                report_progress()  # the worker is watched here, and this process only waits
+                report_progress()  # the worker is watched, and this process only waits
                 waited += seconds
                 silent = 0.0 if activity.seen(seconds) else silent + seconds
                 if waited >= self.patience.warning and not warned:
-                    logger.warning("reading takes long: %.0f s so far for %s", waited, self._words(*waiting))
+                    logger.warning("reading is slow: %.0f s so far for %s", waited, self._words(*waiting))
                     warned = True
                 if silent >= self.patience.end:
-                    self._end(f"reading has stood still for {silent:.0f} s: {self._words(*waiting)}")
+                    self._end(f"reading made no progress for {silent:.0f} s: {self._words(*waiting)}")
 
     def _process(self, worker: int) -> list[psutil.Process]:
-        with suppress(psutil.Error):  # it has ended, which torch reports
+        with suppress(psutil.Error):  # it has ended, and torch reports it
             return [psutil.Process(self.workers[worker].pid)]
         return []
 
@@ -401,9 +408,9 @@ class WorkerWatch:
         return f"{self.describe(batch)} in {_doing.what}, by {who}"
 
     def _end(self, text: str) -> None:
-        self.verdict = f"{text}. Look at whether these files can be read. {CONTINUES}"
-        for worker in self.workers:  # others may be stopped, too, and Python waits for them at its end
+        self.verdict = f"{text}. Check that these files can be read. {CONTINUES}"
+        for worker in self.workers:  # others may be stopped too, and Python waits for them at exit
             worker.kill()
-        if not self.done.wait(10):  # the system cannot end it, and would not let Python end before it
+        if not self.done.wait(10):  # the system cannot end it, and Python could not exit before it
             _say_error(self.verdict)
             os._exit(1)

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all, checksums, and the lock of a folder: the only place that makes
-writes durable.
+"""Files and folders that appear whole or not at all, checksums and folder locks: the only module that makes writes
+durable.
 
-Every durable operation is announced to the watcher before it happens, so that a test can end the process there.
+Each durable operation is announced to the watcher before it happens, so that a test can end the process at that point.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .messages import showable
 logger = logging.getLogger(__name__)
 
 Operation = Literal["open", "write", "fsync", "rename", "unlink", "mkdir", "rmdir"]
-"""open: a file is begun. write: it is filled, or something is appended to it."""
+"""open: a file is created. write: it is filled or appended to."""
 Watcher = Callable[[Operation, Path, Path | None], object]
 
 _watcher: Watcher | None = None
@@ -47,7 +47,7 @@ def _announce(operation: Operation, path: Path, to: Path | None = None) -> None:
 
 @contextmanager
 def naming(path: Path) -> Generator[None]:
-    """Turn whatever the file system refuses within into an OSError that names `path`."""
+    """Convert every file system error in this context into an OSError that names `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -57,21 +57,26 @@ def naming(path: Path) -> Generator[None]:
 
 @contextmanager
 def scratch_folder() -> Generator[Path]:
-    """Yield a temporary folder, which is deleted. An error because there is no space left names it."""
+    """Yield a temporary folder, and delete it at the end. An error for lack of space names it."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             yield Path(folder)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            advice = "Set TMPDIR to a folder where there is more space"
+            advice = "Set TMPDIR to a folder with more space"
             raise OSError(f"cannot write {folder}: {error.strerror}. {advice}") from error
 
 
 def acquire(lock: FileLock, doing: str, setting: str) -> None:
-    """Take the lock of the folder that it lies in, which is made if missing. If it is taken, wait some seconds for what
-    may be left of a killed process, then raise an OSError that another process is `doing` something there. `setting` is
-    what names the folder.
+    """Take the lock in a folder, which is created if it is missing. If another process holds the lock, wait some
+    seconds, in case that is a remnant of a killed process.
+
+    Args:
+        setting: What names the folder.
+
+    Raises:
+        OSError: If another process is still `doing` something there.
     """
     folder = Path(lock.lock_file).parent
     if folder.exists() and not folder.is_dir():
@@ -82,22 +87,22 @@ def acquire(lock: FileLock, doing: str, setting: str) -> None:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            logger.info("%s is in use: waiting, in case it is by what is left of a killed process", showable(folder))
+            logger.info("%s is in use: waiting, in case a killed process still holds it", showable(folder))
             lock.acquire(timeout=15)
     except Timeout as error:
         raise OSError(
-            f"another process is {doing} {folder.resolve()}: wait for its end or choose another {setting}"
+            f"another process is {doing} {folder.resolve()}: wait until it ends or choose another {setting}"
         ) from error
     except NotImplementedError:
-        logger.warning("%s cannot be locked: take care that no two processes use it", showable(folder))
+        logger.warning("%s cannot be locked: make sure that no two processes use it", showable(folder))
 
 
 ODD = "backslashreplace"
-"""How to write what is no character, as in file names that are not UTF-8: no text may fail by it."""
+"""Error handler for file names that are not UTF-8: writing text must not fail because of them."""
 
 
 def write_file(path: Path, text: str) -> None:
-    """Replace `path` by a file with this text, at once and on the disk."""
+    """Replace `path` with a file that holds this text, atomically and durably."""
     with whole_file(path) as partial:
         _announce("write", partial)
         partial.write_text(text, encoding="utf-8", errors=ODD)
@@ -105,8 +110,8 @@ def write_file(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Generator[Path]:
-    """Yield a path to write to, which replaces `path` at the end, on the disk. An error leaves no trace of it; OSErrors
-    name `path`.
+    """Yield a path to write to. It durably replaces `path` at the end; an error leaves no trace of it. OSErrors name
+    `path`.
     """
     partial = partial_of(path)
     with naming(path):
@@ -123,8 +128,8 @@ def whole_file(path: Path) -> Generator[Path]:
 
 @contextmanager
 def whole_files(folder: Path) -> Generator[Path]:
-    """Yield an empty folder to write files to, in folders below it too. At the end, once all are on the disk, move each
-    into `folder`; an error within leaves `folder` as it was. OSErrors name `folder`.
+    """Yield an empty folder to write files to, in subfolders too. At the end, once all are on the disk, move each into
+    `folder`; an error leaves `folder` unchanged. OSErrors name `folder`.
     """
     partial = partial_of(folder / "results")
     with naming(folder):
@@ -147,8 +152,8 @@ def whole_files(folder: Path) -> Generator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Generator[Path]:
-    """Yield an empty folder to write to, which replaces `path` at the end, its files on the disk. An error leaves no
-    trace of it; OSErrors name `path`. A file is announced to the watcher once it is written.
+    """Yield an empty folder to write to. It durably replaces `path` at the end; an error leaves no trace of it.
+    OSErrors name `path`. Files are announced to the watcher once they are written.
     """
     partial = partial_of(path)
     with naming(path):
@@ -167,14 +172,14 @@ def whole_folder(path: Path) -> Generator[Path]:
 
 
 def begin_folder(partial: Path) -> None:
-    """Make `partial` an empty folder."""
+    """Create `partial` as an empty folder."""
     delete_folder(partial)
     _announce("mkdir", partial)
     partial.mkdir(parents=True)
 
 
 def finish_folder(partial: Path, path: Path) -> None:
-    """Replace `path` by the folder `partial`, whose files are on the disk."""
+    """Replace `path` with the folder `partial`, whose files are on the disk."""
     sync(partial)
     old = path.with_name(f".{path.name}.old")
     delete_folder(old)
@@ -182,26 +187,26 @@ def finish_folder(partial: Path, path: Path) -> None:
         _rename(path, old)
     _rename(partial, path)
     sync(path.parent)
-    with suppress(OSError):  # `path` is complete; what is left is deleted when it is replaced again
+    with suppress(OSError):  # `path` is complete; the next replacement deletes the old one
         delete_folder(old)
 
 
 def discard_folder(path: Path) -> None:
-    """Delete a folder that others look for: it is renamed first, so that half of it never looks like a damaged one."""
+    """Delete a folder that other processes look for: rename it first, so that a partly deleted one is never read."""
     old = path.with_name(f".{path.name}.old")
     _rename(path, old)
     delete_folder(old)
 
 
 def delete_leftovers(folder: Path, pattern: str) -> None:
-    """Delete what interrupted processes left in `folder`, partial or replaced, of folders that match `pattern`."""
+    """Delete partial or replaced versions of folders that match `pattern`, left in `folder` by killed processes."""
     for path in (path for kind in ("partial", "old") for path in sorted(folder.glob(f".{pattern}.{kind}"))):
         with suppress(OSError):
             delete_folder(path)
 
 
 def delete_folder(path: Path) -> None:
-    """Delete a folder with its content, if it is there. A link is deleted, not its target."""
+    """Delete a folder with its content, if it exists. A link is deleted, not its target."""
     if path.is_symlink():
         return delete_file(path)
     for parent, folders, files in os.walk(path, topdown=False):
@@ -213,14 +218,14 @@ def delete_folder(path: Path) -> None:
 
 
 def delete_file(path: Path) -> None:
-    """Delete a file, if it is there."""
+    """Delete a file, if it exists."""
     if path.exists() or path.is_symlink():
         _announce("unlink", path)
         path.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, if it is not there."""
+    """Create a folder, if it does not exist."""
     if not path.is_dir():
         _announce("mkdir", path)
         path.mkdir(exist_ok=True)
@@ -235,7 +240,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append to a file, or begin it; `sync` makes it durable. OSErrors name `path`."""
+    """Append to a file, or create it; `sync` makes it durable. OSErrors name `path`."""
     _announce("write", path)
     with naming(path), path.open("a", encoding="utf-8", errors=ODD) as file:
         file.write(text)
@@ -253,12 +258,12 @@ def copy_file(source: Path, path: Path) -> None:
     shutil.copyfile(source, path)
 
 
-UMASK = os.umask(0o077)  # the only way to read it is to set it
+UMASK = os.umask(0o077)  # setting it is the only way to read it
 os.umask(UMASK)
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to the disk, and give safetensors files, which only the owner may read, the usual mode."""
+    """Flush a file or folder to the disk. Give safetensors files, which only the owner could read, the usual mode."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot sync folders
     if path.suffix == ".safetensors" or path.name.endswith(".safetensors.partial"):
@@ -278,19 +283,19 @@ def _rename(path: Path, to: Path) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Where `path` is written before it is complete."""
+    """Return where `path` is written before it is complete."""
     return path.with_name(f".{path.name}.partial")
 
 
 def described(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
+    """Return the size and SHA-256 of a file."""
     with path.open("rb") as file:
         digest = digest_of_file(file)
         return {"bytes": file.tell(), "sha256": digest}
 
 
 def digest_of_file(file: BinaryIO) -> str:
-    """SHA-256 of what follows in an open file."""
+    """Return the SHA-256 of the rest of an open file."""
     digest = hashlib.sha256()
     while chunk := file.read(2**20):
         digest.update(chunk)
@@ -298,7 +303,7 @@ def digest_of_file(file: BinaryIO) -> str:
 
 
 def digest_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of tensors with their names, dtypes and shapes, in the order of their names."""
+    """Return the SHA-256 of tensors with their names, dtypes and shapes, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -308,5 +313,5 @@ def digest_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of a value as JSON, whatever the order of keys."""
+    """Return the SHA-256 of a value as JSON, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -211,7 +211,7 @@ REMOVED = [
     (TEXT_TO_IMAGE, "model.text_heads", "4", "2", "the text encoder has 4 heads"),
     (TEXT_TO_IMAGE, "optimizer.weight_decay", "0.0", "0.01", "weights never decay"),
     (TEXT_TO_IMAGE, "run.device_batch_size", "null", "auto", "set run.gradient_accumulation_steps instead"),
-    (TEXT_TO_IMAGE, "sampling.batch_size", "64", "8", "pictures are made 64 at a time"),
+    (TEXT_TO_IMAGE, "sampling.batch_size", "64", "8", "pictures are generated 64 at a time"),
 ]
 
 

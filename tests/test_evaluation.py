@@ -328,7 +328,7 @@ class TestNetworks:
         """In each form that torch knows, and in one that its readers take for different things."""
         no_download.mkdir(parents=True)
         plant(Harm(tmp_path / "harm"), no_download / FILES[name], container, protocol)
-        with pytest.raises(ValueError, match=rf"{FILES[name]} is (a pickle that|no checkpoint)"):
+        with pytest.raises(ValueError, match=rf"{FILES[name]} is (a pickle that|not a torch checkpoint)"):
             self.network(name)
         assert not (tmp_path / "harm").exists()
 

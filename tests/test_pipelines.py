@@ -236,7 +236,7 @@ class TestLatentScaling:
 
     def test_refusals(self, vae):
         with pytest.raises(
-            ValueError, match="how PixArtSigmaPipeline scales latents; known are StableDiffusionPipeline, "
+            ValueError, match="how PixArtSigmaPipeline scales latents; supported are StableDiffusionPipeline, "
         ):
             latent_scaling("PixArtSigmaPipeline", vae)
         vae.register_to_config(shift_factor=None, **CHANNELWISE)
@@ -568,8 +568,8 @@ class TestRefusals:
         pipeline = make("StableDiffusionPipeline", untrained(vae), texts)
         for wrong, reason in [
             (MLPVAE(image_size=(16, 16), in_channels=1), "got MLPVAE: its latents are not spatial"),
-            (AutoencoderTiny(), "got AutoencoderTiny: what these pipelines read"),
-            (Other.from_config(vae.config), "got Other: what these pipelines read"),
+            (AutoencoderTiny(), "got AutoencoderTiny: stock pipelines read"),
+            (Other.from_config(vae.config), "got Other: stock pipelines read"),
             (vae.decoder, "got Decoder: "),
         ]:
             with pytest.raises(TypeError, match=reason):
@@ -577,7 +577,7 @@ class TestRefusals:
         with pytest.raises(TypeError, match="takes a pipeline object of diffusers, got <class"):
             swap_vae(DiTPipeline, vae)
         unknown = diffusers.DDPMPipeline(unet(cross_attention_dim=8), DDIMScheduler())
-        with pytest.raises(ValueError, match="not known how DDPMPipeline scales latents; known are "):
+        with pytest.raises(ValueError, match="cannot determine how DDPMPipeline scales latents; supported are "):
             swap_vae(unknown, vae)
 
     def test_offloading(self, vae, texts):
@@ -586,7 +586,7 @@ class TestRefusals:
         cpu_offload(pipeline.vae, torch.device("cpu"))
         with pytest.raises(ValueError, match="- offloading: the pipeline moves its components between devices"):
             swap_vae(pipeline, vae)
-        with pytest.raises(ValueError, match="- offloading: the weights of the VAE are elsewhere"):
+        with pytest.raises(ValueError, match="- offloading: the weights of the VAE are not in memory"):
             swap_vae(other, pipeline.vae)
         pipeline.remove_all_hooks()
         swap_vae(pipeline, vae)

@@ -86,7 +86,7 @@ class TestSources:
         ("config", "error", "message"),
         [
             ('{"_class_name": "UNet2DModel"}', ValueError, "must hold an autoencoder .* got the class UNet2DModel"),
-            ("{", ValueError, "config.json is damaged, no JSON"),
+            ("{", ValueError, "config.json is damaged, not valid JSON"),
             ('{"_class_name": "AutoencoderKL"}', OSError, "no file named diffusion_pytorch_model"),
         ],
     )

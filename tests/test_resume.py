@@ -385,7 +385,7 @@ class TestAnotherRun:
         other = Launch(partial(hold, lock), tmp_path / "log")
         wait_until(Path(f"{lock} is held").exists, other)
         try:
-            with pytest.raises(OSError, match=f"another process is training in {tmp_path}/run: wait for its end or"):
+            with pytest.raises(OSError, match=f"another process is training in {tmp_path}/run: wait until it ends or"):
                 fit(tiny(tmp_path / "run"))
         finally:
             other.send(signal.SIGKILL)

@@ -104,7 +104,7 @@ class TestText:
     @pytest.mark.parametrize("read", [read_text, read_json, read_yaml])
     def test_other_encodings_are_named(self, read, written):
         path = written("name: Zürich".encode("latin-1"))
-        with pytest.raises(ValueError, match=rf"{path} must be UTF-8 text, got the byte 0xfc at place 7"):
+        with pytest.raises(ValueError, match=rf"{path} must be UTF-8 text, got the byte 0xfc at offset 7"):
             read(path)
 
     def test_at_most_so_much_is_read(self, written):
@@ -115,7 +115,8 @@ class TestText:
 
 class TestJson:
     @pytest.mark.parametrize(
-        ("text", "message"), [("{", "no JSON: Expecting"), ("[" * 100_000, "nested too deeply"), ("", "no JSON")]
+        ("text", "message"),
+        [("{", "not valid JSON: Expecting"), ("[" * 100_000, "nested too deeply"), ("", "not valid JSON")],
     )
     def test_damage_names_the_file(self, text, message, written):
         path = written(text)
@@ -172,14 +173,14 @@ class TestYaml:
             ("a: 1\nb: 1:30", "line 2: write a number without leading zeros or colons, or a text in quotes, got 1:30"),
             ("a: 020", "without leading zeros or colons, or a text in quotes, got 020"),
             ("a: {b: 1, b: 2}", "line 1: the key b is given twice"),
-            ("a: &x [1]\nb: *x", r"line 2: aliases \(\*name\) are not taken"),
+            ("a: &x [1]\nb: *x", r"line 2: aliases \(\*name\) are not allowed"),
             ("a: [", "line 1: expected the node content"),
             ("a: !!python/object/apply:os.system [x]", "could not determine a constructor for the tag"),
             ("a: !!python/name:os.system", "could not determine a constructor for the tag"),
             ("a: !!binary aGk=", "could not determine a constructor for the tag"),
             ("a: !!set {b}", "could not determine a constructor for the tag"),
             ("[" * 5000, "nested too deeply"),
-            ("a: \x00", "damaged, no YAML: unacceptable character"),
+            ("a: \x00", "damaged, not valid YAML: unacceptable character"),
             pytest.param(
                 "- \n" * (MAX_NODES + 1), "must hold at most 100,000 values, got more", marks=pytest.mark.slow
             ),
@@ -205,7 +206,11 @@ class TestPickle:
     def test_code_is_refused_and_not_run(self, container, protocol, tmp_path):
         path = tmp_path / "a.pt"
         plant(Harm(tmp_path / "harm"), path, container, protocol)
-        said = "no checkpoint" if container == "zip with one entry" else "a pickle that .* is refused. If you trust it"
+        said = (
+            "not a torch checkpoint"
+            if container == "zip with one entry"
+            else "a pickle that .* is refused. If you trust it"
+        )
         with pytest.raises(ValueError, match=rf"^{path} is {said}") as error:
             load_pickle(path)
         assert "weights_only" not in str(error.value) and not (tmp_path / "harm").exists()
@@ -257,7 +262,7 @@ class TestPickle:
         with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
             for name, part in {"data.pkl": stream.getvalue(), "version": b"3\n", "byteorder": b"little"}.items():
                 archive.writestr(f"archive/{name}", part)
-        with pytest.raises(ValueError, match=r"a\.pt is no checkpoint of torch"):
+        with pytest.raises(ValueError, match=r"a\.pt is not a torch checkpoint"):
             load_pickle(tmp_path / "a.pt", foreign=True)
 
     def test_endless_names_are_refused(self, tmp_path):
@@ -273,5 +278,5 @@ class TestPickle:
         whole = (tmp_path / "whole.pt").read_bytes()
         for length in (0, 10, 300, len(whole) - 100):
             (tmp_path / "a.pt").write_bytes(whole[:length])
-            with pytest.raises(ValueError, match=r"a.pt is no checkpoint of torch, or was cut off: \S"):
+            with pytest.raises(ValueError, match=r"a.pt is not a torch checkpoint, or is truncated: \S"):
                 load_pickle(tmp_path / "a.pt")
