@@ -257,7 +257,7 @@ REASONS = {
     "it has no end": "tarfile takes a damaged header for the end, and leaves out what follows",
     "overlaps what follows|encrypted or packed|unpacks to": "the archive's directory is wrong: all of it is refused",
     "data.image_column must say": "the type of the column is lost, which pyarrow does not need to know",
-    "it has . channels|are not read as they are": "the image has other channels or colours than data.channels asks for",
+    "it has . channels|cannot be read unconverted": "the image does not have the channels or colours of data.channels",
     "it has no pixels|data type that is not supported|pages of a TIFF": "tifffile gives an empty array",
     "lacks . weights|Missing key": "a tensor has lost its name, and the model its weights",
     "missing or not as written|no index of latents": "a key, a tensor or a value of the cache is not what it was",

@@ -289,14 +289,14 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("name", "reason"),
         [
-            ("p_trns_single.png", "indices of a palette are not read as they are"),
-            ("1_trns.png", "1-bit values are not read as they are"),
+            ("p_trns_single.png", "indices of a palette cannot be read unconverted"),
+            ("1_trns.png", "1-bit values cannot be read unconverted"),
             (
                 "dispose_bgnd.gif",
-                "values of GIF with the mode P are not read as they are: convert it to NPY, PNG, TIFF",
+                "values of GIF with the mode P cannot be read unconverted: convert the file to NPY, PNG, TIFF",
             ),
             ("pil_sample_cmyk.jpg", "values of JPEG with the mode CMYK"),
-            ("hopper.Lab.tif", "values of CIELAB are not read as they are"),
+            ("hopper.Lab.tif", "values of CIELAB cannot be read unconverted"),
             ("multipage.tiff", "the pages of a TIFF must be of one shape and dtype, got 2x10x10, 20x20"),
             ("hopper.jpg", "it has 3 channels, and data.channels, which must be that of all files, is 1"),
             ("truncated_image.png", "image file is truncated"),
@@ -313,8 +313,12 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("array", "channels", "reason"),
         [
-            (np.zeros((5, 7, 5)), 5, r"must be \(channels, height, width\).*\(5, 7, 5\): it cannot be told where"),
-            (np.zeros((4, 7, 6)), 5, r"got \(4, 7, 6\): no side has so many"),
+            (
+                np.zeros((5, 7, 5)),
+                5,
+                r"must be \(channels, height, width\).*\(5, 7, 5\): the channel axis is ambiguous",
+            ),
+            (np.zeros((4, 7, 6)), 5, r"got \(4, 7, 6\): no axis has this size"),
             (np.zeros((7, 6)), 5, "it has 1 channels, and data.channels, .* is 5"),
             (np.zeros((2, 5, 7, 6)), 5, r"got \(2, 5, 7, 6\)"),
             (np.zeros((0, 6)), 1, "it has no pixels"),

@@ -1,4 +1,4 @@
-"""Image files of 8 bits: read upright, as grey or RGB."""
+"""Image files of 8 bits, read upright as grey or RGB."""
 
 from __future__ import annotations
 
@@ -26,43 +26,45 @@ from ..untrusted import (
 )
 from .fit import Fit
 
-BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
-TURNED = (5, 6, 7, 8)  # orientations by which height and width change places
-LARGE = 2**24  # pixels; what is larger takes up to a gigabyte or two
+BACKGROUND = (255, 255, 255)  # shows through transparent pixels
+TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+LARGE = 2**24  # pixels; larger images take up to two gigabytes
 OVERSIZE = 3
-"""A JPEG that is scaled down is decoded at least this many times as large as wanted. The least PSNR between 224
-photographs scaled so and those that were decoded whole was 43.2 dB; with 2, 39.8 dB, for little more speed.
+"""A JPEG to be scaled down is decoded at no less than this multiple of the target size. Over 224 photographs, the
+lowest PSNR against full decoding was 43.2 dB; a factor of 2 gave 39.8 dB and was little faster.
 """
 Content = Callable[[], BinaryIO]
-"""What opens an image file that lies in an archive."""
+"""Function that opens an image file in an archive."""
 _ONE_LARGE = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Header:
-    """Header of an image file, known before a pixel is decoded."""
+    """Header of an image file, known before any pixel is decoded."""
 
     format: str
     """Pillow's name of the format: JPEG, PNG, ..."""
     mode: str
-    """Pillow's mode of the pixels: L is 8-bit grey, RGB, RGBA, P a palette, I;16 16-bit grey, ...; with ;16 where
+    """Pillow's mode of the pixels: L (8-bit grey), RGB, RGBA, P (palette), I;16 (16-bit grey), ...; ends in ;16 if
     Pillow decodes the upper 8 of 16 bits."""
     height: int
     width: int
-    """Both of the upright image."""
+    """Height and width of the upright image."""
     pages: int = 1
     """Pages of a TIFF or frames of an animation, counted up to 100. Only the first is read."""
 
 
 def read_header(path: str | Path, content: Content | None = None) -> Header:
-    """Read the header of the first frame of an image file; damaged pixels go unnoticed. ValueError naming a file that
-    is no image, too large, or of pixels without a stated range.
+    """Read the header of the first frame of an image file. Damaged pixels go unnoticed.
+
+    Raises:
+        ValueError: Naming the file, if it is not an image, is too large, or has pixels without a stated range.
     """
 
     def read(content: Content) -> Header:
         with _opened(path, content) as image:
-            known = image.format != "PNG" or "exif" in image.info  # to look for more, Pillow decodes a PNG
-            turned = known and image.getexif().get(ExifTags.Base.Orientation) in TURNED
+            has_exif = image.format != "PNG" or "exif" in image.info  # otherwise Pillow would decode the PNG
+            turned = has_exif and image.getexif().get(ExifTags.Base.Orientation) in TURNED
             width, height = image.size[::-1] if turned else image.size
             mode = image.mode + _deeper(image)
             return Header(image.format or "?", mode, height, width, count_pages(image))
@@ -71,7 +73,7 @@ def read_header(path: str | Path, content: Content | None = None) -> Header:
 
 
 def _deeper(image: Image.Image) -> str:
-    """Return ;16 for an image whose 16-bit values Pillow cuts to 8 bits."""
+    """Return ;16 for an image whose 16-bit values Pillow cuts to 8 bits, or an empty string."""
     assert isinstance(image, ImageFile.ImageFile)
     as_it_lies = next((tile.args for tile in image.tile), "")
     mode = as_it_lies if isinstance(as_it_lies, str) else str(next(iter(as_it_lies or ()), ""))
@@ -79,23 +81,24 @@ def _deeper(image: Image.Image) -> str:
 
 
 def read_image(path: str | Path, channels: int, fit: Fit | None = None, content: Content | None = None) -> torch.Tensor:
-    """Read the first frame of an image file upright: uint8 (channels, H, W) or, through `fit`, (B, channels, height,
+    """Read the first frame of an image file upright, as uint8 (channels, H, W) or, through `fit`, (B, channels, height,
     width).
 
-    Transparency is composited over white; palette, CMYK and Lab are converted by colour; 16 bits are scaled to 8.
+    Transparency is composited over white. Palette, CMYK and Lab images are converted by colour, and 16 bits are scaled
+    to 8.
 
     Args:
-        path: any file that Pillow opens.
+        path: Any file that Pillow opens.
         channels: 1 (grey) or 3 (RGB).
-        fit: applied to the pixels before they are returned. Threads that decode images of more than `LARGE` pixels do
-            so one after the other, this included. A JPEG that is 2 `OVERSIZE` times as large as wanted or more is
-            decoded at a half, quarter or eighth of its scale, still `OVERSIZE` times as large; not for crops.
-        content: opens a file that lies in an archive, `path` being its name then.
+        fit: Applied to the pixels before they are returned. Threads decode and fit images of more than `LARGE` pixels
+            one at a time. A JPEG of at least 2 `OVERSIZE` times the target size is decoded at a half, quarter or eighth
+            of its scale, which is still `OVERSIZE` times the target; not for crops.
+        content: Opens a file in an archive; `path` is then its name.
 
     Raises:
-        ValueError: naming the file, when it cannot be decoded, claims more than 500,000,000 pixels or, if it was
-            changed, `PIL.Image.MAX_IMAGE_PIXELS` (None for no limit), or has float or 32-bit integer pixels, whose
-            range nothing states.
+        ValueError: Naming the file, if it cannot be decoded, claims more than 500,000,000 pixels (or
+            `PIL.Image.MAX_IMAGE_PIXELS` if that was changed; None for no limit), or has float or 32-bit integer pixels,
+            which have no stated range.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}")
@@ -118,8 +121,8 @@ def read_image(path: str | Path, channels: int, fit: Fit | None = None, content:
 
 @contextmanager
 def one_large(height: int, width: int) -> Generator[None]:
-    """Decode one image of more than `LARGE` pixels at a time, of up to `MAX_PIXELS` unless Pillow's own limit was
-    changed: `check_pixels` sees the same limit from other threads.
+    """Allow one image of more than `LARGE` pixels to be decoded at a time. It may have `MAX_PIXELS` unless Pillow's
+    limit was changed: `check_pixels` sees the same limit from other threads.
     """
     if height * width <= LARGE:
         yield
@@ -134,8 +137,8 @@ def one_large(height: int, width: int) -> Generator[None]:
 
 
 def _reduce(image: Image.Image, fit: Fit) -> tuple[tuple[int, int], tuple[float, float, float, float]] | None:
-    """Have a JPEG decoded at a reduced scale if it is large enough; return the width and height to scale it to, and the
-    box of the image in the decoded pixels: the last row and column may lie beyond it in part.
+    """Make Pillow decode a JPEG at a reduced scale if it is large enough. Return the width and height to scale it to,
+    and the box of the image in decoded pixels, whose last row and column may lie partly beyond the image.
     """
     if image.format not in ("JPEG", "MPO"):
         return None
@@ -147,16 +150,18 @@ def _reduce(image: Image.Image, fit: Fit) -> tuple[tuple[int, int], tuple[float,
     wanted = OVERSIZE * width, OVERSIZE * height
     if image.width < 2 * wanted[0] or image.height < 2 * wanted[1]:
         return None
-    # not the mode, too: luma is not the same as grey from RGB where colours were clipped
+    # keep the mode: luma differs from grey made of RGB where colours were clipped
     drafted = image.draft(None, wanted)
     return None if drafted is None else ((width, height), drafted[1])
 
 
 @contextmanager
 def _opened(path: str | Path, content: Content) -> Generator[Image.Image]:
-    """Open an image; whatever goes wrong, within too, is a ValueError naming the file, or an OSError of its storage."""
+    """Yield an opened image. Any error in this context becomes a ValueError naming the file, or an OSError of its
+    storage.
+    """
     try:
-        # by its path, Pillow would wait for a pipe, and map the file of some formats: if cut, that ends the process
+        # given a path, Pillow would wait for a pipe, and map some formats, which crashes if the file is truncated
         with content() as file, open_image(file) as image:
             check_pixels(image.width, image.height)
             if image.mode in ("I", "F"):
@@ -167,7 +172,7 @@ def _opened(path: str | Path, content: Content) -> Generator[Image.Image]:
             yield image
     except MemoryError:
         raise
-    except Exception as error:  # on a damaged file Pillow's decoders raise nearly anything
+    except Exception as error:  # Pillow's decoders raise nearly any error for damaged files
         raise unreadable(path, error) from error
 
 
@@ -179,7 +184,7 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
         image = Image.fromarray(np.stack([grey, alpha], axis=-1))
     if image.mode == "LAB":
         to_rgb = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
-        image = ImageCms.applyTransform(image, to_rgb) or image  # None only where it is changed in place
+        image = ImageCms.applyTransform(image, to_rgb) or image  # None only if changed in place
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)

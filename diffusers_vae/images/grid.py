@@ -1,4 +1,4 @@
-"""Images side by side as one picture."""
+"""Grids of images in one picture."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torchvision.utils import make_grid
 from .ranges import to_uint8
 
 SIGNATURE = "diffusers_vae"
-"""Text in the first bytes of our PNG files, by which sets of images leave them out."""
+"""Text near the start of our PNG files, which marks them so that data sets exclude them."""
 
 
 def shown_channels(channels: int) -> str:
-    """Return what `to_pil` shows of `channels` channels, for titles; empty for 1 (grey) and 3 (RGB)."""
+    """Return a description of the channels that `to_pil` shows, for titles; empty for 1 (grey) and 3 (RGB)."""
     if channels in (1, 3):
         return ""
     return "channel 1 of 2 as grey" if channels == 2 else f"channels 1-3 of {channels} as red, green, blue"
@@ -32,7 +32,7 @@ def to_pil(images: torch.Tensor, columns: int, scale: int = 1) -> Image.Image:
 
 
 def save_signed(picture: Image.Image, path: Path) -> None:
-    """Save a picture as a PNG file that is not taken for an image of a set."""
+    """Save a picture as a PNG file that data sets exclude."""
     signature = PngInfo()
     signature.add_text("Software", SIGNATURE)
     picture.save(path, "PNG", pnginfo=signature)

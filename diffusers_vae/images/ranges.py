@@ -1,7 +1,7 @@
-"""Value ranges: the only place that rescales pixels.
+"""Value ranges: the only module that rescales pixels.
 
-Files and data sets hold uint8 in [0, 255], models and pipelines take and give the model range [-1, 1], likelihoods and
-pictures use [0, 1]. `ValueRange` is that of files of any other depth.
+Files and data sets hold uint8 in [0, 255], models and pipelines use the model range [-1, 1], likelihoods and pictures
+use [0, 1]. `ValueRange` is the range of files of any other depth.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
     if pixels.dtype == torch.uint8:
         if not pixels.is_cpu or torch.compiler.is_compiling():
             return pixels.float() / 127.5 - 1
-        # by numpy, in one thread: those of torch wait for cores that are busy reading images
+        # numpy uses one thread; torch's threads would wait for cores that are busy reading images
         images = torch.empty_like(pixels, dtype=torch.float32)  # aligned: the rounding of MKL depends on it
         np.divide(pixels.numpy(), np.float32(127.5), out=images.numpy(), dtype=np.float32)
         np.subtract(images.numpy(), np.float32(1), out=images.numpy())
@@ -36,23 +36,23 @@ def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def to_unit_range(images: torch.Tensor) -> torch.Tensor:
-    """Pixels in [0, 1] from images in [-1, 1]; any shape; nothing is clamped."""
+    """Return pixels in [0, 1] from images in [-1, 1] of any shape, without clamping."""
     return (images + 1) / 2
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Pixels in [0, 255], uint8, from images in [-1, 1], clamped and rounded; any shape."""
+    """Return uint8 pixels in [0, 255] from images in [-1, 1] of any shape, clamped and rounded."""
     return (to_unit_range(images.float()).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 RANGE_FILE = "value_range.json"
 EXACT = 2**24
-"""Width of a range of integers up to which float32 tells all apart: it has 2^23 + 1 values from 0.5 to 1."""
+"""Widest integer range that float32 represents exactly: it has 2^23 + 1 values from 0.5 to 1."""
 
 
 @dataclass(frozen=True)
 class ValueRange:
-    """The values of images that are -1 and 1 in model range; ValueError unless both are finite and increase."""
+    """Values that are -1 and 1 in model range; ValueError unless both are finite and increasing."""
 
     low: float
     high: float
@@ -65,21 +65,26 @@ class ValueRange:
         return f"[{self.low:.15g}, {self.high:.15g}]"
 
     def to_unit(self, values: np.ndarray) -> torch.Tensor:
-        """Return float32 in [0, 1] from real values of any shape; `from_model_range` gives integers back exactly.
-        ValueError for values outside of the range or not finite, and for integers in a range wider than `EXACT`.
+        """Return float32 in [0, 1] from real values of any shape; `from_model_range` restores integers exactly.
+
+        Raises:
+            ValueError: For values that are out of range or not finite, and for integers in a range wider than `EXACT`.
         """
         self._check(values.dtype)
-        lowest, highest = values.min(), values.max()  # of both, not a number is neither more nor less
+        lowest, highest = values.min(), values.max()  # NaN is neither less nor greater than a bound
         inside = self._bounds(values.dtype)
         if not (inside[0] <= lowest and highest <= inside[1]) or not np.isfinite([lowest, highest]).all():
             wrong = highest if inside[0] <= lowest else lowest
             raise ValueError(f"values must be finite and lie in {self}, which data.value_range states, got {wrong}")
         unit = (values.astype(np.float64) - self.low) / (self.high - self.low)
-        return torch.from_numpy(unit.astype(np.float32)).clamp(0, 1)  # by rounding alone could it be outside
+        return torch.from_numpy(unit.astype(np.float32)).clamp(0, 1)  # only rounding could exceed the bounds
 
     def from_model_range(self, images: torch.Tensor, dtype: np.dtype | str) -> np.ndarray:
-        """Return values of `dtype`, rounded for integers, from images in [-1, 1] of any shape, clamped to that and to
-        what `dtype` holds. ValueError for images that are not finite, and integers in a range wider than `EXACT`.
+        """Return values of `dtype`, rounded for integers, from images in [-1, 1] of any shape, clamped to the range and
+        to what `dtype` can hold.
+
+        Raises:
+            ValueError: For images that are not finite, and for integers in a range wider than `EXACT`.
         """
         dtype = np.dtype(dtype)
         self._check(dtype)
@@ -93,32 +98,32 @@ class ValueRange:
         return values.clip(self.low, self.high).astype(dtype).clip(*inside)
 
     def save(self, folder: Path) -> None:
-        """Write it beside the config.json of a model, which has no place for it."""
+        """Write the range beside a model's config.json, which has no key for it."""
         write_text(folder / RANGE_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> ValueRange | None:
-        """Read the range in the folder of a model, if any; ValueError naming the file when it holds none."""
+        """Read the range in a model's folder, if there is one; ValueError naming the file if it holds no range."""
         file = folder / RANGE_FILE
         if not file.exists():
             return None
         try:
             return cls(**read_json(file))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{file} must hold a range, as {{'low': 0, 'high': 65535}}: {error}") from error
+            raise ValueError(f"{file} must hold a range such as {{'low': 0, 'high': 65535}}: {error}") from error
 
     def _check(self, dtype: np.dtype) -> None:
         if dtype.kind not in "biuf":
             raise ValueError(f"values must be real numbers, got {dtype}")
         if dtype.kind != "f" and self.high - self.low > EXACT:
             raise ValueError(
-                f"float32 does not tell all integers in {self} apart: a range of {dtype} must be at most 2^24 = "
+                f"float32 cannot represent all integers in {self}: a range of {dtype} must be at most 2^24 = "
                 f"{EXACT:,} wide; state a narrower data.value_range, or store the values as floats"
             )
 
     def _bounds(self, dtype: np.dtype) -> tuple[float, float]:
-        """Return the least and the largest value of `dtype` in the range."""
-        if dtype.kind == "f":  # the numbers next to the stated ones that a file can hold
+        """Return the smallest and the largest value of `dtype` in the range."""
+        if dtype.kind == "f":  # the closest numbers that a file can hold
             with np.errstate(over="ignore"):
                 return dtype.type(self.low), dtype.type(self.high)
         held = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)

@@ -1,4 +1,4 @@
-"""Image files of any number of channels and any depth: their values to arrays, and back to files of the same kind."""
+"""Image files of any number of channels and any depth: read as arrays, and written as files of the same kind."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from .fit import Fit
 from .ranges import ValueRange
 
 NPY_HEADER = 2**14
-"""Bytes of the header of an NPY, at most: NumPy itself refuses one of more than 10,000."""
+"""Maximum bytes of an NPY header: NumPy itself refuses more than 10,000."""
 TILE = 2**26
-"""Bytes of a tile of a TIFF, where it is larger than the image."""
+"""Maximum bytes of a TIFF tile that is larger than the image."""
 WRITTEN = ("NPY", "PNG", "TIFF")
-"""Formats that `write_values` writes; files of others come back as PNG."""
+"""Formats that `write_values` writes; other formats become PNG."""
 PHOTOMETRICS = ("MINISBLACK", "MINISWHITE", "RGB", "SEPARATED")
-"""Photometric interpretations of a TIFF that are read; the values of others are a code for something else."""
+"""Photometric interpretations of a TIFF that are read. In others, values encode something else."""
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda values: values[:, :, ::-1],
     3: lambda values: values[:, ::-1, ::-1],
@@ -42,33 +42,33 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda values: values[:, ::-1, ::-1].swapaxes(1, 2),
     8: lambda values: np.rot90(values, 1, (1, 2)),
 }
-"""Functions that turn an image (C, H, W) upright, by orientation in EXIF 2.32, 4.6.5."""
+"""Functions that rotate an image (C, H, W) upright, by EXIF orientation (EXIF 2.32, 4.6.5)."""
 
 
 @dataclass(frozen=True)
 class FileKind:
-    """How an image file holds its values."""
+    """Format, dtype and layout of the values in an image file."""
 
     format: str
-    """NPY, PNG, TIFF or, of others, as Pillow names it."""
+    """NPY, PNG, TIFF, or Pillow's name of another format."""
     dtype: str
-    """NumPy's name with the order of bytes: |u1, <u2, >f4, ..."""
+    """NumPy's name with byte order: |u1, <u2, >f4, ..."""
     channels: int
     height: int
     width: int
-    """Both of the upright image."""
+    """Height and width of the upright image."""
     layout: str
-    """Where the channels lie: HW, of one, CHW or HWC; of a TIFF, each may have a page."""
+    """Axis order: HW for one channel, CHW or HWC. A TIFF may hold each channel in a page."""
     photometric: str | None = None
-    """Meaning of the values that a TIFF states."""
+    """Photometric interpretation of a TIFF."""
     extrasamples: tuple[str, ...] = ()
-    """Meaning of further channels that a TIFF states."""
+    """Meaning of extra channels of a TIFF."""
     pages: int = 1
     """Frames of an animation, counted up to 100. Only the first is read."""
 
     @property
     def mode(self) -> str:
-        """Channels and dtype, for people: 5x uint16."""
+        """Return channels and dtype for display, such as 5x uint16."""
         return f"{self.channels}x {np.dtype(self.dtype).name}"
 
 
@@ -76,31 +76,35 @@ Read = tuple[np.ndarray | None, FileKind]
 
 
 def read_kind(path: str | Path, channels: int, content: Content | None = None) -> FileKind:
-    """Return how an image file of `channels` channels holds its values; they are not read, so damage goes unnoticed.
+    """Return the kind of an image file of `channels` channels. Values are not read, so damage goes unnoticed.
 
     Raises:
-        ImportError: when the package is missing that reads such files.
+        ImportError: If the package that reads such files is missing.
+        ValueError: As `read_values`, for errors that the header reveals.
+
+    Raises:
+        ImportError: If the package that reads such files is missing.
         ValueError: what `read_values` would for a file whose header tells.
     """
     return _read(path, channels, content, False)[1]
 
 
 def read_values(path: str | Path, channels: int, content: Content | None = None) -> tuple[np.ndarray, FileKind]:
-    """Return values (C, H, W) of an image file in its own dtype, turned upright and otherwise as they are: neither
-    colours nor depth are converted, no profile and no transparent colour is applied; and how it holds them.
+    """Return the unconverted values (C, H, W) of an image file in its dtype, rotated upright, and the kind of the file.
+    Neither colours nor depth are converted, and no profile or transparent colour is applied.
 
-    NPY: (H, W) or, told apart by `channels`, (C, H, W) or (H, W, C). TIFF: channels interleaved, in planes or in pages.
-    PNG of 8 or 16 bits. BMP, JPEG and WebP, grey or RGB.
+    NPY: (H, W), or (C, H, W) or (H, W, C) as `channels` implies. TIFF: channels interleaved, in planes or in pages. PNG
+    of 8 or 16 bits. BMP, JPEG and WebP, grey or RGB.
 
     Args:
-        path: of the file, or its name if `content` opens it.
-        channels: how many it is to have.
-        content: opens a file that lies in an archive.
+        path: Path of the file, or its name if `content` opens it.
+        channels: Expected number of channels.
+        content: Opens a file in an archive.
 
     Raises:
-        ImportError: when the package is missing that reads such files.
-        ValueError: naming the file, when it cannot be read so, is damaged, has other channels, or claims more than
-            500,000,000 pixels or, if it was changed, `PIL.Image.MAX_IMAGE_PIXELS`.
+        ImportError: If the package that reads such files is missing.
+        ValueError: Naming the file, if it cannot be read unconverted, is damaged, has another number of channels, or
+            claims more than 500,000,000 pixels (or `PIL.Image.MAX_IMAGE_PIXELS` if that was changed).
     """
     values, kind = _read(path, channels, content, True)
     assert values is not None
@@ -108,19 +112,19 @@ def read_values(path: str | Path, channels: int, content: Content | None = None)
 
 
 def as_they_are(channels: int | None, value_range: ValueRange | None) -> bool:
-    """Whether the values in files are not converted to grey or RGB of 8 bits."""
+    """Return whether values in files are used without conversion to 8-bit grey or RGB."""
     return value_range is not None or channels not in (None, 1, 3)
 
 
 def raw_header(path: str | Path, channels: int, value_range: ValueRange | None, content: Content | None) -> Header:
-    """Read the header of an image file whose values are read as they are, with a mode such as 5x uint16; ValueError
-    naming the file when it cannot be read so.
+    """Read the header of an image file whose values are read unconverted, with a mode such as 5x uint16; ValueError
+    naming the file if that is impossible.
     """
     kind = read_kind(path, channels, content)
     if value_range is None and kind.dtype != np.dtype(np.uint8).str:
         raise ValueError(
-            f"cannot read the image {path}: data.value_range, [low, high], must state what values mean that are not of "
-            f"8 bits, got {np.dtype(kind.dtype).name}; `diffusers-vae data` says which there are"
+            f"cannot read the image {path}: data.value_range, [low, high], must state the range of values that are "
+            f"not 8-bit, got {np.dtype(kind.dtype).name}; `diffusers-vae data` reports the values in use"
         )
     return Header(kind.format, kind.mode, kind.height, kind.width, kind.pages)
 
@@ -128,8 +132,9 @@ def raw_header(path: str | Path, channels: int, value_range: ValueRange | None, 
 def read_raw(
     path: str | Path, channels: int, value_range: ValueRange | None, fit: Fit, content: Content | None
 ) -> torch.Tensor:
-    """Return what `fit` makes of the values of an image file, (B, C, height, width): uint8 or, with a value_range,
-    float32 in [0, 1]. ValueError naming the file, when it cannot be read so or holds values outside of the range.
+    """Return the result of `fit` for the unconverted values of an image file, (B, C, height, width): uint8 or, with a
+    value_range, float32 in [0, 1]. ValueError naming the file if it cannot be read unconverted or holds values out of
+    range.
     """
     header = raw_header(path, channels, value_range, content)
     with one_large(header.height, header.width):
@@ -141,14 +146,14 @@ def read_raw(
 
 
 def write_values(path: str | Path, values: np.ndarray, kind: FileKind) -> None:
-    """Write values (C, H, W) to a file of that kind: dtype, layout and format, PNG where that is none of `WRITTEN`.
-    ImportError when the package for such files is missing.
+    """Write values (C, H, W) to a file of this kind: dtype, layout and format, or PNG if the format is not in
+    `WRITTEN`. ImportError if the package for such files is missing.
     """
     values = values.astype(np.dtype(kind.dtype), casting="equiv")
     laid = values[0] if kind.layout == "HW" else np.moveaxis(values, 0, -1) if kind.layout == "HWC" else values
     laid = np.ascontiguousarray(laid)
     if kind.format == "NPY":
-        with open(path, "wb") as file:  # np.save itself adds a suffix
+        with open(path, "wb") as file:  # np.save would add a suffix to a path
             np.save(file, laid, allow_pickle=False)
     elif kind.format == "TIFF":
         planes = {"CHW": "separate", "HWC": "contig"}.get(kind.layout)
@@ -166,14 +171,14 @@ def write_values(path: str | Path, values: np.ndarray, kind: FileKind) -> None:
 
 
 def read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Read the header of an NPY, up to where its values begin: shape, whether in Fortran's order, and dtype."""
+    """Read an NPY header up to the start of its values. Return shape, whether in Fortran order, and dtype."""
     start = file.tell()
-    beginning = io.BytesIO(file.read(NPY_HEADER))  # its length is read from it, and could be any
+    beginning = io.BytesIO(file.read(NPY_HEADER))  # it states its length, which could be anything
     try:
         version = np.lib.format.read_magic(beginning)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(beginning)
-    except Exception as error:  # of Python's parser, too
+    except Exception as error:  # Python's parser raises many types
         raise ValueError(f"its header is damaged: {error}") from error
     if min(shape, default=0) < 0:
         raise ValueError(f"its header is damaged: the shape is {shape}")
@@ -192,7 +197,7 @@ def _package(name: str) -> ModuleType:
 
 
 def _read(path: str | Path, channels: int, content: Content | None, whole: bool) -> Read:
-    """Return values and kind of a file; whatever is wrong is a ValueError naming it, or an OSError of its storage."""
+    """Return values and kind of a file. Any error becomes a ValueError naming it, or an OSError of its storage."""
 
     def read(content: Content) -> Read:
         try:
@@ -203,7 +208,7 @@ def _read(path: str | Path, channels: int, content: Content | None, whole: bool)
             return values if values is None else np.ascontiguousarray(values), kind
         except (ImportError, MemoryError):
             raise
-        except Exception as error:  # on a damaged file decoders raise nearly anything
+        except Exception as error:  # decoders raise nearly any error for damaged files
             raise unreadable(path, error) from error
 
     return read_without_text(read, content or partial(open_regular, path))
@@ -223,11 +228,11 @@ def _read_npy(file: BinaryIO, channels: int, whole: bool) -> Read:
     shape, _, dtype = read_npy_header(file)
     if dtype.kind not in "biuf":
         raise ValueError(f"values must be real numbers, got {dtype}")
-    layouts = [layout for layout, place in (("CHW", 0), ("HWC", -1)) if len(shape) == 3 and shape[place] == channels]
+    layouts = [layout for layout, axis in (("CHW", 0), ("HWC", -1)) if len(shape) == 3 and shape[axis] == channels]
     if len(shape) == 2:
         layouts = ["HW"]
     if len(layouts) != 1:
-        rule = "it cannot be told where the channels lie" if layouts else "no side has so many"
+        rule = "the channel axis is ambiguous" if layouts else "no axis has this size"
         raise ValueError(
             f"an array of {channels} channels must be (channels, height, width), (height, width, channels) or, of one, "
             f"(height, width), got {shape}: {rule}"
@@ -238,14 +243,14 @@ def _read_npy(file: BinaryIO, channels: int, whole: bool) -> Read:
     if not whole:
         return None, kind
     stated = file.tell() + math.prod(shape) * dtype.itemsize
-    if stated > (size := file.seek(0, io.SEEK_END)):  # before that much is allocated
-        raise ValueError(f"it ends after {size:,} of {stated:,} bytes, cut short")
+    if stated > (size := file.seek(0, io.SEEK_END)):  # before allocating the stated size
+        raise ValueError(f"it ends after {size:,} of {stated:,} bytes, truncated")
     file.seek(0)
     return _channels_first(np.lib.format.read_array(file, allow_pickle=False), kind.layout), kind
 
 
 def _channels_first(values: np.ndarray, layout: str) -> np.ndarray:
-    """(C, H, W), with bytes in this machine's order."""
+    """Return values as (C, H, W) in native byte order."""
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
     return values[None] if layout == "HW" else np.moveaxis(values, -1, 0) if layout == "HWC" else values
 
@@ -265,7 +270,7 @@ def _read_tiff(file: BinaryIO, channels: int, whole: bool) -> Read:
                 f"a TIFF must hold one image, its channels interleaved, in planes or pages, got {axes} {shape}"
             )
         if photometric not in PHOTOMETRICS:
-            raise ValueError(f"values of {photometric} are not read as they are: convert it to grey, RGB or CMYK")
+            raise ValueError(f"values of {photometric} cannot be read unconverted: convert it to grey, RGB or CMYK")
         sizes = dict(zip("CHW" if layout == "pages" else layout, shape, strict=True))
         if page.dtype is None:
             raise ValueError("its values have a data type that is not supported")
@@ -284,8 +289,8 @@ def _read_tiff(file: BinaryIO, channels: int, whole: bool) -> Read:
 
 
 def _check_unpacked(file: Any, page: Any) -> None:
-    """Raise ValueError when a strip or tile of a TIFF unpacks to more than its size: tifffile unpacks all that is
-    there. Other methods than these need imagecodecs, which stops at the size.
+    """Raise ValueError if a strip or tile of a TIFF unpacks to more than its size: tifffile unpacks without a limit.
+    Other compression methods need imagecodecs, which stops at the size.
     """
     keyframe = page.keyframe
     stated = math.prod(keyframe.chunks) * keyframe.dtype.itemsize
@@ -304,10 +309,10 @@ def _unpacked(data: bytes, compression: int, limit: int) -> int:
         return len(zlib.decompressobj().decompress(data, limit))
     if compression == 34925:
         return len(lzma.LZMADecompressor().decompress(data, limit))
-    if compression in (34926, 50000) and sys.version_info >= (3, 14):  # before, tifffile has no zstd of its own
+    if compression in (34926, 50000) and sys.version_info >= (3, 14):  # earlier, tifffile has no built-in zstd
         return len(importlib.import_module("compression.zstd").ZstdDecompressor().decompress(data, limit))
     at = count = 0
-    while compression == 32773 and at < len(data) and count < limit:  # packbits, as in TIFF 6.0, section 9
+    while compression == 32773 and at < len(data) and count < limit:  # PackBits: TIFF 6.0, section 9
         length = data[at]
         count += length + 1 if length < 128 else 257 - length if length > 128 else 0
         at += length + 2 if length < 128 else 2 if length > 128 else 1
@@ -321,17 +326,17 @@ def _read_pillow(file: BinaryIO, channels: int, whole: bool) -> Read:
             depth, colour = file.read(2)  # in its IHDR: PNG, third edition, 11.2.1
             if depth < 8 or colour == 3:
                 held = "indices of a palette" if colour == 3 else f"{depth}-bit values"
-                raise ValueError(f"{held} are not read as they are: convert it to 8 or 16 bits")
+                raise ValueError(f"{held} cannot be read unconverted: convert the file to 8 or 16 bits")
             count, dtype = {0: 1, 2: 3, 4: 2, 6: 4}[colour], np.dtype(np.uint16 if depth == 16 else np.uint8)
         elif image.format in ("BMP", "JPEG", "MPO", "WEBP") and image.mode in ("L", "RGB", "RGBA"):
             count, dtype = len(image.mode), np.dtype(np.uint8)
-        else:  # where Pillow may scale values
+        else:  # Pillow may scale these values
             raise ValueError(
-                f"values of {image.format} with the mode {image.mode} are not read as they are: convert it to "
-                f"{', '.join(WRITTEN)}"
+                f"values of {image.format} with the mode {image.mode} cannot be read unconverted: "
+                f"convert the file to {', '.join(WRITTEN)}"
             )
-        known = image.format != "PNG" or "exif" in image.info  # to look for more, Pillow decodes a PNG
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if known else 1
+        has_exif = image.format != "PNG" or "exif" in image.info  # otherwise Pillow would decode the PNG
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1
         height, width = image.size if orientation > 4 else image.size[::-1]
         kind = FileKind(image.format, dtype.str, count, height, width, "HW" if count == 1 else "HWC")
         _check(kind, channels)
@@ -345,8 +350,8 @@ def _read_pillow(file: BinaryIO, channels: int, whole: bool) -> Read:
 
 
 def _decode_deep_png(content: bytes, size: tuple[int, int], channels: int) -> np.ndarray:
-    """Return values (H, W, C) of a PNG of 16 bits. Pillow keeps one byte of each, so that it is decoded once for the
-    upper and once for the lower bytes; grey with transparency has as many bytes as RGBA of 8 bits.
+    """Return the values (H, W, C) of a 16-bit PNG. Pillow keeps one byte of each value, so the file is decoded once for
+    the upper and once for the lower bytes. Grey with transparency has as many bytes as 8-bit RGBA.
     """
     interlaced, data = content[28], _png_data(content)
     if channels == 2:
@@ -360,13 +365,13 @@ def _decode_deep_png(content: bytes, size: tuple[int, int], channels: int) -> np
 
 
 def _png_data(content: bytes) -> bytes:
-    """Return the compressed values in a PNG; ValueError when a checksum is wrong."""
+    """Return the compressed values in a PNG; ValueError if a checksum is wrong."""
     parts, at, name = [], 8, b""
     while name != b"IEND":
         length, name = struct.unpack_from(">I4s", content, at)
         end = at + 8 + length
         if zlib.crc32(content[at + 4 : end]) != int.from_bytes(content[end : end + 4], "big"):
-            raise ValueError(f"it is damaged: the checksum of its part {name.decode('latin-1')} is wrong")
+            raise ValueError(f"it is damaged: the checksum of its chunk {name.decode('latin-1')} is wrong")
         parts += [content[at + 8 : end]] * (name == b"IDAT")
         at = end + 4
     return b"".join(parts)
