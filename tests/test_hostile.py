@@ -61,7 +61,7 @@ class TestModels:
     def test_file_of_weights(self, suffix, container, harm, tmp_path):
         plant(harm, tmp_path / f"model{suffix}", container)
         with pytest.raises(
-            ValueError, match=rf"model{suffix} is (a pickle that|not a torch checkpoint|no safetensors file)"
+            ValueError, match=rf"model{suffix} is (a pickle that|not a torch checkpoint|not a safetensors file)"
         ):
             load_autoencoder(str(tmp_path / f"model{suffix}"))
 

@@ -680,7 +680,7 @@ def test_measured_objective_has_the_full_weight_and_the_present_scale():
     objective = TrainingObjective(config)
     objective.begin_step(10, 100)
     assert objective.measured(math.log(0.3)) == VAEObjective(Gaussian(pytest.approx(0.3)), 0.2, scale_varies=True)
-    with pytest.raises(ValueError, match=r"log_scale is the parameter of objective\.scale learned, got None"):
+    with pytest.raises(ValueError, match=r"log_scale belongs to objective\.scale learned, got None"):
         objective.measured()
     with pytest.raises(ValueError, match=r"got 0\.1 with objective\.scale 0\.05"):
         TrainingObjective(ObjectiveConfig()).measured(0.1)
@@ -816,7 +816,7 @@ def test_scale_is_read_from_flags_and_yaml(scale, tmp_path):
 def test_config_measures_a_scale_of_a_run_only_with_its_value():
     config = ObjectiveConfig("laplace", scale="optimal", kl_weight=0.1, free_bits=1.0)
     assert config.build(0.5) == VAEObjective(Laplace(0.5), kl_weight=0.1, scale_varies=True)
-    with pytest.raises(ValueError, match="scale optimal is known only to the run that trains it"):
+    with pytest.raises(ValueError, match="scale optimal has a value only in the run that trains it"):
         config.build()
     with pytest.raises(ValueError, match=r"objective\.scale is 0\.05, not learned or optimal: leave out 0\.5"):
         ObjectiveConfig().build(0.5)
@@ -845,7 +845,7 @@ def test_config_measures_a_scale_of_a_run_only_with_its_value():
         ({"kl_schedule": "cyclical", "kl_cycles": 0}, "objective.kl_cycles must be at least 1, got 0"),
         *(({"free_bits": bits}, "objective.free_bits must be at least 0 and finite") for bits in (-1.0, math.nan)),
         *(({"target_rate": rate}, "objective.target_rate must be positive") for rate in (0.0, math.nan, math.inf)),
-        ({"target_rate": 9.0, "kl_schedule": "cyclical"}, "moves the weight of the rate, and so does a cyclical"),
+        ({"target_rate": 9.0, "kl_schedule": "cyclical"}, "changes the weight of the rate, and so does a cyclical"),
         ({"perceptual": "vgg19"}, "objective.perceptual must be alex, vgg, squeeze or null, got vgg19"),
         ({"perceptual": "vgg", "perceptual_weight": 0.0}, "objective.perceptual_weight must be positive and finite"),
         ({"perceptual_weight": 2.0}, r"perceptual_weight 2\.0 would be ignored with objective\.perceptual null"),

@@ -100,9 +100,9 @@ class TestSources:
         [
             ({"norm_num_groups": 0}, "ZeroDivisionError"),
             ({"act_fn": []}, r"act_fn must be of the type string, got \[\]"),
-            ({"act_fn": "none"}, "no AutoencoderKL can be made: "),
-            ({"down_block_types": ["Evil"] * 3}, "no AutoencoderKL can be made: ValueError: Evil does not exist"),
-            ({"block_out_channels": [8]}, "no AutoencoderKL can be made: IndexError"),
+            ({"act_fn": "none"}, "not make a valid AutoencoderKL: "),
+            ({"down_block_types": ["Evil"] * 3}, "not make a valid AutoencoderKL: ValueError: Evil does not exist"),
+            ({"block_out_channels": [8]}, "not make a valid AutoencoderKL: IndexError"),
             ({"block_out_channels": 8}, "block_out_channels must be of the type array, got 8"),
             ({"sample_size": "large"}, "sample_size must be of the type integer, got 'large'"),
             ({"sample_size": [8, "8"]}, r"sample_size\[1\] must be of the type integer, got '8'"),
@@ -345,7 +345,7 @@ class TestErrors:
                 {"pretrained": "a", "lora_rank": 4},
                 r"lora_rank 4 would be ignored with model.train all: set model.train to decoder",
             ),
-            ({"pretrained": "a", "latents": "b"}, r"model.latents are those of an encoder that is not trained"),
+            ({"pretrained": "a", "latents": "b"}, r"model.latents needs a frozen encoder"),
         ],
     )
     def test_settings(self, settings, message):

@@ -165,7 +165,7 @@ class TestContainers:
         }
         vae = load_autoencoder(write(tmp_path / f"a{suffix}", state))
         assert same(vae.state_dict(), stock.state_dict())
-        assert "several autoencoders: model_ema.encoder.* is taken, not model.encoder.*" in caplog.text
+        assert "several autoencoders: using model_ema.encoder.*, not model.encoder.*" in caplog.text
 
     @pytest.mark.parametrize("suffix", [".sft", ".SAFETENSORS", ".Sft", ".CKPT", ".Pth", ".BIN"])
     def test_suffixes(self, suffix, tmp_path):
@@ -289,7 +289,7 @@ class TestStatedScaling:
             ("{", "is damaged"),
             (
                 '{"scaling_factor": 1, "latent_channels": 16}',
-                "of the model in a.ckpt, whose latent_channels is 4",
+                "describe the model in a.ckpt, whose latent_channels is 4",
             ),
             (
                 '{"scaling_factor": 1, "block_out_channels": [128]}',
@@ -361,10 +361,10 @@ NOT_A_VAE = {
         "mean and a log-variance",
     ),
     "diffusers": (lambda state: make(TINY).state_dict(), "names are those of diffusers.*config.json"),
-    "nothing": (lambda state: {}, "holds no tensors"),
+    "nothing": (lambda state: {}, "holds no named tensors"),
     "flux-2": (
         lambda state: state | {"bn.running_mean": torch.zeros(16)},
-        "it is that of FLUX.2, .*KLFlux2",
+        "it is an autoencoder of FLUX.2, .*KLFlux2",
     ),
     "other": (lambda state: {"layer.weight": torch.zeros(2)}, "lacks encoder.conv_in.weight.*begins with layer.weight"),
 }
@@ -401,7 +401,7 @@ class TestRefused:
         data = path.read_bytes()
         for content in (b"", b"a text, and no weights\n" * 9, data[: len(data) // 2]):
             path.write_bytes(content)
-            with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} is no .* or was cut off"):
+            with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} is not a .* or is truncated"):
                 load_autoencoder(str(path))
 
     def test_code_in_the_place_of_weights(self, tmp_path):

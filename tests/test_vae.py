@@ -398,7 +398,7 @@ class TestLatentScaling:
         for values, message in [
             ({"mean": (1.0,)}, "mean and std must be given together"),
             ({"mean": (1.0,), "std": (1.0, 2.0)}, "one value per channel"),
-            ({"mean": (1.0,), "std": (1.0,), "shift": 1.0}, "take the place of shift"),
+            ({"mean": (1.0,), "std": (1.0,), "shift": 1.0}, "replace shift"),
             ({"factor": 0.0}, "other than 0"),
         ]:
             with pytest.raises(ValueError, match=message):

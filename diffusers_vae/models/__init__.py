@@ -1,4 +1,4 @@
-"""The models. Each takes and gives images in [-1, 1] and has `encode`, `decode`, `forward` as `AutoencoderKL` has."""
+"""Models. Each takes and returns images in [-1, 1] and has `encode`, `decode` and `forward` like `AutoencoderKL`."""
 
 from .config import ModelConfig
 from .load import (

@@ -1,4 +1,4 @@
-"""From settings to a model."""
+"""Model settings, and the model that they build."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _DEFAULTS = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a new model, or the published one to train further.
+    """Architecture of a new model, or a published model to train further.
 
-    Fields of the other architecture must be null. Those of the chosen one that are null get the value in their
-    description, which the run's config.yaml then states. With `pretrained`, the fields of both must be null.
+    Fields of the other architecture must be null. A null field of the chosen architecture gets the value in its
+    description, and the run's config.yaml records it. With `pretrained`, the fields of both must be null.
     """
 
     architecture: Literal["vae", "mlp"] = "vae"
@@ -44,34 +44,34 @@ class ModelConfig:
     latent_channels: int | None = only_with(None, at_least=1, architecture=("vae",), pretrained=False)
     """vae: number of latent channels; null: 4."""
     block_out_channels: tuple[int, ...] | None = only_with(None, at_least=1, architecture=("vae",), pretrained=False)
-    """vae: width per resolution, of which n make latents 2^(n-1) times smaller per side; null: [16, 32, 64]."""
+    """vae: width per resolution; n widths make latents 2^(n-1) times smaller per side; null: [16, 32, 64]."""
     layers_per_block: int | None = only_with(None, at_least=1, architecture=("vae",), pretrained=False)
-    """vae: residual layers per resolution, with one more in the decoder; null: 1."""
+    """vae: number of residual layers per resolution, with one more in the decoder; null: 1."""
     norm_num_groups: int | None = only_with(None, at_least=1, architecture=("vae",), pretrained=False)
-    """vae: number of groups of the group norms, a divisor of every width; null: 8."""
+    """vae: number of group norm groups, a divisor of every width; null: 8."""
     mid_block_add_attention: bool | None = only_with(None, architecture=("vae",), pretrained=False)
     """vae: add self-attention at the lowest resolution; null: true."""
     use_quant_conv: bool | None = only_with(None, architecture=("vae",), pretrained=False)
-    """vae: add 1x1 convolutions around the latents, as in Stable Diffusion 1 to XL; null: false."""
+    """vae: add 1x1 convolutions around the latents, as in Stable Diffusion 1, 2 and XL; null: false."""
     hidden_dim: int | None = only_with(None, at_least=1, architecture=("mlp",))
     """mlp: width of the hidden layers; null: 400."""
     latent_dim: int | None = only_with(None, at_least=1, architecture=("mlp",))
     """mlp: number of latent units; null: 20."""
     pretrained: str | None = only_with(None, "free", "local", architecture=("vae",))
-    """Autoencoder to fine-tune: folder of a model, run or pipeline, Hub repository, or original checkpoint, .ckpt or
-    .safetensors (docs/fine_tuning.md)."""
+    """Autoencoder to fine-tune: folder of a model, run or pipeline, Hub repository, or original .ckpt or .safetensors
+    checkpoint (docs/fine_tuning.md)."""
     subfolder: str | None = only_with(None, "free", "local", pretrained=True)
-    """Subfolder of `pretrained` that holds the model, such as vae in a pipeline's repository."""
+    """Subfolder of model.pretrained that holds the model, such as vae in a pipeline's repository."""
     revision: str | None = only_with(None, "free", "local", pretrained=True)
-    """Branch, tag or commit of the repository `pretrained`."""
+    """Branch, tag or commit of the repository model.pretrained."""
     train: Literal["decoder", "all"] | tuple[str, ...] = only_with("all", pretrained=True)
-    """Part of `pretrained` to train: all; decoder, which keeps the latents; or patterns of parameter names
+    """Part of model.pretrained to train: all; decoder, which keeps the latents; or patterns of parameter names
     (docs/fine_tuning.md)."""
     lora_rank: int | None = only_with(None, at_least=1, pretrained=True, train=("decoder",))
-    """Rank of low-rank adapters (LoRA) to train instead of the decoder's weights; needs train decoder and peft
+    """Rank of LoRA adapters to train instead of the decoder's weights; needs model.train decoder and peft
     (docs/fine_tuning.md)."""
     latents: str | None = only_with(None, "local", pretrained=True)
-    """Folder of cached latents of the training images, with which a frozen encoder does not run
+    """Folder of cached latents of the training images, used instead of running a frozen encoder
     (docs/fine_tuning.md)."""
 
     def __post_init__(self):
@@ -83,10 +83,7 @@ class ModelConfig:
             if not self.train:
                 raise ValueError("model.train must hold at least one pattern, got an empty list")
             if self.latents is not None and self.trains_encoder:
-                raise ValueError(
-                    "model.latents are those of an encoder that is not trained: set model.train to decoder, got "
-                    f"{self.train}"
-                )
+                raise ValueError(f"model.latents needs a frozen encoder: set model.train to decoder, got {self.train}")
             return
         for name, default in _DEFAULTS[self.architecture].items():
             if getattr(self, name) is None:
@@ -100,15 +97,15 @@ class ModelConfig:
 
     @property
     def _patterns(self) -> tuple[str, ...]:
-        """Patterns of the names of the parameters to train."""
+        """Return patterns of the names of the parameters to train."""
         if isinstance(self.train, str):
             return {"all": ("*",), "decoder": ("decoder.*", "post_quant_conv.*")}[self.train]
         return tuple(self.train)
 
     @cached_property
     def trains_encoder(self) -> bool:
-        """Whether weights that determine the latents are trained; ValueError when there is no AutoencoderKL in
-        `pretrained`.
+        """Return whether training changes weights that determine the latents; ValueError if `pretrained` holds no
+        AutoencoderKL.
         """
         if self.train in ("all", "decoder"):
             return self.train == "all"
@@ -124,7 +121,7 @@ class ModelConfig:
 
     @cached_property
     def _source(self) -> Mapping[str, Any]:
-        """The config of `pretrained`, read once; ValueError when it holds no AutoencoderKL."""
+        """Return the config of `pretrained`, read once; ValueError if it holds no AutoencoderKL."""
         try:
             assert self.pretrained is not None
             return filled_in(self.source.config(["AutoencoderKL"]), self.pretrained)
@@ -132,7 +129,7 @@ class ModelConfig:
             raise ValueError(f"model.pretrained: {error}") from error
 
     def made(self, folder: Path) -> None:
-        """If `pretrained` is gone, take its config from `folder`, which holds the model that was made of it."""
+        """If `pretrained` is gone, take its config from `folder`, which holds the model made from it."""
         try:
             _ = self._source
         except ValueError:
@@ -142,26 +139,26 @@ class ModelConfig:
 
     @property
     def width(self) -> int:
-        """Channels of the feature maps at full size; 1 of a perceptron, which has none."""
+        """Return the number of channels of the feature maps at full size; 1 for an MLP, which has none."""
         if self.architecture == "mlp":
             return 1
         return (self.block_out_channels or self._source["block_out_channels"])[0]
 
     @property
     def image_channels(self) -> set[int]:
-        """Numbers of channels of the images that `pretrained` takes and gives."""
+        """Return the numbers of channels of the images that `pretrained` takes and returns."""
         return {self._source["in_channels"], self._source["out_channels"]}
 
     @property
     def spatial_compression_ratio(self) -> int:
-        """Ratio of the sides of images and latents; ValueError when there is no AutoencoderKL in `pretrained`."""
+        """Return the height of images over that of latents; ValueError if `pretrained` holds no AutoencoderKL."""
         if self.architecture == "mlp":
             return 1
         return compression_ratio(self.block_out_channels or self._source["block_out_channels"])
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """Return the shape (C, h, w) of the latents of an image of `size`; ValueError when there is no AutoencoderKL in
-        `pretrained`.
+        """Return the shape (C, h, w) of the latents of an image of `size`; ValueError if `pretrained` holds no
+        AutoencoderKL.
         """
         if self.architecture == "mlp":
             return (self.latent_dim or 0, 1, 1)
@@ -169,12 +166,13 @@ class ModelConfig:
         return channels, size[0] // ratio, size[1] // ratio
 
     def build(self, channels: int, size: tuple[int, int]) -> VAE | MLPVAE:
-        """A new model for images (channels, *size): randomly initialised, or `pretrained`, in float32, in which only
-        what `train` and `lora_rank` say requires a gradient. Under `torch.device("meta")` weights are not read.
+        """Return a new model for images (channels, *size), randomly initialised or from `pretrained`, in float32. Only
+        parameters selected by `train` and `lora_rank` require a gradient. Under `torch.device("meta")` no weights are
+        read.
 
         Raises:
-            ValueError: when `pretrained` holds no AutoencoderKL, one of images with other channels, or no parameter
-                that a pattern of `train` matches.
+            ValueError: If `pretrained` holds no AutoencoderKL, its images have another number of channels, or a pattern
+                in `train` matches no parameter.
         """
         if self.pretrained is not None:
             return self._build_pretrained(channels)
@@ -203,7 +201,7 @@ class ModelConfig:
         for pattern in self._patterns:
             if not isinstance(self.train, str) and not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
-                    f"model.train: {pattern} matches no parameter; some of their names: {', '.join(names[::24])}"
+                    f"model.train: {pattern} matches no parameter; examples of names: {', '.join(names[::24])}"
                 )
         for name, parameter in vae.named_parameters():
             parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in self._patterns))
@@ -213,11 +211,12 @@ class ModelConfig:
 
 
 def add_lora(vae: VAE, rank: int) -> None:
-    """Freeze `vae` and add low-rank adapters to the convolutions and attention of its decoder, to be trained instead of
-    its weights: LoRA, Hu et al. 2021, W + B A with B = 0 at first, so that nothing changes before training.
+    """Freeze `vae` and add low-rank adapters (LoRA, Hu et al. 2021) to the convolutions and attention of its decoder,
+    to be trained instead of its weights. A layer computes W + B A with B = 0 at first, so nothing changes before
+    training.
 
-    `vae.save_lora_adapter(folder)` saves them alone, for `load_lora_adapter(folder, prefix=None,
-    use_safetensors=True)` of a stock `AutoencoderKL`. Without peft, raise an ImportError.
+    `vae.save_lora_adapter(folder)` saves only the adapters, for `load_lora_adapter(folder, prefix=None,
+    use_safetensors=True)` of a stock `AutoencoderKL`. Raise an ImportError without peft.
     """
     try:
         from peft import LoraConfig
@@ -225,4 +224,4 @@ def add_lora(vae: VAE, rank: int) -> None:
         raise ImportError("model.lora_rank needs PEFT: pip install peft") from error
     layers = vae.decoder.named_modules(prefix="decoder")
     adapted = [name for name, layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    vae.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=adapted))  # which freezes all else
+    vae.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=adapted))  # freezes everything else

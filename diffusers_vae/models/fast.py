@@ -15,7 +15,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def _kernel() -> Any:
-    """Triton's group norm, where there is a GPU for it."""
+    """Return Triton's group norm, or None if no GPU supports it."""
     if not torch.cuda.is_available() or not find_spec("triton"):
         return None
     from .norms import group_norm
@@ -27,18 +27,18 @@ group_norm: Any = _kernel()
 
 
 def fast(vae: M, on: bool = True, *, compiled: bool = False) -> M:
-    """Make `vae` faster on a CUDA GPU, in place, and return it: an `AutoencoderKL` of stock diffusers, of a pipeline
-    too, or a `VAE`. Outputs agree within rounding; config, parameters and saved files do not change.
+    """Make `vae` faster on a CUDA GPU, in place, and return it: a `VAE`, or an `AutoencoderKL` of stock diffusers, such
+    as that of a pipeline. Outputs agree within rounding; config, parameters and saved files do not change.
 
-    Convolutions are channels-last, as cuDNN computes them, and keep that layout from block to block; group norm and
-    SiLU are one Triton kernel with float32 inside; attention is computed in parts. On a CPU, and where Triton is not
+    Convolutions are channels-last, as cuDNN computes them, and keep that layout from block to block. Group norm and
+    SiLU are one Triton kernel with float32 inside. Attention is computed in parts. On a CPU, and where Triton is not
     installed, all blocks compute as before.
 
     Args:
-        vae: the autoencoder; modules of classes that are not in `AutoencoderKL` are left unchanged.
-        on: False takes the speed away again.
-        compiled: compile encoder and decoder with torch.compile as well, which takes some 15 s for each size of image
-            and pays for thousands of images.
+        vae: The autoencoder. Modules of classes that are not in `AutoencoderKL` do not change.
+        on: Whether to make it faster; False restores the stock blocks.
+        compiled: Whether to also compile encoder and decoder with torch.compile, which takes about 15 s per image size
+            and pays off for thousands of images.
     """
     wanted = on and group_norm is not None
     modules: list[tuple[str, Any]] = list(vae.named_modules())
@@ -64,13 +64,13 @@ def _set_processor(attention: Any, processor: Any) -> None:
 
 def _compile(part: Any, on: bool) -> None:
     if part is not None:
-        part._compiled_call_impl = None  # as torch 2.7 to 2.14 name it
+        part._compiled_call_impl = None  # private in torch 2.7 to 2.14
         if on:
             part.compile()
 
 
 def _fast_kind(name: str, module: nn.Module) -> type | None:
-    """The class that `module`, with this `name` in the autoencoder, takes."""
+    """Return the fast class for `module`, which has this `name` in the autoencoder, or None."""
     if type(module) is nn.Conv2d and name.endswith("coder.conv_in"):
         return _FirstConvolution
     if type(module) is nn.GroupNorm and name.endswith("coder.conv_norm_out"):
@@ -85,19 +85,19 @@ def _fast_kind(name: str, module: nn.Module) -> type | None:
 
 
 def _is_plain(block: Any) -> bool:
-    """Whether a block is as those of autoencoders: without embedding or resampling, with group norm and SiLU."""
+    """Return whether a block is a plain autoencoder block: no embedding or resampling, group norm and SiLU."""
     return (
         block.time_emb_proj is None
         and block.upsample is None
         and block.downsample is None
-        and block.time_embedding_norm in ("default", "group")  # without an embedding, both are nothing
+        and block.time_embedding_norm in ("default", "group")  # without an embedding, both do nothing
         and type(block.norm1) is type(block.norm2) is nn.GroupNorm
         and type(block.nonlinearity) is nn.SiLU
     )
 
 
 def _normalised(norm: nn.GroupNorm, x: torch.Tensor, silu: bool) -> torch.Tensor:
-    """Group norm of `x`, and SiLU of it."""
+    """Return the group norm of `x`, followed by SiLU if requested."""
     return group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)[0]
 
 
@@ -106,7 +106,7 @@ def _takes(x: torch.Tensor) -> bool:
 
 
 class _FirstConvolution(nn.Conv2d):
-    """Returns channels-last output for one-channel images as well, whose layout is ambiguous."""
+    """Convolution with channels-last output for one-channel images as well, whose layout is ambiguous."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         output = super().forward(input)
@@ -114,21 +114,21 @@ class _FirstConvolution(nn.Conv2d):
 
 
 class _NormSiLU(nn.GroupNorm):
-    """Group norm with the SiLU that follows it."""
+    """Group norm followed by SiLU."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return _normalised(self, input, True) if _takes(input) else super().forward(input)
 
 
 class _Done(nn.SiLU):
-    """The SiLU that `_NormSiLU` has computed."""
+    """SiLU that `_NormSiLU` has already computed."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return input if _takes(input) else super().forward(input)
 
 
 class _Resnet(ResnetBlock2D):
-    """`ResnetBlock2D` that keeps the layout. Stock's makes the input of a shortcut contiguous in training."""
+    """`ResnetBlock2D` that keeps the layout. Stock makes the input of a shortcut contiguous in training."""
 
     def forward(self, input_tensor: torch.Tensor, temb: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not _takes(input_tensor):
@@ -142,7 +142,7 @@ class _Resnet(ResnetBlock2D):
 
 
 class _Upsample(Upsample2D):
-    """`Upsample2D` by copies side by side: the gradient of stock's, compiled, is added up in random order."""
+    """`Upsample2D` by interleaved copies. The compiled gradient of stock's is summed in random order."""
 
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         if output_size is not None or not _takes(hidden_states):
@@ -155,7 +155,7 @@ class _Upsample(Upsample2D):
 
 
 class _Attention:
-    """Processor of the attention of an autoencoder: over the positions of a feature map."""
+    """Attention processor of an autoencoder, over the positions of a feature map."""
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""The Triton kernels of `norms`: x is (B, C, positions) with any strides, and sums, means and gradients are float32."""
+"""Triton kernels of `norms`: x is (B, C, positions) with any strides; sums, means and gradients are float32."""
 
 import triton
 import triton.language as tl
@@ -6,8 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def sums(x, sums, channels, positions, x_n, x_c, x_p, each, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Sums of x - shift and its square per channel, where the shift is the channel's first value: a sum of squares
-    loses digits when the mean is larger than the deviation.
+    """Sum x - shift and its square per channel, where shift is the channel's first value: a sum of squares loses digits
+    when the mean is larger than the deviation.
     """
     split, n = tl.program_id(0), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -24,38 +24,38 @@ def sums(x, sums, channels, positions, x_n, x_c, x_p, each, BLOCK_C: tl.constexp
         value = tl.where(mask, value - shift[None, :], 0.0)
         first += value
         second += value * value
-    place = sums + (n * tl.num_programs(0) + split) * 2 * channels + c
-    tl.store(place, tl.sum(first, 0), mask=inside)
-    tl.store(place + channels, tl.sum(second, 0), mask=inside)
+    at = sums + (n * tl.num_programs(0) + split) * 2 * channels + c
+    tl.store(at, tl.sum(first, 0), mask=inside)
+    tl.store(at + channels, tl.sum(second, 0), mask=inside)
 
 
 @triton.jit
 def _totals(sums, n, splits, channels, c, inside, BLOCK: tl.constexpr):
-    """The two sums of each channel over all splits."""
+    """Return the two sums of each channel over all splits."""
     first = tl.zeros([BLOCK], tl.float32)
     second = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
-        place = sums + (n * splits + split) * 2 * channels + c
-        first += tl.load(place, mask=inside, other=0.0)
-        second += tl.load(place + channels, mask=inside, other=0.0)
+        at = sums + (n * splits + split) * 2 * channels + c
+        first += tl.load(at, mask=inside, other=0.0)
+        second += tl.load(at + channels, mask=inside, other=0.0)
     return first, second
 
 
 @triton.jit
 def moments(x, sums, mean, rstd, eps, channels, positions, x_n, x_c, splits, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Mean and reciprocal deviation of a group from the sums of its channels."""
+    """Compute the mean and reciprocal deviation of a group from the sums of its channels."""
     group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = group * GROUP + tl.arange(0, BLOCK)
     inside = tl.arange(0, BLOCK) < GROUP
     first, second = _totals(sums, n, splits, channels, c, inside, BLOCK)
     shift = tl.load(x + n * x_n + c.to(tl.int64) * x_c, mask=inside, other=0.0).to(tl.float32)
-    own = tl.where(inside, shift + first / positions, 0.0)
-    centre = tl.sum(own, 0) / GROUP
-    apart = tl.where(inside, own - centre, 0.0)
+    average = tl.where(inside, shift + first / positions, 0.0)
+    centre = tl.sum(average, 0) / GROUP
+    apart = tl.where(inside, average - centre, 0.0)
     variance = tl.sum(second - first * first / positions + positions * apart * apart, 0) / (GROUP * positions)
-    place = n * tl.num_programs(0) + group
-    tl.store(mean + place, centre)
-    tl.store(rstd + place, 1 / tl.sqrt(variance + eps))
+    at = n * tl.num_programs(0) + group
+    tl.store(mean + at, centre)
+    tl.store(rstd + at, 1 / tl.sqrt(variance + eps))
 
 
 @triton.jit
@@ -72,22 +72,22 @@ def apply(
     centre = tl.load(mean + group, mask=inside, other=0.0)
     scale = tl.load(rstd + group, mask=inside, other=0.0) * tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
     offset = tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)
-    place = n * x_n + c.to(tl.int64)[None, :] * x_c + p[:, None].to(tl.int64) * x_p
-    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-    z = (value - centre[None, :]) * scale[None, :] + offset[None, :]
+    at = n * x_n + c.to(tl.int64)[None, :] * x_c + p[:, None].to(tl.int64) * x_p
+    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    inner = (value - centre[None, :]) * scale[None, :] + offset[None, :]
     if SILU:
-        z = z * tl.sigmoid(z)
-    tl.store(y + place, z.to(y.dtype.element_ty), mask=mask)
+        inner = inner * tl.sigmoid(inner)
+    tl.store(y + at, inner.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _dz(x, dy, centre, deviation, scale, offset, SILU: tl.constexpr):
-    """The normalised value and the gradient of what goes into the SiLU."""
+    """Return the normalised value and the gradient of the input of the SiLU."""
     normal = (x - centre) * deviation
     if SILU:
-        z = normal * scale + offset
-        gate = tl.sigmoid(z)
-        dy = dy * gate * (1 + z * (1 - gate))
+        inner = normal * scale + offset
+        gate = tl.sigmoid(inner)
+        dy = dy * gate * (1 + inner * (1 - gate))
     return normal, dy
 
 
@@ -96,7 +96,7 @@ def gradient_sums(
     x, dy, sums, mean, rstd, weight, bias, channels, positions, groups, x_n, x_c, x_p, d_n, d_c, d_p, each,
     SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dz and of dz times the normalised value per channel."""
+    """Sum dz, and dz times the normalised value, per channel."""
     split, n = tl.program_id(0), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
@@ -115,16 +115,16 @@ def gradient_sums(
         value = tl.load(x + n * x_n + channel * x_c + wide * x_p, mask=mask, other=0.0).to(tl.float32)
         gradient = tl.load(dy + n * d_n + channel * d_c + wide * d_p, mask=mask, other=0.0).to(tl.float32)
         normal, gradient = _dz(value, gradient, centre, deviation, scale, offset, SILU)
-        first += gradient  # 0 outside, since dy is
+        first += gradient  # 0 outside, like dy
         second += gradient * normal
-    place = sums + (n * tl.num_programs(0) + split) * 2 * channels + c
-    tl.store(place, tl.sum(first, 0), mask=inside)
-    tl.store(place + channels, tl.sum(second, 0), mask=inside)
+    at = sums + (n * tl.num_programs(0) + split) * 2 * channels + c
+    tl.store(at, tl.sum(first, 0), mask=inside)
+    tl.store(at + channels, tl.sum(second, 0), mask=inside)
 
 
 @triton.jit
 def gradient_means(sums, whole, means, weight, channels, positions, splits, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of a channel over all positions, and the two means of a group that its gradient needs."""
+    """Compute the sums of a channel over all positions, and the two means of a group that its gradient needs."""
     group, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = group * GROUP + tl.arange(0, BLOCK)
     inside = tl.arange(0, BLOCK) < GROUP
@@ -132,9 +132,9 @@ def gradient_means(sums, whole, means, weight, channels, positions, splits, GROU
     tl.store(whole + n * 2 * channels + c, first, mask=inside)
     tl.store(whole + n * 2 * channels + channels + c, second, mask=inside)
     scale = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32) / (GROUP * positions)
-    place = means + (n * tl.num_programs(0) + group) * 2
-    tl.store(place, tl.sum(first * scale, 0))
-    tl.store(place + 1, tl.sum(second * scale, 0))
+    at = means + (n * tl.num_programs(0) + group) * 2
+    tl.store(at, tl.sum(first * scale, 0))
+    tl.store(at + 1, tl.sum(second * scale, 0))
 
 
 @triton.jit
@@ -155,9 +155,9 @@ def gradient(
     first = tl.load(means + 2 * group, mask=inside, other=0.0)[None, :]
     second = tl.load(means + 2 * group + 1, mask=inside, other=0.0)[None, :]
     wide, channel = p[:, None].to(tl.int64), c.to(tl.int64)[None, :]
-    place = n * x_n + channel * x_c + wide * x_p
-    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    at = n * x_n + channel * x_c + wide * x_p
+    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     gradient = tl.load(dy + n * d_n + channel * d_c + wide * d_p, mask=mask, other=0.0).to(tl.float32)
     normal, gradient = _dz(value, gradient, centre, deviation, scale, offset, SILU)
     gradient = deviation * (scale * gradient - first - normal * second)
-    tl.store(dx + place, gradient.to(dx.dtype.element_ty), mask=mask)
+    tl.store(dx + at, gradient.to(dx.dtype.element_ty), mask=mask)

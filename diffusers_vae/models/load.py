@@ -1,4 +1,4 @@
-"""Any KL autoencoder of diffusers, ours or stock: loaded, called, and told from others."""
+"""Loading, calling and identifying KL autoencoders of diffusers, ours or stock."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from .vae import VAE
 logger = logging.getLogger(__name__)
 
 MOST = {"layers": 64, "channels": 2**13, "dim": 2**16, "size": 2**14, "": 2**20}
-"""The largest number in a model's config.json under a key with this in its name."""
-MOST_BLOCKS = 64  # the largest number of entries in a list with one for each block
+"""Largest number that a model's config.json may hold under a key that contains this word."""
+MOST_BLOCKS = 64  # maximum entries of a list with one entry per block
 
 
 @dataclass(frozen=True)
 class Source:
-    """The location of a KL autoencoder."""
+    """Location of a KL autoencoder."""
 
     name: str
-    """A model's folder, a run's (its model/ is taken), a pipeline's (its vae/ is taken), a repository on the Hub, or a
+    """Folder of a model, of a run (its model/ is used) or of a pipeline (its vae/ is used), a Hub repository, or a
     .ckpt or .safetensors file of latent-diffusion, Stable Diffusion or Flux."""
     subfolder: str | None = None
     """Subfolder of `name` that holds the model."""
@@ -52,12 +52,12 @@ class Source:
     """Branch, tag or commit of the repository."""
 
     def model(self, dtype: torch.dtype = torch.float32) -> ModelMixin:
-        """Load the autoencoder in eval mode and without gradients: ours, or any of diffusers with
-        `encode(...).latent_dist` and `decode(...).sample`.
+        """Load the autoencoder in eval mode without gradients: ours, or any in diffusers with `encode(...).latent_dist`
+        and `decode(...).sample`.
 
         Raises:
-            OSError: when there is no model.
-            ValueError: when it is no KL autoencoder of images, or lacks weights.
+            OSError: If there is no model.
+            ValueError: If the model is not a KL autoencoder of images, or lacks weights.
         """
         if self._is_file():
             return load_single_file(Path(self.name), dtype).requires_grad_(False)
@@ -71,53 +71,62 @@ class Source:
                 try:
                     model, report = kind.from_pretrained(source, **arguments)
                 except OSError as error:
-                    try:  # some repositories hold no other weights
+                    try:  # some repositories hold only float16 weights
                         model, report = kind.from_pretrained(source, variant="fp16", **arguments)
                     except OSError:
                         raise (_unreachable(error, source, cached) or error) from error
-                    logger.warning("%s holds its weights in float16 only", showable(source))
+                    logger.warning("%s holds weights in float16 only", showable(source))
         except (ImportError, MemoryError, OSError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # of any kind: diffusers checks few of a config's values
+        except Exception as error:  # any type: diffusers checks few values of a config
             raise ValueError(
-                f"{source} holds a config.json or weights of which no {name} can be made: {in_a_line(error)}"
+                f"{source} holds a config.json or weights that do not make a valid {name}: {in_a_line(error)}"
             ) from error
-        if missing := report["missing_keys"]:  # diffusers leaves them random
+        if missing := report["missing_keys"]:  # diffusers would leave them random
             raise ValueError(f"{source} lacks {len(missing)} weights of its {name}, {', '.join(sorted(missing)[:3])}")
         return model.eval().requires_grad_(False)
 
     def config(self, classes: Collection[str] | None = None) -> dict[str, Any]:
-        """Read the config of the autoencoder, with its class as `_class_name`; OSError when there is no model,
-        ValueError when it is of none of the `classes`, by default all that `model` loads, or has wrong values.
+        """Return the config of the autoencoder, with its class as `_class_name`.
+
+        Raises:
+            OSError: If there is no model.
+            ValueError: If its class is not in `classes` (by default, all that `model` loads) or it has wrong values.
         """
         classes = tuple(CLASSES) if classes is None else classes
-        source, folder, place = self.name, Path(self.name), self.inside
+        source, folder, subfolder = self.name, Path(self.name), self.inside
         if self._is_file():
             return read_single_file(folder)[0]
         if not folder.exists() and is_local(source):
-            raise FileNotFoundError(f"{no_such_path(source)}, and {source} is no repository's NAMESPACE/NAME")
+            raise FileNotFoundError(f"{no_such_path(source)}, and {source} is not a repository NAMESPACE/NAME")
         if folder.is_dir():
-            file = folder / (place or "") / "config.json"
+            file = folder / (subfolder or "") / "config.json"
             if not file.exists():
                 raise FileNotFoundError(
-                    f"{folder.resolve()} holds no model: neither config.json nor model/config.json (of a run) nor "
-                    "vae/config.json (of a pipeline) is there"
+                    f"{folder.resolve()} holds no model: no config.json, no model/config.json (of a run) and no "
+                    "vae/config.json (of a pipeline)"
                 )
             refuse_irregular(file.parent)
             return _checked(read_json(file), source, classes)
         cached = not _hub_answers()
         try:
             with hiding_passwords():
-                config = MLPVAE.load_config(source, subfolder=place, revision=self.revision, local_files_only=cached)
+                config = MLPVAE.load_config(
+                    source, subfolder=subfolder, revision=self.revision, local_files_only=cached
+                )
         except RecursionError:
-            raise ValueError(f"{source}: config.json is damaged, it is nested too deeply") from None
+            raise ValueError(f"{source}: config.json is damaged: it is nested too deeply") from None
         except OSError as error:
             if unreachable := _unreachable(error, source, cached):
                 raise unreachable from None
             if _caused_by(error, RepositoryNotFoundError) and not _caused_by(error, GatedRepoError):
-                reason = "there is no such repository, or it is private and HF_TOKEN may not read it"
+                reason = "there is no such repository, or it is private and HF_TOKEN cannot read it"
             elif _caused_by(error, EntryNotFoundError):
-                inside = f"its subfolder {place}" if place else "it; that of a pipeline's VAE is in the subfolder vae"
+                inside = (
+                    f"its subfolder {subfolder}"
+                    if subfolder
+                    else "it; that of a pipeline's VAE is in the subfolder vae"
+                )
                 reason = f"there is no config.json in {inside}"
             else:
                 reason = str(error)
@@ -132,7 +141,7 @@ class Source:
             try:
                 file = hf_hub_download(self.name, RANGE_FILE, subfolder=self.subfolder, revision=self.revision)
             except LocalEntryNotFoundError:
-                said = "%s is taken for a model of images of 8 bits: there is no network to ask for more"
+                said = "%s is assumed to be a model of 8-bit images: the network is not available to check"
                 logger.warning(said, showable(self.name))
                 return None
             except EntryNotFoundError:
@@ -140,15 +149,15 @@ class Source:
         return ValueRange.load(Path(file).parent)
 
     def check_value_range(self, stated: ValueRange | None) -> None:
-        """Raise ValueError when the model was trained with another value range than `stated` in data.value_range."""
+        """Raise ValueError if the model was trained with another value range than `stated` in data.value_range."""
         found = self.value_range()
         if found and found != stated:
             raise ValueError(
-                f"data.value_range must be {found}, to which {self.name} was trained, got {stated or 'null'}"
+                f"data.value_range must be {found}, with which {self.name} was trained, got {stated or 'null'}"
             )
 
     def repository(self) -> tuple[str | None, str | None]:
-        """Return repository on the Hub and revision, as given or by the path in the Hub's cache; else (None, None)."""
+        """Return the Hub repository and revision, as given or from a path in the Hub's cache, or (None, None)."""
         path = Path(self.name)
         if not path.exists():
             return self.name, self.revision
@@ -156,42 +165,44 @@ class Source:
 
     @property
     def inside(self) -> str | None:
-        """Subfolder that holds the model, also of a run or a pipeline."""
+        """Return the subfolder that holds the model, also for a run or a pipeline."""
         folder = Path(self.name)
         if self.subfolder is not None or (folder / "config.json").exists():
             return self.subfolder
         return next((name for name in ("model", "vae") if (folder / name / "config.json").exists()), None)
 
     def _is_file(self) -> bool:
-        """Whether the model is a single file; ValueError when it is one with a subfolder or a revision."""
+        """Return whether the model is a single file; ValueError if a subfolder or a revision was given with it."""
         path = Path(self.name)
         refuse_odd_name(path, "a model")
         is_file = path.is_file()
         if path.exists() and not path.is_dir() and not is_file:
             raise ValueError(f"{self.name} must be a regular file, got a pipe, socket or device")
         if is_file and (given := self.subfolder or self.revision):
-            raise ValueError(f"{self.name} is a file, which has no subfolder or revision, got {given}")
+            raise ValueError(f"{self.name} is a file, so it can have no subfolder or revision, got {given}")
         return is_file
 
 
 def load_autoencoder(name: str, dtype: torch.dtype = torch.float32) -> ModelMixin:
-    """Load the autoencoder in a folder, file or repository: see `Source.model`."""
+    """Load the autoencoder in a folder, file or repository. See `Source.model`."""
     return Source(name).model(dtype)
 
 
 OF_IMAGES = ("AsymmetricAutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE")
 CLASSES = {
     "AutoencoderKL": VAE,
-    **{name: getattr(autoencoders, name) for name in OF_IMAGES if hasattr(autoencoders, name)},  # not in all versions
+    **{
+        name: getattr(autoencoders, name) for name in OF_IMAGES if hasattr(autoencoders, name)
+    },  # missing in some versions
     "MLPVAE": MLPVAE,
 }
-"""Classes that a config.json may name: those with a Gaussian posterior of images. No other is looked up."""
+"""Classes that a config.json may name: those with a Gaussian posterior over images. No other class is imported."""
 OTHERS = tuple(
     kind
     for name, kind in vars(autoencoders).items()
     if isinstance(kind, type) and issubclass(kind, ModelMixin) and name not in CLASSES
 )
-"""Autoencoders in diffusers of video, sound and proteins, and those without a posterior."""
+"""Other autoencoders in diffusers: for video, sound or proteins, or without a posterior."""
 CONFIG = {
     **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups"), int),
     **dict.fromkeys(("block_out_channels", "down_block_out_channels", "up_block_out_channels"), list[int]),
@@ -202,12 +213,12 @@ CONFIG = {
     "decoder_block_out_channels": list[int] | None,
     "act_fn": str,
 }
-"""Types of values of a config.json, where it has them. sample_size and image_size are a side, or height and width."""
+"""Types of optional values of a config.json. sample_size and image_size are a side, or height and width."""
 
 
 def _hub_answers() -> bool:
-    """Return within seconds whether the Hub accepts connections, for which its client tries half a minute. True behind
-    a proxy, which only the client can use.
+    """Return within seconds whether the Hub accepts connections; its client would retry for half a minute. Return True
+    behind a proxy, which only the client can use.
     """
     if constants.HF_HUB_OFFLINE:
         return False
@@ -223,7 +234,9 @@ def _hub_answers() -> bool:
 
 
 def _unreachable(error: BaseException, source: str, cached: bool) -> OSError | None:
-    """The error to raise where diffusers lacks a file because the Hub did not answer or, if `cached`, was not asked."""
+    """Return the error for a file that the Hub did not deliver or, if `cached`, was not asked for. None if not the
+    cause.
+    """
     if not cached and not _caused_by(error, LocalEntryNotFoundError):
         return None
     offline = " HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else " Check the connection"
@@ -234,12 +247,12 @@ def _unreachable(error: BaseException, source: str, cached: bool) -> OSError | N
 
 
 def _caused_by(error: BaseException | None, kind: type[Exception]) -> bool:
-    """Whether `error`, or one that led to it, is of this class."""
+    """Return whether `error`, or one that caused it, is of this class."""
     return error is not None and (isinstance(error, kind) or _caused_by(error.__cause__ or error.__context__, kind))
 
 
 def no_such_path(source: str) -> str:
-    """Text that there is no such path, with the paths of similar names."""
+    """Return the text of an error for a missing path, with similar paths."""
     path = gone = Path(source)
     while not gone.parent.is_dir():
         gone = gone.parent
@@ -253,21 +266,21 @@ def no_such_path(source: str) -> str:
 
 
 def filled_in(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """The config of an AutoencoderKL in `source`, with what a config.json may leave out; ValueError for a wrong one."""
+    """Return the config of an AutoencoderKL in `source` with all optional values; ValueError if it is invalid."""
     try:
         with torch.device("meta"):
             return VAE.from_config(config).config
-    except Exception as error:  # of any kind, as above
+    except Exception as error:  # any type, as above
         raise ValueError(
-            f"{source} holds a config.json of which no AutoencoderKL can be made: {in_a_line(error)}"
+            f"{source} holds a config.json that does not make a valid AutoencoderKL: {in_a_line(error)}"
         ) from error
 
 
 def _checked(config: Any, source: str, classes: Collection[str]) -> dict[str, Any]:
-    """Return the config; ValueError naming a class other than `classes`, or a key whose value no model has."""
+    """Return the config; ValueError for a class not in `classes`, or a value that no model has."""
     where = f"{source}: config.json"
     check_type(config, dict, where)
-    if config.get("_class_name") == "FlaxAutoencoderKL":  # the same weights, and removed from diffusers
+    if config.get("_class_name") == "FlaxAutoencoderKL":  # same weights; removed from diffusers
         config = config | {"_class_name": "AutoencoderKL"}
     if not isinstance(name := config.get("_class_name"), str) or name not in classes:
         raise ValueError(f"{source} must hold {_supported(name, classes)}")
@@ -288,7 +301,7 @@ def _checked(config: Any, source: str, classes: Collection[str]) -> dict[str, An
 
 
 def _supported(name: str | None, classes: Collection[str]) -> str:
-    """Why an autoencoder of the class `name` is refused, and what to do."""
+    """Return why an autoencoder of the class `name` is not supported, and what to do."""
     return (
         f"an autoencoder of images that this package supports, got the class {name}: give a model of the "
         f"class {' or '.join([', '.join([*classes][:-1])] * (len(classes) > 1) + [[*classes][-1]])}"
@@ -297,51 +310,51 @@ def _supported(name: str | None, classes: Collection[str]) -> str:
 
 
 SNAPSHOT = re.compile(r"(.*[/\\])?models--(?P<id>[^/\\]+)[/\\]snapshots[/\\](?P<revision>[0-9a-f]{40})([/\\].*)?")
-"""Path in the Hub's cache."""
+"""Pattern of a path in the Hub's cache."""
 
 
 def cached_repository(path: str) -> tuple[str, str] | None:
-    """Repository and commit of a folder or file in the Hub's cache, by its path; None for any other path."""
+    """Return repository and commit of a path in the Hub's cache; None for any other path."""
     found = SNAPSHOT.fullmatch(path)
     return found and (found["id"].replace("--", "/"), found["revision"])
 
 
 def encode(model: ModelMixin, images: torch.Tensor) -> DiagonalGaussianDistribution:
-    """Return the posterior, in float32, of images (B, C, H, W) in [-1, 1] under any autoencoder; ValueError when the
-    model has none, or takes other channels. Like `decode` and `decode_logits`, it runs parts of the batch where memory
-    is short.
+    """Return the float32 posterior of images (B, C, H, W) in [-1, 1] under any autoencoder; ValueError if the model has
+    no posterior or takes another number of channels. Like `decode` and `decode_logits`, it runs the batch in parts if
+    memory is short.
     """
     if isinstance(model, OTHERS):
         raise ValueError(f"the model must be {_supported(type(model).__name__, CLASSES)}")
     channels = getattr(model.config, "in_channels", images.shape[1])
     if channels != images.shape[1]:
         raise ValueError(
-            f"the model takes images of {channels} channels, got {images.shape[1]}; data.channels says how images are "
+            f"the model takes images of {channels} channels, got {images.shape[1]}; data.channels sets how images are "
             "read"
         )
 
     def moments(part: torch.Tensor) -> torch.Tensor:
         encoded = model.encode(part.to(model.dtype))
         if not hasattr(encoded, "latent_dist"):
-            raise ValueError(f"a KL autoencoder has encode(...).latent_dist, which {type(model).__qualname__} has not")
+            raise ValueError(f"a KL autoencoder must have encode(...).latent_dist, unlike {type(model).__qualname__}")
         return encoded.latent_dist.parameters
 
     return posterior_from_moments(_joined(in_parts(model, moments, images)))
 
 
 def decode(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """Reconstructions in float32 of latents of any floating dtype."""
+    """Return float32 reconstructions (B, C, H, W) in [-1, 1] of latents (B, C, h, w) of any floating dtype."""
     return _joined(in_parts(model, lambda part: model.decode(part.to(model.dtype)).sample.float(), latents))
 
 
 def decode_logits(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
-    """Return the logits, float32, of the probabilities that pixels are on, for latents of any floating dtype;
-    ValueError when the model has no logits.
+    """Return the float32 logits of the probabilities that pixels are on, for latents of any floating dtype; ValueError
+    if the model has no logits.
     """
     logits: Any = getattr(model, "decode_logits", None)
     if logits is None:
         raise ValueError(
-            "a Bernoulli likelihood needs a decoder that gives probabilities, such as that of MLPVAE; that of "
+            "a Bernoulli likelihood needs a decoder that returns probabilities, such as that of MLPVAE; that of "
             f"{type(model).__qualname__} is unbounded: use gaussian or laplace"
         )
     return _joined(in_parts(model, lambda part: logits(part.to(model.dtype)).float(), latents))
@@ -351,7 +364,7 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-LATENT_PARTS = ("encoder", "quant_conv")  # the parts of a `VAE` that decide its latents
+LATENT_PARTS = ("encoder", "quant_conv")  # the parts of a `VAE` that determine its latents
 
 
 def weights_hash(model: torch.nn.Module, parts: Collection[str] | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The perceptron autoencoder of the articles, with the interface and ranges of the convolutional one."""
+"""MLP autoencoder of the articles, with the interface and ranges of the convolutional one."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ class MLPVAEOutput(VAEOutput):
 
 
 class MLPVAE(KeepsScaling, ModelMixin, ConfigMixin):
-    """Encoder and decoder with one hidden layer each, after Kingma & Welling 2014 (Auto-Encoding Variational Bayes).
+    """MLP encoder and decoder with one hidden layer each, after Kingma & Welling 2014 (Auto-Encoding Variational
+    Bayes).
 
-    Inside, the network works on [0, 1] pixels as in the paper and ends in a sigmoid, so that a Bernoulli likelihood
-    is possible; outside it takes and gives the model range [-1, 1]. Latents have the shape (B, latent_dim, 1, 1).
-    It has no counterpart in diffusers and needs this package to be loaded.
+    Inside, the network works on [0, 1] pixels as in the paper and ends in a sigmoid, so that a Bernoulli likelihood is
+    possible. It takes and returns images in model range [-1, 1]. Latents have the shape (B, latent_dim, 1, 1).
+    Diffusers has no such class, so loading the model needs this package.
 
     Args:
-        image_size: side of the images in pixels, or (height, width).
-        in_channels: channels of the images and of the reconstructions.
-        hidden_dim: width of the two hidden layers.
-        latent_dim: number of latent units.
+        image_size: Side of the images in pixels, or (height, width).
+        in_channels: Number of channels of images and reconstructions.
+        hidden_dim: Width of the two hidden layers.
+        latent_dim: Number of latent units.
         scaling_factor: 1 / std of the latents over the training set; `diffusers_vae.measure_latents` sets it.
-        shift_factor: mean of the latents over the training set.
+        shift_factor: Mean of the latents over the training set.
     """
 
     @register_to_config
@@ -55,7 +56,7 @@ class MLPVAE(KeepsScaling, ModelMixin, ConfigMixin):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_shape = (in_channels, height, width)
         pixels = in_channels * height * width
-        # in this order, so that a seed gives the weights that it gives in the articles' loops
+        # created in this order, so that a seed gives the same weights as in the articles' loops
         self.encoder = nn.Sequential(nn.Linear(pixels, hidden_dim), nn.ReLU())
         self.mean = nn.Linear(hidden_dim, latent_dim)
         self.logvar = nn.Linear(hidden_dim, latent_dim)
@@ -65,13 +66,13 @@ class MLPVAE(KeepsScaling, ModelMixin, ConfigMixin):
     def encode(
         self, x: torch.Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """`latent_dist`: the posterior over latents (B, latent_dim, 1, 1), float32, of images `x` in [-1, 1];
+        """Return the float32 posterior over latents (B, latent_dim, 1, 1) of images `x` in [-1, 1] as `latent_dist`;
         ValueError for images that are not floating point of the shape (B, in_channels, height, width).
         """
         check_batch(x, self.config.in_channels, "images")
         if tuple(x.shape[1:]) != self.image_shape:
             size, got = ("x".join(map(str, shape[-2:])) for shape in (self.image_shape, x.shape))
-            raise ValueError(f"a perceptron takes images of its own size only: image_size is {size}, got {got}")
+            raise ValueError(f"an MLP takes images of one size only: image_size is {size}, got {got}")
         check_dtype(self, x)
         hidden = self.encoder(to_unit_range(x).flatten(1))
         posterior = posterior_from_moments(torch.cat([self.mean(hidden), self.logvar(hidden)], 1)[:, :, None, None])
@@ -81,15 +82,15 @@ class MLPVAE(KeepsScaling, ModelMixin, ConfigMixin):
     def decode(
         self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[torch.Tensor]:
-        """`sample`: reconstructions (B, in_channels, height, width) in [-1, 1] of latents (B, latent_dim, 1, 1), with
-        the probability (sample + 1) / 2 that a pixel is on. `generator` is ignored.
+        """Return reconstructions (B, in_channels, height, width) in [-1, 1] of latents (B, latent_dim, 1, 1) as
+        `sample`. (sample + 1) / 2 is the probability that a pixel is on. `generator` is ignored.
         """
         sample = to_model_range(torch.sigmoid(self.decode_logits(z)))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def decode_logits(self, z: torch.Tensor) -> torch.Tensor:
-        """Logits (B, in_channels, height, width) of the probability that a pixel is on, for latents (B, latent_dim, 1,
-        1); float32 at least. ValueError for latents of another shape.
+        """Return the logits (B, in_channels, height, width) of the probability that a pixel is on, in at least float32,
+        for latents (B, latent_dim, 1, 1); ValueError for latents of another shape.
         """
         check_batch(z, self.config.latent_dim, "latents")
         if z.shape[2:] != (1, 1):
@@ -108,8 +109,9 @@ class MLPVAE(KeepsScaling, ModelMixin, ConfigMixin):
         noise: torch.Tensor | None = None,
         return_logits: bool = False,
     ) -> DecoderOutput | MLPVAEOutput | tuple[Any, ...]:
-        """Reconstructions (B, in_channels, height, width) of the images `sample`, as `VAE.forward` gives them. With
-        `return_logits`, an `MLPVAEOutput` (or a tuple of three) with the logits that a `Bernoulli` likelihood needs.
+        """Return reconstructions (B, in_channels, height, width) of the images `sample`, as `VAE.forward` does. With
+        `return_logits`, return an `MLPVAEOutput` (or a tuple of three) with the logits that a `Bernoulli` likelihood
+        needs.
         """
         posterior = self.encode(sample, return_dict=False)[0]
         latents = take_latents(posterior, sample_posterior, generator, noise)

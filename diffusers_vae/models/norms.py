@@ -1,4 +1,4 @@
-"""Group norm with SiLU in one step on a GPU: any layout and any floating dtype, float32 inside, by Triton."""
+"""Group norm with SiLU as one Triton kernel on a GPU: any layout and floating dtype, float32 inside."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from . import kernels as _kernels
 kernels: Any = _kernels
 
 ELEMENTS = 4096
-"""Values that a program holds at a time."""
+"""Number of values that a program holds at a time."""
 PROGRAMS = 1024
-"""Programs that a sum over positions is split into, so that every multiprocessor has several."""
+"""Number of programs that share a sum over positions, so that every multiprocessor has several."""
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, positions): a view, unless rows of positions do not follow each other in memory."""
+    """Return `x` as (B, C, positions): a view, unless rows of positions are not contiguous in memory."""
     return x.flatten(2) if x.ndim > 2 else x[:, :, None]
 
 
 def _flat_pair(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as (B, C, positions) with the same strides."""
+    """Return both as (B, C, positions) with the same strides."""
     flat, out = _flat(x), _flat(y)
     return (flat if flat.stride() == out.stride() else torch.empty_like(out).copy_(flat)), out
 
 
 def _put(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """`y` with what `out` holds, which is a view of it or a copy."""
+    """Return `y` with the values of `out`, which is a view or a copy of it."""
     return y if out.data_ptr() == y.data_ptr() else y.copy_(out.view(y.shape))
 
 
@@ -37,19 +37,19 @@ def _ceil(value: int, divisor: int) -> int:
 
 
 def _power_of_2(value: int) -> int:
-    """The next one that is not smaller: a block's size."""
+    """Return the smallest power of 2 that is not less than `value`: a block's size."""
     return 1 << (value - 1).bit_length()
 
 
 def _blocks(x: torch.Tensor) -> tuple[int, int]:
-    """Channels and positions that a program takes at a time: those that lie side by side in memory."""
+    """Return the channels and positions of a block: values that are adjacent in memory."""
     channels = _power_of_2(x.shape[1])
     wide = min(64 if x.stride(1) == 1 else 4, channels)
     return wide, ELEMENTS // wide
 
 
 def _split(x: torch.Tensor, block_c: int, block_p: int) -> tuple[tuple[int, ...], int]:
-    """The grid of programs for a sum over positions, and the positions of each."""
+    """Return the grid of programs for a sum over positions, and the positions per program."""
     batch, channels, positions = x.shape
     blocks = _ceil(channels, block_c)
     splits = max(1, min(PROGRAMS // (batch * blocks), _ceil(positions, block_p)))
@@ -61,8 +61,8 @@ def _split(x: torch.Tensor, block_c: int, block_p: int) -> tuple[tuple[int, ...]
 def group_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Group norm of `x` (B, C, ...), with SiLU after it if asked for: in the dtype and layout of `x`; mean and
-    reciprocal standard deviation of the groups, (B, groups), float32.
+    """Return the group norm of `x` (B, C, ...), followed by SiLU if `silu`, in the dtype and layout of `x`, and the
+    float32 mean and reciprocal standard deviation (B, groups) of the groups.
     """
     y = torch.empty_like(x)
     flat, out = _flat_pair(x, y)
@@ -95,7 +95,7 @@ def group_norm_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor,
     rstd: torch.Tensor, groups: int, silu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of x, weight and bias."""
+    """Return the gradients of x, weight and bias."""
     dx = torch.empty_like(x)
     flat, out = _flat_pair(x, dx)
     gradient = _flat(dy)
@@ -118,7 +118,7 @@ def group_norm_backward(
         flat, gradient, out, mean, rstd, means, weight, bias, *shape, *strides, silu, block_c, block_p
     )
     db, dw = whole.sum(0).to(weight.dtype).unbind()
-    return _put(out, dx), dw.clone(), db.clone()  # which may not share memory
+    return _put(out, dx), dw.clone(), db.clone()  # outputs may not share memory
 
 
 @group_norm_backward.register_fake

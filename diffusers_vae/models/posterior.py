@@ -1,4 +1,4 @@
-"""The posterior of images, its latents, and the checks that both architectures share."""
+"""Posterior of images, its latents, and the checks that both architectures share."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ class VAEOutput(BaseOutput):
 
 
 def posterior_from_moments(moments: torch.Tensor) -> DiagonalGaussianDistribution:
-    """q(z|x) in at least float32: in bfloat16 the rate loses digits, in float16 exp(logvar) overflows above 11.1."""
+    """Return q(z|x) in at least float32: bfloat16 loses digits of the rate, float16 overflows in exp(logvar) above
+    11.1.
+    """
     if moments.dtype in (torch.float16, torch.bfloat16):
         moments = moments.float()
     return DiagonalGaussianDistribution(moments)
 
 
 def check_batch(tensor: torch.Tensor, channels: int, what: str) -> None:
-    """Raise ValueError when the batch is not floating point of the shape (B, `channels`, H, W)."""
+    """Raise ValueError unless the batch is floating point of the shape (B, `channels`, H, W)."""
     if not tensor.is_floating_point():
         hint = "; diffusers_vae.images.ranges.to_model_range converts uint8 pixels" if what == "images" else ""
         raise ValueError(f"{what} must be floating point, got {tensor.dtype}{hint}")
@@ -38,12 +40,12 @@ def check_batch(tensor: torch.Tensor, channels: int, what: str) -> None:
 
 
 def check_dtype(model: ModelMixin, images: torch.Tensor) -> None:
-    """Raise ValueError when images have another floating dtype than the model and autocast does not cast them."""
-    if images.dtype == next(model.parameters()).dtype:  # asking for model.dtype goes through all modules
+    """Raise ValueError if images and model differ in floating dtype and autocast does not cast the images."""
+    if images.dtype == next(model.parameters()).dtype:  # model.dtype would visit all modules
         return
     device = images.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if images.dtype != model.dtype and (not autocast or images.dtype == torch.float64):  # which it leaves alone
+    if images.dtype != model.dtype and (not autocast or images.dtype == torch.float64):  # autocast keeps float64
         raise ValueError(f"images must have the model's dtype, {model.dtype}, got {images.dtype}")
 
 
@@ -57,7 +59,7 @@ def take_latents(
     generator: torch.Generator | None,
     noise: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Latents (B, C, h, w) for `VAE.forward` to decode: from the given noise, a random sample, or the mode."""
+    """Return latents (B, C, h, w) for `VAE.forward` to decode: from the given noise, a random sample, or the mode."""
     if noise is not None:
         return posterior.mean + posterior.std * noise
     return posterior.sample(generator=generator) if sample_posterior else posterior.mode()

@@ -1,4 +1,4 @@
-"""Latents to what a diffusion model sees, and back."""
+"""Scaling of latents to the inputs of a diffusion model, and back."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 DEFAULTS = (0.18215, 1.0)  # default scaling_factor of a `VAE` or stock `AutoencoderKL`, and of an `MLPVAE`
 DEFAULTED = "_use_default_values"
-"""Key under which diffusers (checked with 0.36 and 0.42) keeps the names of arguments that were not passed to the
-constructor. It is not saved, and `from_config` ignores the values under these names."""
+"""Key under which diffusers (checked with 0.36 and 0.42) stores the names of arguments that were not passed to the
+constructor. It is not saved, and `from_config` ignores the values of these arguments."""
 
 
 def unmeasured(config: Mapping[str, Any]) -> str | None:
     """Return why the scaling_factor in an autoencoder's `config` does not describe its latents, or None if it does.
 
-    A constructor's default was not measured. It does apply to a published config.json that lacks the key, as in the
+    A constructor's default was not measured. It is valid for a published config.json that lacks the key, as in the
     first Stable Diffusion repositories: `from_pretrained` records its source, and a stock `from_single_file` keeps the
     class name of the published config.
     """
@@ -43,21 +43,21 @@ def unmeasured(config: Mapping[str, Any]) -> str | None:
 
 
 def is_local(source: str | PathLike[str]) -> bool:
-    """Whether a model's `_name_or_path` is a folder or file rather than a repository on the Hub."""
+    """Return whether a model's `_name_or_path` is a folder or file rather than a Hub repository."""
     source = str(source)
     return source.count("/") != 1 or source.startswith((".", "/", "~")) or Path(source).exists()
 
 
 def compression_ratio(block_out_channels: Sequence[int]) -> int:
-    """Return height of the images over height of the latents: each block but the last halves it."""
+    """Return the height of images over that of latents: each block except the last halves it."""
     return 2 ** (len(block_out_channels) - 1)
 
 
 class KeepsScaling(ModelMixin if TYPE_CHECKING else object):
-    """Handling of scaling_factor and of the source's path that `VAE` and `MLPVAE` add to diffusers' mixins."""
+    """Mixin of `VAE` and `MLPVAE` that handles scaling_factor and the path of the source."""
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Set values of the config, as if they had been passed to the constructor."""
+        """Set config values as if they had been passed to the constructor."""
         defaulted = getattr(self, "config", {}).get(DEFAULTED, [])
         remaining = {DEFAULTED: [name for name in defaulted if name not in kwargs]} if defaulted else {}
         super().register_to_config(**(remaining | kwargs))
@@ -70,7 +70,7 @@ class KeepsScaling(ModelMixin if TYPE_CHECKING else object):
         super().save_pretrained(save_directory, **kwargs)
 
     def to_json_string(self) -> str:
-        """The config as JSON, without the path of a folder or file that the model was loaded from."""
+        """Return the config as JSON, without the path of a local folder or file that the model was loaded from."""
         config = json.loads(super().to_json_string())
         if is_local(config.get("_name_or_path", "")):
             config.pop("_name_or_path", None)
@@ -79,8 +79,9 @@ class KeepsScaling(ModelMixin if TYPE_CHECKING else object):
 
 @dataclass(frozen=True)
 class LatentScaling:
-    """Scaling of latents (B, C, h, w) to about mean 0 and std 1, in shape, dtype and device of the input. `scale` and
-    `unscale` are inverses up to rounding, and compute in the order of stock pipelines, so that bits agree.
+    """Scaling of latents (B, C, h, w) to about mean 0 and std 1. Shape, dtype and device do not change. `scale` and
+    `unscale` are inverses up to rounding, and compute in the order of stock pipelines, so that results are
+    bit-identical.
     """
 
     factor: float = 1.0
@@ -96,7 +97,7 @@ class LatentScaling:
             raise ValueError(f"mean and std must be given together, got {self.mean} and {self.std}")
         if self.mean is not None and (self.shift or len(self.mean) != len(self.std or ())):
             raise ValueError(
-                "mean and std must have one value per channel and take the place of shift, got "
+                "mean and std must have one value per channel and replace shift, got "
                 f"{self.mean}, {self.std} and the shift {self.shift}"
             )
         if not self.factor:
@@ -104,9 +105,9 @@ class LatentScaling:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], use_shift: bool = True, per_channel: bool = True) -> LatentScaling:
-        """Return the scaling of an autoencoder's `config`: scaling_factor with latents_mean and latents_std where it
-        has both and `per_channel` is set, else with shift_factor (None is 0) where `use_shift` is set. ValueError when
-        the scaling_factor is None, or a default that was neither measured nor published.
+        """Return the scaling of an autoencoder's `config`: scaling_factor with latents_mean and latents_std if it has
+        both and `per_channel` is set, otherwise with shift_factor (None is 0) if `use_shift` is set. ValueError if the
+        scaling_factor is None, or a default that was neither measured nor published.
         """
         if reason := unmeasured(config):
             raise ValueError(reason)
@@ -116,13 +117,13 @@ class LatentScaling:
         return cls(config["scaling_factor"], (config.get("shift_factor") or 0.0) if use_shift else 0.0)
 
     def scale(self, latents: torch.Tensor) -> torch.Tensor:
-        """(latents - shift) * factor, or by channel (latents - mean) * factor / std."""
+        """Return (latents - shift) * factor, or by channel (latents - mean) * factor / std."""
         if self.mean is None or self.std is None:
             return (latents - self.shift) * self.factor
         return (latents - self._by_channel(self.mean, latents)) * self.factor / self._by_channel(self.std, latents)
 
     def unscale(self, scaled_latents: torch.Tensor) -> torch.Tensor:
-        """scaled_latents / factor + shift, or by channel scaled_latents * std / factor + mean."""
+        """Return scaled_latents / factor + shift, or by channel scaled_latents * std / factor + mean."""
         if self.mean is None or self.std is None:
             return scaled_latents / self.factor + self.shift
         mean, std = (self._by_channel(values, scaled_latents) for values in (self.mean, self.std))
@@ -131,7 +132,7 @@ class LatentScaling:
     def _by_channel(self, values: tuple[float, ...], latents: torch.Tensor) -> torch.Tensor:
         if latents.ndim != 4 or latents.shape[1] != len(values):
             raise ValueError(
-                f"latents must have the shape (batch, {len(values)}, height, width), with a channel for each value of "
+                f"latents must have the shape (batch, {len(values)}, height, width), one channel per value of "
                 f"latents_mean, got {tuple(latents.shape)}"
             )
         return torch.tensor(values).view(1, -1, 1, 1).to(latents)

@@ -1,4 +1,4 @@
-"""Autoencoders in one file, under the names of the latent-diffusion repository, as they were first published."""
+"""Autoencoders in one file, with the parameter names of the latent-diffusion repository, as first published."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 SAFE = (".safetensors", ".sft")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 WHOLE = ("first_stage_model.", "vae.")
-"""Prefixes of the autoencoder's weights in whole checkpoints, of the original repositories and of ComfyUI."""
+"""Prefixes of the autoencoder's weights in full checkpoints of the original repositories and of ComfyUI."""
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 FIRST = "encoder.conv_in.weight"
 STATED = {
@@ -39,7 +39,7 @@ STATED = {
 }
 """Keys that are read from NAME.json beside NAME.safetensors."""
 
-# From the config.json of the VAE of each model on the Hub, as diffusers names the models.
+# From the config.json of each model's VAE on the Hub, by diffusers' names of the models.
 _SD = {"scaling_factor": 0.18215, "sample_size": 512}
 _SDXL = {"scaling_factor": 0.13025, "sample_size": 1024}
 _SD3 = {"scaling_factor": 1.5305, "shift_factor": 0.0609, "sample_size": 1024}
@@ -56,23 +56,27 @@ _ARCHITECTURES = (
     (r"stable-diffusion-v?3\b", 16, _SD3),
     (r"flux[.-]1\b", 16, _FLUX),
 )
-"""Prefix of `modelspec.architecture` in the metadata (github.com/Stability-AI/ModelSpec), latent channels, and values.
-"""
+"""Prefix of `modelspec.architecture` in the metadata (github.com/Stability-AI/ModelSpec), latent channels, and
+values."""
 
 
 def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> VAE:
-    """Load the VAE of an original checkpoint with weights of `dtype`, in eval mode. Its scaling_factor is None, with a
-    warning, where neither the file nor NAME.json beside it states one. ValueError when the file cannot be read, or
-    holds no KL autoencoder of images.
+    """Load the VAE of an original checkpoint in eval mode, with weights of `dtype`. Its scaling_factor is None, with a
+    warning, if neither the file nor NAME.json beside it states one. ValueError if the file is unreadable or holds no KL
+    autoencoder of images.
     """
     config, weights = read_single_file(path)
     with torch.device("meta"):
         vae = VAE.from_config(config)
-    weights = {name: tensor.to(dtype, copy=True) for name, tensor in weights.items()}  # off the mapped file
+    weights = {
+        name: tensor.to(dtype, copy=True) for name, tensor in weights.items()
+    }  # copy, because the file is mapped
     try:
         vae.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} holds no KL autoencoder that diffusers' AutoencoderKL could be: {error}") from error
+        raise ValueError(
+            f"{path} holds no KL autoencoder that diffusers' AutoencoderKL can represent: {error}"
+        ) from error
     if config["scaling_factor"] is None:
         channels = config["latent_channels"]
         examples = {
@@ -90,8 +94,8 @@ def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> VAE:
 
 
 def read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return config and weights, in diffusers' names, of the VAE in `path`; scaling_factor is None where nothing states
-    it. ValueError when the file cannot be read, or holds no KL autoencoder of images.
+    """Return the config and weights of the VAE in `path`, with diffusers' names. scaling_factor is None if it is not
+    stated. ValueError if the file is unreadable or holds no KL autoencoder of images.
     """
     tensors, metadata = _read(path)
     prefix = _prefix(path, tensors)
@@ -116,15 +120,15 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
         "latent_channels": weights["decoder.conv_in.weight"].shape[1],
         "block_out_channels": widths,
         "layers_per_block": len(layers),
-        "norm_num_groups": 32,  # in the code of latent-diffusion, whatever the widths
-        "sample_size": 512,  # the tile size, where no model is known
+        "norm_num_groups": 32,  # fixed in the code of latent-diffusion
+        "sample_size": 512,  # the tile size, if the model is unknown
         "scaling_factor": None,
         "use_quant_conv": "quant_conv.weight" in weights,
         "use_post_quant_conv": "post_quant_conv.weight" in weights,
         "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in weights,
     }
     if odd := [width for width in widths if width % 32]:
-        raise ValueError(f"{path}: the widths of latent-diffusion's autoencoders are divisible by 32, got {odd[0]}")
+        raise ValueError(f"{path}: widths of latent-diffusion's autoencoders must be divisible by 32, got {odd[0]}")
     config |= _of_its_model(tensors, prefix, metadata, config["latent_channels"])
     return config | _stated(path, config), weights
 
@@ -132,27 +136,27 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor
 def _of_its_model(
     tensors: dict[str, torch.Tensor], prefix: str, metadata: dict[str, str], channels: int
 ) -> dict[str, Any]:
-    """Values of the config that other tensors or the metadata imply; empty where these name no known model."""
+    """Return config values implied by other tensors or the metadata; empty if they identify no known model."""
     root = prefix
     for part in WHOLE:
         root = root.removesuffix(part)
     tensors = {name.removeprefix(root): tensor for name, tensor in tensors.items() if name.startswith(root)}
     model = None
-    with suppress(IndexError, KeyError):  # of tensors with the name of one of a known model, and another shape
+    with suppress(IndexError, KeyError):  # a tensor has the name of a known model's, and another shape
         model = infer_diffusers_model_type(tensors)
-    if model == "v1" and CHECKPOINT_KEY_NAMES["v1"] not in tensors:  # diffusers' answer to whatever it does not know
+    if model == "v1" and CHECKPOINT_KEY_NAMES["v1"] not in tensors:  # diffusers' default for unknown models
         model = None
     architecture = metadata.get("modelspec.architecture", "").lower()
     named = (of for start, of_latents, of in _ARCHITECTURES if of_latents == channels and re.match(start, architecture))
     found = _PUBLISHED.get(model or "") or next(named, {})
-    factor = tensors.get("scale_factor")  # what latent-diffusion measures with scale_by_std
+    factor = tensors.get("scale_factor")  # latent-diffusion measures it with scale_by_std
     if factor is None or factor.numel() != 1 or not factor.is_floating_point() or factor.is_meta:
         return found
     return found | ({"scaling_factor": factor.item()} if 0 < factor.item() < math.inf else {})
 
 
 def _stated(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the scaling that NAME.json beside NAME.safetensors states; ValueError for another type or model."""
+    """Return the scaling that NAME.json beside NAME.safetensors states; ValueError for a wrong type or model."""
     file = path.with_suffix(".json")
     if not file.is_file():
         return {}
@@ -166,14 +170,14 @@ def _stated(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         expected = list(config[name]) if name == "block_out_channels" else config[name]
         if stated.get(name, expected) != expected:
             raise ValueError(
-                f"{file} must be of the model in {path.name}, whose {name} is {expected}, got {stated[name]!r:.60}"
+                f"{file} must describe the model in {path.name}, whose {name} is {expected}, got {stated[name]!r:.60}"
             )
     return scaling
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return all tensors of the file by name, dotted for nested dicts, and its metadata; of .safetensors, those that
-    are not of an autoencoder without their content.
+    """Return all tensors of the file by name, dotted for nested dicts, and its metadata. In .safetensors, only tensors
+    of the autoencoder have content.
     """
     if path.suffix.lower() in SAFE:
         try:
@@ -188,16 +192,16 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
                 }
                 return tensors, file.metadata() or {}
         except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file, or was cut off: {error}") from error
+            raise ValueError(f"{path} is not a safetensors file, or is truncated: {error}") from error
     if path.suffix.lower() not in PICKLES:
         raise ValueError(f"an autoencoder in one file must be {', '.join((*SAFE, *PICKLES))}, got {path}")
-    # mapped, so that of a whole checkpoint only the autoencoder is read
+    # mapped, so that only the autoencoder of a full checkpoint is read
     content = load_pickle(path, mmap=zipfile.is_zipfile(path), foreign=True)
     return _flat(content), {}
 
 
 def _flat(content: Any, start: str = "", depth: int = 5) -> dict[str, torch.Tensor]:
-    """The tensors in `content`, which torch has loaded, and in dicts within it, by their names joined with dots."""
+    """Return the tensors in loaded `content`, and in nested dicts, with names joined by dots."""
     found: dict[str, torch.Tensor] = {}
     for name, value in content.items() if isinstance(content, dict) and depth else ():
         if isinstance(value, torch.Tensor) and isinstance(name, str):
@@ -208,7 +212,7 @@ def _flat(content: Any, start: str = "", depth: int = 5) -> dict[str, torch.Tens
 
 
 def _starts(names: Iterable[str]) -> list[str]:
-    """Prefixes of the names of each autoencoder among `names`, the one to be taken first."""
+    """Return the name prefixes of the autoencoders among `names`, the preferred one first."""
 
     def rank(start: str) -> tuple[bool, bool, int, str]:
         return (not re.search(r"(^|[._])ema[._]", start), not start.endswith(WHOLE), len(start), start)
@@ -217,11 +221,11 @@ def _starts(names: Iterable[str]) -> list[str]:
 
 
 def _prefix(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-    """Prefix of the names of the autoencoder in a file."""
+    """Return the name prefix of the autoencoder in a file."""
     starts = _starts(tensors)
     if len(starts) > 1:
         taken, *others = (showable(f"{start}{PARTS[0]}*") for start in starts)
-        said = "%s holds several autoencoders: %s is taken, not %s"
+        said = "%s holds several autoencoders: using %s, not %s"
         logger.warning(said, showable(path), taken, ", ".join(others))
     if starts:
         return starts[0]
@@ -229,14 +233,14 @@ def _prefix(path: Path, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _complaint(tensors: dict[str, torch.Tensor], prefix: str, weights: dict[str, torch.Tensor]) -> str | None:
-    """What a file is instead, or lacks."""
+    """Return what a file is instead of an autoencoder, or what it lacks."""
     if not tensors:
-        return "it holds no tensors by name"
+        return "it holds no named tensors"
     if any(name.startswith(f"{prefix}quantize.") for name in tensors):
         return "it is a VQ-VAE, whose latents are the entries of a codebook"
     if f"{prefix}bn.running_mean" in tensors:
         return (
-            "it is that of FLUX.2, with a batch norm of the latents, for which diffusers has AutoencoderKLFlux2; give "
+            "it is an autoencoder of FLUX.2, with a batch norm of the latents (AutoencoderKLFlux2 in diffusers); give "
             "the folder vae of its pipeline"
         )
     if any(".down_blocks." in name or ".up_blocks." in name for name in weights):
@@ -266,5 +270,5 @@ def _complaint(tensors: dict[str, torch.Tensor], prefix: str, weights: dict[str,
             f"{attention}, which is not supported"
         )
     if weights["encoder.conv_out.weight"].shape[0] != 2 * weights["decoder.conv_in.weight"].shape[1]:
-        return "its encoder does not give a mean and a log-variance for each channel of the latents"
+        return "its encoder does not output a mean and a log-variance per latent channel"
     return None

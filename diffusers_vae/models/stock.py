@@ -1,4 +1,4 @@
-"""diffusers' model classes, which have hardly any types: a type checker sees those declared here (0.36 to 0.42)."""
+"""Typed declarations of diffusers' model classes (0.36 to 0.42), which have hardly any types, for type checkers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     class PeftAdapterMixin: ...
 
     class AutoencoderKL(ModelMixin):
-        """A stock autoencoder, with what `VAE` borrows of it."""
+        """Stock autoencoder, with the methods that `VAE` borrows."""
 
         encoder: nn.Module
         decoder: nn.Module
@@ -78,10 +78,10 @@ else:
 
 
 def signature_of(reference: Any) -> Callable[[F], F]:
-    """Return a decorator that shows the signature of `reference`, which pipelines look at, for a method."""
+    """Return a decorator that gives a method the signature of `reference`, which pipelines inspect."""
     return cast(Callable[[F], F], wraps(reference, assigned=()))
 
 
 def borrow(name: str) -> Any:
-    """Return the method `name` of stock `AutoencoderKL`, private ones too, for a class with the same parts."""
+    """Return the method `name` of stock `AutoencoderKL`, even a private one, for a class with the same parts."""
     return getattr(AutoencoderKL, name)

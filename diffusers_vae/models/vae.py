@@ -1,4 +1,4 @@
-"""The convolutional KL autoencoder, interchangeable with diffusers' `AutoencoderKL`."""
+"""Convolutional KL autoencoder, interchangeable with diffusers' `AutoencoderKL`."""
 
 from __future__ import annotations
 
@@ -31,38 +31,38 @@ from .stock import (
 
 M = TypeVar("M", bound=ModelMixin)
 LEAST_TILE = 256
-"""Side in pixels below which no tiles are made unless asked for: borders and group norms of smaller ones show."""
+"""Smallest default side of tiles in pixels: borders and group norms of smaller tiles are visible."""
 
 
 class VAE(
     KeepsScaling, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, FromOriginalModelMixin, PeftAdapterMixin
 ):
-    """A KL autoencoder with the constructor, config keys and weights of diffusers' `AutoencoderKL`.
+    """KL autoencoder with the constructor, config keys and weights of diffusers' `AutoencoderKL`.
 
-    It saves itself under that name, so a saved `VAE` loads in stock diffusers and a stock `AutoencoderKL` loads here.
-    What differs: the posterior is float32, wrong input raises a ValueError, and `forward` can return the posterior, so
-    that training is one call of the (wrapped) module.
+    It saves itself under that name, so a saved `VAE` loads in stock diffusers, and a stock `AutoencoderKL` loads as a
+    `VAE`. Differences: the posterior is float32, wrong input raises a ValueError, and `forward` can return the
+    posterior, so that training is one call of the (wrapped) module.
 
     Args:
-        in_channels: channels of the images.
-        out_channels: channels of the reconstructions.
-        down_block_types: one diffusers block name per resolution of the encoder.
-        up_block_types: one diffusers block name per resolution of the decoder.
-        block_out_channels: width per resolution; n entries give a spatial compression ratio of 2^(n-1).
-        layers_per_block: residual layers per resolution in the encoder; the decoder has one more.
-        act_fn: activation function.
-        latent_channels: channels of the latents.
-        norm_num_groups: groups of the group norms; must divide every width.
-        sample_size: side in pixels that the model was trained on, and of tiles, which have at least 256.
+        in_channels: Number of channels of the images.
+        out_channels: Number of channels of the reconstructions.
+        down_block_types: One diffusers block name per resolution of the encoder.
+        up_block_types: One diffusers block name per resolution of the decoder.
+        block_out_channels: Width per resolution; n entries give a spatial compression ratio of 2^(n-1).
+        layers_per_block: Number of residual layers per resolution in the encoder; the decoder has one more.
+        act_fn: Activation function.
+        latent_channels: Number of channels of the latents.
+        norm_num_groups: Number of groups of the group norms; must divide every width.
+        sample_size: Side in pixels of the training images, and of tiles, which have at least 256.
         scaling_factor: 1 / std of the latents over the training set. The default is Stable Diffusion's;
-            `diffusers_vae.measure_latents` sets the model's own.
-        shift_factor: mean of the latents over the training set.
-        latents_mean: per-channel mean, for pipelines that standardise by channel.
-        latents_std: per-channel std, likewise.
-        force_upcast: whether pipelines in float16 run the autoencoder in float32.
-        use_quant_conv: 1x1 convolution on the moments.
-        use_post_quant_conv: 1x1 convolution on the latents before the decoder.
-        mid_block_add_attention: self-attention at the lowest resolution.
+            `diffusers_vae.measure_latents` sets the value for this model.
+        shift_factor: Mean of the latents over the training set.
+        latents_mean: Per-channel mean, for pipelines that standardise by channel.
+        latents_std: Per-channel std, for pipelines that standardise by channel.
+        force_upcast: Whether float16 pipelines run the autoencoder in float32.
+        use_quant_conv: Whether to apply a 1x1 convolution to the moments.
+        use_post_quant_conv: Whether to apply a 1x1 convolution to the latents before the decoder.
+        mid_block_add_attention: Whether to add self-attention at the lowest resolution.
     """
 
     _supports_gradient_checkpointing = True
@@ -93,7 +93,7 @@ class VAE(
     ):
         super().__init__()
         if type(self) is VAE:
-            self.__module__ = "diffusers"  # of the object alone: see VAE.__name__ below
+            self.__module__ = "diffusers"  # of this object only: see VAE.__name__ below
         blocks: dict[str, Any] = {
             "block_out_channels": block_out_channels,
             "layers_per_block": layers_per_block,
@@ -110,7 +110,7 @@ class VAE(
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
 
-        # the names that stock's tiling and slicing read
+        # attributes that stock's tiling and slicing read
         self.use_slicing = False
         self.use_tiling = False
         side = sample_size[0] if isinstance(sample_size, (list, tuple)) else sample_size
@@ -118,7 +118,7 @@ class VAE(
         self.tile_latent_min_size = int(self.tile_sample_min_size / self.spatial_compression_ratio)
         self.tile_overlap_factor = 0.25
 
-    # Finished in stock, and the same here.
+    # Identical to stock.
     set_default_attn_processor = borrow("set_default_attn_processor")
     fuse_qkv_projections = borrow("fuse_qkv_projections")
     unfuse_qkv_projections = borrow("unfuse_qkv_projections")
@@ -131,19 +131,19 @@ class VAE(
 
     @property
     def spatial_compression_ratio(self) -> int:
-        """Height of the images over height of the latents."""
+        """Return the height of images over that of latents."""
         return compression_ratio(self.config.block_out_channels)
 
     @apply_forward_hook
     def encode(
         self, x: torch.Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """`latent_dist`: the posterior over latents (B, latent_channels, h, w), float32, of images `x`.
+        """Return the float32 posterior over latents (B, latent_channels, h, w) of images `x` as `latent_dist`.
 
         Args:
-            x: images (B, in_channels, H, W) in [-1, 1], H and W divisible by `spatial_compression_ratio`, in the
+            x: Images (B, in_channels, H, W) in [-1, 1], H and W divisible by `spatial_compression_ratio`, in the
                 model's dtype (under autocast, in any that it casts); ValueError for others.
-            return_dict: whether to return an `AutoencoderKLOutput` rather than a tuple.
+            return_dict: Whether to return an `AutoencoderKLOutput` rather than a tuple.
         """
         check_batch(x, self.config.in_channels, "images")
         height, width = x.shape[-2:]
@@ -160,12 +160,12 @@ class VAE(
     def decode(
         self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[torch.Tensor]:
-        """`sample`: reconstructions (B, out_channels, H, W), about [-1, 1], of the unscaled latents `z`.
+        """Return reconstructions (B, out_channels, H, W), about [-1, 1], of the unscaled latents `z` as `sample`.
 
         Args:
-            z: latents (B, latent_channels, h, w) of any floating dtype; ValueError for another shape or dtype.
-            return_dict: whether to return a `DecoderOutput` rather than a tuple.
-            generator: unused, but pipelines pass it.
+            z: Latents (B, latent_channels, h, w) of any floating dtype; ValueError for another shape or dtype.
+            return_dict: Whether to return a `DecoderOutput` rather than a tuple.
+            generator: Unused, but pipelines pass it.
         """
         check_batch(z, self.config.latent_channels, "latents")
         z = in_dtype_of(self, z)
@@ -176,7 +176,7 @@ class VAE(
     def tiled_encode(
         self, x: torch.Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """As `encode`, tile by tile, whatever the size of the images."""
+        """Encode tile by tile, as `encode` does for large images, for any image size."""
         posterior = posterior_from_moments(self._tiled_encode(x))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -191,19 +191,20 @@ class VAE(
         moments: torch.Tensor | None = None,
         transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> DecoderOutput | VAEOutput | tuple[Any, ...]:
-        """`sample`: reconstructions (B, out_channels, H, W) of the images `sample`.
+        """Return reconstructions (B, out_channels, H, W) of the images `sample` as `sample`.
 
         Args:
-            sample: images, as for `encode`; may be None with `moments`.
-            sample_posterior: decode a sample from the posterior instead of its mode.
-            return_dict: whether to return an output class rather than a tuple.
-            generator: generator for the sample.
-            return_posterior: return a `VAEOutput` (or a tuple of two) with the posterior, as training needs it: only
-                the wrapped module's `forward` synchronises gradients between processes and applies autocast.
-            noise: standard normal, of the shape of the latents: decode mean + std * noise instead of a sample, so that
-                an image's noise does not depend on how a batch is split.
-            moments: moments (B, 2 * latent_channels, h, w), as `encode(...).latent_dist.parameters`, instead of images.
-            transform: transformation of the latents before they are decoded.
+            sample: Images, as for `encode`; may be None with `moments`.
+            sample_posterior: Whether to decode a sample from the posterior instead of its mode.
+            return_dict: Whether to return an output class rather than a tuple.
+            generator: Generator for the sample.
+            return_posterior: Whether to return a `VAEOutput` (or a tuple of two) with the posterior, as training needs
+                it: only the wrapped module's `forward` synchronises gradients between processes and applies autocast.
+            noise: Standard normal noise of the shape of the latents. With it, mean + std * noise is decoded instead of
+                a sample, so that an image's noise does not depend on how a batch is split.
+            moments: Moments (B, 2 * latent_channels, h, w), as in `encode(...).latent_dist.parameters`, instead of
+                images.
+            transform: Transformation of the latents before they are decoded.
         """
         if moments is None:
             assert sample is not None, "images or moments"
@@ -220,7 +221,7 @@ class VAE(
         return DecoderOutput(sample=reconstructions) if return_dict else (reconstructions,)
 
     def train(self, mode: bool = True) -> VAE:
-        """Set the mode of all parts but those that are frozen, which stay in eval mode."""
+        """Set the mode of all parts except frozen ones, which stay in eval mode."""
         super().train(mode)
         for part in (self.encoder, self.quant_conv, self.decoder, self.post_quant_conv):
             if part is not None and not any(parameter.requires_grad for parameter in part.parameters()):
@@ -228,12 +229,12 @@ class VAE(
         return self
 
     def scale_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return scaled latents (B, latent_channels, h, w): (latents - shift_factor) * scaling_factor or, where the
-        config has both, (latents - latents_mean) * scaling_factor / latents_std by channel. Stock pipelines differ: for
-        the denoiser of one, use `diffusers_vae.pipelines.latent_scaling`.
+        """Return scaled latents (B, latent_channels, h, w): (latents - shift_factor) * scaling_factor or, if the config
+        has both, (latents - latents_mean) * scaling_factor / latents_std by channel. Stock pipelines differ: for the
+        denoiser of one, use `diffusers_vae.pipelines.latent_scaling`.
 
         Raises:
-            ValueError: for latents of another shape, and when the scaling_factor is None or the constructor's default,
+            ValueError: For latents of another shape, and if the scaling_factor is None or the constructor's default,
                 which was not measured: see `diffusers_vae.measure_latents`.
         """
         check_batch(latents, self.config.latent_channels, "latents")
@@ -245,40 +246,42 @@ class VAE(
         return LatentScaling.from_config(self.config).unscale(scaled_latents)
 
     def to_diffusers(self) -> AutoencoderKL:
-        """The stock class, which a pipeline takes, around the same modules: parameters are shared, not copied."""
+        """Return the stock class, which pipelines accept, with the same modules: parameters are shared, not copied."""
         return _around_parts_of(self, AutoencoderKL)
 
     @classmethod
     def from_diffusers(cls, stock: AutoencoderKL) -> VAE:
-        """This class around the modules of a stock `AutoencoderKL`: parameters are shared, not copied."""
+        """Return this class with the modules of a stock `AutoencoderKL`: parameters are shared, not copied."""
         if not isinstance(stock, AutoencoderKL):
             raise TypeError(f"from_diffusers takes a diffusers AutoencoderKL, got {type(stock).__qualname__}")
         return _around_parts_of(stock, cls)
 
     @classmethod
     def from_single_file(cls, *args: Any, **kwargs: Any) -> VAE:
-        """As `AutoencoderKL.from_single_file`, which knows the original checkpoints by the stock class's name."""
+        """Load an original checkpoint by `AutoencoderKL.from_single_file`, which needs the stock class name."""
         return cls.from_diffusers(AutoencoderKL.from_single_file(*args, **kwargs))
 
     @signature_of(ModelMixin.save_pretrained)
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
-        """Save as in diffusers, with the adapters that are loaded merged into the weights."""
+        """Save as in diffusers, with loaded adapters merged into the weights."""
         super(VAE, without_adapters(self)).save_pretrained(save_directory, **kwargs)
 
     def to_json_string(self) -> str:
-        """The config as JSON under the stock name: `AutoModel` and `model_index.json` look it up inside diffusers."""
+        """Return the config as JSON with the stock name, which `AutoModel` and `model_index.json` find in diffusers."""
         kept = self.config.get("_class_name", VAE.__qualname__)
         config = json.loads(super().to_json_string())
-        self.config["_class_name"] = kept  # diffusers changes it; AutoencoderKL would mean published, for `unmeasured`
+        self.config["_class_name"] = (
+            kept  # diffusers changes it, and `unmeasured` would take AutoencoderKL for published
+        )
         config["_class_name"] = "AutoencoderKL"
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def with_whole_tiles(stock: AutoencoderKL) -> AutoencoderKL:
-    """The same `stock` with a sample_size of at least 256: in a pipeline, it is only the side of tiles."""
+    """Return `stock` with a sample_size of at least 256, which a pipeline uses only as the side of tiles."""
     size = stock.config.sample_size
     if isinstance(size, int) and size < LEAST_TILE:
-        if stock.tile_sample_min_size == size:  # and was not set by hand
+        if stock.tile_sample_min_size == size:  # not set by the user
             stock.tile_sample_min_size = LEAST_TILE
             stock.tile_latent_min_size = LEAST_TILE // compression_ratio(stock.config.block_out_channels)
         stock.register_to_config(sample_size=LEAST_TILE)
@@ -286,7 +289,7 @@ def with_whole_tiles(stock: AutoencoderKL) -> AutoencoderKL:
 
 
 def without_adapters(vae: M) -> M:
-    """A copy with the adapters merged into the weights, which saves as stock; `vae` itself where it has none."""
+    """Return a copy with adapters merged into the weights, which saves as stock; `vae` itself without any."""
     if not getattr(vae, "peft_config", None):
         return vae
     merged = copy.deepcopy(vae)
@@ -301,8 +304,8 @@ VAE.__name__ = AutoencoderKL.__name__
 
 
 def _around_parts_of(source: ModelMixin, kind: type[M]) -> M:
-    """Return a `kind` around the modules of `source`, with its current config: `from_config` alone resets values that
-    were registered in place of a default.
+    """Return a `kind` with the modules of `source` and its current config: `from_config` alone resets registered values
+    that replace a default.
     """
     of_class = [DEFAULTED, "_class_name", "_diffusers_version"]
     if is_local(source.config.get("_name_or_path", "")):  # a stock class would save the path
