@@ -25,8 +25,7 @@ Trait = Literal["free", "kept", "training", "of_rows", "any_set", "local"]
 """Kinds of settings. free: a resumed run may use another value, because it changes at most the rounding (for an
 autoencoder, its weights count and not their path). kept: a resumed run keeps its earlier value where the new one is
 null or auto. training: no measurement reads it. of_rows: it applies to one data set of rows. any_set: a model needs it
-on other data sets too, or it controls how files are read. local: it is not part of a recipe, such as a path.
-"""
+on other data sets too, or it controls how files are read. local: it is not part of a recipe, such as a path."""
 
 
 def setting(default: Any, *traits: Trait, **bounds: float) -> Any:

@@ -47,8 +47,7 @@ STOCK = {
 """Taken from the sources of diffusers 0.36 and 0.42; the tests compare it with the installed version. Two pipelines are
 inconsistent: StableDiffusionXLInpaintPipeline ignores latents_mean and latents_std when it encodes, and
 StableDiffusion3InpaintPipeline ignores shift_factor when it decodes. The values are those that their denoisers are
-trained with.
-"""
+trained with."""
 
 
 def latent_scaling(

@@ -40,8 +40,7 @@ REMOVED: dict[str, tuple[Any, str]] = {
     "sampling.batch_size": (64, "pictures are generated 64 at a time"),
 }
 """Removed settings with their old default, which is ignored in a config.yaml, and advice. Another value is an error,
-unless the advice is empty because the setting never changed a result.
-"""
+unless the advice is empty because the setting never changed a result."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,8 +37,7 @@ FORMATS = tuple(
     if name in Image.OPEN
 )
 """Formats that are read, by Pillow's names, independent of the file's name; HEIF if pillow-heif is installed. For some
-others, Pillow starts programs: Ghostscript executes the code in an EPS.
-"""
+others, Pillow starts programs: Ghostscript executes the code in an EPS."""
 SUFFIXES = tuple(
     sorted(suffix for suffix, name in Image.EXTENSION.items() if name in (*FORMATS, "MPO") and suffix != ".pfm")
 )
@@ -51,8 +50,7 @@ OF_ONE_FILE = (
     errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EOVERFLOW
 )  # fmt: skip
 """Errors that concern one missing or damaged file (EINVAL: a damaged offset is negative). All others, such as EIO,
-ESTALE, ENOTCONN or EACCES, concern its storage.
-"""
+ESTALE, ENOTCONN or EACCES, concern its storage."""
 ADDRESS = re.compile(r" ?<(?:_io\.|Reader )[^>]*>| ?<[^<>]* at 0x[0-9a-fA-F]+>")
 """Object addresses in error messages, which differ from run to run."""
 
@@ -228,10 +226,6 @@ def check_type(value: Any, kind: Any, name: str) -> None:
     Args:
         kind: A type as in annotations (`list[int]`, `str | None`, ...), a dataclass, a dict with the type of each key,
             or a list with the type of all items. Keys, and fields without a default, are required.
-
-    Args:
-        kind: a type as in annotations (`list[int]`, `str | None`, ...), a dataclass, a dict with the type of each key,
-            or a list of the type of all items. Keys, and fields without a default, must be there.
     """
     origin: Any
     python_type: Any = kind  # not narrowed by type checkers
@@ -285,11 +279,6 @@ def load_pickle(path: Path, file: BinaryIO | None = None, mmap: bool = False, fo
 
     Raises:
         ValueError: Naming a file that holds code, is damaged or is not a checkpoint.
-
-    Args:
-        file: the same, if it is open already.
-        mmap: read tensors from the disk when they are used.
-        foreign: put placeholders for objects of other classes, such as in checkpoints of PyTorch Lightning.
     """
     source = path if file is None else file
     try:

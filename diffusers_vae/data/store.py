@@ -73,8 +73,7 @@ def _beginning(files: Files, path: Path) -> bytes:
 
 WHOLE = 2**32
 """Bytes of a set up to which all of them are hashed. Of each file of a larger set, `SAMPLED` bytes are: a small change
-of an uncompressed file may then go unnoticed, but changed pixels of a PNG or JPEG change the last sample, too.
-"""
+of an uncompressed file may then go unnoticed, but changed pixels of a PNG or JPEG change the last sample, too."""
 SAMPLED, SAMPLE = 2**14, 2**12
 """Bytes of a file, and of each of the samples of it, which are spread evenly from its beginning to its end."""
 

@@ -31,8 +31,7 @@ TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 LARGE = 2**24  # pixels; larger images take up to two gigabytes
 OVERSIZE = 3
 """A JPEG to be scaled down is decoded at no less than this multiple of the target size. Over 224 photographs, the
-lowest PSNR against full decoding was 43.2 dB; a factor of 2 gave 39.8 dB and was little faster.
-"""
+lowest PSNR against full decoding was 43.2 dB; a factor of 2 gave 39.8 dB and was little faster."""
 Content = Callable[[], BinaryIO]
 """Function that opens an image file in an archive."""
 _ONE_LARGE = threading.Lock()

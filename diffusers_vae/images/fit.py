@@ -16,8 +16,8 @@ class Fit:
     size: tuple[int, int]
     """Height and width of the result."""
     pad: bool = False
-    """Whether to scale large images down and pad with 0, instead of scaling to cover the size and cropping the centre.
-    """
+    """Whether to scale large images down and pad with 0, instead of scaling to cover the size and cropping the
+    centre."""
     crops: tuple[tuple[float, float], ...] = ()
     """Positions of crops at the original resolution, in [0, 1)^2 from top left to bottom right."""
 

@@ -81,10 +81,6 @@ def read_kind(path: str | Path, channels: int, content: Content | None = None) -
     Raises:
         ImportError: If the package that reads such files is missing.
         ValueError: As `read_values`, for errors that the header reveals.
-
-    Raises:
-        ImportError: If the package that reads such files is missing.
-        ValueError: what `read_values` would for a file whose header tells.
     """
     return _read(path, channels, content, False)[1]
 

@@ -1,1 +1,1 @@
-"""What is optimised: the objective, and the losses of other networks."""
+"""Losses: the objective, and the losses of other networks."""

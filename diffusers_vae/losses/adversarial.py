@@ -1,7 +1,7 @@
-"""A patch discriminator, its losses and penalties, and what training remembers of them from step to step.
+"""Patch discriminator, its losses and penalties, and its state between training steps.
 
-Every loss and penalty is a mean over patches, one value per image. What is remembered is a function of the whole step's
-batch: with the spectral norm, the result does not depend on how the batch is cut.
+Every loss and penalty is a mean over patches, one value per image. The state is a function of the whole step's batch:
+with the spectral norm, the result does not depend on how the batch is split.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..fields import check, only_with, setting
 
 LECAM_DECAY = 0.99  # as in the code of Tseng et al. 2021
 BETAS = (0.5, 0.9)
-"""Of the discriminator's AdamW, as in latent-diffusion: decay of the averages of gradient and squared gradient."""
+"""Decay rates of the discriminator's AdamW for gradient and squared gradient, as in latent-diffusion."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class AdversarialConfig:
     """Number of images after start_images over which weight and the discriminator's learning rate rise linearly from
     0."""
     adaptive: bool = only_with(True, weight=True)
-    """Scale weight so that its gradient at the decoder's last layer is as large as that of the reconstruction terms."""
+    """Scale weight so that its gradient at the decoder's last layer matches that of the reconstruction terms."""
     max_factor: float | None = only_with(None, above=0, weight=True, adaptive=True)
     """Upper limit of the factor of adaptive; null: no limit; 1e4 in latent-diffusion (docs/objective.md)."""
     norm: Literal["spectral", "batch"] = only_with("spectral", weight=True)
-    """Normalization of the layers; with batch, the result depends on how a batch is split into micro-batches and over
+    """Normalization of the layers; with batch, results depend on how a batch is split into micro-batches and over
     processes."""
     width: int = only_with(64, at_least=1, weight=True)
-    """Number of channels of the first layer, doubled from layer to layer, up to 8 times."""
+    """Number of channels of the first layer; each further layer doubles it, up to 8 times."""
     layers: int = only_with(3, at_least=1, weight=True)
     """Number of layers of stride 2, n_layers of pix2pix; with 3, a patch is 70x70 pixels."""
     learning_rate: float | None = only_with(None, above=0, weight=True)
@@ -61,13 +61,15 @@ class AdversarialConfig:
         check("adversarial", self)
 
     def rise(self, images_seen: int) -> float:
-        """The factor in [0, 1] on weight and learning rate in the step that begins after `images_seen` images."""
+        """Return the factor in [0, 1] on weight and learning rate in the step that begins after `images_seen`
+        images.
+        """
         if images_seen < self.start_images:
             return 0.0
         return min(1.0, (images_seen - self.start_images + 1) / max(1, self.warmup_images))
 
     def unreached(self, total_images: int) -> list[str]:
-        """Return warnings, one sentence each, of what these settings do not reach in a run of `total_images` images."""
+        """Return warnings, one sentence each, about settings without full effect in a run of `total_images` images."""
         if not self.weight or self.start_images + self.warmup_images <= total_images > self.start_images:
             return []
         if self.start_images >= total_images:
@@ -93,11 +95,11 @@ class _Conv(nn.Conv2d):
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches of images, positive for real ones: pix2pix (Isola et al. 2017) as in
+    """Judges overlapping patches of images, with positive logits for real ones: pix2pix (Isola et al. 2017) as in
     taming-transformers (Esser et al. 2021), by default with the spectral norm (Miyato et al. 2018) instead.
 
-    The spectral norm makes one power iteration per `iterate` and none in a forward. The batch norm normalises by the
-    images of one forward, in eval mode too: two processes, or two micro-batches, are then not equal to one.
+    The spectral norm runs one power iteration per `iterate` and none in a forward. The batch norm normalises by the
+    images of one forward, in eval mode too, so two processes or micro-batches are not equal to one.
     """
 
     def __init__(
@@ -129,8 +131,8 @@ class PatchDiscriminator(nn.Module):
 
     @torch.no_grad()
     def iterate(self) -> None:
-        """One power iteration for the largest singular value of every layer: called once per optimiser step, on every
-        process. Equal weights and buffers give equal ones.
+        """Run one power iteration for the largest singular value of every layer: call it once per optimiser step, on
+        every process. Equal weights and buffers give equal results.
         """
         for module in self._normalised():
             weight = module.parametrizations.weight.train()
@@ -143,22 +145,22 @@ class PatchDiscriminator(nn.Module):
 
     @staticmethod
     def check(size: tuple[int, int], layers: int) -> None:
-        """Raise ValueError for images that leave no patch."""
+        """Raise ValueError if images are too small for a patch."""
         smallest = 3 * 2**layers
         if min(size) < smallest:
             raise ValueError(
                 f"a discriminator of {layers} layers needs sides of at least {smallest} pixels, got "
-                f"{size[0]}x{size[1]}: take larger images, or fewer adversarial.layers"
+                f"{size[0]}x{size[1]}: use larger images, or fewer adversarial.layers"
             )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, 1, h, w), one per patch, of images (B, channels, H, W) in [-1, 1]; in the dtype of the parameters,
-        float32, under autocast too. ValueError for images that leave no patch.
+        """Return logits (B, 1, h, w), one per patch, of images (B, channels, H, W) in [-1, 1], in the dtype of the
+        parameters, float32, under autocast too. ValueError if the images are too small for a patch.
         """
         self.check((images.shape[2], images.shape[3]), self.layers)
         device, dtype = images.device.type, next(self.parameters()).dtype
-        # float16 rounds the small gradients of a mean over patches to 0: the loss scale is found for the model's
-        # gradients, and those that the adaptive weight compares have none
+        # float16 rounds the small gradients of a mean over patches to 0: the loss scale is chosen for the model's
+        # gradients, and the gradients that the adaptive weight compares are not scaled
         float16 = torch.get_autocast_dtype(device) == torch.float16
         with torch.autocast(device, enabled=False) if float16 else nullcontext():
             return self.main(images.to(dtype)).to(dtype)
@@ -166,7 +168,9 @@ class PatchDiscriminator(nn.Module):
 
 @contextmanager
 def frozen(discriminator: PatchDiscriminator) -> Generator[None]:
-    """Give parameters no gradient from forwards within, even if backward runs later; the images get theirs."""
+    """Keep forwards in this context from giving parameters a gradient, even if backward runs later; images get
+    theirs.
+    """
     trained = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
     try:
         discriminator.requires_grad_(False)
@@ -177,7 +181,7 @@ def frozen(discriminator: PatchDiscriminator) -> Generator[None]:
 
 
 def generator_loss(kind: Literal["hinge", "non-saturating"], fake_logits: torch.Tensor) -> torch.Tensor:
-    """Loss per image (B,) from the logits of reconstructions."""
+    """Return the loss per image (B,) from the logits of reconstructions."""
     values = -fake_logits if kind == "hinge" else F.softplus(-fake_logits)
     return values.flatten(1).mean(1)
 
@@ -196,8 +200,9 @@ def discriminator_loss(
 
 
 def r1_penalty(discriminator: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Half the squared norm of the gradient of the logit, a mean over patches, at each image (B,): Mescheder et al.
-    2018, equation 9, without gamma. float32 at least, under autocast too; its gradient reaches the parameters.
+    """Return half the squared norm of the gradient of the logit, a mean over patches, at each image (B,): Mescheder et
+    al. 2018, equation 9, without gamma. It is at least float32, under autocast too, and its gradient reaches the
+    parameters.
     """
     images = images.detach().to(torch.promote_types(images.dtype, torch.float32)).requires_grad_()
     with torch.autocast(images.device.type, enabled=False):
@@ -209,8 +214,8 @@ def r1_penalty(discriminator: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def lecam_penalty(
     real_logits: torch.Tensor, fake_logits: torch.Tensor, real_average: float, fake_average: float
 ) -> torch.Tensor:
-    """Penalty per image (B,): how far images are rated above the average reconstruction, and reconstructions below the
-    average image, squared: Tseng et al. 2021, rectified as in their code.
+    """Return a penalty per image (B,): the squared excess of an image's logit over the average reconstruction's, and of
+    the average image's over a reconstruction's. Tseng et al. 2021, rectified as in their code.
     """
     real = F.relu(real_logits - fake_average).square()
     fake = F.relu(real_average - fake_logits).square()
@@ -218,27 +223,27 @@ def lecam_penalty(
 
 
 def adaptive_weight(reconstruction_gradient: torch.Tensor, generator_gradient: torch.Tensor) -> torch.Tensor:
-    """The factor, a scalar, that makes the generator's gradient at the last layer as large as that of the
-    reconstruction: Esser et al. 2021, equation 7, with the delta of their code. Their limit is
-    `AdversarialConfig.max_factor`; a reconstruction loss that is a sum over the image, as here, can exceed it.
+    """Return the scalar factor that makes the generator's gradient at the last layer as large as the reconstruction's:
+    Esser et al. 2021, equation 7, with the delta of their code. Their limit is `AdversarialConfig.max_factor`; it can
+    be exceeded because our reconstruction loss is a sum over the image.
     """
     return reconstruction_gradient.norm() / (generator_gradient.norm() + 1e-4)
 
 
 class Adversary:
-    """A discriminator in training, and what it remembers from step to step.
+    """Discriminator in training, and its state between steps.
 
-    A step is `begin_step`; for each micro-batch `generator_loss`, `gradients` and `discriminator_loss`; `end_step` with
-    the statistics of the whole step. Losses are per image and statistics means over the images, so that both are summed
-    over micro-batches and processes with their share in the step's images. Only `discriminator_loss` gives the
-    discriminator's parameters gradients, local to the process.
+    A step is `begin_step`, then `generator_loss`, `gradients` and `discriminator_loss` for each micro-batch, then
+    `end_step` with the statistics of the whole step. Losses are per image and statistics are means over the images, so
+    both are summed over micro-batches and processes, weighted by their share in the step's images. Only
+    `discriminator_loss` gives the discriminator's parameters gradients, local to the process.
 
-    One deviation from the papers: the adaptive factor and LeCam's averages are those of the steps before, since a
-    micro-batch does not know the gradients and logits of the others. In the first step, both are 0.
+    One deviation from the papers: the adaptive factor and LeCam's averages are those of earlier steps, because a
+    micro-batch does not have the gradients and logits of the others. In the first step, both are 0.
 
-    The reconstruction's loss is a sum over an image's values and the generator's a mean over its patches, so the factor
-    is proportional to the number of values. The stored one is for images at full size; `size` is the number of values
-    of a current image, divided by that of an image at full size.
+    The reconstruction loss is a sum over an image's values and the generator's a mean over its patches, so the factor
+    is proportional to the number of values. The stored factor is for images at full size; `size` is the number of
+    values of a current image, divided by that of an image at full size.
     """
 
     def __init__(self, config: AdversarialConfig, discriminator: PatchDiscriminator):
@@ -246,27 +251,27 @@ class Adversary:
         self.rise = 0.0  # factor on weight and learning rate in this step, 0 before the start
         self._factor = 0.0
         self._real_average = self._fake_average = 0.0
-        self._average_weight = 0.0  # what the averages rest on: 0 none, 1 many steps
+        self._average_weight = 0.0  # total weight of the averages: 0 after no step, 1 after many
 
     @property
     def active(self) -> bool:
-        """Whether reconstructions are judged in this step."""
+        """Return whether reconstructions are judged in this step."""
         return self.rise > 0
 
     def weight_for(self, size: float = 1.0) -> float:
-        """Weight of the generator's loss in this step, for images of this size."""
+        """Return the weight of the generator's loss in this step for images of this size."""
         factor = min(self._factor * size, self.config.max_factor or math.inf) if self.config.adaptive else 1.0
         return self.config.weight * self.rise * factor
 
     def begin_step(self, images_seen: int) -> dict[str, float]:
-        """Set the step that begins after `images_seen` images; returns its weight, for full-size images, to log."""
+        """Start the step after `images_seen` images. Return its weight for full-size images, to log."""
         self.rise = self.config.rise(images_seen)
         if self.active:
             self.discriminator.iterate()
         return {"adversarial_weight": self.weight_for()}
 
     def generator_loss(self, reconstructions: torch.Tensor) -> torch.Tensor:
-        """Per image (B,), without the weight, of reconstructions (B, C, H, W) in [-1, 1]."""
+        """Return the unweighted loss per image (B,) of reconstructions (B, C, H, W) in [-1, 1]."""
         with frozen(self.discriminator):
             return generator_loss(self.config.loss, self.discriminator(reconstructions))
 
@@ -277,9 +282,9 @@ class Adversary:
         last_layer: torch.Tensor,
         size: float = 1.0,
     ) -> dict[str, torch.Tensor]:
-        """The gradients, as statistics, of the two losses (per image or means) at the decoder's last layer, that of the
-        reconstruction divided by `size`; empty unless the weight is adaptive and the discriminator active. Keeps the
-        graphs for the backward.
+        """Return, as statistics, the gradients of the two losses (per image or means) at the decoder's last layer, that
+        of the reconstruction divided by `size`. Empty unless the weight is adaptive and the discriminator active. Keeps
+        the graphs for the backward.
         """
         if not (self.active and self.config.adaptive):
             return {}
@@ -292,8 +297,8 @@ class Adversary:
     def discriminator_loss(
         self, images: torch.Tensor, reconstructions: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss per image (B,) with its penalties, and statistics, for images and reconstructions (B, C, H, W) in model
-        range. No gradient reaches the reconstructions.
+        """Return the loss per image (B,) with penalties, and statistics, for images and reconstructions (B, C, H, W) in
+        model range. No gradient reaches the reconstructions.
         """
         config = self.config
         real_logits, fake_logits = self.discriminator(images), self.discriminator(reconstructions.detach())
@@ -308,21 +313,23 @@ class Adversary:
         return loss, statistics
 
     def end_step(self, statistics: dict[str, torch.Tensor]) -> None:
-        """Remember the statistics of the whole step; of one that was skipped, they would not be finite."""
+        """Store the statistics of the whole step. Do not call it for a skipped step, whose statistics are not
+        finite.
+        """
         if not self.active:
             return
         if self.config.adaptive:
             gradients = statistics["reconstruction_gradient"], statistics["generator_gradient"]
             self._factor = adaptive_weight(*gradients).item()
         if self.config.lecam_weight:
-            # an exponential average without the bias towards its first value
+            # an exponential average without bias towards its first value
             self._average_weight = LECAM_DECAY * self._average_weight + (1 - LECAM_DECAY)
             new = (1 - LECAM_DECAY) / self._average_weight
             self._real_average += new * (statistics["real_logits"].item() - self._real_average)
             self._fake_average += new * (statistics["fake_logits"].item() - self._fake_average)
 
     def state(self) -> dict[str, float]:
-        """What `restore` takes, for JSON; the discriminator's weights are in its state dict."""
+        """Return the state for `restore`, as JSON values. The discriminator's weights are in its state dict."""
         return {
             "factor": self._factor,
             "real_average": self._real_average,

@@ -1,4 +1,4 @@
-"""What a denoiser is trained to do: mathematics on tensors; knows no model and no trainer."""
+"""Training objective of a denoiser: mathematics on tensors, independent of models and trainers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..fields import check, setting
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """How noise is added, and what the denoiser predicts.
+    """Noise schedule, and the prediction of the denoiser.
 
-    The noise schedule is Stable Diffusion's: 1,000 timesteps, beta from 0.00085 to 0.012, linear in its root.
+    The noise schedule is Stable Diffusion's: 1,000 timesteps, beta from 0.00085 to 0.012, linear in its square root.
     """
 
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
@@ -38,9 +38,9 @@ class DiffusionConfig:
 @dataclass(frozen=True)
 class DiffusionTerms:
     loss: torch.Tensor
-    """Scalar: the weighted squared error, mean over images and latent units."""
+    """Weighted squared error, mean over images and latent units; scalar."""
     error: torch.Tensor
-    """(B,): the squared error of an image, mean over its latent units, not weighted; 1 for a prediction of 0."""
+    """Unweighted squared error per image (B,), mean over its latent units; 1 for a prediction of 0."""
 
 
 class DiffusionObjective:
@@ -49,25 +49,25 @@ class DiffusionObjective:
     def __init__(self, prediction_type: str = "epsilon", min_snr_gamma: float | None = None):
         self.min_snr_gamma = min_snr_gamma
         self.velocity = prediction_type == "v_prediction"
-        scheduler: Any = DDPMScheduler  # whose methods are typed for IntTensor
+        scheduler: Any = DDPMScheduler  # its methods are typed for IntTensor
         self.scheduler = scheduler(
             num_train_timesteps=1000,
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
             prediction_type=prediction_type,
-            clip_sample=False,  # latents are not pixels: to clip them at 1 makes guided pictures worse
+            clip_sample=False,  # latents are not pixels: clipping them at 1 makes guided images worse
             steps_offset=1,
         )
 
     def noisy(self, scaled_latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """sqrt(a) scaled_latents + sqrt(1 - a) noise (B, C, h, w) with the a of each image's timestep (B,)."""
+        """Return sqrt(a) scaled_latents + sqrt(1 - a) noise (B, C, h, w) with the a of each image's timestep (B,)."""
         return self.scheduler.add_noise(scaled_latents, noise, timesteps)
 
     def __call__(
         self, prediction: torch.Tensor, scaled_latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> DiffusionTerms:
-        """The terms for the denoiser's prediction (B, C, h, w) at noisy(scaled_latents, noise, timesteps)."""
+        """Return the terms for the denoiser's prediction (B, C, h, w) at noisy(scaled_latents, noise, timesteps)."""
         if prediction.shape != noise.shape:
             raise ValueError(f"prediction and noise must have one shape, got {prediction.shape} and {noise.shape}")
         target = self.scheduler.get_velocity(scaled_latents, noise, timesteps) if self.velocity else noise
@@ -75,7 +75,9 @@ class DiffusionObjective:
         return DiffusionTerms(loss=(self.weights(timesteps) * error).mean(), error=error)
 
     def weights(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """(B,): min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v: Hang et al. 2023, section 3.4."""
+        """Return weights (B,): min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v (Hang 2023, section
+        3.4).
+        """
         if self.min_snr_gamma is None:
             return torch.ones_like(timesteps, dtype=torch.float32)
         snr = compute_snr(self.scheduler, timesteps)

@@ -1,6 +1,6 @@
-"""Scaling and rotation of latents against those of images: EQ-VAE, Kouzelis et al. 2025.
+"""Equivariance of latents under scaling and rotation of images: EQ-VAE, Kouzelis et al. 2025.
 
-An encoder whose latents turn and shrink as the images do gives latents that are smoother, and easier to diffuse. It is
+An encoder whose latents rotate and scale with the images has smoother latents, which are easier to diffuse. It is
 trained by the implicit form of the paper's regularisation: the transformed latents are decoded, and the reconstruction
 is compared with the images, transformed in the same way.
 """
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-SMALLEST = 0.25  # smallest factor on the sides of the latents, as in the paper's experiments
+SMALLEST = 0.25  # smallest scale of the latents' sides, as in the paper's experiments
 LOWER_RESOLUTION = 0.25
-"""Chance that a step that is not transformed scales its images down before the encoder, as in the published code
-(`p_prior_s`), so that the decoder sees such latents from the encoder, too."""
+"""Probability that a step without a transformation scales its images down before the encoder, as in the published code
+(`p_prior_s`), so that the decoder also sees such latents from the encoder."""
 DRAWS = 4
 
 
 @dataclass(frozen=True)
 class Transformation:
-    """Bilinear scaling of latents to `size` (height, width), and of images to `ratio` times that; then counterclockwise
-    quarter turns.
+    """Bilinear scaling of latents to `size` (height, width), and of images to `ratio` times that, followed by
+    counterclockwise quarter turns.
     """
 
     size: tuple[int, int]
@@ -43,22 +43,22 @@ class Transformation:
 
 
 def smallest(latent_size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the smallest latents that a transformation makes of those of `latent_size`."""
+    """Return the height and width of the smallest latents that a transformation makes from `latent_size`."""
     return _with_height(math.ceil(latent_size[0] * SMALLEST), latent_size)
 
 
 def draw(
     chances: torch.Tensor, probability: float, latent_size: tuple[int, int], ratio: int
 ) -> tuple[Transformation | None, Transformation | None]:
-    """Transformations, by `DRAWS` numbers `chances` in [0, 1), of a step's images before the encoder and of its latents
-    of `latent_size` before the decoder. `probability` is that of the second, 0.5 in the paper; `ratio` is height of the
-    images over height of the latents.
+    """Return transformations of a step's images before the encoder and of its latents of `latent_size` before the
+    decoder, from `DRAWS` numbers `chances` in [0, 1). `probability` is that of the second, 0.5 in the paper; `ratio` is
+    the height of images over that of latents.
     """
     which, side, turns, lower = chances.tolist()
     least = smallest(latent_size)[0]
     if (which >= probability and lower >= LOWER_RESOLUTION) or latent_size[0] <= least:
         return None, None
-    height = least + int(side * (latent_size[0] - least))  # whole latents, so that images and latents agree
+    height = least + int(side * (latent_size[0] - least))  # whole numbers, so that images and latents agree
     size = _with_height(height, latent_size)
     if which < probability:
         return None, Transformation(size, 1 + int(turns * 3), ratio)

@@ -1,17 +1,16 @@
 """Rate, distortion and their sum, the negative evidence lower bound: Kingma & Welling 2014, equation 3.
 
 Both terms are sums over the image, in nats, one value per image. Images and reconstructions are in model range [-1, 1]:
-a unit-weight squared error on [0, 1] pixels is a Gaussian with std sqrt(2) here, a unit-weight L1 in model range a
-Laplace with scale 1. Equivalents of other objectives follow, where V is the number of values of an image, U that of its
-latent units:
+a unit-weight squared error on [0, 1] pixels is a Gaussian with std sqrt(2), a unit-weight L1 in model range a Laplace
+with scale 1. Other objectives correspond to the following settings, for images of V values and U latent units:
 
 - latent-diffusion: `sum |error| / exp(logvar) + logvar` and `1e-6 * sum KL` is likelihood laplace with kl_weight 1e-6.
-  Its logvar is log(scale) here, but is in none of its optimisers and stays 0: that is scale 1. "learned" trains it.
+Its logvar is our log(scale), but no optimiser trains it, so it stays 0: scale 1. "learned" trains it.
 - sigma-VAE (Rybkin 2021): likelihood gaussian, scale "optimal" or "learned", kl_weight 1.
 - the articles: the summed cross entropy is likelihood bernoulli, the summed squared error on [0, 1] pixels likelihood
-  gaussian with scale sqrt(2), kl_weight 1.
-- `mse + w * sum KL`, mse the mean over the values of [-1, 1] pixels, is scale sqrt(1 / 2) with kl_weight w * V; with
-  the mean of KL over the latent units, w * V / U. On [0, 1] pixels the scale is sqrt(2).
+gaussian with scale sqrt(2), kl_weight 1.
+- `mse + w * sum KL`, where mse is the mean over the values of [-1, 1] pixels, is scale sqrt(1 / 2) with kl_weight w *
+V; with the mean of KL over the latent units, w * V / U. On [0, 1] pixels, the scale is sqrt(2).
 - beta-VAE (Higgins 2017): kl_weight is beta; its beta_norm, with means for both sums, is kl_weight * U / V.
 - free bits (Kingma 2016), cyclical annealing (Fu 2019), ControlVAE (Shao 2020): `ObjectiveConfig`.
 """
@@ -30,24 +29,24 @@ from ..fields import check, only_with, setting
 from ..images.ranges import to_unit_range
 
 START_SCALE = 1.0
-"""Of a learned or optimal scale, where nothing is known of the errors yet: about that of a grey picture in [-1, 1]."""
+"""Initial value of a learned or optimal scale, before any error is measured: about that of a grey image in [-1, 1]."""
 MEAN_LOSSES = {"gaussian": "F.mse_loss", "laplace": "F.l1_loss", "bernoulli": "F.binary_cross_entropy"}
-"""By likelihood, the torch.nn.functional loss that is the mean of its error, up to a constant factor."""
+"""The torch.nn.functional loss, by likelihood, that is the mean of its error up to a constant factor."""
 
 
 def kl_to_standard_normal(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
-    """The rate KL(q(z|x) || N(0, I)) per image (B,), nats, float32 at least: Kingma & Welling 2014, appendix B."""
+    """Return KL(q(z|x) || N(0, I)) per image (B,), nats, at least float32: Kingma & Welling 2014, appendix B."""
     return rate_per_unit(posterior).flatten(1).sum(1)
 
 
 def rate_per_unit(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
-    """Rate of each latent unit, of the shape of the latents, nats."""
+    """Return the rate of each latent unit (B, C, h, w) in nats."""
     mean, logvar = (t if t.dtype == torch.float64 else t.float() for t in (posterior.mean, posterior.logvar))
     return 0.5 * (mean**2 + logvar.expm1() - logvar)
 
 
 def rate_per_channel(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
-    """Rate of each latent channel, summed over its positions, (B, C), nats."""
+    """Return the rate of each latent channel (B, C) in nats, summed over its positions."""
     return rate_per_unit(posterior).flatten(2).sum(2)
 
 
@@ -57,23 +56,23 @@ def _log(scale: float | torch.Tensor) -> float | torch.Tensor:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Normal with the reconstruction as its mean; `std` in model range."""
+    """Normal density with the reconstruction as its mean; `std` in model range."""
 
     std: float | torch.Tensor
 
     def error(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        squared = F.mse_loss(reconstructions, images, reduction="none")  # half the passes of writing it out
+        squared = F.mse_loss(reconstructions, images, reduction="none")  # half the memory traffic of (a - b) ** 2
         return squared.flatten(1).sum(1) / (2 * self.std**2)
 
     def constant(self) -> float | torch.Tensor:
         return _log(self.std) + 0.5 * math.log(2 * math.pi)
 
     def deviation(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        """The mean squared error per image (B,)."""
+        """Return the mean squared error per image (B,)."""
         return ((images - reconstructions) ** 2).flatten(1).mean(1)
 
     def optimal_scale(self, deviation: float) -> float:
-        """The root of the mean squared error: Rybkin 2021, optimal sigma-VAE."""
+        """Return the root of the mean squared error: Rybkin 2021, optimal sigma-VAE."""
         return math.sqrt(deviation)
 
     @property
@@ -83,7 +82,7 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Laplace:
-    """Laplace with the reconstruction as its median; `scale` (mean absolute deviation) in model range."""
+    """Laplace density with the reconstruction as its median; `scale` (mean absolute deviation) in model range."""
 
     scale: float | torch.Tensor
 
@@ -94,11 +93,11 @@ class Laplace:
         return _log(2 * self.scale)
 
     def deviation(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        """The mean absolute error per image (B,)."""
+        """Return the mean absolute error per image (B,)."""
         return (images - reconstructions).abs().flatten(1).mean(1)
 
     def optimal_scale(self, deviation: float) -> float:
-        """The mean absolute error, the maximum likelihood scale of a Laplace density."""
+        """Return the mean absolute error, the maximum likelihood scale of a Laplace density."""
         return deviation
 
     @property
@@ -108,8 +107,9 @@ class Laplace:
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Each value is 1 with probability sigmoid(logit); grey values count as probabilities. Computed from the decoder's
-    logits (B, C, H, W): reconstructions in float32 round to -1 or 1 beyond about ±16, where the gradient would vanish.
+    """Bernoulli probability of each value with p = sigmoid(logit); grey values count as probabilities. It is computed
+    from the decoder's logits (B, C, H, W): float32 reconstructions round to -1 or 1 beyond about ±16, where the
+    gradient would vanish.
     """
 
     def error(self, images: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -121,31 +121,31 @@ class Bernoulli:
 
     @property
     def density(self) -> str:
-        return "Bernoulli probability of pixels in [0, 1], exact for 0 and 1 only: no density for grey values"
+        return "Bernoulli probability of pixels in [0, 1], exact for 0 and 1 only: not a density for grey values"
 
 
 Likelihood = Gaussian | Laplace | Bernoulli
-"""p(image | latents), independent per pixel. `error` is -log p per image (B,), nats, without the part that no parameter
-changes, of images and reconstructions, for a Bernoulli likelihood their logits; `constant` is that part, nats per
-value; `density` says what p is a density over."""
+"""p(image | latents), independent per pixel. `error` is -log p per image (B,) in nats, without the part that no
+parameter changes, from images and reconstructions (logits for a Bernoulli likelihood). `constant` is that part, in nats
+per value. `density` describes p."""
 
 
 @dataclass(frozen=True)
 class ObjectiveTerms:
-    """The terms of one batch, nats per image."""
+    """Terms of one batch, in nats per image."""
 
     distortion: torch.Tensor
-    """-log p(image | latents) with its constant, (B,)."""
+    """Distortion -log p(image | latents) with its constant, (B,)."""
     rate: torch.Tensor
-    """KL to the prior, (B,)."""
+    """Rate KL(posterior || prior), (B,)."""
     loss: torch.Tensor
-    """Scalar to differentiate: mean of distortion + kl_weight * rate, without `VAEObjective.left_out`."""
+    """Loss to differentiate, scalar: mean of distortion + kl_weight * rate, without `VAEObjective.left_out`."""
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Means over these images, without gradient, whose average over a step `TrainingObjective.end_step` takes."""
+    """Means over these images, without gradient. `TrainingObjective.end_step` takes their average over a step."""
 
     @property
     def elbo(self) -> torch.Tensor:
-        """The evidence lower bound per image (B,), nats, whatever the kl_weight."""
+        """Return the evidence lower bound per image (B,) in nats, independent of the kl_weight."""
         return -(self.distortion + self.rate)
 
 
@@ -156,22 +156,22 @@ class VAEObjective:
     likelihood: Likelihood
     kl_weight: float = 1.0
     free_bits: float = 0.0
-    """Nats per latent channel, as a mean over the images, below which the loss does not press its rate."""
+    """Nats per latent channel, mean over the images, below which the loss ignores its rate."""
     scale_varies: bool = False
-    """Whether training changes the likelihood's scale; its logarithm is then part of the loss, once per value."""
+    """Whether training changes the likelihood's scale. Its logarithm is then part of the loss, once per value."""
 
     def __post_init__(self):
         if self.scale_varies and self.scale is None:
             raise ValueError(f"scale_varies needs a likelihood with a scale, got {self.likelihood}")
 
     def left_out(self) -> float | torch.Tensor:
-        """Return the part of the distortion, in nats per value, that training cannot change and the loss leaves out."""
+        """Return the part of the distortion, in nats per value, that training cannot change and the loss omits."""
         constant, scale = self.likelihood.constant(), self.scale
         return constant - _log(scale) if self.scale_varies and scale is not None else constant
 
     @property
     def scale(self) -> float | torch.Tensor | None:
-        """Scale of the likelihood: std of a Gaussian, scale of a Laplace; a Bernoulli has none."""
+        """Return the scale of the likelihood: std of a Gaussian, scale of a Laplace, None for a Bernoulli."""
         return getattr(self.likelihood, "std", getattr(self.likelihood, "scale", None))
 
     def __call__(
@@ -185,21 +185,21 @@ class VAEObjective:
         scale: torch.Tensor | float | None = None,
         channel_rates: torch.Tensor | None = None,
     ) -> ObjectiveTerms:
-        """The terms for images and reconstructions (B, C, H, W) in [-1, 1]; float32 at least.
+        """Return the terms for images and reconstructions (B, C, H, W) in [-1, 1], in at least float32.
 
         Args:
-            logits: (B, C, H, W) of the reconstructions, which are 2 * sigmoid(logits) - 1, as `MLPVAE` returns them
-                with `return_logits=True`. Required for a `Bernoulli` likelihood, and only for that.
-            kl_weight: replaces the objective's in the loss.
-            scale: replaces the likelihood's, a positive number or scalar tensor. As it is no constant then, the loss
-                holds its logarithm once per value, and its gradient flows to a tensor that requires one.
-            channel_rates: (latent channels,), nats: free bits leave out of the loss the channels that have at most
-                `free_bits` here. By default the means of these images, as in Kingma 2016, equation 15:
-                max(free_bits, mean rate) per channel. Pass them so that parts of a batch decide as one.
+            logits: Logits (B, C, H, W) of the reconstructions, which are 2 * sigmoid(logits) - 1, as `MLPVAE` returns
+                them with `return_logits=True`. Required for a `Bernoulli` likelihood, and only for that.
+            kl_weight: Replaces the objective's weight in the loss.
+            scale: Replaces the likelihood's scale: a positive number or scalar tensor. It is then not a constant, so
+                the loss contains its logarithm once per value, and its gradient flows to a tensor that requires one.
+            channel_rates: Rates (latent channels,) in nats: free bits omit from the loss the channels that have at most
+                `free_bits`. By default the means over these images, as in Kingma 2016, equation 15: max(free_bits, mean
+                rate) per channel. Pass them so that parts of a batch use the same channels.
 
         Raises:
-            ValueError: when shapes or numbers of images differ, images are integers, logits are missing for a
-                `Bernoulli` likelihood or given for another one, or a `Bernoulli` likelihood is given a scale.
+            ValueError: If shapes or numbers of images differ, images are integers, logits are missing for a `Bernoulli`
+                likelihood or given for another one, or a `Bernoulli` likelihood is given a scale.
         """
         if not images.is_floating_point():
             raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
@@ -258,9 +258,9 @@ class VAEObjective:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is minimised: distortion + kl_weight * rate, both summed over the image, in nats.
+    """Minimised objective: distortion + kl_weight * rate, both summed over the image, in nats.
 
-    A scale that is left out gets the value named in its description, which the run's config.yaml then states.
+    A null scale gets the value in its description, and the run's config.yaml records it.
     """
 
     likelihood: Literal["gaussian", "laplace", "bernoulli"] = "gaussian"
@@ -271,22 +271,21 @@ class ObjectiveConfig:
     kl_weight: float = setting(1.0, at_least=0)
     """Weight of the rate, beta; 1.0 is the true ELBO."""
     kl_schedule: Literal["constant", "linear", "cosine", "cyclical"] = only_with("constant", "training", kl_weight=True)
-    """How kl_weight is reached: at once, by a linear or cosine rise over kl_warmup_images, or in cycles
-    (docs/objective.md)."""
+    """Schedule of kl_weight: constant, a linear or cosine rise over kl_warmup_images, or cycles (docs/objective.md)."""
     kl_warmup_images: int = only_with(0, "training", kl_schedule=("linear", "cosine"))
     """Number of images over which a linear or cosine schedule rises to kl_weight."""
     kl_cycles: int = only_with(4, "training", at_least=1, kl_schedule=("cyclical",))
     """Number of cycles of a cyclical schedule."""
     free_bits: float = only_with(0.0, "training", at_least=0, kl_weight=True)
-    """Rate per latent channel, in nats, that costs nothing, so that channels do not collapse (Kingma 2016;
+    """Rate per latent channel, in nats, that is free of cost and keeps channels from collapsing (Kingma 2016;
     docs/objective.md)."""
     target_rate: float | None = only_with(None, "training", above=0, kl_weight=True)
-    """Rate in nats per image that a controller reaches by adjusting the weight, which starts at kl_weight (as
-    ControlVAE, Shao 2020)."""
+    """Rate in nats per image that a controller maintains by adjusting the weight, starting at kl_weight (ControlVAE,
+    Shao 2020)."""
     perceptual: Literal["alex", "vgg", "squeeze"] | None = setting(None, "training")
-    """Network of an LPIPS term in the loss (Zhang 2018), for sharper images; null: none."""
+    """Network of an LPIPS loss for sharper reconstructions (Zhang 2018); null: none."""
     perceptual_weight: float = only_with(1.0, "training", above=0, perceptual=True)
-    """Weight of LPIPS, which is also multiplied by the number of values of the image (docs/objective.md)."""
+    """Weight of LPIPS, also multiplied by the number of values of an image (docs/objective.md)."""
     equivariance: float = setting(0.0, "training", at_least=0, at_most=1)
     """Fraction of steps that decode scaled and rotated latents, which makes latents easier to diffuse (EQ-VAE, Kouzelis
     2025: 0.5; docs/objective.md)."""
@@ -304,10 +303,12 @@ class ObjectiveConfig:
                 f"{rule} rises over objective.kl_warmup_images, which must be at least 1, got {self.kl_warmup_images}"
             )
         if self.target_rate is not None and self.kl_schedule != "constant":
-            raise ValueError(f"objective.target_rate moves the weight of the rate, and so does {rule}: leave one out")
+            raise ValueError(
+                f"objective.target_rate changes the weight of the rate, and so does {rule}: set only one of them"
+            )
 
     def kl_weight_at(self, images_seen: int, total_images: int) -> float:
-        """Weight of the rate by the schedule, in the step that begins after `images_seen` of `total_images` images."""
+        """Return the scheduled weight of the rate in the step after `images_seen` of `total_images` images."""
         if self.kl_schedule == "constant" or images_seen >= total_images:
             return self.kl_weight
         if self.kl_schedule == "cyclical":
@@ -317,7 +318,7 @@ class ObjectiveConfig:
         return self.kl_weight * (progress if self.kl_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2)
 
     def unreached(self, total_images: int) -> list[str]:
-        """Return warnings, one sentence each, of what these settings do not reach in a run of `total_images` images."""
+        """Return warnings, one sentence each, about settings without full effect in a run of `total_images` images."""
         if self.kl_warmup_images <= total_images:
             return []
         reached = self.kl_weight_at(total_images - 1, total_images)
@@ -329,8 +330,8 @@ class ObjectiveConfig:
         ]
 
     def kl_weight_per_value(self, values: int) -> float | None:
-        """The weight w for which the loss in `MEAN_LOSSES`, a mean over the `values` = C * H * W of an image, + w * the
-        rate has the minimum of this objective; None for a learned or optimal scale, with which w changes.
+        """Return the weight w so that the loss in `MEAN_LOSSES`, a mean over the `values` = C * H * W of an image, + w
+        * the rate has the same minimum as this objective. None for a learned or optimal scale, with which w changes.
         """
         if isinstance(self.scale, str):
             return None
@@ -339,14 +340,14 @@ class ObjectiveConfig:
         return self.kl_weight * (2 * self.scale**2 if self.likelihood == "gaussian" else self.scale) / values
 
     def build(self, scale: float | None = None) -> VAEObjective:
-        """The objective for evaluation: at the full `kl_weight`, without free bits. `scale` is the value of a learned
-        or optimal scale; ValueError when it is missing, or given although the settings hold it.
+        """Return the objective for evaluation: full `kl_weight`, no free bits. `scale` is the value of a learned or
+        optimal scale; ValueError if it is missing, or given although the settings state a scale.
         """
         if isinstance(self.scale, str):
             if scale is None:
                 raise ValueError(
-                    f"objective.scale {self.scale} is known only to the run that trains it: to measure, give its value "
-                    "as a number"
+                    f"objective.scale {self.scale} has a value only in the run that trains it: to measure, give it as "
+                    "a number"
                 )
         elif scale is None:
             scale = self.scale

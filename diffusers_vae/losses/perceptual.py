@@ -1,4 +1,4 @@
-"""Published networks that judge how alike images look: LPIPS, and the Inception features of the FID."""
+"""Published networks that compare images perceptually: LPIPS, and the Inception features of the FID."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILES = {
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
     "inception": "weights-inception-2015-12-05-6726825d.pth",
 }
-"""Names under which torchvision and torch-fidelity publish the weights."""
+"""File names of the weights that torchvision and torch-fidelity publish."""
 SHA256 = {
     "alex": "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
     "vgg": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
@@ -31,17 +31,21 @@ SHA256 = {
     "inception": "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
 }
 """Published SHA-256 of each of these files."""
-SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}  # side in pixels below which nothing is left for the last layer
+SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}  # smallest side in pixels that leaves the last layer an input
 
 logger = logging.getLogger(__name__)
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual image patch similarity, 0 for a copy: Zhang et al. 2018, version 0.1, by torchmetrics.
+    """Learned perceptual image patch similarity, 0 for identical images: Zhang et al. 2018, version 0.1, by
+    torchmetrics.
 
-    The published weights of `net`, in `FILES`, are taken from torch's cache, `$TORCH_HOME/hub/checkpoints`, to which
-    they are downloaded if they are missing; FileNotFoundError says which file goes where, and ValueError that a file
-    does not hold these weights.
+    The published weights of `net`, listed in `FILES`, are read from torch's cache, `$TORCH_HOME/hub/checkpoints`, and
+    downloaded to it if missing.
+
+    Raises:
+        FileNotFoundError: If a file is missing and cannot be downloaded, with the folder to put it into.
+        ValueError: If a file does not hold these weights.
     """
 
     def __init__(self, net: Literal["alex", "vgg", "squeeze"]):
@@ -49,8 +53,8 @@ class LPIPS(nn.Module):
         self.name, published = net, _published(net)
         from torchmetrics.functional.image import lpips
 
-        networks: Any = lpips  # names of torchmetrics 1.9, whose public class downloads weights
-        with torch.random.fork_rng(devices=[]):  # of weights that are replaced
+        networks: Any = lpips  # private in torchmetrics 1.9, whose public class downloads weights
+        with torch.random.fork_rng(devices=[]):  # these random weights are replaced
             self.net: Any = networks._NoTrainLpips(net=net, pnet_rand=True)
         features = self.net.net
         # torchmetrics 1.9 cuts torchvision's `features` into slices, where the layers keep their numbers
@@ -61,7 +65,7 @@ class LPIPS(nn.Module):
             raise _not_published(net, error) from error
 
     def check(self, channels: int, size: tuple[int, int]) -> None:
-        """Raise ValueError for images that the network cannot see."""
+        """Raise ValueError for images that the network cannot process."""
         if channels not in (1, 3):
             raise ValueError(f"LPIPS is defined for 3 channels, and 1 is repeated to 3, got {channels}")
         if min(size) < SMALLEST[self.name]:
@@ -70,20 +74,20 @@ class LPIPS(nn.Module):
             )
 
     def forward(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        """Per image (B,), of (B, 1 or 3, H, W) in [-1, 1]; grey is repeated to three channels. Computed in the weights'
-        precision, float32, whatever that of the images, under autocast too.
+        """Return the distance per image (B,) of images (B, 1 or 3, H, W) in [-1, 1]; grey is repeated to three
+        channels. It is computed in float32, the weights' precision, for any dtype of images, under autocast too.
         """
         self.check(images.shape[1], (images.shape[2], images.shape[3]))
         dtype = next(self.net.parameters()).dtype
         images, reconstructions = (given.to(dtype).expand(-1, 3, -1, -1) for given in (images, reconstructions))
-        # differences of features of norm 1, squared: of near copies nothing but rounding would be left in 16 bits
+        # squared differences of unit-norm features: for near copies, 16 bits would leave only rounding errors
         with torch.autocast(images.device.type, enabled=False):
             return self.net(images, reconstructions).flatten()
 
 
 class PerceptualLoss(nn.Module):
-    """LPIPS as a loss, of images of any number of channels: 3, or 1 that is repeated to 3; of another number, the mean
-    over the channels as grey images. Arguments and errors are those of `LPIPS`.
+    """LPIPS as a loss for images of any number of channels: 3, 1 repeated to 3, or otherwise the mean over the channels
+    as grey images. Arguments and errors are those of `LPIPS`.
     """
 
     def __init__(self, net: Literal["alex", "vgg", "squeeze"]):
@@ -94,7 +98,7 @@ class PerceptualLoss(nn.Module):
         self.lpips.check(3, size)
 
     def forward(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        """Per image (B,), 0 for a copy, of (B, C, H, W) in [-1, 1]."""
+        """Return the loss per image (B,), 0 for identical images (B, C, H, W) in [-1, 1]."""
         channels = images.shape[1]
         if channels in (1, 3):
             return self.lpips(images, reconstructions)
@@ -103,15 +107,15 @@ class PerceptualLoss(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """The 2,048 features whose mean and covariance the FID compares: Heusel et al. 2017, with their network, as
-    torch-fidelity and torchmetrics run it. Weights and errors are as for `LPIPS`.
+    """The 2,048 features whose mean and covariance the FID compares: Heusel et al. 2017, with their network, as run by
+    torch-fidelity and torchmetrics. Weights and errors are as for `LPIPS`.
     """
 
     def __init__(self):
         super().__init__()
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        content: Any = io.BytesIO()  # torch-fidelity would unpickle a file, whatever it holds
+        content: Any = io.BytesIO()  # torch-fidelity would unpickle any file
         torch.save(_published("inception"), content)
         content.seek(0)
         try:
@@ -121,19 +125,19 @@ class InceptionFeatures(nn.Module):
 
     @staticmethod
     def check(channels: int, size: tuple[int, int]) -> None:
-        """Raise ValueError for images that the network cannot see."""
+        """Raise ValueError for images that the network cannot process."""
         if channels not in (1, 3):
             raise ValueError(f"the FID is defined for 3 channels, and 1 is repeated to 3, got {channels}")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 2048) of (B, 1 or 3, H, W) in [-1, 1], which are rounded to 8 bits and scaled to 299x299."""
+        """Return features (B, 2048) of images (B, 1 or 3, H, W) in [-1, 1], rounded to 8 bits and scaled to 299x299."""
         self.check(images.shape[1], (images.shape[2], images.shape[3]))
         return self.net(to_uint8(images).expand(-1, 3, -1, -1))
 
 
 def _published(net: str) -> dict[str, torch.Tensor]:
-    """The published weights of a network from torch's cache, downloaded if they are not there. The file is opened once,
-    by a reader that runs no code; nothing else gets its name.
+    """Return the published weights of a network from torch's cache, downloaded if missing. The file is opened once, by
+    a reader that executes no code, and only the published file gets its name.
     """
     path = _path(net)
     if not path.exists():
@@ -141,7 +145,7 @@ def _published(net: str) -> dict[str, torch.Tensor]:
     with open_regular(path) as file:
         digest = digest_of_file(file)
         if digest != SHA256[net]:
-            said = "%s is not the published file of %s: its SHA-256 is %s. Figures that it gives compare with no others"
+            said = "%s is not the published file of %s: its SHA-256 is %s. Its figures cannot be compared with others"
             logger.warning(said, showable(path), net, digest)
         file.seek(0)
         return load_pickle(path, file)
@@ -164,7 +168,7 @@ def _download(net: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), SHA256[net])
-    except (OSError, RuntimeError) as error:  # a RuntimeError for another hash than that
+    except (OSError, RuntimeError) as error:  # RuntimeError for a wrong hash
         raise FileNotFoundError(
-            f"the weights of {net} are not there and cannot be downloaded ({error}). Put {path.name} into {path.parent}"
+            f"the weights of {net} are missing and cannot be downloaded ({error}). Put {path.name} into {path.parent}"
         ) from error
