@@ -188,7 +188,7 @@ class TestRuns:
         for name in ("http_proxy", "https_proxy"):
             monkeypatch.setenv(name, "http://127.0.0.1:9")
         code, _, err = call(capsys, pipeline, "--data.root", tmp_path, "--count", "20", "--steps", "1")
-        assert code == 1 and "the data set is not there and cannot be downloaded" in err
+        assert code == 1 and "the data set is missing and cannot be downloaded" in err
 
 
 @pytest.mark.parametrize(

@@ -719,14 +719,14 @@ class TestClassesAndCaptions:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ('{"file_name": "test/dog/1.png", "text": "x"', r"metadata\.jsonl, line 5: no JSON: .* at column 44"),
+            ('{"file_name": "test/dog/1.png", "text": "x"', r"metadata\.jsonl, line 5: invalid JSON: .* at column 44"),
             ('["test/dog/1.png"]', r"line 5: it must be an object with a file_name, got \[\"test/dog"),
             ('{"text": "x"}', "line 5: it must be an object with a file_name"),
             ('{"file_name": "test/dog/2.png", "text": "x"}', "line 5: there is no file test/dog/2.png"),
             ('{"file_name": "test/dog/1.png", "text": " "}', "line 5: text of test/dog/1.png is empty"),
             ('{"file_name": "test/dog/1.png", "caption": []}', "line 5: caption of test/dog/1.png is empty"),
             ('{"file_name": "test/dog/1.png", "text": 3}', "must be a string or a list of strings, got 3"),
-            ('{"file_name": "train/cat/1.png", "text": "a"}', "has a line already, .*line 1; several captions go into"),
+            ('{"file_name": "train/cat/1.png", "text": "a"}', "already has a row, .*line 1; put several captions into"),
             ('{"file_name": "test/dog/1.png", "text": "\udcff"}', r"metadata\.jsonl, line 5 is not UTF-8"),
             ("", r"train/dog/1\.png has no caption, and others have one\n.*test/dog/1\.png has no caption"),
         ],
@@ -734,7 +734,7 @@ class TestClassesAndCaptions:
     def test_wrong_metadata_is_refused(self, line, message, folder):
         content = (self.METADATA + line).encode(errors="surrogateescape")
         (folder / "metadata.jsonl").write_bytes(content)
-        with pytest.raises(ValueError, match=rf"captions below {folder} are not as they should be:\n(.|\n)*{message}"):
+        with pytest.raises(ValueError, match=rf"captions in {folder} are not valid:\n(.|\n)*{message}"):
             self.load(folder)
         assert self.load(folder, False)[0].captions is None
 

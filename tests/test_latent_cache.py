@@ -301,7 +301,9 @@ class TestResume:
         with pytest.raises(ValueError, match=r"33\.png"):
             encode(vae, images, tmp_path / "out")
         (before,) = times(tmp_path / "out").items()
-        with pytest.raises(FileNotFoundError, match=r"there is no index\.json, and 1 shards.*same encode command"):
+        with pytest.raises(
+            FileNotFoundError, match=r"no complete latents: no index\.json, and 1 shards.*same encode command"
+        ):
             LatentDataset(tmp_path / "out")
         paths_of(images)[33].write_bytes(content)
         encode(vae, images, tmp_path / "out").verify()
@@ -493,7 +495,7 @@ class TestDataset:
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"cache": {"format": 1}}', "\0"])
     def test_damaged_index(self, text, tmp_path):
         (tmp_path / "index.json").write_text(text)
-        with pytest.raises(ValueError, match=r"index\.json is damaged or no index of latents"):
+        with pytest.raises(ValueError, match=r"index\.json is damaged or not an index of latents"):
             LatentDataset(tmp_path)
 
     @pytest.mark.parametrize(
@@ -523,13 +525,15 @@ class TestDataset:
             part = part[key]
         part[last] = value
         (tmp_path / "index.json").write_text(json.dumps(index))
-        with pytest.raises(ValueError, match=rf"index\.json is damaged or no index of latents \(.*{message}.*encode"):
+        with pytest.raises(
+            ValueError, match=rf"index\.json is damaged or not an index of latents \(.*{message}.*encode"
+        ):
             LatentDataset(tmp_path)
 
     def test_no_cache(self, whole, tmp_path):
         with pytest.raises(FileNotFoundError, match="there is no folder"):
             LatentDataset(tmp_path / "none")
-        with pytest.raises(FileNotFoundError, match="holds no latents that are complete"):
+        with pytest.raises(FileNotFoundError, match="holds no complete latents"):
             LatentDataset(tmp_path)
         index = json.loads((whole / "index.json").read_text())
         index["cache"]["format"] = 2

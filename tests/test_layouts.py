@@ -220,7 +220,7 @@ LAYOUTS = {
     "Darknet": Layout(
         "train/{}.jpg 4 training -\nvalid/{}.jpg 2 held-out -",
         then=beside(".txt", lambda stem: "" if stem == "0" else "0 0.5 0.5 0.25 0.125\n1 0.1 0.2 0.3 0.4"),
-        notes=("hold numbers, .* and are no captions: 4 files such as",),
+        notes=("hold numbers, .* not captions: 4 files such as",),
     ),
     "YOLO": Layout(
         """datasets/coco/images/train2017/{}.jpg 5 training -

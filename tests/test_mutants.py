@@ -260,7 +260,7 @@ REASONS = {
     "it has . channels|cannot be read unconverted": "the image does not have the channels or colours of data.channels",
     "it has no pixels|data type that is not supported|pages of a TIFF": "tifffile gives an empty array",
     "lacks . weights|Missing key": "a tensor has lost its name, and the model its weights",
-    "missing or not as written|no index of latents": "a key, a tensor or a value of the cache is not what it was",
+    "missing or not as written|not an index of latents": "a key, a tensor or a value of the cache is not what it was",
 }
 """What a refusal of a file says that the format's own library reads, and why it is right."""
 

@@ -252,7 +252,7 @@ class TestColumns:
             (
                 FEATURES,
                 {"image_column": "x"},
-                r"must be a column with the images, got x, which is not there",
+                r"must be a column with the images, got x, which does not exist",
             ),
             (
                 FEATURES,

@@ -579,7 +579,7 @@ class TestRefused:
     def test_images_of_another_value_range_are_refused(self, vae, tmp_path):
         shutil.copytree(vae / "model", tmp_path / "vae")
         ValueRange(0, 4095).save(tmp_path / "vae")
-        with pytest.raises(ValueError, match=r"data\.value_range must be \[0, 4095\], to which .* got null"):
+        with pytest.raises(ValueError, match=r"data\.value_range must be \[0, 4095\], with which .* got null"):
             train(tiny(tmp_path / "run", tmp_path / "vae"))
 
     @pytest.mark.slow

@@ -540,7 +540,7 @@ class TestModels:
         settings = tiny(tmp_path / "run", ModelConfig(pretrained=str(tmp_path / "vae")))
         for stated, told in ((None, "null"), (DEEP, r"\[0, 65535\]")):
             other = dataclasses.replace(settings, data=config(root, channels=1, value_range=stated))
-            with pytest.raises(ValueError, match=rf"data.value_range must be \[0, 4095\], to which .*, got {told}"):
+            with pytest.raises(ValueError, match=rf"data.value_range must be \[0, 4095\], with which .*, got {told}"):
                 load_run_data(other, Accelerator(cpu=True))
         same = dataclasses.replace(settings, data=config(root, channels=1, value_range=(0, 4095)))
         load_run_data(same, Accelerator(cpu=True))

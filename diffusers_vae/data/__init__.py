@@ -1,4 +1,4 @@
-"""Where images come from, and in which order."""
+"""Image sets, and the order in which training reads them."""
 
 from .config import IN_MEMORY, PLACED, DataConfig
 from .files import ARCHIVES, OWN_PICTURES, Files

@@ -1,4 +1,4 @@
-"""Arrays of many images in NumPy's files, read where they lie."""
+"""Arrays of many images in NumPy files, read in place."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ from .store import Store, file_digests, find_row
 
 LABELS = ".labels.npy"
 SAMPLES, SAMPLE = 64, 4096
-"""Samples of a file that tell it from others, and bytes of each."""
+"""Number and bytes of the samples that identify a file."""
 SEEN = 100
-"""Images whose values an error about them reports."""
+"""Number of images whose values an error message reports."""
 Headers = dict[str | None, tuple[tuple[int, ...], bool, np.dtype]]
 
 
 class ImageArray:
-    """The images in an `.npy`, read on demand, or in an array of an `.npz`, read into memory at once; pickled without.
+    """Images in an `.npy`, read on demand, or in an array of an `.npz`, read into memory at once. Pickles do not
+    contain the data.
 
     Args:
-        path: of the file.
-        column: key of the array in an `.npz`, by default its only one with the shape of images.
-        channels: number of channels, which identifies their axis.
-        value_range: of the values.
+        path: Path of the file.
+        column: Key of the array in an `.npz`; by default, its only array with the shape of images.
+        channels: Number of channels, which identifies their axis.
+        value_range: Range of the values.
 
     Raises:
-        ValueError: naming the file, when it is damaged or holds no such array.
+        ValueError: Naming the file, if it is damaged or holds no such array.
     """
 
     def __init__(self, path: Path, column: str | None, channels: int | None, value_range: ValueRange | None):
@@ -92,18 +93,20 @@ class ImageArray:
             self.values = _load(self.path, self.column)
 
     def image(self, index: int) -> np.ndarray:
-        """Return an image (C, H, W) in the array's dtype; OSError or ValueError when the file no longer holds it."""
+        """Return an image (C, H, W) in the array's dtype; OSError or ValueError if the file no longer holds it."""
         if self.values is not None:
             values = self.values[index]
         else:
             mapped = np.lib.format.open_memmap(self.path, mode="r")
             if (mapped.shape, mapped.dtype) != (self.shape, self.dtype):
                 raise ValueError(f"the file was changed: it now holds {mapped.shape} {mapped.dtype}")
-            values = np.array(mapped[index])  # a copy, since the pages of a map would count as our memory
+            values = np.array(mapped[index])  # a copy, because mapped pages would count as our memory
         return values[None] if self.layout == "NHW" else np.moveaxis(values, -1, 0) if self.layout == "NHWC" else values
 
     def labels(self, column: str | None) -> np.ndarray | None:
-        """Return (N,) integers or texts: of an `.npz` that array, of NAME.npy what NAME.labels.npy holds, if any."""
+        """Return labels (N,), integers or text, from that array of an `.npz`, or from NAME.labels.npy beside
+        NAME.npy.
+        """
         beside = self.path.with_name(self.path.stem + LABELS)
         if is_npz(self.path):
             if column is None:
@@ -128,7 +131,7 @@ class ImageArray:
 
 
 class ArrayStore(Store):
-    """The images of several arrays, one after the other."""
+    """Store of the images of several arrays, in sequence."""
 
     def __init__(self, arrays: Sequence[ImageArray]):
         self.arrays = arrays
@@ -151,7 +154,7 @@ class ArrayStore(Store):
 
     @cached_property
     def _digests(self) -> dict[Path, bytes]:
-        """Digest of the bytes of each file, by `file_digests`."""
+        """Return a digest of each file's bytes, by `file_digests`."""
         paths = list(dict.fromkeys(array.path for array in self.arrays))
         return dict(zip(paths, file_digests(paths, 2**16), strict=True))
 
@@ -178,23 +181,23 @@ class ArrayStore(Store):
             except ValueError as error:
                 raise ValueError(f"cannot read {self.name(row)}: {error}") from error
         if values.dtype.kind == "b":
-            values = values * np.uint8(255)  # as of a file with 1 bit
-        if len(values) == 3 and channels == 1:  # as of a file
+            values = values * np.uint8(255)  # like a 1-bit file
+        if len(values) == 3 and channels == 1:  # like a file
             values = np.asarray(Image.fromarray(np.ascontiguousarray(np.moveaxis(values, 0, -1))).convert("L"))[None]
-        pixels = torch.from_numpy(np.array(values))  # a copy that may be written to
+        pixels = torch.from_numpy(np.array(values))  # a writable copy
         return fit(pixels.expand(channels, -1, -1))
 
     def values(self, row: int, channels: int) -> np.ndarray:
         array, index = self._find(row)
         try:
             return array.image(index)
-        except OSError as error:  # of all images in the file
+        except OSError as error:  # concerns all images in the file
             raise Unreachable(f"cannot reach {self.name(row)}: {error}") from error
         except ValueError as error:
             raise ValueError(f"cannot read {self.name(row)}: {error}") from error
 
     def forget(self) -> None:
-        """Let go of what was read into memory, when nothing is to be read any more."""
+        """Release what was read into memory, when nothing more will be read."""
         for array in self.arrays:
             array.values = None
 
@@ -204,12 +207,12 @@ class ArrayStore(Store):
 
 
 def array_files(root: Path) -> tuple[list[list[Path]], tuple[str, ...]]:
-    """The files of arrays in `root`, or that file itself, and notes about them: those to train on and those held out,
-    by their names (`parts.split_of`), or all.
+    """Return the files of arrays in `root`, or `root` itself, and notes about them. There are two lists, training and
+    held-out files, if names mean parts (`parts.split_of`), and otherwise one.
 
     Raises:
-        FileNotFoundError: when there is none.
-        ValueError: for labels without images, and when it is not clear what to train on.
+        FileNotFoundError: If there is none.
+        ValueError: For labels without images, and if it is unclear what to train on.
     """
     if root.is_file() and root.suffix.lower() in ARRAYS:
         return [[root]], ()
@@ -223,9 +226,9 @@ def array_files(root: Path) -> tuple[list[list[Path]], tuple[str, ...]]:
     images = [path for path in files if path not in labels]
     if not images:
         raise FileNotFoundError(f"no array in {root.resolve()}: none of {', '.join(ARRAYS)}")
-    known = {path.with_name(path.stem + LABELS) for path in images if not is_npz(path)}
+    with_labels = {path.with_name(path.stem + LABELS) for path in images if not is_npz(path)}
     for path in labels:
-        if path not in known:
+        if path not in with_labels:
             raise ValueError(f"{path} are labels of {path.name.removesuffix(LABELS)}.npy, which is not there")
     named = {path.name: path for path in images}
     parts = {name: part for name in named if (part := part_of(name, True))}
@@ -248,41 +251,43 @@ def array_files(root: Path) -> tuple[list[list[Path]], tuple[str, ...]]:
 def array_classes(
     parts: Sequence[Sequence[ImageArray]], column: str | None
 ) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:
-    """Return labels (N,) of all images, -1 in a part without, and the names of the classes: the integers or texts of
-    all parts, sorted. None when there are less than two.
+    """Return labels (N,) of all images, -1 in a part without labels, and the names of the classes: the sorted integers
+    or texts of all parts. None if there are fewer than two.
 
     Raises:
-        ValueError: when only some files of a part have labels.
+        ValueError: If only some files of a part have labels.
     """
     found: list[tuple[np.ndarray, np.ndarray] | None] = []
     for arrays in parts:
-        own = [array.labels(column) for array in arrays]
-        missing = [array.path for array, labels in zip(arrays, own, strict=True) if labels is None]
-        if 0 < len(missing) < len(own):
+        labels_of = [array.labels(column) for array in arrays]
+        missing = [array.path for array, labels in zip(arrays, labels_of, strict=True) if labels is None]
+        if 0 < len(missing) < len(labels_of):
             raise ValueError(f"{missing[0]} has no {missing[0].stem + LABELS} beside it, others have")
-        found += [None if labels is None else np.unique(labels, return_inverse=True) for labels in own]
-    known = {str(value) for own in found if own is not None for value in own[0].tolist()}
-    if len(known) < 2:
+        found += [None if labels is None else np.unique(labels, return_inverse=True) for labels in labels_of]
+    values = {str(value) for labels_of in found if labels_of is not None for value in labels_of[0].tolist()}
+    if len(values) < 2:
         return None, None
-    classes = sorted(known, key=int) if all(re.fullmatch("-?[0-9]+", name) for name in known) else sorted(known)
+    classes = sorted(values, key=int) if all(re.fullmatch("-?[0-9]+", name) for name in values) else sorted(values)
     class_of = {name: number for number, name in enumerate(classes)}
     counts = [len(array) for arrays in parts for array in arrays]
     numbers = [
-        np.full(count, -1) if own is None else np.array([class_of[str(value)] for value in own[0].tolist()])[own[1]]
-        for count, own in zip(counts, found, strict=True)
+        np.full(count, -1)
+        if labels_of is None
+        else np.array([class_of[str(value)] for value in labels_of[0].tolist()])[labels_of[1]]
+        for count, labels_of in zip(counts, found, strict=True)
     ]
     return torch.from_numpy(np.concatenate(numbers)), tuple(classes)
 
 
 def is_npz(path: Path) -> bool:
-    """Whether it is a file of several arrays."""
+    """Return whether the file can hold several arrays."""
     return path.suffix.lower() == ".npz"
 
 
 def _layout(name: str, shape: tuple[int, ...], channels: int | None, value_range: ValueRange | None) -> str:
     wanted = {channels} if channels and as_they_are(channels, value_range) else {1, 3}
     fitting = []
-    if len(shape) == 3 and 1 in wanted and shape[2] > 4:  # else it is one image in colour
+    if len(shape) == 3 and 1 in wanted and shape[2] > 4:  # otherwise it is one colour image
         fitting = ["NHW"]
     elif len(shape) == 4:
         fitting = [layout for layout, axis in (("NCHW", 1), ("NHWC", 3)) if shape[axis] in wanted]
@@ -299,7 +304,9 @@ def _layout(name: str, shape: tuple[int, ...], channels: int | None, value_range
 
 
 def _headers(path: Path) -> Headers:
-    """Shape, whether in Fortran's order, and dtype of the arrays in an `.npz`, by key, or of that in an `.npy`."""
+    """Return shape, whether in Fortran order, and dtype of the arrays in an `.npz`, by key, or of the one in an
+    `.npy`.
+    """
     try:
         with open_regular(path) as file:
             if not is_npz(path):
@@ -309,19 +316,19 @@ def _headers(path: Path) -> Headers:
                     entry.filename.removesuffix(".npy"): read_npy_header(cast(BinaryIO, opened.open(entry)))
                     for entry in zip_entries(opened)
                 }
-    except Exception as error:  # on a damaged one, the readers raise nearly anything
+    except Exception as error:  # readers raise nearly any error for damaged files
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
 def _load(path: Path, column: str | None = None) -> np.ndarray:
-    """The array with that key in an `.npz`, in memory, or that in an `.npy`, mapped.
+    """Return the array with this key in an `.npz`, in memory, or the array in an `.npy`, mapped.
 
     Raises:
-        OSError: when the file cannot be reached.
-        ValueError: when it is damaged or cut short, or holds Python objects.
+        OSError: If the file cannot be reached.
+        ValueError: If it is damaged or truncated, or holds Python objects.
     """
     try:
-        with open_regular(path) as file:  # a pipe is refused
+        with open_regular(path) as file:  # rejects a pipe
             if column is None:
                 return np.lib.format.open_memmap(path, mode="r")
             with np.load(file) as arrays:

@@ -1,4 +1,4 @@
-"""Training images as they are not in the files: mirrored, in other colours, by torchvision's transforms."""
+"""Random changes of training images by torchvision's transforms: mirroring, colours."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .config import DataConfig
 
 
 class Augmentation:
-    """The transforms of `data.horizontal_flip`, `data.vertical_flip` and `data.color_jitter`, sampled for each
-    image and epoch: a pure function of (seed, epoch, index).
+    """Transforms of `data.horizontal_flip`, `data.vertical_flip` and `data.color_jitter`, sampled for each image and
+    epoch: a pure function of (seed, epoch, index).
     """
 
     def __init__(self, config: DataConfig):
@@ -23,13 +23,13 @@ class Augmentation:
 
     @staticmethod
     def of(config: DataConfig) -> Augmentation | None:
-        """Return None where no transform is asked for."""
+        """Return the transforms of `config`, or None if it has none."""
         asked = config.horizontal_flip or config.vertical_flip or config.color_jitter
         return Augmentation(config) if asked else None
 
     def __call__(self, pixels: torch.Tensor, seed: int, epoch: int, indices: Sequence[int]) -> torch.Tensor:
-        """Return the images (B, C, H, W) at these indices, each changed."""
-        before, changed = torch.get_rng_state(), []  # torchvision uses the global generator, and others may, too
+        """Return the images (B, C, H, W) at these indices, each transformed."""
+        before, changed = torch.get_rng_state(), []  # torchvision uses the global generator, and others may too
         try:
             for image, index in zip(pixels, indices, strict=True):
                 state = np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)

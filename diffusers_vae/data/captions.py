@@ -1,4 +1,4 @@
-"""Captions of the images of a folder or an archive, by the conventions that people have."""
+"""Captions of images in a folder or an archive, in common file conventions."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ TELLING = {"cap", "caption", "captions", "meta", "metadata", "prompt", "prompts"
 FOLDERS = TELLING | {"annotation", "annotations", "text", "texts"}
 """Words in the names of folders that may do so."""
 BOX = re.compile(r"\s*\d+(\s+[-+]?\d[\d.eE+-]*){4,}\s*")
-"""A line of a text file with the class and the place of an object, as for YOLO."""
+"""Line of a text file with the class and position of an object, as for YOLO."""
 MAX_METADATA = 2**28
-"""Bytes of a metadata file, of over a million images; each folder may have its own."""
+"""Maximum bytes of a metadata file, enough for a million images; each folder may have one."""
 
 
 def read_captions(below: Files, paths: Sequence[Path]) -> tuple[list[tuple[str, ...]] | None, list[str]]:
-    """Return one or more captions of each image file, or None if there are none, and notes on what is not read.
+    """Return one or more captions per image file, or None if there are none, and notes on ignored files.
 
-    They stand in a `metadata.jsonl` or `metadata.csv` (Hugging Face's imagefolder) in the folder of the image, above it
-    or beside its archive: a row per image, with `file_name` relative to the file and one of `KEYS`, a string or, in
-    JSON, several. Or in NAME.txt or NAME.caption beside the image, a caption a line, or NAME.json with one of `KEYS`.
-    ValueError listing every problem, such as images without a caption among others that have one.
+    Captions are in a `metadata.jsonl` or `metadata.csv` (Hugging Face's imagefolder) in the folder of the image, above
+    it or beside its archive: one row per image, with `file_name` relative to the file and one of `KEYS`, a string or,
+    in JSON, several. Or they are in NAME.txt or NAME.caption beside the image, one caption per line, or NAME.json with
+    one of `KEYS`. ValueError listing every problem, such as images without a caption when others have one.
     """
     files = [str(path) for path in paths]
-    root = "" if str(below.root) == "." else str(below.root)  # as the files' names begin
+    root = "" if str(below.root) == "." else str(below.root)  # prefix of the files' names
     folders = _folders(root, files)
     metadata = _Metadata(below, files)
     for folder in folders:
@@ -68,7 +68,7 @@ def read_captions(below: Files, paths: Sequence[Path]) -> tuple[list[tuple[str, 
     unread = [path for text in texts.values() for path in text.unread]
     notes = metadata.notes
     if boxes:
-        notes.append(f"hold numbers, as of objects' boxes, and are no captions: {_counted(boxes)}")
+        notes.append(f"hold numbers, such as objects' boxes, not captions: {_counted(boxes)}")
     if unread := [*metadata.unread, *unread, *_others(below, folders, files)]:
         notes.append(f"look like captions and are not read (docs/images.md): {_counted(unread)}")
     found = metadata.found | {file: text.captions for file, text in texts.items() if text.captions}
@@ -78,14 +78,12 @@ def read_captions(below: Files, paths: Sequence[Path]) -> tuple[list[tuple[str, 
         problems = [f"{len(found):,} of {len(files):,} images have a caption"]
         problems += [f"{file} has no caption, and others have one" for file in missing]
     if problems:
-        raise ValueError(
-            f"the captions below {below.root.resolve()} are not as they should be:\n{problem_list(problems)}"
-        )
+        raise ValueError(f"the captions in {below.root.resolve()} are not valid:\n{problem_list(problems)}")
     return [found[file] for file in files], notes
 
 
 def _folders(root: str, files: Sequence[str]) -> list[str]:
-    """Return the folders of the files, and those above up to `root`."""
+    """Return the folders of the files, and their parents up to `root`."""
     folders: set[str] = {root}
     for folder in {os.path.dirname(file) for file in files}:
         while folder not in folders:
@@ -96,7 +94,7 @@ def _folders(root: str, files: Sequence[str]) -> list[str]:
 
 @dataclass
 class _Beside:
-    """What the files beside an image hold."""
+    """Content of the files beside an image."""
 
     captions: tuple[str, ...] = ()
     source: str = ""
@@ -107,7 +105,7 @@ class _Beside:
     boxes: str = ""
     """A file with numbers."""
     unread: list[str] = field(default_factory=list)
-    """Files that are no captions after all."""
+    """Files that turned out not to be captions."""
 
 
 def _beside(below: Files, files: Sequence[str]) -> dict[str, list[str]]:
@@ -116,19 +114,19 @@ def _beside(below: Files, files: Sequence[str]) -> dict[str, list[str]]:
     for folder, file in {os.path.dirname(file): file for file in files}.items():
         for name in sorted(below.beside(file)):
             stem, suffix = os.path.splitext(os.path.join(folder, name))
-            names.setdefault(stem, {})[suffix.lower()] = stem + suffix  # of .TXT and .txt, the latter
+            names.setdefault(stem, {})[suffix.lower()] = stem + suffix  # .txt wins over .TXT
     stems = {file: names.get(os.path.splitext(file)[0], {}) for file in files}
-    beside = {file: [own[suffix] for suffix in SUFFIXES if suffix in own] for file, own in stems.items()}
+    beside = {file: [named[suffix] for suffix in SUFFIXES if suffix in named] for file, named in stems.items()}
     return {file: found for file, found in beside.items() if found}
 
 
 def _from_beside(below: Files, paths: Sequence[str]) -> _Beside:
-    """Return the first captions in the files beside an image."""
+    """Return the first captions found in the files beside each image."""
     found = _Beside()
     for path in paths:
         captions: tuple[str, ...] = ()
         if path.lower().endswith(".json"):
-            with suppress(RecursionError, ValueError):  # such files hold many other things
+            with suppress(RecursionError, ValueError):  # such files often hold something else
                 captions = _captions(json.loads(below.read(path)))[1]
             found.unread += [] if captions else [path]
         else:
@@ -158,21 +156,21 @@ def _read(below: Files, path: str, limit: int) -> str | ValueError:
 
 
 class _Metadata:
-    """The captions in metadata files."""
+    """Captions in metadata files."""
 
     def __init__(self, below: Files, files: Sequence[str]):
         self.below, self.files = below, {*files}
         self.found: dict[str, tuple[str, ...]] = {}
         self.sources: dict[str, str] = {}
-        """Name of the metadata file of each image file with captions there."""
+        """Metadata file of each image file that has captions in one."""
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.unread: list[str] = []
         self.rows: dict[str, str] = {}
-        """File and line of the row of each file."""
+        """File and line number of each image file's row."""
 
     def read_folder(self, folder: str, others: bool = False) -> None:
-        """Read the metadata files in a folder, which may describe `others` than the files of the set."""
+        """Read the metadata files in a folder, which may also describe `others` than the files of the set."""
         for path in (os.path.join(folder, name) for name in METADATA):
             if self.below.exists(path):
                 text = _read(self.below, path, MAX_METADATA)
@@ -188,7 +186,7 @@ class _Metadata:
             try:
                 if isinstance(row, ValueError):
                     raise row
-                if path.endswith(".csv") and "file_name" not in row:  # any table may be called so
+                if path.endswith(".csv") and "file_name" not in row:  # any table may have this name
                     self.unread.append(path)
                     return
                 keys |= row.keys()
@@ -199,7 +197,7 @@ class _Metadata:
                     raise ValueError(f"{name} must lie in the folder of the {os.path.basename(path)} or below it")
                 file = self._find(os.path.join(os.path.dirname(path), name), name)
                 if file in self.rows:
-                    raise ValueError(f"{name} has a line already, {self.rows[file]}; several captions go into a list")
+                    raise ValueError(f"{name} already has a row, {self.rows[file]}; put several captions into a list")
                 if file is None and not others:
                     raise ValueError(f"there is no file {name}")
             except ValueError as error:
@@ -215,8 +213,10 @@ class _Metadata:
             )
 
     def _find(self, file: str, name: str) -> str | None:
-        """Return the file that a row names, if any; one in an archive may be named as if it was unpacked there."""
-        if file in self.files or self.below.exists(file):  # files of other kinds may be described too
+        """Return the file that a row names, if it exists. A file in an archive may be named as if it was unpacked
+        beside it.
+        """
+        if file in self.files or self.below.exists(file):  # other kinds of files may be described too
             return file
         found = self.below.unpacked.get(file, ())
         if len(found) > 1:
@@ -225,14 +225,14 @@ class _Metadata:
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Yield number and object of each line that is not empty."""
+    """Yield the number and object of each line that is not empty."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            yield number, ValueError(f"no JSON: {error.msg} at column {error.colno}")
+            yield number, ValueError(f"invalid JSON: {error.msg} at column {error.colno}")
             continue
         if isinstance(row, dict) and isinstance(row.get("file_name"), str) and row["file_name"]:
             yield number, row
@@ -241,7 +241,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
 
 
 def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Yield last line and fields of each row, without empty ones but file_name."""
+    """Yield the last line and the fields of each row, without empty fields except file_name."""
     header = text.partition("\n")[0]
     delimiter = next((mark for mark in ";\t" if mark in header and "," not in header), ",")
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
@@ -253,11 +253,11 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
             else:
                 yield rows.line_num, names
     except csv.Error as error:
-        yield rows.line_num, ValueError(f"no CSV: {error}")
+        yield rows.line_num, ValueError(f"invalid CSV: {error}")
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:
-    """Return the captions in a row; ValueError when they are of a wrong type or empty."""
+    """Return the captions in a row; ValueError if they are of a wrong type or empty."""
     key, captions = _captions(row)
     if key is not None and not captions:
         texts = row[key] if isinstance(row[key], list) else [row[key]]
@@ -268,7 +268,7 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _captions(row: Any) -> tuple[str | None, tuple[str, ...]]:
-    """Return the first of `KEYS` in an object, and its captions, none if they are empty or no text."""
+    """Return the first of `KEYS` in an object, and its captions: none if they are empty or not text."""
     key = next((key for key in KEYS if isinstance(row, dict) and key in row), None)
     value = None if key is None else row[key]
     captions = [value] if isinstance(value, str) else value
@@ -278,7 +278,7 @@ def _captions(row: Any) -> tuple[str | None, tuple[str, ...]]:
 
 
 def _others(below: Files, folders: Sequence[str], files: Sequence[str]) -> list[str]:
-    """Return files that may hold captions by their names, beside the images or above, and are not read."""
+    """Return ignored files, beside the images or above them, that may hold captions by their names."""
     found = []
     keys: dict[str, set[str]] = {}
     for file in files:
@@ -305,8 +305,10 @@ def _is_telling(name: str) -> bool:
 
 
 def _counted(paths: Sequence[str]) -> str:
-    """Return the number of files of each suffix, with one of them."""
+    """Return the number of files of each suffix, with an example."""
     kinds: dict[str, list[str]] = {}
     for path in dict.fromkeys(paths):
         kinds.setdefault(os.path.splitext(path)[1], []).append(path)
-    return "; ".join(own[0] if len(own) == 1 else f"{len(own):,} files such as {own[0]}" for own in kinds.values())
+    return "; ".join(
+        files[0] if len(files) == 1 else f"{len(files):,} files such as {files[0]}" for files in kinds.values()
+    )

@@ -1,4 +1,4 @@
-"""What the files of a set are like, by their headers, before they are trained on."""
+"""Checks of a set's files by their headers, before training."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 PAGED = (".apng", ".avif", ".avifs", ".gif", ".heic", ".heics", ".heif", ".heifs", ".tif", ".tiff", ".webp")
 """Suffixes of files that may hold several images."""
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L")
-"""Modes of Pillow's without colours."""
+"""Pillow's modes without colours."""
 LOOKED_AT = 256
-"""Images of each part whose headers are read first: they say whether a set is in colour, unless all are grey."""
+"""Number of images per part whose headers are read first: if all are grey, more are read to detect colours."""
 MEASURED = 32
 """Number of training images that are checked for unused depth."""
 S = TypeVar("S", bound=StoredImages)
@@ -37,8 +37,8 @@ T = TypeVar("T")
 def in_size(
     train: StoredImages, heldout: StoredImages, progress: bool, memory_limit: int, headers: bool = True
 ) -> tuple[ImageSet, ImageSet]:
-    """Return the sets in memory if their pixels fit, else read on demand; without the images that cannot be read, in
-    the latter case by their `headers`, if each has its own.
+    """Return the sets in memory if their pixels fit, otherwise read on demand, without unreadable images. In the latter
+    case, `headers` identify these, if each image has a header.
     """
     asked = train.config
     train, heldout = looked_at(train, heldout)
@@ -49,7 +49,7 @@ def in_size(
         count, size = asked.crops or 1, asked.size[0] * asked.size[1] * train.channels * asked.dtype.itemsize
         return count == "random" or (len(train) + len(heldout)) * count * size > memory_limit
 
-    if unsure and not too_large():  # a few of the others may have colours
+    if unsure and not too_large():  # some of the others may be in colour
         train, heldout = looked_at(train.seen_as(asked, ""), heldout.seen_as(asked, ""), longest)
         unsure = False
     loaded: list[ImageSet]
@@ -92,7 +92,7 @@ def _described(train: S, heldout: S, headers: Sequence[Header]) -> tuple[S, S]:
 
 
 def _header_of_any(images: StoredImages, index: int) -> Header | None:
-    """Return the header of an image of 1 or 3 channels if none are asked for, or None if it cannot be read."""
+    """Return the header of an image, of 1 or 3 channels if unspecified, or None if it cannot be read."""
     for channels in (1, 3) if images.config.channels is None else (images.config.channels,):
         with suppress(ValueError):
             return images.store.header(int(images.rows[index]), channels, images.config.stated_range)
@@ -100,7 +100,7 @@ def _header_of_any(images: StoredImages, index: int) -> Header | None:
 
 
 def _colours(mode: str) -> str:
-    """Describe a header's mode: grey, RGB, RGBA, 5 channels."""
+    """Return a description of a header's mode: grey, RGB, RGBA, 5 channels."""
     count, _, dtype = mode.partition("x ")
     if dtype:
         return {"1": "grey", "3": "RGB"}.get(count, f"{count} channels")
@@ -109,7 +109,7 @@ def _colours(mode: str) -> str:
 
 
 def size_in_words(config: DataConfig, count: int, colours: Mapping[str, int], sizes: Sequence[tuple[int, int]]) -> str:
-    """Describe `count` images, with the colours and (height, width) of some, and how they are read."""
+    """Return a description of `count` images, with colours and (height, width) of some, and how they are read."""
     of, channels = f"{count:,} images of {config.described}", config.channels or 0
     read_as = {1: "grey", 3: "RGB"}.get(channels, f"with {channels} channels")
     wanted = f"{'x'.join(map(str, config.size))} {read_as}"
@@ -129,7 +129,7 @@ def _warn_of_pages(parts: Sequence[StoredImages]) -> None:
     """Log a warning that names the files with more than one page or frame."""
     rows = sorted({int(row) for part in parts for row in part.rows})
     store, channels, value_range = parts[0].store, parts[0].channels, parts[0].config.stated_range
-    # the name of a row of a table ends in that of its file, in parentheses
+    # the name of a table's row ends with its file, in parentheses
     rows = [row for row in rows if store.name(row).lower().rstrip(")").endswith(PAGED)]
     with ThreadPoolExecutor() as pool:
         headers = list(pool.map(lambda row: store.header(row, channels, value_range), rows))
@@ -143,7 +143,7 @@ def _warn_of_pages(parts: Sequence[StoredImages]) -> None:
 
 
 def _warn_of_depth(images: ImageSet, config: DataConfig) -> None:
-    """Log a warning when most images use only a small part of the values that they could have."""
+    """Log a warning if most images use only a small part of the value range."""
     pixels = images.read(range(min(MEASURED, len(images)))).pixels.flatten(1)
     values = pixels / 255 if pixels.dtype == torch.uint8 else pixels
     lowest, highest = values.amin(1), values.amax(1)
@@ -173,33 +173,33 @@ def pages_of(name: str, header: Header) -> str:
 def _scan(
     parts: list[StoredImages], look: Callable[[StoredImages, int], T], title: str, progress: bool
 ) -> tuple[list[StoredImages], list[list[T]]]:
-    """Return the parts without the files at which `look` raises ValueError, and its results for the others; ValueError
+    """Return the parts without the files for which `look` raises ValueError, and its results for the others; ValueError
     naming those files unless they are to be skipped.
     """
 
-    def attempt(place: tuple[StoredImages, int]) -> tuple[T | None, str | None]:
+    def attempt(position: tuple[StoredImages, int]) -> tuple[T | None, str | None]:
         try:
-            return look(*place), None
+            return look(*position), None
         except ValueError as error:
             return None, str(error)
 
-    places = [(part, index) for part in parts for index in range(len(part))]
+    positions = [(part, index) for part in parts for index in range(len(part))]
     with ThreadPoolExecutor() as pool:
-        results = list(tqdm(pool.map(attempt, places), title, len(places), unit="img", disable=not progress))
+        results = list(tqdm(pool.map(attempt, positions), title, len(positions), unit="img", disable=not progress))
     errors = sorted(error for _, error in results if error)
     shown = problem_list(errors)
     if errors and parts[0].config.on_bad_image == "stop":
         raise ValueError(
-            f"{len(errors)} of {len(places)} files cannot be read; remove or mend them, or leave them out with "
+            f"{len(errors)} of {len(positions)} files cannot be read; remove or mend them, or leave them out with "
             f"data.on_bad_image skip:\n{shown}"
         )
     if errors and progress:
-        logger.warning("%d of %d files cannot be read and are left out:\n%s", len(errors), len(places), shown)
+        logger.warning("%d of %d files cannot be read and are left out:\n%s", len(errors), len(positions), shown)
     kept, found = [], []
     for part in parts:
-        own, results = results[: len(part)], results[len(part) :]
-        kept.append(part.without({index: error for index, (_, error) in enumerate(own) if error}))
-        found.append([value for value, error in own if not error])
+        of_part, results = results[: len(part)], results[len(part) :]
+        kept.append(part.without({index: error for index, (_, error) in enumerate(of_part) if error}))
+        found.append([value for value, error in of_part if not error])
         if not len(kept[-1]):
             raise ValueError(
                 f"no image is left to {'hold out' if kept[1:] else 'train on'}: none can be read:\n{shown}"

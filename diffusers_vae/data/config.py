@@ -16,9 +16,9 @@ from ..images.raw_files import as_they_are
 from .kinds import is_hub_id, kind_at
 
 IN_MEMORY = ("digits", "mnist", "qmnist", "fashion-mnist", "cifar10")
-"""Names of sets whose images are all of one size, and in memory."""
+"""Names of sets with images of one size, which are kept in memory."""
 PLACED = ("folder", "array", "datasets")
-"""Names of sets that `data.root` says."""
+"""Names of sets that `data.root` locates."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class DataConfig:
     """Folder, archive, array, Parquet file or NAMESPACE/NAME on the Hub (docs/images.md), or download folder of
     torchvision's sets; null: data."""
     subset: str | None = only_with(None, "of_rows", name=("datasets",))
-    """Configuration of a data set of rows that has several."""
+    """Configuration of a data set of rows, if it has several."""
     revision: str | None = only_with(None, "of_rows", "local", name=("datasets",))
     """Branch, tag or commit of a data set on the Hub; null: the newest."""
     image_column: str | None = only_with(None, "of_rows", name=("datasets", "array"))
@@ -43,7 +43,7 @@ class DataConfig:
     resolution: int | tuple[int, int] = setting(32, "any_set")
     """Side of the images in pixels, or [height, width]."""
     channels: int | None = setting(None, "any_set", "kept", at_least=1)
-    """1: grey; 3: RGB; others: files with that many channels, unconverted; null: 1 if all images are grey, else 3
+    """1: grey; 3: RGB; others: unconverted files with that many channels; null: 1 if all images are grey, else 3
     (docs/images.md)."""
     value_range: tuple[float, float] | None = only_with(None, "any_set", name=PLACED)
     """[low, high] of the values in the files, mapped to [-1, 1] without other conversion; null: 8-bit values
@@ -65,16 +65,14 @@ class DataConfig:
     """What to do with unreadable files; stop: raise an error that names them; skip: leave them out and list them in
     bad_images.txt."""
     heldout_fraction: float = only_with(0.1, above=0, below=1, name=("digits", *PLACED))
-    """Fraction of the images that is held out, the same in every run, if the set has no held-out part
-    (docs/images.md)."""
+    """Fraction of images to hold out, the same in every run, if the set has no held-out part (docs/images.md)."""
     streaming: bool = only_with(False, name=("datasets",))
     """Read Parquet files one row group at a time during training, without preparing the whole set first
     (docs/images.md)."""
     shuffle_buffer: int = only_with(4096, "training", at_least=1, streaming=True)
-    """Number of images of a stream, over all processes, among which the next ones are sampled; their files are kept in
-    memory."""
+    """Number of images of a stream, over all processes, that are shuffled together; their files stay in memory."""
     num_workers: int = setting(2, "any_set", "free", "local", at_least=0)
-    """Number of processes that read images of a set that does not fit into memory."""
+    """Number of worker processes that read images, for a set that does not fit into memory."""
 
     def __post_init__(self):
         at_home(self, "root")
@@ -128,13 +126,13 @@ class DataConfig:
 
     @property
     def location(self) -> str:
-        """The folder, file or set on the Hub that `root` gives."""
+        """Return the folder, file or Hub data set that `root` names."""
         assert self.root is not None
         return self.root
 
     @property
     def described(self) -> str:
-        """The set's name, of a folder or file its own, of one on the Hub with its namespace."""
+        """Return the set's name: that of a folder or file, or NAMESPACE/NAME on the Hub."""
         if self.name in PLACED and not (self.name == "datasets" and is_hub_id(self.location)):
             return Path(self.location).resolve().name
         return self.location if self.name == "datasets" else str(self.name)
@@ -147,26 +145,26 @@ class DataConfig:
 
     @property
     def as_they_are(self) -> bool:
-        """Whether the values in files are not converted to grey or RGB of 8 bits."""
+        """Return whether values in files are used without conversion to 8-bit grey or RGB."""
         return as_they_are(self.channels, self.stated_range)
 
     @property
     def stated_range(self) -> ValueRange | None:
-        """What `value_range` says that values in files mean."""
+        """Return the range of values in files that `value_range` states, or None."""
         return None if self.value_range is None else ValueRange(*self.value_range)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of pixels after reading: uint8 in [0, 255] or float32 in [0, 1]."""
+        """Return the dtype of pixels after reading: uint8 in [0, 255] or float32 in [0, 1]."""
         return torch.uint8 if self.value_range is None else torch.float32
 
     @property
     def resize(self) -> str:
-        """How images of another size are brought to `resolution`, in words."""
+        """Return a description of how images of another size are resized to `resolution`."""
         how = f"bicubic with antialiasing, on {'8-bit' if self.value_range is None else 'float32'} values"
         if self.crops is not None:
-            places = "a place" if self.crops == "random" else f"{self.crops} places"
-            return f"cut out at {places} of each, always the same; if smaller, scaled to cover ({how})"
+            positions = "a place" if self.crops == "random" else f"{self.crops} places"
+            return f"cut out at {positions} of each, always the same; if smaller, scaled to cover ({how})"
         if self.name not in (*IN_MEMORY, "array") and not self.as_they_are:
             how += f"; JPEGs that are {2 * OVERSIZE} times as large or more, from a decode at reduced scale"
         if self.fit == "crop":
@@ -176,13 +174,13 @@ class DataConfig:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of the images."""
+        """Return the height and width of the images."""
         height, width = (self.resolution,) * 2 if isinstance(self.resolution, int) else self.resolution
         return height, width
 
     @property
     def changes_images(self) -> str:
-        """Settings that change a training image from epoch to epoch, as text; empty if there are none."""
+        """Return the settings that change a training image from epoch to epoch, as text; empty if there are none."""
         unchanged = {"horizontal_flip": False, "vertical_flip": False, "color_jitter": None}
         changing = [name for name, value in unchanged.items() if getattr(self, name) != value]
         changing += ["crops"] * (self.crops == "random")

@@ -1,4 +1,4 @@
-"""The files of a data set by name, in folders and in archives."""
+"""Files of a data set by name, in folders and archives."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ from ..untrusted import MAX_TEXT, MAX_UNPACKED, Reader, Unreachable, open_regula
 ARCHIVES = (".tar", ".zip")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst")
 SECTIONS = {b"data", b"optimizer", b"run"}
-"""Sections that the config.yaml of a run has, and hardly that of another program."""
+"""Sections of a run's config.yaml that another program's is unlikely to have."""
 OF_RUN = ("checkpoints", "lora", "model", "nonfinite", "pictures", "pipeline", "tensorboard")
 """Folders of a run or an evaluation."""
 OWN_PICTURES, OWN_FOLDER = ("contact-sheet.png", "samples.png"), "reconstructions"
-"""Where commands write pictures unless they are given another place."""
+"""Default files and folders to which commands write pictures."""
 LOCAL_HEADER = 30
-"""Bytes of a zip archive before the name of a file (PKWARE, APPNOTE.TXT, 4.3.7)."""
+"""Bytes of a zip archive's local header before the file name (PKWARE, APPNOTE.TXT, 4.3.7)."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file in an archive, for any process and thread to read on its own."""
+    """File in an archive, which any process and thread can read independently."""
 
     archive: str
     offset: int
     """Offset of the content in a tar, of the local header in a zip."""
     stored: int
-    """Bytes of the content as stored."""
+    """Stored bytes of the content."""
     size: int
-    """Bytes of the content."""
+    """Unpacked bytes of the content."""
     crc: int | None = None
     """CRC-32 of the content, in a zip."""
     deflated: bool = False
 
     def open(self) -> BinaryIO:
-        """Open the content, unchecked; unless it is compressed, no more is read than is asked for."""
+        """Open the content, unchecked. Unless it is compressed, no more than requested is read."""
         return io.BytesIO(self.read()) if self.deflated else Reader(_Part(self))
 
     def read(self) -> bytes:
-        """Read the content; ValueError when it is damaged."""
+        """Return the content; ValueError if it is damaged."""
         with Reader(_Part(self)) as part:
             content = part.read(self.stored)
         if self.deflated:
-            try:  # by one byte more than there should be, it is seen to be more
+            try:  # read one byte more than stated, to detect excess content
                 content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, self.size + 1)
             except zlib.error as error:
                 raise ValueError(f"it is damaged in the archive: {error}") from error
-        # a zip's checksum counts, even where the size that it states is wrong, as for zipfile
+        # like zipfile, trust a zip's checksum even where its stated size is wrong
         whole = len(content) == self.size if self.crc is None else zlib.crc32(content) == self.crc
         if len(content) > self.size or not whole:
             raise ValueError("it is damaged in the archive")
@@ -66,15 +66,15 @@ class Member:
 
 
 class _Part(io.RawIOBase):
-    """The bytes of a member as they lie in its archive."""
+    """Raw bytes of a member in its archive."""
 
     def __init__(self, member: Member):
         try:
             self.file = open_regular(member.archive).detach()
-        except FileNotFoundError as error:  # with all its images
+        except FileNotFoundError as error:  # all images of the archive are missing
             raise Unreachable(str(error)) from error
         self.start, self.length, self.at = member.offset, member.stored, 0
-        if member.crc is not None:  # what follows the name may be longer here than in the directory
+        if member.crc is not None:  # the extra field may be longer than in the directory
             self.file.seek(member.offset)
             header = self.file.read(LOCAL_HEADER)
             self.start += LOCAL_HEADER + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
@@ -101,10 +101,10 @@ class _Part(io.RawIOBase):
 
 
 class Files:
-    """The files below `root`, a folder or an archive; archives are listed like folders, and not unpacked.
+    """Files in `root`, a folder or an archive. Archives are listed like folders, and not unpacked.
 
-    Hidden files and what this package wrote, listed in `outputs`, are left out. Links are followed, but no folder is
-    read twice. FileNotFoundError when `root` is neither a folder nor an archive.
+    Hidden files are left out, and so are this package's outputs, which `outputs` lists. Links are followed, but no
+    folder is read twice. FileNotFoundError if `root` is neither a folder nor an archive.
     """
 
     def __init__(self, root: Path):
@@ -122,7 +122,7 @@ class Files:
             )
 
     def inside(self, folder: Path) -> dict[Path, bool]:
-        """Return what lies in a folder or an archive, and whether each is a folder."""
+        """Return the entries of a folder or an archive, and whether each is a folder."""
         if folder.is_dir():
             folders, names = [], []
             for path in folder.iterdir():
@@ -137,8 +137,8 @@ class Files:
         return found
 
     def below(self, folder: Path) -> list[Path]:
-        """Return all files below a folder or in an archive, sorted; ValueError naming an archive that cannot be read,
-        or holds files that also lie unpacked beside it.
+        """Return all files in a folder or an archive, recursively and sorted; ValueError naming an archive that cannot
+        be read, or that holds files that are also unpacked beside it.
         """
         if folder.is_file():
             return sorted(map(Path, self._list(str(folder))))
@@ -169,7 +169,7 @@ class Files:
         return sorted(map(Path, paths + packed))
 
     def place(self, path: Path, folder: Path) -> tuple[str, ...]:
-        """Return the names on the way from the folder to a file below it, without that of an archive."""
+        """Return the names of folders from the folder to a file in it, without that of an archive."""
         member = self.members.get(str(path))
         archive = member and Path(member.archive)
         if archive is None or archive == folder or not archive.is_relative_to(folder):
@@ -177,7 +177,9 @@ class Files:
         return archive.parent.relative_to(folder).parts + path.relative_to(archive).parts
 
     def read(self, path: str, limit: int = MAX_TEXT) -> bytes:
-        """Read a file of at most `limit` bytes; ValueError naming it when it is larger, no regular file, or damaged."""
+        """Return the content of a file of at most `limit` bytes; ValueError naming it if it is larger, irregular or
+        damaged.
+        """
         member = self.members.get(path)
         if member is None:
             return read_bytes(path, limit)
@@ -189,21 +191,23 @@ class Files:
             raise ValueError(f"cannot read {path}: {error}") from error
 
     def exists(self, path: str) -> bool:
-        """Whether there is such a file; one that is not regular is there, and refused when it is read."""
+        """Return whether the file exists. An irregular file exists, and is rejected when it is read."""
         return path in self.members or (os.path.exists(path) and not os.path.isdir(path))
 
     def beside(self, path: str) -> set[str]:
-        """Return the names of the files in the folder of a file, which may lie in an archive."""
+        """Return the names of the files in the folder of a file, which may be in an archive."""
         folder = os.path.dirname(path)
         return self._names[folder] if path in self.members else set(os.listdir(folder or "."))
 
     def names_in(self, folder: str) -> Collection[str]:
-        """Return the names of the files in a folder, of an archive too, and of the folders in one on the disk."""
+        """Return the names of the files in a folder, also of an archive, and of the subfolders if it is on the disk."""
         return os.listdir(folder or ".") if os.path.isdir(folder or ".") else self._names.get(folder, set())
 
     @cached_property
     def unpacked(self) -> dict[str, list[str]]:
-        """Files in archives by their paths if unpacked beside the archive, or into a folder of its name."""
+        """Return the files in archives by the paths they would have if unpacked beside the archive or into a folder of
+        its name.
+        """
         found: dict[str, list[str]] = {}
         for path, member in self.members.items():
             inside = os.path.relpath(path, member.archive)
@@ -213,7 +217,7 @@ class Files:
 
     @cached_property
     def _names(self) -> dict[str, set[str]]:
-        """Names of the files in archives, by folder."""
+        """Return the names of the files in archives, by folder."""
         names: dict[str, set[str]] = {}
         for path in self.members:
             names.setdefault(os.path.dirname(path), set()).add(os.path.basename(path))
@@ -221,14 +225,14 @@ class Files:
 
     def _list(self, archive: str) -> list[str]:
         """Return the files in an archive, and add them to the members."""
-        archive = str(Path(archive))  # as the paths below it will be
+        archive = str(Path(archive))  # as in the paths of its files
         if archive not in self.archives:
             found = _members(archive)
             self.members |= found
             names: dict[str, list[str]] = {}
             for path in found:
                 names.setdefault(os.path.dirname(path), []).append(os.path.basename(path))
-            outputs = {folder for folder, own in names.items() if is_output(folder, own, self.read)}
+            outputs = {folder for folder, inside in names.items() if is_output(folder, inside, self.read)}
             self.outputs |= outputs
             inside = tuple(f"{folder}{os.sep}" for folder in outputs)
             self.archives[archive] = [path for path in found if not path.startswith(inside)] if inside else list(found)
@@ -236,7 +240,7 @@ class Files:
 
     def _leave_out_outputs(self, parent: str, folders: list[str], names: list[str]) -> None:
         """Remove this package's outputs from the names in a folder. If `root` itself is a run, it may also hold images:
-        only the folders of a run are removed.
+        then only the folders of a run are removed.
         """
         written = is_output(parent, names, self.read)
         left_out = []
@@ -254,7 +258,7 @@ class Files:
 
 
 def is_output(folder: str, names: Collection[str], read: Callable[[str], bytes] = read_bytes) -> bool:
-    """Whether a folder is a run, an evaluation, a comparison or a cache of latents, by the names of its files."""
+    """Return whether a folder is a run, an evaluation, a comparison or a latent cache, by the names of its files."""
     if "config.yaml" in names:
         with suppress(OSError, ValueError):
             if {*re.findall(rb"(?m)^(\w+):", read(os.path.join(folder, "config.yaml")))} >= SECTIONS:
@@ -266,7 +270,7 @@ def is_output(folder: str, names: Collection[str], read: Callable[[str], bytes] 
 
 
 def is_own_picture(path: str) -> bool:
-    """Whether a command of this package wrote a picture."""
+    """Return whether a command of this package wrote a picture."""
     try:
         with open_regular(path) as file:
             return SIGNATURE.encode() in file.read(256)
@@ -277,14 +281,14 @@ def is_own_picture(path: str) -> bool:
 def _refuse_compressed(path: str) -> None:
     if path.lower().endswith(COMPRESSED):
         raise ValueError(
-            f"a compressed tar cannot be read at any place: pack the images of {path} in a .tar without compression, "
+            f"a compressed tar does not allow random access: pack the images of {path} in a .tar without compression, "
             "or move it elsewhere"
         )
 
 
 def zip_entries(opened: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """Return the files in a zip archive; ValueError naming one that is encrypted, packed otherwise than by deflate,
-    compressed and larger than `MAX_UNPACKED`, or overlaps another.
+    """Return the files in a zip archive; ValueError naming a file that is encrypted, uses a compression other than
+    deflate, is compressed and larger than `MAX_UNPACKED`, or overlaps another.
     """
     entries = sorted(opened.infolist(), key=lambda entry: entry.header_offset)
     starts = [entry.header_offset for entry in entries] + [opened.start_dir]
@@ -302,7 +306,7 @@ def zip_entries(opened: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 
 
 def _holds_a_header(content: bytes) -> bool:
-    """Whether a tar's header of a file begins at some block."""
+    """Return whether a tar header of a file begins at some block."""
     for at in range(0, len(content), tarfile.BLOCKSIZE):
         with suppress(tarfile.HeaderError):
             tarfile.TarInfo.frombuf(content[at : at + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
@@ -311,7 +315,7 @@ def _holds_a_header(content: bytes) -> bool:
 
 
 def _members(archive: str) -> dict[str, Member]:
-    """Return files of an archive by their paths below it; ValueError naming the archive when it is damaged."""
+    """Return the files of an archive by their paths in it; ValueError naming the archive if it is damaged."""
     listed: dict[str, Member] = {}
     try:
         end = os.path.getsize(archive)
@@ -340,10 +344,10 @@ def _members(archive: str) -> dict[str, Member]:
                         raise ValueError(f"it ends within {entry.name}")
                     listed[entry.name] = Member(archive, entry.offset_data, entry.size, entry.size)
                 opened.fileobj.seek(opened.offset)
-                if any(opened.fileobj.read(tarfile.BLOCKSIZE) or b"cut"):  # tarfile takes any end for one
-                    raise ValueError("it has no end, as if it was cut short; pack it again")
-                if _holds_a_header(opened.fileobj.read(2**20)):  # anything else, tools pass over
-                    raise ValueError("it goes on after its end, as tars do that were put together; pack it again")
+                if any(opened.fileobj.read(tarfile.BLOCKSIZE) or b"cut"):  # tarfile accepts any end
+                    raise ValueError("it has no end, as if it was truncated; pack it again")
+                if _holds_a_header(opened.fileobj.read(2**20)):  # tools ignore anything else
+                    raise ValueError("it continues after its end, as concatenated tars do; pack it again")
     except Exception as error:  # on a damaged one, the readers raise nearly anything
         raise ValueError(f"cannot read the archive {archive}: {error}") from error
     files = {}

@@ -1,4 +1,4 @@
-"""Which image files of a folder or an archive are trained on, and which are held out."""
+"""Image files of a folder or an archive, divided into training and held-out parts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .parts import TRAINING, is_bare, is_generic, is_plain, part_of, refuse_fold
 from .store import left_out
 
 LISTED = 5
-"""Names in a note."""
+"""Maximum number of names in a note."""
 PACKED = "\0"
-"""What the name of an archive ends with among the names of folders."""
+"""Suffix of an archive's name among the names of folders."""
 Names = tuple[str, ...]
 """Names of nested folders and archives, outermost first."""
 
@@ -29,45 +29,45 @@ class Division:
     parts: list[list[Path]]
     """Training and held-out files or, without parts, one list of all files, to be split later; each list is sorted."""
     folders: dict[str, Names]
-    """Names of the folders on the way from the set to each folder with images, without those of parts and archives."""
+    """Names of the folders from the set to each folder with images, without those of parts and archives."""
     others: list[Path]
-    """Files beside them, in the same folders and below, that are no images by their suffix."""
+    """Other files in the same folders and below, which are not images by their suffix."""
     notes: list[str]
-    """What is not used, and what is in spite of its name."""
+    """Notes on what is not used, or used despite its name."""
 
 
 @dataclass
 class _Roles:
-    """What the folders of a set are for, with their names as in `Division.folders`."""
+    """Roles of the folders of a set, with their names as in `Division.folders`."""
 
     training: dict[str, Names] = field(default_factory=dict)
     heldout: dict[str, Names] = field(default_factory=dict)
     undivided: dict[str, Names] = field(default_factory=dict)
     splits: list[Names] = field(default_factory=list)
-    """Folders in which parts lie."""
+    """Folders that contain parts."""
     unused: list[Names] = field(default_factory=list)
     beside: list[Names] = field(default_factory=list)
-    """Folders in which images lie beside parts."""
+    """Folders with images beside parts."""
     doubtful: list[Names] = field(default_factory=list)
-    """Folders that are named as a part, with no other part beside them."""
+    """Folders named like a part, without another part beside them."""
 
 
 def divide(files: Files) -> Division:
-    """Find the image files of a set, those with one of `IMAGE_SUFFIXES`, and its parts.
+    """Find the image files of a set, which have one of `IMAGE_SUFFIXES`, and its parts.
 
     Parts are sibling folders or archives with the names of parts (`parts.split_of`), in the root or further down: in a
-    folder without siblings, or in sibling folders that have parts of their own. Files outside of them are trained on.
+    folder without siblings, or in sibling folders that each contain parts. Files outside of them are used for training.
 
     Raises:
-        FileNotFoundError: when there is no image.
-        ValueError: when it is not clear what to train on.
+        FileNotFoundError: If there is no image.
+        ValueError: If it is unclear what to train on.
     """
     folder, entries, holders, images = _first_with_several(files)
     unused_files: list[str] = []
     beside: list[Path] = []
 
     def images_below(path: Path) -> list[Path]:
-        """Return the images; all other files join `beside`."""
+        """Return the images; add all other files to `beside`."""
         below = files.below(path)
         beside.extend(found for found in below if not _is_image(found))
         return [found for found in below if _is_image(found)]
@@ -115,7 +115,7 @@ def divide(files: Files) -> Division:
 
 
 def class_names(division: Division) -> list[list[str | None]]:
-    """Return the class of each file of each part: the first folder above it that differs and names no part, or None."""
+    """Return the class of each file of each part: the first differing folder above it that names no part, or None."""
     parts = []
     for part in division.parts:
         folders = {at: division.folders[at] for at in dict.fromkeys(os.path.dirname(path) for path in part)}
@@ -135,7 +135,7 @@ def class_names(division: Division) -> list[list[str | None]]:
 
 
 def _common(folders: Iterable[Names]) -> str | None:
-    """Return the first name, if all have the same."""
+    """Return the first name, if all have the same one."""
     firsts = {names[0] if names else None for names in folders}
     return firsts.pop() if len(firsts) == 1 else None
 
@@ -145,7 +145,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _first_with_several(files: Files) -> tuple[Path, dict[Path, bool], list[Path], list[Path]]:
-    """Return the first folder with more than one folder or archive in it; its entries, and whether each is a folder;
+    """Return the first folder that contains more than one folder or archive, its entries with whether each is a folder,
     the folders and archives among them, and the images.
     """
     folder = files.root
@@ -160,11 +160,11 @@ def _first_with_several(files: Files) -> tuple[Path, dict[Path, bool], list[Path
 
 
 def _is_archive(path: Path) -> bool:
-    return path.suffix.lower() in ARCHIVES and path.is_file()  # archives within archives are not read
+    return path.suffix.lower() in ARCHIVES and path.is_file()  # archives in archives are not read
 
 
 def _shows_images(files: Files, path: Path) -> bool:
-    """Whether images lie in a folder, or in the first folder of it, and so on; it may be large."""
+    """Return whether a folder contains images, or its first folder does, and so on. The folder may be large."""
     for _ in range(LISTED):
         entries = sorted(files.inside(path).items())
         if any(_is_image(found) and not inner for found, inner in entries):
@@ -174,7 +174,7 @@ def _shows_images(files: Files, path: Path) -> bool:
 
 
 def _folders(files: Files, images: Sequence[Path], base: Path) -> dict[str, Names]:
-    """Return the folders of the images, each with the names on the way from `base`."""
+    """Return the folders of the images, each with the names from `base` to it."""
     found: dict[str, Names] = {}
     for at in dict.fromkeys(os.path.dirname(image) for image in images):
         path, names = base, []
@@ -191,7 +191,7 @@ def _bare(names: Names) -> Names:
 
 
 def _assign(folders: Sequence[tuple[str, Names, Names]], above: Names, roles: _Roles) -> None:
-    """Add the roles of folders below `above`; each comes with names left on its way and those so far that count."""
+    """Add the roles of folders below `above`. Each has its remaining names, and the names so far that count."""
     inside: dict[str, list[tuple[str, Names, Names]]] = defaultdict(list)
     images = []
     for at, left, so_far in folders:
@@ -209,7 +209,7 @@ def _assign(folders: Sequence[tuple[str, Names, Names]], above: Names, roles: _R
         roles.unused += [(*above, name) for name in sorted(others)]
         roles.beside += [above] if images else []
         return
-    if packed := [name for name in inside if name.endswith(PACKED)]:  # what is in them lies beside them
+    if packed := [name for name in inside if name.endswith(PACKED)]:  # count their content as beside them
         beside = [(at, (name, *left), rest) for name in inside for at, left, rest in inside[name] if name not in packed]
         _assign([*images, *beside, *(entry for name in packed for entry in inside[name])], above, roles)
         return
@@ -221,9 +221,9 @@ def _assign(folders: Sequence[tuple[str, Names, Names]], above: Names, roles: _R
 
 
 def _by_file_names(images: list[Path]) -> tuple[list[list[Path]], list[str]] | None:
-    """Split images whose file names all mean a part, such as train_001.png; also return the names of unused ones."""
+    """Split images if all file names mean a part, such as train_001.png; also return the names of unused ones."""
     if not all(part_of(image.stem, True) for image in images[:LISTED]):
-        return None  # as nearly always
+        return None  # the usual case
     split = split_of({image.stem for image in images}, lambda name: True)
     if split is None or not all(part_of(image.stem, True) for image in images):
         return None
@@ -238,7 +238,7 @@ def _checked(found: list[Path], folders: Sequence[Path], beside: Sequence[Path],
 
 
 def no_image(files: Files, folders: Sequence[Path], found: Sequence[Path]) -> str:
-    """Return the error for folders without an image, with the files found there that look like some."""
+    """Return the error text for folders without an image, with files that look like images."""
     where = ", ".join(str(folder.resolve()) for folder in folders[:3])
     ignored = left_out(files, found)
     more = f". {len(ignored)} files look like images:\n{problem_list(ignored)}" if ignored else ""
@@ -254,7 +254,7 @@ def _refuse_both_kinds(folder: Path, holders: Mapping[Path, bool]) -> None:
     for word, group in groups.items():
         if len({holders[path] for path in group}) > 1:
             raise ValueError(
-                f"{word} is there as a folder and as archives in {folder.resolve()}: "
+                f"{word} exists as a folder and as archives in {folder.resolve()}: "
                 f"{_listed(path.name for path in group)}. Move one elsewhere"
             )
 
@@ -266,7 +266,7 @@ def _refuse_unclear(
     images: Sequence[Path],
     holds_images: Callable[[Path], bool],
 ) -> None:
-    """Raise ValueError when a part lies beside images that are not its counterpart."""
+    """Raise ValueError if a part is beside images that are not its counterpart."""
     found = {path: part_of(path.name, not inner) for path, inner in holders.items()}
     parts = {path: part.word for path, part in found.items() if part and not part.rest}
     for path, word in list(parts.items()):
@@ -285,7 +285,7 @@ def _refuse_unclear(
 
 
 def _notes(files: Files, folder: Path, roles: _Roles, unused_files: Sequence[str]) -> list[str]:
-    """Return notes on what is not used, or used in spite of its name."""
+    """Return notes on what is not used, or used despite its name."""
     notes = []
 
     def named(found: Sequence[Names]) -> str:

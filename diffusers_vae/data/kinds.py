@@ -1,4 +1,4 @@
-"""What lies at a place: image files, arrays, or rows, here or on the Hub."""
+"""Kinds of data at a location: image files, arrays, or rows, on this machine or on the Hub."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .files import ARCHIVES, is_output
 from .parts import TRAINING, part_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-"""What the name of a data set on the Hub looks like."""
+"""Pattern of the name of a Hub data set."""
 PARQUET = ".parquet"
 
 
 def was_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` of `datasets` has written it."""
+    """Return whether `save_to_disk` of `datasets` wrote the folder."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def is_hub_id(root: str) -> bool:
-    """Whether `root` is nothing on this machine and can be a data set on the Hub."""
+    """Return whether `root` does not exist on this machine and may be a Hub data set."""
     return HUB_ID.fullmatch(root) is not None and not Path(root).exists()
 
 
@@ -30,7 +30,9 @@ ARRAYS = (".npy", ".npz")
 
 
 def holds_arrays(path: Path) -> bool:
-    """Whether `path` is a file of arrays, or a folder with one named as a training part: others may be images."""
+    """Return whether `path` is a file of arrays, or a folder with an array named as a training part: other arrays may
+    be images.
+    """
     if path.suffix.lower() in ARRAYS:
         return True
     names = [file.name for file in path.iterdir() if file.suffix.lower() in ARRAYS] if path.is_dir() else []
@@ -38,21 +40,21 @@ def holds_arrays(path: Path) -> bool:
 
 
 IMAGE_SUFFIXES = tuple(sorted((".npy", *SUFFIXES)))
-"""Lower-case suffixes of the files of a folder that are read as images."""
+"""Lower-case suffixes of the files in a folder that are read as images."""
 
 
 def kind_at(root: str) -> Literal["folder", "array", "datasets"]:
-    """Return the data.name of what lies at `root`: image files, arrays, or rows, here or on the Hub."""
+    """Return the data.name of what `root` names: image files, arrays or rows, on this machine or on the Hub."""
     return "datasets" if holds_rows(root) else "array" if holds_arrays(Path(root)) else "folder"
 
 
-def holds_rows(place: str) -> bool:
-    """Whether data.name datasets reads it: a set on the Hub, a Parquet file, what `save_to_disk` has written, or a
-    folder with Parquet files and with neither images nor archives.
+def holds_rows(root: str) -> bool:
+    """Return whether data.name datasets reads `root`: a Hub data set, a Parquet file, a folder from `save_to_disk`, or
+    a folder with Parquet files and with neither images nor archives.
     """
-    path = Path(place)
+    path = Path(root)
     if not path.is_dir():
-        return path.suffix.lower() == PARQUET or (is_hub_id(place) and path.suffix.lower() not in (*ARCHIVES, *ARRAYS))
+        return path.suffix.lower() == PARQUET or (is_hub_id(root) and path.suffix.lower() not in (*ARCHIVES, *ARRAYS))
     found = was_saved(path)
     for parent, folders, names in os.walk(path):
         if is_output(parent, names):

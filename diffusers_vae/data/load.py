@@ -1,4 +1,4 @@
-"""Image sets by name or place: what is there, read or ready to be read."""
+"""Image sets by name or location, in memory or read on demand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .tables import RowStore
 
 logger = logging.getLogger(__name__)
 MEMORY_LIMIT = 2**31
-"""Bytes of pixels up to which a set is read once and kept in memory."""
+"""Maximum bytes of pixels of a set that is read once and kept in memory."""
 Loaded = tuple["ImageSet", "ImageSet", "Layout"]
 
 
@@ -41,15 +41,16 @@ def load_data(
     """Load the training and the held-out images.
 
     Args:
-        config: which images.
-        progress: show a bar while a folder is read, and say which files are skipped.
-        memory_limit: bytes of pixels up to which images are read now and kept in memory; by default `MEMORY_LIMIT`.
-        captions: read those of a folder, as `read_captions` says, or of rows.
+        config: Settings of the data set.
+        progress: Whether to show a progress bar while a folder is read, and log which files are skipped.
+        memory_limit: Maximum bytes of pixels for which images are read now and kept in memory; by default
+            `MEMORY_LIMIT`.
+        captions: Whether to read captions, those of a folder by `read_captions`, or those of rows.
 
     Raises:
-        FileNotFoundError: saying which files go where, when they are missing and cannot be downloaded.
-        OSError: saying what to do, when a data set on the Hub cannot be had.
-        ValueError: for files that cannot be read, by name.
+        FileNotFoundError: If files are missing and cannot be downloaded, with the folder to put them into.
+        OSError: If a Hub data set is not available, with what to do.
+        ValueError: Naming files that cannot be read.
     """
     train, heldout, _ = load_with_layout(config, progress, memory_limit, captions)
     return train, heldout
@@ -58,7 +59,7 @@ def load_data(
 def load_with_layout(
     config: DataConfig, progress: bool = False, memory_limit: int | None = None, captions: bool = False
 ) -> Loaded:
-    """Load the images like `load_data`, and return how their files were read; with `progress`, its notes are logged."""
+    """Load the images like `load_data`, and return how their files were read. With `progress`, log its notes."""
     limit = MEMORY_LIMIT if memory_limit is None else memory_limit
     if config.streaming:
         train, heldout, layout = load_stream(config, progress)
@@ -81,7 +82,7 @@ def load_with_layout(
 
 
 def refuse_colours(images: ImageSet, config: DataConfig, source: str) -> None:
-    """Raise ValueError if the images are in colour, data.channels is null and the model `source` takes grey images."""
+    """Raise ValueError if images are in colour, data.channels is null and the model `source` takes grey images."""
     if config.channels is None and images.channels != 1:
         raise ValueError(
             f"{source} takes grey images, and {config.described} has some in colour: --data.channels 1 reads them as "
@@ -97,8 +98,8 @@ def load_split(
     default: Literal["held-out", "training"] = "held-out",
     memory_limit: int | None = None,
 ) -> tuple[ImageSet, str]:
-    """Load the images of `split`, held-out, training or all, and return which that is: by default `default`, but all
-    of a set without parts. The other arguments and errors are those of `load_data`.
+    """Load the images of `split`: held-out, training or all. Return them and the split, by default `default`, or all
+    for a set without parts. The other arguments and errors are those of `load_data`.
     """
     if split not in (None, "held-out", "training", "all"):
         raise ValueError(f"split must be held-out, training or all, got {split}")
@@ -165,7 +166,7 @@ def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: 
     parts = {name: found[name] for name in rows.find_parts(list(found), root)}
     of_each = [rows.find_columns(part.features, config, captions) for part in parts.values()]
     columns = of_each[0]
-    if any(own != columns for own in of_each):
+    if any(found != columns for found in of_each):
         raise ValueError(f"the columns of {' and '.join(parts)} in {root} must be the same")
     store = RowStore(root, parts, columns.image, rows.own_folders(config.location))
     labels, classes = rows.read_labels(root, parts, columns.label) if columns.label else (None, None)
@@ -175,8 +176,8 @@ def _load_rows(config: DataConfig, progress: bool, memory_limit: int, captions: 
 
 
 def _parts(config: DataConfig, records: Records, counts: Sequence[int]) -> tuple[StoredImages, StoredImages]:
-    """Return the images of a store to train on and those held out, each in a fixed random order: of two parts of
-    `counts` images, or of one, cut at random.
+    """Return the training and held-out images of a store, each in a fixed random order: two parts of `counts` images,
+    or one part split at random.
     """
     if len(counts) == 1:
         train, heldout = heldout_indices(counts[0], config)
@@ -188,28 +189,28 @@ def _parts(config: DataConfig, records: Records, counts: Sequence[int]) -> tuple
 
 
 def _part(config: DataConfig, records: Records, indices: slice | np.ndarray) -> StoredImages:
-    """Return the images at the indices; a part without labels has negative ones in `records`."""
-    own = records.select(indices)
-    if own.labels is None or own.labels[0] < 0:
-        own = replace(own, labels=None, classes=None)
-    return StoredImages(config, own)
+    """Return the images at the indices. A part without labels has negative ones in `records`."""
+    selected = records.select(indices)
+    if selected.labels is None or selected.labels[0] < 0:
+        selected = replace(selected, labels=None, classes=None)
+    return StoredImages(config, selected)
 
 
 def _labelled(files: Files, division: Division) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:
-    """Return (N,) labels by the folders of the files or by their `.cls` files, -1 in a part without, and the names of
-    the classes; None if there are fewer than two.
+    """Return labels (N,) from the folders of the files or from their `.cls` files, -1 in a part without labels, and the
+    names of the classes; None if there are fewer than two.
     """
     of_folders = class_names(division)
-    in_folders = [None not in own for own in of_folders]
+    in_folders = [None not in names_of for names_of in of_folders]
     names = [
-        own if inside else _told_beside(files, part)
-        for own, inside, part in zip(of_folders, in_folders, division.parts, strict=True)
+        names_of if inside else _told_beside(files, part)
+        for names_of, inside, part in zip(of_folders, in_folders, division.parts, strict=True)
     ]
-    known = {name for name in chain(*names) if name is not None}
-    if len(known) < 2:
+    found = {name for name in chain(*names) if name is not None}
+    if len(found) < 2:
         return None, None
-    numbers = not any(in_folders) and all(name.isdecimal() for name in known)
-    classes = sorted(known, key=int) if numbers else sorted(known)
+    numbers = not any(in_folders) and all(name.isdecimal() for name in found)
+    classes = sorted(found, key=int) if numbers else sorted(found)
     class_of: dict[str | None, int] = {None: -1} | {name: number for number, name in enumerate(classes)}
     return torch.tensor([class_of[name] for name in chain(*names)]), tuple(classes)
 

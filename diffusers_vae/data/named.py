@@ -1,4 +1,4 @@
-"""Data sets by name: digits, MNIST and its kin, CIFAR-10."""
+"""Data sets by name: digits, MNIST and its variants, CIFAR-10."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def heldout_indices(length: int, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Return train and held-out indices, shuffled; the same for every seed of a run, so that runs can be compared."""
+    """Return training and held-out indices, shuffled: the same for every seed of a run, so that runs are comparable."""
     heldout = max(1, round(length * config.heldout_fraction))
     if heldout >= length:
         raise ValueError(f"no image is left to train on: {length} images, {heldout} of them held out")
@@ -38,7 +38,7 @@ def load_digits(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, tu
 
     images, targets = sklearn.datasets.load_digits(return_X_y=True)
     pixels = torch.from_numpy((images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8))
-    pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1))  # the strokes touch the border of the 8x8 pixels
+    pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1))  # strokes touch the border of the 8x8 pixels
     labels = torch.from_numpy(targets.astype(np.int64))
     parts = map(torch.from_numpy, heldout_indices(len(pixels), config))
     return [(pixels[part, None], labels[part], DIGITS) for part in parts]
@@ -54,7 +54,9 @@ def _mnist_files(name: str) -> list[str]:
 
 
 def load_mnist(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]]:
-    """torchvision reads unpacked files only; packed ones are unpacked in memory, so that a kill leaves none behind."""
+    """Return pixels, labels and class names. Files are unpacked in memory, so that a killed process leaves none
+    behind.
+    """
     name = str(config.name)
     kind = {"mnist": datasets.MNIST, "qmnist": datasets.QMNIST, "fashion-mnist": datasets.FashionMNIST}[name]
     files = _mnist_files(name)
@@ -70,13 +72,13 @@ def load_mnist(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, tup
         if len(pixels) != len(targets):
             raise ValueError(f"{raw} is damaged: {images} holds {len(pixels)} images, and {labels} {len(targets)}")
         loaded.append([pixels[:, None], (targets[:, 0] if targets.ndim == 2 else targets).long(), classes])
-    if name == "qmnist":  # whose first 10,000 test images are those of MNIST
+    if name == "qmnist":  # its first 10,000 test images are MNIST's
         loaded[1][:2] = [values[:10_000] for values in loaded[1][:2]]
     return [tuple(part) for part in loaded]
 
 
 def _read_idx(path: Path, rank: int) -> torch.Tensor:
-    """Read the array in a file of MNIST's format (LeCun et al. 1998), uint8 or int32, or in `path`.gz."""
+    """Return the array in a file of MNIST's format (LeCun et al. 1998), uint8 or int32, or in `path`.gz."""
     file = path if path.exists() else path.with_name(f"{path.name}.gz")
     try:
         with open_regular(file) as opened, opened if file == path else gzip.open(opened) as stored:
@@ -92,12 +94,14 @@ def _read_idx(path: Path, rank: int) -> torch.Tensor:
         shape = np.frombuffer(content, ">u4", rank, 4)
         values = np.frombuffer(content, dtype, offset=4 + 4 * rank).reshape(shape)
     except (IndexError, KeyError, ValueError) as error:
-        raise ValueError(f"{path.parent} is damaged: {path.name} is no IDX file of rank {rank}: {error}") from error
+        raise ValueError(f"{path.parent} is damaged: {path.name} is not an IDX file of rank {rank}: {error}") from error
     return torch.from_numpy(values.astype(dtype.newbyteorder("=")))
 
 
 def load_cifar10(config: DataConfig) -> list[tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]]:
-    """torchvision reads unpacked files only; packed ones are unpacked in memory, so that a kill leaves none behind."""
+    """Return pixels, labels and class names. Files are unpacked in memory, so that a killed process leaves none
+    behind.
+    """
     kind, root = datasets.CIFAR10, Path(config.location)
     folder, packed = root / kind.base_folder, root / kind.filename
     if not (folder.exists() or packed.exists()):
@@ -130,10 +134,10 @@ ARRAY_NAMES = ("numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dty
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Calls nothing but what makes an array of NumPy."""
+    """Unpickler that calls nothing except what builds a NumPy array."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.replace("numpy._core", "numpy.core") + f".{name}" in ARRAY_NAMES:  # NumPy 2 has renamed it
+        if module.replace("numpy._core", "numpy.core") + f".{name}" in ARRAY_NAMES:  # NumPy 2 renamed it
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, and only arrays are read")
 
@@ -144,6 +148,6 @@ def _download(download: Callable[[], Any], folder: Path, files: list[str]) -> No
     except (OSError, RuntimeError) as error:
         names = ", ".join(files)
         raise FileNotFoundError(
-            f"the data set is not there and cannot be downloaded ({error}). Put {names} into {folder.resolve()}, or "
-            "point data.root to where they lie in torchvision's layout"
+            f"the data set is missing and cannot be downloaded ({error}). Put {names} into {folder.resolve()}, or "
+            "set data.root to a folder that holds them in torchvision's layout"
         ) from error

@@ -1,4 +1,4 @@
-"""The order of images: a pure function of (seed, epoch), dealt out to processes and micro-steps."""
+"""Order of images: a pure function of (seed, epoch), distributed over processes and micro-steps."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Images that one process puts through the model in one forward."""
+    """Images of one forward on one process."""
 
     indices: list[int]
-    """Indices into the data set; never empty."""
+    """Indices into the data set, never empty."""
     first: int
-    """Position of the first of these images in its optimiser step's batch, where they lie side by side."""
+    """Index of the first of these images in its optimiser step's batch, where they are contiguous."""
     count: int
-    """Images in the optimiser step's batch, over all processes and micro-steps."""
+    """Number of images in the optimiser step's batch, over all processes and micro-steps."""
     share: float
     """Share of these images in their optimiser step's batch; all shares of a step sum to 1."""
     seed: int = 0
     """Seed of the run."""
     epoch: int = 0
-    """Epoch, from 0, which decides with the seed what is random in reading an image."""
+    """Epoch, from 0, which determines with the seed the random changes of an image."""
 
 
 Batches = Iterator[np.ndarray]
@@ -38,20 +38,20 @@ class Read(Protocol):
 
     @property
     def kept(self) -> Sequence[int]:
-        """Positions of what was read in the indices asked for."""
+        """Return the positions, in the requested indices, of what was read."""
         ...
 
     @property
     def errors(self) -> tuple[str, ...]:
-        """Why the others could not be read, with their names."""
+        """Return why the others could not be read, with their names."""
         ...
 
     def checked(self) -> Read:
-        """Return this; ValueError when `errors` are to stop the run."""
+        """Return this; ValueError if `errors` must stop the run."""
         ...
 
     def blank(self) -> Read:
-        """Return one image in place of none."""
+        """Return one image as a substitute for none."""
         ...
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -60,7 +60,7 @@ class Read(Protocol):
 
 
 class TrainingSet(Protocol):
-    """A training set, read by the batch, every image once per epoch."""
+    """Training set that is read in batches, every image once per epoch."""
 
     def __len__(self) -> int: ...
 
@@ -78,7 +78,7 @@ class TrainingSet(Protocol):
 
 
 def shuffled(length: int, batch_size: int, seed: int, epoch: int, start: int) -> Batches:
-    """Return batches of `length` images in random order; the last one holds what remains."""
+    """Return batches of `length` images in random order; the last one holds the remainder."""
     order = np.random.default_rng([seed, epoch]).permutation(length)
     return (order[begin : begin + batch_size] for begin in range(start, length, batch_size))
 
@@ -92,16 +92,16 @@ def streamed(
     epoch: int,
     start: int,
 ) -> Batches:
-    """Yield batches of images in blocks of `counts` (K,), which lie side by side, in an order in which few blocks are
-    needed at a time, and nearly all by one worker of one process alone.
+    """Yield batches of images in contiguous blocks of `counts` (K,) images, in an order that needs few blocks at a
+    time, nearly all by one worker of one process only.
 
-    The blocks are put in random order and cut into `lanes[0]` times `lanes[1]` pieces of equal length. Each of
-    `lanes[0]` parts of a batch comes from a piece of its own, and so does each of `lanes[1]` batches in a row: so a
-    process, which has the same part of each batch, and its workers, which take batches in turn, each have their own
-    pieces. In a piece, images are shuffled among `buffer` over all pieces.
+    The blocks are put in random order and divided into `lanes[0]` times `lanes[1]` segments of equal length. Each of
+    `lanes[0]` parts of a batch comes from a different segment, and so does each of `lanes[1]` consecutive batches. A
+    process, which has the same part of each batch, and its workers, which take batches in turn, therefore use different
+    segments. In a segment, images are shuffled among `buffer` over all segments.
 
     Raises:
-        ValueError: when `start` lies within a batch: then which images were seen depends on the batch size before.
+        ValueError: If `start` lies within a batch: the images seen then depend on the earlier batch size.
     """
     length, (parts, phases) = int(counts.sum()), lanes
     if start % batch_size:
@@ -111,7 +111,7 @@ def streamed(
         )
     order = np.random.default_rng([seed, epoch]).permutation(len(counts))
     ends = counts[order].cumsum()
-    firsts = (counts.cumsum() - counts)[order]  # of each block the index of its first image
+    firsts = (counts.cumsum() - counts)[order]  # index of the first image of each block
     cuts = [batch_size * part // parts for part in range(parts + 1)]
     whole, rest = divmod(length, batch_size)
     sizes = np.zeros((parts, phases), dtype=np.int64)
@@ -123,8 +123,8 @@ def streamed(
     window = max(1, buffer // (parts * phases))
     mixed: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
 
-    def piece(part: int, phase: int, low: int, high: int) -> np.ndarray:
-        """The places, in the blocks side by side, of the images `low` to `high` of a piece."""
+    def segment(part: int, phase: int, low: int, high: int) -> np.ndarray:
+        """Return positions, in the concatenated blocks, of the images `low` to `high` of a segment."""
         found = []
         for number in range(low // window, (high - 1) // window + 1):
             begin = number * window
@@ -138,15 +138,15 @@ def streamed(
     for step in range(start // batch_size, whole + (rest > 0)):
         phase, earlier = step % phases, step // phases
         size = batch_size if step < whole else rest
-        places = np.concatenate(
+        positions = np.concatenate(
             [
-                piece(part, phase, earlier * (high - low), earlier * (high - low) + min(high, size) - low)
+                segment(part, phase, earlier * (high - low), earlier * (high - low) + min(high, size) - low)
                 for part, (low, high) in enumerate(pairwise(cuts))
                 if low < min(high, size)
             ]
         )
-        blocks = ends.searchsorted(places, side="right")
-        yield firsts[blocks] + places - (ends[blocks] - counts[order[blocks]])
+        blocks = ends.searchsorted(positions, side="right")
+        yield firsts[blocks] + positions - (ends[blocks] - counts[order[blocks]])
 
 
 def deal(
@@ -154,11 +154,11 @@ def deal(
 ) -> Iterator[list[MicroBatch]]:
     """Yield a list of `micro_steps` micro-batches per optimiser step, for process `rank` of `processes`.
 
-    The images of an optimiser step do not depend on `processes` or `micro_steps`. A process left without images in a
-    small batch repeats one with share 0, since every process must take part.
+    The images of an optimiser step do not depend on `processes` or `micro_steps`. A process that is left without images
+    in a small batch repeats one with share 0, because every process must take part.
     """
     for batch in batches:
-        size, larger = divmod(len(batch), processes * micro_steps)  # the first parts have one image more
+        size, larger = divmod(len(batch), processes * micro_steps)  # the first parts have one more image
         ends = [part * size + min(part, larger) for part in range(processes * micro_steps + 1)]
         yield [
             MicroBatch(batch[first:end].tolist(), first, len(batch), (end - first) / len(batch), seed, epoch)
@@ -171,7 +171,7 @@ def deal(
 def step_generator(seed: int, epoch: int, start: int, device: torch.device) -> torch.Generator:
     """Return the generator on `device` for one optimiser step's batch, which follows `start` images of its epoch.
 
-    Every process samples for the whole batch and takes the rows of its images, so that an image's noise depends neither
+    Every process samples for the whole batch and uses the rows of its images, so that an image's noise depends neither
     on the number of processes nor on where a run was interrupted.
     """
     state = np.random.SeedSequence([seed, epoch, start]).generate_state(1, np.uint64)

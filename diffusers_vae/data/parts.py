@@ -1,4 +1,4 @@
-"""Which names mean a part of a data set: one to train on, or one that is held out."""
+"""Names that mean a part of a data set: training or held out."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 TRAINING = ("train", "training", "trn", "trainval")
 VALIDATION = ("validation", "valid", "val", "dev")
 HELDOUT = (*VALIDATION[:3], "test", "heldout", "dev", "testing", "tst", "eval", "evaluation", "holdout")
-"""The held-out images are those of the first of these that a set has: a test part has no labels in some sets, and is
-not for choosing models."""
+"""The first of these that a set has holds the held-out images: a test part has no labels in some sets, and is not meant
+for choosing models."""
 PLAIN = ("train", *HELDOUT[:5])
-"""Names that count alone if there are both kinds: beside train and test, Train 2 and val_extra are not used."""
+"""Names with precedence if there are both kinds: with train and test, Train 2 and val_extra are not used."""
 GENERIC = frozenset(
     (
         *("set", "sets", "split", "splits", "part", "parts", "data", "dataset", "file", "files", "sample", "samples"),
@@ -20,33 +20,33 @@ GENERIC = frozenset(
         *("jpg", "jpeg", "png"),
     )
 )
-"""Words that do not tell one part's name from another's."""
+"""Words that do not distinguish names of parts."""
 GLUED = re.compile(rf"({'|'.join((*TRAINING, *HELDOUT))})(?:set|data|images?|imgs?|split|files)")
 FOLDS = re.compile(r"(?:folds?|kfold|cv|split)\W*_*\d+|\d+_*\W*fold", re.IGNORECASE)
 CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-"""Where a word begins in TrainSet, trainA and MNISTTrain."""
+"""Start of a word in TrainSet, trainA and MNISTTrain."""
 CAPITALS = re.compile(r"(?<=[A-Z]{2})(?=[a-z])")
-"""Where one begins in VOCtest."""
+"""Start of a word in VOCtest."""
 
 
 @dataclass(frozen=True)
 class PartName:
-    """A name that means a part."""
+    """Name that means a part."""
 
     word: str
     """One of `TRAINING` or `HELDOUT`."""
     rest: frozenset[str]
-    """The other words, which are the same in names of parts of one set: imagenet in imagenet-val-0003."""
+    """The other words, equal in all names of a set's parts: imagenet in imagenet-val-0003."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Names beside each other that are parts of one set, each list sorted."""
+    """Sibling names that are parts of one set, each list sorted."""
 
     training: list[str]
     heldout: list[str]
     unused: list[str] = field(default_factory=list)
-    """Names that mean a part, and are neither."""
+    """Names that mean a part but are in neither list."""
 
 
 def words(name: str, boundary: re.Pattern[str] = CAMEL) -> list[str]:
@@ -57,8 +57,8 @@ def words(name: str, boundary: re.Pattern[str] = CAMEL) -> list[str]:
 
 
 def part_of(name: str, is_file: bool = False) -> PartName | None:
-    """Return the part that the whole words of a name mean: of test2017 and imagenet-val-0003, not of contest. The words
-    after it do not count if `is_file`: shards are named train-000 and train-extra-000.
+    """Return the part that whole words of a name mean, as in test2017 and imagenet-val-0003 but not in contest. The
+    words after it do not count if `is_file`: shards are named train-000 and train-extra-000.
     """
     for boundary in (CAMEL, CAPITALS):
         found = words(name, boundary)
@@ -70,7 +70,7 @@ def part_of(name: str, is_file: bool = False) -> PartName | None:
         if kinds == {"training", "val"}:
             word = "trainval"
         elif len(kinds) > 1 and "training" in kinds:
-            return None  # as in train_test_split
+            return None  # ambiguous, as in train_test_split
         if is_file:
             found = found[: found.index(matches[0])]
         return PartName(word, frozenset(found) - {*matches} - GENERIC)
@@ -80,13 +80,13 @@ def part_of(name: str, is_file: bool = False) -> PartName | None:
 def split_of(
     names: Iterable[str], is_file: Callable[[str], bool] = lambda name: False, alone: Callable[[], bool] | None = None
 ) -> Split | None:
-    """Return the parts among names, if there is one to train on and one held out that are named alike: train2017 and
+    """Return the parts among names, if there is one training and one held-out part with similar names: train2017 and
     val2017, imagenet-train-000 and imagenet-val-000, but not training_shoes and test_tube.
 
     Args:
-        names: of folders, archives, files of arrays or splits.
-        is_file: whether a name is a file's, without the suffix.
-        alone: whether only names that mean a part hold images: then, train goes with test_stage_1 too.
+        names: Names of folders, archives, files of arrays or splits.
+        is_file: Whether a name is that of a file, without the suffix.
+        alone: Whether only names that mean a part hold images: then, train also matches test_stage_1.
     """
     parts = {name: part for name in sorted(names) if (part := part_of(name, is_file(name)))}
     plain = [name for name in parts if is_plain(name, is_file(name))]
@@ -109,7 +109,7 @@ def split_of(
     train = [name for name, part in parts.items() if part.word in TRAINING and part.rest in training]
     train = [name for name in train if parts[name].word != "trainval"] or train
     rest = [name for name, part in parts.items() if part.word not in TRAINING and part.rest in heldout]
-    if parts[train[0]].word == "trainval":  # which has the images of val, too
+    if parts[train[0]].word == "trainval":  # it contains the images of val
         rest = [name for name in rest if parts[name].word not in VALIDATION] or rest
     word = min((parts[name].word for name in rest), key=HELDOUT.index)
     chosen = [name for name in rest if parts[name].word == word]
@@ -118,7 +118,7 @@ def split_of(
 
 
 def refuse_folds(names: Sequence[str]) -> None:
-    """Raise ValueError when names mean several folds of a cross-validation, which hold out what others train on."""
+    """Raise ValueError if names mean folds of a cross-validation, where each holds out what others train on."""
     folds = [name for name in names if FOLDS.search(name)]
     if len(folds) > 1:
         raise ValueError(
@@ -128,17 +128,17 @@ def refuse_folds(names: Sequence[str]) -> None:
 
 
 def is_bare(name: str, is_file: bool = False) -> bool:
-    """Whether a name means a part and nothing else: test, Test Set, val2017."""
+    """Return whether a name means a part and nothing else: test, Test Set, val2017."""
     part = part_of(name, is_file)
     return part is not None and not part.rest
 
 
 def is_plain(name: str, is_file: bool = False) -> bool:
-    """Whether a name, of files its beginning, is one of `PLAIN`."""
+    """Return whether a name, or the beginning of a file's name, is in `PLAIN`."""
     return (re.split("[^a-z]", name, maxsplit=1)[0] if is_file else name) in PLAIN
 
 
 def is_generic(name: str) -> bool:
-    """Whether a name says nothing of what it holds: images, Photo files."""
+    """Return whether a name does not describe its content: images, Photo files."""
     found = words(name)
     return bool(found) and GENERIC.issuperset(found)

@@ -1,4 +1,4 @@
-"""The images of a set batch by batch, in its own order: to be measured, encoded, shown."""
+"""Images of a set in batches, in set order, for measuring, encoding and showing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..silence import alone, report_progress
 from .sets import ImageSet, ReadImages
 
 PARTS = 64
-"""Parts into which a data set is cut to be measured: enough for as many processes."""
+"""Number of parts into which a data set is divided for measuring, the maximum number of useful processes."""
 AHEAD = 4
-"""Batches that are read while one is used."""
+"""Number of batches that are read ahead."""
 
 
 def image_batches(
@@ -28,17 +28,18 @@ def image_batches(
     rank: int = 0,
     processes: int = 1,
 ) -> Iterator[tuple[int, list[int], torch.Tensor]]:
-    """Yield part, indices and images (B, C, H, W) in [-1, 1] on `device`, of the first `max_images` in the set's order.
+    """Yield part, indices and images (B, C, H, W) in [-1, 1] on `device`, of the first `max_images` in set order.
 
-    A part is a run of whole batches that one process sees: sums over one of the at most `PARTS` parts are the same for
-    any number of processes. Files that cannot be read are a ValueError, or join the set's `errors` if it skips them.
+    A part is a run of whole batches that one process handles: sums over one of the at most `PARTS` parts are the same
+    for any number of processes. Unreadable files raise a ValueError, or are added to the set's `errors` if it skips
+    them.
     """
     count = len(image_set) if max_images is None else min(max_images, len(image_set))
     starts = range(0, count, batch_size)
     cut = np.array_split(starts, min(PARTS, max(1, len(starts))))
-    own = [(part, start) for part in range(rank, len(cut), processes) for start in cut[part].tolist()]
-    batches = [range(start, min(start + batch_size, count)) for _, start in own]
-    for (part, _), (indices, read) in zip(own, read_ahead(image_set, batches), strict=True):
+    batches_of = [(part, start) for part in range(rank, len(cut), processes) for start in cut[part].tolist()]
+    batches = [range(start, min(start + batch_size, count)) for _, start in batches_of]
+    for (part, _), (indices, read) in zip(batches_of, read_ahead(image_set, batches), strict=True):
         kept, images = kept_images(image_set, indices, read, device)
         report_progress()
         if kept:
@@ -46,7 +47,7 @@ def image_batches(
 
 
 def read_ahead(image_set: ImageSet, batches: Sequence[range]) -> Iterator[tuple[range, ReadImages]]:
-    """Yield the indices of each batch and what could be read; threads read the next ones while one is used."""
+    """Yield the indices of each batch and the images that could be read; threads read ahead."""
     pool = ThreadPoolExecutor(AHEAD)
     later = iter(batches)
     reading = deque(pool.submit(image_set.read, batch) for batch in islice(later, AHEAD))
@@ -56,19 +57,19 @@ def read_ahead(image_set: ImageSet, batches: Sequence[range]) -> Iterator[tuple[
                 read = reading.popleft().result()
             yield batch, read
             reading += [pool.submit(image_set.read, next_one) for next_one in islice(later, 1)]
-    finally:  # where not all are wanted, none is waited for
+    finally:  # if iteration stops early, do not wait for the others
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def kept_images(
     image_set: ImageSet, indices: Sequence[int], read: ReadImages, device: torch.device
 ) -> tuple[list[int], torch.Tensor]:
-    """Return the indices whose images could be read, and these, (B, C, H, W) in [-1, 1] on `device`; the errors of
-    others join those of the set, or are raised.
+    """Return the indices whose images could be read, and these images (B, C, H, W) in [-1, 1] on `device`. Errors of
+    others are added to those of the set, or raised.
     """
     read.checked()
     image_set.errors += tuple(error for error in read.errors if error not in image_set.errors)
     pixels = read.pixels
-    if device.type == "cuda" and not pixels.is_cuda:  # whose work so far is not waited for, if memory is pinned
+    if device.type == "cuda" and not pixels.is_cuda:  # pinned memory is copied without waiting for earlier work
         pixels = pixels.pin_memory()
-    return [indices[place] for place in read.kept], to_model_range(pixels.to(device, non_blocking=True))
+    return [indices[position] for position in read.kept], to_model_range(pixels.to(device, non_blocking=True))

@@ -1,4 +1,4 @@
-"""Images in the rows of tables: data sets of the Hugging Face Hub, Parquet, and what else `datasets` opens."""
+"""Images in rows of tables: Hugging Face Hub data sets, Parquet, and other formats of `datasets`."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Columns:
 
 def find_columns(features: Features, config: DataConfig, captions: bool) -> Columns:
     """Return the columns that `config` names, by default the only ones of type Image and ClassLabel and, with
-    `captions`, the one called text, caption or prompt; ValueError listing all columns when this is not clear.
+    `captions`, the one called text, caption or prompt; ValueError listing all columns if this is ambiguous.
     """
     images = [name for name, feature in features.items() if _type(feature) == "Image"]
     labels = [name for name, feature in features.items() if _type(feature) == "ClassLabel"]
     texts = [name for name in KEYS if name in features and _is_text(features[name])] if captions else []
-    texts = [name for name in texts if name != "prompt"] or texts  # which may stand beside a caption
+    texts = [name for name in texts if name != "prompt"] or texts  # a prompt may accompany a caption
 
     def find(setting: str, only: list[str], what: str, fits: Callable[[Any], bool]) -> str | None:
         named = getattr(config, setting)
@@ -52,7 +52,7 @@ def find_columns(features: Features, config: DataConfig, captions: bool) -> Colu
         if named is None:
             reason = f"must say which column has the {what}, since {' and '.join(only)} could"
         elif named not in features:
-            reason = f"must be a column with the {what}, got {named}, which is not there"
+            reason = f"must be a column with the {what}, got {named}, which does not exist"
         elif not fits(features[named]):
             reason = f"must be a column with the {what}, got {named} with {_kind(features[named])}"
         else:
@@ -78,7 +78,7 @@ def _type(feature: Any) -> str:
 
 
 def _kind(feature: Any) -> str:
-    """Return the type of a column in words."""
+    """Return a description of a column's type."""
     if isinstance(feature, dict):
         return "{" + ", ".join(f"{name}: {_kind(inner)}" for name, inner in feature.items()) + "}"
     if _type(feature) == "ClassLabel":
@@ -114,7 +114,7 @@ def _is_text(feature: Any) -> bool:
 
 def find_parts(names: Sequence[str], root: str) -> tuple[str, ...]:
     """Return the names of the training and the held-out split (`parts.split_of`), or of the only split; ValueError
-    listing them when it is not clear.
+    listing them if this is unclear.
     """
     if len(names) == 1:
         return (names[0],)
@@ -129,17 +129,17 @@ def find_parts(names: Sequence[str], root: str) -> tuple[str, ...]:
 
 
 def unused_splits(names: Iterable[str], used: Iterable[str]) -> tuple[str, ...]:
-    """Return a note that lists the splits that are not used, if any."""
+    """Return a note that lists the unused splits, if there are any."""
     others = sorted({*map(str, names)} - {*used})
     return (f"not used, since other parts are: {', '.join(others)}",) if others else ()
 
 
 def open_rows(config: DataConfig, progress: bool = False) -> dict[str, Dataset]:
-    """Return all splits of a set, memory-mapped, downloaded and prepared in the cache of `datasets` by one process.
+    """Return all splits of a set, memory-mapped. One process downloads and prepares it in the cache of `datasets`.
 
     Raises:
-        OSError: when there is no such set, none that may be read, or it cannot be loaded.
-        ValueError: when a setting does not go with it.
+        OSError: If there is no such set, access is denied, or it cannot be loaded.
+        ValueError: If a setting does not apply to it.
     """
     import datasets
 
@@ -166,11 +166,12 @@ def open_rows(config: DataConfig, progress: bool = False) -> dict[str, Dataset]:
 
 
 def rows_builder(config: DataConfig) -> DatasetBuilder:
-    """Return the builder of `datasets` for Parquet or other files, here or on the Hub, which are not downloaded yet.
+    """Return the builder of `datasets` for Parquet or other files, on this machine or on the Hub, before they are
+    downloaded.
 
     Raises:
-        OSError: when there is no such set, none that may be read, or the Hub cannot be asked.
-        ValueError: when a setting does not go with it.
+        OSError: If there is no such set, access is denied, or the Hub cannot be reached.
+        ValueError: If a setting does not apply to it.
     """
     import datasets
     from datasets import config as settings
@@ -179,7 +180,7 @@ def rows_builder(config: DataConfig) -> DatasetBuilder:
     if is_hub_id(config.location):
         with _explained(config):
             builder = datasets.load_dataset_builder(config.location, config.subset, revision=config.revision)
-        from_cache = not str(builder.base_path).startswith("hf://")  # which takes the newest of its commits
+        from_cache = not str(builder.base_path).startswith("hf://")  # the cache returns its newest commit
         if from_cache and config.revision not in (None, builder.hash):
             raise OSError(
                 f"cannot tell without a connection to {without_passwords(settings.HF_ENDPOINT)} whether "
@@ -203,8 +204,8 @@ def rows_builder(config: DataConfig) -> DatasetBuilder:
 
 
 def _folder_builder(root: Path, subset: str | None) -> DatasetBuilder:
-    """Return the builder for a folder, without what this package wrote there. Where `datasets` sees one split, the
-    names of Parquet files and of their folders may still mean parts (`parts.split_of`).
+    """Return the builder for a folder, without this package's outputs. If `datasets` finds one split, the names of
+    Parquet files and of their folders may still mean parts (`parts.split_of`).
     """
     import datasets
 
@@ -240,16 +241,16 @@ def _folder_builder(root: Path, subset: str | None) -> DatasetBuilder:
 
 
 def own_folders(root: str) -> tuple[str, ...]:
-    """Return the folders whose files the rows of a set may name: its own, its downloads, and unpacked archives."""
+    """Return the folders whose files a set's rows may name: the set's folder, its downloads, and unpacked archives."""
     from datasets import config as settings
     from huggingface_hub.constants import HF_HUB_CACHE
 
     if is_hub_id(root):
-        own = [str(Path(HF_HUB_CACHE) / f"datasets--{root.replace('/', '--')}")]
-        own += [str(settings.DOWNLOADED_DATASETS_PATH)]
+        folders = [str(Path(HF_HUB_CACHE) / f"datasets--{root.replace('/', '--')}")]
+        folders += [str(settings.DOWNLOADED_DATASETS_PATH)]
     else:
-        own = [str(Path(root).resolve() if Path(root).is_dir() else Path(root).resolve().parent)]
-    return (*own, str(settings.EXTRACTED_DATASETS_PATH))
+        folders = [str(Path(root).resolve() if Path(root).is_dir() else Path(root).resolve().parent)]
+    return (*folders, str(settings.EXTRACTED_DATASETS_PATH))
 
 
 def _refuse(config: DataConfig, *settings: str) -> None:
@@ -260,7 +261,7 @@ def _refuse(config: DataConfig, *settings: str) -> None:
 
 @contextmanager
 def _explained(config: DataConfig) -> Generator[None]:
-    """Turn any error into one of one line that says what to do, without its causes and without signed addresses."""
+    """Convert any error into one line that says what to do, without causes and signed addresses."""
     from datasets import config as settings
     from datasets.exceptions import DatasetNotFoundError
 
@@ -268,7 +269,7 @@ def _explained(config: DataConfig) -> Generator[None]:
         with changed_logs(message):
             yield
         return
-    except Exception as error:  # the client has no common base of its errors, which differ from version to version
+    except Exception as error:  # the client's errors have no common base and differ between versions
         cause = f"{error.__cause__}" if error.__cause__ and "generating" in str(error) else ""
         said = " ".join(re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?***", f"{error} {cause}").split())
         page = f"{settings.HF_ENDPOINT}/datasets/{config.location}"
@@ -299,8 +300,9 @@ def _explained(config: DataConfig) -> Generator[None]:
 def read_labels(
     root: str, parts: Mapping[str, Dataset], column: str
 ) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:
-    """Return (N,) int64 classes of all rows, -1 in a part without any, and the names of the classes: those of a
-    ClassLabel, else the values; None and None if there are fewer than two. ValueError when a part lacks some labels.
+    """Return int64 labels (N,) of all rows, -1 in a part without labels, and the names of the classes: those of a
+    ClassLabel, otherwise the values. None and None if there are fewer than two classes. ValueError if a part lacks some
+    labels.
     """
     names = getattr(next(iter(parts.values())).features[column], "names", None)
     found = {part: _column(table, column).to_pandas() for part, table in parts.items()}
@@ -312,13 +314,13 @@ def read_labels(
                 f"{missing.idxmax()} first: all must be there, or none"
             )
         found[part] = None if missing.all() else values
-    known = sorted({value for values in found.values() if values is not None for value in values.unique()})
-    classes = tuple(map(str, known)) if names is None else tuple(names)
-    if len(classes) < 2 or not known:
+    values_found = sorted({value for values in found.values() if values is not None for value in values.unique()})
+    classes = tuple(map(str, values_found)) if names is None else tuple(names)
+    if len(classes) < 2 or not values_found:
         return None, None
-    place_of = {value: int(value) if names is not None else place for place, value in enumerate(known)}
+    index_of = {value: int(value) if names is not None else index for index, value in enumerate(values_found)}
     labels = [
-        torch.full((len(parts[part]),), -1) if values is None else torch.tensor(values.map(place_of).tolist())
+        torch.full((len(parts[part]),), -1) if values is None else torch.tensor(values.map(index_of).tolist())
         for part, values in found.items()
     ]
     return torch.cat(labels), classes

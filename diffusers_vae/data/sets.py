@@ -1,4 +1,4 @@
-"""Image sets, as batches by index: in memory, or read on demand."""
+"""Image sets, read in batches by index, in memory or on demand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ S = TypeVar("S", bound="StoredImages")
 
 @dataclass(frozen=True)
 class Records:
-    """Labels, captions and rows of the images of a set; None where there are none."""
+    """Labels, captions and rows of the images of a set; None if there are none."""
 
     labels: torch.Tensor | None = None
     """(N,) int64 classes."""
@@ -36,9 +36,9 @@ class Records:
     store: Store | None = None
     """Store of the images."""
     rows: np.ndarray | range | None = None
-    """(N,) rows of the store."""
+    """Rows (N,) of the store."""
     crops: np.ndarray | None = None
-    """(N,) number of each crop among those of its image."""
+    """Number (N,) of each crop among those of its image."""
     files: str = ""
     """What the images are and what is made of them, in a line for people."""
 
@@ -58,7 +58,7 @@ class Records:
         )
 
     def joined(self, other: Records) -> Records:
-        """Return these records followed by `other`; labels and captions are kept only if both have them."""
+        """Return these records followed by `other`. Labels and captions are kept only if both have them."""
         labels = None if self.labels is None or other.labels is None else torch.cat([self.labels, other.labels])
         return replace(
             self,
@@ -72,22 +72,22 @@ class Records:
 
 @dataclass(frozen=True)
 class ReadImages:
-    """Images that were asked for and could be read."""
+    """Requested images that could be read."""
 
     pixels: torch.Tensor
-    """(B, C, H, W), uint8 in [0, 255] or float32 in [0, 1]."""
+    """Pixels (B, C, H, W), uint8 in [0, 255] or float32 in [0, 1]."""
     kept: Sequence[int]
-    """Positions of the B images in the indices asked for."""
+    """Positions of the B images in the requested indices."""
     errors: tuple[str, ...] = ()
     """Why the others could not be read, with their names."""
     stop: bool = False
     """Whether errors stop the run."""
     unreachable: str = ""
-    """Why nothing could be read, if that is no fault of the images."""
+    """Why nothing could be read, if the images are not at fault."""
 
     def checked(self) -> ReadImages:
-        """Return these images; ValueError naming a file that stops the run, OSError when storage could not be reached.
-        A worker does not raise it itself, since there it would arrive wrapped in a traceback.
+        """Return these images; ValueError naming a file that stops the run, OSError if storage could not be reached. A
+        worker does not raise it itself, because it would arrive wrapped in a traceback.
         """
         if self.unreachable:
             raise OSError(f"{self.unreachable}. When it can be read again, the same command continues")
@@ -98,11 +98,11 @@ class ReadImages:
         return self
 
     def blank(self) -> ReadImages:
-        """Return one black image, for a process that is left without any and must take part all the same."""
+        """Return one black image, for a process that has none but must take part."""
         return ReadImages(self.pixels.new_zeros(1, *self.pixels.shape[1:]), [0])
 
     def pin_memory(self) -> ReadImages:
-        """Return the same in page-locked memory, from which a device copies without waiting; for `DataLoader`."""
+        """Return a copy in page-locked memory, from which a device copies without waiting; for `DataLoader`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         pinned = {name: value.pin_memory() for name, value in values.items() if isinstance(value, torch.Tensor)}
         return replace(self, **pinned)
@@ -114,17 +114,17 @@ class ReadImages:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the files of a set were read."""
+    """Description of how the files of a set were read."""
 
     split: bool
-    """Whether the set has a part to train on and one that is held out, and is not cut."""
+    """Whether the set has a training and a held-out part, so that none was split off."""
     notes: tuple[str, ...] = ()
-    """What is not used, and what is in spite of its name."""
+    """Notes on what is not used, or used despite its name."""
 
 
 class ImageSet(TrainingSet):
-    """Images of one size; any first part is a fair sample, of a stream one of row groups. `errors` are why files were
-    left out so far, with their names.
+    """Set of images of one size. Any first part is a fair sample, for a stream one of row groups. `errors` describe the
+    files left out so far.
     """
 
     augmentation: Augmentation | None = None
@@ -135,27 +135,27 @@ class ImageSet(TrainingSet):
 
     @property
     def labels(self) -> torch.Tensor | None:
-        """(N,) int64 classes."""
+        """Return classes (N,), int64."""
         return self.records.labels
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Name of each class."""
+        """Return the name of each class."""
         return self.records.classes
 
     @property
     def captions(self) -> Captions | None:
-        """One or more captions per image."""
+        """Return one or more captions per image."""
         return self.records.captions
 
     @property
     def files(self) -> str:
-        """What the images are and what is made of them, in a line for people."""
+        """Return a one-line description of the images and how they are read, for people."""
         return self.records.files
 
     @property
     def channels(self) -> int:
-        """Number of channels of the images after reading."""
+        """Return the number of channels of the images after reading."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
@@ -174,7 +174,7 @@ class ImageSet(TrainingSet):
         read = self._read_batch(batch)
         if not self.augmentation or not read.kept:
             return read
-        indices = [batch.indices[place] for place in read.kept]
+        indices = [batch.indices[position] for position in read.kept]
         return replace(read, pixels=self.augmentation(read.pixels, batch.seed, batch.epoch, indices))
 
     def _read_batch(self, batch: MicroBatch) -> ReadImages:
@@ -185,16 +185,16 @@ class ImageSet(TrainingSet):
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Return a hash of the images and their order, as far as they differ without being read."""
+        """Return a hash of the images and their order, as far as it can be computed without reading them."""
         raise NotImplementedError
 
     def contents(self) -> str | None:
-        """Return a hash of the files, read in whole or in part; None if the fingerprint is of all pixels."""
+        """Return a hash of the files, read fully or partly; None if the fingerprint covers all pixels."""
         raise NotImplementedError
 
 
 class ArrayImages(ImageSet):
-    """Images in memory: `pixels` (N, C, H, W), uint8 or float32 in [0, 1], which can be on another device."""
+    """Images in memory: `pixels` (N, C, H, W), uint8 or float32 in [0, 1], which may be on another device."""
 
     def __init__(self, pixels: torch.Tensor, records: Records | None = None, errors: tuple[str, ...] = ()):
         super().__init__(records, errors)
@@ -208,9 +208,9 @@ class ArrayImages(ImageSet):
         return self.pixels.shape[1]
 
     def read(self, indices: Sequence[int]) -> ReadImages:
-        # several times faster on a CPU than to index with a list
+        # several times faster on a CPU than indexing with a list
         rows = torch.as_tensor(indices, dtype=torch.long)
-        if self.pixels.is_cuda:  # from pinned memory, so that nothing waits for the copy
+        if self.pixels.is_cuda:  # from pinned memory, so that the copy does not block
             rows = rows.pin_memory().to(self.pixels.device, non_blocking=True)
         return ReadImages(self.pixels.index_select(0, rows), range(len(indices)))
 
@@ -226,11 +226,11 @@ class ArrayImages(ImageSet):
         return hashlib.sha256(self.pixels.cpu().contiguous().numpy().data).hexdigest()
 
     def contents(self) -> None:
-        """Return None: the fingerprint is of all pixels."""
+        """Return None: the fingerprint covers all pixels."""
 
 
 class StoredImages(ImageSet):
-    """Images in rows of a store, read on demand as `config` says."""
+    """Images in rows of a store, read on demand as `config` specifies."""
 
     def __init__(self, config: DataConfig, records: Records, errors: tuple[str, ...] = ()):
         super().__init__(records, errors)
@@ -262,7 +262,7 @@ class StoredImages(ImageSet):
                 pixels.append(self._read_one(index, crops)[0])
                 kept.append(number)
             except ValueError as error:
-                errors += [str(error)] * (str(error) not in errors)  # of two crops of a file
+                errors += [str(error)] * (str(error) not in errors)  # two crops of a file give one error
             except OSError as error:
                 return ReadImages(empty, [], unreachable=str(error))
         stop = config.on_bad_image == "stop"
@@ -275,9 +275,9 @@ class StoredImages(ImageSet):
         return self._read_one(index, [(crop,) for crop in range(count)])
 
     def _read_one(self, index: int, crops: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        """Read the crops (B, C, H, W) of an image with these seeds or, without any, the whole, B = 1."""
+        """Read the crops (B, C, H, W) of an image with these seeds or, without seeds, the whole image, B = 1."""
         config, row, positions = self.config, int(self.rows[index]), []
-        if crops:  # of the name alone, so that an image more or less moves no crop of the others
+        if crops:  # from the name only, so that adding or removing an image changes no other crop
             name = hashlib.sha256(self.store.key(row).encode(errors="surrogateescape")).digest()
             seeds = (np.random.SeedSequence([int.from_bytes(name, "big"), *crop]) for crop in crops)
             positions = [np.random.default_rng(seed).random(2).tolist() for seed in seeds]
@@ -285,7 +285,7 @@ class StoredImages(ImageSet):
         return self.store.read(row, self.channels, config.stated_range, fit)
 
     def header(self, index: int) -> Header:
-        """Read the header of an image; ValueError naming it when it cannot be read."""
+        """Read the header of an image; ValueError naming it if it cannot be read."""
         return self.store.header(int(self.rows[index]), self.channels, self.config.stated_range)
 
     def first(self: S, count: int) -> S:
@@ -293,22 +293,24 @@ class StoredImages(ImageSet):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the rows' identities and the crops."""
-        digest, known, crops = hashlib.sha256(), {}, self.records.crops
+        digest, identities, crops = hashlib.sha256(), {}, self.records.crops
         if self.config.stated_range:
             digest.update(f"{self.config.stated_range}\0".encode())
         for index, row in enumerate(map(int, self.rows)):
-            if row not in known:  # crops share a file
-                known[row] = self.store.identity(row)
-            digest.update(known[row])
+            if row not in identities:  # crops share a file
+                identities[row] = self.store.identity(row)
+            digest.update(identities[row])
             digest.update(b"" if crops is None else f"crop {crops[index]}\0".encode())
         return digest.hexdigest()
 
     def contents(self) -> str | None:
-        """Return the SHA-256 of the fingerprint and the images, or samples of these if they are over `WHOLE` bytes."""
+        """Return the SHA-256 of the fingerprint and the images, or of samples of images if they exceed
+        `WHOLE` bytes.
+        """
         digest = hashlib.sha256(self.fingerprint().encode())
         rows = list(dict.fromkeys(map(int, self.rows)))  # crops share a file
         for row in rows[:1]:
-            self.store.digest(row)  # adds up the sizes of all, before several threads would
+            self.store.digest(row)  # sum the sizes once, before several threads would
         with ThreadPoolExecutor() as pool:
             for found in pool.map(self.store.digest, rows):
                 digest.update(found)
@@ -316,13 +318,13 @@ class StoredImages(ImageSet):
         return digest.hexdigest()
 
     def without(self, bad: dict[int, str]) -> StoredImages:
-        """Return the set without the images at the indices `bad`, which gives the reasons."""
+        """Return the set without the images at the indices `bad`, which maps them to reasons."""
         good = np.array([index for index in range(len(self)) if index not in bad], dtype=np.int64)
         errors = (*self.errors, *(bad[index] for index in sorted(bad)))
         return StoredImages(self.config, self.records.select(good), errors)
 
     def seen_as(self: S, config: DataConfig, files: str) -> S:
-        """Return the set read as `config` says, with a description of its files."""
+        """Return the set read as `config` specifies, with a description of its files."""
         return type(self)(config, replace(self.records, files=files), self.errors)
 
     def cropped(self) -> StoredImages:

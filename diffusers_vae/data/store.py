@@ -1,4 +1,4 @@
-"""Where images lie: their names, their bytes and their pixels, by row."""
+"""Stores of images: their names, bytes and pixels, by row."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ UNREAD = (
 )  # fmt: skip
 """Lower-case suffixes of other formats of images, HEIF among them unless pillow-heif is installed."""
 RENAMED = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})([^a-z.][^.]*|\.\d+)")
-"""The end of names such as photo.jpg.1 (wget), photo.jpg_large and photo.png?size=large."""
+"""End of names such as photo.jpg.1 (wget), photo.jpg_large and photo.png?size=large."""
 CONTENT = re.compile(
     rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftyp(avi|hei|mif)|.{128}DICM", re.DOTALL
 )
-"""The beginnings of common image files."""
+"""First bytes of common image files."""
 MAX_SNIFFED = 1000
-"""Files without a suffix whose beginning is read, at most."""
+"""Maximum number of files without a suffix whose first bytes are read."""
 
 
 def left_out(files: Files, paths: Sequence[Path]) -> tuple[str, ...]:
-    """Return the files that look like images, by suffix, name or content, but are not read; each with what to do."""
+    """Return files that look like images, by suffix, name or content, but are not read, each with advice."""
     found, sniffed = [], 0
     for path in paths:
         name, suffix = path.name.lower(), path.suffix.lower()
@@ -72,14 +72,17 @@ def _beginning(files: Files, path: Path) -> bytes:
 
 
 WHOLE = 2**32
-"""Bytes of a set up to which all of them are hashed. Of each file of a larger set, `SAMPLED` bytes are: a small change
-of an uncompressed file may then go unnoticed, but changed pixels of a PNG or JPEG change the last sample, too."""
+"""Maximum bytes of a set that is hashed completely. For a larger set, `SAMPLED` bytes of each file are hashed: a small
+change of an uncompressed file may then go unnoticed, but changed pixels of a PNG or JPEG also change the last sample.
+"""
 SAMPLED, SAMPLE = 2**14, 2**12
-"""Bytes of a file, and of each of the samples of it, which are spread evenly from its beginning to its end."""
+"""Total sampled bytes per file, and bytes per sample. Samples are spread evenly over the file."""
 
 
 def content_digest(file: BinaryIO, size: int, limit: int, sample: int) -> bytes:
-    """Return 128 bits of the SHA-256 of an open file: of its `size` bytes, or of `limit` in samples of `sample`."""
+    """Return 128 bits of the SHA-256 of an open file: of its `size` bytes, or of `limit` bytes in samples of
+    `sample`.
+    """
     digest = hashlib.sha256(f"{size}\0".encode())
     if size <= limit:
         while content := file.read(2**20):
@@ -92,8 +95,8 @@ def content_digest(file: BinaryIO, size: int, limit: int, sample: int) -> bytes:
 
 
 def file_digests(paths: Sequence[str | Path], sample: int) -> Iterator[bytes]:
-    """Yield the `content_digest` of each file: of all its bytes or, if the files have more than `WHOLE` together, of
-    an equal part of that for each file, in samples of `sample` bytes.
+    """Yield the `content_digest` of each file: of all its bytes or, if the files exceed `WHOLE` bytes together, of an
+    equal share of that for each file, in samples of `sample` bytes.
     """
     sizes = [os.path.getsize(path) for path in paths]
     limit = WHOLE if sum(sizes) <= WHOLE else max(SAMPLED, WHOLE // len(sizes))
@@ -104,26 +107,26 @@ def file_digests(paths: Sequence[str | Path], sample: int) -> Iterator[bytes]:
 
 
 def find_row(ends: np.ndarray, row: int) -> tuple[int, int]:
-    """Return the number of the part with a row, and the row's index in it, of parts that end at `ends`."""
+    """Return the part that contains a row, and the row's index in it, for parts that end at `ends`."""
     part = int(ends.searchsorted(row, side="right"))
     return part, row - (int(ends[part - 1]) if part else 0)
 
 
 class Store:
-    """Images of any size, a row each, for any process and thread to read on its own. Here their bytes are those of
-    image files, wherever they lie.
+    """Images of any size, one per row, which any process and thread can read independently. In the base class, their
+    bytes are those of image files, from any source.
     """
 
     def name(self, row: int) -> str:
-        """Return the name of an image for people: its file, or where else it lies."""
+        """Return the name of an image for people: its file, or another location."""
         raise NotImplementedError
 
     def key(self, row: int) -> str:
-        """Return a text that identifies a row wherever the set lies; positions of crops depend on it."""
+        """Return text that identifies a row independent of the set's location; positions of crops depend on it."""
         raise NotImplementedError
 
     def identity(self, row: int) -> bytes:
-        """Return what identifies an image as far as possible without reading it."""
+        """Return bytes that identify an image as far as possible without reading it."""
         raise NotImplementedError
 
     def size(self, row: int) -> int:
@@ -132,15 +135,15 @@ class Store:
 
     @cached_property
     def total(self) -> int:
-        """Bytes of all images."""
+        """Return the bytes of all images."""
         raise NotImplementedError
 
     def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
-        """Return what opens the bytes of an image, to be read whole or at their beginning."""
+        """Return a function that opens the bytes of an image, to read all of them or the beginning."""
         raise NotImplementedError
 
     def content(self, row: int) -> bytes:
-        """Return the stored bytes; ValueError naming the image when it is damaged."""
+        """Return the stored bytes; ValueError naming the image if it is damaged."""
         try:
             with self.opener(row, True)() as file:
                 return file.read()
@@ -148,7 +151,7 @@ class Store:
             raise unreadable(self.name(row), error) from error
 
     def digest(self, row: int) -> bytes:
-        """Return 16 bytes that depend on the content alone, by `content_digest`."""
+        """Return 16 bytes that depend only on the content, by `content_digest`."""
         limit = WHOLE if self.total <= WHOLE else SAMPLED
         try:
             with self.opener(row, False)() as file:
@@ -161,26 +164,26 @@ class Store:
         return as_they_are(channels, value_range)
 
     def header(self, row: int, channels: int, value_range: ValueRange | None) -> Header:
-        """Read the header; ValueError naming the image when it cannot be read."""
+        """Read the header; ValueError naming the image if it cannot be read."""
         opener = self.opener(row, False)
         if self.is_raw(row, channels, value_range):
             return raw_header(self.name(row), channels, value_range, opener)
         return read_header(self.name(row), opener)
 
     def read(self, row: int, channels: int, value_range: ValueRange | None, fit: Fit) -> torch.Tensor:
-        """Return what `fit` makes of the pixels, (B, C, height, width), by `read_raw` or `read_image`."""
+        """Return the result of `fit` for the pixels, (B, C, height, width), by `read_raw` or `read_image`."""
         opener = self.opener(row, True)
         if self.is_raw(row, channels, value_range):
             return read_raw(self.name(row), channels, value_range, fit, opener)
         return read_image(self.name(row), channels, fit, opener)
 
     def values(self, row: int, channels: int) -> np.ndarray:
-        """Return the values as stored, (C, H, W); ValueError naming the image when it cannot be read so."""
+        """Return the stored values (C, H, W); ValueError naming the image if they cannot be read unconverted."""
         return read_values(self.name(row), channels, self.opener(row, True))[0]
 
 
 class FileStore(Store):
-    """Image files below `root`, those of `members` in archives; `left_out` lists files that look like images."""
+    """Image files in `root`, including `members` of archives; `left_out` lists files that look like images."""
 
     def __init__(
         self, root: Path, paths: Sequence[Path], members: Mapping[str, Member], left_out: tuple[str, ...] = ()
@@ -200,7 +203,7 @@ class FileStore(Store):
         return f"{self.key(row)}\0{self.size(row)}\0".encode(errors="surrogateescape")
 
     def size(self, row: int) -> int:
-        """Return the bytes when first asked, so that the fingerprint survives a deletion; 0 if missing then."""
+        """Return the bytes, as of the first call, so that the fingerprint survives a deletion; 0 if missing then."""
         member = self._member(row)
         if member is not None:
             return member.size
@@ -216,7 +219,7 @@ class FileStore(Store):
         return sum(map(self.size, range(len(self.paths))))
 
     def digest(self, row: int) -> bytes:
-        """Return the digest when first asked, like the size."""
+        """Return the digest, as of the first call."""
         if not self.digested[row]:
             self.digests[row] = np.frombuffer(super().digest(row), np.uint8)
             self.digested[row] = True

@@ -1,4 +1,4 @@
-"""Images from Parquet files that need not fit on a disk, here or on the Hub, a row group at a time."""
+"""Images from Parquet files that need not fit on a disk, local or on the Hub, one row group at a time."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from pyarrow.parquet import FileMetaData
 
 LOOKED_AT = 16
-"""Images of a stream whose headers say whether it is in colour."""
+"""Number of images of a stream whose headers determine whether it is in colour."""
 
 
 class StreamedImages(StoredImages):
     """The first images of a `ParquetStore`, or the others, trained on in the order of `order.streamed`."""
 
     lanes: tuple[int, int] = 1, 1
-    """Parts into which an epoch is cut, by forwards of a step and by workers; a run that continues keeps them."""
+    """Number of parts of an epoch, by forwards of a step and by workers; a resumed run keeps them."""
 
     def __init__(self, config: DataConfig, records: Records, errors: tuple[str, ...] = ()):
         super().__init__(config, records, errors)
@@ -50,7 +50,9 @@ class StreamedImages(StoredImages):
         return digest.hexdigest()
 
     def contents(self) -> str | None:
-        """Return the SHA-256 of fingerprint and files, by `file_digests`; None if some are not on this machine."""
+        """Return the SHA-256 of fingerprint and files, by `file_digests`; None if some files are not on this
+        machine.
+        """
         files, digest = self.parquet.files, hashlib.sha256(self.fingerprint().encode())
         if not all(map(os.path.isfile, files)):
             return None
@@ -61,8 +63,8 @@ class StreamedImages(StoredImages):
 
 def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, StreamedImages, Layout]:
     """Return the training and the held-out images of a set of Parquet files, by their footers, and how they were read.
-    In a set with one split, row groups are held out at random. OSError when there is no such set or none that may be
-    read, ValueError when its files are of another kind, unclear or damaged.
+    In a set with one split, row groups are held out at random. OSError if there is no such set or access is denied,
+    ValueError if its files are of another kind, unclear or damaged.
     """
     builder, root = rows_builder(config), config.described
     if builder.name != "parquet":
@@ -74,19 +76,19 @@ def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, Str
     found = {str(split): [*map(str, files)] for split, files in (builder.config.data_files or {}).items()}
     parts = find_parts(list(found), root)
     files = [file for part in parts for file in found[part]]
-    with ThreadPoolExecutor(16) as pool:  # each waits for its file
+    with ThreadPoolExecutor(16) as pool:  # each thread waits for a file
         footers = pool.map(_footer, files)
         bar = tqdm(footers, "reading footers", len(files), unit="file", disable=not progress, leave=False)
         metadata, schemas = zip(*bar, strict=True)
     column = _column(config, schemas, files)
     groups = []
-    for place, footer in enumerate(metadata):
+    for file_index, footer in enumerate(metadata):
         sizes = [footer.row_group(number) for number in range(footer.num_row_groups)]
         firsts = np.cumsum([0, *(size.num_rows for size in sizes)]).tolist()
-        own = [(place, n, firsts[n], size.num_rows, size.total_byte_size) for n, size in enumerate(sizes)]
-        groups.append(np.array([group for group in own if group[3]], dtype=GROUP))
+        row_groups = [(file_index, n, firsts[n], size.num_rows, size.total_byte_size) for n, size in enumerate(sizes)]
+        groups.append(np.array([group for group in row_groups if group[3]], dtype=GROUP))
     counts = [len(found[part]) for part in parts]
-    none = groups[0][:0]  # of a set with one split
+    none = groups[0][:0]  # for a set with one split
     halves = [np.concatenate(groups[: counts[0]]), np.concatenate([none, *groups[counts[0] :]])]
     halves = [np.random.default_rng(0).permutation(half) for half in halves]
     total = sum(int(half["rows"].sum()) for half in halves)
@@ -99,7 +101,7 @@ def load_stream(config: DataConfig, progress: bool) -> tuple[StreamedImages, Str
     layout = Layout(len(parts) == 2, unused_splits(found, parts))
     halves = range(total - heldout), range(total - heldout, total)
     train, held_out = (StreamedImages(config, Records(store=store, rows=half)) for half in halves)
-    # headers cost a row group, which is not kept: training reads it when its turn comes
+    # reading headers loads a row group, which is not kept: training reads it again in its turn
     train, held_out = looked_at(train, held_out, LOOKED_AT if config.channels is None else 0)
     store.let_go()
     return train, held_out, layout

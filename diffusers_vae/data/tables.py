@@ -1,4 +1,4 @@
-"""Images in columns of tables: of Hugging Face's `datasets`, prepared on the disk, or of Parquet files, streamed."""
+"""Images in table columns: tables of Hugging Face's `datasets`, prepared on the disk, or streamed Parquet files."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from pyarrow import Array, Buffer
 
 ENDING = 32
-"""Bytes of an image that tell it from another of its size: a PNG's checksums are among them."""
+"""Bytes of an image that distinguish it from others of its size: they include a PNG's checksums."""
 GROUP = np.dtype(
     [("file", np.int64), ("number", np.int64), ("first", np.int64), ("rows", np.int64), ("bytes", np.int64)]
 )
-"""A row group: indices of its file, of itself in the file, and of its first row there."""
+"""Row group: index of its file, its index in the file, and the index of its first row in the file."""
 
 
 class RowStore(Store):
-    """Images in a column of one table or of several, `parts` by name, row after row; `root` is the name of the set for
-    people. A value is the bytes of an image file, or has them as `bytes`, beside a `path`, or is a file at `path`,
-    which must lie below one of `folders`: whoever wrote the rows could name any other.
+    """Images in a column of one or more tables, `parts` by name, in sequence; `root` is the name of the set for people.
+    A value is the bytes of an image file, or has them as `bytes` with a `path`, or is a file at `path`. This must be in
+    one of `folders`, because the author of the rows could name any file.
     """
 
     def __init__(self, root: str, parts: Mapping[str, Dataset], column: str, folders: Sequence[str] = ()):
@@ -59,7 +59,7 @@ class RowStore(Store):
         stored = sum(table.data.nbytes for table in self.tables)
         if stored > WHOLE:
             return stored
-        return sum(map(self.size, range(int(self.ends[-1]))))  # of the files that rows name, too
+        return sum(map(self.size, range(int(self.ends[-1]))))  # including files that rows name
 
     def size(self, row: int) -> int:
         content, path = self._value(row)
@@ -74,12 +74,12 @@ class RowStore(Store):
 
         def opened() -> BinaryIO:
             with self._open(row) as file:
-                return io.BytesIO(file.read())  # from which Pillow reads faster
+                return io.BytesIO(file.read())  # Pillow reads faster from memory
 
         return opened
 
     def _value(self, row: int) -> tuple[Buffer | None, str | None]:
-        """Return the bytes, as a buffer of Arrow that is not read yet, and the path; one or both are None."""
+        """Return the bytes, as an Arrow buffer that is not read yet, and the path; one or both are None."""
         part, index = find_row(self.ends, row)
         (value,) = self.tables[part][index][self.column]
         path = None
@@ -93,7 +93,7 @@ class RowStore(Store):
 
         content, path = self._value(row)
         if content is not None:
-            return Reader(BufferReader(content))  # of a header, no more than it needs
+            return Reader(BufferReader(content))  # a header reads no more than it needs
         if path is None:
             raise FileNotFoundError("there is none in the row")
         if (file := self._file(path)) is None:
@@ -101,7 +101,7 @@ class RowStore(Store):
         return open_beside_others(file)
 
     def _file(self, path: str | None) -> Path | None:
-        """Return the file that a row names, if it lies below one of the folders."""
+        """Return the file that a row names, if it is in one of the folders."""
         for folder in self.folders if path else ():
             file = os.path.normpath(os.path.join(folder, path or ""))
             if Path(file).is_relative_to(folder):
@@ -111,26 +111,26 @@ class RowStore(Store):
 
 @dataclass
 class _Kept:
-    """The row groups that this process has in memory, and the lock on them: neither outlives a fork."""
+    """Row groups that this process has in memory, and their lock: neither survives a fork."""
 
     process: int
     groups: dict[int, tuple[Array, int, int]] = field(default_factory=dict)
-    """Values, number of rows not asked for yet, and the count of `rows` when one was asked for last."""
+    """Values, number of rows not yet requested, and the count of `rows` at the last request."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     rows: int = 0
-    """Rows asked for."""
+    """Number of requested rows."""
 
 
 class ParquetStore(Store):
-    """Images in a column of Parquet files, in the order of `groups`. A row group is read when a row of it is asked for,
-    and let go when all were, or when none was while `patience` rows of others were read.
+    """Images in a column of Parquet files, in the order of `groups`. A row group is read when one of its rows is
+    requested, and released after all were, or after `patience` rows of others were read without it.
     """
 
     def __init__(self, root: str, files: Sequence[str], groups: np.ndarray, column: str, patience: int):
         self.root, self.files, self.groups, self.column, self.patience = root, files, groups, column, patience
         paths = [PurePosixPath(file.replace("\\", "/")) for file in files]
         above = posixpath.commonpath([path.parent for path in paths])
-        self.names = [str(path.relative_to(above)) for path in paths]  # the same wherever the files lie
+        self.names = [str(path.relative_to(above)) for path in paths]  # independent of the files' location
         self.ends = groups["rows"].cumsum()
         self._kept: _Kept | None = None
 
@@ -138,7 +138,7 @@ class ParquetStore(Store):
         return self.__dict__ | {"_kept": None}
 
     def let_go(self) -> None:
-        """Keep no row group in memory."""
+        """Release all row groups."""
         self._kept = None
 
     def name(self, row: int) -> str:
@@ -163,7 +163,7 @@ class ParquetStore(Store):
         return value.as_buffer().to_pybytes()
 
     def opener(self, row: int, whole: bool) -> Callable[[], BinaryIO]:
-        content = self.content(row)  # now, so that a fault of the storage is not taken for one of the image
+        content = self.content(row)  # read first, so that a storage error is not reported as an image error
         return lambda: io.BytesIO(content)
 
     def _value(self, row: int) -> Any:
@@ -201,11 +201,11 @@ class ParquetStore(Store):
 
 @contextmanager
 def naming(what: str) -> Generator[None]:
-    """Raise what goes wrong as a file is read as a ValueError or an OSError that begins with `what`."""
+    """Convert errors while reading a file into a ValueError or an OSError that begins with `what`."""
     try:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # on a damaged file, pyarrow raises nearly anything
+    except Exception as error:  # pyarrow raises nearly any error for damaged files
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"cannot read {what}: {' '.join(str(error).split()).rstrip('.')}") from error

@@ -1,1 +1,1 @@
-"""The latents of a model: described, written to disk, read."""
+"""Latents of a model: statistics, writing to disk, reading."""

@@ -1,4 +1,4 @@
-"""Latents of a data set on disk, read by the row without loading them."""
+"""Latents of a data set on disk, read by row without loading all of them."""
 
 from __future__ import annotations
 
@@ -30,20 +30,23 @@ from .shards import COMPUTED, DTYPES, STORED, Kind, changed_shards, data_identit
 
 logger = logging.getLogger(__name__)
 VERIFIED_AT_ONCE = 2**30
-"""Bytes of the largest cache that is verified before training on it; larger ones are verified meanwhile."""
+"""Maximum bytes of a cache that is verified before training on it; larger ones are verified during training."""
 LISTED = 20
-CHECKED = 256  # rows per check for values that are not finite
+CHECKED = 256  # rows per check for non-finite values
 
 
 def matching_latents(vae: ModelMixin, image_set: ImageSet, folder: str | Path, data: str) -> LatentDataset:
-    """Return the latents that `encode_images` wrote to `folder`, of any kind and dtype. FileNotFoundError when there is
-    no complete cache; ValueError when its VAE has other weights, or its images are not those of `image_set`, whose
-    labels and captions may differ; `data` describes them.
+    """Return the latents that `encode_images` wrote to `folder`, of any kind and dtype. The labels and captions of
+    their images may differ from those of `image_set`, which `data` describes.
+
+    Raises:
+        FileNotFoundError: If there is no complete cache.
+        ValueError: If its VAE has other weights than `vae`, or its images are not those of `image_set`.
     """
     latents = LatentDataset(folder, weights_hash(vae))
     found, wanted = latents.cache["data"], json.loads(json.dumps(data_identity(image_set)))
     compared = ["fingerprint", "images", "image_shape", "resize"]
-    compared += ["contents"] * ("contents" in found)  # which earlier versions did not record
+    compared += ["contents"] * ("contents" in found)  # earlier versions did not record it
     if differing := [name for name in compared if found[name] != wanted.get(name)]:
         digests = ("fingerprint", "contents")
         what = ", ".join(f"{name} {found[name]} and not {wanted[name]}" for name in differing if name not in digests)
@@ -59,24 +62,23 @@ def matching_latents(vae: ModelMixin, image_set: ImageSet, folder: str | Path, d
 class LatentDataset(Dataset[dict[str, Any]]):
     """Latents that `encode_images` wrote to `folder`, in float32, with labels and captions if the images had them.
 
-    A row is a dict of `mean` and `logvar`, or of `latents`, each (C, h, w), and of `label`, int64, and `captions`, a
-    list of one or more: where their numbers differ, batches need a `collate_fn`. Files are mapped into memory, not
-    loaded.
+    A row is a dict of `mean` and `logvar`, or of `latents`, each (C, h, w), of `label`, int64, and of `captions`, a
+    list of one or more. If their numbers differ, batches need a `collate_fn`. Files are mapped into memory, not loaded.
 
     Args:
-        folder: folder of the cache.
-        weights_hash: hash of the VAE that the latents must be of, as `models.weights_hash` returns it.
+        folder: Folder of the cache.
+        weights_hash: Required hash of the VAE's weights, as `models.weights_hash` returns it.
 
     Raises:
-        FileNotFoundError: when there is no complete cache.
-        ValueError: when a shard is missing or changed, or the latents are of another VAE.
+        FileNotFoundError: If there is no complete cache.
+        ValueError: If a shard is missing or changed, or the latents are of another VAE.
     """
 
     def __init__(self, folder: str | Path, weights_hash: str | None = None):
         self.folder = Path(os.path.expanduser(folder))
         refuse_odd_name(folder, "the folder of latents")
         self.index = read_index(self.folder)
-        self.cache: dict[str, Any] = self.index["cache"]  # what the latents were computed from
+        self.cache: dict[str, Any] = self.index["cache"]  # description of what the latents were computed from
         if weights_hash is not None and weights_hash != self.weights_hash:
             raise ValueError(
                 f"{self.folder.resolve()} holds latents of another VAE, whose weights_hash is {self.weights_hash}, and "
@@ -113,77 +115,77 @@ class LatentDataset(Dataset[dict[str, Any]]):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what was read, so that workers map the files themselves."""
+        """Return the state without what was read, so that workers map the files themselves."""
         read = ("labels", "captions", "indices")
         return {name: value for name, value in vars(self).items() if name not in read} | {"_open": {}}
 
     @property
     def kind(self) -> Kind:
-        """What is stored: posterior, sample or mode."""
+        """Return what is stored: posterior, sample or mode."""
         return self.cache["kind"]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the stored values."""
+        """Return the dtype of the stored values."""
         return DTYPES[self.cache["dtype"]]
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Dtype in which the encoder ran."""
+        """Return the dtype in which the encoder ran."""
         return getattr(torch, self.cache.get(*COMPUTED))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Shape (C, h, w) of the latents of an image."""
+        """Return the shape (C, h, w) of the latents of an image."""
         return tuple(self.index["latent_shape"])
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Name of each class."""
+        """Return the name of each class."""
         return None if self.index["classes"] is None else tuple(self.index["classes"])
 
     @property
     def weights_hash(self) -> str:
-        """Hash of the VAE's weights."""
+        """Return the hash of the VAE's weights."""
         return self.cache["vae"]["weights_hash"]
 
     @property
     def vae_config(self) -> dict[str, Any]:
-        """Config of the VAE, with its scaling_factor and shift_factor, by which the latents are not scaled."""
+        """Return the VAE's config with its scaling_factor and shift_factor, which are not applied to the latents."""
         return self.cache["vae"]["config"]
 
     @property
     def fingerprint(self) -> str:
-        """Hash of latents, labels and captions in their order."""
+        """Return a hash of latents, labels and captions in their order."""
         return digest_of([self.cache, self.index["shards"]])
 
     @property
     def bytes(self) -> int:
-        """Size of all shards."""
+        """Return the size of all shards."""
         return sum(shard["bytes"] for shard in self.index["shards"])
 
     @cached_property
     def labels(self) -> torch.Tensor | None:
-        """Classes (N,), int64."""
+        """Return the classes (N,), int64."""
         return None if self.cache["data"]["labels"] is None else self._column("labels")
 
     @cached_property
     def indices(self) -> torch.Tensor:
-        """Indices (N,) into the image set, without images that could not be read."""
+        """Return the indices (N,) into the image set, without unreadable images."""
         return self._column("indices")
 
     @cached_property
     def captions(self) -> list[tuple[str, ...]] | None:
-        """One or more captions per image."""
+        """Return one or more captions per image."""
         if self.cache["data"]["captions"] is None:
             return None
-        return [tuple(self._captions(*self._place(row))) for row in range(len(self))]
+        return [tuple(self._captions(*self._position(row))) for row in range(len(self))]
 
     def _column(self, name: str) -> torch.Tensor:
         return torch.cat([self._shard(number)[name] for number in range(len(self.index["shards"]))])
 
     def _shard(self, number: int) -> dict[str, torch.Tensor]:
-        """Return the mapped tensors of a shard; ValueError for a truncated file, since reading it would end the
+        """Return the mapped tensors of a shard; ValueError for a truncated file, because reading it would end the
         process.
         """
         path, shard = shard_path(self.folder, number), self.index["shards"][number]
@@ -201,20 +203,20 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def _names(self) -> tuple[str, ...]:
         return ("mean", "logvar") if self.kind == "posterior" else ("latents",)
 
-    def _place(self, row: int) -> tuple[int, int]:
-        """Return the shard of a row and its index there."""
+    def _position(self, row: int) -> tuple[int, int]:
+        """Return the shard of a row and its index in it."""
         if not -len(self) <= row < len(self):
             raise IndexError(f"there are {len(self)} images, got index {row}")
         row %= len(self)
         number = int(np.searchsorted(self._starts, row, "right")) - 1
         return number, row - int(self._starts[number])
 
-    def _captions(self, number: int, place: int) -> list[str]:
+    def _captions(self, number: int, index: int) -> list[str]:
         shard = self._shard(number)
         ends = shard["caption_ends"]
-        start = int(ends[place - 1]) if place else 0
+        start = int(ends[index - 1]) if index else 0
         with suppress(KeyError, ValueError):
-            captions = json.loads(shard["captions"][start : int(ends[place])].numpy().tobytes())
+            captions = json.loads(shard["captions"][start : int(ends[index])].numpy().tobytes())
             check_type(captions, list[str], "captions")
             return captions
         self._refuse([shard_path(self.folder, number).name])
@@ -224,19 +226,19 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return self.index["images"]
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        number, place = self._place(int(row))
+        number, index = self._position(int(row))
         shard = self._shard(number)
-        item: dict[str, Any] = {name: shard[name][place].to(torch.float32, copy=True) for name in self._names}
+        item: dict[str, Any] = {name: shard[name][index].to(torch.float32, copy=True) for name in self._names}
         if "labels" in shard:
-            item["label"] = shard["labels"][place].clone()
+            item["label"] = shard["labels"][index].clone()
         if "captions" in shard:
-            item["captions"] = self._captions(number, place)
+            item["captions"] = self._captions(number, index)
         return item
 
     def latents(self, indices: Sequence[int] | torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the unscaled latents (B, C, h, w) of the rows `indices`, float32, on the device of `noise`: with
-        `noise`, standard normal (B, C, h, w), mean + std * noise; without, the mean or what is stored. ValueError when
-        noise has another shape, or is given for a cache without posteriors.
+        """Return the unscaled float32 latents (B, C, h, w) of the rows `indices`, on the device of `noise`: mean + std
+        * noise for standard normal `noise` (B, C, h, w), otherwise the mean or what is stored. ValueError if noise has
+        another shape, or the cache has no posteriors.
         """
         rows = [int(row) for row in indices]
         if noise is None:
@@ -249,21 +251,21 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return mean + torch.exp(0.5 * logvar) * noise.float()
 
     def moments(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        """Return the moments (B, 2 C, h, w), float32, of the rows `indices` of a cache of kind posterior."""
+        """Return the float32 moments (B, 2 C, h, w) of the rows `indices` of a cache of kind posterior."""
         rows = [int(row) for row in indices]
         return torch.cat([self._rows(name, rows) for name in ("mean", "logvar")], 1)
 
     def _rows(self, name: str, rows: list[int]) -> torch.Tensor:
         found = torch.empty(len(rows), *self.latent_shape)
-        places = np.array([self._place(row) for row in rows]).reshape(-1, 2)
-        for number in np.unique(places[:, 0]).tolist():
-            here = torch.from_numpy(places[:, 0] == number)
-            found[here] = self._shard(number)[name][torch.from_numpy(places[:, 1])[here]].float()
+        positions = np.array([self._position(row) for row in rows]).reshape(-1, 2)
+        for number in np.unique(positions[:, 0]).tolist():
+            in_shard = torch.from_numpy(positions[:, 0] == number)
+            found[in_shard] = self._shard(number)[name][torch.from_numpy(positions[:, 1])[in_shard]].float()
         return found
 
     def verify(self, shards: Iterable[int] | None = None) -> None:
-        """Read these shards again, by default all; ValueError names those that are missing or do not have the SHA-256
-        of the index, or the first with a value that is not finite.
+        """Read these shards again, by default all. ValueError names those that are missing or differ from the SHA-256
+        in the index, or the first with a non-finite value.
         """
         numbers = range(len(self.index["shards"])) if shards is None else list(shards)
         changed = []
@@ -281,8 +283,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
                     )
 
     def to_datasets(self) -> datasets.Dataset:
-        """Return the rows as a Hugging Face `datasets.Dataset`: `mean` and `logvar`, or `latents`, as Array3D of
-        float32, `label` as ClassLabel, `captions`. They are written to the cache of `datasets` row by row.
+        """Return the rows as a Hugging Face `datasets.Dataset`: `mean` and `logvar`, or `latents`, as float32 Array3D,
+        `label` as ClassLabel, and `captions`. They are written to the cache of `datasets` row by row.
         """
         try:
             import datasets
@@ -302,8 +304,9 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
 
 class Verification:
-    """Verification of the latents to train on, by the main process: of up to `VERIFIED_AT_ONCE` bytes before the first
-    step, of more during training. All processes must create it together; it raises as `LatentDataset.verify`, on all.
+    """Verification of the latents to train on, by the main process: before the first step for up to `VERIFIED_AT_ONCE`
+    bytes, otherwise during training. All processes must create it together. It raises the errors of
+    `LatentDataset.verify` on all.
     """
 
     def __init__(self, latents: LatentDataset):
@@ -312,7 +315,7 @@ class Verification:
         if latents.bytes <= VERIFIED_AT_ONCE:
             on_main(latents.verify)
         elif process_share()[0] == 0:
-            # a process that is interrupted does not wait for it
+            # an interrupted process does not wait for it
             self._thread = Thread(target=self._run, args=[latents], name="verify latents", daemon=True)
             self._thread.start()
 
@@ -320,16 +323,16 @@ class Verification:
         try:
             for number in range(len(latents.index["shards"])):
                 latents.verify([number])
-        except Exception as error:  # of any kind: it is raised where the latents are used
+        except Exception as error:  # any type: raised where the latents are used
             self._error = error
 
     def check(self) -> None:
-        """Raise what the main process has found so far."""
+        """Raise the error that the main process has found so far, if any."""
         if self._error:
             raise self._error
 
     def finish(self) -> None:
-        """Wait for the end, and raise what was found on all processes."""
+        """Wait for the end, and raise the error on all processes, if any."""
 
         def wait() -> None:
             if self._thread and self._thread.is_alive():
@@ -341,7 +344,7 @@ class Verification:
 
 
 def _generate(folder: str, fingerprint: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows for `datasets`, which caches them under the name of these arguments."""
+    """Yield the rows for `datasets`, which caches them by these arguments."""
     latents = LatentDataset(folder)
     if latents.fingerprint != fingerprint:
         raise ValueError(f"the latents in {folder} were changed while they were read")

@@ -42,10 +42,10 @@ from .statistics import draw
 
 logger = logging.getLogger(__name__)
 CPU_VALUES, DEVICE_VALUES = 2**21, 2**29
-"""Values in the first feature map of a forward that stay in a CPU's caches, and that fill a GPU."""
-AT_ONCE = 8 * CPU_VALUES  # the same of all concurrent forwards on a CPU
+"""Values in the first feature map of a forward that fit into a CPU's caches, and that fill a GPU."""
+AT_ONCE = 8 * CPU_VALUES  # for all concurrent forwards on a CPU
 GATHERED = 16
-"""Batches between transfers from the device, and between exchanges of processes, since both stall the device."""
+"""Number of batches between transfers from the device, and between exchanges of processes. Both stall the device."""
 
 
 @torch.no_grad()
@@ -65,31 +65,32 @@ def encode_images(
 ) -> LatentDataset:
     """Write the latents of all images under `vae`, in eval mode, to `folder`.
 
-    The same call continues an interrupted one, and returns at once when all latents are there. Under torch.distributed,
-    all processes must call it with the same model; they share the shards, and the files equal those of one process,
-    byte for byte on one kind of device.
+    The same call resumes an interrupted one, and returns at once if all latents exist. Under torch.distributed, all
+    processes must call it with the same model. They share the shards, and the files equal those of one process, byte
+    for byte on one kind of device.
 
     Args:
-        vae: the autoencoder, on the device to use.
-        image_set: the images; unreadable ones are left out if the set says so.
-        folder: where to write, on storage that every process sees.
+        vae: The autoencoder, on the device to use.
+        image_set: The images. Unreadable ones are left out if the set is configured so.
+        folder: Folder to write to, on storage that every process sees.
         kind: posterior: mean and logvar; sample: one sample per image, a function of seed and index; mode: the mode.
-        dtype: dtype of the stored values: torch.float32, bfloat16 or float16.
-        compute_dtype: dtype in which the encoder runs. By default the one that `folder` was begun with; for a new one,
-            bfloat16 for a float32 `vae` on devices with hardware support (`models.fast_dtype`, docs/latents.md), else
-            that of `vae`.
-        batch_size: images per forward. By default, their first feature map has 2^21 values on a CPU (128 images of
-            32x32 with 16 channels), which runs small ones concurrently, and 2^29 elsewhere (64 of 256x256 with 128).
-        seed: seed of the samples.
-        shard_images: images per file.
-        data: description of the images, for the index.
-        progress: whether to show a progress bar.
+        dtype: Dtype of the stored values: torch.float32, bfloat16 or float16.
+        compute_dtype: Dtype in which the encoder runs. By default that of existing latents in `folder`; for new ones,
+            bfloat16 for a float32 `vae` on devices with hardware support (`models.fast_dtype`, docs/latents.md),
+            otherwise that of `vae`.
+        batch_size: Images per forward. By default, their first feature map has 2^21 values on a CPU (128 images of
+            32x32 with 16 channels), which runs small forwards concurrently, and 2^29 elsewhere (64 images of 256x256
+            with 128 channels).
+        seed: Seed of the samples.
+        shard_images: Images per file.
+        data: Description of the images, for the index.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ArithmeticError: naming the image, when its latents are not finite or too large for `dtype`.
-        OSError: naming the file, when it cannot be written, which keeps the shards before it; and when another process
+        ArithmeticError: Naming the image, if its latents are not finite or too large for `dtype`.
+        OSError: Naming the file, if it cannot be written, which keeps the shards before it; or if another process
             writes to the folder.
-        ValueError: when the folder holds other latents, with the differences; when an image cannot be read.
+        ValueError: If the folder holds other latents, with the differences; if an image cannot be read.
     """
     folder = Path(os.path.expanduser(folder))
     refuse_odd_name(folder, "the folder of latents")
@@ -97,11 +98,11 @@ def encode_images(
         logger.warning("the latents are stored with a scaling_factor that was not measured: %s", reason)
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind}")
-    known = ", ".join(map(str, DTYPES.values()))
+    names = ", ".join(map(str, DTYPES.values()))
     if dtype not in DTYPES.values():
-        raise ValueError(f"dtype must be one of {known}, got {dtype}")
+        raise ValueError(f"dtype must be one of {names}, got {dtype}")
     if compute_dtype not in (None, *DTYPES.values()):
-        raise ValueError(f"compute_dtype must be one of {known} or None, got {compute_dtype}")
+        raise ValueError(f"compute_dtype must be one of {names} or None, got {compute_dtype}")
     if shard_images < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"batch_size and shard_images must be at least 1, got {batch_size} and {shard_images}")
     if not len(image_set):
@@ -124,16 +125,16 @@ def encode_images(
         }
         if computed != torch.float32:
             cache["compute_dtype"] = str(computed).removeprefix("torch.")
-        cache = json.loads(json.dumps(cache))  # as it is read again, without tuples
+        cache = json.loads(json.dumps(cache))  # as read from JSON, without tuples
         if not (folder / INDEX).exists() or "contents" in read_index(folder)["cache"].get("data", {}):
             return cache
-        return _of_shards(cache)  # an earlier version did not record the contents of the images
+        return _of_shards(cache)  # earlier versions did not record the contents of the images
 
     cache = on_main(identity)
     if on_main(lambda: _is_complete(folder, cache)):
         return LatentDataset(folder)
     with only_user_of(folder, "writing latents to", "folder for the latents"):
-        if on_main(lambda: _is_complete(folder, cache)):  # by whom it was in use
+        if on_main(lambda: _is_complete(folder, cache)):  # another process may have completed it
             return LatentDataset(folder)
         on_main(lambda: _clear(folder, _of_shards(cache)))
         pixels = len(image_set) * math.prod(cache["data"]["image_shape"][1:])
@@ -158,7 +159,7 @@ def encode_images(
 
 
 def _compute_dtype(vae: ModelMixin, folder: Path) -> torch.dtype:
-    """Return the dtype in which the latents in `folder` were begun, or the default for new ones."""
+    """Return the dtype in which the latents in `folder` were computed, or the default for new ones."""
     for path in sorted(folder.glob("shard-*.safetensors")):
         if (header := read_header(path)) and (dtype := DTYPES.get(str(header["cache"].get(*COMPUTED)))):
             return dtype
@@ -166,12 +167,14 @@ def _compute_dtype(vae: ModelMixin, folder: Path) -> torch.dtype:
 
 
 def _of_shards(cache: dict[str, Any]) -> dict[str, Any]:
-    """Return what each shard records: all but the contents of the images, so that a repaired file keeps the others."""
+    """Return what each shard records: all except the contents of the images, so that repairing a file keeps the
+    others.
+    """
     return cache | {"data": {name: value for name, value in cache["data"].items() if name != "contents"}}
 
 
 def _is_complete(folder: Path, cache: dict[str, Any]) -> bool:
-    """Return whether `folder` holds all of `cache`; ValueError when it holds something else."""
+    """Return whether `folder` holds all of `cache`; ValueError if it holds something else."""
     if not (folder / INDEX).exists():
         return False
     index = read_index(folder)
@@ -180,7 +183,7 @@ def _is_complete(folder: Path, cache: dict[str, Any]) -> bool:
 
 
 def _clear(folder: Path, cache: dict[str, Any]) -> None:
-    """Delete the index and incomplete files; ValueError when the shards are of something else."""
+    """Delete the index and incomplete files; ValueError if the shards are of something else."""
     for path in sorted(folder.glob("shard-*.safetensors")):
         header = read_header(path)
         if header is not None:
@@ -190,7 +193,7 @@ def _clear(folder: Path, cache: dict[str, Any]) -> None:
     for partial in (*folder.glob(".shard-*.partial"), *folder.glob(f".{INDEX}.partial")):
         delete_file(partial)
     if all(path.name.startswith(("shard-", ".lock", ".tmp")) for path in folder.iterdir()):
-        for partial in folder.glob(".tmp??????"):  # of safetensors itself
+        for partial in folder.glob(".tmp??????"):  # temporary files of safetensors
             delete_file(partial)
 
 
@@ -222,7 +225,7 @@ def _encode_shards(
     at_once: int,
     progress: bool,
 ) -> list[dict[str, Any]]:
-    """Write the shards that are not complete, on a CPU by `at_once` concurrent forwards, and describe all of them."""
+    """Write the incomplete shards, on a CPU by `at_once` concurrent forwards, and return descriptions of all shards."""
     rank, processes = process_share()
     length = cache["shard_images"]
     count = math.ceil(len(image_set) / length)
@@ -238,12 +241,12 @@ def _encode_shards(
         pass
     kept = dict(gather_parts(list(found.items())))
     missing = [number for number in range(count) if number not in kept]
-    own = missing[rank::processes]
+    shards = missing[rank::processes]
     images = {number: range(number * length, min((number + 1) * length, len(image_set))) for number in missing}
     batches = {number: math.ceil(len(images[number]) / batch_size) for number in missing}
 
     def work() -> Iterator[int]:
-        for number in own:
+        for number in shards:
             path = shard_path(folder, number)
             yield from _encode_shard(vae, image_set, images[number], path, cache, batch_size, at_once)
             shard = whole_shard(path, cache)
@@ -265,7 +268,7 @@ def _encode_shards(
 
 def _together(work: Iterator[int], steps: int) -> Iterator[int]:
     """Yield what `work` yields, summed over all processes and `GATHERED` steps, until all have done their `steps`. An
-    error on one process is raised on all after these, so that none waits for another.
+    error on one process is then raised on all, so that none waits for another.
     """
     each = 1 if process_share()[1] == 1 else GATHERED
     for _ in range(0, steps + 1, each):
@@ -302,22 +305,23 @@ def _encode_shard(
 
     def read() -> Iterator[tuple[range, list[int], torch.Tensor]]:
         for indices, pixels in read_ahead(image_set, batches):
-            own, batch = kept_images(image_set, indices, pixels, vae.device)
-            if not own:  # the shape of the latents all the same
+            readable, batch = kept_images(image_set, indices, pixels, vae.device)
+            if not readable:  # one image still gives the shape of the latents
                 batch = torch.zeros(1, *cache["data"]["image_shape"], device=vae.device)
-            yield indices, own, batch
+            yield indices, readable, batch
 
     at_once = min(at_once, len(batches))
-    for (indices, own, _), posterior in several_at_once(lambda part: encode(vae, part[2]), read(), vae.device, at_once):
+    encoded = several_at_once(lambda part: encode(vae, part[2]), read(), vae.device, at_once)
+    for (indices, readable, _), posterior in encoded:
         if cache["kind"] == "posterior":
             values = (posterior.mean, posterior.logvar)
-        elif own and cache["kind"] == "sample":
-            values = (next(draw(posterior, own, cache["seed"], 1)),)
+        elif readable and cache["kind"] == "sample":
+            values = (next(draw(posterior, readable, cache["seed"], 1)),)
         else:
             values = (posterior.mode(),)
         for name, value in zip(names, values, strict=True):
-            waiting[name].append(value[: len(own)])
-        kept += own
+            waiting[name].append(value[: len(readable)])
+        kept += readable
         last = indices.stop == images.stop
         if last or len(waiting[names[0]]) == GATHERED:
             for name in names:
@@ -348,12 +352,12 @@ def _stored(
     stored = values.to(dtype).cpu()
     bad = ~stored.flatten(1).isfinite().all(1)
     if bad.any():
-        place = int(bad.nonzero()[0])
-        image = image_set.name(indices[place])
-        if not values[place].isfinite().all():
+        position = int(bad.nonzero()[0])
+        image = image_set.name(indices[position])
+        if not values[position].isfinite().all():
             raise FloatingPointError(f"{name} of the latents of {image} is not finite")
         raise OverflowError(
             f"{name} of the latents of {image} does not fit into {str(dtype).removeprefix('torch.')}, which ends at "
-            f"{torch.finfo(dtype).max:,.0f}: it goes to {values[place].abs().max():,.0f}. Take bfloat16 or float32"
+            f"{torch.finfo(dtype).max:,.0f}: it goes to {values[position].abs().max():,.0f}. Take bfloat16 or float32"
         )
     return stored

@@ -1,7 +1,7 @@
-"""The files of a latent cache.
+"""Files of a latent cache.
 
-A cache is a folder of `shard-NNNNN.safetensors`, each with the latents, labels and captions of a fixed range of images,
-and what they were computed from in its header; and index.json, which is written last.
+A cache is a folder of `shard-NNNNN.safetensors`, each with the latents, labels and captions of a fixed range of images
+and, in its header, what they were computed from; and index.json, which is written last.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..untrusted import check_type, read_json
 
 FORMAT = 1
 COMPUTED = ("compute_dtype", "float32")
-"""Key in what a cache was computed from, and the value for older caches, which lack it."""
+"""Key in the description of what a cache was computed from, and the value for older caches, which lack it."""
 INDEX = "index.json"
-HEADER = "latent_cache"  # key in a shard's header; one alone, since safetensors writes several in a random order
+HEADER = "latent_cache"  # only key in a shard's header: safetensors writes several in random order
 Kind = Literal["posterior", "sample", "mode"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
-STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # the names in safetensors
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # names in safetensors
 IDENTITY = {
     "format": int,
     "kind": Kind,
@@ -41,7 +41,7 @@ IDENTITY = {
         "captions": str | None,
     },
 }
-"""Types of the description of what a cache was computed from."""
+"""Types of the values that describe what a cache was computed from."""
 CONTENT = {
     "cache": IDENTITY,
     "data": str,
@@ -50,11 +50,11 @@ CONTENT = {
     "classes": list[str] | None,
     "shards": [{"rows": int, "bytes": int, "sha256": str}],
 }
-"""Types of what index.json holds."""
+"""Types of the values in index.json."""
 
 
 def data_identity(image_set: ImageSet) -> dict[str, Any]:
-    """Describe the images that latents are computed from; equal for the same images."""
+    """Return a description of the images that latents are computed from; equal for the same images."""
     labels, contents = None if image_set.labels is None else image_set.labels.tolist(), image_set.contents()
     return ({"contents": contents} if contents else {}) | {
         "fingerprint": image_set.fingerprint(),
@@ -71,8 +71,8 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """Return what a shard records of itself; None if it is damaged or no shard."""
-    if not path.is_file():  # a pipe would be waited for
+    """Return what a shard records about itself; None if it is damaged or not a shard."""
+    if not path.is_file():  # reading a pipe would block
         return None
     try:
         with safe_open(path, "pt") as file:
@@ -83,7 +83,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
 
 
 def whole_shard(path: Path, cache: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what the index holds on a shard of `cache`; None if the shard is missing or incomplete."""
+    """Return the index entry of a shard of `cache`; None if the shard is missing or incomplete."""
     header = read_header(path)
     if header is None or header["cache"] != cache:
         return None
@@ -101,8 +101,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Return the content of index.json; FileNotFoundError when the latents are incomplete or the folder is missing,
-    ValueError when it is damaged or of a newer version.
+    """Return the content of index.json; FileNotFoundError if the latents are incomplete or the folder is missing,
+    ValueError if it is damaged or of a newer version.
     """
     path = folder / INDEX
     try:
@@ -118,11 +118,13 @@ def read_index(folder: Path) -> dict[str, Any]:
             raise FileNotFoundError(f"there is no folder {folder.resolve()}") from error
         shards = len(list(folder.glob("shard-*.safetensors")))
         raise FileNotFoundError(
-            f"{folder.resolve()} holds no latents that are complete: there is no {INDEX}, and {shards} shards. The "
-            "same encode command goes on where it was interrupted"
+            f"{folder.resolve()} holds no complete latents: no {INDEX}, and {shards} shards. The "
+            "same encode command resumes where it was interrupted"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or no index of latents ({error}); delete it and encode again") from error
+        raise ValueError(
+            f"{path} is damaged or not an index of latents ({error}); delete it and encode again"
+        ) from error
     if (version := index["cache"]["format"]) > FORMAT:
         raise ValueError(
             f"{path} is of format {version}, this version of diffusers_vae reads up to {FORMAT}; install a newer one"
@@ -131,6 +133,6 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def changed_shards(folder: Path, index: dict[str, Any]) -> list[str]:
-    """Names of the shards that are missing or of another size than they were written with."""
+    """Return the names of shards that are missing or have another size than they were written with."""
     shards = [(shard_path(folder, number), shard["bytes"]) for number, shard in enumerate(index["shards"])]
     return [path.name for path, size in shards if not path.is_file() or path.stat().st_size != size]

@@ -1,4 +1,4 @@
-"""Statistics of the latents over a data set, and the posterior's health."""
+"""Statistics of latents over a data set, and the health of the posterior."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from ..processes import gather_parts, in_parts, process_share
 
 ACTIVE = 0.01  # variance of a unit's posterior mean above which it is active: Burda et al. 2016, section 5.2
 EMPTY = 0.01  # rate in nats below which a unit's posterior counts as equal to the prior
-UNUSED = 0.05  # dB of PSNR: a channel is unused if taking it from another image costs less
-UNUSED_INFORMATION = 0.1  # nats per image: where no decoder was run, a channel is unused if it holds less
-POOR = 3.0  # dB of PSNR: reconstructions are poor if taking all latents from another image costs less
-POOR_COLOUR = 1.0  # dB, the same for the error of the colours alone
-EXPLODED = 20.0  # std of a channel's latents that the prior does not constrain; published models: 0.65 to 7.7
-SLACK = 1e-3  # tolerated excess of images over [-1, 1], for rounding
+UNUSED = 0.05  # dB of PSNR: a channel is unused if swapping it with another image's costs less
+UNUSED_INFORMATION = 0.1  # nats per image: without a decoder, a channel is unused if it holds less
+POOR = 3.0  # dB of PSNR: reconstructions are poor if swapping all latents costs less
+POOR_COLOUR = 1.0  # dB, the same for the colour error alone
+EXPLODED = 20.0  # std of a channel that the prior does not constrain; published models: 0.65 to 7.7
+SLACK = 1e-3  # tolerance of images beyond [-1, 1], for rounding
 
 
 class LatentStatistics:
-    """Per-unit sums over images, streamed in float64.
+    """Per-unit sums over images, accumulated in float64.
 
     The statistics are those of samples from the posterior, without sampling: by the law of total variance, their
-    variance is that of the posteriors' means plus the mean of their variances. (Rombach et al. 2022, appendix G,
-    estimate it from one batch.)
+    variance is that of the posteriors' means plus the mean of the posteriors' variances. (Rombach et al. 2022, appendix
+    G, estimate it from one batch.)
     """
 
     def __init__(self):
         self.images = 0
         self.sums: torch.Tensor | None = None
-        """Of mean, mean squared, variance and rate, (4, channels, height, width)."""
+        """Sums of mean, squared mean, variance and rate, (4, channels, height, width)."""
 
     def update(self, posterior: DiagonalGaussianDistribution) -> LatentStatistics:
-        """Count in the posterior of a batch of images, and return these statistics."""
+        """Add the posterior of a batch of images, and return these statistics."""
         exact = torch.float32 if posterior.mean.device.type == "mps" else torch.float64
         mean, variance, rate = (t.to(exact) for t in (posterior.mean, posterior.var, rate_per_unit(posterior)))
         sums = torch.stack([mean.sum(0), (mean**2).sum(0), variance.sum(0), rate.sum(0)]).cpu().double()
@@ -51,7 +51,7 @@ class LatentStatistics:
         return self
 
     def add(self, other: LatentStatistics) -> None:
-        """Count in what `other` has counted."""
+        """Add the sums of `other`."""
         if other.sums is not None:
             self.images += other.images
             self.sums = other.sums if self.sums is None else self.sums + other.sums
@@ -61,50 +61,50 @@ class LatentStatistics:
         return self.sums / self.images
 
     def latent_shape(self) -> list[int]:
-        """Channels, height and width."""
+        """Return channels, height and width."""
         return list(self._means().shape[1:])
 
     def _moments(self, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and std of the latents, over images and the dimensions `dims` of (channels, height, width)."""
+        """Return mean and std of the latents, over images and the dimensions `dims` of (channels, height, width)."""
         mean, square, variance, _ = self._means()
         mean, square = (t.mean(dims) if dims else t for t in (mean, square + variance))
         return mean, (square - mean**2).clamp(min=0).sqrt()
 
     @property
     def mean(self) -> float:
-        """Mean of the latents over all channels and positions: the `shift_factor`."""
+        """Return the mean of the latents over all channels and positions: the `shift_factor`."""
         return self._moments((0, 1, 2))[0].item()
 
     @property
     def std(self) -> float:
-        """Std of the latents over all channels and positions."""
+        """Return the std of the latents over all channels and positions."""
         return self._moments((0, 1, 2))[1].item()
 
     @property
     def scaling_factor(self) -> float:
-        """1 / std: (latents - shift_factor) * scaling_factor has mean 0 and std 1 over the data set."""
+        """Return 1 / std: (latents - shift_factor) * scaling_factor has mean 0 and std 1 over the data set."""
         return 1 / self.std if self.std else math.inf
 
     @property
     def latents_mean(self) -> list[float]:
-        """Mean of each channel."""
+        """Return the mean of each channel."""
         return self._moments((1, 2))[0].tolist()
 
     @property
     def latents_std(self) -> list[float]:
-        """Std of each channel: (latents - latents_mean) / latents_std has mean 0 and std 1 in every channel."""
+        """Return the std of each channel: (latents - latents_mean) / latents_std has mean 0 and std 1 per channel."""
         return self._moments((1, 2))[1].tolist()
 
     def health(self, swaps: SwapCosts | None = None) -> PosteriorHealth:
-        """Summarise how the posterior and, given `swaps`, the decoder use the latents.
+        """Return a summary of how the posterior and, given `swaps`, the decoder use the latents.
 
         A channel's information, an upper bound of what distinguishes images, is its rate minus the KL divergence of the
-        aggregate posterior from the prior, with each unit taken as normal: 0.5 * (log variance over the images - mean
-        log variance of the posteriors). Like `swaps`, it is independent of the scale of the latents.
+        aggregate posterior from the prior, assuming that each unit is normal: 0.5 * (log variance over the images -
+        mean log variance of the posteriors). Like `swaps`, it does not depend on the scale of the latents.
         """
         mean, square, variance, rate = self._means()
         unit_mean, unit_std = self._moments(())
-        log_variance = square + variance - 1 - 2 * rate  # the mean of it, by the definition of the rate
+        log_variance = square + variance - 1 - 2 * rate  # its mean, by the definition of the rate
         information = 0.5 * (2 * unit_std.log() - log_variance).clamp(min=0)
         per_channel = torch.where(unit_std > 0, information, 0.0).sum((1, 2)).tolist()
         unused: list[int] = []
@@ -129,12 +129,12 @@ class LatentStatistics:
 
 @dataclass(frozen=True)
 class SwapCosts:
-    """Mean PSNR in dB that reconstructions from the posterior's mode lose with latents of another image: what the
-    decoder uses, whatever the scale of the latents.
+    """Mean PSNR in dB that reconstructions from the posterior's mode lose with latents of another image: a measure of
+    what the decoder uses, independent of the scale of the latents.
     """
 
     images: int
-    """Number of images that were reconstructed: at most 64, spread evenly over those measured."""
+    """Number of reconstructed images: at most 64, spread evenly over those measured."""
     all: float
     """PSNR lost, in dB, with all latents of another image."""
     colour: float | None
@@ -146,33 +146,35 @@ class SwapCosts:
 
 @dataclass(frozen=True)
 class PosteriorHealth:
-    """How the posterior uses the latents; a unit is one channel at one position."""
+    """Use of the latents by the posterior. A unit is one channel at one position."""
 
     units: int
-    """Latent units."""
+    """Number of latent units."""
     active_units: int
-    """Units whose posterior mean varies over the images with a variance above 0.01: Burda et al. 2016, section 5.2."""
+    """Number of units whose posterior mean has a variance above 0.01 over the images: Burda et al. 2016,
+    section 5.2."""
     empty_share: float
-    """Share of the units with a rate below 0.01 nats, whose posterior is the prior."""
+    """Share of units with a rate below 0.01 nats, whose posterior equals the prior."""
     unused_channels: list[int]
-    """Channels, from 0, for which using those of another image costs less than 0.05 dB or, without `swaps`, that hold
-    less than 0.1 nats of information. Empty for one image."""
+    """Channels, from 0, that cost less than 0.05 dB to swap with another image's or, without `swaps`, hold less than
+    0.1 nats of information. Empty for one image."""
     rate_per_channel: list[float]
-    """Nats per image, summed over the channel's positions; their sum is the rate."""
+    """Rate per channel, nats per image, summed over positions; their sum is the rate."""
     information_per_channel: list[float]
-    """Nats per image: the part of the rate that is not common to all images, an upper bound."""
+    """Information per channel, nats per image: an upper bound of the part of the rate that is not common to all
+    images."""
     rate_per_position: list[list[float]]
-    """Nats per image, summed over the channels, height by width; their sum is the rate."""
+    """Rate per position (height, width), nats per image, summed over channels; their sum is the rate."""
     aggregate_distance: float
     """Distance of the aggregate posterior, the mean of all images' posteriors, from N(0, I): root mean square over the
     units of the 2-Wasserstein distance sqrt(m^2 + (s - 1)^2) of N(m, s^2) from N(0, 1). It ignores dependence between
     units."""
     swaps: SwapCosts | None
-    """PSNR lost with latents of another image; None where no decoder was run."""
+    """PSNR lost with latents of another image; None without a decoder."""
     verdict: str
-    """healthy, partly collapsed, collapsed, poor reconstruction or exploding; of one image, unknown."""
+    """healthy, partly collapsed, collapsed, poor reconstruction or exploding; unknown for one image."""
     advice: str
-    """What the verdict means, and what to change."""
+    """Meaning of the verdict, and what to change."""
 
 
 def _verdict(measured: dict[str, Any], largest_std: float, images: int) -> tuple[str, str]:
@@ -180,7 +182,7 @@ def _verdict(measured: dict[str, Any], largest_std: float, images: int) -> tuple
     kind = "unit" if measured["units"] == count else "channel"
     if images < 2:
         return "unknown", "A verdict needs at least two images: measure more."
-    if not largest_std < EXPLODED:  # or not a number
+    if not largest_std < EXPLODED:  # also true for NaN
         return "exploding", (
             f"The latents of a channel have std {largest_std:.3g}, where N(0, I) has 1: the rate hardly counts in the "
             "loss. Raise objective.kl_weight or objective.scale, or lower optimizer.learning_rate."
@@ -232,20 +234,20 @@ def measure_latents(
     vae: ModelMixin, images: torch.Tensor | Iterable[torch.Tensor] | ImageSet, batch_size: int = 64
 ) -> LatentStatistics:
     """Measure the latents of `images` in eval mode and write scaling_factor and shift_factor into the config of `vae`,
-    as `diffusers-vae train` does at the end of a run. latents_mean and latents_std become None. The mode is restored
-    afterwards; save the model then. Under torch.distributed, all processes must call it with the same model, each with
-    its own part of the images or all with the same images.
+    as `diffusers-vae train` does at the end of a run. latents_mean and latents_std become None. The mode is restored;
+    save the model afterwards. Under torch.distributed, all processes must call it with the same model, each with its
+    part of the images or all with the same images.
 
     Args:
-        vae: a `VAE`, an `MLPVAE`, or a stock autoencoder whose config has a scaling_factor, on the device to use.
-        images: the training images: a float tensor (N, C, H, W) in [-1, 1], an iterable of such batches, as a
+        vae: A `VAE`, an `MLPVAE`, or a stock autoencoder whose config has a scaling_factor, on the device to use.
+        images: The training images: a float tensor (N, C, H, W) in [-1, 1], an iterable of such batches, such as a
             DataLoader, or an image set of this package.
-        batch_size: images per forward; ignored if `images` is an iterable of batches.
+        batch_size: Images per forward; ignored if `images` is an iterable of batches.
 
     Raises:
-        FloatingPointError: when mean or std of the latents is not finite, or std is 0. The config stays as it was.
-        TypeError: when `vae` is not an autoencoder with a scaling_factor, or a batch is not a tensor.
-        ValueError: when there are no images, or some are outside [-1, 1] or have a wrong shape or dtype.
+        FloatingPointError: If mean or std of the latents is not finite, or std is 0. The config is then unchanged.
+        TypeError: If `vae` is not an autoencoder with a scaling_factor, or a batch is not a tensor.
+        ValueError: If there are no images, or some are outside [-1, 1] or have a wrong shape or dtype.
     """
     if "scaling_factor" not in getattr(vae, "config", ()):
         raise TypeError(
@@ -269,7 +271,7 @@ def measure_latents(
 
 @torch.no_grad()
 def _sums(vae: ModelMixin, batches: Iterable[torch.Tensor]) -> dict[int, LatentStatistics]:
-    """The statistics of this process's batches by its rank; empty where it has none."""
+    """Return the statistics of this process's batches by its rank; empty if it has none."""
     statistics, size = LatentStatistics(), None
     for images in batches:
         if not isinstance(images, torch.Tensor):
@@ -281,7 +283,7 @@ def _sums(vae: ModelMixin, batches: Iterable[torch.Tensor]) -> dict[int, LatentS
         if not len(images):
             continue
         low, high = images.min().item(), images.max().item()
-        if not max(-low, high) <= 1 + SLACK:  # or not a number
+        if not max(-low, high) <= 1 + SLACK:  # also true for NaN
             raise ValueError(f"images must be finite and lie in [-1, 1], got values from {low:g} to {high:g}")
         if size not in (None, tuple(images.shape[2:])):
             raise ValueError(f"images must all be of one size, got {size} and {tuple(images.shape[2:])}")
@@ -292,8 +294,8 @@ def _sums(vae: ModelMixin, batches: Iterable[torch.Tensor]) -> dict[int, LatentS
 
 def describe_latents(model: ModelMixin, statistics: LatentStatistics | None) -> None:
     """Write scaling_factor and shift_factor into the model's config, or None without statistics. latents_mean and
-    latents_std become None, since stock pipelines apply them on top of scaling_factor. Raises FloatingPointError
-    when mean or std is not finite, or std is 0.
+    latents_std become None, because stock pipelines apply them in addition to scaling_factor. FloatingPointError if
+    mean or std is not finite, or std is 0.
     """
     values = dict.fromkeys(("scaling_factor", "shift_factor", "latents_mean", "latents_std"))
     if statistics is not None:
@@ -309,9 +311,9 @@ def describe_latents(model: ModelMixin, statistics: LatentStatistics | None) -> 
 def image_set_statistics(
     model: ModelMixin, image_set: ImageSet, batch_size: int, max_images: int | None = None, progress: bool = False
 ) -> LatentStatistics:
-    """Statistics of the latents of the first `max_images` images, by default all, under `model` in eval mode. Under
-    torch.distributed, all processes must call it with the same model; they share the work and get the result of one
-    process.
+    """Return statistics of the latents of the first `max_images` images, by default all, under `model` in eval mode.
+    Under torch.distributed, all processes must call it with the same model; they share the work and get the same result
+    as one process.
     """
     count = len(image_set) if max_images is None else min(max_images, len(image_set))
     parts: dict[int, LatentStatistics] = {}
@@ -324,7 +326,7 @@ def image_set_statistics(
 
 
 def total(parts: dict[int, LatentStatistics]) -> LatentStatistics:
-    """The statistics of the parts of all processes, summed in one order whatever their number."""
+    """Return the statistics of the parts of all processes, summed in an order that does not depend on their number."""
     statistics = LatentStatistics()
     for _, part in gather_parts(list(parts.items())):
         statistics.add(part)
@@ -336,7 +338,9 @@ def total(parts: dict[int, LatentStatistics]) -> LatentStatistics:
 def draw(
     posterior: DiagonalGaussianDistribution, indices: Sequence[int], seed: int, draws: int
 ) -> Iterator[torch.Tensor]:
-    """Yield samples (B, C, h, w) for the images `indices`, `draws` times: functions of seed, index and draw only."""
+    """Yield `draws` samples (B, C, h, w) for the images `indices`: functions of seed, index and number of the sample
+    only.
+    """
     seeds = [int(np.random.SeedSequence([seed, index]).generate_state(1)[0]) for index in indices]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     for _ in range(draws):
