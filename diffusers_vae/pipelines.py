@@ -102,16 +102,16 @@ def swap_vae(pipeline: DiffusionPipeline, vae: VAE | AutoencoderKL) -> Diffusion
     _check_class(vae)
     name, stock = _look_up(pipeline)
     old, denoiser = (getattr(pipeline, component, None) for component in ("vae", stock.denoiser))
-    place = next(module for module in (old, denoiser, vae) if module is not None)
+    reference = next(module for module in (old, denoiser, vae) if module is not None)
     problems = [*_offloaded(pipeline, old, vae), *_misfits(name, stock, vae, old, denoiser)]
-    problems += _not_computable(name, stock, vae, place.dtype)
+    problems += _not_computable(name, stock, vae, reference.dtype)
     if problems:
         raise ValueError("\n- ".join([f"the VAE does not fit this {name}:", *problems]))
 
     new = without_adapters(vae) if getattr(vae, "peft_config", None) else copy.deepcopy(vae)
-    new = with_whole_tiles(new.to_diffusers() if isinstance(new, VAE) else new).to(place.device).eval()
-    if new.dtype != place.dtype:  # diffusers warns of a cast even where there is none
-        new.to(place.dtype)
+    new = with_whole_tiles(new.to_diffusers() if isinstance(new, VAE) else new).to(reference.device).eval()
+    if new.dtype != reference.dtype:  # diffusers warns of a cast even where there is none
+        new.to(reference.dtype)
     new.use_slicing |= getattr(old, "use_slicing", False)
     new.use_tiling |= getattr(old, "use_tiling", False)
     if getattr(pipeline, "fusing_vae", False):

@@ -131,13 +131,13 @@ class _OwnWork:
 
     def __init__(self, patience: Patience):
         self.patience, self.marks = patience, _doing.marks
-        self.own = _Activity(lambda: [psutil.Process()])
+        self.this_process = _Activity(lambda: [psutil.Process()])
         self.children: _Activity | None = None
         self.quiet = 0.0
 
     def look(self, seconds: float) -> float:
         """Return the number of seconds without progress. The last check was `seconds` ago."""
-        worked = self.own.seen(seconds) or self.marks != _doing.marks
+        worked = self.this_process.seen(seconds) or self.marks != _doing.marks
         self.marks = _doing.marks
         if self.quiet < self.patience.warning / 2:  # listing children is slow where there are many processes
             self.children = None

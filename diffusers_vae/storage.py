@@ -142,9 +142,9 @@ def whole_files(folder: Path) -> Generator[Path]:
                 _announce("write", path)
                 sync(path)
             for path in written:
-                place = folder / path.relative_to(partial)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                _rename(path, place)
+                target = folder / path.relative_to(partial)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _rename(path, target)
             sync(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

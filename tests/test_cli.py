@@ -90,7 +90,7 @@ class TestNames:
             ["encode", "digits", "--vae", run, "--out", tmp_path / "\udcff"],
         ):  # fmt: skip
             code, _, error = call(capsys, *words)
-            assert code in (1, 2) and "must be a UTF-8 path, since safetensors reads no other" in error, error
+            assert code in (1, 2) and "must be a UTF-8 path, because safetensors reads no other" in error, error
         assert not (tmp_path / "\udcff").exists()
 
     def test_of_a_model_without_weights_are_escaped_in_what_diffusers_logs(self, run, capsys, caplog, tmp_path):

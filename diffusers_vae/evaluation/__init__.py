@@ -1,1 +1,1 @@
-"""Model and images to numbers, and two models compared."""
+"""Evaluation: figures of a model on images, and comparison of two models."""

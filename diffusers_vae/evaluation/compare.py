@@ -1,4 +1,4 @@
-"""Two models on the same images, in pairs."""
+"""Paired comparison of two models on the same images."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ HIGHER_IS_BETTER = {
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one figure, second model minus first, image by image."""
+    """Difference of one figure, second model minus first, image by image."""
 
     mean: float
-    """Over the images."""
+    """Mean over the images."""
     interval: list[float]
-    """95 % confidence interval of the mean of the differences, Student's t; empty of one image."""
+    """95 % confidence interval of the mean of the differences, Student's t; empty for one image."""
     second_is_better: float | None
-    """Share of the images where it is; None for figures of which neither more nor less is better."""
+    """Share of images for which the second model is better; None for figures without a better direction."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class Comparison:
     first: EvaluationReport
     second: EvaluationReport
     differences: dict[str, Difference]
-    """By the name of the figure, for means over the images."""
+    """Differences by name of the figure, for means over the images."""
     most_different: list[int]
-    """Places, in evaluation.csv, of the images whose PSNR differs most, in falling order."""
+    """Positions, in evaluation.csv, of the images whose PSNR differs most, in descending order."""
 
     def to_json(self) -> str:
-        """The comparison as comparison.json holds it."""
+        """Return the comparison as the content of comparison.json."""
         values = {
             "format": FORMAT,
             "differences": {name: asdict(difference) for name, difference in self.differences.items()},
-            "most_different": [self.first.measured.names[place] for place in self.most_different],
+            "most_different": [self.first.measured.names[position] for position in self.most_different],
             "first": json.loads(self.first.to_json()),
             "second": json.loads(self.second.to_json()),
         }
@@ -52,10 +52,11 @@ class Comparison:
 
 
 def compare(first: EvaluationReport, second: EvaluationReport, show: int = 8) -> Comparison:
-    """The difference between two fresh reports (of `evaluate`), paired per image; the `show` images that differ most.
+    """Return the difference between two fresh reports of `evaluate`, paired per image, and the `show` images that
+    differ most.
 
     Raises:
-        ValueError: when they are not of the same images under the same protocol.
+        ValueError: If they are not of the same images under the same protocol.
     """
     protocols = [
         asdict(replace(report.protocol, batch_size=None)) | {"density": report.density} for report in (first, second)

@@ -1,4 +1,4 @@
-"""Model and held-out images to numbers, with all that is needed to get the same numbers again."""
+"""Figures of a model on held-out images, with everything needed to reproduce them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Figures and pictures, in a run always of the EMA weights if there are any."""
+    """Figures and pictures. In a run, they are those of the EMA weights, if there are any."""
 
     every: int | None = setting(None, "training", at_least=1)
     """Number of images between evaluations in a run; null: only one at the end."""
@@ -69,15 +69,15 @@ Judges = tuple[dict[str, LPIPS], InceptionFeatures | None]
 
 
 MEASURED_SOMETIMES = ("importance_weighted_bound", "lpips_alex", "lpips_vgg", "lpips_squeeze")
-"""Figures of a report that are None unless settings ask for them."""
+"""Figures of a report that are None unless settings enable them."""
 
 
 def load_judges(config: EvaluationConfig, channels: int, size: tuple[int, int]) -> Judges:
-    """The networks that `config` asks for.
+    """Return the networks that `config` enables.
 
     Raises:
-        FileNotFoundError: when weights are not there and cannot be downloaded.
-        ValueError: when they cannot see images of `channels` and `size`.
+        FileNotFoundError: If weights are missing and cannot be downloaded.
+        ValueError: If they cannot process images of `channels` and `size`.
     """
     lpips = {name: LPIPS(name) for name in config.lpips}
     inception = InceptionFeatures() if config.rfid else None
@@ -87,7 +87,9 @@ def load_judges(config: EvaluationConfig, channels: int, size: tuple[int, int]) 
 
 
 def log_prior_ratio(posterior: DiagonalGaussianDistribution, latents: torch.Tensor) -> torch.Tensor:
-    """log p(latents) - log q(latents | image) per image (B,), nats; minus its mean over draws is the rate."""
+    """Return log p(latents) - log q(latents | image) per image (B,), nats. Its negative mean over samples is
+    the rate.
+    """
     ratio = 0.5 * (((latents - posterior.mean) / posterior.std) ** 2 + posterior.logvar - latents**2)
     return ratio.flatten(1).sum(1)
 
@@ -95,7 +97,7 @@ def log_prior_ratio(posterior: DiagonalGaussianDistribution, latents: torch.Tens
 def reconstruct(
     model: ModelMixin, images: torch.Tensor, indices: Sequence[int], config: EvaluationConfig
 ) -> torch.Tensor:
-    """Reconstructions (B, C, H, W), in [-1, 1], of the images `indices`, as `config` says."""
+    """Return reconstructions (B, C, H, W) in [-1, 1] of the images `indices`, as `config` specifies."""
     posterior = encode(model, images)
     latents = posterior.mode()
     if config.reconstruction == "sample":
@@ -107,7 +109,7 @@ def _as_compared(reconstructions: torch.Tensor, config: EvaluationConfig) -> tor
     clamped = reconstructions.clamp(-1, 1)
     if not config.round_to_8_bit:
         return clamped
-    return to_model_range(to_uint8(clamped)).where(clamped.isfinite(), clamped)  # not a number must not pass for black
+    return to_model_range(to_uint8(clamped)).where(clamped.isfinite(), clamped)  # keep NaN, which would become black
 
 
 @torch.no_grad()
@@ -122,27 +124,27 @@ def evaluate(
     progress: bool = False,
     fp16: bool = False,
 ) -> EvaluationReport:
-    """The report of `model`, in eval mode, over the images: any autoencoder of diffusers with `encode(...).latent_dist`
-    and `decode(...).sample`. The draws for an image depend on the seed and its index.
+    """Return the report of `model`, in eval mode, on the images. It can be any autoencoder of diffusers with
+    `encode(...).latent_dist` and `decode(...).sample`. The samples for an image depend on the seed and its index.
 
-    Under torch.distributed all processes must call it, with the same model; they share the work, and the report is
-    that of one process, bit by bit.
+    Under torch.distributed, all processes must call it with the same model. They share the work, and the report is
+    bit-identical to that of one process.
 
     Args:
-        model: on the device where it is to run, in the dtype in which it is to be measured.
-        image_set: the images.
-        objective: whose terms are measured.
-        config: what is measured, and how.
-        data: where the images came from, and
-        split: which part of it they are, for the protocol.
-        name: of the model, for the report.
-        progress: show a bar.
-        fp16: also run the model in float16.
+        model: The model, on the device and in the dtype to measure.
+        image_set: The images.
+        objective: Objective whose terms are measured.
+        config: Settings of the evaluation.
+        data: Name of the data set, for the protocol.
+        split: Part of the data set, for the protocol.
+        name: Name of the model, for the report.
+        progress: Whether to show a progress bar.
+        fp16: Whether to also run the model in float16.
 
     Raises:
-        FileNotFoundError: when weights for LPIPS or rFID are not there.
-        ValueError: when there is no image that can be read, the model does not take such images, or float16 is to be
-            tried and not even float32 gives finite activations.
+        FileNotFoundError: If weights for LPIPS or rFID are missing.
+        ValueError: If no image can be read, the model does not take such images, or float16 is to be tested and even
+            float32 activations are not finite.
     """
     if not len(image_set):
         raise ValueError("there must be at least one image to evaluate, got none")
@@ -244,8 +246,8 @@ def evaluate(
 
 
 def _unit(objective: VAEObjective, stated: ValueRange | None) -> tuple[float, str]:
-    """Bits that the unit of the density adds to each value in bits/dim, and that unit in words."""
-    if isinstance(objective.likelihood, Bernoulli):  # a probability, in no unit
+    """Return the bits that the density's unit adds to each value in bits/dim, and a description of that unit."""
+    if isinstance(objective.likelihood, Bernoulli):  # a probability has no unit
         return 0.0, ""
     if stated:
         return 0.0, "; bits/dim per unit of [-1, 1]"
@@ -260,8 +262,8 @@ def _measure(
     images: torch.Tensor,
     indices: list[int],
 ) -> tuple[LatentStatistics, dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
-    """Statistics of the latents, the figures of each image, (B,) by name, and the features of images and
-    reconstructions if asked for.
+    """Return statistics of the latents, the figures (B,) of each image by name, and the features of images and
+    reconstructions if requested.
     """
     posterior, statistics = encode(model, images), LatentStatistics()
     statistics.update(posterior)

@@ -1,4 +1,4 @@
-"""How the figures of a report are named, rounded and explained to people."""
+"""Names, rounding and explanations of the figures of a report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Figure:
-    """How a number of the report is shown to people."""
+    """Presentation of a number of the report."""
 
     label: str
     unit: str
@@ -36,14 +36,14 @@ FIGURES = {
     ),
     "loss": Figure("loss", "nats/image", "the objective: distortion without its constant + kl_weight * rate", 3),
 }
-"""By the key in evaluation.json, in the order in which people are shown them."""
+"""Figures by key in evaluation.json, in display order."""
 TARGET_TOLERANCE = 0.05
-"""Largest difference between a rate and its target, relative to the target, at which the target counts as reached."""
+"""Maximum relative difference between a rate and its target at which the target counts as reached."""
 
 
 def missed_target(report: Mapping[str, Any]) -> str:
-    """What to say of a `target_rate` that the rate in `report`, which is what evaluation.json holds, has missed, and
-    what to do; nothing if it was reached or there is none.
+    """Return a message, with advice, if the rate in `report`, the content of evaluation.json, missed its `target_rate`;
+    empty if it was reached or there is none.
     """
     target, rate = report.get("target_rate"), report["rate"]
     if target is None or abs(rate - target) <= TARGET_TOLERANCE * target:
@@ -58,17 +58,18 @@ def missed_target(report: Mapping[str, Any]) -> str:
 
 
 def source_name(fine_tuning: Mapping[str, Any]) -> str:
-    """The repository that a run was fine-tuned from, or the name of the folder or file without its path."""
+    """Return the repository that a run was fine-tuned from, or the name of the folder or file without its path."""
     if repository := fine_tuning.get("repository"):
         return repository
     given = fine_tuning["source"]
-    source = PureWindowsPath(given) if PureWindowsPath(given).drive else PurePosixPath(given)  # of another machine
+    # may be a path of another machine
+    source = PureWindowsPath(given) if PureWindowsPath(given).drive else PurePosixPath(given)
     return (source.parent if source.name in ("model", "vae") else source).name or source.name or given
 
 
 def changed_figures(differences: Mapping[str, Sequence[float]]) -> list[tuple[Any, ...]]:
-    """Of `FineTuning.differences`, each figure with mean and ends of the interval, with their signs, as people read
-    them; without those that are 0: a rate that no weight has changed is no news.
+    """Return each figure of `FineTuning.differences` with formatted mean and ends of the interval, with signs.
+    Differences of 0, such as the rate if its weights did not change, are omitted.
     """
     return [
         (figure, *(f"{value:+,.{figure.digits}f}" for value in differences[name]))

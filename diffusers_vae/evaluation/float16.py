@@ -1,4 +1,4 @@
-"""Whether an autoencoder can run in float16: its largest activations on real images, and a run in float16 itself."""
+"""Safety of float16 for an autoencoder: its largest activations on real images, and a run in float16."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from ..processes import gather_parts, process_share
 from .metrics import psnr
 
 LARGEST = torch.finfo(torch.float16).max
-"""65,504: what is 65,520 or more becomes infinite in float16."""
+"""65,504, the largest float16 number: 65,520 or more becomes infinite."""
 MARGIN = 4
-"""How many times below `LARGEST` all activations must stay. The images that are measured are a sample, and latents of a
-diffusion model are not those of images. Of the decoders of two presets, an image reached up to 1.7 times the median
-image's largest activation of a layer, and latents drawn from N(0, I) up to 2.1 times the largest of 128 images: twice
-that is asked for."""
+"""Factor by which all activations must stay below `LARGEST`. The measured images are a sample, and latents from a
+diffusion model differ from those of images. In the decoders of two presets, an image reached up to 1.7 times the median
+image's largest activation of a layer, and latents sampled from N(0, I) up to 2.1 times the largest of 128 images. The
+factor is twice that."""
 EXACT = 20 * math.log10(255)
-"""dB: the PSNR of an error whose root mean square is one step of 8 bits, 48.13. Float16 that is closer to float32 than
-this changes no picture visibly; trained models were seen to have 70 and more."""
+"""PSNR in dB of an error whose root mean square is one 8-bit step, 48.13. Above it, float16 makes no visible
+difference. Trained models reached 70 and more."""
 
 
 @dataclass(frozen=True)
 class PrecisionReport:
-    """What float16 would do to an autoencoder, on real images."""
+    """Effect of float16 on an autoencoder, measured on real images."""
 
     images: int
-    """How many were measured."""
+    """Number of measured images."""
     blocks: dict[str, float]
-    """Largest absolute activation of each block in float32, of its output and of every module in it, in the order in
-    which they run; encoder.* and quant_conv encode, decoder.* and post_quant_conv decode."""
+    """Largest absolute float32 activation of each block, over its output and every module in it, in execution order;
+    encoder.* and quant_conv encode, decoder.* and post_quant_conv decode."""
     overflow: str | None
-    """The first block with an activation above 65,504 in float32, or one that is not finite in float16."""
+    """First block with an activation above 65,504 in float32 or a non-finite one in float16."""
     fp16_psnr: float | None
-    """Of float16 reconstructions against float32 ones, dB, of the image where it is smallest; at most 100, and None
-    where float16 overflows."""
+    """Smallest PSNR of an image's float16 reconstruction against the float32 one, dB; at most 100, None if float16
+    overflows."""
     verdict: str
     """overflows, close, inexact or safe."""
     advice: str
-    """What the verdict means for force_upcast."""
+    """Consequence of the verdict for force_upcast."""
 
     @property
     def safe(self) -> bool:
-        """Whether force_upcast can be false."""
+        """Return whether force_upcast can be false."""
         return self.verdict == "safe"
 
 
@@ -75,27 +75,27 @@ def _verdict(blocks: dict[str, float], overflow: str | None, fp16_psnr: float | 
 def measure_precision(
     model: ModelMixin, image_set: ImageSet, batch_size: int, max_images: int | None = None, progress: bool = False
 ) -> PrecisionReport:
-    """Whether `model`, in eval mode, can run in float16: the largest activations of a float32 copy of it on the first
+    """Measure whether `model`, in eval mode, can run in float16: the largest activations of a float32 copy on the first
     `max_images` images, by default all, each encoded and the mode of its posterior decoded, and the same in float16.
 
-    It is safe when nothing overflows, all activations stay `MARGIN` times below the largest float16 number, and the
-    reconstructions of both differ by less than one step of 8 bits, `EXACT`. What no module gives out, the products
-    within attention say, shows in the run in float16 only, and only as this device computes it.
+    It is safe if nothing overflows, all activations stay `MARGIN` times below the largest float16 number, and the two
+    reconstructions differ by less than one 8-bit step, `EXACT`. Values that no module outputs, such as products within
+    attention, are covered only by the run in float16, as computed on this device.
 
-    Under torch.distributed all processes must call it, with the same model; they share the work, and the report is
+    Under torch.distributed, all processes must call it with the same model. They share the work, and the report equals
     that of one process.
 
     Args:
-        model: any autoencoder of diffusers with `encode(...).latent_dist` and `decode(...).sample`, of any dtype; it
-            is copied twice, on its own device.
-        image_set: the images.
-        batch_size: images per forward.
-        max_images: how many.
-        progress: show a bar.
+        model: Any autoencoder of diffusers with `encode(...).latent_dist` and `decode(...).sample`, of any dtype. It is
+            copied twice on its device.
+        image_set: The images.
+        batch_size: Images per forward.
+        max_images: Maximum number of images.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: when there is no image that can be read, the model does not take such images, or its activations
-            are not finite in float32.
+        ValueError: If no image can be read, the model does not take such images, or its float32 activations are not
+            finite.
     """
     rank, processes = process_share()
     exact, half = copy.deepcopy(model).float(), copy.deepcopy(model).half()
@@ -123,8 +123,8 @@ def measure_precision(
 
 
 def _watch(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The largest absolute activation so far by block, in the order in which blocks first ran; filled by every forward
-    of `model` from now on.
+    """Return the largest absolute activation so far by block, in the order in which blocks first ran. Every later
+    forward of `model` updates it.
     """
     largest: dict[str, torch.Tensor] = {}
 
@@ -132,7 +132,7 @@ def _watch(model: nn.Module) -> dict[str, torch.Tensor]:
         for tensor in output if isinstance(output, (tuple, list)) else [output]:
             if torch.is_tensor(tensor) and tensor.is_floating_point():
                 value = tensor.abs().amax().float()
-                largest[block] = torch.maximum(largest.get(block, value), value)  # which keeps what is not a number
+                largest[block] = torch.maximum(largest.get(block, value), value)  # maximum keeps NaN
 
     for name, module in model.named_modules():
         if block := _block(name):
@@ -141,7 +141,9 @@ def _watch(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _block(name: str) -> str | None:
-    """decoder.up_blocks.2 for all modules in it, decoder.conv_out, quant_conv; None for what holds several blocks."""
+    """Return the block of a module: decoder.up_blocks.2, decoder.conv_out, quant_conv; None if it contains several
+    blocks.
+    """
     top, *inner = name.split(".")
     if top not in ("encoder", "decoder"):
         return top or None

@@ -1,4 +1,4 @@
-"""Image files of any size through an autoencoder, to files."""
+"""Reconstruction of image files of any size."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 EIGHT_BITS = ValueRange(0, 255)
 ImageFile = tuple[Path, Callable[[], BinaryIO] | None]
-"""Path of an image file and, of one in an archive, a function that opens it."""
+"""Path of an image file and, for one in an archive, a function that opens it."""
 
 
 def image_files(names: Sequence[str | Path]) -> list[ImageFile]:
-    """List image files: those that are named, and those below named folders and in named archives, as sets list them.
+    """Return image files: those that are named, and those in named folders and archives, as sets list them.
 
     Raises:
-        FileNotFoundError: when one is not there, or a folder or archive holds no image.
+        FileNotFoundError: If one does not exist, or a folder or archive holds no image.
     """
     listed: list[ImageFile] = []
     for path in map(Path, names):
@@ -62,23 +62,23 @@ def reconstruct_files(
     value_range: ValueRange | None = None,
     seed: int | None = None,
 ) -> Iterator[tuple[Path, float]]:
-    """Encode and decode image files at their own size, and write the reconstructions into the folder `out`: as PNG, or
-    in the kind, depth and range of the file if the model reads files without conversion (with a `value_range`, or with
-    other channels than 1 and 3). Sides that the model cannot take are padded with the pixels of the border, and cropped
+    """Encode and decode image files at their original size, and write the reconstructions into the folder `out`: as
+    PNG, or in the kind, depth and range of the file if the model reads files without conversion (with a `value_range`,
+    or with other channels than 1 and 3). Sides that the model cannot take are padded with border pixels and cropped
     again.
 
     Args:
-        model: any KL autoencoder, on the device that is to compute.
-        files: as `image_files` lists them.
-        out: another folder than those of the files; it is created.
-        value_range: with which the model was trained; None for 8-bit images.
-        seed: of a sample from each posterior; None decodes its mode.
+        model: Any KL autoencoder, on the device to use.
+        files: Files as listed by `image_files`.
+        out: Folder to create, other than those of the files.
+        value_range: Value range that the model was trained with; None for 8-bit images.
+        seed: Seed of a sample from each posterior; None decodes its mode.
 
     Yields:
-        The path of each reconstruction and its PSNR in dB.
+        Path of each reconstruction and its PSNR in dB.
 
     Raises:
-        ValueError: at the end, naming files that cannot be read; at the start, when `out` is the folder of a file.
+        ValueError: At the end, naming files that cannot be read; at the start, if `out` is the folder of a file.
     """
     out.mkdir(parents=True, exist_ok=True)
     if out.resolve() in (file.resolve().parent for file, _ in files):
@@ -99,7 +99,7 @@ def reconstruct_files(
             failed.append(str(error))
             continue
         path = out / (file.name if kind and kind.format in WRITTEN else f"{file.stem}.png")
-        if path in written:  # of two folders
+        if path in written:  # files of two folders may have one name
             path = out / f"{file.stem}-{index}{path.suffix}"
         written.add(path)
         with whole_file(path) as partial:
@@ -131,11 +131,11 @@ def read_pixels(
 def _as_it_is(
     file: Path, content: Callable[[], BinaryIO] | None, channels: int, value_range: ValueRange | None
 ) -> tuple[torch.Tensor, FileKind]:
-    """Pixels (C, H, W) in [0, 1] of a file, and its kind; ValueError naming it when its values are not in the range."""
+    """Return pixels (C, H, W) in [0, 1] of a file, and its kind; ValueError naming it if values are out of range."""
     values, kind = read_values(file, channels, content)
     try:
         if not value_range and values.dtype != np.uint8:
-            raise ValueError(f"values must have 8 bits, as those that the model was trained on, got {values.dtype}")
+            raise ValueError(f"values must have 8 bits, like those that the model was trained on, got {values.dtype}")
         return (value_range or EIGHT_BITS).to_unit(values), kind
     except ValueError as error:
         raise ValueError(f"cannot read the image {file}: {error}") from error

@@ -1,4 +1,4 @@
-"""The report of an evaluation: its fields, and evaluation.json."""
+"""Report of an evaluation: its fields, and evaluation.json."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ..untrusted import check_type, read_text
 from .float16 import PrecisionReport
 
 FORMAT = 2
-"""Version of evaluation.json, which docs/evaluation.md describes. In 1, some figures had other meanings."""
+"""Version of evaluation.json, which docs/evaluation.md describes. In version 1, some figures had other meanings."""
 
 
 @dataclass(frozen=True)
 class LatentSummary:
-    """The latents of the measured images; see `LatentStatistics`."""
+    """Latents of the measured images; see `LatentStatistics`."""
 
     mean: list[float]
-    """Per channel."""
+    """Mean of each channel."""
     std: list[float]
-    """Per channel."""
+    """Std of each channel."""
     shift_factor: float
     """Mean over all channels and positions."""
     scaling_factor: float
@@ -37,100 +37,100 @@ class LatentSummary:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What was measured."""
+    """Description of the measured model."""
 
     name: str
-    """Repository, or folder."""
+    """Repository or folder of the model."""
     class_name: str
-    """Of which it is in Python."""
+    """Name of its Python class."""
     parameters: int
-    """Number of values."""
+    """Number of parameter values."""
     latent_shape: list[int]
-    """Channels, height and width of the latents of one image."""
+    """Shape (C, h, w) of the latents of one image."""
     scaling_factor: float | None
-    """As its config states: in a run, measured on the training images; None where it is unknown."""
+    """scaling_factor in its config: in a run, measured on the training images; None if unknown."""
     shift_factor: float | None
     """Likewise."""
     weights_sha256: str
-    """Of all weights with their names, the same however they were saved."""
+    """SHA-256 of all weights with their names, independent of the file format."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """All that the figures depend on besides the model."""
+    """Everything that the figures depend on besides the model."""
 
     data: str | None
-    """Name of the set, or of the folder; None when the images came from elsewhere."""
+    """Name of the set or of the folder; None for images from another source."""
     split: str | None
-    """held-out, training or all; None likewise."""
+    """held-out, training or all; None for images from another source."""
     images: int
-    """How many were measured."""
+    """Number of measured images."""
     fingerprint: str
-    """SHA-256 of the set's pixels; of sets too large for memory, of their files' names, sizes and contents: of the
-    whole contents up to 4 GiB, else of samples."""
+    """SHA-256 of the set's pixels; for sets too large for memory, of their files' names, sizes and contents: of the
+    whole contents up to 4 GiB, otherwise of samples."""
     resolution: list[int]
     """Height and width of the images."""
     channels: int
-    """Of the images."""
+    """Number of channels of the images."""
     resize: str | None
-    """How files of another size were brought to `resolution`."""
+    """Description of how files of another size were resized to `resolution`."""
     value_range: str
-    """Of images and reconstructions where they are compared."""
+    """Value range of images and reconstructions when they are compared."""
     round_to_8_bit: bool
-    """Whether reconstructions were rounded before they were compared."""
+    """Whether reconstructions were rounded before the comparison."""
     reconstruction: str
-    """mode or sample of the posterior."""
+    """Decoded latents: mode or sample of the posterior."""
     draws: int
-    """From the posterior, per image, for distortion and bounds."""
+    """Number of posterior samples per image, for distortion and bounds."""
     seed: int
-    """Seed of the draws."""
+    """Seed of the samples."""
     dtype: str
-    """Of the model; objective and metrics are float32 at least."""
+    """Dtype of the model; objective and metrics use at least float32."""
     device: str
-    """On which it ran."""
+    """Device of the model."""
     networks: dict[str, str]
-    """SHA-256 of the weights by which LPIPS and rFID judge, by name of the network."""
+    """SHA-256 of the weights of LPIPS and rFID, by name of the network."""
     versions: dict[str, str]
-    """Of the libraries that take part."""
+    """Versions of the libraries involved."""
     batch_size: int | None = None
-    """Images per forward: fewer than evaluation.batch_size if memory did not suffice. It changes figures by rounding at
-    most; None in reports of before."""
+    """Images per forward: fewer than evaluation.batch_size if memory ran out. It changes figures only by rounding; None
+    in older reports."""
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What a run has made of the autoencoder that it began with, measured on the same images by the same protocol."""
+    """Changes that a run made to the autoencoder that it began with, on the same images by the same protocol."""
 
     source: str
-    """Repository, folder or file of that autoencoder, as given."""
+    """Repository, folder or file of the original autoencoder, as given."""
     revision: str | None
-    """Of the repository."""
+    """Revision of the repository."""
     weights_sha256: str
-    """Of all its weights."""
+    """SHA-256 of all its weights."""
     encoder_sha256: str
-    """Of the weights that decide the latents, encoder and quant_conv, after the run."""
+    """SHA-256, after the run, of the weights that determine the latents: encoder and quant_conv."""
     latents_unchanged: bool
-    """Whether they are those from before it, so that diffusion models and stored latents still fit."""
+    """Whether these weights are unchanged, so that diffusion models and stored latents still fit."""
     differences: dict[str, list[float]]
-    """Of each figure: mean over the images of after minus before, and its 95 % confidence interval, in pairs."""
+    """Mean over the images of after minus before, with its 95 % confidence interval, for each figure."""
     repository: str | None = None
-    """Repository on the Hub that the autoencoder was loaded from or, for a folder of the Hub's cache, downloaded from;
-    None for another folder or file, and for a run of a version that did not record it."""
+    """Hub repository that the autoencoder was loaded from or, for a folder of the Hub's cache, downloaded from; None
+    for another folder or file, and in older runs, which did not record it."""
 
 
 @dataclass(frozen=True)
 class PerImage:
-    """The figures of each image."""
+    """Figures of each image."""
 
     indices: list[int]
-    """Of each in the image set."""
+    """Index of each image in the set."""
     names: list[str]
-    """File or number of each."""
+    """File or number of each image."""
     figures: dict[str, np.ndarray]
-    """By name, (N,) each."""
+    """Figures by name, (N,) each."""
 
     def to_csv(self) -> str:
-        """A line per image."""
+        """Return a header and one line per image."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["image", *self.figures])
@@ -140,15 +140,15 @@ class PerImage:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Means over the images. Distortion, rate, elbo and loss are of draws from the posterior; the other figures of
-    reconstructions as the protocol says, clamped to [-1, 1].
+    """Means over the images. Distortion, rate, elbo and loss are those of samples from the posterior. The other figures
+    are those of reconstructions by the protocol, clamped to [-1, 1].
     """
 
     images: int
-    """How many were measured."""
+    """Number of measured images."""
     loss: float
-    """The objective: distortion, without the part of its constant that training cannot change, + kl_weight * rate, nats
-    per image; without perceptual and adversarial terms."""
+    """Objective without perceptual and adversarial terms: distortion, without the part of its constant that training
+    cannot change, + kl_weight * rate, nats per image."""
     distortion: float
     """-log p(image | latents) with its constant, nats per image."""
     rate: float
@@ -156,8 +156,8 @@ class EvaluationReport:
     elbo: float
     """-(distortion + rate), nats per image."""
     importance_weighted_bound: float | None
-    """log of the mean of p(image, latents) / q(latents | image) over the draws, nats per image: Burda et al. 2016,
-    equation 8. Nearer to log p(image) than elbo; None of one draw."""
+    """log of the mean of p(image, latents) / q(latents | image) over the samples, nats per image: Burda et al. 2016,
+    equation 8. Closer to log p(image) than elbo; None for one sample."""
     bits_per_dim: float
     """-elbo / (ln 2 * C * H * W), bits per value of an image. For a density over [-1, 1], log2(255 / 2) is added, so
     that it is per 8-bit level, as in the literature; not with data.value_range."""
@@ -168,41 +168,41 @@ class EvaluationReport:
     ssim: float
     """Structural similarity."""
     lpips_alex: float | None
-    """Learned perceptual image patch similarity, 0 is best; None when it was not asked for."""
+    """Learned perceptual image patch similarity, 0 is best; None if not enabled."""
     lpips_vgg: float | None
     """Likewise."""
     lpips_squeeze: float | None
     """Likewise."""
     rfid: float | None
-    """Frechet inception distance between images and reconstructions, of all together; None likewise."""
+    """Frechet inception distance between all images and all reconstructions; None if not enabled."""
     intervals: dict[str, list[float]]
-    """95 % confidence intervals of the figures, Student's t over the images; none for the rFID, which is one figure of
-    all images, and none at all for one image."""
+    """95 % confidence intervals of the figures, Student's t over the images; none for the rFID, which is one figure for
+    all images, and none for one image."""
     latents: LatentSummary
     posterior: PosteriorHealth
     model: ModelSummary
     protocol: Protocol
     kl_weight: float
-    """In loss; of a run that steers it to a target rate, the last."""
+    """Weight of the rate in loss; the final one in a run with a target rate."""
     scale: float | None
-    """Of the likelihood, in model range; of a run that learns it, the last. None for one without, bernoulli."""
+    """Scale of the likelihood in model range; the final one in a run that learns it. None for bernoulli."""
     target_rate: float | None = None
-    """The rate that the run was asked for, nats per image; None in runs without a target and outside of runs."""
+    """Target rate of the run, nats per image; None without a target and outside of runs."""
     fine_tuning: FineTuning | None = None
-    """In a run that began with a trained autoencoder."""
+    """Comparison with the original autoencoder, in a run that began with one."""
     fp16: PrecisionReport | None = None
-    """Whether the model can run in float16; None when it was not asked for."""
+    """Float16 safety of the model; None if not measured."""
     per_image: PerImage | None = field(default=None, compare=False, repr=False)
-    """Not in evaluation.json but in evaluation.csv."""
+    """Figures of each image, stored in evaluation.csv rather than evaluation.json."""
 
     @property
     def measured(self) -> PerImage:
-        """`per_image` of a report that was just made."""
-        assert self.per_image is not None, "a report that was read has no figures per image"
+        """Return `per_image` of a report that was just measured."""
+        assert self.per_image is not None, "a report read from a file has no figures per image"
         return self.per_image
 
     def to_json(self) -> str:
-        """The report as evaluation.json holds it; ValueError when a number in it is not finite."""
+        """Return the report as the content of evaluation.json; ValueError if a number in it is not finite."""
         values = asdict(replace(self, per_image=None))
         del values["per_image"]
         if bad := _not_finite(values):
@@ -212,7 +212,7 @@ class EvaluationReport:
 
     @classmethod
     def from_json(cls, text: str) -> EvaluationReport:
-        """The report that `to_json` gave; ValueError when it is none."""
+        """Return the report from the output of `to_json`; ValueError if it is invalid."""
         try:
             values = json.loads(text)
             digest = report_digest(values)
@@ -224,7 +224,7 @@ class EvaluationReport:
                 raise ValueError("its SHA-256 must be that of its figures, which were changed since they were measured")
             check_type(values, cls, "report")
             pairs = values["model"]["latent_shape"], values["protocol"]["resolution"], *values["intervals"].values()
-            if any(len(pair) != (3 if place == 0 else 2) for place, pair in enumerate(pairs)):
+            if any(len(pair) != (3 if index == 0 else 2) for index, pair in enumerate(pairs)):
                 raise ValueError("a latent_shape must have 3 entries, a resolution and intervals 2 each")
             parts = {"latents": LatentSummary, "posterior": PosteriorHealth, "model": ModelSummary}
             parts |= {"protocol": Protocol, "fp16": PrecisionReport, "fine_tuning": FineTuning}
@@ -238,12 +238,12 @@ class EvaluationReport:
 
 
 def report_digest(values: Mapping[str, Any]) -> str:
-    """SHA-256 of what an evaluation.json holds besides it: a guard against accidents, and no proof."""
+    """Return the SHA-256 of the rest of an evaluation.json: it detects accidental changes, not deliberate ones."""
     return digest_of({name: value for name, value in values.items() if name != "sha256"})
 
 
 def read_report(path: Path) -> EvaluationReport:
-    """The report in an evaluation.json; ValueError naming it when it holds none."""
+    """Return the report in an evaluation.json; ValueError naming it if it is invalid."""
     try:
         return EvaluationReport.from_json(read_text(path))
     except ValueError as error:
@@ -255,7 +255,7 @@ def read_report(path: Path) -> EvaluationReport:
 
 
 def _not_finite(values: dict[str, Any]) -> list[str]:
-    """Names of the numbers, and of lists with numbers, that are not finite."""
+    """Return the names of numbers, and of lists with numbers, that are not finite."""
     bad = []
     for name, value in values.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What reconstructions lose when latents are taken from another image."""
+"""Loss of reconstruction quality when latents are swapped between images."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from .metrics import psnr
 SWAPPED = 64
 """Maximum number of images that `measure_swaps` reconstructs."""
 FAINT_COLOUR = 4 / 255
-"""Root mean square of the images' colour, all together, in model range, below which they count as grey."""
+"""Root mean square of the colour of all images, in model range, below which they count as grey."""
 
 
 @torch.no_grad()
 def measure_swaps(
     model: ModelMixin, image_set: ImageSet, batch_size: int, max_images: int | None = None
 ) -> SwapCosts | None:
-    """Measure what reconstructions of `model`, in eval mode, lose when latents are taken from another image; None if
-    fewer than two images can be read.
+    """Measure what reconstructions of `model`, in eval mode, lose if latents come from another image; None if fewer
+    than two images can be read.
 
-    At most `SWAPPED` images, spread evenly over the first `max_images`, are used; each takes latents from the one half
-    the list away. Each is encoded once, and decoded twice and once more for each channel. Under torch.distributed, all
-    processes must call it with the same model; they share the work.
+    At most `SWAPPED` images are used, spread evenly over the first `max_images`. Each takes latents from the image half
+    the list away. Each is encoded once, and decoded twice plus once per channel. Under torch.distributed, all processes
+    must call it with the same model; they share the work.
     """
     count = len(image_set) if max_images is None else min(max_images, len(image_set))
     indices = np.unique(np.linspace(0, count - 1, min(count, SWAPPED)).astype(int)).tolist()
     with alone("reading images"):
         read = image_set.read(indices)
-    kept, images = kept_images(image_set, indices, read, torch.device("cpu"))  # of any size: moved batch by batch
-    on_all = set(indices).intersection(*gather(kept))  # one process may fail to read what another could
-    images = images[[place for place, index in enumerate(kept) if index in on_all]]
+    kept, images = kept_images(image_set, indices, read, torch.device("cpu"))  # moved to the device in batches
+    on_all = set(indices).intersection(*gather(kept))  # one process may fail to read an image that another could read
+    images = images[[position for position, index in enumerate(kept) if index in on_all]]
     if len(images) < 2:
         return None
     modes = torch.cat([encode(model, part.to(model.device)).mode() for part in images.split(batch_size)])
     others = modes.roll(len(modes) // 2, 0)
 
     def figures(latents: torch.Tensor) -> tuple[float, float]:
-        """The mean PSNR, and the mean squared error of the colours, of reconstructions."""
+        """Return the mean PSNR, and the mean squared error of the colours, of reconstructions."""
         ratios, errors = [], 0.0
         for shown, part in zip(images.split(batch_size), latents.split(batch_size), strict=True):
             shown, reconstructions = shown.to(model.device), decode(model, part).clamp(-1, 1)
@@ -54,23 +54,23 @@ def measure_swaps(
             report_progress()
         return sum(ratios) / len(ratios), errors / len(images)
 
-    (own, own_colour), (other, other_colour) = figures(modes), figures(others)
+    (unchanged, unchanged_colour), (other, other_colour) = figures(modes), figures(others)
     rank, processes = process_share()
     costs = []
     for channel in range(rank, modes.shape[1], processes):
         mixed = modes.clone()
         mixed[:, channel] = others[:, channel]
-        costs.append((channel, own - figures(mixed)[0]))
+        costs.append((channel, unchanged - figures(mixed)[0]))
     colour = sum(_colour(part).square().sum().item() for part in images.split(batch_size)) / images.numel()
     colourful = colour**0.5 > FAINT_COLOUR
     return SwapCosts(
         images=len(images),
-        all=own - other,
-        colour=10 * math.log10(max(other_colour, 1e-12) / own_colour) if colourful and own_colour else None,
+        all=unchanged - other,
+        colour=10 * math.log10(max(other_colour, 1e-12) / unchanged_colour) if colourful and unchanged_colour else None,
         channels=[cost for _, cost in gather_parts(costs)],
     )
 
 
 def _colour(images: torch.Tensor) -> torch.Tensor:
-    """The colours of images (B, C, H, W): each channel minus the mean of the channels."""
+    """Return the colours of images (B, C, H, W): each channel minus the mean of the channels."""
     return images - images.mean(1, keepdim=True)

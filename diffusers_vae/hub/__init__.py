@@ -1,1 +1,1 @@
-"""A finished run on the Hugging Face Hub: its model card, and the upload of what others need."""
+"""Publishing of a finished run on the Hugging Face Hub: its model card, and the upload of its files."""

@@ -1,4 +1,4 @@
-"""The model card of a finished run."""
+"""Model card of a finished run."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ OPTIONS = {
     for option in fields(settings)
     if option.name not in always
 }
-"""Settings of which the card tells only when they are used, with their defaults."""
+"""Settings that the card mentions only if they are used, with their defaults."""
 NOT_RECIPE = {name for kind in (DataConfig, ModelConfig, RunConfig) for name in with_traits(kind, "local")}
 
 
 def render_card(run: Path, config: HubConfig | None = None) -> str:
-    """The model card of a finished run: Markdown after YAML metadata, all of it from the run's files. Without a
+    """Return the model card of a finished run: Markdown after YAML metadata, all from the run's files. Without a
     `repo_id`, it loads the model from the run's folder.
 
     Raises:
-        ValueError: when the run is not finished.
+        ValueError: If the run is not finished.
     """
     return render(FinishedRun.read(run), config or HubConfig())
 
 
 def write_card(run: Path, config: HubConfig, evaluation: dict[str, Any]) -> None:
-    """The card as README.md of a run whose evaluation.json will be `evaluation`."""
+    """Write the card as README.md of a run whose evaluation.json will be `evaluation`."""
     write_file(run / "README.md", render(FinishedRun.read(run, evaluation), config))
 
 
@@ -147,28 +147,28 @@ def render(run: FinishedRun, config: HubConfig) -> str:
 
 
 def _by_channel(config: Mapping[str, Any]) -> bool:
-    """Whether the autoencoder's config has a mean and a std for each channel of the latents."""
+    """Return whether the autoencoder's config has a mean and a std for each latent channel."""
     return config.get("latents_mean") is not None and config.get("latents_std") is not None
 
 
 def _scaled_std(config: Mapping[str, Any], stds: list[float]) -> list[float] | None:
-    """Std of the scaled latents per channel, given `stds` of the latents; None if the config has no scaling_factor."""
+    """Return the std of the scaled latents per channel, given `stds` of the latents; None without a scaling_factor."""
     if config.get("scaling_factor") is None:
         return None
-    own = config["latents_std"] if _by_channel(config) else [1.0] * len(stds)
-    return [std * config["scaling_factor"] / divisor for std, divisor in zip(stds, own, strict=True)]
+    divisors = config["latents_std"] if _by_channel(config) else [1.0] * len(stds)
+    return [std * config["scaling_factor"] / divisor for std, divisor in zip(stds, divisors, strict=True)]
 
 
 def _plain(value: object) -> Markup:
-    """`value` as text of Markdown that means nothing but itself."""
+    """Return `value` as literal text in Markdown."""
     if isinstance(value, Markup):
         return value
     text = html.escape(showable(value), quote=False)
-    return Markup(re.sub(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text))  # a_b is no emphasis
+    return Markup(re.sub(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text))  # a_b is not emphasis
 
 
 def _code(value: object) -> Markup:
-    """`value` as a span of code in Markdown."""
+    """Return `value` as a code span in Markdown."""
     text = showable(value)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""
@@ -177,15 +177,15 @@ def _code(value: object) -> Markup:
 
 @cache
 def _template() -> Template:
-    """model_cards/template.md: inside of the package when it was installed from a wheel, beside it in a checkout."""
-    here = Path(__file__).parents[1]
-    inside, beside = (folder / "model_cards" / "template.md" for folder in (here, here.parent))
+    """Return model_cards/template.md: in the package if installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside, beside = (folder / "model_cards" / "template.md" for folder in (package, package.parent))
     text = (inside if inside.exists() else beside).read_text(encoding="utf-8")
     return Environment(finalize=_plain).from_string(text)
 
 
 def _row(key: str, figure: Figure, evaluation: dict[str, Any]) -> tuple[str, str, str, str]:
-    """Name, value, interval and meaning, as the card shows them."""
+    """Return name, value, interval and meaning, as the card shows them."""
     interval = evaluation["intervals"].get(key)
     shown = f"{interval[0]:,.{figure.digits}f} to {interval[1]:,.{figure.digits}f}" if interval else ""
     meaning = f"{figure.unit}; {figure.meaning}".removeprefix("; ")
@@ -193,7 +193,7 @@ def _row(key: str, figure: Figure, evaluation: dict[str, Any]) -> tuple[str, str
 
 
 def _fine_tuning(run: FinishedRun) -> dict[str, Any] | None:
-    """What the card says of a run that began with a trained autoencoder."""
+    """Return the card's description of a run that began with a trained autoencoder, or None."""
     found, settings = run.evaluation.get("fine_tuning"), run.config["model"]
     if found is None:
         return None
@@ -218,7 +218,7 @@ def _fine_tuning(run: FinishedRun) -> dict[str, Any] | None:
 
 
 def _recipe(config: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """The settings that decide the result, section by section."""
+    """Return the settings that determine the result, section by section."""
     rows = []
     for section in RECIPE + (("adversarial",) if config.get("adversarial", {}).get("weight") else ()):
         values = {

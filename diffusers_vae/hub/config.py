@@ -1,4 +1,4 @@
-"""Settings of publishing."""
+"""Settings for publishing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class HubConfig:
             )
 
     def command(self, run: Path) -> str:
-        """The command that uploads `run` with these settings."""
+        """Return the command that uploads `run` with these settings."""
         words = ["diffusers-vae", "push", str(run.absolute()), self.repo_id or "NAMESPACE/NAME"]
         for name, value in vars(self).items():
             if name not in ("push", "repo_id") and value not in (None, False):

@@ -1,4 +1,4 @@
-"""A finished run to the Hugging Face Hub, in one commit, and a Space that shows it."""
+"""Upload of a finished run to the Hugging Face Hub, in one commit, and of a Space that shows it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_can_push(config: HubConfig) -> None:
-    """Ask the Hub whether the token may write to `config.repo_id`, so that it need not refuse a run at its end.
+    """Check with the Hub that the token may write to `config.repo_id`, so that the upload does not fail after the run.
 
     Raises:
-        ValueError: when there is no repo_id.
-        OSError: when there is no token, the Hub does not know it, or it may not write there.
+        ValueError: If there is no repo_id.
+        OSError: If there is no token, the Hub does not accept it, or it may not write there.
     """
     api, namespace = HfApi(), _repo_id(config).partition("/")[0]
     user = _ask(lambda: api.whoami(), f"cannot push to {config.repo_id}")
@@ -41,22 +41,22 @@ def check_can_push(config: HubConfig) -> None:
             f"a token that pushes to {config.repo_id} must have write permission, got one of {user['name']} with the "
             f"role read. {NEW_TOKEN}"
         )
-    own = [user["name"], *(org["name"] for org in user.get("orgs", []))]
-    if namespace not in own and not config.create_pr:
+    namespaces = [user["name"], *(org["name"] for org in user.get("orgs", []))]
+    if namespace not in namespaces and not config.create_pr:
         raise OSError(
-            f"hub.repo_id must lie in a namespace of the token, which are {', '.join(own)}, got {config.repo_id}. "
+            f"hub.repo_id must be in a namespace of the token, {' or '.join(namespaces)}, got {config.repo_id}. "
             "Choose another, use another token, or open a pull request there with hub.create_pr"
         )
 
 
 def push(run: Path, config: HubConfig) -> str:
     """Upload a finished run to `config.repo_id` in one commit, and return the URL of the repository, branch or pull
-    request. Repeated after an error, it goes on: what has arrived is not sent again. Nothing in `run` is changed.
+    request. Repeating it after an error resumes the upload: what has arrived is not sent again. `run` does not change.
 
     Raises:
-        ValueError: when the run is not finished, holds pickles, links, tokens, figures that were changed or weights
-            that were not measured, or there is no repo_id.
-        OSError: when the Hub refuses, or the connection breaks, with the command that repeats the upload.
+        ValueError: If the run is not finished, holds pickles, links, tokens, changed figures or unmeasured weights, or
+            there is no repo_id.
+        OSError: If the Hub refuses, or the connection breaks, with the command that repeats the upload.
     """
     repo_id, revision = _repo_id(config), config.revision or "main"
     refuse_odd_name(run, "a run that is published")
@@ -87,16 +87,16 @@ def push(run: Path, config: HubConfig) -> str:
         url = str(api.create_repo(repo_id, private=config.private or None, exist_ok=True))
         if config.private and not api.model_info(repo_id).private:
             raise _Refused(
-                f"{repo_id} must be private, as hub.private says, but is there and public: make it private on "
+                f"{repo_id} must be private, as hub.private requires, but exists and is public: make it private on "
                 f"{url}/settings, or leave hub.private out"
             )
         if revision != "main" and not revision.startswith("refs/pr/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        here = {operation.path_in_repo for operation in additions}
-        stale = [  # diffusers would prefer the index of old shards to new weights in one file
+        uploaded = {operation.path_in_repo for operation in additions}
+        stale = [  # diffusers would prefer an index of old shards to new weights in one file
             CommitOperationDelete(name)
             for name in api.list_repo_files(repo_id, revision=revision)
-            if (WEIGHTS.fullmatch(name) or name == RANGE_FILE or name.startswith("lora/")) and name not in here
+            if (WEIGHTS.fullmatch(name) or name == RANGE_FILE or name.startswith("lora/")) and name not in uploaded
         ]
         commit = api.create_commit(
             repo_id, [*additions, *stale], commit_message=message, revision=revision, create_pr=config.create_pr
@@ -108,17 +108,17 @@ def push(run: Path, config: HubConfig) -> str:
     url = _ask(
         upload,
         f"{run} was not uploaded to {repo_id}",
-        f" The run is whole, and what has arrived is not sent again. Repeat: {config.command(run)}",
+        f" The run is complete, and what has arrived is not sent again. Repeat: {config.command(run)}",
     )
     return without_passwords(url)
 
 
 def push_space(run: Path, config: HubConfig) -> str:
     """Upload a Space that shows the model of `run`, which `push` has uploaded to `config.repo_id`, under the same name,
-    and return its URL. Files of a Space that is there are replaced.
+    and return its URL. Files of an existing Space are replaced.
 
     Raises:
-        OSError: when the Hub refuses, or the connection breaks, with the command that repeats the upload.
+        OSError: If the Hub refuses, or the connection breaks, with the command that repeats the upload.
     """
     repo_id, api = _repo_id(config), HfApi()
     additions = [CommitOperationAdd(name, content) for name, content in space_files(config).items()]
@@ -135,7 +135,7 @@ def push_space(run: Path, config: HubConfig) -> str:
 
 
 class _Refused(Exception):
-    """Said in our own words."""
+    """Error whose text is ours."""
 
 
 NEW_TOKEN = (
@@ -151,19 +151,19 @@ def _repo_id(config: HubConfig) -> str:
 
 
 def _ask(work: Callable[[], T], failed: str, advice: str = "") -> T:
-    """What `work` returns; whatever goes wrong in it is an OSError of one line, without token and without the errors
-    that caused it, since any of them may hold what was sent. Nor is a token, or a signed address, logged meanwhile.
+    """Return the result of `work`. Any error in it becomes an OSError of one line, without token and without its
+    causes, because any of them may hold what was sent. No token or signed address is logged in the meantime.
     """
     try:
         with changed_logs(without_token):
             return work()
-    except Exception as error:  # the client has no common base of its errors, which differ from version to version
+    except Exception as error:  # the client's errors have no common base and differ between versions
         message = without_token(f"{failed}: {_reason(error)}.{advice}")
     raise OSError(message)
 
 
 def _reason(error: BaseException) -> str:
-    """Rule and remedy, in words."""
+    """Return the reason and the remedy as text."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -173,21 +173,21 @@ def _reason(error: BaseException) -> str:
         return f"there must be a token, got none. {NEW_TOKEN}"
     response = next((r for cause in chain if (r := getattr(cause, "response", None)) is not None), None)
     if response is None:
-        first = chain[-1] if isinstance(error, RuntimeError) else error  # of an LFS upload it says the file only
+        first = chain[-1] if isinstance(error, RuntimeError) else error  # for an LFS upload it names only the file
         said = f"{type(first).__name__}: {first}"
         network = isinstance(first, OSError) or type(first).__module__.startswith(("httpx", "httpcore"))
-        return f"the connection to {hub_constants.ENDPOINT} must hold, got {said}" if network else said
+        return f"the connection to {hub_constants.ENDPOINT} failed: {said}" if network else said
     status = response.status_code
     said = next((s for cause in chain if (s := getattr(cause, "server_message", None))), None) or str(error)
     wait = response.headers.get("Retry-After")
     remedies = {
-        400: "what it names must be changed",
-        401: f"the token must be valid. {NEW_TOKEN}",
-        403: f"the token must be allowed to write there. {NEW_TOKEN}",
-        404: "repository and revision must exist, and be visible with this token",
-        409: "nobody else may create or change the same thing at the same time",
-        412: "the branch must not change meanwhile",
-        429: f"no more requests are allowed at present; wait{f' {wait} s' if wait else ' a few minutes'}",
+        400: "change what the message names",
+        401: f"the token is not valid. {NEW_TOKEN}",
+        403: f"the token may not write there. {NEW_TOKEN}",
+        404: "the repository or revision does not exist, or the token cannot read it",
+        409: "somebody else is changing the same repository: try again later",
+        412: "the branch changed in the meantime: try again",
+        429: f"too many requests: wait{f' {wait} s' if wait else ' a few minutes'}",
     }
-    remedy = remedies.get(status, "it must be well; try later" if status >= 500 else "it must accept the request")
-    return f"the Hub answered {status} ({said}): {remedy}"
+    remedy = remedies.get(status, "server error: try again later" if status >= 500 else "the request was rejected")
+    return f"the Hub returned {status} ({said}): {remedy}"

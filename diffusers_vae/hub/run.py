@@ -1,4 +1,4 @@
-"""What of a finished run is published: nothing that is not named here, and nothing of this machine."""
+"""Published content of a finished run: only files and values listed explicitly, and nothing of this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .secrets import refuse_secrets
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What the files of a finished run say."""
+    """Content of the files of a finished run."""
 
     path: Path
     evaluation: dict[str, Any]
@@ -34,12 +34,12 @@ class FinishedRun:
     weights: list[str]
     """Names of the files in model/."""
     pictures: list[str]
-    """Names of those that `draw_all` makes, in its order."""
+    """Names of the pictures from `draw_all`, in its order."""
 
     @classmethod
     def read(cls, path: Path, evaluation: dict[str, Any] | None = None) -> FinishedRun:
-        """With `evaluation` instead of what is in evaluation.json. Raises ValueError when the run is not finished or
-        holds what must not be published.
+        """Return the run at `path`, with `evaluation` instead of its evaluation.json if given. ValueError if the run is
+        not finished or holds what must not be published.
         """
         if (path / "pipeline" / "model_index.json").is_file():
             raise ValueError(
@@ -77,23 +77,23 @@ class FinishedRun:
         return self.path.resolve().name
 
     def contents(self) -> dict[str, bytes | Path]:
-        """What is uploaded besides the card, by its path in the repository: nothing that is not named here, none of it
-        through a link, no token, and no path on this machine.
+        """Return what is uploaded besides the card, by path in the repository: nothing that is not listed explicitly,
+        nothing through a link, no token, and no path on this machine.
 
         Raises:
-            ValueError: naming a file that is not what it should be.
+            ValueError: Naming a file with invalid content.
         """
         report = read_json(self._own("evaluation.json"))
         config = read_json(self._own("model/config.json"))
         config.pop("_name_or_path", None)
         settings = read_settings(self._own("config.yaml"))
         tuning = report.get("fine_tuning") or {}
-        if "repository" in tuning:  # or it is not known what the source was
+        if "repository" in tuning:  # otherwise the source is unknown
             settings["model"]["pretrained"] = tuning["source"] = source_name(tuning)
             settings["model"]["revision"] = tuning["revision"]
         for section, name in (("data", "root"), ("model", "latents")):
-            if place := settings[section].get(name):  # a relative path would pass for a repository, too
-                settings[section][name] = PureWindowsPath(str(place)).name or place
+            if source := settings[section].get(name):  # a relative path would look like a repository
+                settings[section][name] = PureWindowsPath(str(source)).name or source
         if settings["data"].get("name") == "datasets" and self.trained_on:
             settings["data"]["root"] = self.trained_on
         shown = without_places(report)
@@ -115,12 +115,12 @@ class FinishedRun:
         pictures = [f"pictures/{name}.png" for name in self.pictures]
         return (
             {name: text.encode() for name, text in texts.items()}
-            | {name: _tensors(self._own(place)) for name, place in tensors.items()}
+            | {name: _tensors(self._own(file)) for name, file in tensors.items()}
             | {name: _picture(self._own(name)) for name in pictures}
         )
 
     def _own(self, name: str) -> Path:
-        """The file `name` of the run; ValueError when it is a link or lies behind one, which could lead anywhere."""
+        """Return the file `name` of the run; ValueError if it is a link or behind one, which could lead anywhere."""
         file = self.path / name
         if file.resolve() != self.path.resolve() / name:
             raise ValueError(
@@ -131,12 +131,12 @@ class FinishedRun:
 
     @property
     def lora_rank(self) -> int | None:
-        """Of the adapters that were trained instead of the decoder's weights."""
+        """Return the rank of the adapters that were trained instead of the decoder's weights, or None."""
         return self.config["model"].get("lora_rank")
 
     @property
     def base_model(self) -> str | None:
-        """The repository on the Hub that the run began with, if the run recorded that, or began in the Hub's cache."""
+        """Return the Hub repository that the run began with, if it was recorded or in the Hub's cache."""
         tuning = self.evaluation.get("fine_tuning")
         if not tuning:
             return None
@@ -144,16 +144,16 @@ class FinishedRun:
 
     @property
     def trained_on(self) -> str | None:
-        """The data set on the Hub that the run was trained on."""
+        """Return the Hub data set that the run was trained on, or None."""
         name = self.config["data"]["name"]
         if name != "datasets":
             return HUB_DATA.get(name)
-        measured = self.evaluation["protocol"]["data"]  # which names a folder or file without a path
+        measured = self.evaluation["protocol"]["data"]  # names a folder or file without a path
         return measured if REPOSITORY.fullmatch(measured or "") else None
 
 
 def _weights(folder: Path) -> list[str]:
-    """Names of the files in `folder` that hold the model's weights: one, or an index and the shards that it names."""
+    """Return the names of the files in `folder` that hold the model's weights: one, or an index and its shards."""
     index = folder / f"{WEIGHTS_FILE}.index.json"
     if not index.is_file():
         return [WEIGHTS_FILE]
@@ -167,8 +167,8 @@ def _weights(folder: Path) -> list[str]:
 
 
 def _tensors(file: Path) -> Path:
-    """`file`, which is whole safetensors."""
-    open_regular(file).close()  # of anything else, reading might never end
+    """Return `file` after checking that it is a complete safetensors file."""
+    open_regular(file).close()  # reading anything else might never end
     try:
         with safe_open(file, "pt") as tensors:
             refuse_secrets(str(file), str(tensors.metadata()))
@@ -178,7 +178,7 @@ def _tensors(file: Path) -> Path:
 
 
 def _picture(file: Path) -> bytes:
-    """The content of `file`, which is a PNG and nothing else."""
+    """Return the content of `file`, which must be a PNG and nothing else."""
     with open_regular(file) as opened:
         content = opened.read()
     try:
@@ -196,21 +196,21 @@ def _picture(file: Path) -> bytes:
 
 
 def without_places(value: Any) -> Any:
-    """`value` of a JSON or YAML file, with no more than the last name of each path that leads out of the repository."""
+    """Return `value` of a JSON or YAML file, with paths that lead out of the repository reduced to their last name."""
     if isinstance(value, dict):
         return {name: without_places(item) for name, item in value.items()}
     if isinstance(value, list):
         return [without_places(item) for item in value]
     if not isinstance(value, str):
         return value
-    path = PureWindowsPath(re.sub("^file:(//)?", "", value))  # which knows slashes of both kinds
+    path = PureWindowsPath(re.sub("^file:(//)?", "", value))  # handles both kinds of slashes
     if path.root or ".." in path.parts or value.startswith("~"):
         return path.name
     return PLACE.sub(lambda found: PureWindowsPath(found[0]).name, value)
 
 
 PLACE = re.compile(r"(?<![\w.:/\\~])(file:(//)?)?(~?/|[A-Za-z]:[/\\]|~?\\\\)\w[^\s'\"<>|]*")
-"""A path in a text that leads out of the repository: absolute, or in a home directory."""
+"""Pattern of a path in text that leads out of the repository: absolute, or in a home directory."""
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 ADAPTER = "pytorch_lora_weights.safetensors"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"

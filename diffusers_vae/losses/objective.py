@@ -121,7 +121,7 @@ class Bernoulli:
 
     @property
     def density(self) -> str:
-        return "Bernoulli probability of pixels in [0, 1], exact for 0 and 1 only: not a density for grey values"
+        return "Bernoulli probability of pixels in [0, 1], exact for 0 and 1 only: no density for grey values"
 
 
 Likelihood = Gaussian | Laplace | Bernoulli

@@ -1,1 +1,1 @@
-"""What people look at: pictures, charts, tables and the HTML report."""
+"""Reports for people: pictures, charts, tables and the HTML report."""

@@ -1,4 +1,4 @@
-"""Curves and points: of metrics.jsonl, of rates per channel, of several runs."""
+"""Charts of metrics.jsonl, of rates per channel, and of several runs."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ VERDICT_COLOURS = {
 
 
 def nats(value: float) -> str:
-    """Format a rate: three digits, or all of those before the point."""
+    """Return a formatted rate: three digits, or all digits before the point."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def rate_picture(
     rate_per_channel: Sequence[float], rate_per_position: Sequence[Sequence[float]], unused: Collection[int] = ()
 ) -> Image.Image:
-    """The rate per channel of the latents, the largest first when they are many, beside that per position, where there
-    are several; nats per image.
+    """Return a chart of the rate per latent channel, sorted if there are many, beside that of the rate per position, if
+    there are several; nats per image.
     """
     from matplotlib.ticker import EngFormatter, ScalarFormatter
 
@@ -49,7 +49,7 @@ def rate_picture(
     left.set_ylim(bottom=min(0, rates.min()))
     if len(rates) <= 32:
         left.set_xticks(range(len(rates)), [str(channel) for channel in order.tolist()], fontsize=8)
-        for tick, marked in zip(left.get_xticklabels(), red, strict=True):  # whose bars may be too low to be seen
+        for tick, marked in zip(left.get_xticklabels(), red, strict=True):  # their bars may be too low to be visible
             tick.set_color("tab:red" if marked else "black")
     left.set_xlabel(f"latent {kind}" + (", the largest rate first" if many else ""), fontsize=9)
     left.set_title(
@@ -90,15 +90,15 @@ PANELS = {
 
 
 def loss_picture(metrics: Path, panels: dict[str, str] = PANELS) -> Image.Image:
-    """Values of a run's metrics.jsonl over images seen, each with its title: the `panels` that were logged."""
+    """Return a chart of a run's metrics.jsonl over images seen: those of the titled `panels` that were logged."""
     training = [record for record in _records(metrics) if record["kind"] == "train"]
     logged = {name for record in training for name, value in record.items() if value is not None}
     return runs_picture({"training": metrics}, {name: title for name, title in panels.items() if name in logged})
 
 
 def runs_picture(metrics: dict[str, Path], panels: dict[str, str]) -> Image.Image:
-    """Values of the metrics.jsonl of runs, given by name, over images seen, a panel with its title for each: lines are
-    of training, dots of held-out images.
+    """Return a chart of the metrics.jsonl of runs, by name, over images seen, with a titled panel for each value: lines
+    for training, dots for held-out images.
     """
     from matplotlib.ticker import EngFormatter
 
@@ -126,10 +126,10 @@ def runs_picture(metrics: dict[str, Path], panels: dict[str, str]) -> Image.Imag
                 )
                 shown += values[len(values) // 10 :] if kind == "train" else values
         if key != "learning_rate" and shown and max(shown) > min(shown):
-            if key == "adversarial_weight" and max(shown) > 0:  # moves by factors
+            if key == "adversarial_weight" and max(shown) > 0:  # changes by factors
                 axes.set_yscale("log")
             else:
-                # the first steps of training are far off and would flatten all that follows
+                # the first steps of training are far off and would flatten the rest
                 margin = 0.1 * (max(shown) - min(shown))
                 axes.set_ylim(min(shown) - margin, max(shown) + margin)
         axes.set_xlabel("images seen", fontsize=8)
@@ -147,8 +147,8 @@ def runs_picture(metrics: dict[str, Path], panels: dict[str, str]) -> Image.Imag
 
 
 def rate_distortion_picture(metrics: Path) -> Image.Image:
-    """The way of a run through the plane of rate and distortion, coloured by images seen, from its metrics.jsonl. All
-    points of a dashed line have the same elbo.
+    """Return a chart of a run's path in the plane of rate and distortion, coloured by images seen, from its
+    metrics.jsonl. All points on a dashed line have the same elbo.
     """
     from matplotlib.ticker import EngFormatter
 
@@ -172,7 +172,7 @@ def rate_distortion_picture(metrics: Path) -> Image.Image:
     shown = train[left_out:] + heldout
     if shown:
         for name, set_limits in (("rate", axes.set_xlim), ("distortion", axes.set_ylim)):
-            # as in the loss curves, the first steps would flatten all that follows
+            # as in the loss curves, the first steps would flatten the rest
             values = [record[name] for record in shown]
             margin = 0.08 * (max(values) - min(values)) or 0.05 * max(abs(values[0]), 1)
             set_limits(min(values) - margin, max(values) + margin)
@@ -189,7 +189,7 @@ def rate_distortion_picture(metrics: Path) -> Image.Image:
 
 
 def _elbo_lines(axes: Any) -> None:
-    """Dashed lines of the same rate + distortion through the part of the plane that is shown."""
+    """Plot dashed lines of equal rate + distortion through the visible part of the plane."""
     from matplotlib.ticker import MaxNLocator
 
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
@@ -200,8 +200,8 @@ def _elbo_lines(axes: Any) -> None:
 
 
 def rate_distortion_curve(points: Sequence[tuple[str, float, float, str]]) -> Image.Image:
-    """Several models in the plane of rate and distortion, nats per image, joined in the order of their rates: label,
-    rate, distortion and verdict of each.
+    """Return a chart of several models in the plane of rate and distortion, nats per image, joined in order of rate.
+    Each has label, rate, distortion and verdict.
     """
     from matplotlib.ticker import EngFormatter
 
@@ -224,25 +224,25 @@ def rate_distortion_curve(points: Sequence[tuple[str, float, float, str]]) -> Im
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
-    figure.draw_without_rendering()  # which sets the scales that the labels are placed by
+    figure.draw_without_rendering()  # sets the scales that position the labels
     _label_points(axes, [(point[0], *point[1:3]) for point in points])
     return render(figure)
 
 
 def _label_points(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """A text beside each point, at the first of some places where it covers no point and no text."""
+    """Add a label beside each point, at the first candidate position where it covers no point and no text."""
     from matplotlib.transforms import Bbox
 
-    places = axes.transData.transform([point[1:] for point in points])
-    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in places]
-    for (label, *point), own in zip(points, list(taken), strict=True):
+    positions = axes.transData.transform([point[1:] for point in points])
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in positions]
+    for (label, *point), marker in zip(points, list(taken), strict=True):
         for shift in [(9, 6, "left"), (-9, 6, "right"), (9, -14, "left"), (-9, -14, "right"), (9, 22, "left"),
                       (-9, -28, "right"), (9, 38, "left"), (-9, -44, "right")]:  # fmt: skip
             text = axes.annotate(
                 label, point, shift[:2], textcoords="offset points", ha=shift[2], fontsize=8.5, annotation_clip=False
             )
             box = text.get_window_extent()
-            if not any(box.overlaps(other) for other in taken if other is not own):
+            if not any(box.overlaps(other) for other in taken if other is not marker):
                 break
             text.remove()
         else:

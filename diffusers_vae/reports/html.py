@@ -1,4 +1,4 @@
-"""Figures and pictures to one self-contained HTML page."""
+"""Self-contained HTML report of figures and pictures."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from .wording import (
     words,
 )
 
-PNG_BYTES = 400_000  # above, a picture is a JPEG of quality 95 if that is smaller
-JPEG_QUALITIES = (95, 90, 80)  # the first that makes a picture no larger than the limit, or the last
+PNG_BYTES = 400_000  # a larger picture becomes a JPEG of quality 95 if that is smaller
+JPEG_QUALITIES = (95, 90, 80)  # the first that meets the limit, or the last
 JPEG_BYTES = 700_000
-POINTS = 5000  # images in the picture of the latents, at most
+POINTS = 5000  # maximum number of images in the picture of the latents
 
 
 def draw_report(
     model: ModelMixin, image_set: ImageSet, metrics: Path | None, config: EvaluationConfig, report: EvaluationReport
 ) -> dict[str, Image.Image]:
-    """The pictures of a report, by name: of the model, the measured images and, in a run, its metrics.jsonl."""
+    """Return the pictures of a report by name: of the model, the measured images and, in a run, its metrics.jsonl."""
     shown = min(POINTS, config.max_images or POINTS)
     posterior = report.posterior
     rates = posterior.rate_per_channel, posterior.rate_per_position, posterior.unused_channels
@@ -48,8 +48,8 @@ def draw_report(
 
 
 def report_html(report: Mapping[str, Any], pictures: Mapping[str, Image.Image], title: str) -> str:
-    """A page that needs no other file and no network: the figures of `report`, which is what evaluation.json holds,
-    and the pictures by name.
+    """Return a page that needs no other file and no network, with the figures of `report`, the content of
+    evaluation.json, and the pictures by name.
     """
     shown: list[dict[str, str | int]] = []
     for name, picture in pictures.items():
@@ -78,7 +78,7 @@ def _template() -> Template:
 
 
 def _channels(report: Mapping[str, Any]) -> list[tuple[int | float | None, ...]]:
-    """Number, mean, std, rate, information and cost of a swap of each channel of the latents."""
+    """Return number, mean, std, rate, information and swap cost of each latent channel."""
     latents, posterior = (report.get(name, {}) for name in ("latents", "posterior"))
     columns = [latents.get("mean"), latents.get("std")]
     columns += [posterior.get(f"{name}_per_channel") for name in ("rate", "information")]

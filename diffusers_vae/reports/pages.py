@@ -1,4 +1,4 @@
-"""Images side by side on a page, with texts beside them; a matplotlib figure as a picture."""
+"""Pages of images with labels, and matplotlib figures as pictures."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# matplotlib and scikit-learn are imported where something is drawn: `--help` and `import *` need not wait for them
+# matplotlib and scikit-learn are imported on use, so that `--help` and `import *` need not wait for them
 DPI = 120
-PAGE_WIDTH = 1056  # pixels of images side by side: 16 of 64 with lines between them
+PAGE_WIDTH = 1056  # pixels: 16 images of 64 with lines between them
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -35,7 +35,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def render(figure: Figure) -> Image.Image:
-    """Draw a matplotlib figure as an RGB picture."""
+    """Return a matplotlib figure as an RGB picture."""
     canvas: Any = figure.canvas
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -44,7 +44,7 @@ def render(figure: Figure) -> Image.Image:
 def titled(
     picture: Image.Image, title: str, row_labels: Sequence[str] = (), column_labels: Sequence[str] = ()
 ) -> Image.Image:
-    """`picture`, pixel for pixel, under a title, beside one label per row and under one per column."""
+    """Return `picture`, unscaled, below a title, with one label per row beside it and one per column above it."""
     font, small, margin = ImageFont.load_default(18), ImageFont.load_default(14), 12
     lines = [line for label in row_labels for line in label.splitlines()]
     left = margin + max((round(small.getlength(line)) + 8 for line in lines), default=0)
@@ -57,14 +57,14 @@ def titled(
     draw = ImageDraw.Draw(sheet)
     draw.multiline_text((left, margin), title, "black", font)
     for row, label in enumerate(row_labels):
-        place = (left - 8, top + (row + 0.5) * picture.height / len(row_labels))
-        draw.multiline_text(place, label, "black", small, anchor="rm", align="right")
+        anchor_point = (left - 8, top + (row + 0.5) * picture.height / len(row_labels))
+        draw.multiline_text(anchor_point, label, "black", small, anchor="rm", align="right")
     for column, label in enumerate(column_labels):
         room = picture.width / len(column_labels)
-        while len(label) > 4 and small.getlength(label) > room:  # of a path, the end is what tells
+        while len(label) > 4 and small.getlength(label) > room:  # the end of a path identifies it
             label = "..." + label.removeprefix("...")[1:]
-        place = (left + (column + 0.5) * room, top - 4)
-        draw.text(place, label, "black", small, anchor="ms")
+        anchor_point = (left + (column + 0.5) * room, top - 4)
+        draw.text(anchor_point, label, "black", small, anchor="ms")
     sheet.paste(picture, (left, top))
     return sheet
 
@@ -77,8 +77,8 @@ def page(
     column_labels: Sequence[str] = (),
     side: int = 64,
 ) -> Image.Image:
-    """Images (B, C, H, W) in [-1, 1] in a titled grid; small ones are enlarged to `side` pixels, and what is wider than
-    a page all together is made smaller, which the title says.
+    """Return images (B, C, H, W) in [-1, 1] in a titled grid. Small images are enlarged to `side` pixels, and a grid
+    wider than a page is scaled down, which the title states.
     """
     height, width = images.shape[-2:]
     smaller = math.ceil(columns * width / PAGE_WIDTH)
@@ -90,20 +90,20 @@ def page(
 
 
 def columns_for(width: int) -> int:
-    """How many images of `width` pixels go side by side on a page."""
+    """Return the number of images of `width` pixels that fit side by side on a page."""
     return max(1, min(16, PAGE_WIDTH // max(width, 64)))
 
 
 def rows_for(height: int) -> int:
-    """How many times original, reconstruction and difference, of `height` pixels each, go below each other."""
+    """Return the number of rows of original, reconstruction and difference, of `height` pixels each, on a page."""
     return max(2, min(4, 2400 // (3 * height)))
 
 
 def steps_for(width: int) -> int:
-    """How many images show a way through the latents: an odd number, so that one is in the middle."""
+    """Return the number of images on a path through the latents: odd, so that one is in the middle."""
     return max(5, min(11, (columns_for(width) - 1) // 2 * 2 + 1))
 
 
 def contact_sheet(images: torch.Tensor, name: str) -> Image.Image:
-    """The images (B, C, H, W) in [-1, 1] of a set with this name."""
-    return page(images, min(len(images), columns_for(images.shape[-1])), f"{name}: as a training sees it")
+    """Return a page of the images (B, C, H, W) in [-1, 1] of a set with this name."""
+    return page(images, min(len(images), columns_for(images.shape[-1])), f"{name}: as seen in training")

@@ -1,4 +1,4 @@
-"""Model and images to pictures: PIL images, for files, trackers and reports alike."""
+"""Pictures of a model's behaviour on images: PIL images for files, trackers and reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..models.stock import ModelMixin
 from .charts import loss_picture, nats, rate_distortion_picture, rate_picture
 from .pages import PAGE_WIDTH, columns_for, new_figure, page, render, rows_for, steps_for, titled
 
-AMPLIFICATION = 4  # of differences
+AMPLIFICATION = 4  # factor on differences
 DIFFERENCE = "grey where none, brighter where too bright"
 CAPTIONS = {
     "reconstructions": (
@@ -70,9 +70,9 @@ def _decode(model: ModelMixin, latents: torch.Tensor, batch_size: int) -> torch.
 
 
 def reconstruction_picture(model: ModelMixin, images: torch.Tensor, batch_size: int) -> Image.Image:
-    """Rows of originals, of their reconstructions and of the differences, of images (B, C, H, W) in [-1, 1].
+    """Return rows of originals, reconstructions and differences, for images (B, C, H, W) in [-1, 1].
 
-    Differences are signed and amplified: grey where there is none, bright where the reconstruction is too bright.
+    Differences are signed and amplified: grey for none, bright where the reconstruction is too bright.
     """
     columns = min(columns_for(images.shape[-1]), len(images))
     images = images[: len(images) // columns * columns]
@@ -88,7 +88,7 @@ def reconstruction_picture(model: ModelMixin, images: torch.Tensor, batch_size: 
 def sample_picture(
     model: ModelMixin, latent_shape: tuple[int, ...], batch_size: int, seed: int, count: int
 ) -> Image.Image:
-    """Decoded draws from the prior N(0, I) over latents of `latent_shape`, (channels, height, width)."""
+    """Return decoded samples from the prior N(0, I) over latents of `latent_shape`, (channels, height, width)."""
     latents = torch.randn(count, *latent_shape, generator=torch.Generator().manual_seed(seed))
     samples = _decode(model, latents, batch_size)
     title = "Samples from the prior N(0, I)"
@@ -101,17 +101,17 @@ def sample_picture(
 
 
 def slerp(first: torch.Tensor, second: torch.Tensor, steps: int) -> torch.Tensor:
-    """Latents (B, steps, ...) from `first` to `second`, (B, ...) each, on the great circle between their directions in
-    equal angles, while their norms change in equal steps: Shoemake 1985, the formula in section 3.3.
+    """Return latents (B, steps, ...) from `first` to `second`, (B, ...) each, at equal angles on the great circle
+    between their directions, with norms in equal steps: Shoemake 1985, the formula in section 3.3.
 
-    The whole of an image's latents is one vector. Where no great circle is singled out, between parallel and between
-    opposite vectors and from the origin, the way is straight.
+    All latents of an image are one vector. If no great circle is unique, between parallel or opposite vectors and from
+    the origin, the path is straight.
     """
     ends = torch.stack([first, second]).double().flatten(2)
     norms = ends.norm(dim=-1, keepdim=True)
     (start, end), weights = ends, torch.linspace(0, 1, steps, dtype=torch.float64)[:, None]
     directions = ends / norms.clamp_min(1e-300)
-    # accurate for small angles, where the arccosine of the product is not
+    # accurate for small angles, unlike the arccosine of the product
     difference, total = directions[1] - directions[0], directions[1] + directions[0]
     angle = 2 * torch.atan2(difference.norm(dim=-1), total.norm(dim=-1))[:, None, None]
     from_first, to_second = torch.sin((1 - weights) * angle), torch.sin(weights * angle)
@@ -126,11 +126,11 @@ def slerp(first: torch.Tensor, second: torch.Tensor, steps: int) -> torch.Tensor
 def interpolate(
     model: ModelMixin, first: torch.Tensor, second: torch.Tensor, steps: int, batch_size: int
 ) -> torch.Tensor:
-    """Decoded latents (B * steps, C, H, W), in [-1, 1], on the great circle between the posterior means of each pair of
-    images (B, C, H, W) in [-1, 1]. The ends are the reconstructions.
+    """Return decoded latents (B * steps, C, H, W), in [-1, 1], on the great circle between the posterior means of each
+    pair of images (B, C, H, W) in [-1, 1]. The ends are the reconstructions.
 
-    The circle is around `config.shift_factor`, the mean of the latents, where there is one: the way is that between
-    scaled latents, since a common factor changes neither angles nor ratios of norms.
+    The circle is around `config.shift_factor`, the mean of the latents, if it is set. The path is then that between
+    scaled latents, because a common factor changes neither angles nor ratios of norms.
     """
     ends = _posterior(model, torch.cat([first, second]), batch_size).mode()
     centre = model.config.get("shift_factor") or 0.0
@@ -152,12 +152,12 @@ def interpolation_picture(model: ModelMixin, first: torch.Tensor, second: torch.
 def traversal_picture(
     model: ModelMixin, images: torch.Tensor, batch_size: int, reach: float = 3.0, max_channels: int = 10
 ) -> Image.Image:
-    """The first of images (B, C, H, W) in [-1, 1], decoded while one channel of its latents changes and the others
-    stay, for the `max_channels` channels of the largest rate; when these are few, some more of the images.
+    """Return the first of images (B, C, H, W) in [-1, 1], decoded while one latent channel changes and the others are
+    fixed, for the `max_channels` channels of the largest rate. If these are few, more images follow.
 
-    A latent unit takes the values from -reach to reach, standard deviations of the prior. A channel with several
-    positions is shifted at all of them, by -reach to reach of its own standard deviations. Rates and standard
-    deviations are those over `images`.
+    A latent unit takes values from -reach to reach, standard deviations of the prior. A channel with several positions
+    is shifted at all of them by -reach to reach of its standard deviations. Rates and standard deviations are those
+    over `images`.
     """
     posterior = _posterior(model, images, batch_size)
     mean, unit = posterior.mean, posterior.mean[0, 0].numel() == 1
@@ -175,7 +175,7 @@ def traversal_picture(
             row[:, channel] = values[:, None, None] if unit else row[:, channel] + values[:, None, None] * std[channel]
             rows.append(row)
             labels.append(f"{'unit' if unit else 'channel'} {channel}\n{nats(rate[channel].item())} nats")
-    change = "unit set to the values above" if unit else "channel shifted by so many of its standard deviations"
+    change = "unit set to the values above" if unit else "channel shifted by multiples of its standard deviation"
     left_out = f", for the {len(channels)} of {len(rate)} with the largest rate" if len(channels) < len(rate) else ""
     title = f"Latents of an image decoded with one {change} and the others kept{left_out}"
     columns = [f"{value:+.3g}" if abs(value) > 1e-3 else "0" for value in values.tolist()]
@@ -183,7 +183,9 @@ def traversal_picture(
 
 
 def manifold_picture(model: ModelMixin, batch_size: int, side: int = 20) -> Image.Image:
-    """2-D latents decoded on a grid, evenly spaced in the prior's probability: Kingma & Welling 2014, figure 4."""
+    """Return 2-D latents decoded on a grid, evenly spaced in the prior's probability: Kingma & Welling 2014,
+    figure 4.
+    """
     quantiles = torch.special.ndtri(torch.linspace(0.02, 0.98, side, dtype=torch.float64)).float()
     rows, columns = torch.meshgrid(quantiles.flip(0), quantiles, indexing="ij")
     latents = torch.stack([columns, rows], -1).view(-1, 2, 1, 1)
@@ -195,8 +197,8 @@ def manifold_picture(model: ModelMixin, batch_size: int, side: int = 20) -> Imag
 
 @torch.no_grad()
 def latent_picture(model: ModelMixin, image_set: ImageSet, batch_size: int, max_images: int | None) -> Image.Image:
-    """Posterior means of the first `max_images` images, coloured by label: 2-D latents as they are, others by their
-    first two principal components.
+    """Return a chart of the posterior means of the first `max_images` images, coloured by label: 2-D latents directly,
+    others by their first two principal components.
     """
     indices, batches = [], []
     for _, chosen, images in image_batches(image_set, batch_size, max_images, model.device):
@@ -229,7 +231,7 @@ def latent_picture(model: ModelMixin, image_set: ImageSet, batch_size: int, max_
             axes.scatter(*chosen.T, s=size, alpha=0.6, color=colour, label=str(label), linewidths=0)
         if labels.max() < 20:
             axes.legend(title="label", markerscale=2.5, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    first = 0 if units == 2 else 1  # channels are counted as in tensors, components as people do
+    first = 0 if units == 2 else 1  # channels count from 0 as in tensors, components from 1
     axes.set_xlabel(f"{axis} {first}")
     axes.set_ylabel(f"{axis} {first + 1}")
     axes.set_title(title, fontsize=10, loc="left")
@@ -245,11 +247,11 @@ def comparison_picture(
     labels: tuple[str, str],
     captions: Sequence[str],
 ) -> Image.Image:
-    """Rows of one image each, in the order given: original, reconstruction and difference of the one model, those of
-    the other; all (B, C, H, W) in [-1, 1], with a caption per row and a label per model.
+    """Return one row per image, in the given order: original, then reconstruction and difference of each of two models;
+    all (B, C, H, W) in [-1, 1], with a caption per row and a label per model.
 
-    Differences as in `reconstruction_picture`. Of large images, that part is shown pixel by pixel in which the
-    reconstructions differ most.
+    Differences are as in `reconstruction_picture`. Large images are cropped to the part where the reconstructions
+    differ most.
     """
     side = PAGE_WIDTH // 5 // 8 * 8
     height, width = images.shape[-2:]
@@ -266,15 +268,15 @@ def comparison_picture(
 
 
 def _window(size: tuple[int, int], image: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """That part of three images (C, H, W), (height, width) in size, in which a and b differ most."""
+    """Return the part of three images (C, H, W), of the given (height, width), in which a and b differ most."""
     sums = torch.nn.functional.avg_pool2d((a - b).abs().mean(0)[None, None], size, stride=8)[0, 0]
-    top, left = (8 * place for place in divmod(sums.argmax().item(), sums.shape[1]))
+    top, left = (8 * corner for corner in divmod(sums.argmax().item(), sums.shape[1]))
     return tuple(part[:, top : top + size[0], left : left + size[1]] for part in (image, a, b))
 
 
 def prompt_picture(images: torch.Tensor, prompts: Sequence[str], guidance: Sequence[float], how: str) -> Image.Image:
-    """Pictures (guidance scales, prompts, seeds, C, H, W) in [-1, 1] of a text-to-image model: one row a prompt, one
-    column a seed, the guidance scales side by side; `how` they were made goes into the title.
+    """Return pictures (guidance scales, prompts, seeds, C, H, W) in [-1, 1] of a text-to-image model as a page: one row
+    per prompt, one column per seed, guidance scales side by side. `how` describes in the title how they were generated.
     """
     labels = ["\n".join(textwrap.wrap(prompt, 28, max_lines=3, placeholder=" ...")) for prompt in prompts]
     headings = [f"guidance {scale:g}" + " (none)" * (scale == 1) for scale in guidance]
@@ -282,8 +284,8 @@ def prompt_picture(images: torch.Tensor, prompts: Sequence[str], guidance: Seque
     blocks = [to_pil(block.flatten(0, 1), images.shape[2], scale) for block in images]
     gap = 16
     picture = Image.new("RGB", (sum(block.width + gap for block in blocks) - gap, blocks[0].height), "white")
-    for place, block in enumerate(blocks):
-        picture.paste(block, (place * (block.width + gap), 0))
+    for index, block in enumerate(blocks):
+        picture.paste(block, (index * (block.width + gap), 0))
     return titled(picture, f"One row a prompt, one column a seed; {how}", labels, headings)
 
 
@@ -298,8 +300,8 @@ def draw_all(
     rate_per_position: Sequence[Sequence[float]] | None = None,
     unused: Collection[int] = (),
 ) -> dict[str, Image.Image]:
-    """Every picture that there can be, by name: of `model` in eval mode, at most `max_images` images, the
-    metrics.jsonl of its run, and measured rates with the channels that are `unused`.
+    """Return all possible pictures by name: of `model` in eval mode, at most `max_images` images, the metrics.jsonl of
+    its run, and measured rates with the `unused` channels.
     """
     _, _, images = next(image_batches(image_set, 64, None, model.device))
     columns, rows = columns_for(images.shape[-1]), rows_for(images.shape[-2])
@@ -315,7 +317,7 @@ def draw_all(
         pictures["interpolations"] = interpolation_picture(model, pairs[0::2], pairs[1::2], batch_size)
     if latent_shape == (2, 1, 1):
         pictures["manifold"] = manifold_picture(model, batch_size)
-    # some of a set that is read on demand may be unreadable
+    # some images of a set read on demand may be unreadable
     if min(len(images), len(image_set), max_images or len(image_set)) > 2 and math.prod(latent_shape) > 1:
         pictures["latents"] = latent_picture(model, image_set, batch_size, max_images)
     if rate_per_channel is not None and rate_per_position is not None:

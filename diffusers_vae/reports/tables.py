@@ -1,4 +1,4 @@
-"""Figures to tables in a terminal."""
+"""Tables of figures for a terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from ..evaluation.float16 import LARGEST
 from ..messages import showable
 from .wording import changes_of, compatibility, figures_of, number, origin, precision_note, value_text, weight_text
 
-LISTED = 10  # names and kinds, in a table of a set
+LISTED = 10  # maximum number of names and kinds in a table of a set
 
 
 def report_table(report: Mapping[str, Any]) -> str:
-    """The figures of `report`, which is what evaluation.json holds, in lines of at most 100 columns, for a terminal."""
+    """Return the figures of `report`, the content of evaluation.json, in lines of at most 100 columns for a
+    terminal.
+    """
     rows = [
         (label, number(value), f"[{number(low)}, {number(high)}]" if interval else "", unit)
         for label, value, interval, unit, _ in figures_of(report)
@@ -47,7 +49,7 @@ def report_table(report: Mapping[str, Any]) -> str:
 
 
 def look_table(found: Look) -> str:
-    """What there is in a set of images, as text for a terminal."""
+    """Return a description of a set of images as text for a terminal."""
 
     def listed(counts: Mapping[str, int]) -> str:
         first = [f"{showable(name)} {count:,}" for name, count in list(counts.items())[:LISTED]]
@@ -69,7 +71,7 @@ def look_table(found: Look) -> str:
             note = f"{found.value_range}, proposed since 16-bit files hold {low:,} to {high:,}: without"
             rows += [("value range", note), ("", "data.value_range they are divided by 257, and nearly black")]
         if not found.value_range and any(";16" in mode for mode in files.modes):
-            rows += [("", "16-bit values are scaled to 8 bits, unless data.value_range states what they mean")]
+            rows += [("", "16-bit values are scaled to 8 bits, unless data.value_range states their range")]
         rows += [("sizes", f"{listed(files.sizes)} (height x width)")]
         rows += [("shorter side", f"{files.sides[0]:,} to {files.sides[2]:,} pixels, median {files.sides[1]:,}")]
         groups = [
@@ -77,7 +79,7 @@ def look_table(found: Look) -> str:
         ]
         rows += [("duplicates", named(groups) if groups else "none")]
         if files.leaks:
-            rows += [("", f"{files.leaks:,} held-out files are trained on, too: figures will be too good")]
+            rows += [("", f"{files.leaks:,} held-out files are also training files: figures will be too good")]
     rows += [("unreadable", named(found.unreadable) if found.unreadable else "none")]
     if found.left_out:
         rows += [("left out", named(found.left_out))]
@@ -96,7 +98,7 @@ def look_table(found: Look) -> str:
 
 
 def precision_table(precision: Mapping[str, Any]) -> str:
-    """What evaluation.json holds as fp16, as text for a terminal: blocks in the order in which they run."""
+    """Return fp16 of evaluation.json as text for a terminal: blocks in execution order."""
     rows = [("", "largest", "of 65,504")]
     rows += [(name, number(value), f"{value / LARGEST:.3%}") for name, value in precision["blocks"].items()]
     note = f"{precision['images']:,} images. {precision_note(precision)}"
@@ -104,7 +106,7 @@ def precision_table(precision: Mapping[str, Any]) -> str:
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
-    """The differences of `comparison`, which is what comparison.json holds, as text for a terminal."""
+    """Return the differences of `comparison`, the content of comparison.json, as text for a terminal."""
     first, second = comparison["first"], comparison["second"]
     rows: list[tuple[str, ...]] = [
         ("", "first", "second", "second - first", "95 % interval", "unit", "second is better")
@@ -119,7 +121,8 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         values = first["rfid"], second["rfid"], second["rfid"] - first["rfid"]
         rows.append((FIGURES["rfid"].label, *map(number, values), "", "", ""))
     names = [
-        f"{place}: {showable(report['model']['name'])}" for place, report in (("first", first), ("second", second))
+        f"{position}: {showable(report['model']['name'])}"
+        for position, report in (("first", first), ("second", second))
     ]
     notes = [
         _protocol(first["protocol"]),
@@ -131,7 +134,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
 
 
 def _protocol(protocol: Mapping[str, Any]) -> str:
-    """Sentences on the images and on how they were reconstructed."""
+    """Return sentences on the images and on how they were reconstructed."""
     rounding = "rounded to 8 bits" if protocol["round_to_8_bit"] else "not rounded to 8 bits"
     channels = f"{protocol['channels']} channel{'s' if protocol['channels'] > 1 else ''}"
     return (
@@ -142,7 +145,7 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
-    """Columns of one width each, aligned to the `sides` < and >."""
+    """Return lines with columns of equal width, each aligned to its entry in `sides`, < or >."""
     rows = [[showable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [[f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)] for row in rows]
@@ -150,5 +153,5 @@ def _aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
 
 
 def _wrapped(text: str) -> list[str]:
-    """Lines of at most 100 columns."""
+    """Return lines of at most 100 columns."""
     return textwrap.wrap(showable(text), 100)

@@ -1,4 +1,4 @@
-"""What a report says in words, on the page and in the terminal alike."""
+"""Wording of reports, shared by the page and the terminal."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any
 
 from ..evaluation.figures import FIGURES, Figure, changed_figures, source_name
 
-SETTINGS = ("kl_weight", "scale", "target_rate")  # numbers of the report that are no figures
+SETTINGS = ("kl_weight", "scale", "target_rate")  # numbers of the report that are not figures
 
 
 def precision_note(precision: Mapping[str, Any]) -> str:
-    """The verdict on float16, and how close it comes to float32."""
+    """Return the verdict on float16, and how close it is to float32."""
     closest = precision["fp16_psnr"]
     exactness = "" if closest is None else f" PSNR against float32's reconstructions: {closest:.2f} dB or more."
     return precision["advice"] + exactness
 
 
 def weight_text(report: Mapping[str, Any]) -> str:
-    """That of the rate in the loss, where the report says it."""
+    """Return the weight of the rate in the loss, if the report has it."""
     weight = report.get("kl_weight")
     return "" if weight is None else f"; the loss has kl_weight {weight:.4g}"
 
 
 def origin(tuning: Mapping[str, Any]) -> str:
-    """What a fine-tuned model was made from."""
+    """Return a sentence on what a fine-tuned model was made from."""
     return f"Fine-tuned from {source_name(tuning)}{', revision ' + tuning['revision'] if tuning['revision'] else ''}."
 
 
 def compatibility(report: Mapping[str, Any]) -> tuple[str, str]:
-    """Whether what was made for the source of a fine-tuned model still fits, and why."""
+    """Return whether models made for the source of a fine-tuned model still fit, and why."""
     tuning = report["fine_tuning"]
     unknown = (report.get("model") or {}).get("scaling_factor", 1) is None
     if tuning["latents_unchanged"]:
@@ -53,17 +53,17 @@ def compatibility(report: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def changes_of(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Label, difference, ends of its interval and unit of every figure that fine-tuning has changed."""
+    """Return label, difference, ends of its interval and unit of every figure that fine-tuning changed."""
     differences = (report.get("fine_tuning") or {}).get("differences", {})
     return [(figure.label, mean, low, high, figure.unit) for figure, mean, low, high in changed_figures(differences)]
 
 
 def figures_of(report: Mapping[str, Any]) -> Iterator[tuple[str, float, tuple[float, float] | None, str, str]]:
-    """Label, value, interval, unit and explanation of every number of the report that was measured."""
+    """Yield label, value, interval, unit and explanation of every measured number of the report."""
     intervals = report.get("intervals") or {}
-    known = [name for name in FIGURES if name in report]
+    named = [name for name in FIGURES if name in report]
     others = [name for name, value in report.items() if name not in (*FIGURES, *SETTINGS) and isinstance(value, float)]
-    for name in known + others:
+    for name in named + others:
         if report[name] is not None:
             interval = intervals.get(name)
             figure = FIGURES.get(name) or Figure(words(name), "", "", 4)
@@ -71,7 +71,7 @@ def figures_of(report: Mapping[str, Any]) -> Iterator[tuple[str, float, tuple[fl
 
 
 def number(value: float) -> str:
-    """Rounded for reading: 4 to 6 significant digits."""
+    """Return a number rounded for reading: 4 to 6 significant digits."""
     if isinstance(value, int) or not math.isfinite(value):
         return f"{value:,}"
     size = abs(value)
@@ -81,7 +81,7 @@ def number(value: float) -> str:
 
 
 def value_text(value: Any) -> str:
-    """Anything of evaluation.json in a line."""
+    """Return any value of evaluation.json as one line."""
     if value is None:
         return "none"
     if isinstance(value, bool):
