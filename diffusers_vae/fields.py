@@ -29,7 +29,7 @@ on other data sets too, or it controls how files are read. local: it is not part
 
 
 def setting(default: Any, *traits: Trait, **bounds: float) -> Any:
-    """Return a dataclass field of a setting with these traits, whose numbers lie within `bounds`."""
+    """Return a dataclass field of a setting with these traits, with numbers within `bounds`."""
     return only_with(default, *traits, **bounds)
 
 

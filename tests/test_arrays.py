@@ -310,7 +310,7 @@ class TestErrors:
         np.save(tmp_path / "b.npy", cifar[0])
         self.refused(r"b\.npy has no b\.labels\.npy beside it", tmp_path)
         (tmp_path / "a.npy").unlink()
-        self.refused(r"a\.labels\.npy are labels of a\.npy, which is not there", tmp_path)
+        self.refused(r"a\.labels\.npy are labels of a\.npy, which is missing", tmp_path)
         for labels, classes in (
             ([b"a\xc3\xa9", b"b"], ("aé", "b")),
             ([9, 10], ("9", "10")),

@@ -136,7 +136,7 @@ class TestRecipes:
         card, page = ((tmp_path / "run" / name).read_text() for name in ("README.md", "report.html"))
         for shown in (card, page):
             assert "Latents unchanged: existing diffusion models keep working." in shown
-        assert "fine texture may be invented" in card
+        assert "fine texture may look plausible" in card
 
 
 def test_default_then_file_then_flag(tmp_path):

@@ -487,7 +487,7 @@ class TestReport:
         assert report.distortion == pytest.approx(40 * 256, rel=1e-6)
 
     def test_bernoulli_is_refused_for_a_model_without_logits(self, digits):
-        with pytest.raises(ValueError, match="returns probabilities, such as that of MLPVAE; that of VAE is unbounded"):
+        with pytest.raises(ValueError, match="returns probabilities, such as MLPVAE's; the output of VAE is unbounded"):
             evaluate(tiny_vae(), digits, VAEObjective(Bernoulli()), EvaluationConfig(max_images=2))
 
     def test_no_images_and_too_few_are_refused(self, digits):

@@ -220,9 +220,9 @@ class TestCard:
         assert "No licence was chosen" not in render_card(run, HubConfig(license="mit"))
         config = CONFIG | {"objective": CONFIG["objective"] | {"perceptual": "vgg"}}
         (run / "config.yaml").write_text(yaml.safe_dump(config))
-        assert "no perceptual" not in render_card(run) and "may be invented" not in render_card(run)
+        assert "without a perceptual" not in render_card(run) and "may look plausible" not in render_card(run)
         (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"adversarial": {"weight": 0.5}}))
-        assert "no perceptual" not in render_card(run) and "fine texture may be invented" in render_card(run)
+        assert "without a perceptual" not in render_card(run) and "fine texture may look plausible" in render_card(run)
 
     def test_recipe_tells_of_options_only_where_they_are_used(self, run):
         plain = TrainConfig(data=DataConfig(), model=ModelConfig(), objective=ObjectiveConfig())
@@ -255,7 +255,7 @@ class TestCard:
         assert "| rate | +0" not in card  # which the encoder alone decides
         assert "mean 0 and std 1" not in card  # nobody has measured that
         assert "latents are scaled by the factors of stabilityai/sd-vae-ft-mse" in card
-        assert "fine-tuned on scikit-learn's digits" in card and "It has seen" not in card
+        assert "fine-tuned only on scikit-learn's digits" in card and "It has seen" not in card
         assert ModelCard(card).data.base_model == "stabilityai/sd-vae-ft-mse" and card_errors(card) == []
         assert ModelCard(render_card(run, HubConfig(base_model="a/b"))).data.base_model == "a/b"
 
@@ -327,7 +327,7 @@ class TestCard:
         report |= {"fp16": precision | {"advice": "Float16 is safe: say so."}, "kl_weight": 1e-6, "scale": 0.125}
         write_report(run, report)
         card = render_card(run)
-        assert "Float16 is safe: say so. Tried on 1,234 images." in card
+        assert "Float16 is safe: say so. Measured on 1,234 images." in card
         assert "The loss has kl_weight 1e-06." in card and "0.125" not in card
 
     def test_reports_a_target_rate_that_was_missed(self, run):
@@ -544,7 +544,9 @@ class TestPush:
             (run / "lora").mkdir()
             os.mkfifo(run / ADAPTER)
             tune(run, lora_rank=2)
-        match = "must be a regular file, got a pipe" if kind == "pipe" else "loss.png must be the PNG that the run drew"
+        match = (
+            "must be a regular file, got a pipe" if kind == "pipe" else "loss.png must be the PNG that the run wrote"
+        )
         with pytest.raises(ValueError, match=match):
             push(run, HubConfig(repo_id=REPO))
         assert hub.requests == []

@@ -110,7 +110,7 @@ class TestPages:
             load_data(config(root), progress=True, memory_limit=limit)
         (warning,) = caplog.messages
         head, *listed = warning.splitlines()
-        assert head == f"{len(several)} files hold several pages or frames, of which only the first is read:"
+        assert head == f"{len(several)} files hold several pages or frames; only the first is read:"
         assert names(listed) == several and all(text.endswith(": 3") for text in listed)
         found = look(config(root), 10)
         assert sorted(found.files.paged) == sorted(listed)

@@ -163,7 +163,7 @@ def test_comparison_gives_protocol_units_and_the_sign_of_differences():
     assert max(map(len, table.splitlines())) <= 110
     text = " ".join(table.split())
     assert "split held-out, at 32x48, 1 channel." in text and "mode, not rounded to 8 bits; float32 on cpu." in text
-    assert "Differences are second minus first" in text and f"elbo are of the {report['density']}" in text
+    assert "Differences are second minus first" in text and f"elbo refer to the {report['density']}" in text
     assert "second - first 95 % interval unit" in text
     assert "[0.5000, 1.5000] dB in 100 % of images" in text and "[-3.0000, -1.0000] nats/image" in text
 

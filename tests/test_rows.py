@@ -311,7 +311,7 @@ class TestColumns:
         all_of_them = kind == "ClassLabel"
         assert labels.tolist() == ([2, 0, 2, -1, -1] if all_of_them else [1, 0, 1, -1, -1])
         assert classes == {"ClassLabel": ("a", "b", "c"), "string": ("a", "c"), "int64": ("0", "2")}[kind]
-        with pytest.raises(ValueError, match=r"2 of 4 labels in label of a, train, are missing, that of row 1 first"):
+        with pytest.raises(ValueError, match=r"2 of 4 labels in label of a, train, are missing, first in row 1:"):
             read_labels("a", {"train": table([values[0], None, *values[:1], None])}, "label")
         assert read_labels("a", {"train": table(values[:1])}, "label")[0] is None or all_of_them
 

@@ -298,7 +298,7 @@ class TestFiles:
             ("pil_sample_cmyk.jpg", "values of JPEG with the mode CMYK"),
             ("hopper.Lab.tif", "values of CIELAB cannot be read unconverted"),
             ("multipage.tiff", "the pages of a TIFF must be of one shape and dtype, got 2x10x10, 20x20"),
-            ("hopper.jpg", "it has 3 channels, and data.channels, which must be that of all files, is 1"),
+            ("hopper.jpg", "it has 3 channels, and data.channels, which all files must have, is 1"),
             ("truncated_image.png", "image file is truncated"),
             ("CONTENTS.txt", "cannot identify image file"),
         ],

@@ -4,7 +4,7 @@
 # ///
 """Train a KL autoencoder: `accelerate launch training/train_vae.py [DATA] [--preset NAME] [--SECTION.KEY VALUE ...]`.
 
-Without any, it trains on scikit-learn's digits, as training/configs/digits.yaml says. `--help` lists all settings. The
+Without any, it trains on scikit-learn's digits, as in training/configs/digits.yaml. `--help` lists all settings. The
 same command continues a run that was interrupted. Exit codes: 0 finished, 75 interrupted by a signal, 2 wrong settings,
 1 any other error. `diffusers-vae train` does the same in one process.
 """

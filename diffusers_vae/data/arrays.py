@@ -229,7 +229,7 @@ def array_files(root: Path) -> tuple[list[list[Path]], tuple[str, ...]]:
     with_labels = {path.with_name(path.stem + LABELS) for path in images if not is_npz(path)}
     for path in labels:
         if path not in with_labels:
-            raise ValueError(f"{path} are labels of {path.name.removesuffix(LABELS)}.npy, which is not there")
+            raise ValueError(f"{path} are labels of {path.name.removesuffix(LABELS)}.npy, which is missing")
     named = {path.name: path for path in images}
     parts = {name: part for name in named if (part := part_of(name, True))}
     if split := split_of(named, lambda name: True, lambda: len(parts) == len(named)):

@@ -136,7 +136,7 @@ def _warn_of_pages(parts: Sequence[StoredImages]) -> None:
     several = [pages_of(store.name(row), header) for row, header in zip(rows, headers, strict=True) if header.pages > 1]
     if several:
         logger.warning(
-            "%d files hold several pages or frames, of which only the first is read:\n%s",
+            "%d files hold several pages or frames; only the first is read:\n%s",
             len(several),
             problem_list(several),
         )
@@ -190,7 +190,7 @@ def _scan(
     shown = problem_list(errors)
     if errors and parts[0].config.on_bad_image == "stop":
         raise ValueError(
-            f"{len(errors)} of {len(positions)} files cannot be read; remove or mend them, or leave them out with "
+            f"{len(errors)} of {len(positions)} files cannot be read; remove or repair them, or leave them out with "
             f"data.on_bad_image skip:\n{shown}"
         )
     if errors and progress:

@@ -132,7 +132,7 @@ class DataConfig:
 
     @property
     def described(self) -> str:
-        """Return the set's name: that of a folder or file, or NAMESPACE/NAME on the Hub."""
+        """Return the set's name: the name of the folder or file, or NAMESPACE/NAME on the Hub."""
         if self.name in PLACED and not (self.name == "datasets" and is_hub_id(self.location)):
             return Path(self.location).resolve().name
         return self.location if self.name == "datasets" else str(self.name)

@@ -161,15 +161,15 @@ class Files:
                     paths.append(path)
         unpacked = {Path(path).relative_to(folder).parts: path for path in paths} if packed else {}
         for path in packed:
-            if twin := unpacked.get(self.place(Path(path), folder)):
+            if twin := unpacked.get(self.folders_to(Path(path), folder)):
                 raise ValueError(
                     f"{self.members[path].archive} holds a file that also lies unpacked beside it, {twin}: its images "
                     "would be there twice. Move one of the two elsewhere"
                 )
         return sorted(map(Path, paths + packed))
 
-    def place(self, path: Path, folder: Path) -> tuple[str, ...]:
-        """Return the names of folders from the folder to a file in it, without that of an archive."""
+    def folders_to(self, path: Path, folder: Path) -> tuple[str, ...]:
+        """Return the names of folders from the folder to a file in it, without an archive's name."""
         member = self.members.get(str(path))
         archive = member and Path(member.archive)
         if archive is None or archive == folder or not archive.is_relative_to(folder):

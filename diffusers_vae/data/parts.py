@@ -85,7 +85,7 @@ def split_of(
 
     Args:
         names: Names of folders, archives, files of arrays or splits.
-        is_file: Whether a name is that of a file, without the suffix.
+        is_file: Whether a name belongs to a file, without the suffix.
         alone: Whether only names that mean a part hold images: then, train also matches test_stage_1.
     """
     parts = {name: part for name in sorted(names) if (part := part_of(name, is_file(name)))}

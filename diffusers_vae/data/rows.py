@@ -261,7 +261,7 @@ def _refuse(config: DataConfig, *settings: str) -> None:
 
 @contextmanager
 def _explained(config: DataConfig) -> Generator[None]:
-    """Convert any error into one line that says what to do, without causes and signed addresses."""
+    """Convert any error into one line with advice, without causes and signed addresses."""
     from datasets import config as settings
     from datasets.exceptions import DatasetNotFoundError
 
@@ -310,8 +310,8 @@ def read_labels(
         missing = values.isna() | (values < 0 if names is not None else False)
         if missing.any() and not missing.all():
             raise ValueError(
-                f"{missing.sum():,} of {len(values):,} labels in {column} of {root}, {part}, are missing, that of row "
-                f"{missing.idxmax()} first: all must be there, or none"
+                f"{missing.sum():,} of {len(values):,} labels in {column} of {root}, {part}, are missing, first in row "
+                f"{missing.idxmax()}: all must be there, or none"
             )
         found[part] = None if missing.all() else values
     values_found = sorted({value for values in found.values() if values is not None for value in values.unique()})

@@ -93,7 +93,7 @@ class ReadImages:
             raise OSError(f"{self.unreachable}. When it can be read again, the same command continues")
         if self.errors and self.stop:
             raise ValueError(
-                f"{self.errors[0]}. Mend or remove it, or leave such files out with data.on_bad_image skip"
+                f"{self.errors[0]}. Repair or remove it, or leave such files out with data.on_bad_image skip"
             )
         return self
 

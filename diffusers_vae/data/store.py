@@ -160,7 +160,7 @@ class Store:
             return hashlib.sha256(type(error).__name__.encode()).digest()[:16]
 
     def is_raw(self, row: int, channels: int, value_range: ValueRange | None) -> bool:
-        """Whether values are read without conversion."""
+        """Return whether values are read without conversion."""
         return as_they_are(channels, value_range)
 
     def header(self, row: int, channels: int, value_range: ValueRange | None) -> Header:

@@ -194,7 +194,9 @@ class ParquetStore(Store):
             with fsspec.open(path, "rb") as file, ParquetFile(file) as parquet:
                 table = parquet.read_row_group(int(group["number"]), columns=[self.column], use_threads=False)
             if len(table) != group["rows"]:
-                raise ValueError(f"it is damaged: it has {len(table):,} rows, not {group['rows']:,} as the footer says")
+                raise ValueError(
+                    f"it is damaged: it has {len(table):,} rows, not {group['rows']:,} as the footer states"
+                )
             values = table.column(0).combine_chunks()
         return values.field("bytes") if types.is_struct(values.type) else values
 

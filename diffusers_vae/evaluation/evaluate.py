@@ -128,7 +128,7 @@ def evaluate(
     `encode(...).latent_dist` and `decode(...).sample`. The samples for an image depend on the seed and its index.
 
     Under torch.distributed, all processes must call it with the same model. They share the work, and the report is
-    bit-identical to that of one process.
+    bit-identical to one from a single process.
 
     Args:
         model: The model, on the device and in the dtype to measure.

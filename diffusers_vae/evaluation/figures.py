@@ -29,7 +29,7 @@ FIGURES = {
     "distortion": Figure("distortion", "nats/image", "-log p(image | latents); lower is better", 2),
     "elbo": Figure("ELBO", "nats/image", "-(distortion + rate), a lower bound of log p(image); higher is better", 2),
     "importance_weighted_bound": Figure(
-        "IW bound", "nats/image", "a tighter bound of log p(image), of several draws", 2
+        "IW bound", "nats/image", "a tighter bound of log p(image), from several samples", 2
     ),
     "bits_per_dim": Figure(
         "bits/dim", "bits/value", "-ELBO per channel of a pixel, in the unit of the density; lower is better", 4

@@ -20,10 +20,10 @@ from .metrics import psnr
 LARGEST = torch.finfo(torch.float16).max
 """65,504, the largest float16 number: 65,520 or more becomes infinite."""
 MARGIN = 4
-"""Factor by which all activations must stay below `LARGEST`. The measured images are a sample, and latents from a
-diffusion model differ from those of images. In the decoders of two presets, an image reached up to 1.7 times the median
-image's largest activation of a layer, and latents sampled from N(0, I) up to 2.1 times the largest of 128 images. The
-factor is twice that."""
+"""Safety factor: all activations must stay below `LARGEST` / `MARGIN`. The measured images are a sample, and latents
+from a diffusion model differ from those of images. In the decoders of two presets, an image reached up to 1.7 times the
+median image's largest activation of a layer, and latents sampled from N(0, I) up to 2.1 times the largest of 128
+images. The factor is twice that."""
 EXACT = 20 * math.log10(255)
 """PSNR in dB of an error whose root mean square is one 8-bit step, 48.13. Above it, float16 makes no visible
 difference. Trained models reached 70 and more."""
@@ -83,7 +83,7 @@ def measure_precision(
     attention, are covered only by the run in float16, as computed on this device.
 
     Under torch.distributed, all processes must call it with the same model. They share the work, and the report equals
-    that of one process.
+    one from a single process.
 
     Args:
         model: Any autoencoder of diffusers with `encode(...).latent_dist` and `decode(...).sample`, of any dtype. It is

@@ -82,7 +82,7 @@ def reconstruct_files(
     """
     out.mkdir(parents=True, exist_ok=True)
     if out.resolve() in (file.resolve().parent for file, _ in files):
-        raise ValueError(f"--out must be another folder than that of the images, got {out.resolve()}")
+        raise ValueError(f"--out must be another folder than the images', got {out.resolve()}")
     channels, failed, written = model.config.in_channels, list[str](), set[Path]()
     config = EvaluationConfig(
         reconstruction="mode" if seed is None else "sample", seed=seed or 0, round_to_8_bit=value_range is None

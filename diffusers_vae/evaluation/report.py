@@ -50,7 +50,7 @@ class ModelSummary:
     scaling_factor: float | None
     """scaling_factor in its config: in a run, measured on the training images; None if unknown."""
     shift_factor: float | None
-    """Likewise."""
+    """shift_factor in its config, like scaling_factor."""
     weights_sha256: str
     """SHA-256 of all weights with their names, independent of the file format."""
 
@@ -170,9 +170,9 @@ class EvaluationReport:
     lpips_alex: float | None
     """Learned perceptual image patch similarity, 0 is best; None if not enabled."""
     lpips_vgg: float | None
-    """Likewise."""
+    """LPIPS with VGG, like lpips_alex."""
     lpips_squeeze: float | None
-    """Likewise."""
+    """LPIPS with SqueezeNet, like lpips_alex."""
     rfid: float | None
     """Frechet inception distance between all images and all reconstructions; None if not enabled."""
     intervals: dict[str, list[float]]
@@ -221,7 +221,7 @@ class EvaluationReport:
                     f"its format is {found} and must be {FORMAT}, since figures have changed their meaning"
                 )
             if values.pop("sha256") != digest:
-                raise ValueError("its SHA-256 must be that of its figures, which were changed since they were measured")
+                raise ValueError("its SHA-256 must match its figures, which were changed after they were measured")
             check_type(values, cls, "report")
             pairs = values["model"]["latent_shape"], values["protocol"]["resolution"], *values["intervals"].values()
             if any(len(pair) != (3 if index == 0 else 2) for index, pair in enumerate(pairs)):

@@ -188,8 +188,8 @@ def _picture(file: Path) -> bytes:
             raise ValueError("something follows its end")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"{file} must be the PNG that the run drew, to be published: {error}. Delete it, or delete evaluation.json "
-            "and continue the run, which draws it again"
+            f"{file} must be the PNG that the run wrote, to be published: {error}. Delete it, or delete "
+            "evaluation.json and continue the run, which writes it again"
         ) from error
     refuse_secrets(str(file), str(picture.info))
     return content

@@ -36,7 +36,7 @@ class Fit:
         return pixels[:, top : top + rows, left : left + columns]
 
     def scale(self, height: int, width: int) -> float:
-        """Return the factor by which an image of this size is scaled before cropping or padding."""
+        """Return the scale factor that is applied to an image of this size before cropping or padding."""
         scales = (self.size[0] / height, self.size[1] / width)
         return min(1.0, *scales) if self.pad else max(scales)
 

@@ -216,7 +216,7 @@ def _check(kind: FileKind, channels: int) -> None:
         raise ValueError("it has no pixels")
     if kind.channels != channels:
         raise ValueError(
-            f"it has {kind.channels} channels, and data.channels, which must be that of all files, is {channels}"
+            f"it has {kind.channels} channels, and data.channels, which all files must have, is {channels}"
         )
 
 

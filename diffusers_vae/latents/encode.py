@@ -75,9 +75,9 @@ def encode_images(
         folder: Folder to write to, on storage that every process sees.
         kind: posterior: mean and logvar; sample: one sample per image, a function of seed and index; mode: the mode.
         dtype: Dtype of the stored values: torch.float32, bfloat16 or float16.
-        compute_dtype: Dtype in which the encoder runs. By default that of existing latents in `folder`; for new ones,
-            bfloat16 for a float32 `vae` on devices with hardware support (`models.fast_dtype`, docs/latents.md),
-            otherwise that of `vae`.
+        compute_dtype: Dtype in which the encoder runs. By default the dtype of existing latents in `folder`; for new
+            ones, bfloat16 for a float32 `vae` on devices with hardware support (`models.fast_dtype`, docs/latents.md),
+            otherwise the dtype of `vae`.
         batch_size: Images per forward. By default, their first feature map has 2^21 values on a CPU (128 images of
             32x32 with 16 channels), which runs small forwards concurrently, and 2^29 elsewhere (64 images of 256x256
             with 128 channels).

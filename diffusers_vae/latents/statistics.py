@@ -32,8 +32,8 @@ class LatentStatistics:
     """Per-unit sums over images, accumulated in float64.
 
     The statistics are those of samples from the posterior, without sampling: by the law of total variance, their
-    variance is that of the posteriors' means plus the mean of the posteriors' variances. (Rombach et al. 2022, appendix
-    G, estimate it from one batch.)
+    variance is the variance of the posteriors' means plus the mean of the posteriors' variances. (Rombach et al. 2022,
+    appendix G, estimate it from one batch.)
     """
 
     def __init__(self):

@@ -40,7 +40,8 @@ class AdversarialConfig:
     """Number of images after start_images over which weight and the discriminator's learning rate rise linearly from
     0."""
     adaptive: bool = only_with(True, weight=True)
-    """Scale weight so that its gradient at the decoder's last layer matches that of the reconstruction terms."""
+    """Scale weight so that its gradient at the decoder's last layer matches the gradient of the
+    reconstruction terms."""
     max_factor: float | None = only_with(None, above=0, weight=True, adaptive=True)
     """Upper limit of the factor of adaptive; null: no limit; 1e4 in latent-diffusion (docs/objective.md)."""
     norm: Literal["spectral", "batch"] = only_with("spectral", weight=True)
@@ -243,7 +244,7 @@ class Adversary:
 
     The reconstruction loss is a sum over an image's values and the generator's a mean over its patches, so the factor
     is proportional to the number of values. The stored factor is for images at full size; `size` is the number of
-    values of a current image, divided by that of an image at full size.
+    values of a current image, divided by the number at full size.
     """
 
     def __init__(self, config: AdversarialConfig, discriminator: PatchDiscriminator):
@@ -282,8 +283,8 @@ class Adversary:
         last_layer: torch.Tensor,
         size: float = 1.0,
     ) -> dict[str, torch.Tensor]:
-        """Return, as statistics, the gradients of the two losses (per image or means) at the decoder's last layer, that
-        of the reconstruction divided by `size`. Empty unless the weight is adaptive and the discriminator active. Keeps
+        """Return, as statistics, the gradients of the two losses (per image or means) at the decoder's last layer, with
+        the reconstruction's divided by `size`. Empty unless the weight is adaptive and the discriminator active. Keeps
         the graphs for the backward.
         """
         if not (self.active and self.config.adaptive):

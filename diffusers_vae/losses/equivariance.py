@@ -51,8 +51,8 @@ def draw(
     chances: torch.Tensor, probability: float, latent_size: tuple[int, int], ratio: int
 ) -> tuple[Transformation | None, Transformation | None]:
     """Return transformations of a step's images before the encoder and of its latents of `latent_size` before the
-    decoder, from `DRAWS` numbers `chances` in [0, 1). `probability` is that of the second, 0.5 in the paper; `ratio` is
-    the height of images over that of latents.
+    decoder, from `DRAWS` numbers `chances` in [0, 1). `probability` applies to the second, 0.5 in the paper; `ratio` is
+    image height / latent height.
     """
     which, side, turns, lower = chances.tolist()
     least = smallest(latent_size)[0]

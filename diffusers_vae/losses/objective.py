@@ -29,7 +29,8 @@ from ..fields import check, only_with, setting
 from ..images.ranges import to_unit_range
 
 START_SCALE = 1.0
-"""Initial value of a learned or optimal scale, before any error is measured: about that of a grey image in [-1, 1]."""
+"""Initial value of a learned or optimal scale, before any error is measured: about the scale for a grey image in [-1,
+1]."""
 MEAN_LOSSES = {"gaussian": "F.mse_loss", "laplace": "F.l1_loss", "bernoulli": "F.binary_cross_entropy"}
 """The torch.nn.functional loss, by likelihood, that is the mean of its error up to a constant factor."""
 

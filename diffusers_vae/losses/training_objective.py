@@ -114,8 +114,8 @@ class TrainingObjective:
 
         Args:
             log_scale: Natural logarithm of a learned scale, a scalar tensor; ValueError if the scale is not learned.
-            encoded_whole: Whether the posterior is that of images at full size.
-            size: Number of values of one of these images, divided by that of an image at full size.
+            encoded_whole: Whether the posterior is of images at full size.
+            size: Number of values of one of these images, divided by the number at full size.
         """
         assert self._kl_weight is not None, "call begin_step first"
         scale = self._scale(log_scale)

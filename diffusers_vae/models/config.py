@@ -151,7 +151,7 @@ class ModelConfig:
 
     @property
     def spatial_compression_ratio(self) -> int:
-        """Return the height of images over that of latents; ValueError if `pretrained` holds no AutoencoderKL."""
+        """Return image height / latent height; ValueError if `pretrained` holds no AutoencoderKL."""
         if self.architecture == "mlp":
             return 1
         return compression_ratio(self.block_out_channels or self._source["block_out_channels"])

@@ -28,7 +28,7 @@ group_norm: Any = _kernel()
 
 def fast(vae: M, on: bool = True, *, compiled: bool = False) -> M:
     """Make `vae` faster on a CUDA GPU, in place, and return it: a `VAE`, or an `AutoencoderKL` of stock diffusers, such
-    as that of a pipeline. Outputs agree within rounding; config, parameters and saved files do not change.
+    as a pipeline's. Outputs agree within rounding; config, parameters and saved files do not change.
 
     Convolutions are channels-last, as cuDNN computes them, and keep that layout from block to block. Group norm and
     SiLU are one Triton kernel with float32 inside. Attention is computed in parts. On a CPU, and where Triton is not

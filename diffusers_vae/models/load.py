@@ -125,7 +125,7 @@ class Source:
                 inside = (
                     f"its subfolder {subfolder}"
                     if subfolder
-                    else "it; that of a pipeline's VAE is in the subfolder vae"
+                    else "it; for a pipeline's VAE, it is in the subfolder vae"
                 )
                 reason = f"there is no config.json in {inside}"
             else:
@@ -234,8 +234,8 @@ def _hub_answers() -> bool:
 
 
 def _unreachable(error: BaseException, source: str, cached: bool) -> OSError | None:
-    """Return the error for a file that the Hub did not deliver or, if `cached`, was not asked for. None if not the
-    cause.
+    """Return the error for a file that the Hub did not deliver, or was not asked for if `cached`; None for other
+    causes.
     """
     if not cached and not _caused_by(error, LocalEntryNotFoundError):
         return None
@@ -354,7 +354,7 @@ def decode_logits(model: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
     logits: Any = getattr(model, "decode_logits", None)
     if logits is None:
         raise ValueError(
-            "a Bernoulli likelihood needs a decoder that returns probabilities, such as that of MLPVAE; that of "
+            "a Bernoulli likelihood needs a decoder that returns probabilities, such as MLPVAE's; the output of "
             f"{type(model).__qualname__} is unbounded: use gaussian or laplace"
         )
     return _joined(in_parts(model, lambda part: logits(part.to(model.dtype)).float(), latents))

@@ -49,7 +49,7 @@ def is_local(source: str | PathLike[str]) -> bool:
 
 
 def compression_ratio(block_out_channels: Sequence[int]) -> int:
-    """Return the height of images over that of latents: each block except the last halves it."""
+    """Return image height / latent height: each block except the last halves it."""
     return 2 ** (len(block_out_channels) - 1)
 
 

@@ -245,8 +245,8 @@ def _complaint(tensors: dict[str, torch.Tensor], prefix: str, weights: dict[str,
         )
     if any(".down_blocks." in name or ".up_blocks." in name for name in weights):
         return (
-            "its names are those of diffusers, which need the config.json beside them (group norms cannot be told from "
-            "the weights); give the folder that holds both"
+            "its names are those of diffusers, which need the config.json beside them (weights do not determine "
+            "the group norms); give the folder that holds both"
         )
     parts = ("encoder.down.0.block.0.conv1", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out")
     needed = [FIRST, *(f"{part}.weight" for part in parts)]

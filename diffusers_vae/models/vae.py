@@ -131,7 +131,7 @@ class VAE(
 
     @property
     def spatial_compression_ratio(self) -> int:
-        """Return the height of images over that of latents."""
+        """Return image height / latent height."""
         return compression_ratio(self.config.block_out_channels)
 
     @apply_forward_hook

@@ -30,8 +30,8 @@ def nats(value: float) -> str:
 def rate_picture(
     rate_per_channel: Sequence[float], rate_per_position: Sequence[Sequence[float]], unused: Collection[int] = ()
 ) -> Image.Image:
-    """Return a chart of the rate per latent channel, sorted if there are many, beside that of the rate per position, if
-    there are several; nats per image.
+    """Return a chart of the rate per latent channel, sorted if there are many, beside the rate per position, if there
+    are several; nats per image.
     """
     from matplotlib.ticker import EngFormatter, ScalarFormatter
 

@@ -26,31 +26,34 @@ DIFFERENCE = "grey where none, brighter where too bright"
 CAPTIONS = {
     "reconstructions": (
         "Reconstructions",
-        "Images, under each its reconstruction from the mode of the posterior, and under that the amplified "
-        "difference: grey where there is none, bright where the reconstruction is too bright, dark where too dark.",
+        "Rows of images, reconstructions from the mode of the posterior, and amplified differences: grey for none, "
+        "bright where the reconstruction is too bright, dark where it is too dark.",
     ),
     "samples": (
         "Samples from the prior",
-        "Latents drawn from N(0, I) and decoded. With many positions, whole images come from a diffusion model over "
-        "the latents, not from this.",
+        "Decoded samples from N(0, I). If latents have many positions, sample whole images with a diffusion model over "
+        "the latents instead.",
     ),
     "traversals": (
         "Traversals",
-        "One channel of an image's latents changes from left to right, the others are kept. A row in which nothing "
-        "changes is of a channel that the decoder ignores.",
+        "One channel of an image's latents changes from left to right, the others are fixed. In a row without changes, "
+        "the decoder ignores the channel.",
     ),
-    "interpolations": ("Interpolations", "From left to right on the sphere between the latents of two images."),
+    "interpolations": (
+        "Interpolations",
+        "Spherical interpolation between the latents of two images, from left to right.",
+    ),
     "manifold": ("Manifold", "The decoded plane of the two latent units, evenly spaced in the prior's probability."),
-    "latents": ("Latents", "Posterior means of images in a plane, coloured by label where there are labels."),
+    "latents": ("Latents", "Posterior means of images in a plane, coloured by label if there are labels."),
     "rates": (
         "Rates",
-        "Rate of each channel and each position of the latents, in nats per image. Red channels are unused: taking "
-        "them from another image hardly changes the reconstruction.",
+        "Rate of each channel and each position of the latents, in nats per image. Red channels are unused: swapping "
+        "them with another image's hardly changes the reconstruction.",
     ),
     "loss": ("Training", "Loss, its two terms and the learning rate over the images seen."),
     "rate_distortion": (
         "Rate and distortion",
-        "The way of the run, coloured by images seen. Points on a dashed line have the same elbo; further down and "
+        "Path of the run, coloured by images seen. Points on a dashed line have the same elbo; further down and "
         "left is better.",
     ),
 }
@@ -94,8 +97,8 @@ def sample_picture(
     title = "Samples from the prior N(0, I)"
     if latent_shape[1] * latent_shape[2] > 1:
         title += (
-            f", drawn for each of the {latent_shape[1]}x{latent_shape[2]} positions by itself: parts that do not know "
-            "of each other. A diffusion model over the latents is what samples whole images"
+            f", sampled independently at each of the {latent_shape[1]}x{latent_shape[2]} positions. To sample whole "
+            "images, train a diffusion model over the latents"
         )
     return page(samples, min(count, columns_for(samples.shape[-1])), title)
 
@@ -140,7 +143,7 @@ def interpolate(
 
 
 def interpolation_picture(model: ModelMixin, first: torch.Tensor, second: torch.Tensor, batch_size: int) -> Image.Image:
-    """One row of `interpolate` per pair of images, (B, C, H, W) in [-1, 1] each."""
+    """Return one row of `interpolate` per pair of images, (B, C, H, W) in [-1, 1] each."""
     steps = steps_for(first.shape[-1])
     title = (
         "Spherical interpolation between the latents of two images, whose reconstructions are the first and the last "

@@ -27,7 +27,7 @@ def report_table(report: Mapping[str, Any]) -> str:
     lines = _aligned([("", "mean", "95 % interval", ""), *rows], "<><<")
     posterior = report.get("posterior", {})
     notes = [
-        f"{report['images']:,} images; distortion, elbo and bits/dim are of the "
+        f"{report['images']:,} images; distortion, elbo and bits/dim refer to the "
         f"{report['density']}{weight_text(report)}."
     ]
     if missed := missed_target(report):
@@ -85,7 +85,7 @@ def look_table(found: Look) -> str:
         rows += [("left out", named(found.left_out))]
     if found.files and found.files.paged:
         count, *names = named(found.files.paged).split("\n")
-        rows += [("pages", "\n".join([f"{count} files hold several, of which only the first is read", *names]))]
+        rows += [("pages", "\n".join([f"{count} files hold several; only the first is read", *names]))]
     rows += [("decoded", f"{found.measured:,} of the training images")]
     rows += [(name, "  ".join(f"{value:.4f}" for value in getattr(found, name))) for name in ("mean", "std")]
     if stated := found.value_range:
@@ -127,7 +127,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
     notes = [
         _protocol(first["protocol"]),
         "Differences are second minus first, image by image, with Student's t intervals of their mean. Distortion and "
-        f"elbo are of the {first['density']}{weight_text(first)}.",
+        f"elbo refer to the {first['density']}{weight_text(first)}.",
     ]
     lines = [line for note in notes for line in _wrapped(note)]
     return "\n".join([*names, "", *lines, "", *_aligned(rows, "<>>><<<")]) + "\n"
