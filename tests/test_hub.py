@@ -255,7 +255,7 @@ class TestCard:
         assert "| rate | +0" not in card  # which the encoder alone decides
         assert "mean 0 and std 1" not in card  # nobody has measured that
         assert "latents are scaled by the factors of stabilityai/sd-vae-ft-mse" in card
-        assert "fine-tuned only on scikit-learn's digits" in card and "It has seen" not in card
+        assert "fine-tuned only on scikit-learn's digits" in card and "It was trained only on" not in card
         assert ModelCard(card).data.base_model == "stabilityai/sd-vae-ft-mse" and card_errors(card) == []
         assert ModelCard(render_card(run, HubConfig(base_model="a/b"))).data.base_model == "a/b"
 

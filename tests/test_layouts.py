@@ -31,7 +31,7 @@ from diffusers_vae.tasks.text_to_image_config import TextToImageConfig
 SIDE = 32
 MOST = 40
 """Images of a layout."""
-UNPARTED = "trained on, though named as a part"
+UNPARTED = "used for training despite the name of a part"
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,14 @@ LAYOUTS = {
         test/dog/{}.png 2 held-out dog"""
     ),
     "BSDS500": Layout(
-        "train/{}.jpg 5 training -\nval/{}.jpg 3 held-out -\ntest/{}.jpg 4 unused -", notes=("not used, .*: test/ in",)
+        "train/{}.jpg 5 training -\nval/{}.jpg 3 held-out -\ntest/{}.jpg 4 unused -", notes=("unused, .*: test/ in",)
     ),
     "BSDS500, whole": Layout(
         """BSDS500/data/images/train/{}.jpg 5 training -
         BSDS500/data/images/val/{}.jpg 3 held-out -
         BSDS500/data/images/test/{}.jpg 4 unused -""",
         {"BSDS500/data/groundTruth/train/1.mat": "", "BSDS500/data/images/train/Thumbs.db": ""},
-        notes=("not used, .*: images/test/ in",),
+        notes=("unused, .*: images/test/ in",),
     ),
     "chest X-rays of Kaggle": Layout(
         """chest_xray/train/NORMAL/{}.jpeg 3 training NORMAL
@@ -164,7 +164,7 @@ LAYOUTS = {
         chest_xray/test/NORMAL/{}.jpeg 3 unused -
         chest_xray/chest_xray/train/NORMAL/{}.jpeg 2 unused -""",
         {"chest_xray/__MACOSX/._train": ""},
-        notes=("not used, .*: chest_xray/, test/ in",),
+        notes=("unused, .*: chest_xray/, test/ in",),
     ),
     "brain tumours of Kaggle": Layout(
         """Training/glioma/{}.jpg 3 training glioma
@@ -178,7 +178,7 @@ LAYOUTS = {
         seg_test/seg_test/sea/{}.jpg 2 held-out sea
         seg_test/seg_test/street/{}.jpg 2 held-out street
         seg_pred/seg_pred/{}.jpg 3 unused -""",
-        notes=("not used, .*: seg_pred/ in",),
+        notes=("unused, .*: seg_pred/ in",),
     ),
     "cats and dogs of Kaggle": Layout(
         "train/train/cat.{}.jpg 4 training -\ntrain/train/dog.{}.jpg 4 training -\ntest1/test1/{}.jpg 4 held-out -",
@@ -193,7 +193,7 @@ LAYOUTS = {
         fruits-360/Test/Apple 1/{}.jpg 2 held-out Apple 1
         fruits-360/Test/Kiwi/{}.jpg 2 held-out Kiwi
         fruits-360/test-multiple_fruits/{}.jpg 2 unused -""",
-        notes=("not used, .*: test-multiple_fruits/ in",),
+        notes=("unused, .*: test-multiple_fruits/ in",),
     ),
     "Training Set and Test Set": Layout("Training Set/{}.png 6 training -\nTest Set/{}.png 3 held-out -"),
     "TRAIN and TEST": Layout("TRAIN/{}.png 6 training -\nTEST/{}.png 3 held-out -"),
@@ -208,14 +208,14 @@ LAYOUTS = {
             "README.roboflow.txt": "words",
             "train/labels/0_jpg.rf.abc.txt": "0 0.5 0.5 0.1 0.1\n",
         },
-        notes=("not used, .*: test/ in",),
+        notes=("unused, .*: test/ in",),
     ),
     "Roboflow, classes": Layout(
         """train/daisy/{}.jpg 3 training daisy
         train/rose/{}.jpg 3 training rose
         valid/daisy/{}.jpg 2 held-out daisy
         test/rose/{}.jpg 2 unused -""",
-        notes=("not used, .*: test/ in",),
+        notes=("unused, .*: test/ in",),
     ),
     "Darknet": Layout(
         "train/{}.jpg 4 training -\nvalid/{}.jpg 2 held-out -",
@@ -227,12 +227,12 @@ LAYOUTS = {
         datasets/coco/images/val2017/{}.jpg 3 held-out -
         datasets/coco/images/test2017/{}.jpg 2 unused -""",
         {"datasets/coco/labels/train2017/0.txt": "0 0.5 0.5 0.1 0.1\n", "datasets/coco/train2017.txt": "./images\n"},
-        notes=("not used, .*: images/test2017/ in",),
+        notes=("unused, .*: images/test2017/ in",),
     ),
     "COCO": Layout(
         "train2017/{}.jpg 5 training -\nval2017/{}.jpg 3 held-out -\ntest2017/{}.jpg 2 unused -",
         {"annotations/captions_train2017.json": "{}", "annotations/instances_train2017.json": "{}"},
-        notes=("not used, .*: test2017/ in", "look like captions .*captions_train2017.json$"),
+        notes=("unused, .*: test2017/ in", "look like captions .*captions_train2017.json$"),
     ),
     "PASCAL VOC": Layout(
         """VOCtrainval/JPEGImages/{}.jpg 5 training -
@@ -245,7 +245,7 @@ LAYOUTS = {
         ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_{}.JPEG 3 held-out -
         ILSVRC/Data/CLS-LOC/test/ILSVRC2012_test_{}.JPEG 2 unused -""",
         {"LOC_synset_mapping.txt": "n01440764 tench\n", "ILSVRC/Annotations/CLS-LOC/val/1.xml": "<annotation/>"},
-        notes=("not used, .*test/",),
+        notes=("unused, .*test/",),
     ),
     "Tiny ImageNet": Layout(
         """tiny-imagenet-200/train/n01443537/images/{}.JPEG 4 training n01443537
@@ -253,7 +253,7 @@ LAYOUTS = {
         tiny-imagenet-200/val/images/val_{}.JPEG 3 held-out -
         tiny-imagenet-200/test/images/test_{}.JPEG 2 unused -""",
         {"tiny-imagenet-200/val/val_annotations.txt": "val_0.JPEG\tn01443537\n"},
-        notes=("not used, .*: test/ in",),
+        notes=("unused, .*: test/ in",),
     ),
     "LSUN": Layout(
         """bedroom_train/{}.webp 4 training -
@@ -274,7 +274,7 @@ LAYOUTS = {
         bottle/ground_truth/broken/{}_mask.png 2 unused -
         cable/train/good/{}.png 4 training cable
         cable/test/good/{}.png 2 held-out cable""",
-        notes=("not used, .*: bottle/ground_truth/ in",),
+        notes=("unused, .*: bottle/ground_truth/ in",),
     ),
     "two sets": Layout(
         """cifar/train/cat/{}.png 3 training cifar
@@ -285,17 +285,17 @@ LAYOUTS = {
     ),
     "parts by file names": Layout("train_{}.png 6 training -\ntest_{}.png 3 held-out -"),
     "three parts by file names": Layout(
-        "train_{}.png 6 training -\nval_{}.png 3 held-out -\ntest_{}.png 2 unused -", notes=("not used, .*: test_0, ",)
+        "train_{}.png 6 training -\nval_{}.png 3 held-out -\ntest_{}.png 2 unused -", notes=("unused, .*: test_0, ",)
     ),
     "images beside parts": Layout(
-        "train/{}.png 6 training -\ntest/{}.png 3 held-out -\n{}.png 2 unused -", notes=("not used, .* images in .*s$",)
+        "train/{}.png 6 training -\ntest/{}.png 3 held-out -\n{}.png 2 unused -", notes=("unused, .* images in .*s$",)
     ),
     "images beside parts of one of two sets": Layout(
         """cifar/train/{}.png 3 training cifar
         cifar/test/{}.png 2 held-out cifar
         cifar/{}.png 2 unused -
         own/{}.png 3 training own""",
-        notes=("not used, .* images in .*cifar$",),
+        notes=("unused, .* images in .*cifar$",),
     ),
     "classes named like parts": Layout(
         """test_tube/{}.png 4 cut test_tube
@@ -485,7 +485,7 @@ def test_share_to_hold_out_of_a_set_with_parts_is_not_ignored_silently(images, t
     build(Layout("train/{}.png 6 training -\ntest/{}.png 3 held-out -"), tmp_path / "photos", images)
     load_data(dataclasses.replace(config(tmp_path / "photos"), heldout_fraction=0.25), progress=True)
     (logged,) = [record.getMessage() for record in caplog.records if record.name.startswith("diffusers_vae")]
-    assert logged == "data.heldout_fraction 0.25 is not used, since the set has a held-out part"
+    assert logged == "data.heldout_fraction 0.25 is not used, because the set has a held-out part"
 
 
 def config(root: Path, name: str = "folder") -> DataConfig:
@@ -496,18 +496,18 @@ ROWS = [
     ({"Train.npy": "training", "Test.npy": "held-out"}, ()),
     ({"x_train.npy": "training", "x_test.npy": "held-out"}, ()),
     ({"imgs_trn_0.npy": "training", "imgs_trn_1.npy": "training", "imgs_val_0.npy": "held-out"}, ()),
-    ({"train.npy": "training", "val.npy": "held-out", "test.npy": "unused"}, ("not used, .*: test.npy",)),
+    ({"train.npy": "training", "val.npy": "held-out", "test.npy": "unused"}, ("unused, .*: test.npy",)),
     ({"test_tube.npy": "cut", "beaker.npy": "cut"}, None),
     ({"Training.parquet": "training", "Testing.parquet": "held-out"}, ()),
     ({"data/TRAIN/0.parquet": "training", "data/TEST/0.parquet": "held-out"}, ()),
     (
         {"train-0.parquet": "training", "validation-0.parquet": "held-out", "test-0.parquet": "unused"},
-        ("not used, .*: test",),
+        ("unused, .*: test",),
     ),
     ({"0000.parquet": "cut", "0001.parquet": "cut"}, ()),
     (
         {"splits/train2017": "training", "splits/val2017": "held-out", "splits/test2017": "unused"},
-        ("not used, .*: test2017",),
+        ("unused, .*: test2017",),
     ),
 ]
 
@@ -638,7 +638,7 @@ class TestOutputs:
         check(config(root), known, split="held-out" in files)
         assert [part.fingerprint() for part in load_data(config(root), memory_limit=0)] == before
         (note,) = {record.getMessage() for record in caplog.records if "left out" in record.getMessage()}
-        assert "left out, since diffusers_vae wrote it" in note
+        assert "left out, because diffusers_vae wrote it" in note
 
     def test_run_in_the_root_itself(self, images, tmp_path):
         root = tmp_path / "photos"
@@ -690,7 +690,7 @@ class TestOutputs:
         assert cli.main(["data", ".", "--data.channels", "3"]) == 0
         shown = capsys.readouterr().out
         assert (
-            "5 training, 1 held-out" in shown and "left out, since diffusers_vae wrote it: contact-sheet.png" in shown
+            "5 training, 1 held-out" in shown and "left out, because diffusers_vae wrote it: contact-sheet.png" in shown
         )
         check(config(root), known, split=False)
 
@@ -705,7 +705,7 @@ def test_commands_print_captions_and_what_is_not_used(images, tmp_path, capsys):
     VAE(block_out_channels=(8, 8), norm_num_groups=4, mid_block_add_attention=False).save_pretrained(tmp_path / "vae")
     assert cli.main(["data", str(root), "--data.channels", "3", "--out", str(tmp_path / "sheet.png")]) == 0
     shown = capsys.readouterr().out
-    assert "captions      8 images\n" in shown and "note          not used, since other parts are: test/" in shown
+    assert "captions      8 images\n" in shown and "note          unused, because other parts are used: test/" in shown
     arguments = [str(root), "--vae", str(tmp_path / "vae"), "--out", str(tmp_path / "latents")]
     assert cli.main(["encode", *arguments]) == 0
     assert "captions    6 images\n" in capsys.readouterr().out

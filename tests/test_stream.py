@@ -316,7 +316,7 @@ class TestErrors:
                 {"name": "folder"},
                 r"data\.streaming true would be ignored with data\.name folder: set data\.name to datasets",
             ),
-            ({"crops": 3}, r"of a stream, data\.crops must be random or null, got 3"),
+            ({"crops": 3}, r"with data\.streaming true, data\.crops must be random or null, got 3"),
             (
                 {"label_column": "a"},
                 r"label_column a would be ignored with data\.streaming true: leave out data\.streaming",

@@ -235,7 +235,7 @@ def array_files(root: Path) -> tuple[list[list[Path]], tuple[str, ...]]:
     if split := split_of(named, lambda name: True, lambda: len(parts) == len(named)):
         groups = [[named[name] for name in group] for group in (split.training, split.heldout)]
         unused = sorted(named.keys() - {*split.training, *split.heldout})
-        return groups, (f"not used, since other parts are: {', '.join(unused)}",) if unused else ()
+        return groups, (f"unused, because other parts are used: {', '.join(unused)}",) if unused else ()
     bare = {name for name in parts if is_bare(name, True) and (is_plain(name, True) or parts[name].word in HELDOUT)}
     if bare and (bare < named.keys() or len({parts[name].word for name in bare}) > 1):
         raise ValueError(
@@ -244,7 +244,7 @@ def array_files(root: Path) -> tuple[list[list[Path]], tuple[str, ...]]:
             f"{', '.join(sorted(named)[:10])}. Rename or move some"
         )
     doubtful = [] if bare else [*parts]
-    note = f"trained on, though named as a part, since no other part lies beside it: {', '.join(doubtful)}"
+    note = f"used for training despite the name of a part, because no other part is beside it: {', '.join(doubtful)}"
     return [images], (note,) if doubtful else ()
 
 

@@ -122,7 +122,7 @@ class DataConfig:
                     f"most 0.5, got {list(self.color_jitter)}"
                 ) from error
         if self.streaming and isinstance(self.crops, int):
-            raise ValueError(f"of a stream, data.crops must be random or null, got {self.crops}")
+            raise ValueError(f"with data.streaming true, data.crops must be random or null, got {self.crops}")
 
     @property
     def location(self) -> str:

@@ -292,20 +292,20 @@ def _notes(files: Files, folder: Path, roles: _Roles, unused_files: Sequence[str
         return _listed(os.path.join(*names) + os.sep for names in found)
 
     if roles.unused:
-        notes.append(f"not used, since other parts are: {named(roles.unused)} in {folder.resolve()}")
+        notes.append(f"unused, because other parts are used: {named(roles.unused)} in {folder.resolve()}")
     if unused_files:
-        notes.append(f"not used, since other parts are: {_listed(unused_files)} in {folder.resolve()}")
+        notes.append(f"unused, because other parts are used: {_listed(unused_files)} in {folder.resolve()}")
     if roles.beside:
         found = _listed(str(folder.joinpath(*names).resolve()) for names in roles.beside)
-        notes.append(f"not used, since parts lie beside them: the images in {found}")
+        notes.append(f"unused, because there are parts beside them: the images in {found}")
     doubtful = [names for names in roles.doubtful if any(at[: len(names)] == names for at in roles.undivided.values())]
     if doubtful:
         notes.append(
-            f"trained on, though named as a part, since no other part lies beside it: {named(doubtful)} in "
+            f"used for training despite the name of a part, because no other part is beside it: {named(doubtful)} in "
             f"{folder.resolve()}"
         )
     if files.outputs:
-        notes.append(f"left out, since diffusers_vae wrote it: {_listed(sorted(files.outputs))}")
+        notes.append(f"left out, because diffusers_vae wrote it: {_listed(sorted(files.outputs))}")
     return notes
 
 

@@ -73,7 +73,7 @@ def load_with_layout(
         train, heldout = (_in_memory(*part, config=config, files=files) for part in parts)
         layout = Layout(config.name != "digits")
     if layout.split and config.heldout_fraction != DataConfig.heldout_fraction:
-        unused = f"data.heldout_fraction {config.heldout_fraction} is not used, since the set has a held-out part"
+        unused = f"data.heldout_fraction {config.heldout_fraction} is not used, because the set has a held-out part"
         layout = replace(layout, notes=(*layout.notes, unused))
     for note in layout.notes if progress else ():
         logger.warning("%s", showable(note))

@@ -131,7 +131,7 @@ def find_parts(names: Sequence[str], root: str) -> tuple[str, ...]:
 def unused_splits(names: Iterable[str], used: Iterable[str]) -> tuple[str, ...]:
     """Return a note that lists the unused splits, if there are any."""
     others = sorted({*map(str, names)} - {*used})
-    return (f"not used, since other parts are: {', '.join(others)}",) if others else ()
+    return (f"unused, because other parts are used: {', '.join(others)}",) if others else ()
 
 
 def open_rows(config: DataConfig, progress: bool = False) -> dict[str, Dataset]:

@@ -190,7 +190,7 @@ def generator_loss(kind: Literal["hinge", "non-saturating"], fake_logits: torch.
 def discriminator_loss(
     kind: Literal["hinge", "non-saturating"], real_logits: torch.Tensor, fake_logits: torch.Tensor
 ) -> torch.Tensor:
-    """Loss per image (B,) from the logits of images and of their reconstructions, the mean of both as in
+    """Return the loss per image (B,) from the logits of images and of their reconstructions, the mean of both as in
     taming-transformers. Hinge: Lim & Ye 2017; non-saturating: Goodfellow 2014, equation 1.
     """
     if kind == "hinge":
