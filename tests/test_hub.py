@@ -215,7 +215,7 @@ class TestCard:
 
     @pytest.mark.slow
     def test_limits_follow_from_the_settings(self, run):
-        assert "no perceptual and no adversarial term" in render_card(run)
+        assert "without a perceptual or adversarial term" in render_card(run)
         assert "No licence was chosen" in render_card(run)
         assert "No licence was chosen" not in render_card(run, HubConfig(license="mit"))
         config = CONFIG | {"objective": CONFIG["objective"] | {"perceptual": "vgg"}}
@@ -697,7 +697,7 @@ class TestFaults:
     def test_connection_that_breaks_in_the_commit(self, hub, run, kind):
         config = HubConfig(repo_id=REPO, license="mit")
         hub.faults.append(Fault("POST .*/commit/", kind))
-        with pytest.raises(OSError, match=r"the connection to .* must hold") as error:
+        with pytest.raises(OSError, match=r"the connection to .* failed") as error:
             push(run, config)
         assert f"Repeat: diffusers-vae push {run} {REPO} --license mit" in str(error.value)
         assert "\n" not in str(error.value)
@@ -733,7 +733,7 @@ class TestFaults:
         weights = hashlib.sha256((run / "model" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
         hub.faults.append(Fault(f"PUT .*{weights}", "halfway", times=6))  # the client tries six times
         config = HubConfig(repo_id=REPO)
-        with pytest.raises(OSError, match=r"the connection to .* must hold"):
+        with pytest.raises(OSError, match=r"the connection to .* failed"):
             push(run, config)
         assert uploaded(hub) == {} and weights not in hub.uploads and len(hub.uploads) == 2
         push(run, config)
@@ -854,7 +854,7 @@ class TestCheck:
         check_can_push(HubConfig(repo_id=REPO))
         check_can_push(HubConfig(repo_id="lab/x"))
         check_can_push(HubConfig(repo_id="stranger/x", create_pr=True))
-        with pytest.raises(OSError, match=r"a namespace of the token, which are ann, lab, got stranger/x"):
+        with pytest.raises(OSError, match=r"a namespace of the token, ann or lab, got stranger/x"):
             check_can_push(HubConfig(repo_id="stranger/x"))
         with pytest.raises(ValueError, match=r"hub.repo_id must be NAMESPACE/NAME of a repository, got null"):
             check_can_push(HubConfig())

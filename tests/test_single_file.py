@@ -331,7 +331,7 @@ def test_a_single_file_is_trained_on(suffix, tmp_path):
     model = config.build(3, (16, 16))
     assert model.decoder.training and not model.encoder.training
     assert_equal_to_stock(model.eval(), stock)
-    with pytest.raises(ValueError, match="is a file, which has no subfolder or revision, got vae"):
+    with pytest.raises(ValueError, match="is a file, so it can have no subfolder or revision, got vae"):
         _ = ModelConfig(pretrained=config.pretrained, subfolder="vae").spatial_compression_ratio
 
 
