@@ -21,7 +21,6 @@ PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *(ROOT / "benchmarks").glob("*.
 PAGE = (DOCS / "pipeline.md").read_text()
 # each with what it prints: `text`, or `text varies` where figures depend on the training
 BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n```text( varies)?\n(.*?)```\n)?", PAGE, re.S)
-PENDING = {"demo", "presets", "--preset", "--space"}  # documented before they are built
 OURS = "# this block needs diffusers_vae"
 RUN = f"""
 import contextlib, io, json, sys
@@ -155,9 +154,9 @@ def commands(text):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_and_flags_exist(page, flags):
     for command, arguments in commands(page.read_text()):
-        assert command in {*flags, *PENDING, "COMMAND", "--help"}, command
+        assert command in {*flags, "COMMAND", "--help"}, command
         for flag in re.findall(r"(?<!\S)--\w[\w.]*", arguments):
-            assert flag in flags[command] | PENDING or flag.startswith("--SECTION"), f"{command} {flag}"
+            assert flag in flags[command] or flag.startswith("--SECTION"), f"{command} {flag}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -26,7 +26,7 @@ TINY = (
     "--data.resolution=8", "--model.block_out_channels=[8,8]", "--model.norm_num_groups=4", "--run.max_images=60",
     "--run.batch_size=30", "--run.mixed_precision=no", "--run.tracker=null", "--evaluation.max_images=20",
 )  # fmt: skip
-PRESET = ["--preset=digits"] * (ROOT / "diffusers_vae" / "presets.py").exists()
+PRESET = ["--preset=digits"]
 COMMANDS = """
 import sys
 from importlib.metadata import entry_points
