@@ -168,9 +168,7 @@ class TestErrors:
             DataConfig(**{"name": "folder", "channels": 3, "resolution": 64} | settings)
 
     def test_text_to_image_refuses_what_changes_images(self, photographs):
-        with pytest.raises(
-            ValueError, match=r"encoded once, of a set of images as they are: leave out data\.horizontal"
-        ):
+        with pytest.raises(ValueError, match=r"encoded once, from unchanged images: leave out data\.horizontal"):
             TextToImageConfig(data=config(photographs, horizontal_flip=True))
 
 

@@ -13,8 +13,6 @@ ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = [
     "diffusers_vae/cli",
     "diffusers_vae/data/look.py",
-    "diffusers_vae/engine",
-    "diffusers_vae/tasks",
     "training/configs",
     "README.md",
     "docs",

@@ -326,7 +326,7 @@ class TestAnotherRun:
     def test_files_of_somebody_else_are_not_overwritten(self, tmp_path):
         (tmp_path / "run" / "model").mkdir(parents=True)
         (tmp_path / "run" / "model" / "net.py").write_text("mine")
-        with pytest.raises(FileExistsError, match=r"no config\.yaml that says whose they are: model in"):
+        with pytest.raises(FileExistsError, match=r"no config\.yaml of a run: model in"):
             train(tiny(tmp_path / "run"))
         assert (tmp_path / "run" / "model" / "net.py").read_text() == "mine"
 

@@ -670,5 +670,5 @@ def test_stock_diffusers_runs_it_without_the_package(finished, tmp_path):
 
 def test_arrays_without_labels_cannot_be_described():
     images = ArrayImages(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="must be told what the training images show"):
+    with pytest.raises(ValueError, match="needs captions or labels of the training images"):
         captions_of(images.captions, images.labels, images.classes, None, False)

@@ -54,7 +54,7 @@ def write_checkpoint(
     accelerator: Accelerator,
     tensors: dict[str, list[tuple[str, torch.Tensor]]],
     progress: dict[str, Any],
-    own: dict[str, Any],
+    extra: dict[str, Any],
     copies: list[Path],
     keep: int,
 ) -> Path:
@@ -67,7 +67,7 @@ def write_checkpoint(
         accelerator: accelerator of the run.
         tensors: named tensors of each file; those of model.safetensors and discriminator.safetensors must be finite.
         progress: JSON, the same on all processes; with `images_seen` and `step`.
-        own: JSON of this process; its random states are added.
+        extra: JSON of this process; its random states are added.
         copies: files to copy into the checkpoint.
         keep: number of checkpoints to keep.
 
@@ -100,9 +100,9 @@ def write_checkpoint(
     def write() -> dict[str, dict[str, Any]]:
         """Write the part of this process to disk."""
         if not partial.exists():
-            raise OSError("it is not there for all processes; run.output_dir must be on storage that they share")
+            raise OSError("it does not exist for all processes; run.output_dir must be on storage that they share")
         files: dict[str, Any] = {
-            f"process-{accelerator.process_index:05d}.json": own | {"rng": _rng_state(accelerator.device)}
+            f"process-{accelerator.process_index:05d}.json": extra | {"rng": _rng_state(accelerator.device)}
         }
         if accelerator.is_main_process:
             files["progress.json"] = progress
@@ -205,8 +205,8 @@ def _problem(path: Path) -> str | None:
 
 def read_progress(path: Path, process: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the progress in the checkpoint `path` and what `process` wrote; {} if that process did not exist then."""
-    own = path / f"process-{process:05d}.json"
-    return read_json(path / "progress.json"), read_json(own) if own.exists() else {}
+    part = path / f"process-{process:05d}.json"
+    return read_json(path / "progress.json"), read_json(part) if part.exists() else {}
 
 
 def check_fits(path: Path, model: nn.Module, what: str = "model") -> None:

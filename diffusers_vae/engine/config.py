@@ -1,4 +1,4 @@
-"""Settings of any run: its length, its batches, its optimiser."""
+"""Settings of every run: length, batches and optimizer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class OptimizerConfig:
         check("optimizer", self)
 
     def learning_rate_at(self, images_seen: int, total_images: int) -> float:
-        """The learning rate of the step that begins after `images_seen` of `total_images` images."""
+        """Return the learning rate of the step that begins after `images_seen` of `total_images` images."""
         if images_seen < self.warmup_images:
             return self.learning_rate * (images_seen + 1) / self.warmup_images
         if self.schedule == "constant":
@@ -78,8 +78,8 @@ class RunConfig:
     gradient_checkpointing: bool = setting(False, "free")
     """Recompute activations in the backward pass instead of storing them: less memory, slower, the same result."""
     mixed_precision: Precision | None = setting(None, "kept")
-    """Autocast dtype; null: as `accelerate launch` says, else bf16 where it is fast (docs/runs.md); in YAML, write
-    "no" in quotes."""
+    """Autocast dtype; null: as requested from `accelerate launch`, else bf16 where it is fast (docs/runs.md); in YAML,
+    write "no" in quotes."""
     step: StepMode = setting("auto", "kept")
     """How a step runs; eager: kernel by kernel; compiled: by torch.compile; graph: as one CUDA graph; auto: by rule
     (docs/runs.md)."""
@@ -127,7 +127,7 @@ class RunConfig:
 
 
 class RunSettings(Settings):
-    """The sections that the settings of every run have."""
+    """Sections that the settings of every run have."""
 
     data: DataConfig
     optimizer: OptimizerConfig
@@ -138,14 +138,14 @@ S = TypeVar("S", bound=RunSettings)
 
 
 def kept_channels(config: S) -> S:
-    """The settings with the data.channels that the run in output_dir was begun with, where they leave that open."""
+    """Return the settings with the data.channels that the run in output_dir was begun with, unless they are set."""
     if config.data.channels is not None or (begun := begun_with(config.run.output_dir, "data", "channels")) is None:
         return config
     return replace(config, data=replace(config.data, channels=begun))
 
 
 def few_steps(run: RunConfig, folder: Path) -> RunConfig:
-    """The run of two batches in `folder`, with a checkpoint after each."""
+    """Return the settings of a run of two batches in `folder`, with a checkpoint after each."""
     return replace(
         run,
         output_dir=str(folder),

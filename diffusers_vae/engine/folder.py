@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, whether it can be continued, its lock, its log."""
+"""The folder of a run: its state, its lock and its log."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ FILES = (
 def find_run(
     config: S, finished: Callable[[S], T], build: Callable[[S], nn.Module] | None
 ) -> tuple[Path | None, T | None]:
-    """The newest whole checkpoint in the output_dir, and the result of the run if it is finished. Nothing is changed.
+    """Return the newest whole checkpoint in the output_dir, and the result of the run if it is finished. Nothing is
+    changed.
 
     Args:
         config: of the run.
@@ -75,7 +76,7 @@ def find_run(
     if not (checkpoint or config_file.exists()):
         if found := [name for name in FILES if (output_dir / name).exists()]:
             raise FileExistsError(
-                f"run.output_dir holds files that a run would overwrite, and no config.yaml that says whose they are: "
+                f"run.output_dir holds files that a run would overwrite, and no config.yaml of a run: "
                 f"{', '.join(found)} in {output_dir.resolve()}. Choose another run.output_dir or move them away"
             )
         return None, None
@@ -116,7 +117,7 @@ def find_run(
 
 def check_whole(folder: Path, names: Iterable[str]) -> None:
     """Raise ValueError naming the first of these files in `folder` that is missing, empty, cut off or not what its
-    suffix says.
+    suffix promises.
     """
     for path in (folder / name for name in names):
         if not path.is_file():
@@ -171,10 +172,10 @@ def begin(
         with torch.device("meta"):
             check_fits(checkpoint, build())
     tidy(output_dir / "checkpoints", checkpoint, config.run.keep_checkpoints)
-    config.save(output_dir / "config.yaml")  # first: it says whose the others are
+    config.save(output_dir / "config.yaml")  # first: it identifies the run
     with naming(output_dir):
         make_folder(output_dir / "pictures")
-        delete_file(output_dir / "evaluation.json")  # it says that the run is finished
+        delete_file(output_dir / "evaluation.json")  # which marks the run as finished
         if not checkpoint:
             delete_file(output_dir / "bad_images.txt")
     write_file(output_dir / "data.json", json.dumps(data, indent=2) + "\n")
@@ -184,7 +185,7 @@ def begin(
 
 
 def _same(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
-    """Whether a part of the data is what it was. Earlier versions did not record `contents` and `lanes`."""
+    """Return whether a part of the data is unchanged. Earlier versions did not record `contents` and `lanes`."""
     return before is not None and {name: now[name] for name in ("contents", "lanes") if name in now} | before == now
 
 
@@ -214,9 +215,7 @@ class Run(Generic[S, R]):
         self.speed = Speed()
 
     def begin(self, config: S, data: dict[str, dict[str, Any]], build: Callable[[], nn.Module]) -> None:
-        """Bring the files of the folder to where the run begins or continues, as `begin` does, with the settings as
-        they are now settled.
-        """
+        """Prepare the files of the folder with the settled settings. See `begin`."""
         self.config = config
         on_main(lambda: begin(config, self.checkpoint, data, build))
         self.bad_images = BadImages(self.output_dir / "bad_images.txt")
@@ -261,8 +260,8 @@ def opened(
     *,
     temporary: bool = False,
 ) -> Generator[Run[S, R]]:
-    """Lock the folder `run.output_dir` within, and find the run that it holds: arguments and errors are those of
-    `find_run` and `only_user_of`.
+    """Lock the folder `run.output_dir` within the context, and find the run that it holds. See `find_run` and
+    `only_user_of` for arguments and errors.
     """
     accelerator = launch.accelerator
     settings = replace(config.run, mixed_precision=accelerator.mixed_precision)
@@ -292,7 +291,7 @@ class Log:
         self.trackers = Trackers(accelerator, output_dir, images_seen, list(map(json.loads, lines)))
 
     def saved(self, checkpoint: Path | None) -> None:
-        """Note that `checkpoint` holds all records so far."""
+        """Remember that `checkpoint` holds all records so far."""
         self.checkpoint, self.since = checkpoint, []
 
     def restore(self) -> None:
@@ -329,15 +328,15 @@ class Log:
 
 
 MOST_BAD = 0.1
-"""Share of images that cannot be read, above which the fault is taken for one of the storage: of data sets from the
-web, a few in a hundred are damaged."""
+"""Share of unreadable images above which the storage is assumed to be faulty. In data sets from the web, a few in a
+hundred are damaged."""
 JUDGED_FROM = 200
-"""Images that a process has read before their share is judged: where 5 in 100 are damaged, more than a tenth of 200
-are in 2 runs of 1,000."""
+"""Number of images that a process reads before their share is judged. If 5 in 100 are damaged, more than a tenth of
+200 are damaged in 2 runs of 1,000."""
 
 
 class BadImages:
-    """The files that were left out since they could not be read, each listed once."""
+    """Unreadable files that were left out, each listed once."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -353,7 +352,7 @@ class BadImages:
             append_text(path, "\n")
 
     def judge(self, read: Read, asked: int) -> None:
-        """List those of `asked` images that could not be read.
+        """List the unreadable ones of the `asked` images.
 
         Raises:
             OSError: when they could not be reached.
@@ -370,9 +369,9 @@ class BadImages:
 
     @property
     def advice(self) -> str:
-        """What to do when too many cannot be read."""
+        """Advice for the case that too many images cannot be read."""
         return (
-            f"{self.path} lists them. If their disk fails or is not there, the same command continues once it is back; "
+            f"{self.path} lists them. If their disk is missing or fails, the same command continues once it is back; "
             "else remove or mend these files"
         )
 

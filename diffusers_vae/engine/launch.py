@@ -73,7 +73,7 @@ def _new_accelerator(run: RunConfig, precision: str) -> Accelerator:
     check_installed(run.trackers)
     _forget_other_precision(precision)
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # then several processes are told apart only when it is said
+        cpu=not torch.accelerator.is_available(),  # without it, Accelerate does not start several processes on a CPU
         mixed_precision=precision,
         log_with=[*run.trackers] or None,
         project_dir=run.output_dir,
@@ -85,14 +85,14 @@ def _new_accelerator(run: RunConfig, precision: str) -> Accelerator:
 
 
 def _forget_other_precision(precision: str) -> None:
-    """Allow another precision than that of an earlier run in this process, which Accelerate (as of 1.14) refuses."""
+    """Allow another precision than an earlier run in this process used, which Accelerate (as of 1.14) refuses."""
     state: Any = AcceleratorState
     if state._shared_state.get("_mixed_precision") not in (None, precision):
         state._reset_state()
 
 
 def _precision(run: RunConfig, fast_in_bfloat16: Callable[[torch.device], bool]) -> str:
-    """Return the precision of the config or the launcher, else that of the begun run, else bf16 where it is fast."""
+    """Return the precision of the config, the launcher or the begun run, in this order, else bf16 where it is fast."""
     if run.mixed_precision:
         return run.mixed_precision
     if (asked := parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # the same as no request

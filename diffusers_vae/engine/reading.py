@@ -20,7 +20,7 @@ from ..silence import Patience, WorkerWatch
 from .config import RunConfig
 
 Steps = Iterator[tuple[int, int, list[MicroBatch]]]
-"""For each optimizer step: the epoch, from 0; images of the epoch before this step; this process's micro-batches."""
+"""Each optimizer step: the epoch, from 0; images of the epoch before this step; this process's micro-batches."""
 
 
 def steps_from(
@@ -76,7 +76,7 @@ def _end_processes(reads: Any) -> None:
 
 
 def _names(train_set: TrainingSet, micro_batch: MicroBatch) -> str:
-    first, last = (train_set.name(micro_batch.indices[place]) for place in (0, -1))
+    first, last = (train_set.name(micro_batch.indices[position]) for position in (0, -1))
     return f"{len(micro_batch.indices)} images, {first} to {last},"
 
 
@@ -97,7 +97,7 @@ def rows_of(micro_batch: MicroBatch, read: Read) -> slice | list[int]:
     """Return the rows of the step's batch whose images could be read."""
     if len(read.kept) == len(micro_batch.indices):
         return slice(micro_batch.first, micro_batch.first + len(read.kept))
-    return [micro_batch.first + place for place in read.kept]
+    return [micro_batch.first + position for position in read.kept]
 
 
 def _as_read(read: Any) -> Read:

@@ -133,7 +133,7 @@ class TrainState:
         return terms
 
     def clip(self, max_norm: float | None, judged: bool) -> dict[str, torch.Tensor]:
-        """Clip the norm of the gradients to `max_norm`, also that of the discriminator if it was trained (`judged`).
+        """Clip the norm of the gradients to `max_norm`, also for the discriminator if it was trained (`judged`).
         Return the norms before clipping.
         """
         accelerator, limit = self.accelerator, max_norm or float("inf")
@@ -239,8 +239,8 @@ class TrainState:
             "ema_steps": self.ema.optimization_step if self.ema else None,
             "surroundings": surroundings(accelerator),
         }
-        own = {"interval": self.interval.sums.tolist(), "epoch": self.epoch_terms.sums.tolist()}
-        return write_checkpoint(folder, accelerator, self._tensors(), progress, own, copies, keep)
+        sums = {"interval": self.interval.sums.tolist(), "epoch": self.epoch_terms.sums.tolist()}
+        return write_checkpoint(folder, accelerator, self._tensors(), progress, sums, copies, keep)
 
     @torch.no_grad()
     def load(self, path: Path) -> dict[str, Any]:
@@ -252,7 +252,7 @@ class TrainState:
         """
         accelerator, model = self.accelerator, self.plain_model
         check_fits(path, model)
-        progress, own = read_progress(path, accelerator.process_index)
+        progress, part = read_progress(path, accelerator.process_index)
         saved = load_file(path / "model.safetensors")
         for key, tensor in model.state_dict().items():
             tensor.copy_(like(saved[key], tensor))
@@ -269,12 +269,12 @@ class TrainState:
             restore_optimizer(optimizer, module, load_file(path / "discriminator_optimizer.safetensors"))
         if accelerator.scaler and progress["scaler"]:
             accelerator.scaler.load_state_dict(progress["scaler"])
-        if own:
-            restore_rng(own["rng"], accelerator.device)
+        if part:
+            restore_rng(part["rng"], accelerator.device)
         for name in ("epoch", "step", "images_seen", "skipped", "skipped_in_a_row"):
             setattr(self, name, progress[name])
         self._note_changes(progress)
-        self._restore_sums(path, own, progress["surroundings"]["processes"])
+        self._restore_sums(path, part, progress["surroundings"]["processes"])
         return progress.get("task", {})
 
     def _note_changes(self, progress: dict[str, Any]) -> None:
@@ -288,9 +288,9 @@ class TrainState:
                 ", ".join(self.changes),
             )
 
-    def _restore_sums(self, path: Path, own: dict[str, Any], processes: int) -> None:
+    def _restore_sums(self, path: Path, part: dict[str, Any], processes: int) -> None:
         """Restore this process's sums of terms; the main process adds those of processes that no longer exist."""
-        parts = [own]
+        parts = [part]
         if self.accelerator.is_main_process:
             gone = range(self.accelerator.num_processes, processes)
             parts += [read_progress(path, process)[1] for process in gone]

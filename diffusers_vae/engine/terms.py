@@ -212,7 +212,7 @@ def report_not_finite(
                 save_tensors(path, tensors)
                 sync(path)
             where = f"in {path}"
-        except OSError as error:  # what went wrong first must be told all the same
+        except OSError as error:  # the first fault must be reported all the same
             where = f"not written: {error}"
     found = gather((culprits, where))
     culprits = [name for names, _ in found for name in names]

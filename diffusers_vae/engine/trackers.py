@@ -205,7 +205,7 @@ class Trackio(RunTracker):
     has: set[tuple[str, int]] | None = None
 
     def begin(self, run: Begun) -> Any:
-        self.run_name = f"{run.name}-{self.kept['id'][:8]}"  # by which it finds the run again, among all of the project
+        self.run_name = f"{run.name}-{self.kept['id'][:8]}"  # the name under which it finds the run again
         settings: dict[str, Any] = {"name": self.run_name, "resume": "allow", "embed": False, "config": run.settings}
         return accelerate.TrackioTracker(PROJECT, **settings)
 
@@ -281,8 +281,8 @@ class Aim(RunTracker):
     """A repository in output_dir."""
 
     def begin(self, run: Begun) -> Any:
-        known = {"run_hash": self.kept["run_hash"], "force_resume": True} if "run_hash" in self.kept else {}
-        return accelerate.AimTracker(run.name, run.output_dir, experiment=PROJECT, **known)
+        resumed = {"run_hash": self.kept["run_hash"], "force_resume": True} if "run_hash" in self.kept else {}
+        return accelerate.AimTracker(run.name, run.output_dir, experiment=PROJECT, **resumed)
 
     def started(self, run: Begun) -> None:
         self.kept["run_hash"] = self.tracker.tracker.hash
@@ -296,7 +296,7 @@ class ClearML(RunTracker):
     """Continues a task whose steps are not shifted, and takes nothing by itself from other libraries."""
 
     def begin(self, run: Begun) -> Any:
-        known = {"continue_last_task": 0} if "task_id" in self.kept else {}
+        resumed = {"continue_last_task": 0} if "task_id" in self.kept else {}
         return accelerate.ClearMLTracker(
             run.name,
             project_name=PROJECT,
@@ -304,7 +304,7 @@ class ClearML(RunTracker):
             reuse_last_task_id=self.kept.get("task_id", False),
             auto_connect_frameworks=False,
             auto_connect_arg_parser=False,
-            **known,
+            **resumed,
         )
 
     def started(self, run: Begun) -> None:

@@ -117,9 +117,9 @@ class CapturedStep:
         """Return all tensors that a step changes, those of the optimizer last."""
         state = self.state
         average = state.ema.shadow_params if state.ema else []
-        own = [*state.trained, *average, *state.plain_model.buffers()]
+        changed = [*state.trained, *average, *state.plain_model.buffers()]
         states = state.optimizer.optimizer.state.values()
-        return own + [value for kept in states for value in kept.values() if isinstance(value, torch.Tensor)]
+        return changed + [value for kept in states for value in kept.values() if isinstance(value, torch.Tensor)]
 
     @torch.no_grad()
     def _restore(self, before: list[torch.Tensor], slots: set[Any]) -> None:

@@ -303,8 +303,8 @@ def _fine_tuning(
     hashes = [weights_hash(model, LATENT_PARTS) for model in (pretrained.model, saved)]
     if not config.model.trains_encoder and hashes[0] != hashes[1]:
         raise ValueError(
-            f"the encoder must be that of {pretrained.source}, since it was not trained, and its weights are "
-            f"others: SHA-256 {hashes[1]}, and there {hashes[0]}"
+            f"the encoder was not trained, and must equal the encoder of {pretrained.source}, but it differs: "
+            f"SHA-256 {hashes[1]} instead of {hashes[0]}"
         )
     differences = compare(before, report).differences if report.images > 1 else {}
     return FineTuning(
@@ -320,7 +320,7 @@ def _fine_tuning(
 
 def _result(config: TrainConfig, report: EvaluationReport, autoencoder: ModelMixin) -> TrainResult:
     folder = Path(config.run.output_dir) / "model"
-    place = quoted(folder.absolute().as_posix())
+    path = quoted(folder.absolute().as_posix())
     package, name = ("diffusers", "AutoencoderKL") if isinstance(autoencoder, VAE) else ("diffusers_vae", "MLPVAE")
     return TrainResult(
         output_dir=folder.parent,
@@ -328,5 +328,5 @@ def _result(config: TrainConfig, report: EvaluationReport, autoencoder: ModelMix
         report=report,
         parameters=autoencoder.num_parameters(),
         latent_shape=config.model.latent_shape(config.data.size),
-        load_line=f"from {package} import {name}; vae = {name}.from_pretrained({place})",
+        load_line=f"from {package} import {name}; vae = {name}.from_pretrained({path})",
     )

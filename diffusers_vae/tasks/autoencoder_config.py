@@ -41,8 +41,8 @@ class TrainConfig(RunSettings):
         ratio = self.model.spatial_compression_ratio
         if height % ratio or width % ratio:
             raise ValueError(
-                f"data.resolution must be divisible by {ratio}, by which "
-                f"{self.model.pretrained or 'model.block_out_channels'} makes the latents smaller, got {height}x{width}"
+                f"data.resolution must be divisible by {ratio}, the downsampling factor of "
+                f"{self.model.pretrained or 'model.block_out_channels'}, got {height}x{width}"
             )
         if self.objective.likelihood == "bernoulli" and self.model.architecture != "mlp":
             raise ValueError(
@@ -52,7 +52,7 @@ class TrainConfig(RunSettings):
         for setting in ("objective.equivariance", "adversarial.weight"):
             section, name = setting.split(".")
             if getattr(getattr(self, section), name) and self.model.architecture == "mlp":
-                raise ValueError(f"{setting} needs the architecture vae: a perceptron knows no places in an image")
+                raise ValueError(f"{setting} needs the architecture vae: an MLP has no positions in an image")
         if self.objective.equivariance and not self.model.trains_encoder:
             raise ValueError(
                 "objective.equivariance shapes the latents, so the encoder must be trained, and model.train "
@@ -72,7 +72,7 @@ class TrainConfig(RunSettings):
                     f"{latents[0]}x{latents[1]}: take larger images"
                 )
         if self.run.gradient_checkpointing and self.model.architecture == "mlp":
-            raise ValueError("run.gradient_checkpointing needs the architecture vae: a perceptron keeps nearly nothing")
+            raise ValueError("run.gradient_checkpointing needs the architecture vae: an MLP stores few activations")
         if self.data.caption_column is not None:
             raise ValueError(
                 f"data.caption_column {self.data.caption_column} would be ignored, since an autoencoder is trained "
@@ -80,7 +80,7 @@ class TrainConfig(RunSettings):
             )
         if self.model.latents and (self.data.changes_images or self.data.streaming):
             raise ValueError(
-                "model.latents are of a set of images as they are, and training would show others: leave out "
+                "model.latents belong to unchanged images, but training would change them: leave out "
                 f"{self.data.changes_images or 'data.streaming'}"
             )
         if self.adversarial.weight:

@@ -153,9 +153,9 @@ class AutoencoderStep:
         if self.adversary and self.discriminator:
             readings |= self.adversary.begin_step(images_seen)
             highest = self.config.optimizer.learning_rate
-            own = (self.config.adversarial.learning_rate or highest) * learning_rate / highest * self.adversary.rise
+            rate = (self.config.adversarial.learning_rate or highest) * learning_rate / highest * self.adversary.rise
             for group in self.discriminator.optimizer.param_groups:
-                group["lr"] = own
+                group["lr"] = rate
         return readings
 
     def random_inputs(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -166,8 +166,8 @@ class AutoencoderStep:
             # of a whole batch are made of whole micro-batches. A smaller one, at the end of an epoch, is one part: how
             # its images are cut depends on the number of forwards.
             parts = self.config.objective.transformations if count == self.config.run.batch_size else 1
-            own = torch.Generator().manual_seed(generator.initial_seed() ^ 1)
-            chances = torch.rand(parts, equivariance.DRAWS, generator=own)
+            cpu_generator = torch.Generator().manual_seed(generator.initial_seed() ^ 1)
+            chances = torch.rand(parts, equivariance.DRAWS, generator=cpu_generator)
             inputs["chances"] = chances.repeat_interleave(count // parts, 0)
         return inputs
 
@@ -213,7 +213,7 @@ class AutoencoderStep:
 
     @cached_property
     def _program(self) -> Callable[..., tuple[Any, ...]]:
-        """`_forward`, compiled if `run.step` says so."""
+        """`_forward`, compiled if `run.step` is compiled."""
         run = self.config.run
         whole = compiles_whole_steps(run, self.program, self.accelerator)
         return compiled(self._forward) if run.step == "compiled" and not whole else self._forward
@@ -291,10 +291,10 @@ class AutoencoderStep:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        known, kept = state.get("objective", {}), self.objective.state()
-        self.objective.restore(known)
-        if known.keys() != kept.keys() and self.accelerator.is_main_process:  # run.allow_config_change let them change
-            keys = kept.keys() - known.keys(), known.keys() - kept.keys()
+        saved, kept = state.get("objective", {}), self.objective.state()
+        self.objective.restore(saved)
+        if saved.keys() != kept.keys() and self.accelerator.is_main_process:  # run.allow_config_change let them change
+            keys = kept.keys() - saved.keys(), saved.keys() - kept.keys()
             new, gone = (", ".join(sorted(names)) or "nothing" for names in keys)
             logger.warning(
                 "the checkpoint was saved with other settings of the objective: the state of %s starts over, and the "

@@ -19,12 +19,12 @@ PHRASES = ("a picture of a {name}", "a {name}", "{name}")
 
 
 class Captions:
-    """The captions of a set of images, each of which has one or more."""
+    """Captions of a set of images, one or more per image."""
 
     def __init__(self, captions: Sequence[Sequence[str]]):
         self.distinct = list(dict.fromkeys(text for texts in captions for text in texts))
-        place = {text: row for row, text in enumerate(self.distinct)}
-        self.rows = torch.tensor([place[text] for texts in captions for text in texts])
+        row_of = {text: row for row, text in enumerate(self.distinct)}
+        self.rows = torch.tensor([row_of[text] for texts in captions for text in texts])
         self.counts = torch.tensor([len(texts) for texts in captions])
         self.firsts = self.counts.cumsum(0) - self.counts
 
@@ -65,8 +65,8 @@ def captions_of(
         return captions
     if labels is None:
         raise ValueError(
-            f"text-to-image must be told what the {part} images show: a metadata.jsonl with file_name and text, a .txt "
-            "file beside each image, or a subfolder for each class"
+            f"text-to-image needs captions or labels of the {part} images: a metadata.jsonl with file_name and text, a "
+            ".txt file beside each image, or a subfolder for each class"
         )
     spoken = phrases or (DIGIT_PHRASES if digits else PHRASES)
     names = classes or [str(number) for number in range(int(labels.max()) + 1)]

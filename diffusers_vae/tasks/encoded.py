@@ -50,9 +50,11 @@ class ImagesWithLatents(TrainingSet):
 
     def read(self, indices: Sequence[int]) -> ReadEncoded:
         read = self.images.read(indices)
-        found = [row for row, place in enumerate(read.kept) if indices[place] in self.rows]  # another read them once
+        found = [
+            row for row, position in enumerate(read.kept) if indices[position] in self.rows
+        ]  # another read them once
         kept, pixels = [read.kept[row] for row in found], read.pixels[found]
-        moments = self.latents.moments([self.rows[indices[place]] for place in kept])
+        moments = self.latents.moments([self.rows[indices[position]] for position in kept])
         return ReadEncoded(pixels, kept, read.errors, read.stop, read.unreachable, moments)
 
     def name(self, index: int) -> str:

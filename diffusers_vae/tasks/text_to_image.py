@@ -240,7 +240,7 @@ def _grid(model: nn.Module, data: RunData) -> Image.Image:
 def stock_pipeline(model: nn.Module, data: RunData) -> StableDiffusionPipeline:
     """Return the stock pipeline of the parts."""
     assert isinstance(model, TextToImage)
-    # what Stable Diffusion's own config says to samplers; it stays in the config, for those that are made from it
+    # as in Stable Diffusion's config; it stays there for samplers that are made from it
     config = {**data.config.diffusion.build().scheduler.config, "skip_prk_steps": True, "set_alpha_to_one": False}
     scheduler: Any = SCHEDULERS[data.config.sampling.scheduler].from_config(config)
     parts: Any = StableDiffusionPipeline  # whose types allow no part to be left out

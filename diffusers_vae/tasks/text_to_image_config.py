@@ -153,7 +153,7 @@ class TextToImageConfig(RunSettings):
 
     def __post_init__(self):
         if changing := self.data.changes_images or "data.streaming" * self.data.streaming:
-            raise ValueError(f"latents are encoded once, of a set of images as they are: leave out {changing}")
+            raise ValueError(f"latents are encoded once, from unchanged images: leave out {changing}")
 
     def unreached(self, total_images: int) -> list[str]:
         """Return warnings, one sentence each, of settings that take no or only partial effect in a run of

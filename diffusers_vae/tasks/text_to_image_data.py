@@ -75,8 +75,8 @@ class RunData:
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """Return what identifies the inputs: latents and captions, the autoencoder, the kind of latents."""
         latents, captions = self.latents, self.captions
-        known = latents.cache["data"]
-        images = {name: known[name] for name in ("fingerprint", "contents", "image_shape", "resize") if name in known}
+        cached = latents.cache["data"]
+        images = {name: cached[name] for name in ("fingerprint", "contents", "image_shape", "resize") if name in cached}
         digest = sha256(json.dumps([images, captions.distinct]).encode())
         digest.update(captions.rows.numpy().tobytes() + captions.counts.numpy().tobytes())
         computed = [f"computed in {latents.compute_dtype}"] * (latents.compute_dtype != torch.float32)
@@ -127,7 +127,7 @@ def load_run_data(config: TextToImageConfig, accelerator: Accelerator, max_image
     prompts = list(config.sampling.prompts or _prompts(spoken, texts, labels))
     length = config.captions.max_length
     tokenizer = caption_tokenizer(captions.distinct, length)
-    _check_lengths(tokenizer, length, captions.distinct, [text for own in texts for text in own], prompts)
+    _check_lengths(tokenizer, length, captions.distinct, [text for several in texts for text in several], prompts)
     scaling = latent_scaling("StableDiffusionPipeline", vae)
     vae.to(accelerator.device)
     train_set = LatentsAlone(_latents(config, vae, images, max_images, accelerator.is_main_process), images)
@@ -242,7 +242,7 @@ def load_vae(config: TextToImageConfig) -> VAE:
     config.vae.location.check_value_range(config.data.stated_range)
     if config.data.channels not in (None, vae.config.in_channels):
         raise ValueError(
-            f"data.channels must be that of the autoencoder, got {config.data.channels}, and {source} takes "
+            f"data.channels must match the autoencoder, got {config.data.channels}, and {source} takes "
             f"{vae.config.in_channels}"
         )
     ratio = math.lcm(8, vae.spatial_compression_ratio)

@@ -38,7 +38,7 @@ def build_model(config: TextToImageConfig, data: RunData) -> TextToImage:
     """Return a new model for latents and tokens of `data`."""
     model = config.model
     channels, height, width = data.latents.latent_shape
-    attending = [len(model.block_out_channels) == 1 or place > 0 for place in range(len(model.block_out_channels))]
+    attending = [len(model.block_out_channels) == 1 or level > 0 for level in range(len(model.block_out_channels))]
     unet = UNet2DConditionModel(
         sample_size=height if height == width else (height, width),
         in_channels=channels,
@@ -125,7 +125,7 @@ class TextToImageStep:
 
     @cached_property
     def _program(self) -> Callable[..., DiffusionTerms]:
-        """`compute`, compiled if `run.step` says so."""
+        """`compute`, compiled if `run.step` is compiled."""
         return compiled(self.compute) if self.config.run.step == "compiled" else self.compute
 
     def __call__(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> StepTerms:

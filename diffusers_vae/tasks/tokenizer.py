@@ -40,6 +40,6 @@ def write_tokenizer(folder: Path, merges: Iterable[tuple[str, str]]) -> None:
     letters, pairs = sorted(ByteLevel.alphabet()), list(merges)
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, pairs), START, END]
     (folder / "vocab.json").write_text(
-        json.dumps({token: place for place, token in enumerate(dict.fromkeys(tokens))}), encoding="utf-8"
+        json.dumps({token: index for index, token in enumerate(dict.fromkeys(tokens))}), encoding="utf-8"
     )
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in pairs), encoding="utf-8")
