@@ -1,4 +1,4 @@
-"""Presets: the settings files of training/configs, by name, and what their heads say."""
+"""Presets: the settings files of training/configs and the entries of their head comments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .messages import nearest
 
 @dataclass(frozen=True)
 class Preset:
-    """A settings file that is part of the package."""
+    """A settings file of the package."""
 
     file: Path
     text: str
@@ -20,7 +20,7 @@ class Preset:
 
     @property
     def command(self) -> str:
-        """The command that reads it."""
+        """Name of the training command for this preset."""
         return "train-text-to-image" if re.search(r"^vae:", self.text, re.MULTILINE) else "train"
 
 
@@ -34,16 +34,16 @@ def find_preset(name: str) -> Preset:
     found = presets()
     if name not in found:
         raise ValueError(
-            f"there is no preset {name}.{nearest(name, found)} There are {', '.join(found)}; --config reads a file of "
-            "your own"
+            f"there is no preset {name}.{nearest(name, found)} The presets are {', '.join(found)}; use --config for your "
+            "own file"
         )
     return found[name]
 
 
 def _folder() -> Path:
     """Return training/configs: inside the package if it was installed from a wheel, beside it in a checkout."""
-    here = Path(__file__).parent
-    inside, beside = here / "configs", here.parent / "training" / "configs"
+    package = Path(__file__).parent
+    inside, beside = package / "configs", package.parent / "training" / "configs"
     return inside if inside.is_dir() else beside
 
 

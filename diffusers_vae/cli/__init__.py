@@ -1,4 +1,4 @@
-"""The command line `diffusers-vae`, which needs no torch until a command does."""
+"""The command line `diffusers-vae`. It imports torch only for commands that need it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ..messages import log_to_terminal, message, showable
 COMMANDS = {
     "train": "train a KL autoencoder, or continue a run",
     "train-text-to-image": "train a text-to-image model on an autoencoder's latents",
-    "data": "look at a data set before a training: sizes, damage, duplicates, what to begin with",
-    "presets": "list the settings that ship with the package, with purpose, hardware and figures",
-    "evaluate": "measure an autoencoder: figures, posterior health, pictures, a report to send",
-    "compare": "measure two autoencoders on the same images, in pairs",
-    "fp16": "say whether an autoencoder can run in float16",
+    "data": "inspect a data set before training: sizes, damaged files, duplicates, a command to start with",
+    "presets": "list the presets with purpose, hardware and expected figures, or print one",
+    "evaluate": "measure an autoencoder: figures, health of the posterior, pictures and a report",
+    "compare": "compare two autoencoders image by image",
+    "fp16": "check whether an autoencoder can run in float16",
     "reconstruct": "encode and decode image files",
-    "sample": "decode draws from the prior",
+    "sample": "decode samples from the prior",
     "demo": "try autoencoders on your own images in the browser",
     "encode": "precompute the latents of a data set",
     "push": "publish a run on the Hugging Face Hub",
-    "info": "say what a model or a run is",
+    "info": "describe a model or a run",
 }
 MODULES = {
     "train": "training",
@@ -40,25 +40,25 @@ MODULES = {
     "sample": "images",
     "push": "publish",
 }
-"""Modules of this chapter that hold commands of another name."""
+"""Modules of commands whose module is not named after them."""
 HELP = f"""usage: diffusers-vae COMMAND ... [--debug]
 
 Train, measure and publish KL autoencoders that load in stock diffusers.
 
 {chr(10).join(f"  {name:<20} {text}" for name, text in COMMANDS.items())}
 
-  diffusers-vae COMMAND --help    says what it takes, with an example
-  --debug                         shows where an error came from
-  --version                       shows the version
+  diffusers-vae COMMAND --help    show the arguments of a command, with an example
+  --debug                         show the traceback of an error
+  --version                       show the version
 
 example: diffusers-vae evaluate runs/digits
 
-Exit codes: 0 done, 1 an error, 2 wrong arguments, 75 interrupted, and the same command continues (train).
+Exit codes: 0 success, 1 error, 2 wrong arguments, 75 training interrupted (repeat the command to continue).
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that `arguments`, by default those of the process, name; the exit code."""
+    """Run the command in `arguments`, by default `sys.argv[1:]`, and return its exit code."""
     code = 0
     try:
         code = _main(arguments)
@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end a command
-            with suppress(OSError):  # a log that cannot be written ends no training
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot show must not raise
+            with suppress(OSError):  # an unwritable log must not end a training
                 stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug, training = "--debug" in arguments, any(argument.startswith("train") for argument in arguments[:1])
@@ -82,14 +82,14 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         try:
             code = _run(arguments, debug)
-        except SystemExit:  # of `train --help`, say
+        except SystemExit:  # raised by `train --help`, for example
             sys.stdout.flush()
             raise
-        if training:  # which is done, whatever became of its log
+        if training:  # it succeeded, even if its output cannot be written
             _drop_output()
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         _drop_output()
         return 1
     except KeyboardInterrupt:
@@ -99,36 +99,34 @@ def _main(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         expected = isinstance(error, (ArithmeticError, ImportError, OSError, ValueError))
         if not (expected or debug) and _out_of_memory(error):
-            said = " ".join(str(error).split())
-            print(f"error: there is not enough memory ({said[:300]}): {LESS_MEMORY}", file=sys.stderr)
+            text = " ".join(str(error).split())
+            print(f"error: there is not enough memory ({text[:300]}): {LESS_MEMORY}", file=sys.stderr)
             return 1
-        if debug or (not expected and training):  # it may not come again for days
+        if debug or (not expected and training):  # the traceback matters, since the error may take days to recur
             raise
         kind = "" if expected else f"{type(error).__name__}: "
         text = str(error) if expected else " ".join(str(error).split())
-        print(message(f"error: {kind}{text}{'' if expected else ' (--debug shows where)'}"), file=sys.stderr)
+        print(message(f"error: {kind}{text}{'' if expected else ' (--debug shows the traceback)'}"), file=sys.stderr)
         return 1
 
 
 def _explain_launcher() -> None:
-    """Say whose traceback follows an error below `accelerate launch` of one process, which has no other way to end."""
+    """Explain the traceback that `accelerate launch` of a single process prints after any error."""
     from ..processes import launched_alone
 
     if launched_alone():
-        said = "(what follows is of `accelerate launch` and says no more; `diffusers-vae train` ends without it)"
-        print(said, file=sys.stderr, flush=True)
+        text = "(`accelerate launch` adds the traceback below, which holds no further cause; `diffusers-vae train` does not)"
+        print(text, file=sys.stderr, flush=True)
 
 
 def _at_home(argument: str) -> str:
-    """The argument with the home directory in the place of a leading ~ that no shell has replaced: bash leaves that of
-    --out=~/x as it is.
-    """
+    """Return the argument with a leading ~ replaced by the home directory. Bash does not replace it in --out=~/x."""
     flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return flag + equals + os.path.expanduser(value)
 
 
 def _drop_output() -> None:
-    """Drop what was printed and cannot be written: Python would try again at its exit, and exit with 120."""
+    """Discard output that cannot be written. Otherwise Python retries at exit and returns code 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -150,8 +148,8 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _import(name: str) -> ModuleType:
-    """The module `name` of this chapter. Imports create a million objects that live as long as the process: a fifth of
-    the time would go into looking for garbage among them, and more later.
+    """Import the module `name` of this package without garbage collection. Imports create a million objects that live as
+    long as the process, and searching them for garbage takes a fifth of the time.
     """
     first = gc.isenabled() and f"{__name__}.{name}" not in sys.modules
     if first:
@@ -172,7 +170,9 @@ def _run(arguments: list[str], debug: bool) -> int:
         print(version("diffusers-vae"))
         return 0
     if arguments[0] not in COMMANDS:
-        print(f"error: {showable(arguments[0])} is no command; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"error: {showable(arguments[0])} is not a command; the commands are {', '.join(COMMANDS)}", file=sys.stderr
+        )
         return 2
     log_to_terminal(logging.INFO if arguments[0].startswith("train") else logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""`train DATA`: the preset and the settings that suit the images."""
+"""`train DATA`: chooses the preset and the settings that suit the images."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ..silence import GROUP_TIMEOUT
 from .parser import WRONG, Training, Words, flags_given, training_parser
 
 LOOKED_AT = 500
-"""Number of training images that are decoded before a choice."""
+"""Number of training images to decode before choosing."""
 FINE_TUNING_RATE = "1e-4"
-"""Learning rate for a model that is trained already, as in the presets that fine-tune."""
+"""Learning rate for a pretrained model, as in the presets for fine-tuning."""
 
 
 def choose(training: Training, arguments: Sequence[str]) -> tuple[list[str], str]:
-    """Return flags that suit the images which `arguments` name without a flag, and lines that state them with reasons.
-    Flags that are in `arguments` are left out. For other images, only the folder of the run is named after them, unless
-    a preset states it.
+    """Return flags that suit the images of DATA, and lines that state each flag with its reason. Flags that are in
+    `arguments` are left out.
 
-    With `--preset`, only the folder of the run is chosen. Without, if that folder holds a run, it is continued with its
-    settings. All processes call this; only the main process looks at the images.
+    With `--preset`, or with `--data` instead of DATA, only the folder of the run is chosen, named after the images; with
+    both, nothing is. Without a preset, if that folder holds a run, the run continues with its settings. All processes
+    call this function, and only the main process reads the images.
 
     Raises:
-        FileNotFoundError: when there are no such images.
-        ValueError: when they cannot be read.
+        FileNotFoundError: when DATA does not exist.
+        ValueError: when the images cannot be read.
     """
     words = Words(arguments)
     looks_up = any(flag.startswith(("-h", "--help", "--print_config")) for flag in words.flags)
@@ -58,10 +58,12 @@ def choose(training: Training, arguments: Sequence[str]) -> tuple[list[str], str
 def _decide(stated: Namespace, data: DataConfig, folder: str, has_preset: bool) -> tuple[list[str], str]:
     if has_preset:
         return [f"--run.output_dir={folder}"], ""
-    with suppress(OSError, ValueError):  # what is wrong with its settings is reported when the run is looked for
+    with suppress(OSError, ValueError):  # wrong settings are reported when the run is opened
         begun = Path(folder) / "config.yaml"
         read_settings(begun)
-        return [f"--config={begun}"], showable(f"{folder} holds a run, whose settings apply where no flag differs")
+        return [f"--config={begun}"], showable(
+            f"{folder} holds a run: continuing it with its settings, except for those given as flags"
+        )
     found = look(data, LOOKED_AT, True, duplicates=False)
     choice = recommended(found, data)
     settings = choice.settings | {"run.output_dir": folder} | _instead(stated, choice.preset)
@@ -71,7 +73,7 @@ def _decide(stated: Namespace, data: DataConfig, folder: str, has_preset: bool) 
     images = str(data.name) if data.name in IN_MEMORY else data.location
     rows = [("preset", choice.preset), ("data", images), *settings.items()]
     reasons = choice.reasons | {"run.output_dir": "named after the images", "data": "the images"}
-    lines = [f"chosen for {found.parts['training']:,} training images; each flag that you give overrides its own:"]
+    lines = [f"chosen for {found.parts['training']:,} training images; your own flags take precedence:"]
     lines += [f"  {f'--{name} {shlex.quote(value)}':<42} {reasons.get(name, '')}".rstrip() for name, value in rows]
     preset = find_preset(choice.preset).file
     flags = [f"--config={preset}", *(f"--{name}={value}" for name, value in settings.items())]
@@ -79,7 +81,7 @@ def _decide(stated: Namespace, data: DataConfig, folder: str, has_preset: bool) 
 
 
 def _instead(stated: Namespace, preset: str) -> dict[str, str]:
-    """Return settings that `stated` ones need in the place of those of a preset."""
+    """Return settings that must replace those of the preset because of the `stated` ones."""
     instead = {}
     if "data.fit" in stated:
         instead["data.crops"] = "null"

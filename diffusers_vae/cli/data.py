@@ -1,4 +1,4 @@
-"""`data`: what is in a set, before a training."""
+"""`data`: inspects a data set before training."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from .parser import IMAGES, command_parser
 
 
 def run_data(arguments: Sequence[str]) -> int:
-    """What is in a data set."""
+    """Inspect a data set."""
     parser = command_parser(
         "data",
         "DATA [--out FILE] [--data.KEY VALUE ...]",
-        "Look at a data set before a training: how many images there are, of which sizes and kinds, which files cannot "
-        "be read, are the same, or show hardly anything; the statistics of their channels; a contact sheet of them as "
-        "a training sees them; and the command that we would begin with.",
+        "Inspect a data set before training. Reports the number of images, their sizes and formats, files that are "
+        "unreadable, duplicate or nearly constant, and the statistics of the channels. Writes a contact sheet of the "
+        "images as training reads them, and prints a training command to start with.",
         "diffusers-vae data photos/ --data.channels 3 --data.resolution 64",
     )
     parser.add_argument("images", metavar="DATA", help=IMAGES)
-    parser.add_argument("--out", type=str, default="contact-sheet.png", help="The picture.")
+    parser.add_argument("--out", type=str, default="contact-sheet.png", help="File for the contact sheet.")
     parser.add_argument(
-        "--max_images", type=PositiveInt, default=2000, help="So many training images, at most, are decoded."
+        "--max_images", type=PositiveInt, default=2000, help="Maximum number of training images to decode."
     )
     parser.add_section("data", DataConfig, skip={"crops", "on_bad_image", "num_workers", *NOT_MEASURED})
     parsed = complete(parser, read_data_flags(parser, arguments))
     path = picture_path(parsed)
     root = Path(parsed.data.root).resolve()
-    known = path.name in OWN_PICTURES  # which are left out of a set
-    if parsed.data.name in PLACED and path.resolve().is_relative_to(root) and not known:
-        raise ValueError(f"--out would be an image of the set; give it another place than {root}")
+    ignored = path.name in OWN_PICTURES  # never read as an image of a set
+    if parsed.data.name in PLACED and path.resolve().is_relative_to(root) and not ignored:
+        raise ValueError(f"--out must lie outside of {root}, or it would be read as an image of the set")
     path.parent.mkdir(parents=True, exist_ok=True)
     found = look(parsed.data, parsed.max_images, True)
     print(look_table(found))
@@ -51,6 +51,6 @@ def run_data(arguments: Sequence[str]) -> int:
     choice = recommended(found, replace(parsed.data, channels=len(found.mean)))
     flags = [f"--{name} {shlex.quote(value)}" for name, value in choice.settings.items()]
     print(showable(f"picture       {path}"))
-    print("begin with:\n")
+    print("start with:\n")
     print(showable(f"diffusers-vae train --preset {choice.preset} {' '.join(flags)}".rstrip()))
     return 0

@@ -1,4 +1,4 @@
-"""`encode`: the latents of a data set."""
+"""`encode`: writes the latents of a data set."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ AnySplit = Literal["held-out", "training", "all", None]
 
 
 def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
-    """The latents of a data set. Processes that fall silent are waited for with `patience`."""
+    """Encode a data set. `patience` limits how long to wait for processes that stop reporting progress."""
     parser = command_parser(
         "encode",
         "DATA --vae MODEL --out FOLDER [--SECTION.KEY VALUE ...]",
-        "Write the latents of a data set, with labels and captions, to a folder, once, for a training that needs no "
-        "autoencoder beside it. The same command continues one that was interrupted. Settings of the data that are not "
-        "given are those of the model's run; without one, channels and resolution are the model's. With `accelerate "
-        "launch -m diffusers_vae.cli encode ...`, on several processes.",
+        "Encode a data set once and write the latents, with labels and captions, to a folder, so that training needs no "
+        "autoencoder in memory. Repeat the command to continue after an interruption. Settings of the data without a "
+        "flag come from the model's run; without a run, channels and resolution come from the model. For several "
+        "processes, use `accelerate launch -m diffusers_vae.cli encode ...`.",
         "diffusers-vae encode photos/ --vae runs/mine --out latents/photos --dtype float16",
     )
     parser.add_argument("images", metavar="DATA", help=IMAGES)
@@ -46,36 +46,38 @@ def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
         "--kind",
         type=Kind,
         default="posterior",
-        help="posterior: mean and logvar, from which each epoch can draw anew. sample: one draw. mode: the mean.",
+        help="What to store; posterior: mean and logvar, to sample from in each epoch; sample: one sample; mode: the mean.",
     )
-    parser.add_argument("--dtype", type=Dtype, default="float32", help="Of the stored values; the weights are float32.")
+    parser.add_argument(
+        "--dtype", type=Dtype, default="float32", help="Dtype of the stored values; the weights are float32."
+    )
     parser.add_argument(
         "--compute_dtype",
         type=AnyDtype,
         default=None,
-        help="In which the encoder runs, as the result says. By default as FOLDER was begun, if it was; else bfloat16 "
-        "where the device multiplies it in hardware, and float32 elsewhere. How far apart they are: docs/latents.md.",
+        help="Dtype of the encoder's computation; null: as before if FOLDER is continued, else bfloat16 where the device "
+        "supports it in hardware, else float32 (docs/latents.md).",
     )
     parser.add_argument(
         "--split",
         type=AnySplit,
         default=None,
-        help="Which images; by default the training ones, but all of a folder that has no parts.",
+        help="Images to encode; null: the training images, or all images of a folder without parts.",
     )
     parser.add_argument(
         "--captions",
         type=bool,
         default=True,
-        help="Read the captions of the images: metadata.jsonl, metadata.csv, NAME.txt, NAME.caption or NAME.json.",
+        help="Read captions from metadata.jsonl, metadata.csv, NAME.txt, NAME.caption or NAME.json.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Of the draws of --kind sample.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the samples of --kind sample.")
     parser.add_argument(
         "--batch_size",
         type=cast(Any, PositiveInt) | None,
         default=None,
-        help="Images per forward on one process; by default as many as keep a CPU's caches or a GPU busy.",
+        help="Number of images per forward pass on each process; null: chosen for the device.",
     )
-    parser.add_argument("--shard_images", type=PositiveInt, default=4096, help="Images per file.")
+    parser.add_argument("--shard_images", type=PositiveInt, default=4096, help="Number of images per file.")
     parser.add_section("data", DataConfig, skip=NOT_MEASURED)
     with launched("encoding", patience, "The same command continues after the last whole shards") as state:
         _encode(parser, arguments, state)
@@ -84,26 +86,26 @@ def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
 
 def _encode(parser: Parser, arguments: Sequence[str], state: PartialState) -> None:
     given = read_data_flags(parser, arguments)
-    parsed = complete(parser, given)  # wrong ones are told before a model is loaded
+    parsed = complete(parser, given)  # report wrong settings before loading a model
     if "root" in given.data and parsed.data.name != "datasets" and not Path(parsed.images).exists():
         raise FileNotFoundError(
-            f"DATA must be {', '.join(IN_MEMORY)}, a folder or archive of images, an array of them, Parquet, or "
+            f"DATA must be {', '.join(IN_MEMORY)}, a folder or archive of images, an array, Parquet, or "
             f"NAMESPACE/NAME on the Hub, got {parsed.images}"
         )
     vae = Source(parsed.vae, parsed.subfolder, parsed.revision).model().to(device_of(parsed))
-    known = settings_of_run(parsed.vae).get("data") or data_for(vae, parsed, parsed.vae)
-    known = of_another_set(known, parsed.data)
-    if known.get("name") in PLACED:  # whose root is no place for other sets
-        known.pop("root", None)
-    known = {f"data.{name}": value for name, value in known.items()}
-    parsed = complete(parser, given, known, config_of_run(parsed.vae))
+    stored = settings_of_run(parsed.vae).get("data") or data_for(vae, parsed, parsed.vae)
+    stored = of_another_set(stored, parsed.data)
+    if stored.get("name") in PLACED:  # other sets must not be downloaded into its root
+        stored.pop("root", None)
+    stored = {f"data.{name}": value for name, value in stored.items()}
+    parsed = complete(parser, given, stored, config_of_run(parsed.vae))
     with one_first(state.is_local_main_process, "reading the data set"):
         images, split = load_images(
             parsed, [parsed.vae], state.is_local_main_process, parsed.captions, default="training"
         )
     if state.is_main_process:
         print(showable(f"data        {images.files}"), flush=True)
-    data, unreadable = parsed.data, len(images.errors)  # found so far; those of a set read on demand are rows less
+    data, unreadable = parsed.data, len(images.errors)  # found so far; a set read on demand loses rows later
     latents = encode_images(
         vae,
         images,
@@ -132,5 +134,5 @@ def _encode(parser: Parser, arguments: Sequence[str], state: PartialState) -> No
         print(f"computed    in {str(latents.compute_dtype).removeprefix('torch.')} on {vae.device.type}")
         print(f"size        {latents.bytes / 2**20:,.1f} MiB")
         print(showable(f"folder      {parsed.out}"))
-        place = quoted(Path(parsed.out).absolute())
-        print(f"open it     from diffusers_vae import LatentDataset; latents = LatentDataset({place})")
+        folder = quoted(Path(parsed.out).absolute())
+        print(f"open it     from diffusers_vae import LatentDataset; latents = LatentDataset({folder})")

@@ -1,4 +1,4 @@
-"""`evaluate`, `compare` and `fp16`: models and images to figures."""
+"""`evaluate`, `compare` and `fp16`: measure models on images."""
 
 from __future__ import annotations
 
@@ -34,19 +34,22 @@ from .parser import Parser, command_parser
 
 
 def run_evaluate(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
-    """Measure one model. Processes that fall silent are waited for with `patience`."""
+    """Measure one model. `patience` limits how long to wait for processes that stop reporting progress."""
     parser = command_parser(
         "evaluate",
         "MODEL [--data NAME|FOLDER] [--SECTION.KEY VALUE ...]",
-        "Measure an autoencoder: figures in the terminal, and evaluation.json, evaluation.csv, report.html and "
-        "pictures/ in a folder. Settings that are not given are those of the model's run; without one, channels and "
-        "resolution are the model's. With `accelerate launch -m diffusers_vae.cli evaluate ...`, on several processes.",
+        "Measure an autoencoder. Prints the figures, and writes evaluation.json, evaluation.csv, report.html and "
+        "pictures/ to a folder. Settings without a flag come from the model's run; without a run, channels and "
+        "resolution come from the model. For several processes, use `accelerate launch -m diffusers_vae.cli evaluate "
+        "...`.",
         "diffusers-vae evaluate stabilityai/sd-vae-ft-mse --data photos/ --data.resolution 256 --evaluation.rfid true",
     )
     parser.add_argument("model", help=MODEL)
-    parser.add_argument("--fp16", type=bool, default=False, help="Also run the model in float16, as `fp16` does.")
+    parser.add_argument(
+        "--fp16", type=bool, default=False, help="Also measure the model in float16, as `diffusers-vae fp16` does."
+    )
     add_measuring(parser)
-    with launched("the evaluation", patience, "The same command measures again") as state:
+    with launched("the evaluation", patience, "Repeat the command to measure again") as state:
         _evaluate(parser, arguments, state)
     return 0
 
@@ -59,7 +62,7 @@ def _evaluate(parser: Parser, arguments: Sequence[str], state: PartialState) -> 
         print(showable(f"data        {images.files}"), flush=True)
     name = name_of(parsed.model)
     out = Path(parsed.out or Path("evaluations") / name.replace("/", "--"))
-    # what cannot be written must not cost the measuring
+    # fail before measuring if the folder cannot be written
     on_main(lambda: (out / "pictures").mkdir(parents=True, exist_ok=True))
     objective = objective_of(parsed, parsed.model)
     report = evaluate(model, images, objective, parsed.evaluation, parsed.data, split, name, True, parsed.fp16)
@@ -84,13 +87,13 @@ def _write_evaluation(
 
 
 def run_compare(arguments: Sequence[str]) -> int:
-    """Measure two models in pairs."""
+    """Compare two models image by image."""
     parser = command_parser(
         "compare",
         "FIRST SECOND [--data NAME|FOLDER] [--SECTION.KEY VALUE ...]",
-        "Measure two autoencoders under one protocol, image by image: differences with intervals in the terminal, and "
-        "comparison.json and comparison.png in a folder. Differences are SECOND minus FIRST. Settings that are not "
-        "given are those of the models' runs; those in which two runs differ must be given.",
+        "Compare two autoencoders image by image under one protocol. Prints the differences, SECOND minus FIRST, with "
+        "confidence intervals, and writes comparison.json and comparison.png to a folder. Settings without a flag come "
+        "from the models' runs; settings that differ between two runs need a flag.",
         "diffusers-vae compare stabilityai/sd-vae-ft-mse runs/mine --data photos/ --data.resolution 256",
     )
     parser.add_argument("first", help=MODEL)
@@ -100,7 +103,7 @@ def run_compare(arguments: Sequence[str]) -> int:
     images, split = load_images(parsed, [parsed.first, parsed.second], True)
     print(showable(f"data        {images.files}"), flush=True)
     names = [name_of(parsed.first), name_of(parsed.second)]
-    if names[0] == names[1]:  # two folders of one name
+    if names[0] == names[1]:  # two folders with the same name
         names = [parsed.first, parsed.second]
     out = Path(parsed.out or Path("comparisons") / "--vs--".join(name.strip("./").replace("/", "--") for name in names))
     out.mkdir(parents=True, exist_ok=True)
@@ -113,13 +116,13 @@ def run_compare(arguments: Sequence[str]) -> int:
     comparison = compare(reports[0], reports[1])
     text = comparison.to_json()
     print(comparison_table(json.loads(text)))
-    shown = [reports[0].measured.indices[place] for place in comparison.most_different]
+    shown = [reports[0].measured.indices[index] for index in comparison.most_different]
     originals = to_model_range(images.read(shown).checked().pixels.to(models[0].device))
     with torch.no_grad():
         first, second = (reconstruct(model, originals, shown, parsed.evaluation) for model in models)
     captions = [
-        ", ".join(f"{report.measured.figures['psnr'][place]:.2f}" for report in reports) + " dB"
-        for place in comparison.most_different
+        ", ".join(f"{report.measured.figures['psnr'][index]:.2f}" for report in reports) + " dB"
+        for index in comparison.most_different
     ]
     picture = comparison_picture(originals.cpu(), first.cpu(), second.cpu(), (names[0], names[1]), captions)
     with whole_files(out) as partial:
@@ -132,7 +135,7 @@ def run_compare(arguments: Sequence[str]) -> int:
 
 @torch.no_grad()
 def _check_images(models: Sequence[ModelMixin], names: Sequence[str], images: ImageSet) -> None:
-    """Refuse what a model cannot take before the others are measured."""
+    """Raise ValueError if a model cannot encode the images, before any model is measured."""
     pixels = images.read([0]).pixels
     for model, name in zip(models, names, strict=True):
         try:
@@ -143,44 +146,47 @@ def _check_images(models: Sequence[ModelMixin], names: Sequence[str], images: Im
 
 
 def run_fp16(arguments: Sequence[str]) -> int:
-    """Whether a model can run in float16."""
+    """Check whether a model can run in float16."""
     parser = command_parser(
         "fp16",
         "MODEL [--data NAME|FOLDER] [--write true]",
-        "Say whether an autoencoder can run in float16: the largest activation of each block on real images, a run in "
-        "float16 itself, and whether force_upcast, by which pipelines in float16 run it in float32, can be false. Data "
-        "that are not given are those of the model's run; without one, channels and resolution are the model's.",
+        "Check whether an autoencoder can run in float16. Reports the largest activation of each block on real images, "
+        "the error of a run in float16, and whether force_upcast can be false. Pipelines in float16 run the autoencoder "
+        "in float32 if force_upcast is true. Settings of the data without a flag come from the model's run; without a "
+        "run, channels and resolution come from the model.",
         "diffusers-vae fp16 runs/mine --write true",
     )
     parser.add_argument("model", help=MODEL)
     add_source(parser)
     add_device(parser)
     add_images(parser)
-    parser.add_argument("--max_images", type=PositiveInt, default=256, help="At most this many are measured.")
-    parser.add_argument("--batch_size", type=PositiveInt, default=16, help="Images per forward.")
+    parser.add_argument("--max_images", type=PositiveInt, default=256, help="Maximum number of images to measure.")
+    parser.add_argument("--batch_size", type=PositiveInt, default=16, help="Number of images per forward pass.")
     parser.add_argument(
         "--write",
         type=bool,
         default=False,
-        help="Set force_upcast to false in the model's config.json, if that is safe.",
+        help="Set force_upcast to false in the model's config.json if that is safe.",
     )
     parsed, (model,) = parse_measuring(parser, arguments, ["model"])
     file = _config_file(Source(parsed.model, parsed.subfolder))
     if parsed.write and "force_upcast" not in model.config:
         raise ValueError(f"--write sets force_upcast, which {type(model).__name__} does not have")
     if parsed.write and not file:
-        kind = "a single file, without one" if Path(parsed.model).is_file() else "a repository"
-        raise ValueError(f"--write changes a config.json on this machine, and {parsed.model} is {kind}")
+        kind = "a single file" if Path(parsed.model).is_file() else "a repository"
+        raise ValueError(
+            f"--write needs a model folder with a config.json on this machine, but {parsed.model} is {kind}"
+        )
     images, _ = load_images(parsed, [parsed.model], True)
     report = measure_precision(model, images, parsed.batch_size, parsed.max_images, True)
     print(precision_table(asdict(report)))
     if not parsed.write or not file:
         return 0
     if not report.safe:
-        raise ValueError(f"{file} is left as it is. {report.advice}")
+        raise ValueError(f"{file} was not changed. {report.advice}")
     config = read_json(file)
     if config.get("force_upcast") is False:
-        print(showable(f"force_upcast was false already in {file}"))
+        print(showable(f"force_upcast was already false in {file}"))
         return 0
     write_file(file, json.dumps(config | {"force_upcast": False}, indent=2) + "\n")
     print(showable(f"force_upcast is now false in {file}"))
@@ -188,6 +194,6 @@ def run_fp16(arguments: Sequence[str]) -> int:
 
 
 def _config_file(source: Source) -> Path | None:
-    """The config.json of the model in the folder `source`, where `load_autoencoder` looks, if it is one."""
+    """Return the config.json that `load_autoencoder` reads if `source` is a folder, else None."""
     file = Path(source.name, source.inside or "", "config.json")
     return file if file.is_file() else None

@@ -1,4 +1,4 @@
-"""`reconstruct` and `sample`: images through a model, to files."""
+"""`reconstruct` and `sample`: write what a model decodes to files."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ from .parser import command_parser
 
 
 def run_reconstruct(arguments: Sequence[str]) -> int:
-    """Image files through the model."""
+    """Encode and decode image files."""
     parser = command_parser(
         "reconstruct",
         "MODEL IMAGE [IMAGE ...] [--out FOLDER]",
-        "Encode and decode image files at their own size, and write what comes back as PNG files. A model that was "
-        "trained with data.value_range, or with other channels than 1 and 3, reads files as they are and writes the "
-        "kind, depth and range that came in. Sides that the model cannot take are padded with the border's pixels, and "
-        "cut again. Files that cannot be read are named, and the others done.",
+        "Encode and decode image files at their original size, and write the reconstructions as PNG files. A model that "
+        "was trained with data.value_range, or with a number of channels other than 1 and 3, reads files unconverted "
+        "and writes the format, depth and range of the input. Sides that the model cannot take are padded with border "
+        "pixels and cropped again. Unreadable files are skipped and reported.",
         "diffusers-vae reconstruct runs/mine photo.jpg more-photos/ --out reconstructions",
     )
     parser.add_argument("model", help=MODEL)
     parser.add_argument("images", nargs="+", help="Image files, or folders and archives of them.")
     add_loading(parser)
-    parser.add_argument("--out", type=str, default="reconstructions", help="Folder for the files.")
-    parser.add_argument("--seed", type=int | None, default=None, help="Decode a draw of this seed, not the mode.")
+    parser.add_argument("--out", type=str, default="reconstructions", help="Folder for the reconstructions.")
+    parser.add_argument(
+        "--seed", type=int | None, default=None, help="Seed of a posterior sample to decode; null: decode the mode."
+    )
     parsed = parse(parser, arguments)
     model = load(parsed, parsed.model)
     stated = Source(parsed.model, parsed.subfolder, parsed.revision).value_range()
@@ -45,19 +47,19 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
 
 
 def run_sample(arguments: Sequence[str]) -> int:
-    """Draws from the prior."""
+    """Decode samples from the prior."""
     parser = command_parser(
         "sample",
         "MODEL [--count N] [--out FILE]",
-        "Decode draws from the prior N(0, I) into one picture. Models with spatial latents need a diffusion model for "
-        "whole images.",
+        "Decode samples from the prior N(0, I) and write them as one picture. Models with spatial latents need a "
+        "diffusion model to generate coherent images.",
         "diffusers-vae sample runs/mnist-mlp-z20 --count 64 --out samples.png",
     )
     parser.add_argument("model", help=MODEL)
     add_loading(parser)
-    parser.add_argument("--count", type=PositiveInt, default=64, help="How many.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the draws.")
-    parser.add_argument("--out", type=str, default="samples.png", help="The picture.")
+    parser.add_argument("--count", type=PositiveInt, default=64, help="Number of samples.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
+    parser.add_argument("--out", type=str, default="samples.png", help="File for the picture.")
     parsed = parse(parser, arguments)
     path = picture_path(parsed)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`info`: what a model or a run is."""
+"""`info`: describes a model or a run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .parser import command_parser
 
 
 def run_info(arguments: Sequence[str]) -> int:
-    """What a model is."""
+    """Describe a model, and the evaluation of its run."""
     parser = command_parser(
         "info",
         "MODEL",
-        "Say what a model is, how to load it and, of a run, what was measured.",
+        "Describe a model: class, size, latents and how to load it; for a run, also its figures.",
         "diffusers-vae info runs/digits",
     )
     parser.add_argument("model", help=MODEL)
@@ -40,12 +40,12 @@ def run_info(arguments: Sequence[str]) -> int:
         "load it": _load_line(name, source),
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "images": f"{config.in_channels}x{height}x{width}" + ("" if "image_size" in config else " or other sizes"),
-        "latents": f"{'x'.join(map(str, shape))}, {height // shape[1]} times smaller a side",
+        "latents": f"{'x'.join(map(str, shape))}, {height // shape[1]} times smaller per side",
         **_scaled_latents(model),
         "weights": f"SHA-256 {weights_hash(model)}",
     }
     if stated := source.value_range():
-        facts["values"] = f"of files in {stated}, whose ends are -1 and 1"
+        facts["values"] = f"in files {stated}, mapped to [-1, 1]"
     print("\n".join(showable(f"{name:<16}{value}") for name, value in facts.items()))
     evaluation = Path(parsed.model) / "evaluation.json"
     if evaluation.exists():
@@ -54,26 +54,26 @@ def run_info(arguments: Sequence[str]) -> int:
 
 
 def _load_line(name: str, source: Source) -> str:
-    """Code that loads the model of the class `name`, whatever the working directory."""
+    """Return code that loads the model, of the class `name`, from any working directory."""
     path = Path(source.name)
     if path.is_file():
         return (
             f"from diffusers_vae.models import load_autoencoder; vae = load_autoencoder({quoted(str(path.absolute()))})"
         )
-    place, further = source.name, {"subfolder": source.inside, "revision": source.revision}
+    location, further = source.name, {"subfolder": source.inside, "revision": source.revision}
     if path.exists():
-        place, further = str(path.absolute() / (source.inside or "")), {}
+        location, further = str(path.absolute() / (source.inside or "")), {}
     options = "".join(f", {key}={quoted(value)}" for key, value in further.items() if value)
     package = "diffusers_vae" if name == "MLPVAE" else "diffusers"
-    return f"from {package} import {name}; vae = {name}.from_pretrained({quoted(place)}{options})"
+    return f"from {package} import {name}; vae = {name}.from_pretrained({quoted(location)}{options})"
 
 
 def _scaled_latents(model: ModelMixin) -> dict[str, str]:
-    """How latents become scaled latents, as a formula, and where stock pipelines differ, theirs."""
+    """Return the formula for scaled latents, and the formulas of stock pipelines that differ from it."""
     config = model.config
     if isinstance(model, AutoencoderKLFlux2):
         formula = f"(patches - vae.bn.running_mean) / sqrt(vae.bn.running_var + {config.batch_norm_eps:g})"
-        return {"scaled latents": f"{formula}, by channel of the patches: each 2x2 square of latents is one position"}
+        return {"scaled latents": f"{formula}, per channel of the patches; each 2x2 square of latents is one patch"}
     if unmeasured(config):
         factor = config.get("scaling_factor")
         return {"scaled latents": f"unknown: scaling_factor {factor} was not measured or published for this model"}
@@ -81,12 +81,12 @@ def _scaled_latents(model: ModelMixin) -> dict[str, str]:
     others: dict[str, list[str]] = {}
     for name, pipeline in PIPELINES.items():
         try:
-            own = _formula(latent_scaling(pipeline, cast(VAE, model)))
-        except (TypeError, ValueError):  # it cannot compute with this config
+            other = _formula(latent_scaling(pipeline, cast(VAE, model)))
+        except (TypeError, ValueError):  # the pipeline cannot scale with this config
             continue
-        if own != formula:
-            others.setdefault(own, []).append(name)
-    listed = "; ".join(f"{', '.join(names)}: {own}" for own, names in others.items())
+        if other != formula:
+            others.setdefault(other, []).append(name)
+    listed = "; ".join(f"{', '.join(names)}: {other}" for other, names in others.items())
     return {"scaled latents": formula} | ({"in pipelines of": listed} if listed else {})
 
 
@@ -97,7 +97,7 @@ PIPELINES = {
     "FLUX.1": "FluxPipeline",
     "DiT": "DiTPipeline",
 }
-"""One of each family, which all scale latents in the same way."""
+"""One pipeline of each family. All pipelines of a family scale latents in the same way."""
 
 
 def _formula(scaling: LatentScaling) -> str:
@@ -105,4 +105,4 @@ def _formula(scaling: LatentScaling) -> str:
         shifted = f"(latents {-scaling.shift:+.6g})" if scaling.shift else "latents"
         return f"{shifted} * {scaling.factor:.6g}"
     mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (scaling.mean, scaling.std))
-    return f"(latents - mean) * {scaling.factor:.6g} / std, by channel: mean {mean}; std {std}"
+    return f"(latents - mean) * {scaling.factor:.6g} / std, per channel: mean {mean}; std {std}"

@@ -1,4 +1,4 @@
-"""Commands on several processes."""
+"""Run commands on several processes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..silence import GROUP_TIMEOUT, Patience, report_progress, watched
 
 @contextmanager
 def launched(doing: str, patience: Patience, again: str) -> Generator[PartialState]:
-    """Watch the processes that `accelerate launch` started while they work. An error names what was `doing`, and
-    ends with the sentence `again`, which says what the same command does. A single process is not watched.
+    """Watch the processes that `accelerate launch` started until the block ends. An error names the activity, `doing`,
+    and ends with `again`, a sentence on what repeating the command does. A single process is not watched.
     """
     with watched(patience, again):
         report_progress(doing)
@@ -23,6 +23,6 @@ def launched(doing: str, patience: Patience, again: str) -> Generator[PartialSta
 
 
 def leave_group() -> None:
-    """Without it, a process that ends before the others may abort, since the group's threads still run."""
+    """Destroy the process group. Otherwise a process that ends first may abort, because the group's threads still run."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Settings of the commands that measure a model on images: those of its run, where they are not given."""
+"""Settings of the commands that measure a model on images. Settings without a flag come from the model's run."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .arguments import add_loading, complete, load, read_flags, size_of
 from .parser import Parser
 
 NOT_MEASURED = {*with_traits(DataConfig, "training")}
-"""Settings of the data that only a training reads."""
+"""Settings of the data that only training reads."""
 MEASURED = {option.name for option in fields(ObjectiveConfig)}.difference(with_traits(ObjectiveConfig, "training"))
-"""What an objective is measured with; the rest of it is for training."""
+"""Settings of the objective that measuring reads. The others affect training only."""
 NEEDED = {
     "data": {"name": str, "root": str, "heldout_fraction": float},
     "objective": dict.fromkeys(sorted(MEASURED), object),
 }
-"""What the config.yaml of a run must hold to be measured on its images."""
+"""Settings, with their types, that config.yaml must hold for measuring a run."""
 
 
 def add_measuring(parser: Parser) -> None:
@@ -50,18 +50,18 @@ def add_images(parser: Parser) -> None:
         "--split",
         type=Literal["held-out", "training", "all"] | None,
         default=None,
-        help="Which images; by default the held-out ones, but all of a folder that has no part for them and that the "
-        "model was not trained on.",
+        help="Images to measure; null: the held-out images, or all images if a folder has no held-out part and the model "
+        "was not trained on it.",
     )
     parser.add_section("data", DataConfig, skip=NOT_MEASURED)
 
 
 def parse_measuring(parser: Parser, arguments: Sequence[str], models: list[str]) -> tuple[Namespace, list[ModelMixin]]:
-    """The settings and the models. Settings that are not given come from the models' runs or, if there are none, from
-    the models' configs. The order of the models does not matter.
+    """Return the settings and the models. Settings without a flag come from the models' runs or, without runs, from the
+    models' configs. The order of the models does not change the settings.
     """
     given = read_flags(parser, arguments)
-    parsed = complete(parser, given, {"data.name": "folder"})  # wrong ones are told before a model is loaded
+    parsed = complete(parser, given, {"data.name": "folder"})  # report wrong settings before loading a model
     sources = [parsed[name] for name in models]
     for source in sources:
         if is_local(source):
@@ -73,12 +73,12 @@ def parse_measuring(parser: Parser, arguments: Sequence[str], models: list[str])
     loaded = [load(parsed, source) for source in sources]
     runs = {source: run for source in sources if (run := settings_of_run(source, given))}
     other_set = "data.name" in given or "data.root" in given
-    known = {
+    stored = {
         source: run | ({"data": _data_of_run(run, runs, parsed.data)} if other_set else {})
         for source, run in runs.items()
     } or {source: {"data": data_for(model, parsed, source)} for source, model in zip(sources, loaded, strict=True)}
     found = {}
-    for source, sections in known.items():
+    for source, sections in stored.items():
         stated = {
             f"{section}.{name}": value
             for section in parser.sections
@@ -87,24 +87,24 @@ def parse_measuring(parser: Parser, arguments: Sequence[str], models: list[str])
         found[source] = complete(parser, given, stated, config_of_run(source))
     _refuse_differences(found)
     chosen, parsed = next(iter(found.items()))
-    if runs and not other_set and process_share()[0] == 0:  # somebody else may have chosen them
-        place = parsed.data.root if parsed.data.name in PLACED else parsed.data.name
-        place += f" in {parsed.data.root}" if parsed.data.name not in (*PLACED, "digits") else ""
-        print(showable(f"images      {place}, as {config_of_run(chosen)} says"), flush=True)
+    if runs and not other_set and process_share()[0] == 0:  # the run may belong to another user
+        origin = parsed.data.root if parsed.data.name in PLACED else parsed.data.name
+        origin += f" in {parsed.data.root}" if parsed.data.name not in (*PLACED, "digits") else ""
+        print(showable(f"images      {origin}, as stated in {config_of_run(chosen)}"), flush=True)
     same = [run["data"] for run in runs.values() if _same_set(run["data"], vars(parsed.data))]
-    if parsed.split is None and same:  # some model was trained on these images, but for the held-out ones
+    if parsed.split is None and same:  # a model was trained on these images, except the held-out ones
         if {data["heldout_fraction"] for data in same} != {parsed.data.heldout_fraction}:
             raise ValueError(
-                "data.heldout_fraction must be that of the training, or a model is measured on what it was trained on; "
-                "--split says which images to take all the same"
+                "data.heldout_fraction must be the same as in training, or a model is measured on images that it was "
+                "trained on; use --split to choose the images explicitly"
             )
         parsed.split = "held-out"
     return parsed, loaded
 
 
 def load_images(parsed: Namespace, sources: Sequence[str], *arguments: Any, **options: Any) -> tuple[ImageSet, str]:
-    """The images for the models of `sources`, and which part they are, as `load_split` gives them, with further
-    arguments of that; `parsed.data` then states their channels.
+    """Return the images for the models in `sources`, and the name of their part. `arguments` and `options` are passed on
+    to `load_split`. The number of channels is written to `parsed.data`.
     """
     images, split = load_split(parsed.data, parsed.split, *arguments, **options)
     for source in sources:
@@ -114,42 +114,42 @@ def load_images(parsed: Namespace, sources: Sequence[str], *arguments: Any, **op
 
 
 def _data_of_run(run: dict[str, Any], runs: dict[str, Any], asked: DataConfig) -> dict[str, Any]:
-    """Settings of a run's data. If `asked` is another set, only those that the run's model needs, and the rest from the
-    run that was trained on that set, if there is one.
+    """Return the data settings of `run`. If `asked` names another set, take from `run` only the settings that its model
+    needs, and the others from the run in `runs` that was trained on that set, if any.
     """
     if _same_set(run["data"], vars(asked)):
         return run["data"]
     of_model = with_traits(DataConfig, "any_set")
     owner = next((other["data"] for other in runs.values() if _same_set(other["data"], vars(asked))), {})
-    if run["data"]["name"] in IN_MEMORY and asked.name in IN_MEMORY:  # which lie beside each other
+    if run["data"]["name"] in IN_MEMORY and asked.name in IN_MEMORY:  # downloaded to the same folder
         owner = {"root": run["data"]["root"]} | owner
     return _read_of(asked, owner | {name: value for name, value in run["data"].items() if name in of_model})
 
 
-def _read_of(asked: DataConfig, known: dict[str, Any]) -> dict[str, Any]:
-    """The settings in `known` that the set `asked` for reads, and value_range, without which the model would get other
-    values than it was trained on.
+def _read_of(asked: DataConfig, stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings in `stored` that apply to the set in `asked`. value_range is always kept, because the model was
+    trained on values in this range.
     """
-    ignored = unread(DataConfig, vars(asked) | known | {"name": asked.name}).keys() - {"value_range"}
+    ignored = unread(DataConfig, vars(asked) | stored | {"name": asked.name}).keys() - {"value_range"}
     ignored |= {"root"} if asked.name == "digits" else set()
-    ignored |= {"channels"} if known.get("channels") == 1 else set()  # images in colour are not made grey unasked
-    return {name: value for name, value in known.items() if name not in ignored}
+    ignored |= {"channels"} if stored.get("channels") == 1 else set()  # colour images become grey only on request
+    return {name: value for name, value in stored.items() if name not in ignored}
 
 
 def _same_set(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two settings of data mean the same images, wherever those of a named set lie."""
-    return one["name"] == other["name"] and (one["name"] in IN_MEMORY or _place(one) == _place(other))
+    """Return whether two data settings name the same images. The folder of a named set does not matter."""
+    return one["name"] == other["name"] and (one["name"] in IN_MEMORY or _location(one) == _location(other))
 
 
 def _refuse_differences(found: dict[str, Namespace]) -> None:
-    """Raise ValueError when runs, by their source, differ in a setting that decides what is compared."""
+    """Raise ValueError if the settings of two runs, with their sources as keys, differ in what is compared."""
     if len(found) < 2:
         return
     (first, one), (second, other) = found.items()
     if not _same_set(vars(one.data), vars(other.data)):
         raise ValueError(
-            "two models are compared on the same images: name them with --data, since the run of "
-            f"{first} used {one.data.name} in {one.data.root}, and that of {second} used {other.data.name} in "
+            "two models must be compared on the same images: name them with --data, since the run of "
+            f"{first} used {one.data.name} in {one.data.root}, and the run of {second} used {other.data.name} in "
             f"{other.data.root}"
         )
     lines, flags = [], []
@@ -165,37 +165,37 @@ def _refuse_differences(found: dict[str, Namespace]) -> None:
                 flags.append(f"--{section}.{name} VALUE")
     if lines:
         raise ValueError(
-            f"two models are compared under one protocol: give {' '.join(sorted(flags))}, since "
+            f"two models must be compared under one protocol: give {' '.join(sorted(flags))}, since "
             f"{'; '.join(sorted(lines))}"
         )
 
 
 def data_for(model: ModelMixin, parsed: Namespace, source: str) -> dict[str, Any]:
-    """How images are read for a model of no run."""
-    known = {"resolution": list(size_of(model))}
-    if (channels := model.config.get("in_channels", 3)) != 1:  # images in colour are not made grey unasked
-        known["channels"] = channels
+    """Return the data settings for a model without a run."""
+    settings = {"resolution": list(size_of(model))}
+    if (channels := model.config.get("in_channels", 3)) != 1:  # colour images become grey only on request
+        settings["channels"] = channels
     stated = Source(source, parsed.subfolder, parsed.revision).value_range()
-    return known | ({"value_range": [stated.low, stated.high]} if stated else {})
+    return settings | ({"value_range": [stated.low, stated.high]} if stated else {})
 
 
-def _place(data: dict[str, Any]) -> tuple[str, Path]:
-    """Of a set of images: two settings with the same place mean the same."""
+def _location(data: dict[str, Any]) -> tuple[str, Path]:
+    """Return the name and location of a data set. Settings with equal locations name the same images."""
     on_hub = data["name"] == "datasets" and is_hub_id(data["root"])
     return data["name"], Path(data["root"]) if on_hub else Path(data["root"]).resolve()
 
 
-def of_another_set(known: dict[str, Any], asked: DataConfig) -> dict[str, Any]:
-    """Settings of a run's data, without what is of its own set alone where `asked` is another."""
-    if "name" not in known or _place(known) == _place(vars(asked)):
-        return known
+def of_another_set(stored: dict[str, Any], asked: DataConfig) -> dict[str, Any]:
+    """Return the data settings of a run, without those specific to its set if `asked` names another set."""
+    if "name" not in stored or _location(stored) == _location(vars(asked)):
+        return stored
     of_set = ["streaming", *with_traits(asked, "of_rows")]
-    return _read_of(asked, {name: value for name, value in known.items() if name not in of_set})
+    return _read_of(asked, {name: value for name, value in stored.items() if name not in of_set})
 
 
 def settings_of_run(source: str, given: Namespace | None = None) -> dict[str, dict[str, Any]]:
-    """Data, objective and evaluation of the run that a folder, or its model/, is of; empty if there is none. The weight
-    to which a target_rate has moved is read from its evaluation.json, unless `given` states one.
+    """Return the sections data, objective and evaluation of the run in a folder, or around a model/; empty without a run.
+    If the run had a target_rate, kl_weight is read from evaluation.json, unless it is in `given`.
     """
     file = config_of_run(source)
     if file is None:
@@ -215,14 +215,14 @@ def settings_of_run(source: str, given: Namespace | None = None) -> dict[str, di
 
 
 def report_of_run(source: str) -> EvaluationReport | None:
-    """The evaluation of the finished run that a folder, or its model/, belongs to."""
+    """Return the evaluation of the finished run in a folder, or around a model/; None without one."""
     file = config_of_run(source)
     path = file and file.parent / "evaluation.json"
     return read_report(path) if path and path.exists() else None
 
 
 def objective_of(parsed: Namespace, *sources: str) -> VAEObjective:
-    """The objective to measure with. A learned or optimal scale has the value with which a source's run ended.
+    """Return the objective to measure with. A learned or optimal scale has its final value in a source's run.
 
     Raises:
         ValueError: when no source has a finished run, or two runs ended with different values.
@@ -232,7 +232,7 @@ def objective_of(parsed: Namespace, *sources: str) -> VAEObjective:
     scales = {source: report.scale for source in sources if (report := report_of_run(source))}
     if len(set(scales.values())) > 1:
         raise ValueError(
-            "two models are compared under one protocol: give --objective.scale VALUE, since "
+            "two models must be compared under one protocol: give --objective.scale VALUE, since "
             f"objective.scale {parsed.objective.scale} is "
             f"{' and '.join(f'{scale:g} for {source}' for source, scale in scales.items())}"
         )
@@ -240,7 +240,7 @@ def objective_of(parsed: Namespace, *sources: str) -> VAEObjective:
 
 
 def name_of(source: str) -> str:
-    """Of a model for people: a repository, or the folder without what all runs call theirs."""
+    """Return a short name of a model: its repository or folder, where the folder of a run stands for its model/."""
     path = Path(source)
     if not path.exists():
         return source

@@ -1,4 +1,4 @@
-"""From YAML files and flags to settings."""
+"""Parse YAML files and flags to settings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ..tasks.text_to_image_config import TextToImageConfig
 
 
 class SettingsFile(ActionConfigFile):
-    """`--config FILE.yaml`, read without YAML's traps."""
+    """Action of `--config FILE.yaml`. Values such as 1e4 and 64x64 are read as in flags."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         for section, settings in read_settings(Path(values)).items():
@@ -43,8 +43,8 @@ class SettingsFile(ActionConfigFile):
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Each flag on a line of its own, with its type and its default, unless that is null, and its text below. (As in
-    jsonargparse 4.53, which adds types of Python.)
+    """Prints each flag on one line, with its type and its default unless that is null, and its text below. (Overrides
+    private methods of jsonargparse 4.53, which prints Python types.)
     """
 
     def __init__(self, prog: str, **options: Any):
@@ -67,7 +67,7 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 def _metavar(kind: Any) -> str:
-    """Return the kind of value of a flag in its help."""
+    """Return the name of a type as shown in help."""
     if get_origin(kind) is Literal:
         return "{" + ",".join(map(str, get_args(kind))) + "}"
     if get_origin(kind) is tuple:
@@ -76,8 +76,8 @@ def _metavar(kind: Any) -> str:
 
 
 class Parser(ArgumentParser):
-    """Takes values as people write them: 1e4 for a whole number, 64x64 and 0,255 for [64, 64] and [0, 255]. Errors say
-    what a setting must be, with an example.
+    """Accepts common notations: 1e4 for a whole number, 64x64 and 0,255 for [64, 64] and [0, 255]. Errors state what a
+    setting must be, with an example.
     """
 
     def __init__(self, *arguments: Any, **options: Any):
@@ -85,41 +85,41 @@ class Parser(ArgumentParser):
         self.sections: dict[str, type] = {}
 
     def add_section(self, name: str, kind: type, skip: Iterable[str] = (), default: Any = None) -> None:
-        """Add a flag for each setting of the dataclass `kind`, and `--data` beside those of the data."""
+        """Add a flag for each setting of the dataclass `kind`. For data settings, also add `--data`."""
         self.sections[name] = kind
         self.add_class_arguments(kind, name, default=default, skip={*skip})
-        for action in self._actions:  # (as in jsonargparse 4.53, whose own --data is a path of settings)
+        for action in self._actions:  # (jsonargparse 4.53 adds --data as a path of a settings file)
             if action.dest == name:
                 metavar, text = ("NAME|FOLDER", IMAGES) if kind is DataConfig else (None, SUPPRESS)
                 action.metavar, action.help = metavar, text
 
     def kind(self, name: str) -> Any:
-        """Return the type of a flag or setting, a text where there is none. (Names seen in jsonargparse 4.53.)"""
+        """Return the type of a flag or setting, str if it is not typed. (Attributes as in jsonargparse 4.53.)"""
         kinds = (getattr(action, "_typehint", action.type) for action in self._actions if action.dest == name)
         return next(kinds, None) or str
 
     def parse_args(self, args: Sequence[str] = (), *arguments: Any, **options: Any) -> Namespace:
         words = [part for word in args for part in (["--data", word[7:]] if word.startswith("--data=") else [word])]
-        for place in range(len(words) - 1, 0, -1):
-            if words[place - 1] == "--data" and "data" in self.sections and not words[place].startswith("{"):
-                stated = data_settings(words[place])
-                words[place - 1 : place + 1] = [f"--data.{name}={value}" for name, value in stated.items()]
-        for place, word in enumerate(words):
+        for index in range(len(words) - 1, 0, -1):
+            if words[index - 1] == "--data" and "data" in self.sections and not words[index].startswith("{"):
+                stated = data_settings(words[index])
+                words[index - 1 : index + 1] = [f"--data.{name}={value}" for name, value in stated.items()]
+        for index, word in enumerate(words):
             name, equals, value = word.partition("=")
             if equals and word.startswith("--"):
-                words[place] = f"{name}={self._written(name, value)}"
-            elif place and words[place - 1].startswith("--"):
-                words[place] = self._written(words[place - 1], word)
+                words[index] = f"{name}={self._written(name, value)}"
+            elif index and words[index - 1].startswith("--"):
+                words[index] = self._written(words[index - 1], word)
         return super().parse_args(words, *arguments, **options)
 
-    def complete(self, given: Namespace, known: Mapping[str, Any] | None = None) -> Namespace:
-        """The settings: as `given` by flags, else as `known` by their full names, else their defaults. Each section is
-        an object.
+    def complete(self, given: Namespace, stored: Mapping[str, Any] | None = None) -> Namespace:
+        """Return all settings: `given` by flags, else `stored`, with full names as keys, else default. Each section is a
+        dataclass.
 
         Raises:
-            ValueError: naming a setting with a wrong value.
+            ValueError: if a setting has a wrong value; the message names it.
         """
-        parsed = self.parse_object(given, Namespace(known or {}))
+        parsed = self.parse_object(given, Namespace(stored or {}))
         for section, kind in self.sections.items():
             if not isinstance(parsed[section], Namespace):
                 raise ValueError(f"{section} must hold settings, KEY: VALUE, got {parsed[section]}")
@@ -142,7 +142,7 @@ class Parser(ArgumentParser):
         return text if value is text else json.dumps(value)
 
     def _in_words(self, text: str) -> Exception:
-        """The error without types of Python, where it is about a value."""
+        """Return an error about a value without Python types, and others with a similar flag if one is unknown."""
         if unknown := re.search(r"(?i)unrecognized arguments: --([^\s=]+)|'(.*)' does not accept option '(.*?)'", text):
             flag, section, option = unknown.groups()
             names = [action.dest for action in self._actions if action.help != SUPPRESS]
@@ -164,8 +164,8 @@ NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
 def as_meant(kind: Any, value: Any) -> Any:
-    """`value` of a setting of that type, as it was read or as text, in the form that the type asks for, if it is clear
-    what is meant; else itself.
+    """Convert a value from YAML or a flag to the type of its setting, if its meaning is clear; otherwise return it
+    unchanged.
     """
     kinds = alternatives(kind)
     if any(map(is_whole, kinds)) and float not in kinds:
@@ -173,7 +173,7 @@ def as_meant(kind: Any, value: Any) -> Any:
             if isinstance(value, float) or (isinstance(value, str) and not value.strip("+-").isdigit()):
                 number = float(value)
                 return int(number) if number == int(number) else value
-    lists = [own for own in kinds if get_origin(own) is tuple]
+    lists = [option for option in kinds if get_origin(option) is tuple]
     if lists and isinstance(value, str):
         of = get_args(lists[0])[0]
         if get_origin(of) is Literal:
@@ -185,17 +185,17 @@ def as_meant(kind: Any, value: Any) -> Any:
     return value
 
 
-IMAGES = "A set, as in data.name, a folder or archive of images, an array (.npy, .npz), Parquet, or a set on the Hub."
+IMAGES = "Data set: a name as in data.name, a folder or archive of images, an array (.npy, .npz), Parquet, or a Hub repository."
 
 
 def data_settings(value: str) -> dict[str, str]:
-    """What the name of a set, a place on this machine or one on the Hub stands for."""
+    """Return the data settings for the name of a set, a local path or a Hub repository."""
     return {"name": value} if value in IN_MEMORY else {"name": kind_at(value), "root": value}
 
 
 def command_parser(command: str, usage: str, description: str, example: str) -> Parser:
-    """Return the parser of `diffusers-vae COMMAND`, without flags yet. It describes those of a dataclass by the texts
-    under its fields.
+    """Return the parser of `diffusers-vae COMMAND`, without flags. Help of a dataclass is read from the docstrings of its
+    fields.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return Parser(
@@ -211,10 +211,10 @@ def command_parser(command: str, usage: str, description: str, example: str) -> 
 
 @dataclass(frozen=True)
 class Training:
-    """What one of the training commands reads and does."""
+    """Settings and functions of a training command."""
 
     command: str
-    """Of diffusers-vae."""
+    """Name of the command."""
     description: str
     example: str
     settings: type[Settings]
@@ -246,9 +246,9 @@ TRAININGS = {
 }
 
 
-@cache  # it takes a third of a second to read the texts under the fields
+@cache  # reading the docstrings of the fields takes a third of a second
 def training_parser(training: Training) -> Parser:
-    """The flags of a training run: `--preset NAME`, `--config FILE.yaml`, one per setting, and `--dry_run`."""
+    """Return the parser of a training command: `--preset`, `--config`, `--dry_run`, and a flag per setting."""
     looks = training.command == "train"
     parser = command_parser(
         training.command,
@@ -262,17 +262,19 @@ def training_parser(training: Training) -> Parser:
             nargs="?",
             default=SUPPRESS,
             metavar="DATA",
-            help="Images to train on, as for --data; looks at them first and chooses preset, channels and resolution.",
+            help="Images to train on, as for --data; also chooses a preset, channels and resolution that suit them.",
         )
     parser.add_argument(
         "--preset",
         default=SUPPRESS,
         metavar="NAME",
-        help="Settings that ship with the package; `diffusers-vae presets` lists them.",
+        help="Preset to start from; `diffusers-vae presets` lists all.",
     )
     parser.add_argument("--config", action=SettingsFile, metavar="FILE.yaml", help="YAML file with settings.")
     parser.add_argument(
-        "--dry_run", action="store_true", help="Read the images, run every other phase once in seconds, keep nothing."
+        "--dry_run",
+        action="store_true",
+        help="Read the images and run every other phase briefly, without keeping any file.",
     )
     kinds = get_type_hints(training.settings)
     for section in fields(training.settings):
@@ -285,7 +287,7 @@ def training_parser(training: Training) -> Parser:
 
 
 class Words:
-    """Words of a training command by kind: DATA, names of presets, paths of settings files, and all other flags."""
+    """Arguments of a training command by kind: DATA, names of presets, paths of settings files, and other flags."""
 
     WITHOUT_VALUE = ("-h", "--help", "--print_config", "--dry_run")
 
@@ -310,8 +312,8 @@ class Words:
 
 
 def parse_settings(training: Training, arguments: Sequence[str], chosen: Sequence[str] = ()) -> tuple[Settings, bool]:
-    """The settings, and whether it is a dry run. A wrong key or value ends the process with a message that names it
-    and the file that it is in. Flags that were `chosen` override presets only.
+    """Return the settings, and whether this is a dry run. A wrong key or value ends the process with a message that
+    names it and its file. `chosen` flags override presets only.
     """
     words = Words(arguments)
     try:
@@ -325,16 +327,16 @@ def parse_settings(training: Training, arguments: Sequence[str], chosen: Sequenc
                 except WRONG as of_file:
                     text += f"\nThis is in {path}." if str(of_file) == str(error) else ""
         if "got False" in text:
-            text += '\nYAML reads a bare no or off as false: write "no" in quotes.'
+            text += '\nYAML reads an unquoted no or off as false: write "no" in quotes.'
         training_parser(training).exit(2, message(text) + "\n")
 
 
 WRONG = (ArgumentError, OSError, ValueError)
-"""Errors that wrong settings raise."""
+"""Errors raised by wrong settings."""
 
 
 def flags_given(training: Training, words: Words, chosen: Sequence[str] = ()) -> list[str]:
-    """Return all that `words` state as flags of the parser, those that override others last."""
+    """Return `words` as flags of the parser, in ascending order of precedence."""
     presets = {name: find_preset(name) for name in words.presets}
     for name, preset in presets.items():
         if preset.command != training.command:

@@ -1,4 +1,4 @@
-"""`presets`: the settings that ship with the package."""
+"""`presets`: lists the presets of the package."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def run_presets(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="diffusers-vae presets",
         usage="%(prog)s [NAME] [--debug]",
-        description="List the presets with purpose, hardware and expected figures, or print the YAML file of one.",
+        description="List the presets with purpose, hardware and expected figures, or print the YAML file of one of them.",
         epilog="example: diffusers-vae presets digits",
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="Preset to print.")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="Preset to print; all are listed without it.")
     if name := parser.parse_args(arguments).name:
         print(find_preset(name).text, end="")
     else:
         width = min(100, shutil.get_terminal_size().columns)
         print("\n\n".join(_entry(name, preset, width) for name, preset in presets().items()))
-        print("\ndiffusers-vae train --preset NAME runs one; diffusers-vae presets NAME prints its settings.")
+        print("\nTrain with one: diffusers-vae train --preset NAME. Print its settings: diffusers-vae presets NAME.")
     return 0
 
 
@@ -43,6 +43,6 @@ def _entry(name: str, preset: Preset, width: int) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    """Return `text` up to its first full stop, but more where that says only that nothing was run."""
+    """Return the first sentence of `text`, or two if the first only states that nothing was run."""
     sentences = re.split(r"(?<=\.)\s+", text)
     return " ".join(sentences[: 2 if sentences[0].startswith("not run") else 1])

@@ -1,4 +1,4 @@
-"""`train` and `train-text-to-image`: a run, or a dry run."""
+"""`train` and `train-text-to-image`: start or continue a run, or a dry run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ RESUME_ME = 75  # EX_TEMPFAIL in sysexits.h: "the user is invited to try again l
 
 @lossy_output()
 def run_train(arguments: Sequence[str]) -> int:
-    """One training run of an autoencoder, as `training/train_vae.py` starts it."""
+    """Train an autoencoder. `training/train_vae.py` calls this function."""
     return _run_training(TRAININGS["train"], arguments)
 
 
 @lossy_output()
 def run_train_text_to_image(arguments: Sequence[str]) -> int:
-    """One training run of a text-to-image model, as `training/train_text_to_image.py` starts it."""
+    """Train a text-to-image model. `training/train_text_to_image.py` calls this function."""
     written_out = {"--vae": "--vae.source", "--latents": "--latents.folder"}
     names = [argument.partition("=") for argument in arguments]
     return _run_training(
@@ -49,11 +49,11 @@ def _run_training(training: Training, arguments: Sequence[str]) -> int:
     config, dry = parse_settings(training, arguments, chosen)
     hub = getattr(config, "hub", HubConfig())
     if hub.push and first:
-        check_can_push(hub)  # before days of training, not after
+        check_can_push(hub)  # fail before training, not after days of it
     try:
         if dry:
             _describe_dry_run(training.dry_run(config))
-        elif result := training.train(config):  # on the main process
+        elif result := training.train(config):  # None on other processes
             _describe(result)
             if hub.push:
                 print(showable(f"published   {push(result.output_dir, hub)}"))

@@ -135,8 +135,8 @@ def telling_directions(model: ModelMixin, posterior: DiagonalGaussianDistributio
 
 
 def channel_std(model: ModelMixin, posterior: DiagonalGaussianDistribution) -> torch.Tensor:
-    """Standard deviation (C,) of each latent channel: over the data set, as the model's config states it. Where the
-    config states none, over the positions of this posterior or, with one position, that of the prior.
+    """Return the standard deviation (C,) of each latent channel over the data set, from the model's config. If the config
+    states none, compute it over the positions of this posterior or, with one position, return the prior's, 1.
     """
     mean = posterior.mean
     if unmeasured(model.config) is None:
@@ -149,7 +149,7 @@ def channel_std(model: ModelMixin, posterior: DiagonalGaussianDistribution) -> t
 
 @torch.no_grad()
 def moved(model: ModelMixin, made: Reconstruction, directions: Directions, amounts: list[float]) -> torch.Tensor:
-    """Decode the latents of an image, shifted by so many standard deviations along the first directions."""
+    """Decode the latents of an image, shifted by `amounts` standard deviations along the first directions."""
     vectors = directions.vectors[: len(amounts)]
     shift = torch.tensor(amounts[: len(vectors)], dtype=torch.float32) @ vectors
     latents = made.posterior.mode()

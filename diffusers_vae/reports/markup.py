@@ -17,7 +17,7 @@ from .explore import INTERPOLATED, WINDOW, Directions, Explored, Reconstruction
 from .pictures import AMPLIFICATION, DIFFERENCE
 
 REACH = 3.0  # standard deviations, of sliders and of what is black and white
-MOST_CHANNELS = 32  # of which pictures are shown
+MOST_CHANNELS = 32  # more are not shown as pictures
 SMALL = 160  # pixels of a side up to which an image is enlarged pixel by pixel
 
 
