@@ -34,8 +34,8 @@ def find_preset(name: str) -> Preset:
     found = presets()
     if name not in found:
         raise ValueError(
-            f"there is no preset {name}.{nearest(name, found)} The presets are {', '.join(found)}; use --config for your "
-            "own file"
+            f"there is no preset {name}.{nearest(name, found)} The presets are {', '.join(found)}; use --config for "
+            "your own file"
         )
     return found[name]
 

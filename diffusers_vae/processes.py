@@ -147,8 +147,8 @@ def only_user_of(folder: Path, doing: str, setting: str) -> Generator[None]:
 
 
 def launched_alone() -> bool:
-    """Return whether `accelerate launch` started this process alone. The launcher then adds its own traceback at any exit
-    code except 0, and at SIGINT, when it does not wait for this process. (As in Accelerate 1.14.)
+    """Return whether `accelerate launch` started this process alone. The launcher then adds its own traceback at any
+    exit code except 0, and at SIGINT, when it does not wait for this process. (As in Accelerate 1.14.)
     """
     return "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ
 

@@ -145,17 +145,18 @@ class TestTop:
         assert "diffusers" in example or "training/train_" in example
         told = {
             **dict.fromkeys(("evaluate", "compare"), "Number of posterior samples per image"),
-            "data": "are decoded",
+            "data": "Maximum number of training images to decode",
+            "presets": "Preset to print",
             "push": "Make the repository private",
             "train": "Number of passes over the training images",
             "train-text-to-image": "Fraction of images with an empty prompt",
         }
-        assert told.get(name, "Where in a repository the model lies") in " ".join(out.split())
+        assert told.get(name, "Subfolder of the folder or repository that holds the model") in " ".join(out.split())
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["foo"], "foo is no command; there are train, train-text-to-image, data"),
+            (["foo"], "foo is not a command; the commands are train, train-text-to-image, data"),
             (["evaluate"], "model"),
             (["evaluate", "x", "--evaluation.draws", "none"], "evaluation.draws"),
             (["evaluate", "x", "--evaluation.draws", "0"], "evaluation.draws must be at least 1, got 0"),
@@ -198,7 +199,7 @@ class TestTop:
         monkeypatch.setattr("diffusers.models.autoencoders.vae.Encoder.forward", fail)
         code, out, error = call(capsys, "info", tmp_path)
         assert code == 1 and out == ""
-        assert error == "error: RuntimeError: the device is lost (--debug shows where)\n"
+        assert error == "error: RuntimeError: the device is lost (--debug shows the traceback)\n"
         with pytest.raises(RuntimeError):
             cli.main(["info", str(tmp_path), "--debug"])
 
@@ -376,7 +377,7 @@ class TestEvaluate:
         assert comparison["first"]["protocol"]["split"] == "held-out"
         arguments += ["--data.heldout_fraction", 0.3]
         code, _, error = call(capsys, "compare", tmp_path / "other", tmp_path / "run", *arguments)
-        assert code == 1 and "data.heldout_fraction must be that of the training" in error
+        assert code == 1 and "data.heldout_fraction must be the same as in training" in error
 
     def test_homes_and_counts_as_people_write_them(self, run, capsys, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))
@@ -418,7 +419,7 @@ class TestEvaluate:
             (["--data.channels", "3"], "takes images of 1 channels, got 3"),
             (["--data.resolution", "17"], "must be divisible by 2"),
             (["--out", ROOT / "README.md"], "README.md"),
-            (["--device", "abacus"], "--device must be one that torch can use here, got abacus"),
+            (["--device", "abacus"], "--device must be one that torch can use on this machine, got abacus"),
         ],
     )
     def test_arguments_that_do_not_fit_are_refused(self, arguments, message, run, no_download, capsys, tmp_path):
@@ -476,7 +477,7 @@ class TestFp16:
         code, out, error = call(capsys, "fp16", tmp_path, "--data", "digits", "--max_images", 20, "--write", "true")
         assert code == 1 and "Float16 overflows in decoder.up_blocks.0: keep force_upcast true." in out
         assert error.endswith(
-            "config.json is left as it is. Float16 overflows in decoder.up_blocks.0: keep force_upcast true.\n"
+            "config.json was not changed. Float16 overflows in decoder.up_blocks.0: keep force_upcast true.\n"
         )
         assert (tmp_path / "config.json").read_bytes() == before
         assert call(capsys, "fp16", tmp_path, "--data", "digits", "--max_images", 20)[0] == 0
@@ -495,7 +496,7 @@ class TestFp16:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         code, out, error = call(capsys, "fp16", "me/vae", "--data", "digits", "--write", "true")
-        assert code == 1 and "and me/vae is a repository" in error and out == ""
+        assert code == 1 and "but me/vae is a repository" in error and out == ""
 
 
 class TestEncode:
@@ -567,7 +568,11 @@ class TestEncode:
             (["digits", "--kind", "mean"], 2, "kind"),
             (["digits", "--dtype", "float64"], 2, "dtype"),
             (["digits", "--batch_size", "0"], 2, "batch_size"),
-            (["digits", "--device", "abacus"], 1, "--device must be one that torch can use here, got abacus"),
+            (
+                ["digits", "--device", "abacus"],
+                1,
+                "--device must be one that torch can use on this machine, got abacus",
+            ),
         ],
     )
     def test_arguments_that_do_not_fit_are_refused(self, arguments, code, message, run, capsys, tmp_path):

@@ -61,7 +61,7 @@ class TestPresets:
 
     def test_heads_are_read_to_their_last_line(self):
         head = presets()["kl-f8"].head
-        assert head["Hardware"] == "a GPU; more of them by `accelerate launch --multi_gpu`, with the same result."
+        assert head["Hardware"] == "a GPU; several with `accelerate launch --multi_gpu`, with the same result."
         assert head["Differs"].endswith("with the updated autoencoder.")
 
     @pytest.mark.slow
@@ -238,7 +238,11 @@ class TestImages:
         assert yaml.safe_load((tmp_path / "runs" / "photos" / "config.yaml").read_text())["data"]["root"] == "photos"
         Image.new("RGB", (130, 130)).save(tmp_path / "photos" / "12.png")  # for which another choice would be made
         code, out, error = call(capsys, "train", "photos", *SMALL)
-        assert code == 0 and out.startswith("runs/photos holds a run, whose settings apply") and "chosen" not in out
+        assert (
+            code == 0
+            and out.startswith("runs/photos holds a run: continuing it with its settings")
+            and "chosen" not in out
+        )
 
 
 @pytest.mark.slow

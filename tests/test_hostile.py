@@ -115,7 +115,7 @@ class TestRuns:
     @pytest.mark.slow
     def test_where_images_are_read_is_said(self, run, capsys):
         code, printed = call(capsys, "evaluate", run, "--out", run / "out", "--evaluation.max_images", 8)
-        assert code == 0 and f"digits, as {run / 'config.yaml'} says" in printed
+        assert code == 0 and f"digits, as stated in {run / 'config.yaml'}" in printed
 
     @pytest.mark.slow
     def test_where_a_named_set_is_read_is_said(self, run, tmp_path, capsys):
@@ -126,7 +126,7 @@ class TestRuns:
         (tmp_path / "odd").mkdir()
         (tmp_path / "odd" / "cifar-10-batches-py").mkdir()
         code, printed = call(capsys, "evaluate", run, "--out", run / "out")
-        assert code == 1 and f"images cifar10 in {tmp_path / 'odd'}, as {run / 'config.yaml'} says" in printed
+        assert code == 1 and f"images cifar10 in {tmp_path / 'odd'}, as stated in {run / 'config.yaml'}" in printed
 
 
 class TestPresets:

@@ -226,7 +226,7 @@ class TestUnmeasured:
         vae.bn.running_var.uniform_(0.5, 2)
         vae.save_pretrained(tmp_path)
         assert cli.main(["info", str(tmp_path)]) == 0
-        formula = re.search(r"^scaled latents +(.*), by channel of the patches", capsys.readouterr().out, re.M)[1]
+        formula = re.search(r"^scaled latents +(.*), per channel of the patches", capsys.readouterr().out, re.M)[1]
         patches = Flux2Pipeline._patchify_latents(torch.randn(2, 2, 4, 6))
         names = {"vae": vae, "sqrt": torch.sqrt, "patches": patches.movedim(1, -1)}
         torch.testing.assert_close(eval(formula, names).movedim(-1, 1), vae.bn.eval()(patches))
@@ -247,7 +247,7 @@ class TestUnmeasured:
         for name, pipeline in {"Stable Diffusion": "StableDiffusion", "FLUX.1": "Flux", "DiT": "DiT"}.items():
             expected = latent_scaling(f"{pipeline}Pipeline", vae).scale(latents)
             torch.testing.assert_close(eval(stated[name], {"latents": latents}), expected)
-        assert re.search(r"^scaled latents +\(latents - mean\) \* 0.5 / std, by channel: mean 0.1, ", out, re.M)
+        assert re.search(r"^scaled latents +\(latents - mean\) \* 0.5 / std, per channel: mean 0.1, ", out, re.M)
 
     def test_saving_and_encoding_warn(self, tmp_path, caplog):
         images = ArrayImages(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
@@ -307,7 +307,7 @@ class TestRuns:
 
         assert cli.main(["info", str(finished)]) == 0
         line = re.search(r"^scaled latents  (.*)$", capsys.readouterr().out, re.M)[1]
-        formula, _, values = line.partition(", by channel: ")
+        formula, _, values = line.partition(", per channel: ")
         found = re.findall(r"(mean|std) ([^;]*)", values)
         names = {
             name: torch.tensor([float(each) for each in text.split(", ")]).view(1, -1, 1, 1) for name, text in found

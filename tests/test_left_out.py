@@ -114,7 +114,7 @@ class TestPages:
         assert names(listed) == several and all(text.endswith(": 3") for text in listed)
         found = look(config(root), 10)
         assert sorted(found.files.paged) == sorted(listed)
-        assert f"pages         {len(several)} files hold several" in look_table(found)
+        assert f"pages         {len(several)} files have several pages" in look_table(found)
 
     @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
     def test_damage_behind_the_first_page_is_ignored(self, paged):

@@ -128,7 +128,7 @@ class TestDepth:
     def test_a_range_is_proposed_and_everything_is_measured_in_it(self, suffix, bits, high, tmp_path):
         found = look(config(x_rays(tmp_path / "set", bits, suffix), channels=1), 100)
         assert found.value_range == ValueRange(0, high) and found.proposed == (0, 2**bits - 1) and not found.constant
-        assert f"[0, {high}], proposed since 16-bit files hold 0 to {2**bits - 1:,}" in look_table(found)
+        assert f"[0, {high}], proposed because 16-bit files hold only 0 to {2**bits - 1:,}" in look_table(found)
         settings = recommended(found, config(tmp_path / "set", channels=3)).settings
         assert settings["data.value_range"] == f"[0, {high}]" and settings["data.channels"] == "1"
         stated = config(tmp_path / "set", channels=1, value_range=(0, high))

@@ -226,7 +226,7 @@ class TestCommands:
     @pytest.mark.parametrize(
         ("run_command", "rank", "arguments", "words"),
         [
-            (run_evaluate, 0, ["RUN", "--evaluation.batch_size", 4], "The same command measures again"),
+            (run_evaluate, 0, ["RUN", "--evaluation.batch_size", 4], "Repeat the command to measure again"),
             (run_encode, 1, ["digits", "--vae", "RUN", "--shard_images", 100], "The same command continues"),
         ],
     )

@@ -463,11 +463,11 @@ class TestLook:
     @pytest.mark.parametrize(
         ("dtype", "most", "advice"),
         [
-            ("uint16", 65535, r"State --data.value_range '\[0, 65535\]', all that such files can hold$"),
-            ("uint16", 4000, r"'\[0, 4095\]' if they are of 12 bits, .*, or '\[0, 65535\]', all that"),
-            ("int16", 4000, r"'\[-32768, 32767\]', all that"),
-            ("float32", 1, r"'\[0, 1\]', or the range of what was measured"),
-            ("float32", 4000, r"'\[0, 4000\]', or the range"),
+            ("uint16", 65535, r"Use --data.value_range '\[0, 65535\]', the full range of the file format$"),
+            ("uint16", 4000, r"'\[0, 4095\]' if the values have 12 bits, .*, or '\[0, 65535\]', the full"),
+            ("int16", 4000, r"'\[-32768, 32767\]', the full"),
+            ("float32", 1, r"'\[0, 1\]', or the physical range of the values"),
+            ("float32", 4000, r"'\[0, 4000\]', or the physical range"),
             ("int32", 4000, r"at most 16,777,216 wide"),
         ],
     )
@@ -654,7 +654,7 @@ class TestWholeRun:
 
     def test_info_states_the_values_of_files(self, runs, capsys):
         assert cli.main(["info", str(runs[next(iter(CHANNELS))] / "run")]) == 0
-        assert "of files in [0, 65535], whose ends are -1 and 1" in capsys.readouterr().out
+        assert "in files [0, 65535], mapped to [-1, 1]" in capsys.readouterr().out
 
     @pytest.mark.parametrize("kind", CHANNELS)
     def test_evaluated_again_is_the_same(self, kind, runs, tmp_path):

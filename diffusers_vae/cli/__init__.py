@@ -115,7 +115,7 @@ def _explain_launcher() -> None:
     from ..processes import launched_alone
 
     if launched_alone():
-        text = "(`accelerate launch` adds the traceback below, which holds no further cause; `diffusers-vae train` does not)"
+        text = "(the traceback below is from `accelerate launch`, not from this error)"
         print(text, file=sys.stderr, flush=True)
 
 
@@ -148,8 +148,8 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _import(name: str) -> ModuleType:
-    """Import the module `name` of this package without garbage collection. Imports create a million objects that live as
-    long as the process, and searching them for garbage takes a fifth of the time.
+    """Import the module `name` of this package without garbage collection. Imports create a million objects that are
+    never freed, and searching them for garbage takes a fifth of the time.
     """
     first = gc.isenabled() and f"{__name__}.{name}" not in sys.modules
     if first:

@@ -46,8 +46,8 @@ def read_flags(parser: Parser, arguments: Sequence[str]) -> Namespace:
 def complete(
     parser: Parser, given: Namespace, stored: Mapping[str, Any] | None = None, file: Path | None = None
 ) -> Namespace:
-    """Return all settings: `given` by flags, else `stored` in `file`, with full names as keys, else default. A wrong one
-    ends the process.
+    """Return all settings: `given` by flags, else `stored` in `file`, with full names as keys, else default. A wrong
+    one ends the process.
     """
     with refusing(parser, f"\nSettings without a flag come from {file}." if file else ""):
         return parser.complete(given, stored)

@@ -29,9 +29,9 @@ def choose(training: Training, arguments: Sequence[str]) -> tuple[list[str], str
     """Return flags that suit the images of DATA, and lines that state each flag with its reason. Flags that are in
     `arguments` are left out.
 
-    With `--preset`, or with `--data` instead of DATA, only the folder of the run is chosen, named after the images; with
-    both, nothing is. Without a preset, if that folder holds a run, the run continues with its settings. All processes
-    call this function, and only the main process reads the images.
+    With `--preset`, or with `--data` instead of DATA, only the folder of the run is chosen, after the images;
+    with both, nothing is. Without a preset, if that folder holds a run, the run continues with its settings. All
+    processes call this function, and only the main process reads the images.
 
     Raises:
         FileNotFoundError: when DATA does not exist.

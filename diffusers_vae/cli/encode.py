@@ -31,9 +31,9 @@ def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
     parser = command_parser(
         "encode",
         "DATA --vae MODEL --out FOLDER [--SECTION.KEY VALUE ...]",
-        "Encode a data set once and write the latents, with labels and captions, to a folder, so that training needs no "
-        "autoencoder in memory. Repeat the command to continue after an interruption. Settings of the data without a "
-        "flag come from the model's run; without a run, channels and resolution come from the model. For several "
+        "Encode a data set once and write the latents, with labels and captions, to a folder, so that training needs "
+        "no autoencoder in memory. Repeat the command to continue after an interruption. Settings of the data without "
+        "a flag come from the model's run; without a run, channels and resolution come from the model. For several "
         "processes, use `accelerate launch -m diffusers_vae.cli encode ...`.",
         "diffusers-vae encode photos/ --vae runs/mine --out latents/photos --dtype float16",
     )
@@ -46,7 +46,7 @@ def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
         "--kind",
         type=Kind,
         default="posterior",
-        help="What to store; posterior: mean and logvar, to sample from in each epoch; sample: one sample; mode: the mean.",
+        help="What to store; posterior: mean and logvar, to sample from later; sample: one sample; mode: the mean.",
     )
     parser.add_argument(
         "--dtype", type=Dtype, default="float32", help="Dtype of the stored values; the weights are float32."
@@ -55,8 +55,8 @@ def run_encode(arguments: Sequence[str], patience: Patience = PATIENCE) -> int:
         "--compute_dtype",
         type=AnyDtype,
         default=None,
-        help="Dtype of the encoder's computation; null: as before if FOLDER is continued, else bfloat16 where the device "
-        "supports it in hardware, else float32 (docs/latents.md).",
+        help="Dtype of the encoder's computation; null: as in a FOLDER that is continued, else bfloat16 where hardware "
+        "supports it, else float32 (docs/latents.md).",
     )
     parser.add_argument(
         "--split",

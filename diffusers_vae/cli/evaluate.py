@@ -151,9 +151,9 @@ def run_fp16(arguments: Sequence[str]) -> int:
         "fp16",
         "MODEL [--data NAME|FOLDER] [--write true]",
         "Check whether an autoencoder can run in float16. Reports the largest activation of each block on real images, "
-        "the error of a run in float16, and whether force_upcast can be false. Pipelines in float16 run the autoencoder "
-        "in float32 if force_upcast is true. Settings of the data without a flag come from the model's run; without a "
-        "run, channels and resolution come from the model.",
+        "the error of a run in float16, and whether force_upcast can be false. Pipelines in float16 run the "
+        "autoencoder in float32 if force_upcast is true. Settings of the data without a flag come from the "
+        "model's run; without a run, channels and resolution come from the model.",
         "diffusers-vae fp16 runs/mine --write true",
     )
     parser.add_argument("model", help=MODEL)

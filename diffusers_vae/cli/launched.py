@@ -23,6 +23,6 @@ def launched(doing: str, patience: Patience, again: str) -> Generator[PartialSta
 
 
 def leave_group() -> None:
-    """Destroy the process group. Otherwise a process that ends first may abort, because the group's threads still run."""
+    """Destroy the process group. Otherwise a process that ends first may abort, since the group's threads still run."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

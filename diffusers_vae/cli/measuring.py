@@ -50,8 +50,8 @@ def add_images(parser: Parser) -> None:
         "--split",
         type=Literal["held-out", "training", "all"] | None,
         default=None,
-        help="Images to measure; null: the held-out images, or all images if a folder has no held-out part and the model "
-        "was not trained on it.",
+        help="Images to measure; null: the held-out images, or all images if a folder has no held-out part and the "
+        "model was not trained on it.",
     )
     parser.add_section("data", DataConfig, skip=NOT_MEASURED)
 
@@ -103,8 +103,8 @@ def parse_measuring(parser: Parser, arguments: Sequence[str], models: list[str])
 
 
 def load_images(parsed: Namespace, sources: Sequence[str], *arguments: Any, **options: Any) -> tuple[ImageSet, str]:
-    """Return the images for the models in `sources`, and the name of their part. `arguments` and `options` are passed on
-    to `load_split`. The number of channels is written to `parsed.data`.
+    """Return the images for the models in `sources`, and the name of their part. `arguments` and `options` go to
+    `load_split`. The number of channels is written to `parsed.data`.
     """
     images, split = load_split(parsed.data, parsed.split, *arguments, **options)
     for source in sources:
@@ -127,8 +127,8 @@ def _data_of_run(run: dict[str, Any], runs: dict[str, Any], asked: DataConfig) -
 
 
 def _read_of(asked: DataConfig, stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings in `stored` that apply to the set in `asked`. value_range is always kept, because the model was
-    trained on values in this range.
+    """Return the settings in `stored` that apply to the set in `asked`. value_range is always kept, because the model
+    was trained on values in this range.
     """
     ignored = unread(DataConfig, vars(asked) | stored | {"name": asked.name}).keys() - {"value_range"}
     ignored |= {"root"} if asked.name == "digits" else set()
@@ -194,7 +194,7 @@ def of_another_set(stored: dict[str, Any], asked: DataConfig) -> dict[str, Any]:
 
 
 def settings_of_run(source: str, given: Namespace | None = None) -> dict[str, dict[str, Any]]:
-    """Return the sections data, objective and evaluation of the run in a folder, or around a model/; empty without a run.
+    """Return the sections data, objective and evaluation of the run in a folder, or around a model/; {} without a run.
     If the run had a target_rate, kl_weight is read from evaluation.json, unless it is in `given`.
     """
     file = config_of_run(source)

@@ -113,8 +113,8 @@ class Parser(ArgumentParser):
         return super().parse_args(words, *arguments, **options)
 
     def complete(self, given: Namespace, stored: Mapping[str, Any] | None = None) -> Namespace:
-        """Return all settings: `given` by flags, else `stored`, with full names as keys, else default. Each section is a
-        dataclass.
+        """Return all settings: `given` by flags, else `stored`, with full names as keys, else default. Each section is
+        a dataclass.
 
         Raises:
             ValueError: if a setting has a wrong value; the message names it.
@@ -185,7 +185,7 @@ def as_meant(kind: Any, value: Any) -> Any:
     return value
 
 
-IMAGES = "Data set: a name as in data.name, a folder or archive of images, an array (.npy, .npz), Parquet, or a Hub repository."
+IMAGES = "Name as in data.name, folder or archive of images, array (.npy, .npz), Parquet file, or data set on the Hub."
 
 
 def data_settings(value: str) -> dict[str, str]:
@@ -194,8 +194,8 @@ def data_settings(value: str) -> dict[str, str]:
 
 
 def command_parser(command: str, usage: str, description: str, example: str) -> Parser:
-    """Return the parser of `diffusers-vae COMMAND`, without flags. Help of a dataclass is read from the docstrings of its
-    fields.
+    """Return the parser of `diffusers-vae COMMAND`, without flags. The help of a setting is the docstring of its
+    field.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return Parser(

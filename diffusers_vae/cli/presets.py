@@ -16,7 +16,7 @@ def run_presets(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="diffusers-vae presets",
         usage="%(prog)s [NAME] [--debug]",
-        description="List the presets with purpose, hardware and expected figures, or print the YAML file of one of them.",
+        description="List the presets with purpose, hardware and expected figures, or print the YAML file of one.",
         epilog="example: diffusers-vae presets digits",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="Preset to print; all are listed without it.")

@@ -1,4 +1,4 @@
-"""What is in a set of images, before a model is trained on it."""
+"""Inspect a set of images before training."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from .store import FileStore
 
 T = TypeVar("T")
 DEPTHS = (8, 10, 12, 14)
-"""Bits of a value that are common in files of 16 bits."""
+"""Bit depths that are common in 16-bit files."""
 NEARLY_CONSTANT = 2 / 255
-"""Std of the values of an image in [0, 1] up to which it counts as constant."""
+"""Largest std of an image in [0, 1] that counts as constant."""
 SHOWN = 64
-"""Images on a contact sheet, and read at a time."""
+"""Number of images on a contact sheet, and per batch."""
 
 
 @dataclass(frozen=True)
 class FileFigures:
-    """Figures of the files of a set."""
+    """Figures of the image files of a set."""
 
     formats: dict[str, int]
-    """Files of each, most first."""
+    """Number of files per format, largest first."""
     modes: dict[str, int]
-    """Files of each mode of Pillow's, most first: L is 8-bit grey, RGB, RGBA, P a palette, I;16 16-bit grey."""
+    """Number of files per mode of Pillow, largest first: L (8-bit grey), RGB, RGBA, P (palette), I;16 (16-bit grey)."""
     sizes: dict[str, int]
-    """Files of each HEIGHTxWIDTH, most first."""
+    """Number of files per HEIGHTxWIDTH, largest first."""
     sides: tuple[int, int, int]
-    """Least, median and largest of the shorter sides."""
+    """Minimum, median and maximum of the shorter sides."""
     duplicates: tuple[tuple[str, ...], ...]
     """Groups of files with the same bytes."""
     paged: tuple[str, ...]
-    """Files with several pages or frames, with their number; only the first page is read."""
+    """Names of files with several pages or frames, with the number of pages. Only the first page is read."""
     leaks: int
-    """Held-out files that are training files, too."""
+    """Number of held-out files that are also training files."""
 
 
 @dataclass(frozen=True)
@@ -57,45 +57,45 @@ class Look:
     """Figures of a set of images."""
 
     parts: dict[str, int]
-    """Images in each, without those whose headers tell that they cannot be read."""
+    """Number of images per part, without files whose headers are unreadable."""
     split: bool
-    """Whether these parts are the set's own."""
+    """Whether the set itself defines these parts."""
     notes: tuple[str, ...]
-    """What is not used, and what is in spite of its name."""
+    """Notes on files that are ignored, and on files that are used despite their names."""
     classes: dict[str, int]
-    """Images of each class."""
+    """Number of images per class."""
     captions: str
-    """How many images have any, none, or what is wrong with them."""
+    """Number of images with captions, "none", or an error in the captions."""
     unreadable: tuple[str, ...]
-    """Why files cannot be read, with their names."""
+    """Errors of unreadable files, with their names."""
     left_out: tuple[str, ...]
-    """Files that look like images and are not read, each with what to do about it."""
+    """Files that look like images but are ignored, each with advice."""
     measured: int
-    """Number of training images that the rest describes, at the resolution asked for."""
+    """Number of training images that the fields below describe, at the configured resolution."""
     mean: tuple[float, ...]
     """Mean per channel in [0, 1], from black or the lowest value to white or the highest."""
     std: tuple[float, ...]
     constant: tuple[str, ...]
-    """Images that are nearly constant."""
+    """Names of nearly constant images."""
     shown: torch.Tensor
-    """The first of them, uint8 (B, C, H, W)."""
+    """First of the measured images, uint8 (B, C, H, W)."""
     files: FileFigures | None
     """None for sets without image files."""
     value_range: ValueRange | None = None
-    """What the values in the files mean, where that is stated or proposed."""
+    """Range of the values in the files, if it is stated or proposed."""
     proposed: tuple[int, int] | None = None
-    """Where the range is proposed, the least and the largest value in the files, all of 16 bits."""
+    """Minimum and maximum of the values in the files, if all have 16 bits and a range is proposed."""
 
 
 def look(config: DataConfig, max_images: int, progress: bool = False, duplicates: bool = True) -> Look:
-    """Measure a set of images, without crops and without files that cannot be read.
+    """Measure a set of images, without crops and without unreadable files.
 
-    All headers are read, and for `duplicates` files of one size in bytes are compared. Pixels, and the headers of a
-    stream, are read only of the first `max_images` training images.
+    Reads all headers and, if `duplicates` is set, compares the content of files with equal size. Decodes only the first
+    `max_images` training images; of a stream, also reads only their headers.
 
     Raises:
-        FileNotFoundError: when there is no such set.
-        ValueError: when nothing in it can be read, and when data.value_range must be stated, with the values found.
+        FileNotFoundError: if the set does not exist.
+        ValueError: if no image can be read, or if data.value_range must be stated; the message proposes one.
     """
     config = replace(config, on_bad_image="skip" if config.name in PLACED else "stop", crops=None)
     try:
@@ -106,7 +106,9 @@ def look(config: DataConfig, max_images: int, progress: bool = False, duplicates
         unstated = config.name in ("folder", "array") and config.value_range is None
         if unstated and (advice := _range_to_state(config, max_images)):
             raise ValueError(advice) from error
-        train, heldout, layout = load_with_layout(config, memory_limit=0)  # and so it was about the captions
+        train, heldout, layout = load_with_layout(
+            config, memory_limit=0
+        )  # without captions this succeeds, so the error was about them
         captions = str(error)
     config, channels = replace(config, channels=train.channels), train.channels
     count = min(max_images, len(train))
@@ -131,7 +133,7 @@ def look(config: DataConfig, max_images: int, progress: bool = False, duplicates
     bad, files, ignored = [*train.errors, *heldout.errors], None, ()
     if isinstance(train, StoredImages) and isinstance(heldout, StoredImages):
         ignored = train.store.left_out if isinstance(train.store, FileStore) else ()
-        # of a stream those alone that were read already
+        # of a stream, only the images read above
         looked = {"training": train.first(count)} if config.streaming else {"training": train, "held-out": heldout}
         files = _files(looked, bad, progress, duplicates)
     return Look(
@@ -153,13 +155,13 @@ def look(config: DataConfig, max_images: int, progress: bool = False, duplicates
 
 
 def _bits(highest: int) -> int | None:
-    """Return the least of `DEPTHS` that holds a value, or None."""
+    """Return the smallest of `DEPTHS` that holds a value, or None."""
     return next((bits for bits in DEPTHS if highest < 2**bits), None)
 
 
 def _depth(images: StoredImages) -> tuple[int, int, int, int] | None:
-    """Return channels, lowest and highest value, and the bits that hold them, if all files have 16 bits and the same
-    channels and 14 bits suffice; else None.
+    """Return (channels, lowest value, highest value, bits needed) if all files have 16 bits and the same number of
+    channels, and at most 14 bits are needed; else None.
     """
     found = []
     for index, row in enumerate(map(int, images.rows)):
@@ -180,8 +182,8 @@ def _depth(images: StoredImages) -> tuple[int, int, int, int] | None:
 
 
 def _range_to_state(config: DataConfig, max_images: int) -> str | None:
-    """Return why data.value_range must be stated, with proposals; None if only values of 8 bits can be read."""
-    try:  # with a range that takes every value
+    """Return an error that proposes ranges for data.value_range; None if all readable files hold 8-bit values."""
+    try:  # with a range that accepts every value
         train, _ = load_data(replace(config, value_range=(-1e300, 1e300)), memory_limit=0)
     except ValueError:
         return None
@@ -198,39 +200,39 @@ def _range_to_state(config: DataConfig, max_images: int) -> str | None:
         return None
     listed = ", ".join(f"{dtype.name} in {files:,}" for dtype, files in dtypes.most_common())
     return (
-        f"data.value_range must state what values mean that are not of 8 bits: {listed} of {count:,} files, "
+        f"data.value_range must be set for values that are not 8-bit: {listed} of {count:,} files, "
         f"{lowest:,.6g} to {highest:,.6g}. {_ranges(set(dtypes), lowest, highest)}"
     )
 
 
 def _ranges(dtypes: set[np.dtype], lowest: float, highest: float) -> str:
-    """Propose ranges for such values."""
+    """Return a sentence that proposes ranges for values of these dtypes."""
     if not math.isfinite(highest - lowest):
-        return "Values that are not finite cannot be trained on: mend or remove these files"
+        return "Training needs finite values: repair or remove these files"
     if all(dtype.kind == "f" for dtype in dtypes):
         low, high = next(
             (pair for pair in ((0, 1), (-1, 1), (0, 255)) if pair[0] <= lowest and highest <= pair[1]),
             (math.floor(lowest), math.ceil(highest)),
         )
-        return f"State --data.value_range '[{low}, {high}]', or the range of what was measured"
+        return f"Use --data.value_range '[{low}, {high}]', or the physical range of the values"
     whole = [np.iinfo(dtype) for dtype in dtypes if dtype.kind in "iu"] + [np.iinfo(np.uint8)]
     low, high = min(info.min for info in whole), max(info.max for info in whole)
     if high - low > EXACT:
         return (
-            f"State the range of what was measured, at most {EXACT:,} wide: --data.value_range '[{lowest}, {highest}]'"
+            f"Use the physical range of the values, at most {EXACT:,} wide: --data.value_range '[{lowest}, {highest}]'"
         )
     bits = _bits(int(highest)) if lowest >= 0 else None
     if high > 255 and bits:
         return (
-            f"State --data.value_range '[0, {2**bits - 1}]' if they are of {bits} bits, as those that are there could "
-            f"be, or '[{low}, {high}]', all that such files can hold"
+            f"Use --data.value_range '[0, {2**bits - 1}]' if the values have {bits} bits, as they appear to, "
+            f"or '[{low}, {high}]', the full range of the file format"
         )
     if lowest < 0 and 2 * (highest - lowest) < high - low:
         return (
-            f"State the range of what was measured, such as --data.value_range '[{int(lowest)}, {int(highest)}]', the "
-            f"values that are there, or '[{low}, {high}]', all that such files can hold"
+            f"Use the physical range of the values, such as --data.value_range '[{int(lowest)}, {int(highest)}]', the "
+            f"range found in the files, or '[{low}, {high}]', the full range of the file format"
         )
-    return f"State --data.value_range '[{low}, {high}]', all that such files can hold"
+    return f"Use --data.value_range '[{low}, {high}]', the full range of the file format"
 
 
 def _classes(parts: Sequence[ImageSet]) -> dict[str, int]:
@@ -240,7 +242,7 @@ def _classes(parts: Sequence[ImageSet]) -> dict[str, int]:
 
 
 def _files(parts: Mapping[str, StoredImages], bad: list[str], progress: bool, duplicates: bool) -> FileFigures:
-    """Measure the files; why some cannot be read joins `bad`."""
+    """Measure the files. Errors of unreadable files are appended to `bad`."""
 
     def shown(values: Iterable[T], title: str, count: int) -> Iterable[T]:
         return tqdm(values, title, count, unit="img", disable=not progress, leave=False)
@@ -283,21 +285,21 @@ def _digest(part: StoredImages, index: int) -> bytes | ValueError:
 
 @dataclass(frozen=True)
 class Recommended:
-    """The preset to begin with for a set of images, and the settings to give with it."""
+    """A preset to start with for a set of images, and settings to override."""
 
     preset: str
     settings: dict[str, str]
-    """By full name, as flags state them."""
+    """Values of settings, with full names as keys."""
     reasons: dict[str, str]
-    """For `preset` and those settings that follow from the images."""
+    """Reasons for `preset` and for settings that depend on the images."""
 
 
 EPOCH = 20_000
-"""Training images, or crops of them, of an epoch that is long enough."""
+"""Number of training images or crops to reach per epoch."""
 
 
 def recommended(found: Look, config: DataConfig) -> Recommended:
-    """Return what to begin with, the settings of `config` that differ from their defaults included.
+    """Return the preset and settings to start with, including settings of `config` that differ from their defaults.
 
     Grey images get mnist-vae, others rgb-small. Large photographs are cropped to the preset's resolution; other images
     are resized to 64 pixels a side, or to 32 if they are smaller than 64. A run sees about 40,000 images or crops.

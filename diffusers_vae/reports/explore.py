@@ -32,7 +32,7 @@ class Explored:
     name: str
     model: ModelMixin
     value_range: ValueRange | None = None
-    """With which the model was trained; None for 8-bit images."""
+    """Value range that the model was trained with; None for 8-bit images."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Reconstruction:
     reconstruction: torch.Tensor
     """(1, C, H, W) in [-1, 1], from the mode of the posterior."""
     psnr: float
-    """In dB."""
+    """PSNR in dB."""
     seconds: float
-    """For one encoding and decoding of the image."""
+    """Time to encode and decode the image once."""
     note: str
     """What was done to the image so that the model can take it; empty if nothing was."""
 
@@ -135,8 +135,8 @@ def telling_directions(model: ModelMixin, posterior: DiagonalGaussianDistributio
 
 
 def channel_std(model: ModelMixin, posterior: DiagonalGaussianDistribution) -> torch.Tensor:
-    """Return the standard deviation (C,) of each latent channel over the data set, from the model's config. If the config
-    states none, compute it over the positions of this posterior or, with one position, return the prior's, 1.
+    """Return the standard deviation (C,) of each latent channel over the data set, from the model's config. If the
+    config states none, compute it over the positions of this posterior or, with one position, return the prior's, 1.
     """
     mean = posterior.mean
     if unmeasured(model.config) is None:

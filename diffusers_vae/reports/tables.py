@@ -68,8 +68,8 @@ def look_table(found: Look) -> str:
         rows += [("formats", listed(files.formats)), ("modes", listed(files.modes))]
         if found.proposed:
             low, high = found.proposed
-            note = f"{found.value_range}, proposed since 16-bit files hold {low:,} to {high:,}: without"
-            rows += [("value range", note), ("", "data.value_range they are divided by 257, and nearly black")]
+            note = f"{found.value_range}, proposed because 16-bit files hold only {low:,} to {high:,};"
+            rows += [("value range", note), ("", "without data.value_range, they are divided by 257 and nearly black")]
         if not found.value_range and any(";16" in mode for mode in files.modes):
             rows += [("", "16-bit values are scaled to 8 bits, unless data.value_range states their range")]
         rows += [("sizes", f"{listed(files.sizes)} (height x width)")]
@@ -85,7 +85,7 @@ def look_table(found: Look) -> str:
         rows += [("left out", named(found.left_out))]
     if found.files and found.files.paged:
         count, *names = named(found.files.paged).split("\n")
-        rows += [("pages", "\n".join([f"{count} files hold several; only the first is read", *names]))]
+        rows += [("pages", "\n".join([f"{count} files have several pages; only the first is read", *names]))]
     rows += [("decoded", f"{found.measured:,} of the training images")]
     rows += [(name, "  ".join(f"{value:.4f}" for value in getattr(found, name))) for name in ("mean", "std")]
     if stated := found.value_range:
