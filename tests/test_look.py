@@ -235,6 +235,6 @@ def test_command(folder, tmp_path, capsys):
     with Image.open(picture) as sheet:
         assert sheet.width > 16 * 32
     assert cli.main(["data", str(folder), "--out", str(folder / "sheet.png")]) == 1
-    assert "would be an image of the set" in capsys.readouterr().err
+    assert "or it would be read as an image of the set" in capsys.readouterr().err
     assert cli.main(["data", str(tmp_path / "nowhere")]) == 1
     assert "which is not there" in capsys.readouterr().err

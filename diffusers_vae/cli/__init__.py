@@ -115,7 +115,7 @@ def _explain_launcher() -> None:
     from ..processes import launched_alone
 
     if launched_alone():
-        text = "(the traceback below is from `accelerate launch`, not from this error)"
+        text = "(`accelerate launch` adds the traceback below; `diffusers-vae train` ends without one)"
         print(text, file=sys.stderr, flush=True)
 
 

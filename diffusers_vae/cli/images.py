@@ -25,8 +25,8 @@ def run_reconstruct(arguments: Sequence[str]) -> int:
         "MODEL IMAGE [IMAGE ...] [--out FOLDER]",
         "Encode and decode image files at their original size, and write the reconstructions as PNG files. A model "
         "that was trained with data.value_range, or with a number of channels other than 1 and 3, reads files "
-        "unconverted and writes the format, depth and range of the input. Sides that the model cannot take are padded with border "
-        "pixels and cropped again. Unreadable files are skipped and reported.",
+        "unconverted and writes the format, depth and range of the input. Sides that the model cannot take are padded "
+        "with border pixels and cropped again. Unreadable files are skipped and reported.",
         "diffusers-vae reconstruct runs/mine photo.jpg more-photos/ --out reconstructions",
     )
     parser.add_argument("model", help=MODEL)

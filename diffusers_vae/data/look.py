@@ -200,7 +200,7 @@ def _range_to_state(config: DataConfig, max_images: int) -> str | None:
         return None
     listed = ", ".join(f"{dtype.name} in {files:,}" for dtype, files in dtypes.most_common())
     return (
-        f"data.value_range must be set for values that are not 8-bit: {listed} of {count:,} files, "
+        f"data.value_range must state the range of values that are not 8-bit: {listed} of {count:,} files, "
         f"{lowest:,.6g} to {highest:,.6g}. {_ranges(set(dtypes), lowest, highest)}"
     )
 

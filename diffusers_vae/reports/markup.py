@@ -53,13 +53,13 @@ def reconstructions(models: Sequence[Explored], made: Sequence[Reconstruction]) 
     cells = [figure(largest, "Original", shown_channels(len(largest)))]
     for explored, one in zip(models, made, strict=True):
         difference = AMPLIFICATION * (one.reconstruction - one.image)
-        figures = [
+        parts = [
             figure(one.reconstruction[0], explored.name, f"PSNR {one.psnr:.2f} dB, {one.seconds:.2g} s", one.note),
             figure(difference[0], f"{AMPLIFICATION} times the difference"),
         ]
         if one.image[0].shape != largest.shape:
-            figures.append(figure(one.image[0], "Original as this model sees it"))
-        cells += figures if len(made) == 1 else [f"<div>{''.join(figures)}</div>"]
+            parts.append(figure(one.image[0], "Original as this model sees it"))
+        cells += parts if len(made) == 1 else [f"<div>{''.join(parts)}</div>"]
     device = models[0].model.device.type
     explanation = f"Difference: {DIFFERENCE}. Seconds: encoding and decoding the image once, {device}."
     return figures(cells, "wide") + note(explanation)
