@@ -454,7 +454,7 @@ class TestFp16:
         assert {file for file in after.keys() | before.keys() if after.get(file) != before.get(file)} == {config}
         assert AutoencoderKL.from_pretrained(folder / "model").config.force_upcast is False
         code, out, _ = call(capsys, "fp16", folder / "model", "--write", "true")
-        assert code == 0 and f"was false already in {config}" in out and config.read_bytes() == after[config]
+        assert code == 0 and f"was already false in {config}" in out and config.read_bytes() == after[config]
 
     @pytest.mark.slow
     def test_another_programs_config_keeps_its_order(self, capsys, tmp_path):

@@ -488,7 +488,7 @@ class TestLook:
     def test_of_float_tiffs_too(self, shared_data, tmp_path):
         for number in range(3):
             shutil.copyfile(shared_data / "awkward" / "10ct_32bit_128.tiff", tmp_path / f"{number}.tiff")
-        with pytest.raises(ValueError, match=r"float32 in 2 of 2 files, -3.14094 to 3.14068. State .*'\[-4, 4\]'"):
+        with pytest.raises(ValueError, match=r"float32 in 2 of 2 files, -3.14094 to 3.14068. Use .*'\[-4, 4\]'"):
             look(config(tmp_path, channels=1), 10)
 
     @pytest.mark.slow
@@ -499,9 +499,12 @@ class TestLook:
         train, _ = load_data(stated)
         assert found.mean == pytest.approx(train.pixels.double().mean((0, 2, 3)).tolist(), abs=1e-6)
         assert found.files.modes == {"5x uint16": 10} and found.files.formats == {"NPY": 10}
-        preset, settings = recommended(found, stated)
+        choice = recommended(found, stated)
+        settings = choice.settings
         assert (
-            preset == "rgb-small" and settings["data.channels"] == "5" and settings["data.value_range"] == "[0, 65535]"
+            choice.preset == "rgb-small"
+            and settings["data.channels"] == "5"
+            and settings["data.value_range"] == "[0, 65535]"
         )
         arguments = ["--data.channels", "5", "--data.value_range", "[0, 65535]", "--out", str(tmp_path / "sheet.png")]
         assert cli.main(["data", str(root), *arguments, "--data.resolution", "20"]) == 0

@@ -19,7 +19,7 @@ def run_presets(arguments: Sequence[str]) -> int:
         description="List the presets with purpose, hardware and expected figures, or print the YAML file of one.",
         epilog="example: diffusers-vae presets digits",
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="Preset to print; all are listed without it.")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="Preset to print; without it, all are listed.")
     if name := parser.parse_args(arguments).name:
         print(find_preset(name).text, end="")
     else:

@@ -36,7 +36,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Figures and pictures. In a run, they are those of the EMA weights, if there are any."""
+    """Figures and pictures, in a run from the EMA weights if it has any."""
 
     every: int | None = setting(None, "training", at_least=1)
     """Number of images between evaluations in a run; null: only one at the end."""

@@ -59,7 +59,7 @@ def look_table(found: Look) -> str:
         more = [f"{'':14}and {len(names) - LISTED} more"] if len(names) > LISTED else []
         return "\n".join([f"{len(names):,}", *(f"{'':14}{showable(name)}" for name in names[:LISTED]), *more])
 
-    source = "the set's own parts" if found.split else "cut here"
+    source = "the set's own parts" if found.split else "split by data.heldout_fraction"
     rows = [("images", ", ".join(f"{count:,} {part}" for part, count in found.parts.items()) + f" ({source})")]
     rows += [("note", showable(note)) for note in found.notes]
     rows += [("classes", f"{len(found.classes)}: {listed(found.classes)}")] if found.classes else []
