@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import io
 import logging
@@ -160,6 +161,16 @@ def _import(name: str) -> ModuleType:
         if first:
             gc.freeze()
             gc.enable()
+            atexit.register(_unfreeze)
+
+
+def _unfreeze() -> None:
+    """Let Python free Triton at exit, where Triton 3.9 (nanobind) would otherwise print all its objects as leaked. With
+    older versions, this would only take a second.
+    """
+    version: str = getattr(sys.modules.get("triton"), "__version__", "0")
+    if tuple(map(int, version.split(".")[:2])) >= (3, 9):
+        gc.unfreeze()
 
 
 def _run(arguments: list[str], debug: bool) -> int:
