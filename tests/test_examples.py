@@ -5,11 +5,9 @@ import runpy
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from nbclient import NotebookClient
 from PIL import Image
 from support.models import make_pipeline, tiny_vae
 
@@ -98,11 +96,13 @@ def execute(folder, monkeypatch, **parameters):
     """Execute the notebook in a folder, with other values in the cell of its parameters; return its cells."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
     notebook = nbformat.read(EXAMPLES / "digits.ipynb", nbformat.NO_CONVERT)
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", ()):
             cell.source += "".join(f"\n{name} = {value}" for name, value in parameters.items())
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook.cells
 
 

@@ -53,6 +53,7 @@ class Parts(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The folder of the built site."""
+    pytest.importorskip("mkdocs", reason="needs the docs extra: pip install -e '.[docs]'")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
