@@ -292,7 +292,9 @@ class TestLatentCache:
     @pytest.mark.slow
     def test_of_images_that_change_is_refused(self, base, cache, tmp_path):
         config = tuning(tmp_path / "run", base, {"latents": str(cache)})
-        with pytest.raises(ValueError, match=r"^model\.latents are of .* leave out data\.color_jitter"):
+        with pytest.raises(
+            ValueError, match=r"^model\.latents belong to unchanged images.* leave out data\.color_jitter"
+        ):
             dataclasses.replace(config, data=dataclasses.replace(config.data, color_jitter=(0.1,) * 4))
 
     @pytest.mark.slow

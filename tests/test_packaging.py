@@ -191,7 +191,7 @@ class TestRepository:
         assert pythons == [f"3.{minor}" for minor in range(10, 10 + len(pythons))] and len(pythons) >= 4
         assert {"run": ".ci/run"} in jobs["newest"]["steps"]
         (install,) = [step["run"] for step in jobs["oldest"]["steps"] if "pip install" in step.get("run", "")]
-        assert "--resolution lowest-direct" in install and '".[dev]"' in install
+        assert "--resolution lowest-direct" in install and '".[train]"' in install
 
     def test_publishing_needs_no_password(self):
         job = WORKFLOWS["publish"]["jobs"]["publish"]

@@ -573,7 +573,7 @@ def test_run_goes_on_with_another_objective_when_that_is_allowed(before, after, 
     run = {"batch_size": 30, "ema_decay": None}
     fit(settings(tmp_path / "run", before, max_images=30, **run))
     fit(settings(tmp_path / "run", after, max_images=60, allow_config_change=True, **run))
-    assert "of other settings of the objective" in caplog.text
+    assert "saved with other settings of the objective" in caplog.text
     assert [record["images_seen"] for record in records(tmp_path / "run", "train")][-1] == 60
 
 

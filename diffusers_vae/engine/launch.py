@@ -129,16 +129,21 @@ class SharedCores:
 
     FREE = 0.25
     """Number of missing cores, on average, that is tolerated."""
+    FIRST_STEPS = 10
+    """Number of first calls that change nothing: first steps set much up, and a dry run must repeat itself."""
 
     def __init__(self, wanted: bool, window: float = 10.0, tasks: Path = Path("/proc/self/task")):
         self.wanted, self.window, self.tasks = wanted, window, tasks
+        self.calls = 0
         self.looked = time.monotonic()
         self.times = self._read()
 
     def adjusted(self) -> list[str]:
         """Measure, and return the change in words; an empty list if there was none."""
+        self.calls += 1
         threads = torch.get_num_threads()
-        if not self.wanted or threads == 1 or time.monotonic() - self.looked < self.window:
+        first = self.calls <= self.FIRST_STEPS
+        if not self.wanted or first or threads == 1 or time.monotonic() - self.looked < self.window:
             return []
         before, self.times, self.looked = self.times, self._read(), time.monotonic()
         took = {
