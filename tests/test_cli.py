@@ -209,7 +209,9 @@ class TestTop:
         monkeypatch.chdir(tmp_path)
         for model in ("me/vae", "runs/tinyy"):
             code, _, error = call(capsys, name, *[model] * (2 if name == "compare" else 1))
-            assert code == 2 and re.match(rf"error: name the images with --data: .*{model} whose run does\n$", error)
+            assert code == 2 and re.match(
+                rf"error: .*{model}\. For a model on the Hub, name the images with --data\n$", error
+            )
         code, _, error = call(capsys, name, *["runs/tiny/model"] * (2 if name == "compare" else 1))
         assert code == 1 and "there is no file or folder" in error
 

@@ -68,8 +68,11 @@ def parse_measuring(parser: Parser, arguments: Sequence[str], models: list[str])
             Source(source, parsed.subfolder, parsed.revision).config()
     if "data" not in given and not any(map(config_of_run, sources)):
         first = sources[0]
-        why = f"{first} belongs to no run that does" if is_local(first) else f"{no_such_path(first)} whose run does"
-        parser.exit(2, message(f"error: name the images with --data: {why}") + "\n")
+        if is_local(first):
+            why = f"name the images with --data: {first} does not belong to a run, whose images would be used"
+        else:
+            why = f"{no_such_path(first)}. For a model on the Hub, name the images with --data"
+        parser.exit(2, message(f"error: {why}") + "\n")
     loaded = [load(parsed, source) for source in sources]
     runs = {source: run for source in sources if (run := settings_of_run(source, given))}
     other_set = "data.name" in given or "data.root" in given

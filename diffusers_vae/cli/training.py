@@ -73,7 +73,8 @@ def _describe_dry_run(outcome: tuple[RunResult, bool, float | None] | None) -> N
     _describe_size(result, ", evaluation included")
     print(f"resumed from a checkpoint: {'bit-identical' if same else 'NOT bit-identical, see run.deterministic'}")
     if seconds is not None:
-        print(f"the training steps would take about {seconds / 60:,.1f} min ({result.images_per_second:,.0f} images/s)")
+        speed = f"{result.images_per_second:,.0f} images/s, which later steps exceed"
+        print(f"at the speed of the second step ({speed}), training would take {seconds / 60:,.1f} min")
     print("dry run: every phase ran, nothing was kept")
 
 

@@ -159,7 +159,7 @@ class SharedCores:
         torch.set_num_threads(fewer)
         logger.warning(
             "other processes use %.1f of this run's cores: continuing with %d instead of %d threads, which changes "
-            "rounding. To run several trainings at once, give each its own cores: taskset -c 0 accelerate launch ...",
+            "rounding. To run several trainings at once, give each its own cores, as with taskset (docs/runs.md)",
             missing,
             fewer,
             threads,

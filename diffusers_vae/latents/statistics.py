@@ -204,8 +204,8 @@ def _verdict(measured: dict[str, Any], largest_std: float, images: int) -> tuple
     if swaps and swaps.colour is not None and swaps.colour < POOR_COLOUR:
         return "poor reconstruction", (
             "Reconstructions hardly show the colours of their images: with the latents of another image, the error of "
-            f"the colours grows by only {swaps.colour:.2f} dB. Train longer or with a higher optimizer.learning_rate, "
-            f"or {lower}."
+            f"the colours changes by only {swaps.colour:.2f} dB. Train longer or with a higher "
+            f"optimizer.learning_rate, or {lower}."
         )
     if swaps and used and len(unused) == count:
         return "partly collapsed", (
