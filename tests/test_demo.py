@@ -205,7 +205,13 @@ def address(tmp_path_factory):
         "OMP_NUM_THREADS": "1",
         "GRADIO_TEMP_DIR": str(folder / "uploads"),
     }
-    with subprocess.Popen(command, cwd=folder, env=settings, stdout=subprocess.PIPE, text=True) as process:
+
+    def answer_ctrl_c():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets what it starts in the background ignore it
+
+    with subprocess.Popen(
+        command, cwd=folder, env=settings, stdout=subprocess.PIPE, text=True, preexec_fn=answer_ctrl_c
+    ) as process:
         try:
             yield re.fullmatch(r"demo {8}(http://127\.0\.0\.1:\d+/) .*\n", process.stdout.readline())[1]
         finally:
