@@ -258,9 +258,12 @@ def visit(chromium, address):
 
 def open_tab(page, name: str) -> None:
     tab = page.get_by_role("tab", name=name, exact=True)
-    if not tab.is_visible():  # on narrow pages, the last ones are in a menu
-        page.locator(".overflow-menu > button").click()
-        tab = page.locator(".overflow-dropdown").get_by_text(name, exact=True)
+    if page.viewport_size["width"] < 1000:  # the last ones are in a menu
+        menu = page.locator(".overflow-menu > button")
+        menu.wait_for()
+        if not tab.is_visible():
+            menu.click()
+            tab = page.locator(".overflow-dropdown").get_by_text(name, exact=True)
     tab.click()
 
 
