@@ -17,7 +17,7 @@ def run_demo(arguments: Sequence[str]) -> int:
         "demo",
         "MODEL [MODEL ...] [--host ADDRESS] [--port N]",
         "Serve a page that compares up to four autoencoders on an image: reconstructions, latent channels, sliders "
-        " along latent directions, interpolation, and samples from MLPs. Nothing leaves the machine.",
+        "along latent directions, interpolation, and samples from MLPs. Nothing leaves the machine.",
         "diffusers-vae demo runs/mine stabilityai/sd-vae-ft-mse",
     )
     parser.add_argument("models", metavar="MODEL", nargs="+", help=MODEL)

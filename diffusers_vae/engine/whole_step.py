@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,20 +19,30 @@ from .step import Step, StepTerms
 logger = logging.getLogger(__name__)
 
 
-class WholeStep(Protocol):
+class WholeStep:
     """A training step of a full batch as one program: losses, gradients, clipping, optimizer and moving average. The
     program is made at the first call.
+
+    Args:
+        state: state of the run.
+        step: computes the losses.
+        max_norm: norm to which gradients are clipped; None: no clipping.
+        count: number of images of a full batch.
     """
+
+    def __init__(self, state: TrainState, step: Step, max_norm: float | None, count: int):
+        self.state, self.step, self.max_norm, self.count = state, step, max_norm, count
+        self.works = True
 
     def takes(self, count: int) -> bool:
         """Return whether a step on `count` images can be this program."""
-        ...
+        return self.works and count == self.count
 
     def __call__(self, tensors: dict[str, torch.Tensor]) -> tuple[StepTerms, dict[str, torch.Tensor]] | None:
         """Take the step on the result of `Step.batch`. Return its terms and the norms of its gradients, or None if the
         program could not be made; nothing has changed in that case.
         """
-        ...
+        raise NotImplementedError
 
 
 def whole_step(run: RunConfig, state: TrainState, step: Step, max_norm: float | None) -> WholeStep | None:
@@ -44,27 +54,16 @@ def whole_step(run: RunConfig, state: TrainState, step: Step, max_norm: float | 
     return None
 
 
-class CapturedStep:
-    """A `WholeStep` as one CUDA graph, which the CPU launches by one call.
-
-    Args:
-        state: state of the run.
-        step: computes the losses.
-        max_norm: norm to which gradients are clipped; None: no clipping.
-        count: number of images of a full batch.
-    """
+class CapturedStep(WholeStep):
+    """One CUDA graph, which the CPU launches by one call."""
 
     WARM_UP = 3
     """Number of steps before the capture, in which libraries choose algorithms and allocate memory."""
 
     def __init__(self, state: TrainState, step: Step, max_norm: float | None, count: int):
-        self.state, self.step, self.max_norm, self.count = state, step, max_norm, count
+        super().__init__(state, step, max_norm, count)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: dict[str, torch.Tensor] = {}
-        self.works = True
-
-    def takes(self, count: int) -> bool:
-        return self.works and count == self.count
 
     def __call__(self, tensors: dict[str, torch.Tensor]) -> tuple[StepTerms, dict[str, torch.Tensor]] | None:
         if self.graph is None and not self._capture(tensors):
@@ -133,19 +132,11 @@ class CapturedStep:
             tensor.copy_(value)
 
 
-class CompiledStep:
-    """A `WholeStep` as one function of `torch.compile` on a CPU, which makes the step of an MLP 1.5 times as fast.
-
-    Args:
-        state: state of the run.
-        step: computes the losses.
-        max_norm: norm to which gradients are clipped; None: no clipping.
-        count: number of images of a full batch.
-    """
+class CompiledStep(WholeStep):
+    """One function of `torch.compile` on a CPU, which makes the step of an MLP 1.5 times as fast."""
 
     def __init__(self, state: TrainState, step: Step, max_norm: float | None, count: int):
-        self.state, self.step, self.max_norm, self.count = state, step, max_norm, count
-        self.works = True
+        super().__init__(state, step, max_norm, count)
         # tensors, since each value of a number would be another program
         self.learning_rate, self.share = torch.zeros(()), torch.zeros(())
         named = state.plain_model.named_parameters()
@@ -156,9 +147,6 @@ class CompiledStep:
         group = state.optimizer.param_groups[0]
         self.betas, self.eps = group["betas"], group["eps"]
         self.program = torch.compile(self._take, dynamic=False)
-
-    def takes(self, count: int) -> bool:
-        return self.works and count == self.count
 
     def __call__(self, tensors: dict[str, torch.Tensor]) -> tuple[StepTerms, dict[str, torch.Tensor]] | None:
         state, ema = self.state, self.state.ema
