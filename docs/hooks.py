@@ -86,7 +86,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def preset_files() -> str:
-    """Return the presets as they are written, for the end of their page."""
+    """Return the files of the presets, for the end of their page."""
     presets = sorted((ROOT / "training" / "configs").glob("*.yaml"))
     return "\n\n## Files\n\n" + "\n".join(f"### {path.stem}\n\n{fenced(path)}" for path in presets)
 

@@ -16,6 +16,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
+from support.commands import call
 from support.files import filled, paths_of
 from support.hub import REPO, write_report
 from support.launches import Launch, command, run_forked
@@ -39,15 +40,6 @@ ROOT = Path(__file__).parents[1]
 def run(finished_vae_run):
     """A finished run, which no test may change."""
     return finished_vae_run
-
-
-def call(capsys, *arguments):
-    """Exit code, and what was printed to stdout and to stderr."""
-    try:
-        code = cli.main([str(argument) for argument in arguments])
-    except SystemExit as exit:
-        code = exit.code
-    return code, *capsys.readouterr()
 
 
 HOSTILE = "\x1b[2J\x1b]0;t\x07\nerror: done\r\udcff"

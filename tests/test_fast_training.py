@@ -267,7 +267,7 @@ class TestThreads:
         ],
     )
     def test_fewer_where_others_take_the_cores(self, before, waited, after, tmp_path, caplog):
-        """By the percentages of the time for which the threads waited for a core, as Linux reports them."""
+        """Linux reports how long each thread waited for a core; `waited` is the percentage of the time."""
         names = [os.getpid(), *range(1, len(waited))]  # the main thread's is that of the process
 
         def write(run, share):

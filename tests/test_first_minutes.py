@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from support.commands import call
 from support.launches import command, run_forked
 from support.runs import fit, tensors, tiny
 
@@ -24,15 +25,6 @@ SMALL = [
     "--run.max_images=8", "--run.batch_size=4", "--run.tracker=null", "--data.resolution=8",
     "--model.block_out_channels=[8,8]", "--model.norm_num_groups=4", "--model.mid_block_add_attention=false",
 ]  # fmt: skip
-
-
-def call(capsys, *arguments):
-    """Exit code, and what was printed to stdout and to stderr."""
-    try:
-        code = cli.main([str(argument) for argument in arguments])
-    except SystemExit as exit:
-        code = exit.code
-    return code, *capsys.readouterr()
 
 
 def save_images(folder, size=(24, 20), mode="L", count=12):
